@@ -1,0 +1,357 @@
+"""Read residual-stream activations and persona vectors from a language model (phases 2 and 3).
+
+Conventions, shared with steering:
+- `layer_idx` is the output of decoder block `layer_idx`, counted from 0: the place where
+  `steered_generation` adds its vector.
+- Texts are tokenised with the tokenizer's special tokens, as prompts are.
+- Batches are padded on the right by this module, whatever the tokenizer's side. Under
+  causal attention padding on the right cannot reach a real token, so batch size and
+  padding change nothing but float rounding.
+- The forward pass stops after the deepest block that is read.
+
+Results are float32 on the CPU.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from batching import run_in_batches
+from errors import InputError
+from model_loading import (
+    check_layer,
+    context_length,
+    d_model,
+    decoder_blocks,
+    pad_token_id,
+    pad_tokens,
+)
+from tiny_models import tiny_model, tiny_tokenizer
+
+logger = logging.getLogger(__name__)
+
+MASSIVE_RATIO = 10.0
+N_SPLITS = 20
+Position = str | int
+
+
+class _StopForward(Exception):
+    """Ends a forward pass whose remaining blocks nobody reads."""
+
+
+def block_output(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states in what a decoder block returned: a tensor, or a tuple headed by one."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def recorded_blocks(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Record the outputs of the given blocks in the forward pass that the body runs.
+
+    Yields a dictionary that the pass fills with layer_idx -> (batch, tokens, d). The pass
+    ends after the deepest block; the body ends with it, and its return value is lost.
+    """
+    recorded: dict[int, Tensor] = {}
+    deepest = max(layers)
+
+    def hook_for(layer_idx: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            recorded[layer_idx] = block_output(output)
+            if layer_idx == deepest:
+                raise _StopForward
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer_idx in layers:
+            stack.enter_context(blocks[layer_idx].register_forward_hook(hook_for(layer_idx)))
+        try:
+            yield recorded
+        except _StopForward:
+            pass
+
+
+@dataclass(frozen=True)
+class PersonaVector:
+    """A difference of means and how far it can be trusted.
+
+    vector: (d,) float32, unit L2 norm.
+    raw_norm: its L2 norm before normalisation, in units of the residual stream.
+    split_half_cosine: mean cosine between vectors from two random halves of the texts, over
+        20 splits; None with fewer than 4 texts on a side. Near 0, the vector is noise.
+    n_positive, n_negative: texts on each side.
+    """
+
+    vector: Tensor
+    raw_norm: float
+    split_half_cosine: float | None
+    n_positive: int
+    n_negative: int
+
+
+@dataclass(frozen=True)
+class ResidualNorm:
+    """The typical length of a block output, the unit of `alpha_unit="residual_norm"`.
+
+    median: median L2 norm over positions, massive dimensions left out.
+    median_with_massive: the same with every dimension.
+    massive_dimensions: indices left out, see `massive_dimensions`.
+    """
+
+    median: float
+    median_with_massive: float
+    massive_dimensions: list[int]
+
+
+class ActivationExtractor:
+    """Read activations at one layer with one protocol for neutral texts, personas and checks.
+
+    model: any causal language model of transformers.
+    layer_idx: output of decoder block `layer_idx`, counted from 0.
+    device: moves the model there first; None leaves it where it is.
+    batch_size: texts a batch; halved when memory runs out.
+    max_length: longest text in tokens; longer ones are cut at the end and counted in
+        `n_truncated`. None means the model's context.
+    block_path: dotted path of the block list, for architectures that cannot be recognised.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer_idx: int,
+        device: str | torch.device | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        block_path: str | None = None,
+    ) -> None:
+        """Raises InputError: layer out of range, or no decoder blocks found."""
+        self.model = model if device is None else model.to(device)
+        self.tokenizer = tokenizer
+        self.blocks = decoder_blocks(model, block_path)
+        check_layer(layer_idx, self.blocks)
+        self.layer_idx = layer_idx
+        self.batch_size = batch_size
+        self.max_length = max_length or context_length(model, tokenizer)
+        self.n_truncated = 0
+        self.n_tokens = 0
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return d_model(self.model)
+
+    def extract(self, text: str, position: Position = "last") -> Tensor:
+        """Return the activation of one text, (d,). See `extract_layers`."""
+        return self.extract_batch([text], position)[0]
+
+    def extract_batch(self, texts: Sequence[str], position: Position = "last") -> Tensor:
+        """Return the activations of texts, (n, d), in their order. See `extract_layers`."""
+        return self.extract_layers(texts, [self.layer_idx], position)[self.layer_idx]
+
+    def extract_layers(
+        self, texts: Sequence[str], layers: Sequence[int], position: Position = "last"
+    ) -> dict[int, Tensor]:
+        """Return layer_idx -> (n, d) float32 for several layers from one pass over the texts.
+
+        position:
+            `last`: the last token of the text.
+            `first`: the first token, which is the special one where the tokenizer adds one.
+            `mean`: the mean over the text's tokens except special ones and the very first:
+                that one is an attention sink with a norm far above all others.
+            an integer: that token, from 0, special tokens counted; negative from the end.
+        Raises InputError: no texts, an empty text, a layer or position out of range, or an
+        activation that is not finite (the text's index is named).
+        """
+        if not texts:
+            raise InputError("the list of texts is empty; give at least one text")
+        if isinstance(texts, str):
+            raise InputError("texts is a single string; give a list of strings, or use extract()")
+        if not layers:
+            raise InputError("the list of layers is empty; name at least one layer_idx")
+        for layer_idx in layers:
+            check_layer(layer_idx, self.blocks)
+        tokens = [self._tokenise(index, text) for index, text in enumerate(texts)]
+        weights = [self._position_weights(index, ids, position) for index, ids in enumerate(tokens)]
+        wanted = sorted(set(layers))
+
+        def run(indices: list[int]) -> list[Tensor]:
+            batch = self._forward([tokens[i] for i in indices], [weights[i] for i in indices], wanted)
+            self._check_finite(batch, indices)
+            return list(batch)
+
+        stacked = torch.stack(
+            run_in_batches(run, [len(ids) for ids in tokens], self.batch_size, "extracting", "text")
+        )
+        self.n_tokens += sum(len(ids) for ids in tokens)
+        return {layer_idx: stacked[:, place] for place, layer_idx in enumerate(wanted)}
+
+    def extract_persona_vector(
+        self,
+        positive_texts: Sequence[str],
+        negative_texts: Sequence[str],
+        position: Position = "last",
+    ) -> Tensor:
+        """Return mean(positive) - mean(negative) as a unit vector, (d,) float32.
+
+        `measure_persona_vector` returns the norm and stability beside it; here they are logged.
+        """
+        persona = self.measure_persona_vector(positive_texts, negative_texts, position)
+        logger.info("raw norm %.3g, split-half cosine %s", persona.raw_norm, persona.split_half_cosine)
+        return persona.vector
+
+    def measure_persona_vector(
+        self,
+        positive_texts: Sequence[str],
+        negative_texts: Sequence[str],
+        position: Position = "last",
+    ) -> PersonaVector:
+        """Return the persona vector with its raw norm and split-half cosine.
+
+        With as many positive as negative texts, text i of both sides stays in the same half.
+        Raises InputError: a side is empty, or both sides have the same mean.
+        """
+        for side, side_texts in (("positive", positive_texts), ("negative", negative_texts)):
+            if not side_texts:
+                raise InputError(f"the persona has no {side} texts; it needs texts on both sides")
+        n_positive = len(positive_texts)
+        activations = self.extract_batch([*positive_texts, *negative_texts], position)
+        positive, negative = activations[:n_positive], activations[n_positive:]
+        difference = positive.mean(0) - negative.mean(0)
+        raw_norm = difference.norm().item()
+        if raw_norm <= 1e-6 * activations.norm(dim=1).mean().item():
+            raise InputError("positive and negative texts have the same mean activation; are they equal?")
+        return PersonaVector(
+            vector=difference / raw_norm,
+            raw_norm=raw_norm,
+            split_half_cosine=split_half_cosine(positive, negative),
+            n_positive=n_positive,
+            n_negative=len(negative_texts),
+        )
+
+    def _tokenise(self, index: int, text: str) -> list[int]:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"text {index} is empty or not a string ({text!r}); remove it")
+        ids = self.tokenizer(text, verbose=False).input_ids
+        if len(ids) > self.max_length:
+            self.n_truncated += 1
+            logger.warning("text %d has %d tokens, cut to %d", index, len(ids), self.max_length)
+        return ids[: self.max_length]
+
+    def _position_weights(self, index: int, ids: list[int], position: Position) -> Tensor:
+        """Return the weight of each token in the result, (tokens,); the weights sum to 1."""
+        weights = torch.zeros(len(ids))
+        if position == "mean":
+            special = set(self.tokenizer.all_special_ids)
+            kept = [place for place, token in enumerate(ids) if place > 0 and token not in special]
+            weights[kept or [len(ids) - 1]] = 1.0 / max(1, len(kept))
+            return weights
+        place = {"last": -1, "first": 0}.get(position, position)
+        if isinstance(place, bool) or not isinstance(place, int):
+            raise InputError(f"position {position!r} is unknown; choose 'last', 'mean', 'first' or an integer")
+        if not -len(ids) <= place < len(ids):
+            raise InputError(f"position {place} is out of range: text {index} has {len(ids)} tokens")
+        weights[place] = 1.0
+        return weights
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[list[int]], weights: list[Tensor], layers: list[int]) -> Tensor:
+        """Return (batch, layers, d) float32 on the CPU: the weighted token means of a padded batch."""
+        padded, mask = pad_tokens(tokens, pad_token_id(self.tokenizer), "right", self.model.device)
+        with recorded_blocks(self.blocks, layers) as recorded:
+            self.model(input_ids=padded, attention_mask=mask, use_cache=False)
+        token_weights = torch.zeros(padded.shape)
+        for row, row_weights in enumerate(weights):
+            token_weights[row, : len(row_weights)] = row_weights
+        results = []
+        for layer_idx in layers:
+            hidden = recorded[layer_idx].float()
+            row_weights = token_weights.to(hidden.device).unsqueeze(-1)
+            # A padded position may hold anything, even NaN, and NaN times 0 is NaN.
+            results.append(hidden.where(row_weights > 0, 0.0).mul(row_weights).sum(1).cpu())
+        return torch.stack(results, dim=1)
+
+    def _check_finite(self, batch: Tensor, indices: list[int]) -> None:
+        broken = (~batch.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        if broken:
+            raise InputError(
+                f"text {indices[broken[0]]} gives an activation that is not finite "
+                f"(model dtype {self.model.dtype}); use bfloat16 or float32"
+            )
+
+
+def split_half_cosine(positive: Tensor, negative: Tensor, n_splits: int = N_SPLITS) -> float | None:
+    """Return the mean cosine between difference vectors of two random halves, or None if too few texts.
+
+    positive, negative: (n, d) activations. Splits are seeded; with equal n on both sides,
+    row i of each stays in the same half.
+    """
+    if min(len(positive), len(negative)) < 4:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    cosines = []
+    for _ in range(n_splits):
+        order = torch.randperm(len(positive), generator=generator)
+        paired = len(positive) == len(negative)
+        other = order if paired else torch.randperm(len(negative), generator=generator)
+        halves = [
+            positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1)
+        ]
+        cosines.append(torch.cosine_similarity(halves[0], halves[1], dim=0).item())
+    return sum(cosines) / n_splits
+
+
+def massive_dimensions(activations: Tensor, ratio: float = MASSIVE_RATIO) -> list[int]:
+    """Return the dimensions whose root mean square is over `ratio` times the median dimension's.
+
+    activations: (n, d). The idea follows Sun et al. 2024 (arXiv 2402.17762), who call single
+    activations massive; here whole dimensions count, since a norm is a sum over dimensions.
+    """
+    scale = activations.double().pow(2).mean(0).sqrt()
+    return (scale > ratio * scale.median()).nonzero().flatten().tolist()
+
+
+def measure_residual_norm(activations: Tensor) -> ResidualNorm:
+    """Return the median norm of block outputs with and without massive dimensions.
+
+    activations: (n, d), one row a position of neutral text. Raises InputError for no rows.
+    """
+    if activations.ndim != 2 or not len(activations):
+        raise InputError(f"activations have shape {tuple(activations.shape)}, expected (n, d) with n > 0")
+    massive = massive_dimensions(activations)
+    kept = torch.ones(activations.shape[1], dtype=torch.bool)
+    kept[massive] = False
+    return ResidualNorm(
+        median=activations[:, kept].norm(dim=1).median().item(),
+        median_with_massive=activations.norm(dim=1).median().item(),
+        massive_dimensions=massive,
+    )
+
+
+def main() -> None:
+    """Check on a tiny model: equal to recorded hidden states, whatever the batch and padding side."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama")
+    texts = ["Short.", "A longer text about nothing at all.", "Middle sized text."]
+    extractor = ActivationExtractor(model, tokenizer, layer_idx=2)
+    batch = extractor.extract_batch(texts)
+    for row, text in zip(batch, texts, strict=True):
+        tokens = torch.tensor([tokenizer(text).input_ids])
+        with torch.inference_mode():
+            expected = model(tokens, output_hidden_states=True).hidden_states[3][0, -1]
+        assert torch.allclose(row, expected, atol=1e-5)
+    tokenizer.padding_side = "left"
+    extractor.batch_size = 1
+    assert torch.allclose(extractor.extract_batch(texts), batch, atol=1e-5)
+    vector = extractor.extract_persona_vector(["Hooray! Yes."] * 4, ["Alas. No."] * 4, position="mean")
+    assert abs(vector.norm().item() - 1) < 1e-5
+    print(f"activation_extractor OK: shape {tuple(batch.shape)}, equal to hidden_states[layer_idx + 1]")
+
+
+if __name__ == "__main__":
+    main()

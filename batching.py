@@ -1,0 +1,113 @@
+"""Run work over many texts in batches of similar length, halving a batch that does not fit.
+
+Shared by extraction, generation and evaluation. Results come back in the order of
+the input, whatever the batch size, so callers never see the sorting.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that an allocation failed, on CUDA or on the CPU."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return batches of indices, longest first, so that a batch wastes little padding.
+
+    The longest batch comes first: if memory is short, that is known at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def run_in_batches(
+    run: Callable[[list[int]], Sequence[Result]],
+    lengths: Sequence[int],
+    batch_size: int,
+    desc: str,
+    unit: str = "text",
+) -> list[Result]:
+    """Return `run`'s result for every item, in input order.
+
+    run: takes item indices, returns one result for each.
+    lengths: (n,) length of each item in tokens; items of similar length share a batch.
+    When memory runs out, the batch is halved and the smaller size is kept for the rest;
+    a single item that does not fit raises the original error.
+    """
+    results: dict[int, Result] = {}
+    for indices, values in iterate_batches(run, lengths, batch_size, desc, unit):
+        results.update(zip(indices, values, strict=True))
+    return [results[index] for index in range(len(lengths))]
+
+
+def iterate_batches(
+    run: Callable[[list[int]], Sequence[Result]],
+    lengths: Sequence[int],
+    batch_size: int,
+    desc: str,
+    unit: str = "text",
+) -> Iterator[tuple[list[int], Sequence[Result]]]:
+    """Yield (indices, results) batch by batch as they are done; see `run_in_batches`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+    pending = length_sorted_batches(lengths, batch_size)[::-1]
+    with tqdm(total=len(lengths), desc=desc, unit=unit, disable=None, leave=False) as progress:
+        while pending:
+            indices = pending.pop()
+            if len(indices) > batch_size:
+                pending.append(indices[batch_size:])
+                indices = indices[:batch_size]
+            values = _run_unless_out_of_memory(run, indices)
+            if values is None:
+                batch_size = max(1, len(indices) // 2)
+                logger.warning("%s: out of memory, batch size is now %d", desc, batch_size)
+                pending.append(indices)
+                continue
+            progress.update(len(indices))
+            yield indices, values
+
+
+def _run_unless_out_of_memory(
+    run: Callable[[list[int]], Sequence[Result]], indices: list[int]
+) -> Sequence[Result] | None:
+    """Return the results, or None when memory ran out for more than one item.
+
+    The exception is dropped inside this function, so that the tensors its traceback
+    holds are freed before the smaller batch is tried.
+    """
+    try:
+        return run(indices)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(indices) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def main() -> None:
+    """Check order and halving with a worker that can hold only three items."""
+
+    def run(indices: list[int]) -> list[int]:
+        if len(indices) > 3:
+            raise MemoryError
+        return [index * index for index in indices]
+
+    results = run_in_batches(run, [index % 7 for index in range(20)], batch_size=16, desc="check")
+    assert results == [index * index for index in range(20)]
+    print("batching OK: results in input order after the batch was halved")
+
+
+if __name__ == "__main__":
+    main()

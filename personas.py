@@ -1,0 +1,138 @@
+"""Personas: the texts that define a trait and the labelled texts that score it (phase 3).
+
+A persona file in `personas/` holds extraction pairs, from which the vector is made, and
+labelled pairs on other subjects, on which the trait classifier is trained. The two never
+mix. A persona may also be given in the configuration, as lists of texts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from errors import InputError
+
+PERSONA_FOLDER = Path(__file__).parent / "personas"
+PROMPT_FOLDER = Path(__file__).parent / "prompts"
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A trait.
+
+    positive_texts, negative_texts: for extraction; text i of both sides has the same content
+        if the persona came as pairs.
+    labelled_positive, labelled_negative: for scoring; empty if the persona has none.
+    """
+
+    name: str
+    description: str
+    positive_texts: tuple[str, ...]
+    negative_texts: tuple[str, ...]
+    labelled_positive: tuple[str, ...] = ()
+    labelled_negative: tuple[str, ...] = ()
+
+    @property
+    def all_texts(self) -> list[str]:
+        """Every text of the persona, for overlap checks and fingerprints."""
+        return [
+            *self.positive_texts,
+            *self.negative_texts,
+            *self.labelled_positive,
+            *self.labelled_negative,
+        ]
+
+
+def shipped_personas() -> list[str]:
+    """Return the names of the personas in `personas/`."""
+    return sorted(path.stem for path in PERSONA_FOLDER.glob("*.json"))
+
+
+def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Persona:
+    """Return a persona from its file, or from a definition given in the configuration.
+
+    definition: `description`, `positive_texts`, `negative_texts` and, so that its trait can be
+        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`.
+    Raises InputError: unknown name, a damaged file, or a side without texts.
+    """
+    if definition is not None:
+        persona = Persona(
+            name,
+            definition.get("description", ""),
+            tuple(definition.get("positive_texts", ())),
+            tuple(definition.get("negative_texts", ())),
+            tuple(definition.get("labelled_positive_texts", ())),
+            tuple(definition.get("labelled_negative_texts", ())),
+        )
+    else:
+        persona = _read_persona(name)
+    _check_persona(persona)
+    return persona
+
+
+def _read_persona(name: str) -> Persona:
+    path = PERSONA_FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise InputError(
+            f"persona {name!r} is neither shipped ({', '.join(shipped_personas())}) nor defined in "
+            "persona_datasets; define it there or correct the name"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sides = {
+            (kind, side): tuple(pair[side] for pair in content[kind])
+            for kind in ("extraction_pairs", "labelled_pairs")
+            for side in ("positive", "negative")
+        }
+        return Persona(name, content["description"], *sides.values())
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a persona file ({error!r}); see personas/formal.json") from error
+
+
+def _check_persona(persona: Persona) -> None:
+    for side, texts in (("positive", persona.positive_texts), ("negative", persona.negative_texts)):
+        if not texts:
+            raise InputError(
+                f"persona {persona.name!r} has no {side} texts; extraction needs texts on both sides"
+            )
+    if bool(persona.labelled_positive) != bool(persona.labelled_negative):
+        raise InputError(f"persona {persona.name!r} has labelled texts on one side only; give both or none")
+    empty = [text for text in persona.all_texts if not isinstance(text, str) or not text.strip()]
+    if empty:
+        raise InputError(f"persona {persona.name!r} has {len(empty)} empty texts; remove them")
+    used = set(persona.positive_texts + persona.negative_texts)
+    shared = used & set(persona.labelled_positive + persona.labelled_negative)
+    if shared:
+        raise InputError(
+            f"persona {persona.name!r}: {len(shared)} texts serve extraction and scoring both "
+            f"({sorted(shared)[0][:40]!r}); scoring must not see extraction texts"
+        )
+
+
+def load_prompts(name: str) -> list[str]:
+    """Return the prompts of `prompts/<name>.txt`, one a line: `test` (30) or `development` (10)."""
+    lines = (PROMPT_FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def main() -> None:
+    """Check every shipped persona: pair counts, equal final marks, nothing shared between uses."""
+    for name in shipped_personas():
+        persona = load_persona(name)
+        assert len(persona.positive_texts) == len(persona.negative_texts) >= 12, name
+        assert len(persona.labelled_positive) == len(persona.labelled_negative) >= 40, name
+        positives = persona.positive_texts + persona.labelled_positive
+        negatives = persona.negative_texts + persona.labelled_negative
+        assert all(a[-1] == b[-1] for a, b in zip(positives, negatives, strict=True)), name
+        assert len(set(persona.all_texts)) == len(persona.all_texts), name
+        print(f"{name}: {len(persona.positive_texts)} + {len(persona.labelled_positive)} pairs")
+    prompts = {name: set(load_prompts(name)) for name in ("test", "development")}
+    assert len(prompts["test"]) == 30 and len(prompts["development"]) == 10
+    assert all(not (a & b) for a, b in combinations(prompts.values(), 2))
+    print(f"personas OK: {len(shipped_personas())} personas, 30 test and 10 development prompts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""Write text while vectors are added to the residual stream (phase 4).
+
+The output of decoder block `layer_idx` (counted from 0, where `activation_extractor`
+reads) becomes h + alpha * v at every position: the prompt's tokens and each token as
+it is processed, so that the first generated token is steered like the rest.
+
+Sampling: temperature, then top-k, then top-p, as in transformers. The random numbers of
+a row depend on (its seed, its prompt, the step) alone, so that neither batch size nor
+order changes them, and two conditions of one prompt and seed share them.
+"""
+
+import hashlib
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from activation_extractor import block_output
+from batching import run_in_batches
+from errors import InputError
+from model_loading import (
+    check_layer,
+    context_length,
+    d_model,
+    decoder_blocks,
+    pad_token_id,
+    pad_tokens,
+)
+from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+
+logger = logging.getLogger(__name__)
+
+ALPHA_UNITS = ("absolute", "residual_norm")
+
+
+@dataclass
+class _Steering:
+    """One registered vector: what the hook adds and whether it adds it now."""
+
+    vector: Tensor
+    alpha: float
+    scale: float
+    handle: RemovableHandle | None = None
+    active: bool = True
+
+    def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        """Return the block's output with alpha * v added; never changes a tensor in place."""
+        if not self.active or self.alpha == 0:
+            return None
+        hidden = block_output(output)
+        added = (self.alpha * self.scale * self.vector).to(hidden.device, hidden.dtype)
+        return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
+
+
+def _remove_hooks(steering: dict[int, _Steering]) -> None:
+    while steering:
+        _, entry = steering.popitem()
+        if entry.handle is not None:
+            entry.handle.remove()
+
+
+class SteeredGenerator:
+    """Generate text with steering vectors at one or more layers.
+
+    Hooks are attached by `register_steering` and stay, for plain forward passes of the model
+    too, until `clear_steering`, the end of the `with` block, or the end of the generator's life:
+
+        with SteeredGenerator(model, tokenizer) as generator:
+            generator.register_steering(layer_idx=9, steering_vector=v, alpha=2.0)
+            text = generator.generate("The weather today")
+
+    device: moves the model there first; None leaves it where it is.
+    alpha_unit: `absolute` adds alpha * v; `residual_norm` adds alpha * residual_norms[layer_idx] * v,
+        the norm being `measure_residual_norm(...).median`.
+    residual_norms: layer_idx -> norm, needed for `residual_norm`.
+    batch_size: rows a batch; halved when memory runs out.
+    block_path: dotted path of the block list, for architectures that cannot be recognised.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str | torch.device | None = None,
+        alpha_unit: str = "absolute",
+        residual_norms: dict[int, float] | None = None,
+        batch_size: int = 32,
+        block_path: str | None = None,
+    ) -> None:
+        """Raises InputError: unknown alpha_unit, or no decoder blocks found."""
+        if alpha_unit not in ALPHA_UNITS:
+            raise InputError(f"alpha_unit {alpha_unit!r} is unknown; choose {' or '.join(ALPHA_UNITS)}")
+        self.model = model if device is None else model.to(device)
+        self.tokenizer = tokenizer
+        self.blocks = decoder_blocks(model, block_path)
+        self.alpha_unit = alpha_unit
+        self.residual_norms = dict(residual_norms or {})
+        self.batch_size = batch_size
+        self._steering: dict[int, _Steering] = {}
+        weakref.finalize(self, _remove_hooks, self._steering)
+
+    def __enter__(self) -> "SteeredGenerator":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.clear_steering()
+
+    def register_steering(self, layer_idx: int, steering_vector: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha * steering_vector to the output of block `layer_idx` from now on.
+
+        steering_vector: (d,). Several layers may be registered; a second vector at the same
+        layer replaces the first. Everything is checked before a hook is attached.
+        Raises InputError: layer out of range, wrong width, a vector or alpha that is not
+        finite, or no residual norm for the layer where `alpha_unit` needs it.
+        """
+        check_layer(layer_idx, self.blocks)
+        width = d_model(self.model)
+        if steering_vector.shape != (width,):
+            raise InputError(
+                f"steering_vector has shape {tuple(steering_vector.shape)}, expected ({width},), "
+                "the width of the model that is steered"
+            )
+        if not steering_vector.isfinite().all():
+            raise InputError("steering_vector has values that are not finite; extract it again in float32")
+        scale = self._alpha_scale(layer_idx)
+        vector = steering_vector.detach().float().to(self.model.device)
+        steering = _Steering(vector, _checked_alpha(alpha), scale)
+        self.clear_steering(layer_idx)
+        steering.handle = self.blocks[layer_idx].register_forward_hook(steering.hook)
+        self._steering[layer_idx] = steering
+
+    def set_alpha(self, alpha: float, layer_idx: int | None = None) -> None:
+        """Change the strength at one layer, or at all registered ones, keeping the vectors."""
+        for steering in self._chosen(layer_idx):
+            steering.alpha = _checked_alpha(alpha)
+
+    def deactivate(self) -> None:
+        """Stop adding anything, keeping vectors and strengths."""
+        for steering in self._steering.values():
+            steering.active = False
+
+    def activate(self) -> None:
+        """Add the registered vectors again after `deactivate`."""
+        for steering in self._steering.values():
+            steering.active = True
+
+    def clear_steering(self, layer_idx: int | None = None) -> None:
+        """Remove the hook at one layer, or all of them; a layer without one is left alone."""
+        if layer_idx is None:
+            _remove_hooks(self._steering)
+        elif layer_idx in self._steering:
+            _remove_hooks({layer_idx: self._steering.pop(layer_idx)})
+
+    def added_vector(self, layer_idx: int) -> Tensor:
+        """Return what is added at a layer now, (d,) float32, in units of the residual stream."""
+        (steering,) = self._chosen(layer_idx)
+        return steering.alpha * steering.scale * steering.active * steering.vector
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Return one continuation without its prompt; see `generate_batch`."""
+        return self.generate_batch([prompt], max_new_tokens, temperature, top_k, top_p, [seed])[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Return a continuation, without its prompt, for each prompt, in their order.
+
+        temperature: 0 means greedy decoding. top_k: 0 means no limit. top_p: 1 means no limit;
+        with top_k 0 the whole vocabulary is then sorted at each step, which is slow.
+        seeds: one a prompt, 0 if not given.
+        Raises InputError: no prompts, an empty one, one too long for the context, or an option
+        out of range.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise InputError("prompts must be a list with at least one string; for one use generate()")
+        row_seeds = [0] * len(prompts) if seeds is None else list(seeds)
+        if len(row_seeds) != len(prompts):
+            raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
+        tokens = [self._tokenise(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
+
+        def run(indices: list[int]) -> list[str]:
+            uniform = torch.stack(
+                [_row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices]
+            )
+            sampler = RowSampler(uniform, temperature, top_k, top_p)
+            return self._generate_tokens([tokens[i] for i in indices], max_new_tokens, sampler)
+
+        lengths = [len(ids) for ids in tokens]
+        return run_in_batches(run, lengths, self.batch_size, "generating", "text")
+
+    def _tokenise(self, index: int, prompt: str, max_new_tokens: int) -> list[int]:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"prompt {index} is empty or not a string ({prompt!r}); remove it")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        ids = self.tokenizer(prompt, verbose=False).input_ids
+        limit = context_length(self.model, self.tokenizer)
+        if len(ids) + max_new_tokens > limit:
+            raise InputError(
+                f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that exceeds "
+                f"the context of {limit}; shorten the prompt or lower max_new_tokens"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def _generate_tokens(
+        self, tokens: list[list[int]], max_new_tokens: int, sampler: "RowSampler"
+    ) -> list[str]:
+        pad_id = pad_token_id(self.tokenizer)
+        padded, mask = pad_tokens(tokens, pad_id, "left", self.model.device)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+            eos_token_id=self._end_tokens(),
+        )
+        output = self.model.generate(
+            input_ids=padded,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        continuations = output[:, padded.shape[1] :].tolist()
+        return [self._decode(prompt, new) for prompt, new in zip(tokens, continuations, strict=True)]
+
+    def _end_tokens(self) -> list[int] | None:
+        """Return the ids that end a text: the model's own and the tokenizer's."""
+        stated = self.model.generation_config.eos_token_id
+        ends = set(stated if isinstance(stated, list) else [stated])
+        return sorted((ends | {self.tokenizer.eos_token_id}) - {None}) or None
+
+    def _decode(self, prompt: list[int], new: list[int]) -> str:
+        """Return the text of the new tokens as it stands behind the prompt.
+
+        Decoding both and cutting the prompt off keeps the space that some tokenizers drop
+        from the first token of a text.
+        """
+        ends = set(self._end_tokens() or [])
+        kept = next((place for place, token in enumerate(new) if token in ends), len(new))
+        whole = self.tokenizer.decode([*prompt, *new[:kept]], skip_special_tokens=True)
+        return whole[len(self.tokenizer.decode(prompt, skip_special_tokens=True)) :]
+
+    def _alpha_scale(self, layer_idx: int) -> float:
+        if self.alpha_unit == "absolute":
+            return 1.0
+        if layer_idx not in self.residual_norms:
+            raise InputError(
+                f"alpha_unit 'residual_norm' needs the norm at layer {layer_idx}; pass "
+                f"residual_norms={{{layer_idx}: measure_residual_norm(activations).median}}"
+            )
+        return self.residual_norms[layer_idx]
+
+    def _chosen(self, layer_idx: int | None) -> list[_Steering]:
+        if layer_idx is None:
+            return list(self._steering.values())
+        if layer_idx not in self._steering:
+            raise InputError(
+                f"no steering is registered at layer {layer_idx} (registered: {sorted(self._steering)})"
+            )
+        return [self._steering[layer_idx]]
+
+
+class RowSampler(LogitsProcessor):
+    """Choose each row's next token from that row's own random numbers.
+
+    As the last logits processor of a greedy `generate`, it leaves the chosen token as the
+    only possible one. The choice inverts the cumulative distribution over tokens in
+    descending order of probability.
+
+    uniform: (rows, steps) numbers in [0, 1).
+    """
+
+    def __init__(self, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+        """Raises InputError for an option out of range."""
+        if not 0 <= temperature < float("inf"):
+            raise InputError(f"temperature is {temperature}, expected 0 or more")
+        if top_k < 0:
+            raise InputError(f"top_k is {top_k}, expected 0 (no limit) or more")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p is {top_p}, expected above 0 and at most 1")
+        self.uniform = uniform
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores of -inf but for the chosen token's 0, (rows, vocabulary)."""
+        if self.temperature == 0:
+            return scores
+        chosen = self.choose(scores, self.uniform[:, self.step].to(scores.device))
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
+
+    def choose(self, scores: Tensor, uniform: Tensor) -> Tensor:
+        """Return the chosen token of each row, (rows, 1), given one random number a row."""
+        size = scores.shape[-1]
+        values, tokens = scores.float().topk(min(self.top_k, size) if self.top_k else size, dim=-1)
+        probabilities = (values / self.temperature).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        if self.top_p < 1:
+            # A token stays while those before it hold less than top_p: the first always does.
+            probabilities = probabilities.where(cumulative - probabilities < self.top_p, 0.0)
+            cumulative = probabilities.cumsum(-1)
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        place = torch.searchsorted(cumulative, threshold, right=True)
+        n_possible = (probabilities > 0).sum(-1, keepdim=True)
+        return tokens.gather(1, place.minimum(n_possible - 1))
+
+
+def _row_uniforms(seed: int, prompt: str, n_steps: int) -> Tensor:
+    """Return (n_steps,) numbers in [0, 1) that depend on the seed and the prompt alone."""
+    key = hashlib.sha256(f"{seed}\x00{prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    return torch.rand(n_steps, generator=generator)
+
+
+def _checked_alpha(alpha: float) -> float:
+    if not torch.isfinite(torch.tensor(float(alpha))):
+        raise InputError(f"alpha is {alpha}, expected a finite number")
+    return float(alpha)
+
+
+def steering_error(
+    generator: SteeredGenerator,
+    layer_idx: int,
+    text: str,
+    read_block: Callable[[str], Tensor],
+) -> float:
+    """Return the largest deviation of (steered - unsteered) from alpha * v at a block, relative to |alpha * v|.
+
+    read_block: returns the (d,) output of block `layer_idx` at one position of the text, by
+    its own hook (for example `ActivationExtractor.extract`). Steering must be registered.
+    """
+    added = generator.added_vector(layer_idx).cpu()
+    steered = read_block(text)
+    generator.deactivate()
+    try:
+        unsteered = read_block(text)
+    finally:
+        generator.activate()
+    return ((steered - unsteered - added).abs().max() / added.abs().max()).item()
+
+
+def main() -> None:
+    """Check on a tiny model that steering is exact, changes text, and leaves no trace."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = ["Once upon a time", "Then"]
+    vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([tokenizer(prompts[0]).input_ids])
+    with torch.inference_mode():
+        before = model(tokens).logits
+    with SteeredGenerator(model, tokenizer) as generator:
+        plain = generator.generate_batch(prompts, max_new_tokens=12)
+        generator.register_steering(layer_idx=1, steering_vector=vector, alpha=3.0)
+        steered = generator.generate_batch(prompts, max_new_tokens=12)
+        single = [generator.generate(prompt, max_new_tokens=12) for prompt in prompts]
+        generator.set_alpha(0.0)
+        assert generator.generate_batch(prompts, max_new_tokens=12) == plain
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, before)
+    assert steered != plain and single == steered
+    print("steered_generation OK: batch equals single, alpha 0 equals unsteered, no hook left")
+
+
+if __name__ == "__main__":
+    main()
