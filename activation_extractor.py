@@ -14,7 +14,7 @@ Results are float32 on the CPU.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -70,10 +70,8 @@ def recorded_blocks(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[di
     with ExitStack() as stack:
         for layer_idx in layers:
             stack.enter_context(blocks[layer_idx].register_forward_hook(hook_for(layer_idx)))
-        try:
+        with suppress(_StopForward):
             yield recorded
-        except _StopForward:
-            pass
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,7 @@ class ActivationExtractor:
     max_length: longest text in tokens; longer ones are cut at the end and counted in
         `n_truncated`. None means the model's context.
     block_path: dotted path of the block list, for architectures that cannot be recognised.
+    n_tokens counts the tokens read so far.
     """
 
     def __init__(
@@ -253,7 +252,7 @@ class ActivationExtractor:
             return weights
         place = {"last": -1, "first": 0}.get(position, position)
         if isinstance(place, bool) or not isinstance(place, int):
-            raise InputError(f"position {position!r} is unknown; choose 'last', 'mean', 'first' or an integer")
+            raise InputError(f"position {position!r} is unknown; choose last, mean, first or an integer")
         if not -len(ids) <= place < len(ids):
             raise InputError(f"position {place} is out of range: text {index} has {len(ids)} tokens")
         weights[place] = 1.0
@@ -299,9 +298,7 @@ def split_half_cosine(positive: Tensor, negative: Tensor, n_splits: int = N_SPLI
         order = torch.randperm(len(positive), generator=generator)
         paired = len(positive) == len(negative)
         other = order if paired else torch.randperm(len(negative), generator=generator)
-        halves = [
-            positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1)
-        ]
+        halves = [positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1)]
         cosines.append(torch.cosine_similarity(halves[0], halves[1], dim=0).item())
     return sum(cosines) / n_splits
 

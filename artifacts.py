@@ -134,20 +134,19 @@ def load_if_current(
     return content
 
 
-def writable_folder(path: Path) -> Path:
-    """Create the folder if needed and prove that a file can be written there.
+def check_writable(path: Path) -> None:
+    """Raise InputError unless the folder, or the nearest one above that exists, accepts a file.
 
-    Raises InputError naming the folder and the reason.
+    Creates nothing, so that a run that is refused later leaves no trace.
     """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise InputError(
             f"output_dir {path} cannot be written ({error.strerror}); choose another with --output-dir"
         ) from error
-    return path
 
 
 def main() -> None:
@@ -158,7 +157,8 @@ def main() -> None:
         made_from = fingerprint({"layer_idx": 3}, vector)
         save_tensors(path, {"fingerprint": made_from, "vector": vector})
         loaded = load_if_current(load_tensors, path, made_from)
-        assert loaded is not None and torch.equal(loaded["vector"], vector)
+        assert loaded is not None
+        assert torch.equal(loaded["vector"], vector)
         assert load_if_current(load_tensors, path, fingerprint("other")) is None
         path.write_bytes(path.read_bytes()[:200])
         assert load_if_current(load_tensors, path, made_from) is None

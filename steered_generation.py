@@ -87,6 +87,7 @@ class SteeredGenerator:
     residual_norms: layer_idx -> norm, needed for `residual_norm`.
     batch_size: rows a batch; halved when memory runs out.
     block_path: dotted path of the block list, for architectures that cannot be recognised.
+    n_tokens counts the tokens generated so far.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class SteeredGenerator:
         self.alpha_unit = alpha_unit
         self.residual_norms = dict(residual_norms or {})
         self.batch_size = batch_size
+        self.n_tokens = 0
         self._steering: dict[int, _Steering] = {}
         weakref.finalize(self, _remove_hooks, self._steering)
 
@@ -139,7 +141,7 @@ class SteeredGenerator:
             )
         if not steering_vector.isfinite().all():
             raise InputError("steering_vector has values that are not finite; extract it again in float32")
-        scale = self._alpha_scale(layer_idx)
+        scale = self.alpha_scale(layer_idx)
         vector = steering_vector.detach().float().to(self.model.device)
         steering = _Steering(vector, _checked_alpha(alpha), scale)
         self.clear_steering(layer_idx)
@@ -210,9 +212,7 @@ class SteeredGenerator:
         tokens = [self._tokenise(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
 
         def run(indices: list[int]) -> list[str]:
-            uniform = torch.stack(
-                [_row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices]
-            )
+            uniform = torch.stack([_row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices])
             sampler = RowSampler(uniform, temperature, top_k, top_p)
             return self._generate_tokens([tokens[i] for i in indices], max_new_tokens, sampler)
 
@@ -251,7 +251,8 @@ class SteeredGenerator:
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
         )
-        continuations = output[:, padded.shape[1] :].tolist()
+        continuations = [self._until_end(new) for new in output[:, padded.shape[1] :].tolist()]
+        self.n_tokens += sum(len(new) for new in continuations)
         return [self._decode(prompt, new) for prompt, new in zip(tokens, continuations, strict=True)]
 
     def _end_tokens(self) -> list[int] | None:
@@ -260,18 +261,21 @@ class SteeredGenerator:
         ends = set(stated if isinstance(stated, list) else [stated])
         return sorted((ends | {self.tokenizer.eos_token_id}) - {None}) or None
 
+    def _until_end(self, new: list[int]) -> list[int]:
+        ends = set(self._end_tokens() or [])
+        return new[: next((place for place, token in enumerate(new) if token in ends), len(new))]
+
     def _decode(self, prompt: list[int], new: list[int]) -> str:
         """Return the text of the new tokens as it stands behind the prompt.
 
         Decoding both and cutting the prompt off keeps the space that some tokenizers drop
         from the first token of a text.
         """
-        ends = set(self._end_tokens() or [])
-        kept = next((place for place, token in enumerate(new) if token in ends), len(new))
-        whole = self.tokenizer.decode([*prompt, *new[:kept]], skip_special_tokens=True)
+        whole = self.tokenizer.decode([*prompt, *new], skip_special_tokens=True)
         return whole[len(self.tokenizer.decode(prompt, skip_special_tokens=True)) :]
 
-    def _alpha_scale(self, layer_idx: int) -> float:
+    def alpha_scale(self, layer_idx: int) -> float:
+        """Return what one unit of alpha is at a layer, in units of the residual stream."""
         if self.alpha_unit == "absolute":
             return 1.0
         if layer_idx not in self.residual_norms:
@@ -358,7 +362,7 @@ def steering_error(
     text: str,
     read_block: Callable[[str], Tensor],
 ) -> float:
-    """Return the largest deviation of (steered - unsteered) from alpha * v at a block, relative to |alpha * v|.
+    """Return how far steered minus unsteered is from alpha * v, in units of alpha * v (largest entries).
 
     read_block: returns the (d,) output of block `layer_idx` at one position of the text, by
     its own hook (for example `ActivationExtractor.extract`). Steering must be registered.
@@ -390,7 +394,8 @@ def main() -> None:
         assert generator.generate_batch(prompts, max_new_tokens=12) == plain
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, before)
-    assert steered != plain and single == steered
+    assert steered != plain
+    assert single == steered
     print("steered_generation OK: batch equals single, alpha 0 equals unsteered, no hook left")
 
 

@@ -1,0 +1,352 @@
+"""Measure steered text: fluency, repetition, trait strength (phase 5).
+
+Every metric of every text may be missing (an empty text, a judgement that failed, a persona
+without classifier). Missing is None, never a default, and is counted in the aggregation.
+
+The target's own perplexity rewards repetition loops; read it beside the repetition rate and
+the perplexity of an independent model.
+"""
+
+import inspect
+import logging
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from batching import run_in_batches
+from errors import InputError
+from gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
+from model_loading import context_length, pad_token_id, pad_tokens
+from tiny_models import tiny_model, tiny_tokenizer
+from trait_classifier import TraitClassifier
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+REPETITION_N = 3
+COLLAPSE_THRESHOLD = 0.5
+METRICS = (
+    "perplexity",
+    "independent_perplexity",
+    "repetition",
+    "is_collapsed",
+    "distinct_1",
+    "distinct_2",
+    "n_words",
+    "n_characters",
+    "trait_probability",
+    "gpt4_coherence_score",
+    "gpt4_trait_score",
+)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """All metrics of one text; None means missing.
+
+    perplexity: of the continuation given its prompt, by the evaluated model, unsteered.
+    independent_perplexity: the same by another model with its own tokenizer.
+    repetition: share of 3-grams of words and marks that occurred before in the text, 0 to 1.
+    is_collapsed: repetition over 0.5.
+    distinct_1, distinct_2: different uni- and bigrams / all of them (Li et al. 2016).
+    trait_probability: by the persona's classifier; classifier_auc is its cross-validated AUC.
+    gpt4_coherence_score, gpt4_trait_score: 1 to 5; gpt4_failure says why one is missing.
+    """
+
+    condition: str
+    persona: str | None
+    alpha: float | None
+    perplexity: float | None
+    independent_perplexity: float | None
+    repetition: float | None
+    is_collapsed: bool | None
+    distinct_1: float | None
+    distinct_2: float | None
+    n_words: int
+    n_characters: int
+    trait_probability: float | None
+    classifier_auc: float | None
+    gpt4_coherence_score: float | None
+    gpt4_trait_score: float | None
+    gpt4_failure: str | None
+
+
+class Evaluator:
+    """Evaluate texts that a model wrote.
+
+    model, tokenizer: the target, without steering; gives `perplexity`.
+    use_gpt4: ask `judge` (by default a GPTJudge that reads OPENAI_API_KEY) for both scores.
+    classifiers: persona -> TraitClassifier. descriptions: persona -> text for the trait judge.
+    independent: (model, tokenizer) for `independent_perplexity`.
+    batch_size: texts a batch for perplexity; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        use_gpt4: bool = False,
+        judge: GPTJudge | None = None,
+        classifiers: Mapping[str, TraitClassifier] | None = None,
+        descriptions: Mapping[str, str] | None = None,
+        independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        """Raises InputError: use_gpt4 without a judge and without a key."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.judge = (judge or GPTJudge()) if use_gpt4 else None
+        self.classifiers = dict(classifiers or {})
+        self.descriptions = dict(descriptions or {})
+        self.independent = independent
+        self.batch_size = batch_size
+
+    def evaluate_single(
+        self, prompt: str, output: str, condition: str, persona: str | None = None, alpha: float | None = None
+    ) -> EvaluationResult:
+        """Return the metrics of one continuation; see `evaluate_batch`."""
+        row = {"prompt": prompt, "output": output, "condition": condition, "persona": persona, "alpha": alpha}
+        return self.evaluate_batch([row])[0]
+
+    def evaluate_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[EvaluationResult]:
+        """Return the metrics of each row, in order.
+
+        rows: `prompt`, `output` (the continuation without the prompt), `condition`, and
+        optionally `persona` (whose trait is scored) and `alpha`.
+        """
+        prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
+        perplexities = self._perplexities((self.model, self.tokenizer), prompts, outputs)
+        independent = self._perplexities(self.independent, prompts, outputs)
+        traits = self._trait_probabilities(rows)
+        coherence, trait_judgements = self._judgements(rows)
+        results = []
+        for index, row in enumerate(rows):
+            classifier = self.classifiers.get(row.get("persona"))
+            results.append(
+                EvaluationResult(
+                    condition=row["condition"],
+                    persona=row.get("persona"),
+                    alpha=row.get("alpha"),
+                    perplexity=perplexities[index],
+                    independent_perplexity=independent[index],
+                    **repetition_metrics(outputs[index]),
+                    n_characters=len(outputs[index].strip()),
+                    trait_probability=traits[index],
+                    classifier_auc=classifier.auc if classifier else None,
+                    gpt4_coherence_score=coherence[index].score,
+                    gpt4_trait_score=trait_judgements[index].score,
+                    gpt4_failure=coherence[index].failure or trait_judgements[index].failure,
+                )
+            )
+        return results
+
+    def aggregate(self, results: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
+        """Return metrics by condition, persona and alpha; see `aggregate`."""
+        return aggregate([asdict(result) for result in results])
+
+    def _perplexities(
+        self,
+        scorer: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+        prompts: list[str],
+        outputs: list[str],
+    ) -> list[float | None]:
+        if scorer is None:
+            return [None] * len(prompts)
+        pairs = list(zip(prompts, outputs, strict=True))
+
+        def compute(unique: list[tuple[str, str]]) -> list[float | None]:
+            return continuation_perplexities(*scorer, *zip(*unique, strict=True), self.batch_size)
+
+        return _once_each(compute, pairs)
+
+    def _trait_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        scores: list[float | None] = [None] * len(rows)
+        for persona, classifier in self.classifiers.items():
+            places = [index for index, row in enumerate(rows) if row.get("persona") == persona]
+            found = classifier.score([rows[index]["output"] for index in places])
+            for index, score in zip(places, found, strict=True):
+                scores[index] = score
+        return scores
+
+    def _judgements(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Judgement], list[Judgement]]:
+        if self.judge is None:
+            return [Judgement(None)] * len(rows), [Judgement(None)] * len(rows)
+        texts = [COHERENCE_PROMPT.format(prompt=row["prompt"], output=row["output"]) for row in rows]
+        coherence = _once_each(self.judge.judge, texts)
+        with_persona = [index for index, row in enumerate(rows) if row.get("persona")]
+        asked = [
+            TRAIT_PROMPT.format(
+                name=rows[index]["persona"],
+                description=self.descriptions.get(rows[index]["persona"], ""),
+                prompt=rows[index]["prompt"],
+                output=rows[index]["output"],
+            )
+            for index in with_persona
+        ]
+        traits = [Judgement(None)] * len(rows)
+        for index, judgement in zip(with_persona, _once_each(self.judge.judge, asked), strict=True):
+            traits[index] = judgement
+        failed = sum(judgement.failure is not None for judgement in [*coherence, *traits])
+        if failed:
+            logger.warning("%d judgements failed and are missing", failed)
+        return coherence, traits
+
+
+def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence[Item]) -> list[Value]:
+    """Return `compute`'s value for each item, asking once for items that are equal.
+
+    The unsteered text is one row a persona, and costs as much as one.
+    """
+    unique = list(dict.fromkeys(items))
+    values = dict(zip(unique, compute(unique), strict=True)) if unique else {}
+    return [values[item] for item in items]
+
+
+def continuation_perplexities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    outputs: Sequence[str],
+    batch_size: int = 8,
+) -> list[float | None]:
+    """Return exp(mean negative log-likelihood) of each continuation's tokens given what precedes them.
+
+    A continuation's tokens are those after the longest common beginning of the tokenised
+    prompt and the tokenised whole, so a token across the seam belongs to the continuation.
+    None where no token is left to score. Texts longer than the context lose their beginning.
+    """
+    if len(prompts) != len(outputs):
+        raise InputError(f"got {len(prompts)} prompts and {len(outputs)} outputs; give one output a prompt")
+    limit = context_length(model, tokenizer)
+    pairs = [_split_tokens(tokenizer, *pair, limit) for pair in zip(prompts, outputs, strict=True)]
+    scored = [index for index, (tokens, start) in enumerate(pairs) if start < len(tokens)]
+    n_cut = sum(len(tokens) == limit for tokens, _ in pairs)
+    if n_cut:
+        logger.warning("%d texts exceed the context of %d tokens and lost their beginning", n_cut, limit)
+
+    def run(indices: list[int]) -> list[float]:
+        return _batch_perplexities(model, tokenizer, [pairs[scored[index]] for index in indices])
+
+    lengths = [len(pairs[index][0]) for index in scored]
+    found = run_in_batches(run, lengths, batch_size, "perplexity")
+    perplexities: list[float | None] = [None] * len(pairs)
+    for index, value in zip(scored, found, strict=True):
+        perplexities[index] = value
+    return perplexities
+
+
+def _split_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, output: str, limit: int
+) -> tuple[list[int], int]:
+    """Return the tokens of prompt + output and where the output's begin (1 or later)."""
+    before = tokenizer(prompt, verbose=False).input_ids
+    tokens = tokenizer(prompt + output, verbose=False).input_ids
+    start = next((i for i, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), None)
+    if start is None:
+        start = min(len(before), len(tokens))
+    cut = max(0, len(tokens) - limit)
+    return tokens[cut:], max(1, start - cut)
+
+
+@torch.inference_mode()
+def _batch_perplexities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], int]]
+) -> list[float]:
+    tokens, mask = pad_tokens([ids for ids, _ in pairs], pad_token_id(tokenizer), "right", model.device)
+    first = min(start for _, start in pairs) - 1
+    kept = torch.arange(first, tokens.shape[1] - 1, device=model.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # Logits of the prompt's tokens would take most of the memory and nobody reads them.
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+    else:
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, kept]
+    likelihood = token_log_likelihoods(logits, tokens[:, first + 1 :])
+    return [
+        math.exp(-likelihood[row, start - 1 - first : len(ids) - 1 - first].mean().item())
+        for row, (ids, start) in enumerate(pairs)
+    ]
+
+
+def token_log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p(token) at each place, (rows, places) float32, from logits (rows, places, vocabulary)."""
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def repetition_metrics(text: str) -> dict[str, Any]:
+    """Return repetition, is_collapsed, distinct_1, distinct_2 and n_words of a text.
+
+    Units are words and punctuation marks, lower case. A rate is None where the text has too
+    few units for it.
+    """
+    units = re.findall(r"\w+|[^\w\s]", text.casefold())
+    repetition = None if (ratio := _distinct(units, REPETITION_N)) is None else 1 - ratio
+    return {
+        "repetition": repetition,
+        "is_collapsed": None if repetition is None else repetition > COLLAPSE_THRESHOLD,
+        "distinct_1": _distinct(units, 1),
+        "distinct_2": _distinct(units, 2),
+        "n_words": sum(unit[0].isalnum() for unit in units),
+    }
+
+
+def _distinct(units: list[str], n: int) -> float | None:
+    grams = list(zip(*(units[start:] for start in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Group rows by condition, persona and alpha, in the order in which groups first appear.
+
+    Each metric becomes {mean, std, median, n, missing}: the sample standard deviation (n - 1),
+    None with fewer than two values; n counts values and `missing` the rows without one.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["condition"], row["persona"], row["alpha"]), []).append(row)
+    table = []
+    for (condition, persona, alpha), members in groups.items():
+        entry = {"condition": condition, "persona": persona, "alpha": alpha, "n": len(members)}
+        entry["classifier_auc"] = members[0]["classifier_auc"]
+        entry |= {metric: _summary([row[metric] for row in members]) for metric in METRICS}
+        table.append(entry)
+    return table
+
+
+def _summary(values: list[float | None]) -> dict[str, Any]:
+    present = [float(value) for value in values if value is not None and math.isfinite(value)]
+    return {
+        "mean": statistics.fmean(present) if present else None,
+        "std": statistics.stdev(present) if len(present) > 1 else None,
+        "median": statistics.median(present) if present else None,
+        "n": len(present),
+        "missing": len(values) - len(present),
+    }
+
+
+def main() -> None:
+    """Check on a tiny model: batched perplexity equals one by one, and a loop counts as collapsed."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = ["The sea is", "Rain", "A long beginning of a text"]
+    outputs = [" blue and wide.", " falls.", " and its end."]
+    together = continuation_perplexities(model, tokenizer, prompts, outputs, batch_size=3)
+    alone = continuation_perplexities(model, tokenizer, prompts, outputs, batch_size=1)
+    assert all(abs(a - b) < 1e-3 * b for a, b in zip(together, alone, strict=True))
+    loop = Evaluator(model, tokenizer).evaluate_single("He said", " no no no no no no no no", "baseline")
+    assert loop.is_collapsed
+    assert loop.trait_probability is None
+    varied = repetition_metrics("One fine day the ship left port and nobody saw it again.")
+    assert not varied["is_collapsed"]
+    print(f"evaluation OK: perplexity {together[0]:.1f}, loop repetition {loop.repetition:.2f}")
+
+
+if __name__ == "__main__":
+    main()

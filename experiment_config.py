@@ -1,0 +1,221 @@
+"""The configuration of an experiment: one validated model, read from a dictionary or a file.
+
+Modules take plain arguments; only `run_experiment.py` knows this model. Unknown keys and
+values out of range are errors that name the key. Defaults are the specification's, except
+where METHODOLOGY.md says why not.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from baseline_methods import METHODS
+from errors import InputError
+from personas import Persona, load_persona, load_prompts, shipped_personas
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+Method = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PersonaDefinition(_Strict):
+    """A persona given in the configuration; see `personas.load_persona`."""
+
+    description: str = ""
+    positive_texts: list[Text]
+    negative_texts: list[Text]
+    labelled_positive_texts: list[Text] = []
+    labelled_negative_texts: list[Text] = []
+
+
+class JudgeConfig(_Strict):
+    """The chat model that judges when `use_gpt4` is true."""
+
+    model: Text = "gpt-4o"
+    base_url: str | None = None
+    api_key_env: Text = "OPENAI_API_KEY"
+    max_workers: Count = 4
+    usd_per_million_tokens: Annotated[float, Field(ge=0)] = 2.5
+
+
+class ExperimentConfig(_Strict):
+    """All settings of a run.
+
+    Models: `source_model` and `target_model` are what `model_loading.load_model` takes.
+    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart.
+    Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
+    block-output norm without massive dimensions * v. Vectors have unit norm.
+    """
+
+    source_model: Text
+    target_model: Text
+    output_dir: Text
+    layer_idx: Layer | None = None
+    source_layer_idx: Layer | None = None
+    target_layer_idx: Layer | None = None
+    source_block_path: str | None = None
+    target_block_path: str | None = None
+    trust_remote_code: bool = False
+    device: Text = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    neutral_text: Text = "wikitext-103"
+    n_training_samples: Annotated[int, Field(ge=10)] = 5000
+    lambda_values: Annotated[list[Positive], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
+    lambda_unit: Literal["absolute", "relative"] = "absolute"
+    n_folds: Annotated[int, Field(ge=2)] = 5
+
+    personas: list[Text] | None = None
+    persona_datasets: dict[str, PersonaDefinition] = {}
+    persona_position: Literal["last", "mean"] = "last"
+
+    methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
+    n_test_prompts: Count = 30
+    test_prompts: Annotated[list[Text], Field(min_length=1)] | None = None
+    alpha_values: Annotated[list[float], Field(min_length=1)] = [0.5, 1.0, 2.0, 3.0, 5.0]
+    alpha_unit: Literal["absolute", "residual_norm"] = "absolute"
+    n_seeds: Count = 3
+    seed: int = 0
+    max_new_tokens: Count = 100
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 50
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    use_gpt4: bool = False
+    judge: JudgeConfig = JudgeConfig()
+    independent_perplexity: bool = True
+
+    extraction_batch_size: Count = 8
+    generation_batch_size: Count = 32
+    evaluation_batch_size: Count = 8
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ExperimentConfig":
+        for side in ("source", "target"):
+            if self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
+                raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
+        for name in ("alpha_values", "lambda_values", "methods"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} holds a value twice: {values}")
+        if any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in self.alpha_values):
+            raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
+        if not self.persona_names:
+            raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
+        return self
+
+    @property
+    def source_layer(self) -> int:
+        """Decoder block of the source whose output is read."""
+        return self.layer_idx if self.source_layer_idx is None else self.source_layer_idx
+
+    @property
+    def target_layer(self) -> int:
+        """Decoder block of the target whose output is read and steered."""
+        return self.layer_idx if self.target_layer_idx is None else self.target_layer_idx
+
+    @property
+    def persona_names(self) -> list[str]:
+        """Personas to run: `personas` (the specification's three by default), then those defined here."""
+        listed = ["silly", "formal", "concise"] if self.personas is None else self.personas
+        return list(dict.fromkeys([*listed, *self.persona_datasets]))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of generation."""
+        return list(range(self.seed, self.seed + self.n_seeds))
+
+    def load_personas(self) -> list[Persona]:
+        """Return the personas to run. Raises InputError: unknown name, or a side without texts."""
+        return [self._load_persona(name) for name in self.persona_names]
+
+    def _load_persona(self, name: str) -> Persona:
+        definition = self.persona_datasets.get(name)
+        return load_persona(name, definition and definition.model_dump())
+
+    def load_test_prompts(self) -> list[str]:
+        """Return `n_test_prompts` prompts. Raises InputError: too few, or one is there twice."""
+        prompts = self.test_prompts or load_prompts("test")
+        if len(prompts) < self.n_test_prompts:
+            raise InputError(
+                f"n_test_prompts is {self.n_test_prompts} but there are {len(prompts)} prompts; lower it "
+                "or give more in test_prompts"
+            )
+        if len(set(prompts)) != len(prompts):
+            raise InputError("test_prompts holds a prompt twice; remove one")
+        return prompts[: self.n_test_prompts]
+
+
+def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> ExperimentConfig:
+    """Return a validated configuration from a dictionary or a JSON file.
+
+    Raises InputError, in one or two lines: no such file, not JSON, an unknown key (with the
+    nearest known one), or a value that is missing or out of range.
+    """
+    if isinstance(config, ExperimentConfig):
+        return config
+    if not isinstance(config, dict):
+        config = _read_config(Path(config))
+    try:
+        return ExperimentConfig.model_validate(config)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
+        raise InputError("; ".join(problems[:2]) + more) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"configuration {path} cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration {path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"configuration {path} is a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(ExperimentConfig.model_fields) if len(problem["loc"]) == 1 else []
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see README.md for the known keys"
+        return f"configuration key {key!r} is unknown; {hint}"
+    if problem["type"] == "missing":
+        return f"configuration key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"configuration key {key!r} is {str(problem['input'])[:80]!r}: {message}"
+
+
+def main() -> None:
+    """Check that the shipped configurations are valid and that typing errors are named."""
+    folder = Path(__file__).parent
+    paths = [folder / "example_config.json", *sorted((folder / "configs").glob("*.json"))]
+    for path in paths:
+        config = load_config(path)
+        assert config.load_personas(), path
+        assert config.load_test_prompts(), path
+    message = ""
+    try:
+        load_config({"source_model": "a", "target_model": "b", "output_dir": "c", "layer_ix": 3})
+    except InputError as error:
+        message = str(error)
+    assert "'layer_idx'" in message
+    print(f"experiment_config OK: {len(paths)} shipped configurations are valid")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The debugging checklist as code: run before the experiment, written to preflight.json (phase 1).
+
+A technical check that fails stops the run, since every later number would be wrong. A check of
+the experiment's premises (stable vectors, a fluent baseline, an oracle that works) that fails
+is repeated in the summary: what follows may be true, and a negative result is one.
+"""
+
+import logging
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activation_extractor import ActivationExtractor, PersonaVector, block_output
+from errors import InputError
+from evaluation import continuation_perplexities, repetition_metrics
+from steered_generation import SteeredGenerator, steering_error
+from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+from trait_classifier import TraitClassifier
+
+logger = logging.getLogger(__name__)
+
+EXACT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+MIN_SPLIT_HALF_COSINE = 0.5
+MIN_ORACLE_EFFECT = 0.05
+MAX_FLUENT_RATIO = 0.5
+MAX_COLLAPSE_RATE = 0.2
+PROBE = "The committee met on Tuesday to discuss the new bridge over the river."
+LONGER_PROBE = f"{PROBE} Nobody could say how long the work would take or what it would cost."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One item of the checklist. status: `pass`, `fail` or `pending`."""
+
+    name: str
+    technical: bool
+    status: str
+    detail: str
+    remedy: str
+
+
+class PreflightError(RuntimeError):
+    """A technical check failed: numbers made now would be wrong."""
+
+
+def _check(name: str, passed: bool, detail: str, remedy: str, technical: bool = False) -> Check:
+    return Check(name, technical, "pass" if passed else "fail", detail, "" if passed else remedy)
+
+
+def raise_on_technical_failure(checks: Sequence[Check]) -> None:
+    """Raise PreflightError that names every technical check that failed and what to try."""
+    failed = [check for check in checks if check.technical and check.status == "fail"]
+    if failed:
+        reasons = "; ".join(f"{check.name}: {check.detail}. Try: {check.remedy}" for check in failed)
+        raise PreflightError(f"preflight failed: {reasons}")
+
+
+def check_extraction(side: str, extractor: ActivationExtractor) -> list[Check]:
+    """Check width, and that extraction equals the block's output in a plain forward pass.
+
+    The plain pass has no padding, does not stop early, and records with a hook of its own.
+    """
+    recorded: list[Tensor] = []
+    block = extractor.blocks[extractor.layer_idx]
+    with (
+        block.register_forward_hook(lambda module, args, output: recorded.append(block_output(output))),
+        torch.inference_mode(),
+    ):
+        tokens = torch.tensor([extractor.tokenizer(PROBE).input_ids], device=extractor.model.device)
+        extractor.model(tokens, use_cache=False)
+    plain = recorded[0][0, -1].float().cpu()
+    extracted = extractor.extract_batch([PROBE, LONGER_PROBE], "last")[0]
+    width = len(plain)
+    difference = ((extracted - plain).abs().max() / plain.abs().max()).item()
+    tolerance = EXACT_TOLERANCE[extractor.model.dtype]
+    return [
+        _check(
+            f"{side}_width",
+            width == extractor.d_model,
+            f"block {extractor.layer_idx} of {len(extractor.blocks)} writes {width} dimensions, the "
+            f"configuration says {extractor.d_model}",
+            f"name the decoder blocks with {side}_block_path",
+            technical=True,
+        ),
+        _check(
+            f"{side}_extraction",
+            difference < tolerance,
+            f"extraction differs from a plain forward pass at the last token by {difference:.1e} (relative)",
+            "load the model in float32, or report this architecture",
+            technical=True,
+        ),
+    ]
+
+
+def check_steering(
+    generator: SteeredGenerator, extractor: ActivationExtractor, vector: Tensor
+) -> list[Check]:
+    """Check that steering adds exactly alpha * v where extraction reads, reaches the logits, and ends."""
+    model, layer_idx = generator.model, extractor.layer_idx
+    tokens = torch.tensor([generator.tokenizer(PROBE).input_ids], device=model.device)
+    with torch.inference_mode():
+        before = model(tokens).logits
+        # As long as the block's own output, so that rounding does not hide the vector.
+        alpha = extractor.extract(PROBE).norm().item() / generator.alpha_scale(layer_idx)
+        generator.register_steering(layer_idx, vector, alpha)
+        error = steering_error(generator, layer_idx, PROBE, extractor.extract)
+        steered = model(tokens).logits
+        generator.clear_steering()
+        after = model(tokens).logits
+    return [
+        _check(
+            "steering_hook",
+            error < EXACT_TOLERANCE[model.dtype] and not torch.equal(steered, before),
+            f"steered minus unsteered output of block {layer_idx} differs from alpha * v by {error:.1e} "
+            "(relative)",
+            "check that the hook is on the right module: set target_block_path",
+            technical=True,
+        ),
+        _check(
+            "steering_removed",
+            torch.equal(after, before),
+            "logits after clear_steering equal those before",
+            "another hook is on the model; load it afresh",
+            technical=True,
+        ),
+    ]
+
+
+def check_vectors(side: str, vectors: Mapping[str, PersonaVector]) -> list[Check]:
+    """Check unit norm and that two halves of the texts give similar vectors."""
+    norms = {name: vector.vector.norm().item() for name, vector in vectors.items()}
+    cosines = {name: vector.split_half_cosine for name, vector in vectors.items()}
+    known = [value for value in cosines.values() if value is not None]
+    shown = ", ".join(
+        f"{name} n/a" if value is None else f"{name} {value:.2f}" for name, value in cosines.items()
+    )
+    return [
+        _check(
+            f"{side}_vector_norm",
+            all(abs(norm - 1) < 1e-4 for norm in norms.values()),
+            f"norms between {min(norms.values()):.5f} and {max(norms.values()):.5f}",
+            "extract the persona vectors again",
+            technical=True,
+        ),
+        _check(
+            f"{side}_vector_stability",
+            len(known) == len(cosines) and min(known) >= MIN_SPLIT_HALF_COSINE,
+            f"split-half cosines: {shown}",
+            f"give more extraction texts (8 or more a side; wanted {MIN_SPLIT_HALF_COSINE}), another "
+            "layer, or persona_position 'mean'",
+        ),
+    ]
+
+
+def check_baseline(scorer: tuple[Any, Any], prompts: Sequence[str], outputs: Sequence[str]) -> Check:
+    """Check that unsteered text is fluent: few loops, and far likelier than its own words shuffled.
+
+    scorer: (model, tokenizer) that gives the perplexity.
+    """
+    rng = random.Random(0)
+    shuffled = [" " + " ".join(rng.sample(words := output.split(), len(words))) for output in outputs]
+    plain = _median(continuation_perplexities(*scorer, prompts, outputs))
+    mixed = _median(continuation_perplexities(*scorer, prompts, shuffled))
+    collapsed = [repetition_metrics(output)["is_collapsed"] for output in outputs]
+    rate = sum(value is not False for value in collapsed) / len(collapsed)
+    ratio = plain / mixed if plain is not None and mixed else float("inf")
+    return _check(
+        "baseline_fluent",
+        ratio < MAX_FLUENT_RATIO and rate <= MAX_COLLAPSE_RATE,
+        f"median perplexity is {ratio:.2f} of that of the same words shuffled; {rate:.0%} collapsed or empty",
+        "check the model and its dtype (Gemma-3 overflows in float16), or lower the temperature",
+    )
+
+
+def check_oracle(
+    classifiers: Mapping[str, TraitClassifier],
+    unsteered: Sequence[str],
+    steered: Mapping[str, Mapping[float, Sequence[str]]],
+) -> list[Check]:
+    """Check for each persona that the target's own vector raises the trait at some alpha.
+
+    unsteered: texts. steered: persona -> alpha -> texts of the same prompts.
+    """
+    checks = []
+    for persona, by_alpha in steered.items():
+        if persona not in classifiers:
+            checks.append(
+                Check(
+                    f"oracle_moves_{persona}",
+                    False,
+                    "pending",
+                    "no classifier: not checked",
+                    "give the persona labelled texts",
+                )
+            )
+            continue
+        score = classifiers[persona].score
+        before = _mean(score(unsteered))
+        effects = {alpha: _mean(score(texts)) - before for alpha, texts in by_alpha.items()}
+        shown = ", ".join(f"{effect:+.2f} at alpha {alpha:g}" for alpha, effect in effects.items())
+        checks.append(
+            _check(
+                f"oracle_moves_{persona}",
+                max(effects.values()) >= MIN_ORACLE_EFFECT,
+                f"trait probability unsteered {before:.2f}, change {shown} ({len(unsteered)} texts)",
+                f"other alpha_values (wanted {MIN_ORACLE_EFFECT:+.2f}), another target layer, or a model "
+                "that can show this trait: without a working oracle there is nothing to recover",
+            )
+        )
+    return checks
+
+
+def check_lambda(lambda_values: Sequence[float], cv: Mapping[str, Any] | None) -> Check:
+    """Check that lambda is chosen by cross-validation; pending until phase 2 has run.
+
+    cv: `RidgeMapping.cv`, or None before phase 2.
+    """
+    name, grid = "lambda_by_cross_validation", f"{len(lambda_values)} values"
+    widen = "widen lambda_values beyond the best one"
+    if len(lambda_values) < 2:
+        return _check(name, False, "lambda_values has a single value", "give several values")
+    if cv is None:
+        return Check(name, False, "pending", f"{grid}, to be chosen in phase 2", "")
+    detail = (
+        f"{cv['best_lambda']:g} of {grid}, held-out R2 {cv['best_r2']:.3f}, shuffled {cv['shuffled_r2']:.3f}"
+    )
+    if cv["best_at_edge"]:
+        return _check(name, False, f"{detail}: at the edge of the grid", widen)
+    better = cv["best_r2"] > max(0.0, cv["shuffled_r2"])
+    return _check(name, better, detail, "check that both models read the same texts; try more samples")
+
+
+def report(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """Return the checks as dictionaries for JSON, and log one line each."""
+    for check in checks:
+        level = logging.WARNING if check.status == "fail" else logging.INFO
+        remedy = f" Try: {check.remedy}" if check.status == "fail" else ""
+        logger.log(level, "preflight %-7s %s: %s.%s", check.status, check.name, check.detail, remedy)
+    return [asdict(check) for check in checks]
+
+
+def failures(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each failed check, for the summary."""
+    return [
+        f"preflight: {check['name']} failed: {check['detail']}. Try: {check['remedy']}"
+        for check in checks
+        if check["status"] == "fail"
+    ]
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.median(present) if present else None
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    if not present:
+        raise InputError("every text of the preflight is empty; check the target model and max_new_tokens")
+    return statistics.fmean(present)
+
+
+def main() -> None:
+    """Check on a tiny model that a sound set-up passes and that wrong hooks and noise are noticed."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    extractor = ActivationExtractor(model, tokenizer, layer_idx=1)
+    vector = torch.nn.functional.normalize(torch.ones(D_MODEL), dim=0)
+    generator = SteeredGenerator(model, tokenizer)
+    sound = check_extraction("target", extractor) + check_steering(generator, extractor, vector)
+    assert all(check.status == "pass" for check in sound), sound
+    elsewhere = SteeredGenerator(model, tokenizer)
+    elsewhere.blocks = torch.nn.ModuleList([elsewhere.blocks[0]] * 4)
+    wrong = check_steering(elsewhere, extractor, vector)
+    assert wrong[0].status == "fail"
+    assert "target_block_path" in wrong[0].remedy
+    noisy = PersonaVector(vector, 1.0, 0.02, 12, 12)
+    assert [check.status for check in check_vectors("source", {"noise": noisy})] == ["pass", "fail"]
+    loops = ["no " * 20] * 4
+    assert check_baseline((model, tokenizer), ["He said"] * 4, loops).status == "fail"
+    print("preflight OK: sound steering passes; a wrong block, a noisy vector and loops fail")
+
+
+if __name__ == "__main__":
+    main()

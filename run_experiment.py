@@ -1,0 +1,830 @@
+"""Run the whole experiment: does a persona found in one model work in another?
+
+    python run_experiment.py --config example_config.json
+
+Five phases run in sequence and leave artifacts in the output directory: setup, mapping,
+personas, generation, evaluation. A second run makes only what is missing or was made from
+other inputs, down to the single generated text. Bad input ends with a message of one or two
+lines and exit status 2; a failed preflight with exit status 1.
+"""
+
+import argparse
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import preflight
+from activation_extractor import ActivationExtractor, PersonaVector, ResidualNorm, measure_residual_norm
+from artifacts import (
+    check_writable,
+    fingerprint,
+    load_if_current,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
+from baseline_methods import BaselineTransfer
+from errors import InputError
+from evaluation import Evaluator, aggregate
+from experiment_config import ExperimentConfig, load_config
+from figures import coherence_trait_figure, figure_fingerprint, mapping_figure, save_figure
+from gpt_judge import TOKENS_PER_JUDGEMENT, GPTJudge
+from model_loading import load_model, model_fingerprint, quiet_transformers
+from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
+from personas import Persona, load_persona, load_prompts, shipped_personas
+from ridge_mapping import RidgeMapping
+from steered_generation import SteeredGenerator
+from summary import format_table
+from trait_classifier import TraitClassifier, auc_notes, train_trait_classifiers
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+EVALUATION_CHUNK = 240
+DRY_RUN_TEXTS = 16
+DRY_RUN_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models with what reads it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    extractor: ActivationExtractor
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the grid: everything about a generation but its prompt and seed.
+
+    origin: fingerprint of what the added vector and its scale are made from.
+    """
+
+    condition: str
+    persona: str | None
+    alpha: float | None
+    origin: str
+
+
+class PersonaTransferExperiment:
+    """The five phases of one configuration.
+
+    config: a dictionary, a path to a JSON file, or an ExperimentConfig.
+    fresh: ignore artifacts of earlier runs and replace them.
+    Raises InputError for a configuration, persona, prompt or output directory that cannot be used.
+    """
+
+    PHASES = ("setup", "learn_mapping", "extract_personas", "generate", "evaluate")
+
+    def __init__(self, config: dict[str, Any] | str | Path | ExperimentConfig, fresh: bool = False) -> None:
+        self.config = load_config(config)
+        self.fresh = fresh
+        self.output_dir = Path(self.config.output_dir)
+        self.personas = self.config.load_personas()
+        self.prompts = self.config.load_test_prompts()
+        self._check_prompts()
+        judge = self.config.judge
+        self.judge = (
+            GPTJudge(judge.model, judge.base_url, judge.api_key_env, judge.max_workers)
+            if self.config.use_gpt4
+            else None
+        )
+        self.notes: list[str] = []
+        check_writable(self.output_dir)
+
+    def run(self, phase: int | None = None) -> list[dict[str, Any]]:
+        """Run all phases, or phase 1 to 5 alone on what earlier phases left.
+
+        Returns the aggregated table (empty unless phase 5 ran).
+        Raises InputError: bad input, or a phase alone whose predecessors have not run;
+        PreflightError: a technical check failed.
+        """
+        chosen = range(1, 6) if phase is None else [phase]
+        self.source, self.target  # noqa: B018  load and check both before anything is written
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with self._logging_to_file():
+            for number in chosen:
+                started = time.perf_counter()
+                name = self.PHASES[number - 1]
+                logger.info("phase %d: %s", number, name.replace("_", " "))
+                headline = getattr(self, name)()
+                seconds = time.perf_counter() - started
+                logger.info("phase %d done in %.0f s: %s", number, seconds, headline)
+            if 5 not in chosen:
+                return []
+            table = self.aggregated["conditions"]
+            logger.info("result\n\n%s\n", format_table(table))
+            self._log_closing()
+        return table
+
+    # Phase 1
+
+    def setup(self) -> str:
+        """Write config.json and run the preflight. Returns a headline."""
+        save_json(self.output_dir / "config.json", self.config.model_dump())
+        path = self.output_dir / "preflight.json"
+        made_from = self._preflight_fingerprint
+        done = self._load_current(load_json, path, made_from)
+        if done is None:
+            checks = preflight.report(self._preflight_checks())
+            done = {"fingerprint": made_from, "environment": _environment(), "checks": checks}
+            save_json(path, done)
+            preflight.raise_on_technical_failure([preflight.Check(**check) for check in checks])
+        passed = sum(check["status"] == "pass" for check in done["checks"])
+        return f"{passed} of {len(done['checks'])} preflight checks passed, {path}"
+
+    def _preflight_checks(self) -> list[preflight.Check]:
+        sides = (self.source, self.target)
+        vectors = {side.name: self._persona_vectors(side) for side in sides}
+        generator = self._generator({})
+        first = next(iter(vectors["target"].values())).vector
+        checks = [check for side in sides for check in preflight.check_extraction(side.name, side.extractor)]
+        unit_generator = SteeredGenerator(
+            self.target.model, self.target.tokenizer, block_path=self.config.target_block_path
+        )
+        checks += preflight.check_steering(unit_generator, self.target.extractor, first)
+        checks += [check for name in vectors for check in preflight.check_vectors(name, vectors[name])]
+        preflight.raise_on_technical_failure(checks)
+
+        prompts = load_prompts("development")
+        unsteered = self._write(generator, prompts, self.config.seeds[:1])
+        checks.append(preflight.check_baseline(self._perplexity_scorer, prompts, unsteered))
+        norm = measure_residual_norm(self._activations(self.target, self.neutral_texts[:256]))
+        steered = {
+            name: {
+                alpha: self._write(
+                    self._generator({self.config.target_layer: norm}),
+                    prompts,
+                    self.config.seeds[:1],
+                    vector.vector,
+                    alpha,
+                )
+                for alpha in _spread(self.config.alpha_values)
+            }
+            for name, vector in vectors["target"].items()
+        }
+        checks += preflight.check_oracle(self.classifiers, unsteered, steered)
+        checks.append(preflight.check_lambda(self.config.lambda_values, None))
+        return checks
+
+    # Phase 2
+
+    def learn_mapping(self) -> str:
+        """Extract paired activations, choose lambda and fit the map. Returns a headline."""
+        mapping = self._load_mapping()
+        if mapping is None:
+            pairs = self._load_pairs() or self._extract_pairs()
+            mapping = self._fit_mapping(pairs)
+        cv = mapping.cv
+        figure_path = self.output_dir / "mapping_analysis.png"
+        if self.fresh or figure_fingerprint(figure_path) != self._mapping_fingerprint:
+            figure = mapping_figure(mapping.analyze(), cv)
+            save_figure(figure, figure_path, self._mapping_fingerprint)
+        self._complete_preflight(cv)
+        self.mapping = mapping
+        return (
+            f"{cv['n_rows']} pairs from {cv['n_groups']} documents, lambda {cv['best_lambda']:g} "
+            f"({cv['lambda_unit']}), held-out R2 {cv['best_r2']:.3f} "
+            f"(median dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs "
+            f"{cv['shuffled_r2']:.3f}), {self.output_dir / 'ridge_mapping.pt'}"
+        )
+
+    def _extract_pairs(self) -> dict[str, Any]:
+        activations = {}
+        for side in (self.source, self.target):
+            activations[side.name] = self._activations(side, self.neutral_texts)
+        pairs = {
+            "fingerprint": self._pairs_fingerprint,
+            "H_source": activations["source"],
+            "H_target": activations["target"],
+            "texts": [item.text for item in self.neutral_texts],
+            "documents": [item.document for item in self.neutral_texts],
+        }
+        save_tensors(self.output_dir / "training_data.pt", pairs)
+        return pairs
+
+    def _fit_mapping(self, pairs: dict[str, Any]) -> RidgeMapping:
+        config = self.config
+        H_source, H_target = pairs["H_source"], pairs["H_target"]
+        mapping = RidgeMapping(H_source.shape[1], H_target.shape[1], config.lambda_unit)
+        numbers = {document: index for index, document in enumerate(dict.fromkeys(pairs["documents"]))}
+        groups = [numbers[document] for document in pairs["documents"]]
+        mapping.cross_validate(
+            H_source, H_target, config.lambda_values, config.n_folds, groups=groups, seed=config.seed
+        )
+        mapping.save(self.output_dir / "ridge_mapping.pt", self._mapping_fingerprint)
+        results = {"fingerprint": self._mapping_fingerprint, **mapping.cv, "analysis": mapping.analyze()}
+        save_json(self.output_dir / "cv_results.json", results)
+        return mapping
+
+    def _complete_preflight(self, cv: dict[str, Any]) -> None:
+        """Put the chosen lambda into preflight.json, in place of the pending check."""
+        path = self.output_dir / "preflight.json"
+        done = self._load_current(load_json, path, self._preflight_fingerprint)
+        if done is not None:
+            check = preflight.check_lambda(self.config.lambda_values, cv)
+            kept = [entry for entry in done["checks"] if entry["name"] != check.name]
+            save_json(path, {**done, "checks": [*kept, asdict(check)]})
+
+    # Phase 3
+
+    def extract_personas(self) -> str:
+        """Extract each persona from both models and carry it over in every way. Returns a headline."""
+        path, made_from = self.output_dir / "persona_vectors.pt", self._personas_fingerprint
+        content = self._load_current(load_tensors, path, made_from)
+        if content is None:
+            content = {"fingerprint": made_from, **self._transfer_personas()}
+            save_tensors(path, content)
+        self.persona_vectors = content
+        report = {key: content[key] for key in ("fingerprint", "personas", "residual_norm")}
+        save_json(self.output_dir / "persona_similarities.json", report)
+        lines = [
+            f"{name}: "
+            + ", ".join(f"{method} {cosine:.2f}" for method, cosine in entry["cosine_to_oracle"].items())
+            + f"; without massive dimensions ridge_mapped {entry['cosine_without_massive']:.2f}, to other "
+            + f"personas' oracles at most {_shown(entry['highest_cosine_to_other_oracles'])}"
+            for name, entry in content["personas"].items()
+        ]
+        logger.info("cosines to the oracle\n  %s", "\n  ".join(lines))
+        norm = ResidualNorm(**content["residual_norm"])
+        logger.info(
+            "median block-output norm of the target %.4g, %.4g without the massive dimensions %s; "
+            "alpha 1 (%s) adds a norm of %.4g",
+            norm.median_with_massive,
+            norm.median,
+            norm.massive_dimensions,
+            self.config.alpha_unit,
+            self._generator({self.config.target_layer: norm}).alpha_scale(self.config.target_layer),
+        )
+        return f"{len(lines)} personas, {path}"
+
+    def _transfer_personas(self) -> dict[str, Any]:
+        mapping = self._require("mapping", self._load_mapping, 2, "ridge_mapping.pt")
+        pairs = self._require("pairs", self._load_pairs, 2, "training_data.pt")
+        norm = measure_residual_norm(pairs["H_target"])
+        source, target = self._persona_vectors(self.source), self._persona_vectors(self.target)
+        baseline = BaselineTransfer(mapping.d_source, mapping.d_target, self.config.seed)
+        vectors = {
+            name: baseline.apply_all_baselines(source[name].vector, target[name].vector, mapping)
+            for name in source
+        }
+        oracles = {name: _without(vectors[name]["oracle"], norm.massive_dimensions) for name in vectors}
+        report = {}
+        for name in vectors:
+            mapped = _without(vectors[name]["ridge_mapped"], norm.massive_dimensions)
+            others = [_cosine(mapped, oracle) for other, oracle in oracles.items() if other != name]
+            report[name] = {
+                "cosine_to_oracle": baseline.compare_to_oracle(
+                    source[name].vector, target[name].vector, mapping
+                ),
+                "cosine_without_massive": _cosine(mapped, oracles[name]),
+                "highest_cosine_to_other_oracles": max(others, default=None),
+                "source": _persona_numbers(source[name]),
+                "target": _persona_numbers(target[name]),
+            }
+        return {
+            "source_vectors": {name: source[name].vector for name in source},
+            "vectors": vectors,
+            "personas": report,
+            "residual_norm": asdict(norm),
+        }
+
+    # Phase 4
+
+    def generate(self) -> str:
+        """Write every text of the grid that earlier runs have not written. Returns a headline."""
+        content = self._require("persona_vectors", self._load_persona_vectors, 3, "persona_vectors.pt")
+        norm = ResidualNorm(**content["residual_norm"])
+        generator = self._generator({self.config.target_layer: norm})
+        cells = self._grid()
+        path = self.output_dir / "generation_results.json"
+        known = self._known_rows(path)
+        wanted = [(cell, self._planned_rows(cell)) for cell in cells]
+        planned = [row for _, rows in wanted for row in rows]
+        total, missing = len(planned), sum(row["key"] not in known for row in planned)
+        logger.info("%d generations, %d of them already there", total, total - missing)
+        started = time.perf_counter()
+        with tqdm(total=missing, desc="generating", unit="text", disable=None) as progress:
+            for cell, rows in wanted:
+                new = [row for row in rows if row["key"] not in known]
+                if not new:
+                    continue
+                vector = content["vectors"][cell.persona][cell.condition] if cell.persona else None
+                prompts, seeds = [row["prompt"] for row in new], [row["seed"] for row in new]
+                outputs = self._write_rows(generator, prompts, seeds, vector, cell.alpha)
+                for row, output in zip(new, outputs, strict=True):
+                    known[row["key"]] = {**row, "output": output}
+                self._save_rows(path, planned, known)
+                progress.update(len(new))
+        self._save_rows(path, planned, known)
+        seconds = time.perf_counter() - started
+        speed = f", {generator.n_tokens / seconds:.0f} tokens/s" if missing else ""
+        return f"{missing} new texts{speed}, {total} in all, {path}"
+
+    def _write_rows(
+        self,
+        generator: SteeredGenerator,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        vector: Tensor | None,
+        alpha: float | None,
+    ) -> list[str]:
+        """Return the continuations of rows that share one vector and alpha; leaves no hook."""
+        with generator:
+            if vector is not None:
+                generator.register_steering(self.config.target_layer, vector, alpha)
+            return generator.generate_batch(
+                prompts,
+                self.config.max_new_tokens,
+                self.config.temperature,
+                self.config.top_k,
+                self.config.top_p,
+                seeds,
+            )
+
+    def _write(
+        self,
+        generator: SteeredGenerator,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        vector: Tensor | None = None,
+        alpha: float | None = None,
+    ) -> list[str]:
+        """Return the continuations of every prompt with every seed."""
+        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+        return self._write_rows(generator, *map(list, zip(*rows, strict=True)), vector, alpha)
+
+    def _grid(self) -> list[Cell]:
+        """Return the unsteered baseline, once, and every persona x method x alpha."""
+        cells = [Cell("baseline", None, None, "unsteered")]
+        for persona in self.personas:
+            for method in self.config.methods:
+                made_from = self._vector_fingerprint(persona, method)
+                for alpha in self.config.alpha_values:
+                    cells.append(Cell(method, persona.name, alpha, made_from))
+        return cells
+
+    def _vector_fingerprint(self, persona: Persona, method: str) -> str:
+        """Return what a transferred vector and its unit are made from.
+
+        Only the inputs of that method count: new lambda values touch nothing but ridge_mapped.
+        """
+        config = self.config
+        texts = [persona.positive_texts, persona.negative_texts, config.persona_position]
+        source = [self.source.fingerprint, config.source_layer]
+        parts = {
+            "zero_pad": source,
+            "interpolate": source,
+            "random_proj": [*source, config.seed],
+            "ridge_mapped": [*source, self._mapping_fingerprint],
+            "oracle": [],
+        }[method]
+        unit = self._pairs_fingerprint if config.alpha_unit == "residual_norm" else "absolute"
+        return fingerprint(method, texts, parts, config.target_layer, unit)
+
+    def _planned_rows(self, cell: Cell) -> list[dict[str, Any]]:
+        config = self.config
+        sampling = [config.max_new_tokens, config.temperature, config.top_k, config.top_p]
+        rows = []
+        for index, prompt in enumerate(self.prompts):
+            for seed in config.seeds:
+                made_from = [self.target.fingerprint, cell.origin, cell.alpha, prompt, seed, sampling]
+                rows.append(
+                    {
+                        "key": fingerprint(FORMAT_VERSION, made_from),
+                        "condition": cell.condition,
+                        "persona": cell.persona,
+                        "alpha": cell.alpha,
+                        "prompt_idx": index,
+                        "prompt": prompt,
+                        "seed": seed,
+                    }
+                )
+        return rows
+
+    # Phase 5
+
+    def evaluate(self) -> str:
+        """Evaluate every text, aggregate, and draw figure 1. Returns a headline."""
+        generations = self._require("generations", self._load_generations, 4, "generation_results.json")
+        path = self.output_dir / "eval_results.json"
+        known = self._known_rows(path)
+        planned = self._planned_evaluations(generations)
+        new = [row for row in planned if row["key"] not in known]
+        logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
+        if new:
+            evaluator = Evaluator(
+                self.target.model,
+                self.target.tokenizer,
+                use_gpt4=self.judge is not None,
+                judge=self.judge,
+                classifiers=self.classifiers,
+                descriptions={persona.name: persona.description for persona in self.personas},
+                independent=self._independent,
+                batch_size=self.config.evaluation_batch_size,
+            )
+            chunks = range(0, len(new), EVALUATION_CHUNK)
+            for start in tqdm(chunks, desc="evaluating", unit="chunk", disable=None):
+                chunk = new[start : start + EVALUATION_CHUNK]
+                for row, result in zip(chunk, evaluator.evaluate_batch(chunk), strict=True):
+                    known[row["key"]] = {**row, **asdict(result)}
+                self._save_rows(path, planned, known)
+        self._save_rows(path, planned, known)
+        rows = [known[row["key"]] for row in planned]
+        self._note_missing(rows)
+        made_from = fingerprint([row["key"] for row in planned])
+        self.aggregated = {"fingerprint": made_from, "conditions": aggregate(rows)}
+        save_json(self.output_dir / "aggregated_results.json", self.aggregated)
+        figure_path = self.output_dir / "figure1.png"
+        save_figure(coherence_trait_figure(self.aggregated["conditions"]), figure_path, made_from)
+        return f"{len(rows)} texts, {len(new)} of them new, {self.output_dir / 'aggregated_results.json'}"
+
+    def _planned_evaluations(self, generations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return a row for each text and persona; the unsteered text is scored for every persona."""
+        judge = self.config.judge.model_dump() if self.judge is not None else None
+        independent = self.source.fingerprint if self.config.independent_perplexity else None
+        planned = []
+        for generation in generations:
+            names = [generation["persona"]] if generation["persona"] else self.config.persona_names
+            for name in names:
+                classifier = self.classifiers.get(name)
+                made_from = [
+                    generation["key"],
+                    generation["output"],
+                    name,
+                    classifier.fingerprint if classifier else None,
+                    independent,
+                    judge,
+                ]
+                planned.append({**generation, "persona": name, "key": fingerprint(FORMAT_VERSION, made_from)})
+        return planned
+
+    def _note_missing(self, rows: list[dict[str, Any]]) -> None:
+        empty = sum(not row["output"].strip() for row in rows)
+        if empty:
+            self.notes.append(f"{empty} texts are empty; their metrics are missing")
+        failed = [row["gpt4_failure"] for row in rows if row["gpt4_failure"]]
+        if failed:
+            self.notes.append(
+                f"{len(failed)} texts lack a judgement (first reason: {failed[0]}); run again to retry them"
+            )
+
+    # What the phases share
+
+    @cached_property
+    def source(self) -> Side:
+        """The source model, loaded on first use."""
+        return self._load_side("source", self.config.source_model, self.config.source_layer)
+
+    @cached_property
+    def target(self) -> Side:
+        """The target model, loaded on first use."""
+        return self._load_side("target", self.config.target_model, self.config.target_layer)
+
+    def _load_side(self, name: str, source: str, layer_idx: int) -> Side:
+        config = self.config
+        logger.info("loading the %s model %s", name, source)
+        model, tokenizer = load_model(source, config.device, config.dtype, config.trust_remote_code)
+        extractor = ActivationExtractor(
+            model,
+            tokenizer,
+            layer_idx,
+            batch_size=config.extraction_batch_size,
+            block_path=getattr(config, f"{name}_block_path"),
+        )
+        logger.info(
+            "%s: %d dimensions, %d blocks, layer %d, %s on %s",
+            name,
+            extractor.d_model,
+            len(extractor.blocks),
+            layer_idx,
+            model.dtype,
+            model.device,
+        )
+        return Side(name, model, tokenizer, extractor, model_fingerprint(model, tokenizer))
+
+    @cached_property
+    def neutral_texts(self) -> list[NeutralText]:
+        """The passages for the map; none overlaps a persona text or a prompt."""
+        forbidden = [text for persona in self.personas for text in persona.all_texts]
+        forbidden += [*self.prompts, *load_prompts("development")]
+        config = self.config
+        return load_neutral_texts(config.neutral_text, config.n_training_samples, forbidden, config.seed)
+
+    @cached_property
+    def classifiers(self) -> dict[str, TraitClassifier]:
+        """A trait classifier for each persona with labelled texts; all others' texts are negatives."""
+        names = self.config.persona_names
+        others = [load_persona(name) for name in shipped_personas() if name not in names]
+        classifiers = train_trait_classifiers(names, [*self.personas, *others])
+        for name, classifier in classifiers.items():
+            logger.info(
+                "trait classifier %s: AUC %.3f (%d positive, %d negative texts)",
+                name,
+                classifier.auc,
+                classifier.n_positive,
+                classifier.n_negative,
+            )
+        return classifiers
+
+    @property
+    def _independent(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+        source = (self.source.model, self.source.tokenizer)
+        return source if self.config.independent_perplexity else None
+
+    @property
+    def _perplexity_scorer(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return self._independent or (self.target.model, self.target.tokenizer)
+
+    def _generator(self, norms: dict[int, ResidualNorm]) -> SteeredGenerator:
+        return SteeredGenerator(
+            self.target.model,
+            self.target.tokenizer,
+            alpha_unit=self.config.alpha_unit,
+            residual_norms={layer_idx: norm.median for layer_idx, norm in norms.items()},
+            batch_size=self.config.generation_batch_size,
+            block_path=self.config.target_block_path,
+        )
+
+    def _activations(self, side: Side, texts: Sequence[NeutralText]) -> Tensor:
+        extractor, started = side.extractor, time.perf_counter()
+        tokens, truncated = extractor.n_tokens, extractor.n_truncated
+        activations = extractor.extract_batch([item.text for item in texts], "last")
+        tokens, truncated = extractor.n_tokens - tokens, extractor.n_truncated - truncated
+        speed = tokens / (time.perf_counter() - started)
+        logger.info("%s: %d texts, %d tokens, %.0f tokens/s", side.name, len(texts), tokens, speed)
+        if truncated:
+            self.notes.append(f"{truncated} neutral texts were cut to the {side.name}'s context")
+        return activations
+
+    def _persona_vectors(self, side: Side) -> dict[str, PersonaVector]:
+        return {
+            persona.name: side.extractor.measure_persona_vector(
+                persona.positive_texts, persona.negative_texts, self.config.persona_position
+            )
+            for persona in self.personas
+        }
+
+    @cached_property
+    def _pairs_fingerprint(self) -> str:
+        texts = [[item.text, item.document] for item in self.neutral_texts]
+        layers = [self.config.source_layer, self.config.target_layer]
+        return fingerprint(FORMAT_VERSION, self.source.fingerprint, self.target.fingerprint, layers, texts)
+
+    @cached_property
+    def _mapping_fingerprint(self) -> str:
+        config = self.config
+        settings = [config.lambda_values, config.lambda_unit, config.n_folds, config.seed]
+        return fingerprint(self._pairs_fingerprint, settings)
+
+    @cached_property
+    def _personas_fingerprint(self) -> str:
+        texts = [[persona.name, persona.positive_texts, persona.negative_texts] for persona in self.personas]
+        return fingerprint(self._mapping_fingerprint, texts, self.config.persona_position)
+
+    @cached_property
+    def _preflight_fingerprint(self) -> str:
+        cells = [[cell.persona, cell.alpha, cell.origin] for cell in self._grid()]
+        classifiers = {name: classifier.fingerprint for name, classifier in self.classifiers.items()}
+        shape = [self.config.max_new_tokens, self.config.temperature, self.config.top_k, self.config.top_p]
+        return fingerprint(self._personas_fingerprint, cells, classifiers, shape, load_prompts("development"))
+
+    def _load_current(self, load: Any, path: Path, expected: str) -> dict[str, Any] | None:
+        return None if self.fresh else load_if_current(load, path, expected)
+
+    def _load_pairs(self) -> dict[str, Any] | None:
+        return self._load_current(load_tensors, self.output_dir / "training_data.pt", self._pairs_fingerprint)
+
+    def _load_mapping(self) -> RidgeMapping | None:
+        """Return the fitted map when cv_results.json, written last, declares it complete."""
+        declared = self._load_current(
+            load_json, self.output_dir / "cv_results.json", self._mapping_fingerprint
+        )
+        path = self.output_dir / "ridge_mapping.pt"
+        content = declared and self._load_current(load_tensors, path, self._mapping_fingerprint)
+        return RidgeMapping.from_content(content, str(path)) if content else None
+
+    def _load_persona_vectors(self) -> dict[str, Any] | None:
+        path = self.output_dir / "persona_vectors.pt"
+        return self._load_current(load_tensors, path, self._personas_fingerprint)
+
+    def _load_generations(self) -> list[dict[str, Any]] | None:
+        known = self._stored_rows(self.output_dir / "generation_results.json")
+        keys = [row["key"] for cell in self._grid() for row in self._planned_rows(cell)]
+        return [known[key] for key in keys] if all(key in known for key in keys) else None
+
+    def _require(self, attribute: str, load: Any, phase: int, file_name: str) -> Any:
+        """Return what an earlier phase of this run made, or what its artifact holds."""
+        if attribute in self.__dict__:
+            return self.__dict__[attribute]
+        fresh, self.fresh = self.fresh, False
+        found = load()
+        self.fresh = fresh
+        if found is None:
+            raise InputError(
+                f"{self.output_dir / file_name} is missing, incomplete or made from another configuration; "
+                f"run phase {phase} first"
+            )
+        return found
+
+    def _known_rows(self, path: Path) -> dict[str, dict[str, Any]]:
+        return {} if self.fresh else self._stored_rows(path)
+
+    def _stored_rows(self, path: Path) -> dict[str, dict[str, Any]]:
+        """Return key -> row of an earlier, perhaps partial file; rows whose judgement failed are left out."""
+        if not path.exists():
+            return {}
+        try:
+            rows = load_json(path).get("rows", [])
+            return {row["key"]: row for row in rows if not row.get("gpt4_failure")}
+        except (InputError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s cannot be used (%s); making it again", path, error)
+            return {}
+
+    def _save_rows(self, path: Path, planned: list[dict[str, Any]], known: dict[str, dict[str, Any]]) -> None:
+        """Write the planned rows that are known, in their planned order."""
+        rows = [known[row["key"]] for row in planned if row["key"] in known]
+        made_from = fingerprint([row["key"] for row in rows])
+        complete = len(rows) == len(planned)
+        save_json(path, {"fingerprint": made_from, "complete": complete, "n": len(rows), "rows": rows})
+
+    def _check_prompts(self) -> None:
+        """Refuse test prompts that occur in persona texts: the texts would leak into the test."""
+        overlaps = OverlapCheck(self.prompts)
+        for persona in self.personas:
+            leaking = [text for text in persona.all_texts if overlaps.found_in(text)]
+            if leaking:
+                raise InputError(
+                    f"persona {persona.name!r} has {len(leaking)} texts that share words with a test prompt "
+                    f"({leaking[0][:50]!r}); change the text or the prompt"
+                )
+
+    @contextmanager
+    def _logging_to_file(self) -> Iterator[None]:
+        handler = logging.FileHandler(self.output_dir / "experiment.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        level = root.level
+        root.addHandler(handler)
+        root.setLevel(min(level, logging.INFO))
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+            root.removeHandler(handler)
+            handler.close()
+
+    def _log_closing(self) -> None:
+        path = self.output_dir / "preflight.json"
+        checks = load_json(path)["checks"] if path.is_file() else []
+        notes = [*preflight.failures(checks), *auc_notes(self.classifiers, self.config.persona_names)]
+        for note in dict.fromkeys([*notes, *self.notes]):
+            logger.warning("note: %s", note)
+        names = sorted(path.name for path in self.output_dir.iterdir() if path.is_file())
+        logger.info("artifacts\n%s", "\n".join(f"  {self.output_dir / name}" for name in names))
+
+    # Dry run
+
+    def dry_run(self) -> str:
+        """Return what a full run would do and cost, from a short timing; writes nothing."""
+        config = self.config
+        n_steered = len(self._grid()) - 1
+        n_baseline = len(self.prompts) * config.n_seeds
+        n_generations = n_steered * n_baseline + n_baseline
+        n_evaluations = n_steered * n_baseline + n_baseline * len(self.personas)
+        texts = self.neutral_texts[:DRY_RUN_TEXTS]
+        extraction, tokens = 0.0, {}
+        for side in (self.source, self.target):
+            seconds = _seconds(lambda side=side: side.extractor.extract_batch([item.text for item in texts]))
+            extraction += seconds * config.n_training_samples / len(texts)
+            tokens[side.name] = sum(len(side.tokenizer(t.text).input_ids) for t in self.neutral_texts)
+        rows = [(prompt, seed) for prompt in self.prompts for seed in config.seeds]
+        rows = rows[: config.generation_batch_size]
+        prompts, seeds = (list(column) for column in zip(*rows, strict=True))
+        generator = self._generator({})
+        n_tokens = min(DRY_RUN_TOKENS, config.max_new_tokens)
+        outputs: list[str] = []
+        seconds = _seconds(lambda: outputs.extend(generator.generate_batch(prompts, n_tokens, seeds=seeds)))
+        generation = seconds / n_tokens * config.max_new_tokens * n_generations / len(rows)
+        evaluator = Evaluator(self.target.model, self.target.tokenizer, independent=self._independent)
+        short = [
+            {"prompt": prompt, "output": output, "condition": "baseline"}
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+        seconds = _seconds(lambda: evaluator.evaluate_batch(short))
+        evaluation = seconds * config.max_new_tokens / n_tokens * n_generations / len(rows)
+        minutes = [value / 60 for value in (extraction, generation, evaluation)]
+        n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
+        cost = n_judgements * TOKENS_PER_JUDGEMENT * config.judge.usd_per_million_tokens / 1e6
+        return "\n".join(
+            [
+                f"neutral texts: {config.n_training_samples}, {tokens['source']} source and "
+                f"{tokens['target']} target tokens, about {minutes[0]:.1f} min",
+                f"generations: {n_generations} ({n_steered} steered cells and 1 baseline, "
+                f"{len(self.prompts)} prompts x {config.n_seeds} seeds), at most "
+                f"{n_generations * config.max_new_tokens} tokens, about {minutes[1]:.1f} min",
+                f"evaluations: {n_evaluations}, about {minutes[2]:.1f} min",
+                f"judgements: {n_judgements}, about {cost:.2f} USD at "
+                f"{config.judge.usd_per_million_tokens:g} USD per million tokens and "
+                f"{TOKENS_PER_JUDGEMENT} tokens each",
+                f"total: about {sum(minutes):.0f} min on {self.target.model.device}, beside loading and "
+                "preflight",
+            ]
+        )
+
+
+def _without(vector: Tensor, dimensions: Sequence[int]) -> Tensor:
+    kept = vector.clone()
+    kept[list(dimensions)] = 0.0
+    return kept
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return torch.cosine_similarity(a, b, dim=0).item()
+
+
+def _shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _persona_numbers(persona: PersonaVector) -> dict[str, Any]:
+    return {key: value for key, value in vars(persona).items() if key != "vector"}
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """Return the lowest, the middle and the highest value."""
+    ordered = sorted(values)
+    return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
+
+
+def _seconds(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--config", required=True, help="JSON file, for example example_config.json")
+    parser.add_argument("--output-dir", help="write there instead of the configuration's output_dir")
+    parser.add_argument("--phase", type=int, choices=range(1, 6), help="run this phase alone")
+    parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+    options = _parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("httpx", "openai", "filelock", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_transformers()
+    try:
+        config = load_config(options.config)
+        if options.output_dir:
+            config = config.model_copy(update={"output_dir": options.output_dir})
+        with logging_redirect_tqdm():
+            experiment = PersonaTransferExperiment(config, fresh=options.fresh)
+            if options.dry_run:
+                print(experiment.dry_run())
+            else:
+                experiment.run(options.phase)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except preflight.PreflightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

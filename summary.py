@@ -1,0 +1,89 @@
+"""Print the result of a run as a table that can be pasted into a paper or an issue (phase 5)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HEADER = ("condition", "alpha", "trait", "change", "ppl", "indep ppl", "repeat", "collapsed", "n", "missing")
+
+
+def format_table(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table a persona, each under a heading with its classifier's AUC.
+
+    table: what `evaluation.aggregate` returns. trait and its change against the unsteered
+    text are means; perplexities are medians; missing counts texts without a trait score.
+    A judge's scores come in two more columns if there are any.
+    """
+    judged = any(entry["gpt4_coherence_score"]["n"] for entry in table)
+    header = (*HEADER, "judged coherence", "judged trait") if judged else HEADER
+    blocks = []
+    for persona in dict.fromkeys(entry["persona"] for entry in table):
+        entries = [entry for entry in table if entry["persona"] == persona]
+        auc = entries[0]["classifier_auc"]
+        note = f"trait by a classifier with cross-validated AUC {auc:.3f}" if auc else "no trait classifier"
+        unsteered = next(
+            (entry["trait_probability"]["mean"] for entry in entries if entry["condition"] == "baseline"),
+            None,
+        )
+        rows = [_cells(entry, unsteered, judged) for entry in entries]
+        blocks.append(f"{persona} ({note})\n\n{_markdown(header, rows)}")
+    return "\n\n".join(blocks)
+
+
+def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool) -> tuple[str, ...]:
+    trait = entry["trait_probability"]["mean"]
+    known = None not in (trait, unsteered) and entry["condition"] != "baseline"
+    change = trait - unsteered if known else None
+    cells = (
+        entry["condition"],
+        "" if entry["alpha"] is None else f"{entry['alpha']:g}",
+        _number(trait, ".2f"),
+        _number(change, "+.2f"),
+        _number(entry["perplexity"]["median"], ".1f"),
+        _number(entry["independent_perplexity"]["median"], ".1f"),
+        _number(entry["repetition"]["mean"], ".2f"),
+        _number(entry["is_collapsed"]["mean"], ".0%"),
+        str(entry["n"]),
+        str(entry["trait_probability"]["missing"]),
+    )
+    if not judged:
+        return cells
+    scores = (entry["gpt4_coherence_score"]["mean"], entry["gpt4_trait_score"]["mean"])
+    return (*cells, *(_number(score, ".2f") for score in scores))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        first, *others = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
+
+
+def main() -> None:
+    """Check the table on made-up numbers: the change is against the baseline, missing is a dash."""
+    number = {"mean": 0.25, "median": 20.0, "std": 0.1, "n": 3, "missing": 0}
+    absent = {"mean": None, "median": None, "std": None, "n": 0, "missing": 3}
+    names = ("perplexity", "repetition", "is_collapsed")
+    common = {"persona": "check", "n": 3, "classifier_auc": 0.97, **dict.fromkeys(names, number)}
+    common |= dict.fromkeys(("independent_perplexity", "gpt4_coherence_score", "gpt4_trait_score"), absent)
+    table = [
+        {**common, "condition": "baseline", "alpha": None, "trait_probability": number},
+        {**common, "condition": "oracle", "alpha": 2.0, "trait_probability": {**number, "mean": 0.75}},
+    ]
+    text = format_table(table)
+    assert "+0.50" in text
+    assert "–" in text
+    assert "AUC 0.970" in text
+    print(text)
+    print("\nsummary OK: changes are against the baseline and missing numbers are dashes")
+
+
+if __name__ == "__main__":
+    main()
