@@ -175,7 +175,7 @@ class ActivationExtractor:
             raise InputError("the list of layers is empty; name at least one layer_idx")
         for layer_idx in layers:
             check_layer(layer_idx, self.blocks)
-        tokens = [self._tokenise(index, text) for index, text in enumerate(texts)]
+        tokens = self._cut([self._tokenise(index, text) for index, text in enumerate(texts)])
         weights = [self._position_weights(index, ids, position) for index, ids in enumerate(tokens)]
         wanted = sorted(set(layers))
 
@@ -236,11 +236,15 @@ class ActivationExtractor:
     def _tokenise(self, index: int, text: str) -> list[int]:
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"text {index} is empty or not a string ({text!r}); remove it")
-        ids = self.tokenizer(text, verbose=False).input_ids
-        if len(ids) > self.max_length:
-            self.n_truncated += 1
-            logger.warning("text %d has %d tokens, cut to %d", index, len(ids), self.max_length)
-        return ids[: self.max_length]
+        return self.tokenizer(text, verbose=False).input_ids
+
+    def _cut(self, tokens: list[list[int]]) -> list[list[int]]:
+        """Return the texts cut to the longest length allowed, counting those that lose something."""
+        n_long = sum(len(ids) > self.max_length for ids in tokens)
+        if n_long:
+            self.n_truncated += n_long
+            logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
+        return [ids[: self.max_length] for ids in tokens]
 
     def _position_weights(self, index: int, ids: list[int], position: Position) -> Tensor:
         """Return the weight of each token in the result, (tokens,); the weights sum to 1."""

@@ -52,11 +52,11 @@ def _check(name: str, passed: bool, detail: str, remedy: str, technical: bool = 
     return Check(name, technical, "pass" if passed else "fail", detail, "" if passed else remedy)
 
 
-def raise_on_technical_failure(checks: Sequence[Check]) -> None:
+def raise_on_technical_failure(checks: Sequence[Mapping[str, Any]]) -> None:
     """Raise PreflightError that names every technical check that failed and what to try."""
-    failed = [check for check in checks if check.technical and check.status == "fail"]
+    failed = [check for check in checks if check["technical"] and check["status"] == "fail"]
     if failed:
-        reasons = "; ".join(f"{check.name}: {check.detail}. Try: {check.remedy}" for check in failed)
+        reasons = "; ".join(f"{item['name']}: {item['detail']}. Try: {item['remedy']}" for item in failed)
         raise PreflightError(f"preflight failed: {reasons}")
 
 

@@ -39,25 +39,29 @@ from artifacts import (
     save_tensors,
 )
 from baseline_methods import BaselineTransfer
+from dry_run import describe_run
 from errors import InputError
 from evaluation import Evaluator, aggregate
 from experiment_config import ExperimentConfig, load_config
 from figures import coherence_trait_figure, figure_fingerprint, mapping_figure, save_figure
-from gpt_judge import TOKENS_PER_JUDGEMENT, GPTJudge
+from gpt_judge import GPTJudge
 from model_loading import load_model, model_fingerprint, quiet_transformers
 from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from personas import Persona, load_persona, load_prompts, shipped_personas
 from ridge_mapping import RidgeMapping
 from steered_generation import SteeredGenerator
 from summary import format_table
-from trait_classifier import TraitClassifier, auc_notes, train_trait_classifiers
+from trait_classifier import (
+    TraitClassifier,
+    auc_notes,
+    classifier_fingerprint,
+    train_trait_classifiers,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 EVALUATION_CHUNK = 240
-DRY_RUN_TEXTS = 16
-DRY_RUN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class PersonaTransferExperiment:
         PreflightError: a technical check failed.
         """
         chosen = range(1, 6) if phase is None else [phase]
-        self.source, self.target  # noqa: B018  load and check both before anything is written
+        for name in ("source", "target", "neutral_texts"):
+            getattr(self, name)  # load and check all input before anything is written
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with self._logging_to_file():
             for number in chosen:
@@ -147,14 +152,14 @@ class PersonaTransferExperiment:
             checks = preflight.report(self._preflight_checks())
             done = {"fingerprint": made_from, "environment": _environment(), "checks": checks}
             save_json(path, done)
-            preflight.raise_on_technical_failure([preflight.Check(**check) for check in checks])
+        preflight.raise_on_technical_failure(done["checks"])
         passed = sum(check["status"] == "pass" for check in done["checks"])
         return f"{passed} of {len(done['checks'])} preflight checks passed, {path}"
 
     def _preflight_checks(self) -> list[preflight.Check]:
         sides = (self.source, self.target)
         vectors = {side.name: self._persona_vectors(side) for side in sides}
-        generator = self._generator({})
+        generator = self.generator({})
         first = next(iter(vectors["target"].values())).vector
         checks = [check for side in sides for check in preflight.check_extraction(side.name, side.extractor)]
         unit_generator = SteeredGenerator(
@@ -162,7 +167,8 @@ class PersonaTransferExperiment:
         )
         checks += preflight.check_steering(unit_generator, self.target.extractor, first)
         checks += [check for name in vectors for check in preflight.check_vectors(name, vectors[name])]
-        preflight.raise_on_technical_failure(checks)
+        if any(check.technical and check.status == "fail" for check in checks):
+            return checks
 
         prompts = load_prompts("development")
         unsteered = self._write(generator, prompts, self.config.seeds[:1])
@@ -171,7 +177,7 @@ class PersonaTransferExperiment:
         steered = {
             name: {
                 alpha: self._write(
-                    self._generator({self.config.target_layer: norm}),
+                    self.generator({self.config.target_layer: norm}),
                     prompts,
                     self.config.seeds[:1],
                     vector.vector,
@@ -272,7 +278,7 @@ class PersonaTransferExperiment:
             norm.median,
             norm.massive_dimensions,
             self.config.alpha_unit,
-            self._generator({self.config.target_layer: norm}).alpha_scale(self.config.target_layer),
+            self.generator({self.config.target_layer: norm}).alpha_scale(self.config.target_layer),
         )
         return f"{len(lines)} personas, {path}"
 
@@ -313,8 +319,8 @@ class PersonaTransferExperiment:
         """Write every text of the grid that earlier runs have not written. Returns a headline."""
         content = self._require("persona_vectors", self._load_persona_vectors, 3, "persona_vectors.pt")
         norm = ResidualNorm(**content["residual_norm"])
-        generator = self._generator({self.config.target_layer: norm})
-        cells = self._grid()
+        generator = self.generator({self.config.target_layer: norm})
+        cells = self.grid()
         path = self.output_dir / "generation_results.json"
         known = self._known_rows(path)
         wanted = [(cell, self._planned_rows(cell)) for cell in cells]
@@ -372,7 +378,7 @@ class PersonaTransferExperiment:
         rows = [(prompt, seed) for prompt in prompts for seed in seeds]
         return self._write_rows(generator, *map(list, zip(*rows, strict=True)), vector, alpha)
 
-    def _grid(self) -> list[Cell]:
+    def grid(self) -> list[Cell]:
         """Return the unsteered baseline, once, and every persona x method x alpha."""
         cells = [Cell("baseline", None, None, "unsteered")]
         for persona in self.personas:
@@ -438,7 +444,7 @@ class PersonaTransferExperiment:
                 judge=self.judge,
                 classifiers=self.classifiers,
                 descriptions={persona.name: persona.description for persona in self.personas},
-                independent=self._independent,
+                independent=self.independent,
                 batch_size=self.config.evaluation_batch_size,
             )
             chunks = range(0, len(new), EVALUATION_CHUNK)
@@ -461,20 +467,14 @@ class PersonaTransferExperiment:
         """Return a row for each text and persona; the unsteered text is scored for every persona."""
         judge = self.config.judge.model_dump() if self.judge is not None else None
         independent = self.source.fingerprint if self.config.independent_perplexity else None
+        scorers = [classifier_fingerprint(self._labelled_personas), independent, judge]
         planned = []
         for generation in generations:
             names = [generation["persona"]] if generation["persona"] else self.config.persona_names
             for name in names:
-                classifier = self.classifiers.get(name)
-                made_from = [
-                    generation["key"],
-                    generation["output"],
-                    name,
-                    classifier.fingerprint if classifier else None,
-                    independent,
-                    judge,
-                ]
-                planned.append({**generation, "persona": name, "key": fingerprint(FORMAT_VERSION, made_from)})
+                made_from = [generation["key"], generation["output"], name, scorers]
+                key = fingerprint(FORMAT_VERSION, made_from)
+                planned.append({**generation, "persona": name, "key": key})
         return planned
 
     def _note_missing(self, rows: list[dict[str, Any]]) -> None:
@@ -532,9 +532,7 @@ class PersonaTransferExperiment:
     @cached_property
     def classifiers(self) -> dict[str, TraitClassifier]:
         """A trait classifier for each persona with labelled texts; all others' texts are negatives."""
-        names = self.config.persona_names
-        others = [load_persona(name) for name in shipped_personas() if name not in names]
-        classifiers = train_trait_classifiers(names, [*self.personas, *others])
+        classifiers = train_trait_classifiers(self.config.persona_names, self._labelled_personas)
         for name, classifier in classifiers.items():
             logger.info(
                 "trait classifier %s: AUC %.3f (%d positive, %d negative texts)",
@@ -545,16 +543,22 @@ class PersonaTransferExperiment:
             )
         return classifiers
 
+    @cached_property
+    def _labelled_personas(self) -> list[Persona]:
+        """The personas to run and every other shipped one, whose texts are negatives."""
+        names = self.config.persona_names
+        return [*self.personas, *(load_persona(name) for name in shipped_personas() if name not in names)]
+
     @property
-    def _independent(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    def independent(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
         source = (self.source.model, self.source.tokenizer)
         return source if self.config.independent_perplexity else None
 
     @property
     def _perplexity_scorer(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self._independent or (self.target.model, self.target.tokenizer)
+        return self.independent or (self.target.model, self.target.tokenizer)
 
-    def _generator(self, norms: dict[int, ResidualNorm]) -> SteeredGenerator:
+    def generator(self, norms: dict[int, ResidualNorm]) -> SteeredGenerator:
         return SteeredGenerator(
             self.target.model,
             self.target.tokenizer,
@@ -602,8 +606,8 @@ class PersonaTransferExperiment:
 
     @cached_property
     def _preflight_fingerprint(self) -> str:
-        cells = [[cell.persona, cell.alpha, cell.origin] for cell in self._grid()]
-        classifiers = {name: classifier.fingerprint for name, classifier in self.classifiers.items()}
+        cells = [[cell.persona, cell.alpha, cell.origin] for cell in self.grid()]
+        classifiers = classifier_fingerprint(self._labelled_personas)
         shape = [self.config.max_new_tokens, self.config.temperature, self.config.top_k, self.config.top_p]
         return fingerprint(self._personas_fingerprint, cells, classifiers, shape, load_prompts("development"))
 
@@ -628,7 +632,7 @@ class PersonaTransferExperiment:
 
     def _load_generations(self) -> list[dict[str, Any]] | None:
         known = self._stored_rows(self.output_dir / "generation_results.json")
-        keys = [row["key"] for cell in self._grid() for row in self._planned_rows(cell)]
+        keys = [row["key"] for cell in self.grid() for row in self._planned_rows(cell)]
         return [known[key] for key in keys] if all(key in known for key in keys) else None
 
     def _require(self, attribute: str, load: Any, phase: int, file_name: str) -> Any:
@@ -695,60 +699,12 @@ class PersonaTransferExperiment:
     def _log_closing(self) -> None:
         path = self.output_dir / "preflight.json"
         checks = load_json(path)["checks"] if path.is_file() else []
-        notes = [*preflight.failures(checks), *auc_notes(self.classifiers, self.config.persona_names)]
+        aucs = {entry["persona"]: entry["classifier_auc"] for entry in self.aggregated["conditions"]}
+        notes = [*preflight.failures(checks), *auc_notes(aucs)]
         for note in dict.fromkeys([*notes, *self.notes]):
             logger.warning("note: %s", note)
         names = sorted(path.name for path in self.output_dir.iterdir() if path.is_file())
         logger.info("artifacts\n%s", "\n".join(f"  {self.output_dir / name}" for name in names))
-
-    # Dry run
-
-    def dry_run(self) -> str:
-        """Return what a full run would do and cost, from a short timing; writes nothing."""
-        config = self.config
-        n_steered = len(self._grid()) - 1
-        n_baseline = len(self.prompts) * config.n_seeds
-        n_generations = n_steered * n_baseline + n_baseline
-        n_evaluations = n_steered * n_baseline + n_baseline * len(self.personas)
-        texts = self.neutral_texts[:DRY_RUN_TEXTS]
-        extraction, tokens = 0.0, {}
-        for side in (self.source, self.target):
-            seconds = _seconds(lambda side=side: side.extractor.extract_batch([item.text for item in texts]))
-            extraction += seconds * config.n_training_samples / len(texts)
-            tokens[side.name] = sum(len(side.tokenizer(t.text).input_ids) for t in self.neutral_texts)
-        rows = [(prompt, seed) for prompt in self.prompts for seed in config.seeds]
-        rows = rows[: config.generation_batch_size]
-        prompts, seeds = (list(column) for column in zip(*rows, strict=True))
-        generator = self._generator({})
-        n_tokens = min(DRY_RUN_TOKENS, config.max_new_tokens)
-        outputs: list[str] = []
-        seconds = _seconds(lambda: outputs.extend(generator.generate_batch(prompts, n_tokens, seeds=seeds)))
-        generation = seconds / n_tokens * config.max_new_tokens * n_generations / len(rows)
-        evaluator = Evaluator(self.target.model, self.target.tokenizer, independent=self._independent)
-        short = [
-            {"prompt": prompt, "output": output, "condition": "baseline"}
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
-        seconds = _seconds(lambda: evaluator.evaluate_batch(short))
-        evaluation = seconds * config.max_new_tokens / n_tokens * n_generations / len(rows)
-        minutes = [value / 60 for value in (extraction, generation, evaluation)]
-        n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
-        cost = n_judgements * TOKENS_PER_JUDGEMENT * config.judge.usd_per_million_tokens / 1e6
-        return "\n".join(
-            [
-                f"neutral texts: {config.n_training_samples}, {tokens['source']} source and "
-                f"{tokens['target']} target tokens, about {minutes[0]:.1f} min",
-                f"generations: {n_generations} ({n_steered} steered cells and 1 baseline, "
-                f"{len(self.prompts)} prompts x {config.n_seeds} seeds), at most "
-                f"{n_generations * config.max_new_tokens} tokens, about {minutes[1]:.1f} min",
-                f"evaluations: {n_evaluations}, about {minutes[2]:.1f} min",
-                f"judgements: {n_judgements}, about {cost:.2f} USD at "
-                f"{config.judge.usd_per_million_tokens:g} USD per million tokens and "
-                f"{TOKENS_PER_JUDGEMENT} tokens each",
-                f"total: about {sum(minutes):.0f} min on {self.target.model.device}, beside loading and "
-                "preflight",
-            ]
-        )
 
 
 def _without(vector: Tensor, dimensions: Sequence[int]) -> Tensor:
@@ -773,12 +729,6 @@ def _spread(values: Sequence[float]) -> list[float]:
     """Return the lowest, the middle and the highest value."""
     ordered = sorted(values)
     return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
-
-
-def _seconds(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _environment() -> dict[str, str]:
@@ -814,7 +764,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with logging_redirect_tqdm():
             experiment = PersonaTransferExperiment(config, fresh=options.fresh)
             if options.dry_run:
-                print(experiment.dry_run())
+                print(describe_run(experiment))
             else:
                 experiment.run(options.phase)
     except InputError as error:

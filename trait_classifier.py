@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import sklearn
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -87,14 +88,12 @@ class TraitClassifier:
 
     auc: cross-validated area under the ROC curve, folds grouped by pair.
     n_positive, n_negative: training texts.
-    fingerprint: of the training texts and settings.
     """
 
     persona: str
     auc: float
     n_positive: int
     n_negative: int
-    fingerprint: str
     pipeline: Pipeline = field(repr=False)
     encode: Encoder = field(repr=False)
 
@@ -126,6 +125,12 @@ def train_trait_classifiers(
     encode = encode or load_sentence_encoder()
     features = encode([text for text, _, _, _ in rows])
     return {persona.name: _train(persona, rows, features, encode) for persona in wanted}
+
+
+def classifier_fingerprint(personas: Sequence[Persona]) -> str:
+    """Return what the classifiers made from these personas depend on, without training them."""
+    rows = [row for persona in personas for row in _labelled_rows(persona)]
+    return fingerprint(rows, ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, sklearn.__version__)
 
 
 def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
@@ -161,22 +166,20 @@ def _train(
         auc=float(roc_auc_score(labels, held_out[:, 1])),
         n_positive=int(labels.sum()),
         n_negative=int((~labels).sum()),
-        fingerprint=fingerprint(persona.name, rows, ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION),
         pipeline=pipeline.fit(features, labels),
         encode=encode,
     )
 
 
-def auc_notes(classifiers: Mapping[str, TraitClassifier], names: Sequence[str]) -> list[str]:
-    """Return a warning for each named persona whose scores are weak or do not exist."""
+def auc_notes(aucs: Mapping[str, float | None]) -> list[str]:
+    """Return a warning for each persona whose scores are weak or, with None, do not exist."""
     notes = []
-    for name in names:
-        if name not in classifiers:
+    for name, auc in aucs.items():
+        if auc is None:
             notes.append(f"{name}: no labelled texts, so its trait is scored by a judge or not at all")
-        elif classifiers[name].auc < AUC_WANTED:
+        elif auc < AUC_WANTED:
             notes.append(
-                f"{name}: classifier AUC {classifiers[name].auc:.3f} is below {AUC_WANTED}; "
-                "its scores are weak evidence"
+                f"{name}: classifier AUC {auc:.3f} is below {AUC_WANTED}; its scores are weak evidence"
             )
     return notes
 

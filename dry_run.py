@@ -1,0 +1,105 @@
+"""Say what a run would do and cost, from counts and a short timing; writes nothing.
+
+The times are extrapolated from a few seconds of each kind of work on this machine, without
+loading and preflight. A judge's cost is computed from a price and a length a judgement.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from evaluation import Evaluator
+from gpt_judge import TOKENS_PER_JUDGEMENT
+from tiny_models import tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from run_experiment import PersonaTransferExperiment
+
+N_TEXTS = 16
+N_TOKENS = 8
+
+
+def describe_run(experiment: "PersonaTransferExperiment") -> str:
+    """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text."""
+    config = experiment.config
+    n_cells = len(experiment.grid())
+    n_per_cell = len(experiment.prompts) * config.n_seeds
+    n_generations = n_cells * n_per_cell
+    n_evaluations = (n_cells - 1 + len(experiment.personas)) * n_per_cell
+    extraction, tokens = _time_extraction(experiment)
+    pairs, generation = _time_generation(experiment)
+    evaluation = _time_evaluation(experiment, pairs)
+    minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
+    n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
+    price = config.judge.usd_per_million_tokens
+    cost = n_judgements * TOKENS_PER_JUDGEMENT * price / 1e6
+    return "\n".join(
+        [
+            f"neutral texts: {config.n_training_samples}, {tokens['source']} source and {tokens['target']} "
+            f"target tokens, about {minutes[0]:.1f} min",
+            f"generations: {n_generations} ({n_cells - 1} steered cells and 1 baseline, "
+            f"{len(experiment.prompts)} prompts x {config.n_seeds} seeds each), at most "
+            f"{n_generations * config.max_new_tokens} tokens, about {minutes[1]:.1f} min",
+            f"evaluations: {n_evaluations}, about {minutes[2]:.1f} min",
+            f"judgements: {n_judgements}, about {cost:.2f} USD at {price:g} USD per million tokens and "
+            f"{TOKENS_PER_JUDGEMENT} tokens each",
+            f"total: about {sum(minutes):.0f} min on {experiment.target.model.device}, beside loading and "
+            "preflight",
+        ]
+    )
+
+
+def _time_extraction(experiment: "PersonaTransferExperiment") -> tuple[float, dict[str, int]]:
+    """Return the seconds for all neutral texts in both models, and the tokens in each."""
+    texts = [item.text for item in experiment.neutral_texts]
+    sample = texts[:N_TEXTS]
+    seconds, tokens = 0.0, {}
+    for side in (experiment.source, experiment.target):
+        counts = [len(side.tokenizer(text).input_ids) for text in texts]
+        tokens[side.name] = sum(counts)
+        spent = _seconds(lambda side=side: side.extractor.extract_batch(sample))
+        seconds += spent * sum(counts) / sum(counts[:N_TEXTS])
+    return seconds, tokens
+
+
+def _time_generation(experiment: "PersonaTransferExperiment") -> tuple[list[tuple[str, str]], float]:
+    """Return (prompt, output) of one short batch and the seconds that a full-length text takes."""
+    config = experiment.config
+    prompts = (experiment.prompts * config.n_seeds)[: config.generation_batch_size]
+    n_tokens = min(N_TOKENS, config.max_new_tokens)
+    outputs: list[str] = []
+    generator = experiment.generator({})
+    spent = _seconds(lambda: outputs.extend(generator.generate_batch(prompts, n_tokens)))
+    pairs = list(zip(prompts, outputs, strict=True))
+    return pairs, spent / n_tokens * config.max_new_tokens / len(prompts)
+
+
+def _time_evaluation(experiment: "PersonaTransferExperiment", pairs: list[tuple[str, str]]) -> float:
+    """Return the seconds that the perplexities of a full-length text take."""
+    length = max(1, experiment.config.max_new_tokens // N_TOKENS)
+    # Numbered, since texts that are equal are evaluated once.
+    rows = [
+        {"prompt": prompt, "output": f"{output} {index}" * length, "condition": "baseline"}
+        for index, (prompt, output) in enumerate(pairs)
+    ]
+    model, tokenizer = experiment.target.model, experiment.target.tokenizer
+    evaluator = Evaluator(model, tokenizer, independent=experiment.independent)
+    return _seconds(lambda: evaluator.evaluate_batch(rows)) / len(rows)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Check that the time of a forward pass is positive and sane."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    inputs = tokenizer("A short text.", return_tensors="pt")
+    assert 0 < _seconds(lambda: model(input_ids=inputs["input_ids"])) < 60
+    print("dry_run OK: work is timed; `run_experiment.py --dry-run` checks the rest")
+
+
+if __name__ == "__main__":
+    main()
