@@ -158,7 +158,7 @@ class PersonaTransferExperiment:
 
     def _preflight_checks(self) -> list[preflight.Check]:
         sides = (self.source, self.target)
-        vectors = {side.name: self._persona_vectors(side) for side in sides}
+        vectors = self._native_vectors
         generator = self.generator({})
         first = next(iter(vectors["target"].values())).vector
         checks = [check for side in sides for check in preflight.check_extraction(side.name, side.extractor)]
@@ -286,7 +286,7 @@ class PersonaTransferExperiment:
         mapping = self._require("mapping", self._load_mapping, 2, "ridge_mapping.pt")
         pairs = self._require("pairs", self._load_pairs, 2, "training_data.pt")
         norm = measure_residual_norm(pairs["H_target"])
-        source, target = self._persona_vectors(self.source), self._persona_vectors(self.target)
+        source, target = self._native_vectors["source"], self._native_vectors["target"]
         baseline = BaselineTransfer(mapping.d_source, mapping.d_target, self.config.seed)
         vectors = {
             name: baseline.apply_all_baselines(source[name].vector, target[name].vector, mapping)
@@ -579,12 +579,18 @@ class PersonaTransferExperiment:
             self.notes.append(f"{truncated} neutral texts were cut to the {side.name}'s context")
         return activations
 
-    def _persona_vectors(self, side: Side) -> dict[str, PersonaVector]:
+    @cached_property
+    def _native_vectors(self) -> dict[str, dict[str, PersonaVector]]:
+        """Each side's own vector of each persona; side name -> persona -> vector."""
+        position = self.config.persona_position
         return {
-            persona.name: side.extractor.measure_persona_vector(
-                persona.positive_texts, persona.negative_texts, self.config.persona_position
-            )
-            for persona in self.personas
+            side.name: {
+                persona.name: side.extractor.measure_persona_vector(
+                    persona.positive_texts, persona.negative_texts, position
+                )
+                for persona in self.personas
+            }
+            for side in (self.source, self.target)
         }
 
     @cached_property
