@@ -1,0 +1,302 @@
+"""Activations equal what a plain hook records, whatever the batch, padding or position."""
+
+import pytest
+import torch
+from tokenizers import processors
+from torch.testing import assert_close
+
+from activation_extractor import (
+    ActivationExtractor,
+    massive_dimensions,
+    measure_residual_norm,
+    split_half_cosine,
+)
+from errors import InputError
+from model_loading import decoder_blocks
+from tiny_models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+
+TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text.", "x", "Words, words."]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small a second thread only costs time, a lot of it on a busy machine."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+def recorded(model, tokens, layer_idx):
+    """The block's output for every token, (tokens, d), as a plain forward hook sees it."""
+    outputs = []
+    handle = decoder_blocks(model)[layer_idx].register_forward_hook(
+        lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.inference_mode():
+        model(torch.tensor([tokens]))
+    handle.remove()
+    return outputs[0][0]
+
+
+def n_hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("layer_idx", [0, 2, N_LAYERS - 1])
+def test_extract_equals_a_plain_hook(model, tokenizer, layer_idx):
+    expected = recorded(model, tokenizer(TEXTS[1]).input_ids, layer_idx)[-1]
+    extracted = ActivationExtractor(model, tokenizer, layer_idx).extract(TEXTS[1])
+    assert extracted.shape == (D_MODEL,)
+    assert extracted.dtype == torch.float32
+    assert_close(extracted, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_and_padding_side_change_nothing(model, batch_size, padding_side):
+    tokenizer = tiny_tokenizer()
+    single = ActivationExtractor(model, tokenizer, 2)
+    expected = torch.stack([single.extract(text) for text in TEXTS])
+    tokenizer.padding_side = padding_side
+    extractor = ActivationExtractor(model, tokenizer, 2, batch_size=batch_size)
+    assert_close(extractor.extract_batch(TEXTS), expected, **CLOSE)
+
+
+def test_layer_idx_is_one_below_the_index_in_hidden_states(model, tokenizer):
+    """Up to the last block, whose entry there has passed the final norm."""
+    tokens = torch.tensor([tokenizer(TEXTS[1]).input_ids])
+    with torch.inference_mode():
+        hidden_states = model(tokens, output_hidden_states=True).hidden_states
+    layers = range(N_LAYERS - 1)
+    extracted = ActivationExtractor(model, tokenizer, 0).extract_layers([TEXTS[1]], layers)
+    for layer_idx in layers:
+        assert_close(extracted[layer_idx][0], hidden_states[layer_idx + 1][0, -1], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("position", "choose"),
+    [
+        ("last", lambda hidden: hidden[-1]),
+        ("first", lambda hidden: hidden[0]),
+        ("mean", lambda hidden: hidden[1:].mean(0)),
+        (0, lambda hidden: hidden[0]),
+        (3, lambda hidden: hidden[3]),
+        (-1, lambda hidden: hidden[-1]),
+        (-4, lambda hidden: hidden[-4]),
+    ],
+)
+def test_position_reads_the_stated_tokens_in_a_mixed_batch(llama, tokenizer, position, choose):
+    texts = TEXTS[:3]
+    expected = [choose(recorded(llama, tokenizer(text).input_ids, 1)) for text in texts]
+    extracted = ActivationExtractor(llama, tokenizer, 1).extract_batch(texts, position)
+    assert_close(extracted, torch.stack(expected), **CLOSE)
+
+
+@pytest.mark.parametrize(("with_bos", "kept"), [(True, [1, 2, 4, 5]), (False, [1, 3, 4])])
+def test_mean_leaves_out_special_tokens_and_the_very_first(llama, with_bos, kept):
+    tokenizer = tiny_tokenizer()
+    if not with_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    tokens = tokenizer("ab<eos>cd").input_ids
+    assert len(tokens) == 5 + with_bos
+    expected = recorded(llama, tokens, 1)[kept].mean(0)
+    extracted = ActivationExtractor(llama, tokenizer, 1).extract("ab<eos>cd", "mean")
+    assert_close(extracted, expected, **CLOSE)
+
+
+def test_mean_of_nothing_but_special_tokens_is_the_last_token(llama, tokenizer):
+    extractor = ActivationExtractor(llama, tokenizer, 1)
+    assert torch.equal(extractor.extract("<eos>", "mean"), extractor.extract("<eos>", "last"))
+
+
+def test_extract_layers_equals_separate_extractions(llama, tokenizer):
+    together = ActivationExtractor(llama, tokenizer, 0).extract_layers(TEXTS, [3, 0, 3], "mean")
+    assert list(together) == [0, 3]
+    for layer_idx, activations in together.items():
+        separate = ActivationExtractor(llama, tokenizer, layer_idx).extract_batch(TEXTS, "mean")
+        assert_close(activations, separate, **CLOSE)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [([1], [0, 1]), ([2, 0], [0, 1, 2])])
+def test_forward_stops_after_the_deepest_block(llama, tokenizer, layers, expected):
+    ran = []
+    handles = [
+        block.register_forward_hook(lambda module, args, output, index=index: ran.append(index))
+        for index, block in enumerate(decoder_blocks(llama))
+    ]
+    ActivationExtractor(llama, tokenizer, 1).extract_layers(TEXTS[:1], layers)
+    for handle in handles:
+        handle.remove()
+    assert ran == expected
+
+
+def test_running_out_of_memory_changes_no_result(tokenizer, caplog):
+    model = tiny_model()
+    expected = ActivationExtractor(model, tokenizer, 1).extract_batch(TEXTS)
+    forward = model.forward
+
+    def small_forward(input_ids, **options):
+        if len(input_ids) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(input_ids=input_ids, **options)
+
+    model.forward = small_forward
+    extracted = ActivationExtractor(model, tokenizer, 1, batch_size=5).extract_batch(TEXTS)
+    assert_close(extracted, expected, **CLOSE)
+    assert "out of memory" in caplog.text
+    assert n_hooks(model) == 0
+
+
+def test_tokenizer_without_pad_token_gives_the_same(llama, tokenizer):
+    expected = ActivationExtractor(llama, tokenizer, 2).extract_batch(TEXTS)
+    bare = tiny_tokenizer(with_pad=False)
+    assert bare.pad_token_id is None
+    assert torch.equal(ActivationExtractor(llama, bare, 2).extract_batch(TEXTS), expected)
+
+
+def test_long_texts_are_cut_at_the_end_and_counted(llama, tokenizer, caplog):
+    extractor = ActivationExtractor(llama, tokenizer, 1, max_length=5)
+    extracted = extractor.extract_batch(["abcdefgh", "abc", "abcd"])
+    assert extractor.n_truncated == 1
+    assert extractor.n_tokens == 5 + 4 + 5
+    assert "1 of 3 texts were cut to 5 tokens" in caplog.text
+    assert_close(extracted[0], recorded(llama, tokenizer("abcd").input_ids, 1)[-1], **CLOSE)
+
+
+def test_persona_vector_is_the_unit_difference_of_means(llama, tokenizer):
+    positive, negative = TEXTS[:2], TEXTS[2:]
+    extractor = ActivationExtractor(llama, tokenizer, 2, batch_size=2)
+    difference = extractor.extract_batch(positive).mean(0) - extractor.extract_batch(negative).mean(0)
+    persona = extractor.measure_persona_vector(positive, negative)
+    assert_close(persona.vector, difference / difference.norm(), **CLOSE)
+    assert persona.vector.norm().item() == pytest.approx(1, abs=1e-6)
+    assert persona.raw_norm == pytest.approx(difference.norm().item(), rel=1e-4)
+    assert (persona.n_positive, persona.n_negative) == (2, 3)
+    assert persona.split_half_cosine is None
+    assert torch.equal(extractor.extract_persona_vector(positive, negative), persona.vector)
+
+
+def test_persona_vector_reads_the_stated_position(llama, tokenizer):
+    extractor = ActivationExtractor(llama, tokenizer, 2)
+    by_position = [
+        extractor.extract_persona_vector(TEXTS[:1], TEXTS[1:2], position) for position in ("last", "mean")
+    ]
+    difference = extractor.extract(TEXTS[0], "mean") - extractor.extract(TEXTS[1], "mean")
+    assert_close(by_position[1], difference / difference.norm(), **CLOSE)
+    assert not torch.allclose(*by_position, atol=0.01)
+
+
+def test_split_half_cosine_is_high_for_a_signal_and_near_0_for_noise():
+    positive, negative = torch.randn(40, 512), torch.randn(36, 512)
+    signal = torch.randn(512)
+    assert split_half_cosine(positive + 2 * signal, negative) > 0.95
+    assert abs(split_half_cosine(positive, negative)) < 0.1
+    assert split_half_cosine(positive, negative) == split_half_cosine(positive, negative)
+
+
+def test_pairs_stay_in_one_half_so_their_content_cancels():
+    content, signal = 10 * torch.randn(12, 64), torch.randn(64)
+    assert split_half_cosine(content + signal, content) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("n_positive", "n_negative"), [(3, 9), (9, 3)])
+def test_split_half_cosine_is_none_below_4_texts_a_side(n_positive, n_negative):
+    assert split_half_cosine(torch.randn(n_positive, 8), torch.randn(n_negative, 8)) is None
+
+
+def test_residual_norm_leaves_out_massive_dimensions():
+    activations = torch.randn(201, 32)
+    activations[:, [5, 20]] *= 1000
+    norm = measure_residual_norm(activations)
+    kept = [index for index in range(32) if index not in (5, 20)]
+    assert norm.massive_dimensions == massive_dimensions(activations) == [5, 20]
+    assert norm.median == pytest.approx(activations[:, kept].norm(dim=1).median().item())
+    assert norm.median_with_massive == pytest.approx(activations.norm(dim=1).median().item())
+    assert norm.median < 10 < norm.median_with_massive
+
+
+@pytest.mark.parametrize("ratio", [5, 50])
+def test_a_dimension_is_massive_above_the_stated_ratio(ratio):
+    activations = torch.ones(10, 9)
+    activations[:, 4] = ratio
+    assert massive_dimensions(activations) == ([4] if ratio > 10 else [])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8,)])
+def test_residual_norm_of_no_rows_is_refused(shape):
+    with pytest.raises(InputError, match="expected"):
+        measure_residual_norm(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda extractor: extractor.extract_batch([]), "list of texts is empty"),
+        (lambda extractor: extractor.extract_batch("a string"), "single string"),
+        (lambda extractor: extractor.extract_batch(["good", " \n"]), "text 1 is empty"),
+        (lambda extractor: extractor.extract_batch(["good", None]), "text 1 is empty or not a string"),
+        (lambda extractor: extractor.extract_layers(["good"], []), "list of layers is empty"),
+        (lambda extractor: extractor.extract_layers(["good"], [1, 4]), r"layer_idx 4 .*\(0 to 3\)"),
+        (lambda extractor: extractor.extract_layers(["good"], [-1]), r"layer_idx -1 .*\(0 to 3\)"),
+        (lambda extractor: extractor.extract("good", "middle"), "'middle' is unknown"),
+        (lambda extractor: extractor.extract("good", 1.0), "1.0 is unknown"),
+        (lambda extractor: extractor.extract("good", True), "True is unknown"),
+        (lambda extractor: extractor.extract_batch(["good", "bad"], 4), "text 1 has 4 tokens"),
+        (lambda extractor: extractor.extract("good", -6), "text 0 has 5 tokens"),
+        (lambda extractor: extractor.extract_persona_vector([], ["bad"]), "no positive texts"),
+        (lambda extractor: extractor.extract_persona_vector(["good"], []), "no negative texts"),
+        (lambda extractor: extractor.extract_persona_vector(["same"], ["same"]), "same mean"),
+        (lambda extractor: extractor.extract_persona_vector("good", "bad"), "single string"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_no_hook(llama, tokenizer, ask, message):
+    before = n_hooks(llama)
+    with pytest.raises(InputError, match=message):
+        ask(ActivationExtractor(llama, tokenizer, 1))
+    assert n_hooks(llama) == before
+
+
+@pytest.mark.parametrize("layer_idx", [-1, N_LAYERS])
+def test_layer_out_of_range_is_refused_with_the_range(llama, tokenizer, layer_idx):
+    with pytest.raises(InputError, match=r"4 decoder blocks \(0 to 3\)"):
+        ActivationExtractor(llama, tokenizer, layer_idx)
+
+
+def test_activation_that_is_not_finite_names_its_text(tokenizer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("x").input_ids[-1]] = float("nan")
+    extractor = ActivationExtractor(model, tokenizer, 1)
+    with pytest.raises(InputError, match="text 2 gives an activation that is not finite"):
+        extractor.extract_batch(["ab", "a longer line", "b x b"])
+    assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("position", ["last", "mean"])
+def test_nothing_at_a_padded_position_reaches_the_result(tokenizer, position):
+    """Not even NaN: the padding of the shorter text, in the second row, is overwritten."""
+    model = tiny_model()
+    extractor = ActivationExtractor(model, tokenizer, 1)
+    expected = extractor.extract_batch(["longer", "abc"], position)
+
+    def overwrite(module, args, output):
+        return output.index_put((torch.tensor(1), torch.arange(4, 7)), torch.tensor(float("nan")))
+
+    model.model.layers[1].register_forward_hook(overwrite)
+    assert torch.equal(extractor.extract_batch(["longer", "abc"], position), expected)
+
+
+def test_an_error_inside_the_model_leaves_no_hook(tokenizer):
+    model = tiny_model()
+    model.model.layers[1].mlp = torch.nn.Identity()
+    model.model.layers[1].mlp.forward = lambda hidden: hidden @ torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ActivationExtractor(model, tokenizer, 2).extract("good")
+    assert n_hooks(model) == 0

@@ -1,0 +1,183 @@
+"""Each transfer follows its formula, for wider and narrower targets."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from baseline_methods import METHODS, BaselineTransfer
+from errors import InputError
+from ridge_mapping import RidgeMapping
+
+D_SOURCE = 12
+WIDTHS = [20, 12, 7]
+
+
+def fitted(d_target):
+    generator = torch.Generator().manual_seed(1)
+    H_source = torch.randn(60, D_SOURCE, generator=generator) + 3
+    truth = torch.randn(D_SOURCE, d_target, generator=generator)
+    return RidgeMapping(D_SOURCE, d_target).fit(H_source, H_source @ truth - 5, lambda_=0.5)
+
+
+@pytest.fixture(params=WIDTHS)
+def d_target(request):
+    return request.param
+
+
+@pytest.fixture
+def v_source():
+    return torch.randn(D_SOURCE)
+
+
+@pytest.fixture
+def transfer(d_target):
+    return BaselineTransfer(D_SOURCE, d_target, seed=3)
+
+
+def test_zero_pad_appends_zeros_or_cuts(transfer, v_source, d_target):
+    padded = transfer.zero_pad(v_source)
+    kept = min(D_SOURCE, d_target)
+    assert padded.shape == (d_target,)
+    assert torch.equal(padded[:kept], v_source[:kept])
+    assert not padded[kept:].any()
+
+
+def test_interpolate_is_linear_resampling_between_pixel_centres(transfer, v_source, d_target):
+    places = (np.arange(d_target) + 0.5) * D_SOURCE / d_target - 0.5
+    expected = np.interp(places, np.arange(D_SOURCE), v_source.numpy())
+    assert_close(transfer.interpolate(v_source).numpy(), expected.astype(np.float32))
+
+
+def test_random_proj_is_orthonormal(transfer, d_target):
+    """Mapping the identity basis gives the matrix: rows orthonormal, or columns if it narrows."""
+    matrix = torch.stack([transfer.random_proj(row) for row in torch.eye(D_SOURCE)])
+    product = matrix @ matrix.T if d_target >= D_SOURCE else matrix.T @ matrix
+    assert matrix.shape == (D_SOURCE, d_target)
+    assert_close(product, torch.eye(min(D_SOURCE, d_target)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("d_target", [20, 12])
+def test_random_proj_preserves_the_norm_when_the_target_is_not_narrower(d_target, v_source):
+    projected = BaselineTransfer(D_SOURCE, d_target).random_proj(v_source)
+    assert projected.norm().item() == pytest.approx(v_source.norm().item(), rel=1e-5)
+
+
+def test_random_proj_depends_on_the_seed_alone(v_source, d_target):
+    torch.manual_seed(123)
+    first = BaselineTransfer(D_SOURCE, d_target, seed=3).random_proj(v_source)
+    torch.manual_seed(456)
+    assert torch.equal(BaselineTransfer(D_SOURCE, d_target, seed=3).random_proj(v_source), first)
+    assert not torch.allclose(BaselineTransfer(D_SOURCE, d_target, seed=4).random_proj(v_source), first)
+
+
+def test_random_proj_has_no_preferred_direction():
+    """Entries of Haar-distributed rows have mean 0 and mean square 1 / d_target."""
+    first = torch.eye(4)[0]
+    draws = torch.stack([BaselineTransfer(4, 6, seed).random_proj(first) for seed in range(2000)])
+    assert draws.mean(0).abs().max() < 0.05
+    assert_close(draws.pow(2).mean(0), torch.full((6,), 1 / 6), rtol=0, atol=0.02)
+
+
+def test_ridge_mapped_is_v_at_W_without_intercept(transfer, v_source, d_target):
+    mapping = fitted(d_target)
+    expected = (v_source.double() @ mapping.W).float()
+    assert_close(transfer.ridge_mapped(v_source, mapping), expected)
+    assert_close(transfer.ridge_mapped(-2 * v_source, mapping), -2 * expected)
+
+
+def test_oracle_is_a_copy_of_the_target_vector(transfer, d_target):
+    v_oracle = torch.randn(d_target)
+    copy = transfer.oracle(v_oracle)
+    assert torch.equal(copy, v_oracle)
+    assert copy.data_ptr() != v_oracle.data_ptr()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_apply_all_baselines_gives_every_method(transfer, v_source, d_target, normalize):
+    mapping, v_oracle = fitted(d_target), 5 * torch.randn(d_target)
+    vectors = transfer.apply_all_baselines(v_source, v_oracle, mapping, normalize=normalize)
+    raw = {
+        "zero_pad": transfer.zero_pad(v_source),
+        "interpolate": transfer.interpolate(v_source),
+        "random_proj": transfer.random_proj(v_source),
+        "ridge_mapped": transfer.ridge_mapped(v_source, mapping),
+        "oracle": v_oracle,
+    }
+    assert tuple(vectors) == tuple(raw) == METHODS
+    for name, vector in vectors.items():
+        assert vector.dtype == torch.float32
+        assert_close(vector, raw[name] / raw[name].norm() if normalize else raw[name])
+        if normalize:
+            assert vector.norm().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_compare_to_oracle_gives_the_cosine_of_every_other_method(transfer, v_source, d_target):
+    mapping, v_oracle = fitted(d_target), torch.randn(d_target)
+    cosines = transfer.compare_to_oracle(v_source, v_oracle, mapping)
+    vectors = transfer.apply_all_baselines(v_source, v_oracle, mapping)
+    assert tuple(cosines) == ("zero_pad", "interpolate", "random_proj", "ridge_mapped")
+    for name, cosine in cosines.items():
+        assert cosine == pytest.approx((vectors[name] @ vectors["oracle"]).item(), abs=1e-5)
+
+
+def test_the_cosine_of_the_oracle_to_itself_is_1(v_source):
+    mapping = fitted(20)
+    transfer = BaselineTransfer(D_SOURCE, 20)
+    cosines = transfer.compare_to_oracle(v_source, 3 * transfer.ridge_mapped(v_source, mapping), mapping)
+    assert cosines["ridge_mapped"] == pytest.approx(1, abs=1e-5)
+
+
+def test_inputs_are_not_modified(transfer, v_source, d_target):
+    mapping, v_oracle = fitted(d_target), torch.randn(d_target)
+    originals = v_source.clone(), v_oracle.clone(), mapping.W.clone()
+    vectors = transfer.apply_all_baselines(v_source, v_oracle, mapping, normalize=False)
+    for vector in vectors.values():
+        vector.zero_()
+    for value, original in zip((v_source, v_oracle, mapping.W), originals, strict=True):
+        assert torch.equal(value, original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_float_dtype_is_accepted(transfer, v_source, d_target, dtype):
+    mapping, v_oracle = fitted(d_target), torch.randn(d_target)
+    vectors = transfer.apply_all_baselines(v_source.to(dtype), v_oracle.to(dtype), mapping)
+    expected = transfer.apply_all_baselines(v_source.to(dtype).float(), v_oracle.to(dtype).float(), mapping)
+    for name, vector in vectors.items():
+        assert torch.equal(vector, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("v_source", "v_oracle", "message"),
+    [
+        (torch.ones(11), torch.ones(7), r"v_source has shape \(11,\), expected \(12,\)"),
+        (torch.ones(1, 12), torch.ones(7), r"v_source has shape \(1, 12\), expected \(12,\)"),
+        (torch.ones(12), torch.ones(8), r"v_oracle has shape \(8,\), expected \(7,\)"),
+        (torch.full((12,), float("nan")), torch.ones(7), "v_source has values that are not finite"),
+        (torch.ones(12), torch.full((7,), float("inf")), "v_oracle has values that are not finite"),
+        (torch.ones(12), torch.zeros(7), "the oracle vector has norm 0"),
+        (torch.eye(12)[11], torch.ones(7), "the zero_pad vector has norm 0"),
+    ],
+)
+def test_bad_vectors_are_refused(v_source, v_oracle, message):
+    with pytest.raises(InputError, match=message):
+        BaselineTransfer(D_SOURCE, 7).apply_all_baselines(v_source, v_oracle, fitted(7))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (RidgeMapping(D_SOURCE, 7), "not fitted"),
+        (fitted(8), "the mapped vector has shape"),
+        (RidgeMapping(5, 7).fit(torch.randn(9, 5), torch.randn(9, 7)), r"expected \(5,\)"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused(mapping, message):
+    with pytest.raises(InputError, match=message):
+        BaselineTransfer(D_SOURCE, 7).ridge_mapped(torch.ones(D_SOURCE), mapping)
+
+
+@pytest.mark.parametrize("widths", [(0, 5), (5, -1)])
+def test_widths_below_1_are_refused(widths):
+    with pytest.raises(InputError, match="expected positive integers"):
+        BaselineTransfer(*widths)

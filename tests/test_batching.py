@@ -1,0 +1,106 @@
+"""Results come back in input order, whatever the batch size and however often memory runs out."""
+
+import pytest
+import torch
+
+from batching import is_out_of_memory, iterate_batches, length_sorted_batches, run_in_batches
+
+LENGTHS = [3, 9, 1, 9, 4, 7, 2, 8, 5, 6, 1]
+
+
+def square_at_most(limit, seen):
+    """A worker that runs out of memory above `limit` items and notes the sizes that it is given."""
+
+    def run(indices):
+        seen.append(len(indices))
+        if len(indices) > limit:
+            raise MemoryError
+        return [index**2 for index in indices]
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
+@pytest.mark.parametrize("limit", [1, 2, 5, 100])
+def test_results_are_in_input_order(batch_size, limit):
+    results = run_in_batches(square_at_most(limit, []), LENGTHS, batch_size, "check")
+    assert results == [index**2 for index in range(len(LENGTHS))]
+
+
+def test_no_items_give_no_results():
+    assert run_in_batches(square_at_most(1, []), [], 4, "check") == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
+def test_batches_hold_every_item_once_and_the_longest_first(batch_size):
+    batches = length_sorted_batches(LENGTHS, batch_size)
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(LENGTHS)))
+    assert [LENGTHS[index] for index in order] == sorted(LENGTHS, reverse=True)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_the_smaller_batch_size_is_kept_for_the_rest(caplog):
+    seen = []
+    run_in_batches(square_at_most(3, seen), [1] * 16, 8, "check")
+    assert seen == [8, 4] + [2] * 8
+    assert [record.args for record in caplog.records] == [("check", 4), ("check", 2)]
+
+
+def test_a_single_item_that_does_not_fit_raises_the_original_error():
+    seen = []
+    with pytest.raises(MemoryError):
+        run_in_batches(square_at_most(0, seen), [1, 2, 3, 4], 4, "check")
+    assert seen == [4, 2, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("can't allocate memory")])
+def test_other_errors_are_raised_at_once(error):
+    seen = []
+
+    def run(indices):
+        seen.append(len(indices))
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_in_batches(run, LENGTHS, 4, "check")
+    assert seen == [4]
+
+
+def test_batches_are_yielded_as_they_are_done():
+    seen = []
+    batches = iterate_batches(square_at_most(2, seen), [1, 2, 3], 2, "check")
+    assert next(batches) == ([2, 1], [4, 1])
+    assert seen == [2]
+    assert list(batches) == [([0], [0])]
+
+
+def test_a_worker_that_loses_a_result_is_noticed():
+    with pytest.raises(ValueError, match="shorter"):
+        run_in_batches(lambda indices: indices[1:], LENGTHS, 4, "check")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_below_1_is_refused(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
+        run_in_batches(square_at_most(1, []), LENGTHS, batch_size, "check")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_only_failed_allocations_count_as_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_a_real_failed_allocation_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)

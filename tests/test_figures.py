@@ -1,0 +1,167 @@
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+
+from baseline_methods import METHODS
+from evaluation import METRICS, aggregate
+from figures import (
+    COLOURS,
+    MARKERS,
+    choose_axes,
+    coherence_trait_figure,
+    figure_fingerprint,
+    mapping_figure,
+    save_figure,
+)
+from ridge_mapping import RidgeMapping
+
+ALPHAS = (0.5, 2.0)
+
+
+def rows(persona, auc=0.97, **fixed):
+    """Three texts a condition and alpha; every number differs between conditions and alphas."""
+    generator = np.random.default_rng(0)
+    cells = [("baseline", None), *((method, alpha) for method in METHODS for alpha in reversed(ALPHAS))]
+    made = []
+    for condition, alpha in cells:
+        for _ in range(3):
+            values = {metric: float(generator.uniform(0.1, 0.9)) for metric in METRICS}
+            values |= {"perplexity": values["perplexity"] * 100, **fixed}
+            values |= {"gpt4_coherence_score": None, "gpt4_trait_score": None, **fixed}
+            made.append(
+                {"condition": condition, "persona": persona, "alpha": alpha, "classifier_auc": auc, **values}
+            )
+    return made
+
+
+def points(panel):
+    """Return label -> (x, y) of the lines of a panel."""
+    return {
+        container.get_label(): container.lines[0].get_data()
+        for container in panel.containers
+        if container.get_label()
+    }
+
+
+@pytest.fixture(scope="module")
+def mapping():
+    source = torch.randn(120, 10, generator=torch.Generator().manual_seed(0))
+    target = source @ torch.randn(10, 14, generator=torch.Generator().manual_seed(1))
+    fitted = RidgeMapping(10, 14, "relative")
+    fitted.cross_validate(source, target + 0.1, [0.01, 0.1, 1.0])
+    return fitted
+
+
+def test_every_condition_has_its_own_colour_and_marker():
+    assert set(COLOURS) == set(MARKERS) == {"baseline", *METHODS}
+    assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(COLOURS)
+
+
+def test_points_are_the_aggregated_numbers_with_the_largest_alpha_last():
+    table = aggregate(rows("loud", independent_perplexity=None))
+    (panel,) = coherence_trait_figure(table).axes
+    drawn = points(panel)
+    assert set(drawn) == {"baseline", *METHODS}
+    entries = {(entry["condition"], entry["alpha"]): entry for entry in table}
+    for condition, (x, y) in drawn.items():
+        alphas = [None] if condition == "baseline" else ALPHAS
+        wanted = [entries[condition, alpha] for alpha in alphas]
+        assert list(x) == [entry["perplexity"]["median"] for entry in wanted]
+        assert list(y) == [entry["trait_probability"]["mean"] for entry in wanted]
+
+
+def test_fluent_text_is_to_the_right():
+    (panel,) = coherence_trait_figure(aggregate(rows("loud"))).axes
+    left, right = panel.get_xlim()
+    assert left > right
+    assert panel.get_xscale() == "log"
+
+
+def test_error_bars_are_one_standard_error():
+    table = aggregate(rows("loud"))
+    (panel,) = coherence_trait_figure(table).axes
+    entry = next(entry for entry in table if entry["condition"] == "baseline")
+    (container,) = (item for item in panel.containers if item.get_label() == "baseline")
+    (segment,) = container.lines[2][0].get_segments()
+    half = (segment[1][1] - segment[0][1]) / 2
+    assert half == pytest.approx(entry["trait_probability"]["std"] / 3**0.5)
+
+
+def test_each_persona_has_a_panel_with_its_auc():
+    figure = coherence_trait_figure(aggregate(rows("loud") + rows("calm", auc=0.912)))
+    assert [panel.get_title() for panel in figure.axes] == [
+        "loud (classifier AUC 0.970)",
+        "calm (classifier AUC 0.912)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "axes"),
+    [
+        ({}, ("independent_perplexity", "trait_probability")),
+        ({"independent_perplexity": None}, ("perplexity", "trait_probability")),
+        (
+            {"gpt4_coherence_score": 4.0, "gpt4_trait_score": 2.0},
+            ("gpt4_coherence_score", "gpt4_trait_score"),
+        ),
+    ],
+    ids=["independent", "own", "judged"],
+)
+def test_axes_are_the_best_metrics_that_exist(fixed, axes):
+    table = aggregate(rows("loud", **fixed))
+    assert choose_axes(table) == axes
+    (panel,) = coherence_trait_figure(table).axes
+    x, y = points(panel)["baseline"]
+    entry = table[0]
+    statistic = "median" if axes[0].endswith("perplexity") else "mean"
+    assert (x[0], y[0]) == (entry[axes[0]][statistic], entry[axes[1]]["mean"])
+
+
+@pytest.mark.parametrize("order", [("loud", "bare"), ("bare", "loud")])
+def test_legend_names_every_condition_that_is_drawn(order):
+    made = {"loud": rows("loud"), "bare": rows("bare", auc=None, trait_probability=None)}
+    figure = coherence_trait_figure(aggregate(made[order[0]] + made[order[1]]))
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"baseline", *METHODS}
+
+
+def test_figure_without_any_score_can_still_be_saved(tmp_path):
+    table = aggregate(rows("bare", auc=None, trait_probability=None))
+    save_figure(coherence_trait_figure(table), tmp_path / "figure.png", "made")
+    assert figure_fingerprint(tmp_path / "figure.png") == "made"
+
+
+def test_mapping_figure_draws_what_was_cross_validated(mapping):
+    analysis = mapping.analyze()
+    by_lambda, by_dimension, spectrum = mapping_figure(analysis, mapping.cv).axes
+    x, y = by_lambda.lines[0].get_data()
+    assert list(x) == mapping.cv["lambda_values"]
+    assert list(y) == [mapping.cv["r2"][value] for value in x]
+    assert list(by_dimension.lines[0].get_ydata()) == sorted(
+        mapping.cv["best_r2_per_dimension"], reverse=True
+    )
+    assert list(spectrum.lines[0].get_ydata()) == analysis["singular_values"]
+
+
+def test_saved_figure_carries_its_fingerprint_and_leaves_nothing_beside_it(mapping, tmp_path):
+    path = tmp_path / "figure.png"
+    for fingerprint in ("first", "second"):
+        save_figure(mapping_figure(mapping.analyze(), mapping.cv), path, fingerprint)
+        assert figure_fingerprint(path) == fingerprint
+    assert [item.name for item in tmp_path.iterdir()] == ["figure.png"]
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.95])
+def test_damaged_figure_has_no_fingerprint(kept, mapping, tmp_path):
+    path = tmp_path / "figure.png"
+    assert figure_fingerprint(path) is None
+    save_figure(mapping_figure(mapping.analyze(), mapping.cv), path, "made")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
+    assert figure_fingerprint(path) is None
+
+
+def test_figure_without_fingerprint_has_none(tmp_path):
+    matplotlib.figure.Figure().savefig(tmp_path / "other.png")
+    assert figure_fingerprint(tmp_path / "other.png") is None

@@ -1,0 +1,323 @@
+"""Decoder blocks are found, only causal models load, and a fingerprint notices a changed model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from errors import InputError
+from model_loading import (
+    check_layer,
+    context_length,
+    d_model,
+    decoder_blocks,
+    is_causal,
+    load_model,
+    model_fingerprint,
+    n_layers,
+    pad_token_id,
+    pad_tokens,
+    resolve_device,
+    resolve_dtype,
+)
+from package_cache import CACHE_VARIABLE
+from tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+TOKENS = torch.tensor([[256, 10, 20, 30]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small a second thread only costs time, a lot of it on a busy machine."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def folder(model_folders, tmp_path):
+    """A copy of a saved model that a test may damage."""
+    return shutil.copytree(model_folders["source"], tmp_path / "model")
+
+
+def test_decoder_blocks_are_the_list_that_runs_in_order(model):
+    blocks = decoder_blocks(model)
+    ran = []
+    handles = [
+        block.register_forward_hook(lambda module, args, output, index=index: ran.append(index))
+        for index, block in enumerate(blocks)
+    ]
+    with torch.inference_mode():
+        model(TOKENS)
+    for handle in handles:
+        handle.remove()
+    assert ran == list(range(N_LAYERS))
+
+
+def test_configuration_states_depth_width_and_context(model, tokenizer):
+    assert n_layers(model) == N_LAYERS
+    assert d_model(model) == D_MODEL
+    assert context_length(model, tokenizer) == CONTEXT
+
+
+def test_every_architecture_is_causal(model):
+    assert is_causal(model)
+
+
+def test_masked_language_model_is_not_causal():
+    bert = BertForMaskedLM(BertConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_attention_heads=4))
+    assert not is_causal(bert.eval())
+
+
+@pytest.mark.parametrize(
+    ("stated", "tokenizer_limit", "expected"),
+    [(64, CONTEXT, 64), (1024, CONTEXT, CONTEXT), (64, int(1e30), 64), (4096, int(1e30), 4096)],
+)
+def test_context_is_the_lower_limit(stated, tokenizer_limit, expected):
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = tokenizer_limit
+    assert context_length(tiny_model(max_position_embeddings=stated), tokenizer) == expected
+
+
+def test_model_without_a_limit_gets_2048():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    assert context_length(tiny_model("bloom"), tokenizer) == 2048
+
+
+def test_several_possible_block_lists_are_refused_unless_a_path_is_given():
+    model = tiny_model()
+    model.other = nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
+    with pytest.raises(InputError, match=r'model\.layers, other.*"source_block_path"'):
+        decoder_blocks(model)
+    assert decoder_blocks(model, "model.layers") is model.model.layers
+
+
+def test_no_block_list_of_the_stated_length_is_refused():
+    model = tiny_model()
+    model.config.num_hidden_layers = 7
+    with pytest.raises(InputError, match=r'7 decoder blocks.*no list of that length.*"source_block_path"'):
+        decoder_blocks(model)
+
+
+def test_lists_inside_the_blocks_are_ignored():
+    """As experts are, when a mixture has as many of them as blocks."""
+    model = tiny_model()
+    for block in model.model.layers:
+        block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
+    assert decoder_blocks(model) is model.model.layers
+
+
+def test_block_list_of_a_vision_tower_is_ignored():
+    model = tiny_model()
+    model.vision_tower = nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
+    assert decoder_blocks(model) is model.model.layers
+
+
+@pytest.mark.parametrize(
+    ("block_path", "message"),
+    [
+        ("model.nowhere", "model.nowhere"),
+        ("lm_head", "is a Linear"),
+        ("model.layers.0", "expected the Modul"),
+    ],
+)
+def test_a_block_path_without_a_list_is_refused(llama, block_path, message):
+    with pytest.raises(InputError, match=message):
+        decoder_blocks(llama, block_path)
+
+
+@pytest.mark.parametrize("layer_idx", [-1, N_LAYERS, 100])
+def test_layer_out_of_range_is_refused_with_the_range(llama, layer_idx):
+    with pytest.raises(InputError, match=rf"layer_idx {layer_idx} .*4 decoder blocks \(0 to 3\)"):
+        check_layer(layer_idx, decoder_blocks(llama))
+
+
+@pytest.mark.parametrize("layer_idx", [0, N_LAYERS - 1])
+def test_layer_in_range_is_accepted(llama, layer_idx):
+    check_layer(layer_idx, decoder_blocks(llama))
+
+
+def test_a_local_folder_loads_as_it_was_saved(model_folders):
+    model, tokenizer = load_model(model_folders["source"], device="cpu")
+    assert not model.training
+    assert model.dtype == torch.float32
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS).logits, tiny_model("llama")(TOKENS).logits)
+    assert tokenizer("Naïve").input_ids == tiny_tokenizer()("Naïve").input_ids
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("auto", torch.float32)]
+)
+def test_a_model_loads_in_the_stated_dtype(model_folders, dtype, expected):
+    assert load_model(model_folders["target"], device="cpu", dtype=dtype)[0].dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        (BertForMaskedLM, BertConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4)),
+        (T5ForConditionalGeneration, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+    ],
+)
+def test_a_model_that_is_not_causal_is_refused(tmp_path, architecture, config):
+    config.vocab_size = VOCAB_SIZE
+    architecture(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="not a causal language model"):
+        load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.gguf", "no such GGUF file"),
+        ("not a model!", "not a packaged model .*a local folder, a GGUF file or a hub id"),
+        ("one/two/three", "not a packaged model"),
+        ("", "no config.json"),
+    ],
+)
+def test_a_source_that_names_nothing_is_refused(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_model(source)
+
+
+def test_a_folder_without_configuration_is_refused(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("pattern", ["*.safetensors", "token*"])
+def test_a_folder_without_weights_or_tokenizer_is_refused(folder, pattern):
+    for path in folder.glob(pattern):
+        path.unlink()
+    with pytest.raises(InputError, match="cannot load a causal language model from"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_truncated_file_in_a_folder_is_an_input_error(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot load a causal language model from"):
+        load_model(str(folder))
+
+
+def test_weights_of_another_shape_are_an_input_error(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
+    with pytest.raises(InputError, match="cannot load a causal language model from"):
+        load_model(str(folder))
+
+
+def test_a_damaged_gguf_file_is_an_input_error_and_leaves_no_cache_entry(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"not a GGUF file")
+    with pytest.raises(InputError, match=r"model\.gguf"):
+        load_model(str(tmp_path / "model.gguf"))
+    assert not list(tmp_path.glob("cache/models/*-float32"))
+
+
+def test_a_model_whose_logits_are_not_finite_is_an_input_error(tmp_path):
+    """As Gemma-3 in float16: the message must not call it something other than causal."""
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="finite"):
+        load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused(model_folders, device):
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used here"):
+        load_model(model_folders["source"], device=device)
+
+
+def test_unknown_dtype_is_refused(model_folders):
+    with pytest.raises(InputError, match="'int8' is unknown; choose auto, float32, bfloat16, float16"):
+        load_model(model_folders["source"], device="cpu", dtype="int8")
+
+
+def test_auto_dtype_follows_the_device():
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_auto_device_is_one_that_works():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_fingerprint_is_the_same_for_equal_models(tokenizer):
+    fingerprint = model_fingerprint(tiny_model(), tokenizer)
+    assert fingerprint == model_fingerprint(tiny_model(), tiny_tokenizer())
+    assert len(fingerprint) == 64
+
+
+def test_fingerprint_does_not_depend_on_the_folder(model_folders, folder):
+    first, second = (load_model(str(path), device="cpu") for path in (model_folders["source"], folder))
+    assert model_fingerprint(*first) == model_fingerprint(*second)
+
+
+def test_fingerprint_changes_with_any_weight_tensor(tokenizer):
+    model = tiny_model()
+    fingerprints = {model_fingerprint(model, tokenizer)}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.mul_(1.001)
+        fingerprints.add(model_fingerprint(model, tokenizer))
+    assert len(fingerprints) == 1 + len(list(model.parameters()))
+
+
+def test_fingerprint_changes_with_dtype_configuration_and_tokenizer(tokenizer):
+    model, other_tokenizer = tiny_model(), tiny_tokenizer()
+    other_tokenizer.add_tokens(["Naïve"])
+    fingerprints = [model_fingerprint(model, tokenizer), model_fingerprint(model, other_tokenizer)]
+    model.config.rms_norm_eps *= 2
+    fingerprints.append(model_fingerprint(model, tokenizer))
+    fingerprints.append(model_fingerprint(model.to(torch.bfloat16), tokenizer))
+    assert len(set(fingerprints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("side", "expected", "mask"),
+    [
+        ("left", [[0, 0, 7], [1, 2, 3], [0, 4, 5]], [[0, 0, 1], [1, 1, 1], [0, 1, 1]]),
+        ("right", [[7, 0, 0], [1, 2, 3], [4, 5, 0]], [[1, 0, 0], [1, 1, 1], [1, 1, 0]]),
+    ],
+)
+def test_tokens_are_padded_on_the_stated_side(side, expected, mask):
+    tokens, attention_mask = pad_tokens([[7], [1, 2, 3], [4, 5]], 0, side, torch.device("cpu"))
+    assert tokens.tolist() == expected
+    assert attention_mask.tolist() == mask
+    assert tokens.dtype == attention_mask.dtype == torch.int64
+
+
+def test_mask_does_not_mistake_a_real_token_for_padding():
+    _, mask = pad_tokens([[9, 9], [9]], 9, "right", torch.device("cpu"))
+    assert mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_padding_falls_back_to_the_end_token_and_then_to_0():
+    bare = tiny_tokenizer(with_pad=False)
+    assert pad_token_id(tiny_tokenizer()) == 258
+    assert pad_token_id(bare) == bare.eos_token_id == 257
+    bare.eos_token = None
+    assert pad_token_id(bare) == 0

@@ -1,0 +1,260 @@
+import json
+import random
+import re
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from errors import InputError
+from neutral_text import (
+    MIN_WORDS,
+    OverlapCheck,
+    load_neutral_texts,
+    plain_prose,
+    read_documents,
+    usable_paragraphs,
+)
+
+WORDS = "the old river runs past a small town where people sell bread and fish on most days of each year".split()
+
+
+def paragraph(number, n_words=60):
+    """One long sentence that no other number gives."""
+    rng = random.Random(number)
+    return f"Number {number} " + " ".join(rng.choices(WORDS, k=n_words - 3)) + " end."
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    def write(n=200, n_words=60):
+        path = tmp_path / "neutral.txt"
+        path.write_text("\n\n".join(paragraph(number, n_words) for number in range(n)))
+        return str(path)
+
+    return write
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+
+
+def write_parquet(path, rows):
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet}
+
+
+def test_order_and_cuts_depend_on_the_seed_alone(text_file):
+    source = text_file()
+    first = load_neutral_texts(source, 100, seed=1)
+    assert load_neutral_texts(source, 100, seed=1) == first
+    assert load_neutral_texts(source, 60, seed=1) == first[:60]
+    assert load_neutral_texts(source, 100, seed=2) != first
+    numbers = [int(item.text.split()[1]) for item in first]
+    assert numbers != sorted(numbers)
+    assert len(set(numbers)) == 100
+
+
+@pytest.mark.parametrize("n_words", [MIN_WORDS, 40, 60])
+def test_passages_end_in_mid_sentence(n_words, text_file):
+    found = load_neutral_texts(text_file(n_words=n_words), 200)
+    assert [item.text for item in found if item.text.endswith(".")] == []
+
+
+def test_passages_begin_a_paragraph_and_vary_in_length(text_file):
+    found = [item.text for item in load_neutral_texts(text_file(), 200)]
+    for text in found:
+        assert paragraph(int(text.split()[1])).startswith(f"{text} ")
+    lengths = {len(text.split()) for text in found}
+    assert min(lengths) >= 12
+    assert max(lengths) <= 48
+    assert len(lengths) > 25
+
+
+def test_each_paragraph_of_a_txt_file_is_a_document(text_file):
+    found = load_neutral_texts(text_file(), 200)
+    assert all(item.document == item.text.split()[1] for item in found)
+
+
+def test_line_breaks_inside_a_txt_paragraph_are_spaces(tmp_path):
+    path = tmp_path / "wrapped.txt"
+    path.write_bytes("\r\n\r\n".join(paragraph(i).replace(" ", "\r\n", 5) for i in range(3)).encode())
+    assert [text for _, text in read_documents(str(path))] == [paragraph(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("key", ["document", "id", "title"])
+def test_paragraphs_keep_the_document_they_come_from(kind, key, tmp_path):
+    path = tmp_path / f"neutral.{kind}"
+    rows = [
+        {key: f"page {page}", "text": f"{paragraph(2 * page)}\n{paragraph(2 * page + 1)}"} for page in range(20)
+    ]
+    WRITERS[kind](path, rows)
+    found = load_neutral_texts(str(path), 40)
+    assert {item.document for item in found} == {f"page {page}" for page in range(20)}
+    assert all(item.document == f"page {int(item.text.split()[1]) // 2}" for item in found)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_rows_without_document_id_are_numbered(kind, tmp_path):
+    path = tmp_path / f"neutral.{kind}"
+    WRITERS[kind](path, [{"text": paragraph(number)} for number in range(3)])
+    assert list(read_documents(str(path))) == [(str(i + 1), paragraph(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{half', "line 2 is not JSON"),
+        ("a.jsonl", b'{"body": "x"}', "row 1 has no string field 'text'"),
+        ("a.jsonl", b'["x"]', "row 1 has no string field 'text'"),
+        ("a.jsonl", b'{"text": 3}', "row 1 has no string field 'text'"),
+        ("a.txt", b"\xff\xfe\x00\xd8", "cannot be read as UTF-8"),
+        ("a.parquet", b"not parquet", "cannot be read as parquet"),
+        ("a.parquet", b"", "cannot be read as parquet"),
+        ("a.csv", b"x", "is unknown; choose"),
+        ("a.txt", None, "does not exist"),
+    ],
+    ids=[
+        "not JSON",
+        "no text",
+        "a list",
+        "a number",
+        "not UTF-8",
+        "not parquet",
+        "empty parquet",
+        "unknown kind",
+        "missing",
+    ],
+)
+def test_unusable_file_is_refused_in_one_line(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_neutral_texts(str(path), 1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_parquet_without_text_is_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"body": "x"}])
+    with pytest.raises(InputError, match="no string field 'text'"):
+        load_neutral_texts(str(tmp_path / "a.parquet"), 1)
+
+
+def test_unknown_source_is_refused():
+    with pytest.raises(InputError, match="'wikitext-2' is unknown; choose 'wikitext-103'"):
+        load_neutral_texts("wikitext-2", 1)
+
+
+@pytest.mark.parametrize("n_texts", [201, 0, -1])
+def test_more_texts_than_there_are_or_none_is_an_error(n_texts, text_file):
+    with pytest.raises(InputError, match=f"n_training_samples is {n_texts}"):
+        load_neutral_texts(text_file(), n_texts)
+
+
+def test_equal_passages_count_once(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    write_jsonl(path, [{"text": paragraph(0, MIN_WORDS)}] * 50)
+    found = load_neutral_texts(str(path), 2)
+    assert len({item.text for item in found}) == 2
+    with pytest.raises(InputError, match="usable paragraphs"):
+        load_neutral_texts(str(path), 45)
+
+
+def test_overlapping_text_is_refused_counted_and_logged(text_file, caplog):
+    source = text_file(50)
+    forbidden = [" ".join(paragraph(number).split()[1:10]).upper() for number in range(5)]
+    found = load_neutral_texts(source, 45, forbidden)
+    assert sorted(int(item.document) for item in found) == list(range(5, 50))
+    assert "refused 5 neutral texts" in caplog.text
+    with pytest.raises(InputError, match=r"45 usable paragraphs .* 5 refused"):
+        load_neutral_texts(source, 46, forbidden)
+
+
+@pytest.mark.parametrize(
+    ("known", "text", "found"),
+    [
+        ("one two three four five six seven eight nine", "x two three four five six seven eight nine", True),
+        ("one two three four five six seven eight nine", "x three four five six seven eight nine", False),
+        ("One two, three FOUR five: six seven eight", 'a "one" two three four five six seven eight b', True),
+        ("In my humble opinion", "this is, in my humble opinion, wrong", True),
+        ("In my humble opinion", "in my opinion", False),
+        ("In my opinion", "in my opinion", False),
+        ("", "anything", False),
+        ("Grüße an die Straße", "GRÜSSE AN DIE STRASSE", True),
+    ],
+)
+def test_overlap_is_a_run_of_eight_words_or_a_whole_shorter_text(known, text, found):
+    assert OverlapCheck([known]).found_in(text) is found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Too short to be a paragraph of prose.",
+        paragraph(1)[0].lower() + paragraph(1)[1:],
+        paragraph(1)[:-1],
+        paragraph(1).upper(),
+        "* " + paragraph(1),
+        paragraph(1).replace("Number 1 ", "Number 1 ( "),
+        paragraph(1).replace("Number 1 ", "Number 1 , "),
+        " ".join(["12 345 | 67"] * 20) + ".",
+    ],
+    ids=["short", "no capital", "no full stop", "capitals", "list", "bracket gap", "comma gap", "table"],
+)
+def test_lines_that_are_no_prose_are_left_out(line):
+    assert list(usable_paragraphs(f"{paragraph(0)}\n{line}\n{paragraph(2)}")) == [paragraph(0), paragraph(2)]
+
+
+@pytest.mark.parametrize(
+    ("wikicode", "prose"),
+    [
+        ("'''Bold''' and ''italic''", "Bold and italic"),
+        ("[[water|moving water]] in a [[lake]]", "moving water in a lake"),
+        ("a book<ref name=x>Smith, {{cite}}</ref> on<ref name=x/> fish", "a book on fish"),
+        ("a {{convert|5|km}} walk", "a 5 km walk"),
+        ("a word ({{lang|fr|mot}})", "a word (mot)"),
+        ("a town ({{IPA|x}}) here", "a town here"),
+        ("{{Infobox\n| a = b\n}}text", "text"),
+        ("[[File:a.png|thumb|caption]]text", "text"),
+        ("text<!-- hidden --> here", "text here"),
+        ("== Heading ==\ntext\n* item\n# number\n{|\n| cell\n|}\n", "text"),
+        ("see [http://example.com the site] here", "see the site here"),
+    ],
+    ids=[
+        "quotes",
+        "links",
+        "references",
+        "measures",
+        "languages",
+        "empty brackets",
+        "template",
+        "file",
+        "comment",
+        "lists and tables",
+        "web link",
+    ],
+)
+def test_markup_is_removed(wikicode, prose):
+    assert " ".join(plain_prose(wikicode).split()) == prose
+
+
+@pytest.mark.real_models
+def test_wikipedia_sample_has_thousands_of_clean_paragraphs():
+    documents = list(read_documents("wikipedia-sample"))
+    paragraphs = [text for _, whole in documents for text in usable_paragraphs(whole)]
+    assert len({document for document, _ in documents}) > 90
+    assert len(paragraphs) > 3000
+    assert [text for text in paragraphs if re.search(r"\{\{|\}\}|\[\[|\]\]|<ref|\||''|&\w+;", text)] == []
+
+
+@pytest.mark.real_models
+def test_passages_of_the_wikipedia_sample_end_like_running_text():
+    found = load_neutral_texts("wikipedia-sample", 1500)
+    assert len({item.text for item in found}) == 1500
+    ends = sum(bool(re.search(r"[.!?][\"'”)]*$", item.text)) for item in found)
+    assert ends / len(found) < 0.1
+    assert len({item.document for item in found}) > 80

