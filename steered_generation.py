@@ -12,7 +12,8 @@ order changes them, and two conditions of one prompt and seed share them.
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -62,6 +63,21 @@ class _Steering:
         hidden = block_output(output)
         added = (self.alpha * self.scale * self.vector).to(hidden.device, hidden.dtype)
         return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
+
+
+@contextmanager
+def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Keep what a model was saved with (a repetition penalty, beams) out of `generate`.
+
+    transformers fills every unset option from it, and source and target would differ in more
+    than their weights.
+    """
+    saved = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = saved
 
 
 def _remove_hooks(steering: dict[int, _Steering]) -> None:
@@ -150,8 +166,9 @@ class SteeredGenerator:
 
     def set_alpha(self, alpha: float, layer_idx: int | None = None) -> None:
         """Change the strength at one layer, or at all registered ones, keeping the vectors."""
+        checked = _checked_alpha(alpha)
         for steering in self._chosen(layer_idx):
-            steering.alpha = _checked_alpha(alpha)
+            steering.alpha = checked
 
     def deactivate(self) -> None:
         """Stop adding anything, keeping vectors and strengths."""
@@ -245,12 +262,13 @@ class SteeredGenerator:
             pad_token_id=pad_id,
             eos_token_id=self._end_tokens(),
         )
-        output = self.model.generate(
-            input_ids=padded,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([sampler]),
-        )
+        with _plain_generation_config(self.model):
+            output = self.model.generate(
+                input_ids=padded,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
         continuations = [self._until_end(new) for new in output[:, padded.shape[1] :].tolist()]
         self.n_tokens += sum(len(new) for new in continuations)
         return [self._decode(prompt, new) for prompt, new in zip(tokens, continuations, strict=True)]
@@ -283,7 +301,12 @@ class SteeredGenerator:
                 f"alpha_unit 'residual_norm' needs the norm at layer {layer_idx}; pass "
                 f"residual_norms={{{layer_idx}: measure_residual_norm(activations).median}}"
             )
-        return self.residual_norms[layer_idx]
+        norm = self.residual_norms[layer_idx]
+        if not 0 < norm < float("inf"):
+            raise InputError(
+                f"the residual norm at layer {layer_idx} is {norm}, expected a finite number above 0"
+            )
+        return norm
 
     def _chosen(self, layer_idx: int | None) -> list[_Steering]:
         if layer_idx is None:
@@ -331,7 +354,10 @@ class RowSampler(LogitsProcessor):
         """Return the chosen token of each row, (rows, 1), given one random number a row."""
         size = scores.shape[-1]
         values, tokens = scores.float().topk(min(self.top_k, size) if self.top_k else size, dim=-1)
-        probabilities = (values / self.temperature).softmax(-1)
+        if not values[:, 0].isfinite().all():
+            raise InputError("the logits are not finite; lower alpha, or use bfloat16 or float32")
+        # The largest becomes 0 first, so that a tiny temperature cannot overflow.
+        probabilities = ((values - values[:, :1]) / self.temperature).softmax(-1)
         cumulative = probabilities.cumsum(-1)
         if self.top_p < 1:
             # A token stays while those before it hold less than top_p: the first always does.

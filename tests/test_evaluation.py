@@ -120,7 +120,10 @@ def test_token_log_likelihoods_are_log_softmax():
         (VARIED, {"repetition": 0.0, "is_collapsed": False, "distinct_1": 1.0, "n_words": 15}),
         ("! ! ! ! ! !", {"repetition": 3 / 4, "is_collapsed": True, "n_words": 0}),
         ("one two", {"repetition": None, "is_collapsed": None, "distinct_2": 1.0, "n_words": 2}),
-        ("", {"repetition": None, "is_collapsed": None, "distinct_1": None, "distinct_2": None, "n_words": 0}),
+        (
+            "",
+            {"repetition": None, "is_collapsed": None, "distinct_1": None, "distinct_2": None, "n_words": 0},
+        ),
     ],
     ids=["half", "case and marks", "loop", "varied", "marks", "two words", "empty"],
 )
@@ -259,7 +262,11 @@ def test_judge_fills_both_scores_and_is_asked_once_for_a_text(llama, tokenizer, 
     with chat_server(answer) as server:
         judge = local_judge(server, monkeypatch)
         evaluator = Evaluator(
-            llama, tokenizer, use_gpt4=True, judge=judge, descriptions={"loud": "Shouts.", "calm": "Whispers."}
+            llama,
+            tokenizer,
+            use_gpt4=True,
+            judge=judge,
+            descriptions={"loud": "Shouts.", "calm": "Whispers."},
         )
         results = evaluator.evaluate_batch(rows)
     assert [result.gpt4_coherence_score for result in results] == [4, 4, 4, 4]

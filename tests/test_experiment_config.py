@@ -128,8 +128,14 @@ def test_configuration_cannot_be_changed():
         ({"layer_ix": 3}, "'layer_ix' is unknown; did you mean 'layer_idx'"),
         ({"alphas": [1]}, "'alphas' is unknown"),
         ({"judge": {"modle": "x"}}, "'judge.modle' is unknown"),
-        ({"persona_datasets": {"x": {**PAIR, "positive": ["a"]}}}, "'persona_datasets.x.positive' is unknown"),
-        ({"persona_datasets": {"x": {"positive_texts": ["a"]}}}, "'persona_datasets.x.negative_texts' is missing"),
+        (
+            {"persona_datasets": {"x": {**PAIR, "positive": ["a"]}}},
+            "'persona_datasets.x.positive' is unknown",
+        ),
+        (
+            {"persona_datasets": {"x": {"positive_texts": ["a"]}}},
+            "'persona_datasets.x.negative_texts' is missing",
+        ),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": [""]}}}, "positive_texts.0"),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": "YES"}}}, "positive_texts"),
         ({"source_model": None}, "'source_model'"),

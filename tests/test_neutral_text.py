@@ -16,7 +16,9 @@ from neutral_text import (
     usable_paragraphs,
 )
 
-WORDS = "the old river runs past a small town where people sell bread and fish on most days of each year".split()
+WORDS = (
+    "the old river runs past a small town where people sell bread and fish on most days of each year".split()
+)
 
 
 def paragraph(number, n_words=60):
@@ -89,7 +91,8 @@ def test_line_breaks_inside_a_txt_paragraph_are_spaces(tmp_path):
 def test_paragraphs_keep_the_document_they_come_from(kind, key, tmp_path):
     path = tmp_path / f"neutral.{kind}"
     rows = [
-        {key: f"page {page}", "text": f"{paragraph(2 * page)}\n{paragraph(2 * page + 1)}"} for page in range(20)
+        {key: f"page {page}", "text": f"{paragraph(2 * page)}\n{paragraph(2 * page + 1)}"}
+        for page in range(20)
     ]
     WRITERS[kind](path, rows)
     found = load_neutral_texts(str(path), 40)

@@ -77,7 +77,7 @@ def test_an_entry_is_built_once(cache):
 def test_two_processes_at_once_build_once(cache):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
-    processes = [context.Process(target=wait_and_build, args=(barrier,)) for _ in range(2)]
+    processes = [context.Process(target=wait_and_build, args=(barrier,), daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

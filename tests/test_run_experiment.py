@@ -189,7 +189,8 @@ def test_evaluation_covers_each_text_and_the_baseline_for_each_persona(finished)
     assert len(evaluated) == N_EVALUATIONS
     baseline = [row for row in evaluated if row["condition"] == "baseline"]
     by_persona = {
-        name: [row["perplexity"] for row in baseline if row["persona"] == name] for name in ("loud", "numeric")
+        name: [row["perplexity"] for row in baseline if row["persona"] == name]
+        for name in ("loud", "numeric")
     }
     assert len(by_persona["loud"]) == N_PER_CELL
     assert by_persona["loud"] == by_persona["numeric"]
@@ -519,7 +520,10 @@ def test_failed_judgements_are_asked_for_again(settings, out):
         assert run(out, judged(settings, server), "--phase", "5") == 0
     assert len(server.prompts) == asked
     assert all(entry["gpt4_trait_score"]["missing"] == entry["n"] for entry in failed)
-    assert "texts lack a judgement (first reason: the answer is not a digit" in (out / "experiment.log").read_text()
+    assert (
+        "texts lack a judgement (first reason: the answer is not a digit"
+        in (out / "experiment.log").read_text()
+    )
     for entry in load_json(out / "aggregated_results.json")["conditions"]:
         assert entry["gpt4_trait_score"]["mean"] == entry["gpt4_coherence_score"]["mean"] == 4
 
@@ -598,8 +602,14 @@ PROMPT = "The first thing I do is"
         ({"n_training_samples": 301}, "n_training_samples is 301"),
         ({"n_test_prompts": 31}, "there are 30 prompts"),
         ({"test_prompts": [PROMPT] * 3}, "holds a prompt twice"),
-        ({"persona_datasets": {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}}, "n_test_prompts": 1,
-          "test_prompts": [PROMPT]}, "share words with a test prompt"),
+        (
+            {
+                "persona_datasets": {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}},
+                "n_test_prompts": 1,
+                "test_prompts": [PROMPT],
+            },
+            "share words with a test prompt",
+        ),
     ],
     ids=[
         "unknown key",

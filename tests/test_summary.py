@@ -15,7 +15,9 @@ def cells(text):
     """Return the body of each table as {(condition, alpha): {column: cell}}, one a persona."""
     tables = []
     for block in text.split("\n\n")[1::2]:
-        header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
+        header, _, *body = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")
+        ]
         tables.append({(row[0], row[1]): dict(zip(header, row, strict=True)) for row in body})
     return tables
 
