@@ -6,6 +6,7 @@ loading and preflight. A judge's cost is computed from a price and a length a ju
 
 import time
 from collections.abc import Callable
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from evaluation import Evaluator
@@ -27,7 +28,7 @@ def describe_run(experiment: "PersonaTransferExperiment") -> str:
     n_generations = n_cells * n_per_cell
     n_evaluations = (n_cells - 1 + len(experiment.personas)) * n_per_cell
     extraction, tokens = _time_extraction(experiment)
-    pairs, generation = _time_generation(experiment)
+    pairs, generation = _time_generation(experiment, min(config.generation_batch_size, n_generations))
     evaluation = _time_evaluation(experiment, pairs)
     minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
     n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
@@ -62,10 +63,12 @@ def _time_extraction(experiment: "PersonaTransferExperiment") -> tuple[float, di
     return seconds, tokens
 
 
-def _time_generation(experiment: "PersonaTransferExperiment") -> tuple[list[tuple[str, str]], float]:
+def _time_generation(
+    experiment: "PersonaTransferExperiment", n_rows: int
+) -> tuple[list[tuple[str, str]], float]:
     """Return (prompt, output) of one short batch and the seconds that a full-length text takes."""
     config = experiment.config
-    prompts = (experiment.prompts * config.n_seeds)[: config.generation_batch_size]
+    prompts = list(islice(cycle(experiment.prompts), n_rows))
     n_tokens = min(N_TOKENS, config.max_new_tokens)
     outputs: list[str] = []
     generator = experiment.generator({})
@@ -78,6 +81,7 @@ def _time_evaluation(experiment: "PersonaTransferExperiment", pairs: list[tuple[
     """Return the seconds that the perplexities of a full-length text take."""
     length = max(1, experiment.config.max_new_tokens // N_TOKENS)
     # Numbered, since texts that are equal are evaluated once.
+    pairs = pairs[:N_TEXTS]
     rows = [
         {"prompt": prompt, "output": f"{output} {index}" * length, "condition": "baseline"}
         for index, (prompt, output) in enumerate(pairs)

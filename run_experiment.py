@@ -159,7 +159,6 @@ class PersonaTransferExperiment:
     def _preflight_checks(self) -> list[preflight.Check]:
         sides = (self.source, self.target)
         vectors = self._native_vectors
-        generator = self.generator({})
         first = next(iter(vectors["target"].values())).vector
         checks = [check for side in sides for check in preflight.check_extraction(side.name, side.extractor)]
         unit_generator = SteeredGenerator(
@@ -171,25 +170,30 @@ class PersonaTransferExperiment:
             return checks
 
         prompts = load_prompts("development")
-        unsteered = self._write(generator, prompts, self.config.seeds[:1])
+        unsteered, steered = self._write_development(prompts)
         checks.append(preflight.check_baseline(self._perplexity_scorer, prompts, unsteered))
-        norm = measure_residual_norm(self._activations(self.target, self.neutral_texts[:256]))
-        steered = {
-            name: {
-                alpha: self._write(
-                    self.generator({self.config.target_layer: norm}),
-                    prompts,
-                    self.config.seeds[:1],
-                    vector.vector,
-                    alpha,
-                )
-                for alpha in _spread(self.config.alpha_values)
-            }
-            for name, vector in vectors["target"].items()
-        }
         checks += preflight.check_oracle(self.classifiers, unsteered, steered)
         checks.append(preflight.check_lambda(self.config.lambda_values, None))
         return checks
+
+    def _write_development(
+        self, prompts: Sequence[str]
+    ) -> tuple[list[str], dict[str, dict[float, list[str]]]]:
+        """Return the texts of the development prompts, unsteered and persona -> alpha -> by the oracle."""
+        norm = measure_residual_norm(self._activations(self.target, self.neutral_texts[:256]))
+        oracles = self._native_vectors["target"]
+        cells = [(name, alpha) for name in oracles for alpha in _spread(self.config.alpha_values)]
+        rows = [
+            ({"prompt": prompt, "seed": self.config.seed, "alpha": alpha}, name and oracles[name].vector)
+            for name, alpha in [(None, None), *cells]
+            for prompt in prompts
+        ]
+        texts = self._write(self.generator({self.config.target_layer: norm}), rows)
+        by_cell = [texts[start : start + len(prompts)] for start in range(0, len(texts), len(prompts))]
+        steered: dict[str, dict[float, list[str]]] = {name: {} for name in oracles}
+        for (name, alpha), cell_texts in zip(cells, by_cell[1:], strict=True):
+            steered[name][alpha] = cell_texts
+        return by_cell[0], steered
 
     # Phase 2
 
@@ -320,63 +324,52 @@ class PersonaTransferExperiment:
         content = self._require("persona_vectors", self._load_persona_vectors, 3, "persona_vectors.pt")
         norm = ResidualNorm(**content["residual_norm"])
         generator = self.generator({self.config.target_layer: norm})
-        cells = self.grid()
         path = self.output_dir / "generation_results.json"
         known = self._known_rows(path)
-        wanted = [(cell, self._planned_rows(cell)) for cell in cells]
-        planned = [row for _, rows in wanted for row in rows]
-        total, missing = len(planned), sum(row["key"] not in known for row in planned)
-        logger.info("%d generations, %d of them already there", total, total - missing)
+        planned = [row for cell in self.grid() for row in self._planned_rows(cell)]
+        new = [row for row in planned if row["key"] not in known]
+        logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
+        size = self.config.generation_batch_size
         started = time.perf_counter()
-        with tqdm(total=missing, desc="generating", unit="text", disable=None) as progress:
-            for cell, rows in wanted:
-                new = [row for row in rows if row["key"] not in known]
-                if not new:
-                    continue
-                vector = content["vectors"][cell.persona][cell.condition] if cell.persona else None
-                prompts, seeds = [row["prompt"] for row in new], [row["seed"] for row in new]
-                outputs = self._write_rows(generator, prompts, seeds, vector, cell.alpha)
-                for row, output in zip(new, outputs, strict=True):
+        with tqdm(total=len(new), desc="generating", unit="text", disable=None) as progress:
+            for start in range(0, len(new), size):
+                batch = new[start : start + size]
+                outputs = self._write(generator, [(row, self._row_vector(content, row)) for row in batch])
+                for row, output in zip(batch, outputs, strict=True):
                     known[row["key"]] = {**row, "output": output}
                 self._save_rows(path, planned, known)
-                progress.update(len(new))
+                progress.update(len(batch))
         self._save_rows(path, planned, known)
         seconds = time.perf_counter() - started
-        speed = f", {generator.n_tokens / seconds:.0f} tokens/s" if missing else ""
-        return f"{missing} new texts{speed}, {total} in all, {path}"
+        speed = f", {generator.n_tokens / seconds:.0f} tokens/s" if new else ""
+        return f"{len(new)} new texts{speed}, {len(planned)} in all, {path}"
 
-    def _write_rows(
-        self,
-        generator: SteeredGenerator,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        vector: Tensor | None,
-        alpha: float | None,
-    ) -> list[str]:
-        """Return the continuations of rows that share one vector and alpha; leaves no hook."""
-        with generator:
-            if vector is not None:
-                generator.register_steering(self.config.target_layer, vector, alpha)
-            return generator.generate_batch(
-                prompts,
-                self.config.max_new_tokens,
-                self.config.temperature,
-                self.config.top_k,
-                self.config.top_p,
-                seeds,
-            )
+    def _row_vector(self, content: dict[str, Any], row: dict[str, Any]) -> Tensor | None:
+        if row["persona"] is None:
+            return None
+        return content["vectors"][row["persona"]][row["condition"]]
 
     def _write(
-        self,
-        generator: SteeredGenerator,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        vector: Tensor | None = None,
-        alpha: float | None = None,
+        self, generator: SteeredGenerator, rows: Sequence[tuple[dict[str, Any], Tensor | None]]
     ) -> list[str]:
-        """Return the continuations of every prompt with every seed."""
-        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-        return self._write_rows(generator, *map(list, zip(*rows, strict=True)), vector, alpha)
+        """Return the continuations of rows with their vectors; without one a row is unsteered.
+
+        A row has `prompt`, `seed` and `alpha`. Rows of all conditions share batches, which is
+        what makes them fast.
+        """
+        unsteered = torch.zeros(self.target.extractor.d_model)
+        vectors = [unsteered if vector is None else vector for _, vector in rows]
+        return generator.generate_batch(
+            [row["prompt"] for row, _ in rows],
+            self.config.max_new_tokens,
+            self.config.temperature,
+            self.config.top_k,
+            self.config.top_p,
+            [row["seed"] for row, _ in rows],
+            layer_idx=self.config.target_layer,
+            steering_vectors=torch.stack(vectors),
+            alphas=[row["alpha"] or 0.0 for row, _ in rows],
+        )
 
     def grid(self) -> list[Cell]:
         """Return the unsteered baseline, once, and every persona x method x alpha."""

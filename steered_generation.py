@@ -13,7 +13,7 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -60,9 +60,23 @@ class _Steering:
         """Return the block's output with alpha * v added; never changes a tensor in place."""
         if not self.active or self.alpha == 0:
             return None
-        hidden = block_output(output)
-        added = (self.alpha * self.scale * self.vector).to(hidden.device, hidden.dtype)
-        return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
+        return _with_added(output, self.alpha * self.scale * self.vector)
+
+
+def _with_added(output: Tensor | tuple, added: Tensor) -> Tensor | tuple:
+    """Return a block's output with `added`, (d,) or (rows, 1, d), on its hidden states."""
+    hidden = block_output(output)
+    steered = hidden + added.to(hidden.device, hidden.dtype)
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _adding_rows(added: Tensor) -> Callable:
+    """Return a forward hook that adds (rows, 1, d) to a block's output."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return _with_added(output, added)
+
+    return hook
 
 
 @contextmanager
@@ -212,14 +226,20 @@ class SteeredGenerator:
         top_k: int = 50,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
+        layer_idx: int | None = None,
+        steering_vectors: Tensor | None = None,
+        alphas: Sequence[float] | None = None,
     ) -> list[str]:
         """Return a continuation, without its prompt, for each prompt, in their order.
 
         temperature: 0 means greedy decoding. top_k: 0 means no limit. top_p: 1 means no limit;
         with top_k 0 the whole vocabulary is then sorted at each step, which is slow.
         seeds: one a prompt, 0 if not given.
-        Raises InputError: no prompts, an empty one, one too long for the context, or an option
-        out of range.
+        layer_idx, steering_vectors (rows, d), alphas (rows,): a vector and strength for each
+            prompt, added at that layer beside what is registered, so that many conditions
+            share a batch. Alpha 0 leaves a row unsteered.
+        Raises InputError: no prompts, an empty one, one too long for the context, an option
+        out of range, or row vectors that don't fit prompts and model.
         """
         if isinstance(prompts, str) or not prompts:
             raise InputError("prompts must be a list with at least one string; for one use generate()")
@@ -227,14 +247,44 @@ class SteeredGenerator:
         if len(row_seeds) != len(prompts):
             raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
         tokens = [self._tokenise(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
+        added = self._row_additions(len(prompts), layer_idx, steering_vectors, alphas)
 
         def run(indices: list[int]) -> list[str]:
             uniform = torch.stack([_row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices])
             sampler = RowSampler(uniform, temperature, top_k, top_p)
-            return self._generate_tokens([tokens[i] for i in indices], max_new_tokens, sampler)
+            with ExitStack() as stack:
+                if added is not None:
+                    hook = _adding_rows(added[indices])
+                    stack.enter_context(self.blocks[layer_idx].register_forward_hook(hook))
+                return self._generate_tokens([tokens[i] for i in indices], max_new_tokens, sampler)
 
         lengths = [len(ids) for ids in tokens]
         return run_in_batches(run, lengths, self.batch_size, "generating", "text")
+
+    def _row_additions(
+        self,
+        n_rows: int,
+        layer_idx: int | None,
+        steering_vectors: Tensor | None,
+        alphas: Sequence[float] | None,
+    ) -> Tensor | None:
+        """Return what is added to each row, (rows, 1, d) float32, or None without row vectors."""
+        given = [value is not None for value in (layer_idx, steering_vectors, alphas)]
+        if not any(given):
+            return None
+        if not all(given):
+            raise InputError("row steering needs layer_idx, steering_vectors and alphas together")
+        check_layer(layer_idx, self.blocks)
+        shape = (n_rows, d_model(self.model))
+        if steering_vectors.shape != shape or len(alphas) != n_rows:
+            raise InputError(
+                f"got steering_vectors {tuple(steering_vectors.shape)} and {len(alphas)} alphas for "
+                f"{n_rows} prompts; expected {shape} and one alpha for each prompt"
+            )
+        if not steering_vectors.isfinite().all():
+            raise InputError("steering_vectors has values that are not finite; extract it again in float32")
+        strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas]) * self.alpha_scale(layer_idx)
+        return (strengths[:, None] * steering_vectors.detach().float().cpu())[:, None].to(self.model.device)
 
     def _tokenise(self, index: int, prompt: str, max_new_tokens: int) -> list[int]:
         if not isinstance(prompt, str) or not prompt.strip():
@@ -418,6 +468,10 @@ def main() -> None:
         single = [generator.generate(prompt, max_new_tokens=12) for prompt in prompts]
         generator.set_alpha(0.0)
         assert generator.generate_batch(prompts, max_new_tokens=12) == plain
+        generator.clear_steering()
+        rows = {"layer_idx": 1, "steering_vectors": vector.expand(2, -1), "alphas": [3.0, 0.0]}
+        mixed = generator.generate_batch(prompts, max_new_tokens=12, **rows)
+        assert mixed == [steered[0], plain[1]]
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, before)
     assert steered != plain
