@@ -241,7 +241,12 @@ class PersonaTransferExperiment:
             H_source, H_target, config.lambda_values, config.n_folds, groups=groups, seed=config.seed
         )
         mapping.save(self.output_dir / "ridge_mapping.pt", self._mapping_fingerprint)
-        results = {"fingerprint": self._mapping_fingerprint, **mapping.cv, "analysis": mapping.analyze()}
+        results = {
+            "fingerprint": self._mapping_fingerprint,
+            **mapping.cv,
+            "analysis": mapping.analyze(),
+            "target_residual_norm": asdict(measure_residual_norm(H_target)),
+        }
         save_json(self.output_dir / "cv_results.json", results)
         return mapping
 
@@ -288,8 +293,8 @@ class PersonaTransferExperiment:
 
     def _transfer_personas(self) -> dict[str, Any]:
         mapping = self._require("mapping", self._load_mapping, 2, "ridge_mapping.pt")
-        pairs = self._require("pairs", self._load_pairs, 2, "training_data.pt")
-        norm = measure_residual_norm(pairs["H_target"])
+        results = self._require("cv_results", self._load_cv_results, 2, "cv_results.json")
+        norm = ResidualNorm(**results["target_residual_norm"])
         source, target = self._native_vectors["source"], self._native_vectors["target"]
         baseline = BaselineTransfer(mapping.d_source, mapping.d_target, self.config.seed)
         vectors = {
@@ -616,13 +621,15 @@ class PersonaTransferExperiment:
     def _load_pairs(self) -> dict[str, Any] | None:
         return self._load_current(load_tensors, self.output_dir / "training_data.pt", self._pairs_fingerprint)
 
+    def _load_cv_results(self) -> dict[str, Any] | None:
+        return self._load_current(load_json, self.output_dir / "cv_results.json", self._mapping_fingerprint)
+
     def _load_mapping(self) -> RidgeMapping | None:
         """Return the fitted map when cv_results.json, written last, declares it complete."""
-        declared = self._load_current(
-            load_json, self.output_dir / "cv_results.json", self._mapping_fingerprint
-        )
         path = self.output_dir / "ridge_mapping.pt"
-        content = declared and self._load_current(load_tensors, path, self._mapping_fingerprint)
+        if self._load_cv_results() is None:
+            return None
+        content = self._load_current(load_tensors, path, self._mapping_fingerprint)
         return RidgeMapping.from_content(content, str(path)) if content else None
 
     def _load_persona_vectors(self) -> dict[str, Any] | None:
