@@ -5,10 +5,26 @@ import torch
 
 from tiny_models import tiny_model, tiny_tokenizer
 
+N_THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from a second thread, and lose much where other programs run."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def all_threads():
+    """For the real models."""
+    torch.set_num_threads(N_THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -19,15 +19,6 @@ TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text.", 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small a second thread only costs time, a lot of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request):
     return tiny_model(request.param)

@@ -13,15 +13,6 @@ D_SOURCE = 12
 WIDTHS = [20, 12, 7]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small a second thread only costs time, a lot of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def fitted(d_target):
     generator = torch.Generator().manual_seed(1)
     H_source = torch.randn(60, D_SOURCE, generator=generator) + 3

@@ -29,15 +29,6 @@ from tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, VOCAB_SIZE, t
 TOKENS = torch.tensor([[256, 10, 20, 30]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small a second thread only costs time, a lot of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))

@@ -13,15 +13,6 @@ LAMBDAS = [0.01, 1.0, 10.0, 1000.0]
 X, Y = torch.ones(10, D_SOURCE), torch.ones(10, D_TARGET)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small a second thread only costs time, a lot of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture
 def pairs():
     generator = torch.Generator().manual_seed(5)

@@ -17,15 +17,6 @@ PROMPTS = ["Once upon a time", "Then", "The weather today is"]
 TOKENS = torch.tensor([[256, 10, 20, 30, 40, 50]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small a second thread only costs time, a lot of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request):
     return tiny_model(request.param)
@@ -151,6 +142,27 @@ def test_running_out_of_memory_changes_no_text(tokenizer):
 
     model.forward = small_forward
     assert generator.generate_batch(PROMPTS, max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_rows_with_vectors_of_their_own_equal_one_condition_at_a_time(llama, tokenizer, vector, batch_size):
+    conditions = [(vector, 3.0), (vector, 0.0), (-vector, 2.0)]
+    rows = [(prompt, condition) for prompt in PROMPTS for condition in conditions]
+    with SteeredGenerator(llama, tokenizer, batch_size=batch_size) as generator:
+        together = generator.generate_batch(
+            [prompt for prompt, _ in rows],
+            12,
+            layer_idx=1,
+            steering_vectors=torch.stack([v for _, (v, _) in rows]),
+            alphas=[alpha for _, (_, alpha) in rows],
+        )
+        assert n_hooks(llama) == 0
+        apart = []
+        for prompt, (v, alpha) in rows:
+            generator.register_steering(1, v, alpha)
+            apart.append(generator.generate(prompt, 12))
+    assert together == apart
+    assert len(set(together)) > len(PROMPTS)
 
 
 def test_missing_seeds_are_0(generator):
@@ -323,6 +335,10 @@ def test_prompt_may_fill_the_context_but_not_exceed_it(tokenizer, name):
         generator.generate(prompt, max_new_tokens=4)
 
 
+def with_rows(generator, vectors, alphas, layer_idx=1):
+    return generator.generate_batch(["Then"], 3, layer_idx=layer_idx, steering_vectors=vectors, alphas=alphas)
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
@@ -347,6 +363,13 @@ def test_prompt_may_fill_the_context_but_not_exceed_it(tokenizer, name):
         (lambda g, v: g.generate("Then", top_k=-1), "top_k is -1"),
         (lambda g, v: g.generate("Then", top_p=0.0), "top_p is 0.0"),
         (lambda g, v: g.generate("Then", top_p=1.1), "top_p is 1.1"),
+        (lambda g, v: g.generate_batch(["Then"], alphas=[1.0]), "layer_idx, steering_vectors and alphas"),
+        (lambda g, v: with_rows(g, v[None].expand(2, -1), [1.0]), "1 alphas for 1 prompts; expected"),
+        (lambda g, v: with_rows(g, v[None], [1.0, 2.0]), "2 alphas for 1 prompts; expected"),
+        (lambda g, v: with_rows(g, v[None, :-1], [1.0]), r"steering_vectors \(1, 31\)"),
+        (lambda g, v: with_rows(g, v[None] / 0, [1.0]), "not finite"),
+        (lambda g, v: with_rows(g, v[None], [float("nan")]), "alpha is nan"),
+        (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=9), r"layer_idx 9 .*\(0 to 3\)"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_no_hook(llama, generator, vector, ask, message):

@@ -116,7 +116,7 @@ def test_notes_name_weak_and_missing_classifiers():
 
 
 @pytest.fixture(scope="module")
-def shipped_classifiers():
+def shipped_classifiers(all_threads):
     names = shipped_personas()
     return train_trait_classifiers(names, [load_persona(name) for name in names])
 
