@@ -226,9 +226,10 @@ def continuation_perplexities(
     if len(prompts) != len(outputs):
         raise InputError(f"got {len(prompts)} prompts and {len(outputs)} outputs; give one output a prompt")
     limit = context_length(model, tokenizer)
-    pairs = [_split_tokens(tokenizer, *pair, limit) for pair in zip(prompts, outputs, strict=True)]
+    whole = [_split_tokens(tokenizer, *pair) for pair in zip(prompts, outputs, strict=True)]
+    n_cut = sum(len(tokens) > limit for tokens, _ in whole)
+    pairs = [(tokens[-limit:], max(1, start - max(0, len(tokens) - limit))) for tokens, start in whole]
     scored = [index for index, (tokens, start) in enumerate(pairs) if start < len(tokens)]
-    n_cut = sum(len(tokens) == limit for tokens, _ in pairs)
     if n_cut:
         logger.warning("%d texts exceed the context of %d tokens and lost their beginning", n_cut, limit)
 
@@ -243,17 +244,14 @@ def continuation_perplexities(
     return perplexities
 
 
-def _split_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, output: str, limit: int
-) -> tuple[list[int], int]:
-    """Return the tokens of prompt + output and where the output's begin (1 or later)."""
+def _split_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, output: str) -> tuple[list[int], int]:
+    """Return the tokens of prompt + output and where the output's begin."""
     before = tokenizer(prompt, verbose=False).input_ids
     tokens = tokenizer(prompt + output, verbose=False).input_ids
     start = next((i for i, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), None)
     if start is None:
         start = min(len(before), len(tokens))
-    cut = max(0, len(tokens) - limit)
-    return tokens[cut:], max(1, start - cut)
+    return tokens, start
 
 
 @torch.inference_mode()

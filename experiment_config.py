@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
 Method = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
 Text = Annotated[str, Field(min_length=1)]
+Prompt = Annotated[str, Field(pattern=r"\S")]
 
 
 class _Strict(BaseModel):
@@ -80,11 +81,11 @@ class ExperimentConfig(_Strict):
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
     n_test_prompts: Count = 30
-    test_prompts: Annotated[list[Text], Field(min_length=1)] | None = None
+    test_prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None
     alpha_values: Annotated[list[float], Field(min_length=1)] = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: Literal["absolute", "residual_norm"] = "absolute"
     n_seeds: Count = 3
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_new_tokens: Count = 100
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 50

@@ -44,8 +44,9 @@ def figure_fingerprint(path: Path) -> str | None:
     """Return the fingerprint that `save_figure` wrote, or None for no readable figure."""
     try:
         with Image.open(path) as image:
+            image.load()
             return image.info.get("Fingerprint")
-    except OSError:
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged PNG files
         return None
 
 
@@ -115,8 +116,13 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
     figure.supxlabel(label, fontsize=10)
     panels[0].set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean ± s.e.")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    drawn = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        drawn = dict(zip(labels, handles, strict=True)) | drawn
+    if drawn:
+        order = [condition for condition in COLOURS if condition in drawn]
+        figure.legend([drawn[name] for name in order], order, loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
 from errors import InputError
@@ -91,26 +92,28 @@ class GPTJudge:
                 logprobs=True,
                 top_logprobs=20,
             )
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: half of a JSON answer
             return Judgement(None, f"{type(error).__name__}: {str(error)[:200]}")
         return score_completion(completion)
 
 
 def score_completion(completion: Any) -> Judgement:
     """Return the probability-weighted digit of a chat completion, or the digit it wrote."""
+    if not isinstance(completion, ChatCompletion):
+        return Judgement(None, f"the server did not send a chat completion but {str(completion)[:60]!r}")
     if not completion.choices:
         return Judgement(None, "the answer has no choices")
     choice = completion.choices[0]
     if choice.logprobs and choice.logprobs.content:
         weights: dict[int, float] = {}
-        for entry in choice.logprobs.content[0].top_logprobs:
+        for entry in choice.logprobs.content[0].top_logprobs or []:
             if re.fullmatch(r"\s*[1-5]\s*", entry.token):
                 digit = int(entry.token)
                 weights[digit] = weights.get(digit, 0.0) + math.exp(entry.logprob)
         mass = sum(weights.values())
         if mass >= MIN_DIGIT_MASS:
             return Judgement(sum(digit * weight for digit, weight in weights.items()) / mass)
-    answer = (choice.message.content or "").strip()
+    answer = (choice.message.content or "" if choice.message else "").strip()
     if re.fullmatch(r"[1-5]\.?", answer):
         return Judgement(float(answer[0]))
     return Judgement(None, f"the answer is not a digit from 1 to 5: {answer[:40]!r}")

@@ -82,7 +82,7 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
 
 def _read_persona(name: str) -> Persona:
     path = PERSONA_FOLDER / f"{name}.json"
-    if not path.is_file():
+    if name not in shipped_personas():
         raise InputError(
             f"persona {name!r} is neither shipped ({', '.join(shipped_personas())}) nor defined in "
             "persona_datasets; define it there or correct the name"

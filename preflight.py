@@ -52,9 +52,14 @@ def _check(name: str, passed: bool, detail: str, remedy: str, technical: bool = 
     return Check(name, technical, "pass" if passed else "fail", detail, "" if passed else remedy)
 
 
+def technical_failures(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the technical checks that failed."""
+    return [check for check in checks if check["technical"] and check["status"] == "fail"]
+
+
 def raise_on_technical_failure(checks: Sequence[Mapping[str, Any]]) -> None:
     """Raise PreflightError that names every technical check that failed and what to try."""
-    failed = [check for check in checks if check["technical"] and check["status"] == "fail"]
+    failed = technical_failures(checks)
     if failed:
         reasons = "; ".join(f"{item['name']}: {item['detail']}. Try: {item['remedy']}" for item in failed)
         raise PreflightError(f"preflight failed: {reasons}")
@@ -201,12 +206,18 @@ def check_oracle(
             continue
         score = classifiers[persona].score
         before = _mean(score(unsteered))
-        effects = {alpha: _mean(score(texts)) - before for alpha, texts in by_alpha.items()}
-        shown = ", ".join(f"{effect:+.2f} at alpha {alpha:g}" for alpha, effect in effects.items())
+        if before is None:
+            raise InputError("every unsteered text is empty; check the target model and max_new_tokens")
+        after = {alpha: _mean(score(texts)) for alpha, texts in by_alpha.items()}
+        effects = {alpha: None if mean is None else mean - before for alpha, mean in after.items()}
+        shown = ", ".join(
+            f"{'no text' if effect is None else format(effect, '+.2f')} at alpha {alpha:g}"
+            for alpha, effect in effects.items()
+        )
         checks.append(
             _check(
                 f"oracle_moves_{persona}",
-                max(effects.values()) >= MIN_ORACLE_EFFECT,
+                any(effect is not None and effect >= MIN_ORACLE_EFFECT for effect in effects.values()),
                 f"trait probability unsteered {before:.2f}, change {shown} ({len(unsteered)} texts)",
                 f"other alpha_values (wanted {MIN_ORACLE_EFFECT:+.2f}), another target layer, or a model "
                 "that can show this trait: without a working oracle there is nothing to recover",
@@ -258,11 +269,9 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(present) if present else None
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
-    if not present:
-        raise InputError("every text of the preflight is empty; check the target model and max_new_tokens")
-    return statistics.fmean(present)
+    return statistics.fmean(present) if present else None
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ from summary import format_table
 from trait_classifier import (
     TraitClassifier,
     auc_notes,
+    check_labelled,
     classifier_fingerprint,
     train_trait_classifiers,
 )
@@ -105,6 +106,7 @@ class PersonaTransferExperiment:
         self.personas = self.config.load_personas()
         self.prompts = self.config.load_test_prompts()
         self._check_prompts()
+        check_labelled(self.personas)
         judge = self.config.judge
         self.judge = (
             GPTJudge(judge.model, judge.base_url, judge.api_key_env, judge.max_workers)
@@ -122,8 +124,7 @@ class PersonaTransferExperiment:
         PreflightError: a technical check failed.
         """
         chosen = range(1, 6) if phase is None else [phase]
-        for name in ("source", "target", "neutral_texts"):
-            getattr(self, name)  # load and check all input before anything is written
+        self._check_inputs()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with self._logging_to_file():
             for number in chosen:
@@ -140,6 +141,19 @@ class PersonaTransferExperiment:
             self._log_closing()
         return table
 
+    def _check_inputs(self) -> None:
+        """Load models and texts and check what a later phase would refuse, before anything is written."""
+        for side in (self.source, self.target):
+            logger.debug("%s: %s", side.name, side.fingerprint)
+        n_documents = len({item.document for item in self.neutral_texts})
+        if n_documents < self.config.n_folds:
+            raise InputError(
+                f"n_folds is {self.config.n_folds} but the neutral texts come from {n_documents} documents, "
+                "which folds never split; lower n_folds or raise n_training_samples"
+            )
+        prompts = [*self.prompts, *load_prompts("development")]
+        self.generator({}).tokenise_prompts(prompts, self.config.max_new_tokens)
+
     # Phase 1
 
     def setup(self) -> str:
@@ -148,7 +162,7 @@ class PersonaTransferExperiment:
         path = self.output_dir / "preflight.json"
         made_from = self._preflight_fingerprint
         done = self._load_current(load_json, path, made_from)
-        if done is None:
+        if done is None or preflight.technical_failures(done["checks"]):
             checks = preflight.report(self._preflight_checks())
             done = {"fingerprint": made_from, "environment": _environment(), "checks": checks}
             save_json(path, done)
@@ -199,10 +213,8 @@ class PersonaTransferExperiment:
 
     def learn_mapping(self) -> str:
         """Extract paired activations, choose lambda and fit the map. Returns a headline."""
-        mapping = self._load_mapping()
-        if mapping is None:
-            pairs = self._load_pairs() or self._extract_pairs()
-            mapping = self._fit_mapping(pairs)
+        pairs = self._load_pairs() or self._extract_pairs()
+        mapping = self._load_mapping() or self._fit_mapping(pairs)
         cv = mapping.cv
         figure_path = self.output_dir / "mapping_analysis.png"
         if self.fresh or figure_fingerprint(figure_path) != self._mapping_fingerprint:
@@ -253,7 +265,7 @@ class PersonaTransferExperiment:
     def _complete_preflight(self, cv: dict[str, Any]) -> None:
         """Put the chosen lambda into preflight.json, in place of the pending check."""
         path = self.output_dir / "preflight.json"
-        done = self._load_current(load_json, path, self._preflight_fingerprint)
+        done = load_if_current(load_json, path, self._preflight_fingerprint)
         if done is not None:
             check = preflight.check_lambda(self.config.lambda_values, cv)
             kept = [entry for entry in done["checks"] if entry["name"] != check.name]
@@ -463,14 +475,15 @@ class PersonaTransferExperiment:
 
     def _planned_evaluations(self, generations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return a row for each text and persona; the unsteered text is scored for every persona."""
-        judge = self.config.judge.model_dump() if self.judge is not None else None
+        judge = self.judge and [self.config.judge.model, self.config.judge.base_url]
+        descriptions = {persona.name: persona.description for persona in self.personas} if judge else {}
         independent = self.source.fingerprint if self.config.independent_perplexity else None
         scorers = [classifier_fingerprint(self._labelled_personas), independent, judge]
         planned = []
         for generation in generations:
             names = [generation["persona"]] if generation["persona"] else self.config.persona_names
             for name in names:
-                made_from = [generation["key"], generation["output"], name, scorers]
+                made_from = [generation["key"], generation["output"], name, descriptions.get(name), scorers]
                 key = fingerprint(FORMAT_VERSION, made_from)
                 planned.append({**generation, "persona": name, "key": key})
         return planned

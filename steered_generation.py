@@ -246,7 +246,7 @@ class SteeredGenerator:
         row_seeds = [0] * len(prompts) if seeds is None else list(seeds)
         if len(row_seeds) != len(prompts):
             raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
-        tokens = [self._tokenise(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
+        tokens = self.tokenise_prompts(prompts, max_new_tokens)
         added = self._row_additions(len(prompts), layer_idx, steering_vectors, alphas)
 
         def run(indices: list[int]) -> list[str]:
@@ -285,6 +285,10 @@ class SteeredGenerator:
             raise InputError("steering_vectors has values that are not finite; extract it again in float32")
         strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas]) * self.alpha_scale(layer_idx)
         return (strengths[:, None] * steering_vectors.detach().float().cpu())[:, None].to(self.model.device)
+
+    def tokenise_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+        """Return each prompt's tokens. Raises InputError for one that is empty or too long to go on."""
+        return [self._tokenise(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
 
     def _tokenise(self, index: int, prompt: str, max_new_tokens: int) -> list[int]:
         if not isinstance(prompt, str) or not prompt.strip():

@@ -56,7 +56,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    # A rule needs three marks to be one.
+    widths = [max(3, *(len(row[column]) for row in [header, *rows])) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:
         first, *others = zip(row, widths, strict=True)

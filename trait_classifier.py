@@ -121,10 +121,22 @@ def train_trait_classifiers(
     wanted = [persona for persona in labelled if persona.name in names]
     if not wanted:
         return {}
+    check_labelled(wanted)
     rows = [row for persona in labelled for row in _labelled_rows(persona)]
     encode = encode or load_sentence_encoder()
     features = encode([text for text, _, _, _ in rows])
     return {persona.name: _train(persona, rows, features, encode) for persona in wanted}
+
+
+def check_labelled(personas: Sequence[Persona]) -> None:
+    """Raise InputError for a persona with labelled texts, but fewer than 10 on a side."""
+    for persona in personas:
+        fewest = min(len(persona.labelled_positive), len(persona.labelled_negative))
+        if 0 < fewest < MIN_LABELLED:
+            raise InputError(
+                f"persona {persona.name!r} has {fewest} labelled texts on a side, scoring needs "
+                f"{MIN_LABELLED} or more; give more, or none to go without a trait score"
+            )
 
 
 def classifier_fingerprint(personas: Sequence[Persona]) -> str:
@@ -147,12 +159,6 @@ def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
 def _train(
     persona: Persona, rows: list[tuple[str, str, bool, str]], features: np.ndarray, encode: Encoder
 ) -> TraitClassifier:
-    fewest = min(len(persona.labelled_positive), len(persona.labelled_negative))
-    if fewest < MIN_LABELLED:
-        raise InputError(
-            f"persona {persona.name!r} has {fewest} labelled texts on a side, scoring needs {MIN_LABELLED} "
-            "or more; give more, or none to go without a trait score"
-        )
     labels = np.array([positive and name == persona.name for _, name, positive, _ in rows])
     groups = [group for _, _, _, group in rows]
     pipeline = make_pipeline(
