@@ -5,7 +5,7 @@ the input, whatever the batch size, so callers never see the sorting.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -45,24 +45,12 @@ def run_in_batches(
     When memory runs out, the batch is halved and the smaller size is kept for the rest;
     a single item that does not fit raises the original error.
     """
-    results: dict[int, Result] = {}
-    for indices, values in iterate_batches(run, lengths, batch_size, desc, unit):
-        results.update(zip(indices, values, strict=True))
-    return [results[index] for index in range(len(lengths))]
-
-
-def iterate_batches(
-    run: Callable[[list[int]], Sequence[Result]],
-    lengths: Sequence[int],
-    batch_size: int,
-    desc: str,
-    unit: str = "text",
-) -> Iterator[tuple[list[int], Sequence[Result]]]:
-    """Yield (indices, results) batch by batch as they are done; see `run_in_batches`."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+    results: dict[int, Result] = {}
+    silent = True if len(lengths) <= batch_size else None  # a bar for one batch says nothing
     pending = length_sorted_batches(lengths, batch_size)[::-1]
-    with tqdm(total=len(lengths), desc=desc, unit=unit, disable=None, leave=False) as progress:
+    with tqdm(total=len(lengths), desc=desc, unit=unit, disable=silent, leave=False) as progress:
         while pending:
             indices = pending.pop()
             if len(indices) > batch_size:
@@ -74,8 +62,9 @@ def iterate_batches(
                 logger.warning("%s: out of memory, batch size is now %d", desc, batch_size)
                 pending.append(indices)
                 continue
+            results.update(zip(indices, values, strict=True))
             progress.update(len(indices))
-            yield indices, values
+    return [results[index] for index in range(len(lengths))]
 
 
 def _run_unless_out_of_memory(

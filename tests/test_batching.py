@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from batching import is_out_of_memory, iterate_batches, length_sorted_batches, run_in_batches
+from batching import is_out_of_memory, length_sorted_batches, run_in_batches
 
 LENGTHS = [3, 9, 1, 9, 4, 7, 2, 8, 5, 6, 1]
 
@@ -65,14 +65,6 @@ def test_other_errors_are_raised_at_once(error):
     with pytest.raises(type(error), match=str(error)):
         run_in_batches(run, LENGTHS, 4, "check")
     assert seen == [4]
-
-
-def test_batches_are_yielded_as_they_are_done():
-    seen = []
-    batches = iterate_batches(square_at_most(2, seen), [1, 2, 3], 2, "check")
-    assert next(batches) == ([2, 1], [4, 1])
-    assert seen == [2]
-    assert list(batches) == [([0], [0])]
 
 
 def test_a_worker_that_loses_a_result_is_noticed():

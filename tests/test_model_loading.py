@@ -140,7 +140,7 @@ def test_layer_out_of_range_is_refused_with_the_range(llama, layer_idx):
 
 @pytest.mark.parametrize("layer_idx", [0, N_LAYERS - 1])
 def test_layer_in_range_is_accepted(llama, layer_idx):
-    check_layer(layer_idx, decoder_blocks(llama))
+    assert check_layer(layer_idx, decoder_blocks(llama)) is None
 
 
 def test_a_local_folder_loads_as_it_was_saved(model_folders):
