@@ -9,7 +9,7 @@ difference of two activations cancels it. So `predict` adds it and `transform` d
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,12 @@ class RidgeMapping:
         H_target: Tensor,
         lambda_values: Sequence[float] = DEFAULT_LAMBDAS,
         n_folds: int = 5,
-        groups: Sequence[int] | Tensor | None = None,
+        groups: Sequence[Hashable] | Tensor | None = None,
         seed: int = 0,
     ) -> tuple[float, dict[float, float]]:
         """Choose lambda by held-out error, then fit on all rows at the best one.
 
-        groups: a document number for each row; a document is never split over folds.
+        groups: a document id for each row; a document is never split over folds.
         Returns (best_lambda, {lambda: held-out mean squared error}). `cv` then holds the same
         with R2, the folds' sizes, and a control: rows of the target shuffled, scored at
         whichever lambda suits it best.
@@ -269,7 +269,9 @@ class RidgeMapping:
             raise InputError(f"{name} has shape {tuple(values.shape)}, expected ({width},) or (n, {width})")
 
 
-def assign_folds(n: int, n_folds: int, groups: Sequence[int] | Tensor | None = None, seed: int = 0) -> Tensor:
+def assign_folds(
+    n: int, n_folds: int, groups: Sequence[Hashable] | Tensor | None = None, seed: int = 0
+) -> Tensor:
     """Return a fold number for each row, (n,) int64; rows of one group share a fold.
 
     Groups are shuffled, then each goes to the fold with the fewest rows so far.
@@ -278,7 +280,7 @@ def assign_folds(n: int, n_folds: int, groups: Sequence[int] | Tensor | None = N
     if groups is not None and len(groups) != n:
         raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
     labels = _labels(n, groups)
-    members: dict[int, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):
         members.setdefault(label, []).append(row)
     if n_folds < 2 or len(members) < n_folds:
@@ -297,7 +299,7 @@ def assign_folds(n: int, n_folds: int, groups: Sequence[int] | Tensor | None = N
     return folds
 
 
-def _labels(n: int, groups: Sequence[int] | Tensor | None) -> list[int]:
+def _labels(n: int, groups: Sequence[Hashable] | Tensor | None) -> list[Hashable]:
     if groups is None:
         return list(range(n))
     # The elements of a tensor are all different as dictionary keys.

@@ -247,10 +247,8 @@ class PersonaTransferExperiment:
         config = self.config
         H_source, H_target = pairs["H_source"], pairs["H_target"]
         mapping = RidgeMapping(H_source.shape[1], H_target.shape[1], config.lambda_unit)
-        numbers = {document: index for index, document in enumerate(dict.fromkeys(pairs["documents"]))}
-        groups = [numbers[document] for document in pairs["documents"]]
         mapping.cross_validate(
-            H_source, H_target, config.lambda_values, config.n_folds, groups=groups, seed=config.seed
+            H_source, H_target, config.lambda_values, config.n_folds, pairs["documents"], config.seed
         )
         mapping.save(self.output_dir / "ridge_mapping.pt", self._mapping_fingerprint)
         results = {
