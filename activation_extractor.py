@@ -13,14 +13,16 @@ Results are float32 on the CPU.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from aligned_positions import aligned_places, check_offsets, token_ends
 from batching import run_in_batches
 from errors import InputError
 from model_loading import (
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MASSIVE_RATIO = 10.0
 N_SPLITS = 20
+WINDOW = 64
 Position = str | int
 
 
@@ -173,24 +176,63 @@ class ActivationExtractor:
             raise InputError("the list of texts is empty; give at least one text")
         if isinstance(texts, str):
             raise InputError("texts is a single string; give a list of strings, or use extract()")
+        wanted = self.check_layers(layers)
+        tokens = self.tokenise(texts)
+        places = [self._places(index, ids, position) for index, ids in enumerate(tokens)]
+        means = torch.stack(self._read(tokens, places, wanted, lambda activations: activations.mean(0)))
+        return {layer_idx: means[:, place] for place, layer_idx in enumerate(wanted)}
+
+    def extract_places(
+        self,
+        tokens: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        first_index: int = 0,
+    ) -> dict[int, Tensor]:
+        """Return layer_idx -> (n, d) float32: the activations at some token places of each text.
+
+        tokens: ids of each text, no longer than `max_length`. places: token places, from 0, of
+        each text; the rows come in this order, and n is the number of places.
+        first_index: what errors call the first text.
+        Raises InputError: an activation that is not finite (the text's index is named).
+        """
+        wanted = self.check_layers(layers)
+        rows = torch.cat(self._read(tokens, places, wanted, lambda activations: activations, first_index))
+        return {layer_idx: rows[:, place] for place, layer_idx in enumerate(wanted)}
+
+    def check_layers(self, layers: Sequence[int]) -> list[int]:
+        """Return the layers in order, each once. Raises InputError: none, or one that the model lacks."""
         if not layers:
             raise InputError("the list of layers is empty; name at least one layer_idx")
         for layer_idx in layers:
             check_layer(layer_idx, self.blocks)
-        tokens = self._cut([self._tokenise(index, text) for index, text in enumerate(texts)])
-        weights = [self._position_weights(index, ids, position) for index, ids in enumerate(tokens)]
-        wanted = sorted(set(layers))
+        return sorted(set(layers))
 
-        def run(indices: list[int]) -> list[Tensor]:
-            batch = self._forward([tokens[i] for i in indices], [weights[i] for i in indices], wanted)
-            self._check_finite(batch, indices)
-            return list(batch)
+    def tokenise(self, texts: Sequence[str], first_index: int = 0) -> list[list[int]]:
+        """Return the tokens of texts, cut to `max_length`; cut texts are counted.
 
-        stacked = torch.stack(
-            run_in_batches(run, [len(ids) for ids in tokens], self.batch_size, "extracting", "text")
-        )
-        self.n_tokens += sum(len(ids) for ids in tokens)
-        return {layer_idx: stacked[:, place] for place, layer_idx in enumerate(wanted)}
+        Raises InputError for an empty text, counted from `first_index`.
+        """
+        return self._cut(self._encode(texts, first_index)["input_ids"])
+
+    def token_ends(
+        self, texts: Sequence[str], first_index: int = 0
+    ) -> tuple[list[list[int]], list[dict[int, int]]]:
+        """Return the tokens of texts, and for each text character end -> token place.
+
+        See `aligned_positions.token_ends`. Raises InputError as `tokenise`.
+        """
+        encoded = self._encode(texts, first_index, return_offsets_mapping=True)
+        special = set(self.tokenizer.all_special_ids)
+        ends = [
+            {
+                end: place
+                for end, place in token_ends(ids, offsets, special).items()
+                if place < self.max_length
+            }
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+        return self._cut(encoded["input_ids"]), ends
 
     def extract_persona_vector(
         self,
@@ -237,10 +279,11 @@ class ActivationExtractor:
             n_negative=len(negative_texts),
         )
 
-    def _tokenise(self, index: int, text: str) -> list[int]:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"text {index} is empty or not a string ({text!r}); remove it")
-        return self.tokenizer(text, verbose=False).input_ids
+    def _encode(self, texts: Sequence[str], first_index: int, **options: bool) -> BatchEncoding:
+        for index, text in enumerate(texts, start=first_index):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"text {index} is empty or not a string ({text!r}); remove it")
+        return self.tokenizer(list(texts), verbose=False, **options)
 
     def _cut(self, tokens: list[list[int]]) -> list[list[int]]:
         """Return the texts cut to the longest length allowed, counting those that lose something."""
@@ -250,46 +293,134 @@ class ActivationExtractor:
             logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
         return [ids[: self.max_length] for ids in tokens]
 
-    def _position_weights(self, index: int, ids: list[int], position: Position) -> Tensor:
-        """Return the weight of each token in the result, (tokens,); the weights sum to 1."""
-        weights = torch.zeros(len(ids))
+    def _places(self, index: int, ids: list[int], position: Position) -> list[int]:
+        """Return the places of the tokens whose mean is the result."""
         if position == "mean":
             special = set(self.tokenizer.all_special_ids)
             kept = [place for place, token in enumerate(ids) if place > 0 and token not in special]
-            weights[kept or [len(ids) - 1]] = 1.0 / max(1, len(kept))
-            return weights
+            return kept or [len(ids) - 1]
         place = {"last": -1, "first": 0}[position] if position in ("last", "first") else position
         if isinstance(place, bool) or not isinstance(place, int):
             raise InputError(f"position {position!r} is unknown; choose last, mean, first or an integer")
         if not -len(ids) <= place < len(ids):
             raise InputError(f"position {place} is out of range: text {index} has {len(ids)} tokens")
-        weights[place] = 1.0
-        return weights
+        return [place % len(ids)]
+
+    def _read(
+        self,
+        tokens: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        layers: list[int],
+        reduce: Callable[[Tensor], Tensor],
+        first_index: int = 0,
+    ) -> list[Tensor]:
+        """Return `reduce` of each text's activations (places, layers, d) float32 on the CPU."""
+
+        def run(indices: list[int]) -> list[Tensor]:
+            batch = self._forward([tokens[i] for i in indices], [places[i] for i in indices], layers)
+            for index, activations in zip(indices, batch, strict=True):
+                self._check_finite(activations, first_index + index)
+            return [reduce(activations) for activations in batch]
+
+        self.n_tokens += sum(len(ids) for ids in tokens)
+        lengths = [len(ids) for ids in tokens]
+        return run_in_batches(run, lengths, self.batch_size, "extracting", quiet=len(tokens) <= WINDOW)
 
     @torch.inference_mode()
-    def _forward(self, tokens: list[list[int]], weights: list[Tensor], layers: list[int]) -> Tensor:
-        """Return (batch, layers, d) float32 on the CPU: the weighted token means of a padded batch."""
+    def _forward(
+        self, tokens: list[Sequence[int]], places: list[Sequence[int]], layers: list[int]
+    ) -> Sequence[Tensor]:
+        """Return for each text of a batch (places, layers, d) float32 on the CPU."""
         padded, mask = pad_tokens(tokens, pad_token_id(self.tokenizer), "right", self.model.device)
         with recorded_blocks(self.blocks, layers) as recorded:
             self.model(input_ids=padded, attention_mask=mask, use_cache=False)
-        token_weights = torch.zeros(padded.shape)
-        for row, row_weights in enumerate(weights):
-            token_weights[row, : len(row_weights)] = row_weights
-        results = []
+        rows = torch.tensor([row for row, kept in enumerate(places) for _ in kept], dtype=torch.int64)
+        columns = torch.tensor([place for kept in places for place in kept], dtype=torch.int64)
+        taken = []
         for layer_idx in layers:
-            hidden = recorded[layer_idx].float()
-            row_weights = token_weights.to(hidden.device).unsqueeze(-1)
-            # A padded position may hold anything, even NaN, and NaN times 0 is NaN.
-            results.append(hidden.where(row_weights > 0, 0.0).mul(row_weights).sum(1).cpu())
-        return torch.stack(results, dim=1)
+            hidden = recorded[layer_idx]
+            taken.append(hidden[rows.to(hidden.device), columns.to(hidden.device)].float().cpu())
+        return torch.stack(taken, dim=1).split([len(kept) for kept in places])
 
-    def _check_finite(self, batch: Tensor, indices: list[int]) -> None:
-        broken = (~batch.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        if broken:
+    def _check_finite(self, activations: Tensor, index: int) -> None:
+        if not activations.isfinite().all():
             raise InputError(
-                f"text {indices[broken[0]]} gives an activation that is not finite "
+                f"text {index} gives an activation that is not finite "
                 f"(model dtype {self.model.dtype}); use bfloat16 or float32"
             )
+
+
+@dataclass(frozen=True)
+class PairedBatch:
+    """Activations of both models at the same places of some texts.
+
+    H_source, H_target: layer_idx -> (n, d) float32 on the CPU; row i of both is one pair.
+    text_idx: (n,) int64, which text the pair is from, counted over all batches.
+    end: (n,) int64, the number of characters that both models had read.
+    n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included.
+    """
+
+    H_source: dict[int, Tensor]
+    H_target: dict[int, Tensor]
+    text_idx: Tensor
+    end: Tensor
+    n_source_tokens: int
+    n_target_tokens: int
+
+
+def paired_activations(
+    source: ActivationExtractor,
+    target: ActivationExtractor,
+    texts: Iterable[str],
+    positions: str = "word_ends",
+    source_layers: Sequence[int] | None = None,
+    target_layers: Sequence[int] | None = None,
+) -> Iterator[PairedBatch]:
+    """Yield paired activations of both models on the same texts, 64 texts at a time.
+
+    positions:
+        `word_ends`: every place where both tokenizers end a token on the same character, see
+            `aligned_positions`. Special tokens and each side's very first token are left out.
+        `last`: the last token of each text; works with any tokenizer.
+    source_layers, target_layers: layers to read in the one pass; the extractors' own by default.
+    Texts are read as they are needed, and nothing is kept. Each extractor counts its tokens
+    (`n_tokens`) and cut texts (`n_truncated`).
+    Raises InputError: an unknown `positions`, a tokenizer without offsets, an empty text, or an
+    activation that is not finite (the text is named).
+    """
+    if positions not in ("word_ends", "last"):
+        raise InputError(f"positions {positions!r} is unknown; choose 'word_ends' or 'last'")
+    if positions == "word_ends":
+        check_offsets(source.tokenizer, "source")
+        check_offsets(target.tokenizer, "target")
+    source_layers = source.check_layers([source.layer_idx] if source_layers is None else source_layers)
+    target_layers = target.check_layers([target.layer_idx] if target_layers is None else target_layers)
+    remaining, first_index = iter(texts), 0
+    while window := list(islice(remaining, WINDOW)):
+        source_tokens, source_ends = _read_ends(source, window, positions, first_index)
+        target_tokens, target_ends = _read_ends(target, window, positions, first_index)
+        aligned = [aligned_places(*sides) for sides in zip(source_ends, target_ends, strict=True)]
+        ends, source_places, target_places = zip(*aligned, strict=True)
+        if any(ends):
+            yield PairedBatch(
+                source.extract_places(source_tokens, source_places, source_layers, first_index),
+                target.extract_places(target_tokens, target_places, target_layers, first_index),
+                torch.tensor([first_index + row for row, found in enumerate(ends) for _ in found]),
+                torch.tensor([end for found in ends for end in found]),
+                sum(map(len, source_tokens)),
+                sum(map(len, target_tokens)),
+            )
+        first_index += len(window)
+
+
+def _read_ends(
+    extractor: ActivationExtractor, texts: Sequence[str], positions: str, first_index: int
+) -> tuple[list[list[int]], list[dict[int, int]]]:
+    """Return the tokens of texts, and for each text character end -> token place that may be read."""
+    if positions == "word_ends":
+        return extractor.token_ends(texts, first_index)
+    tokens = extractor.tokenise(texts, first_index)
+    return tokens, [{len(text): len(ids) - 1} for text, ids in zip(texts, tokens, strict=True)]
 
 
 def split_half_cosine(positive: Tensor, negative: Tensor, n_splits: int = N_SPLITS) -> float | None:
@@ -317,7 +448,11 @@ def massive_dimensions(activations: Tensor, ratio: float = MASSIVE_RATIO) -> lis
     activations: (n, d). The idea follows Sun et al. 2024 (arXiv 2402.17762), who call single
     activations massive; here whole dimensions count, since a norm is a sum over dimensions.
     """
-    scale = activations.double().pow(2).mean(0).sqrt()
+    return massive_by_scale(activations.double().pow(2).mean(0).sqrt(), ratio)
+
+
+def massive_by_scale(scale: Tensor, ratio: float = MASSIVE_RATIO) -> list[int]:
+    """Return the massive dimensions given the root mean square of each, (d,). See `massive_dimensions`."""
     return (scale > ratio * scale.median()).nonzero().flatten().tolist()
 
 

@@ -37,18 +37,21 @@ def run_in_batches(
     batch_size: int,
     desc: str,
     unit: str = "text",
+    quiet: bool = False,
 ) -> list[Result]:
     """Return `run`'s result for every item, in input order.
 
     run: takes item indices, returns one result for each.
     lengths: (n,) length of each item in tokens; items of similar length share a batch.
+    quiet: show no progress.
     When memory runs out, the batch is halved and the smaller size is kept for the rest;
     a single item that does not fit raises the original error.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     results: dict[int, Result] = {}
-    silent = True if len(lengths) <= batch_size else None  # a bar for one batch says nothing
+    # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
+    silent = True if quiet or len(lengths) <= batch_size else None
     pending = length_sorted_batches(lengths, batch_size)[::-1]
     with tqdm(total=len(lengths), desc=desc, unit=unit, disable=silent, leave=False) as progress:
         while pending:

@@ -1,7 +1,8 @@
 """Fit linear maps from source to target activations (phase 2).
 
-Rows are paired positions: (n, d_source) and (n, d_target). All arithmetic is float64
-and every system is solved, never inverted.
+Rows are paired positions: (n, d_source) and (n, d_target). The map and its held-out error
+are computed from the sums in `pair_statistics`, in float64, so memory does not grow with n.
+Systems are solved, never inverted.
 
 Activations have an intercept (both sides are centred); directions have none, since the
 difference of two activations cancels it. So `predict` adds it and `transform` does not
@@ -9,8 +10,7 @@ difference of two activations cancels it. So `predict` adds it and `transform` d
 """
 
 import logging
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,107 @@ from torch import Tensor
 
 from artifacts import load_tensors, save_tensors
 from errors import InputError
+from pair_statistics import Moments, PairStatistics, group_labels
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+CRITERIA = ("pooled", "standardised")
 RANK_THRESHOLD = 0.01
+N_RETRIEVAL = 1000
+WELL_PREDICTED = 0.5
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out error of one choice of lambda, pooled over folds.
+class HeldOutFold:
+    """One held-out fold in the eigenbasis of the other folds' Gram matrix.
 
-    mse: mean squared error per row and dimension, in squared units of the target.
-    r2: 1 - residual / total sum of squares, all dimensions together, so that dimensions of
-        large variance dominate. The total is taken around the training folds' mean.
-    r2_per_dimension: (d_target,) the same for each dimension alone.
+    With X'X = U diag(s) U' over the training folds, the ridge solution is
+    U diag(1 / (s + lambda)) U'X'Y, so one decomposition serves every lambda: the held-out
+    error is a quadratic form in the d_source numbers 1 / (s + lambda). (The spectral form
+    of ridge regression: Hastie, Tibshirani & Friedman 2009, section 3.4.1.)
     """
 
-    mse: float
-    r2: float
-    r2_per_dimension: Tensor
+    def __init__(self, train: Moments, test: Moments, source: "HeldOutFold | None" = None) -> None:
+        """train, test: both centred on the training folds' means.
+
+        source: a fold with the same Gram matrices, whose decomposition is taken over.
+        """
+        self.train, self.test = train, test
+        if source is None:
+            eigenvalues, self.basis = torch.linalg.eigh(train.gram)
+            self.eigenvalues = eigenvalues.clamp(min=0)
+            self.test_gram = self.basis.T @ test.gram @ self.basis
+        else:
+            self.eigenvalues, self.basis = source.eigenvalues, source.basis
+            self.test_gram = source.test_gram
+        self.cross = self.basis.T @ train.cross
+        self.test_cross = self.basis.T @ test.cross
+
+    def error_path(self, lambdas: Sequence[float], weights: Tensor) -> Tensor:
+        """Return the held-out sum of squares for each lambda, (len(lambdas),), in O(d_source^2) each.
+
+        weights: (d_target,) of the target dimensions.
+        """
+        weighted = self.cross * weights
+        linear = (weighted * self.test_cross).sum(1)
+        quadratic = self.test_gram * (weighted @ self.cross.T)
+        filters = 1 / (self.eigenvalues + torch.tensor(lambdas, dtype=torch.float64)[:, None])
+        total = (self.test.target_gram.diagonal() * weights).sum()
+        return total - 2 * filters @ linear + ((filters @ quadratic) * filters).sum(1)
+
+    def solution(self, lambda_absolute: float) -> Tensor:
+        """Return W fitted on the training folds, (d_source, d_target)."""
+        return self.basis @ (self.cross / (self.eigenvalues + lambda_absolute)[:, None])
+
+
+def residual_squares(fold: Moments, W: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the residual and the total sum of squares of a map on the pairs that `fold` sums up.
+
+    fold: moments of held-out pairs around the training means. W: (d_source, d_target).
+    directions: (d_target, k) orthonormal columns; both results are then (k,), along these
+    directions, else (d_target,), by dimension.
+    """
+    cross, total = fold.cross, fold.target_gram.diagonal()
+    if directions is not None:
+        W, cross = W @ directions, cross @ directions
+        total = (directions * (fold.target_gram @ directions)).sum(0)
+    return total - 2 * (W * cross).sum(0) + (W * (fold.gram @ W)).sum(0), total
+
+
+def r2_summary(residual: Tensor, total: Tensor, weights: Tensor) -> dict[str, Any]:
+    """Return pooled, standardised and median R2 from (d_target,) sums of squares over all folds.
+
+    weights: (d_target,) 1 / variance, 0 for a dimension that is constant, which has no R2.
+    """
+    varying = weights > 0
+    per_dimension = 1 - residual[varying] / total[varying]
+    return {
+        "r2": 1 - (residual.sum() / total.sum()).item(),
+        "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
+        "r2_median_dimension": per_dimension.median().item(),
+        "r2_per_dimension": per_dimension.tolist(),
+        "n_constant_dimensions": int((~varying).sum()),
+    }
+
+
+def target_weights(moments: Moments) -> Tensor:
+    """Return 1 / variance of each target dimension, (d_target,); 0 where it is constant."""
+    variance = moments.target_gram.diagonal() / moments.n
+    scale = moments.target_mean.square() + variance
+    constant = variance <= torch.finfo(torch.float64).eps * scale
+    if constant.all():
+        raise InputError("the target activations are constant; there is nothing to predict")
+    return torch.where(constant, 0.0, 1 / variance.where(~constant, 1.0))
+
+
+def retrieval_accuracy(predicted: Tensor, true: Tensor, weights: Tensor) -> float:
+    """Return how often a predicted activation is nearer to its own true one than to any other.
+
+    predicted, true: (n, d_target). weights: (d_target,) of squared differences. Chance is 1 / n.
+    """
+    scale = weights.sqrt()
+    distances = torch.cdist(predicted.double() * scale, true.double() * scale)
+    return (distances.argmin(1) == torch.arange(len(true))).double().mean().item()
 
 
 class RidgeMapping:
@@ -47,97 +128,151 @@ class RidgeMapping:
     Minimises ||Y - X @ W||^2 + lambda * ||W||^2 for centred X (n, d_source) and Y (n, d_target),
     so W = solve(X'X + lambda I, X'Y) (Hoerl & Kennard 1970; specification, "Ridge Regression").
 
+    Either give all pairs to `fit` or `cross_validate`, or hand them over in pieces with
+    `partial_fit` and then call these without pairs: the result is the same to rounding.
+
     lambda_unit: `absolute`, or `relative`: multiples of the mean diagonal of X'X, which makes
         a value mean the same for models with other activation scales and other n.
+    n_folds, seed, fold_of: of the folds that `partial_fit` fills, see `PairStatistics`.
     After `fit` or `cross_validate`: W (d_source, d_target) float64, source_mean, target_mean,
-    lambda_ (as given), lambda_absolute.
+    lambda_ (as given), lambda_absolute, target_components (d_target, d_target): the principal
+    axes of the target activations in columns, largest variance first.
     """
 
-    def __init__(self, d_source: int, d_target: int, lambda_unit: str = "absolute") -> None:
+    def __init__(
+        self,
+        d_source: int,
+        d_target: int,
+        lambda_unit: str = "absolute",
+        n_folds: int = 5,
+        seed: int = 0,
+        fold_of: Mapping[Hashable, int] | None = None,
+    ) -> None:
         if lambda_unit not in ("absolute", "relative"):
             raise InputError(f"lambda_unit {lambda_unit!r} is unknown; choose 'absolute' or 'relative'")
-        if d_source < 1 or d_target < 1:
-            raise InputError(f"widths are {d_source} and {d_target}, expected positive integers")
+        self.statistics = PairStatistics(d_source, d_target, n_folds, seed, fold_of)
         self.d_source = d_source
         self.d_target = d_target
         self.lambda_unit = lambda_unit
         self.W: Tensor | None = None
         self.source_mean: Tensor | None = None
         self.target_mean: Tensor | None = None
+        self.target_components: Tensor | None = None
         self.lambda_: float | None = None
         self.lambda_absolute: float | None = None
         self.n: int = 0
         self.gram_eigenvalues: Tensor | None = None
         self.cv: dict[str, Any] | None = None
 
-    def fit(self, H_source: Tensor, H_target: Tensor, lambda_: float = 1.0) -> "RidgeMapping":
+    @classmethod
+    def from_statistics(cls, statistics: PairStatistics, lambda_unit: str = "absolute") -> "RidgeMapping":
+        """Make a map, not fitted yet, on pairs that were summed before. The statistics are shared."""
+        mapping = cls(statistics.d_source, statistics.d_target, lambda_unit)
+        mapping.statistics = statistics
+        return mapping
+
+    def partial_fit(
+        self, H_source: Tensor, H_target: Tensor, groups: Sequence[Hashable] | Tensor | None = None
+    ) -> "RidgeMapping":
+        """Add pairs to what `fit` and `cross_validate` will use; returns self. See `PairStatistics.add`."""
+        self.statistics.add(H_source, H_target, groups)
+        return self
+
+    def merge(self, other: "RidgeMapping") -> "RidgeMapping":
+        """Add the pairs that another map was given with `partial_fit`; returns self. W stays as it is."""
+        self.statistics.merge(other.statistics)
+        return self
+
+    def fit(
+        self, H_source: Tensor | None = None, H_target: Tensor | None = None, lambda_: float = 1.0
+    ) -> "RidgeMapping":
         """Fit W and the means; returns self.
 
         H_source: (n, d_source), H_target: (n, d_target), any float dtype; solved in float64.
+        They replace the pairs given before; without them, those are used.
         Raises InputError: shapes that don't match, n < 2, lambda_ <= 0, non-finite input.
         """
-        source, target = self._checked(H_source, H_target)
         _check_lambda(lambda_)
-        source_mean, target_mean = source.mean(0), target.mean(0)
-        centred_source, centred_target = source - source_mean, target - target_mean
-        gram = centred_source.T @ centred_source
-        lambda_absolute = self._absolute(lambda_, gram)
-        self.W = _solve(gram, centred_source.T @ centred_target, lambda_absolute)
-        self.source_mean, self.target_mean = source_mean, target_mean
-        self.lambda_, self.lambda_absolute = float(lambda_), lambda_absolute
-        self.gram_eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
-        self.n = len(source)
+        if H_source is not None or H_target is not None:
+            self._replace_pairs(H_source, H_target, self.statistics.n_folds, None, 0, split=False)
+        moments = self.statistics.total()
+        self.lambda_, self.lambda_absolute = float(lambda_), self._absolute(lambda_, moments.gram)
+        self.W = solve_ridge(moments, self.lambda_absolute)
+        self.source_mean, self.target_mean = moments.source_mean, moments.target_mean
+        self.gram_eigenvalues = torch.linalg.eigvalsh(moments.gram).clamp(min=0)
+        self.target_components = torch.linalg.eigh(moments.target_gram).eigenvectors.flip(1)
+        self.n = moments.n
         self.cv = None
         return self
 
     def cross_validate(
         self,
-        H_source: Tensor,
-        H_target: Tensor,
+        H_source: Tensor | None = None,
+        H_target: Tensor | None = None,
         lambda_values: Sequence[float] = DEFAULT_LAMBDAS,
-        n_folds: int = 5,
+        n_folds: int | None = None,
         groups: Sequence[Hashable] | Tensor | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        criterion: str = "pooled",
     ) -> tuple[float, dict[float, float]]:
-        """Choose lambda by held-out error, then fit on all rows at the best one.
+        """Choose lambda by held-out error, then fit on all pairs at the best one.
 
+        With pairs, these replace the ones given before; n_folds, groups and seed say how to
+        split them (5 folds unless told). Without, the folds of `partial_fit` are used.
         groups: a document id for each row; a document is never split over folds.
+        criterion: `pooled`: squared error over all target dimensions, which those of large
+            variance dominate; `standardised`: every target dimension scaled to variance 1.
         Returns (best_lambda, {lambda: held-out mean squared error}). `cv` then holds the same
-        with R2, the folds' sizes, and a control: rows of the target shuffled, scored at
-        whichever lambda suits it best.
+        with R2, by dimension and by principal component, retrieval accuracy, the folds'
+        sizes, and a control: pairs shuffled, scored at whichever lambda suits them best.
         Raises InputError: as `fit`, no lambda values, fewer than 2 folds, or fewer groups than folds.
         """
-        source, target = self._checked(H_source, H_target)
-        if not lambda_values:
-            raise InputError("lambda_values is empty; give at least one value")
-        values = sorted({float(value) for value in lambda_values})
-        for value in values:
-            _check_lambda(value)
-        folds = assign_folds(len(source), n_folds, groups, seed)
-        held_out = self._held_out(source, target, values, folds)
-        order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
-        shuffled = self._held_out(source, target[order], values, folds)
-        best = min(values, key=lambda value: held_out[value].mse)
-        self.fit(source, target, best)
+        values = _checked_lambdas(lambda_values)
+        if criterion not in CRITERIA:
+            raise InputError(f"criterion {criterion!r} is unknown; choose {' or '.join(CRITERIA)}")
+        given = self.statistics
+        n_folds, seed = n_folds or given.n_folds, given.seed if seed is None else seed
+        if H_source is not None or H_target is not None:
+            self._replace_pairs(H_source, H_target, n_folds, groups, seed)
+        elif groups is not None or n_folds != given.n_folds:
+            raise InputError(
+                f"the folds were filled by partial_fit ({given.n_folds} of them); give n_folds to the "
+                "constructor and groups to partial_fit, or the pairs to cross_validate"
+            )
+        total = self.statistics.total()
+        weights = target_weights(total)
+        folds = [HeldOutFold(*self.statistics.split(fold)) for fold in range(self.statistics.n_folds)]
+        ones = torch.ones(self.d_target, dtype=torch.float64)
+        pooled, squares = self._error_path(folds, values, ones)
+        standardised, weighted_squares = self._error_path(folds, values, weights)
+        chosen = pooled if criterion == "pooled" else standardised
+        best = values[int(chosen.argmin())]
+        self.fit(lambda_=best)
         at_edge = len(values) > 1 and best in (values[0], values[-1])
         if at_edge:
             logger.warning("the best lambda %g is at the edge of the grid; widen lambda_values", best)
+        n_values = total.n * self.d_target
+        r2 = dict(zip(values, (1 - pooled / squares).tolist(), strict=True))
+        r2_standardised = dict(zip(values, (1 - standardised / weighted_squares).tolist(), strict=True))
         self.cv = {
             "lambda_unit": self.lambda_unit,
             "lambda_values": values,
+            "criterion": criterion,
             "best_lambda": best,
             "best_lambda_absolute": self.lambda_absolute,
             "best_at_edge": at_edge,
-            "n_rows": len(source),
-            "n_folds": n_folds,
-            "fold_sizes": torch.bincount(folds, minlength=n_folds).tolist(),
-            "n_groups": len(set(_labels(len(source), groups))),
-            "errors": {value: held_out[value].mse for value in values},
-            "r2": {value: held_out[value].r2 for value in values},
-            "best_r2": held_out[best].r2,
-            "best_r2_median_dimension": held_out[best].r2_per_dimension.median().item(),
-            "best_r2_per_dimension": held_out[best].r2_per_dimension.tolist(),
-            "shuffled_r2": max(result.r2 for result in shuffled.values()),
+            "n_rows": total.n,
+            "n_folds": self.statistics.n_folds,
+            "fold_sizes": self.statistics.n.tolist(),
+            "n_groups": self.statistics.n_groups,
+            "errors": dict(zip(values, (pooled / n_values).tolist(), strict=True)),
+            "r2": r2,
+            "r2_standardised": r2_standardised,
+            "best_r2": r2[best],
+            "best_r2_standardised": r2_standardised[best],
+            "df": {value: self._degrees_of_freedom(self._absolute(value, total.gram)) for value in values},
+            **self._details(folds, best, weights),
+            **self._shuffled_control(values, seed),
         }
         return best, self.cv["errors"]
 
@@ -146,31 +281,29 @@ class RidgeMapping:
 
         Keeps device and floating dtype. Raises InputError: a wrong width, or a map that is not fitted.
         """
-        self._check_width(v_source, self.d_source, "v_source")
-        W = self._fitted_W().to(v_source.device)
-        return (v_source.double() @ W).to(_float_dtype(v_source))
+        return map_directions(self._fitted_W(), v_source)
 
     def predict(self, H_source: Tensor) -> Tensor:
         """Map activations, (d_source,) or (n, d_source), to the target, with intercept.
 
         Keeps device and floating dtype. Raises InputError: a wrong width, or a map that is not fitted.
         """
-        self._check_width(H_source, self.d_source, "H_source")
-        W = self._fitted_W().to(H_source.device)
-        centred = H_source.double() - self.source_mean.to(H_source.device)
-        return (centred @ W + self.target_mean.to(H_source.device)).to(_float_dtype(H_source))
+        return map_activations(self._fitted_W(), self.source_mean, self.target_mean, H_source)
 
-    def analyze(self) -> dict[str, Any]:
+    def analyze(self, vectors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Describe the fitted map.
+
+        vectors: name -> (d_target,), for example the target's own persona vectors.
 
         singular_values: of W, descending. effective_rank: how many exceed 1 % of the largest
         (specification, "Analysis via SVD"). df: effective degrees of freedom of each target
         dimension, sum of s / (s + lambda) over the eigenvalues s of the centred Gram matrix.
-        held_out_r2, held_out_r2_median_dimension, shuffled_r2: from `cross_validate`, None
-        if the map was fitted without it.
+        From `cross_validate`, None if the map was fitted without it: held_out_r2 and its
+        variants; held_out_r2_per_component, along the target's principal axes;
+        retrieval_accuracy among retrieval_n activations; shuffled_r2.
+        predicted_energy: for each vector what `predicted_energy` returns.
         """
         singular_values = torch.linalg.svdvals(self._fitted_W())
-        eigenvalues = self.gram_eigenvalues
         cv = self.cv or {}
         return {
             "n": self.n,
@@ -178,18 +311,47 @@ class RidgeMapping:
             "lambda_absolute": self.lambda_absolute,
             "singular_values": singular_values.tolist(),
             "effective_rank": int((singular_values > RANK_THRESHOLD * singular_values[0]).sum()),
-            "df": (eigenvalues / (eigenvalues + self.lambda_absolute)).sum().item(),
+            "df": self._degrees_of_freedom(self.lambda_absolute),
             "held_out_r2": cv.get("best_r2"),
+            "held_out_r2_standardised": cv.get("best_r2_standardised"),
             "held_out_r2_median_dimension": cv.get("best_r2_median_dimension"),
+            "held_out_r2_per_dimension": cv.get("best_r2_per_dimension"),
+            "held_out_r2_per_component": cv.get("best_r2_per_component"),
+            "retrieval_accuracy": cv.get("retrieval_accuracy"),
+            "retrieval_n": cv.get("retrieval_n"),
             "shuffled_r2": cv.get("shuffled_r2"),
+            "predicted_energy": {
+                name: self.predicted_energy(vector) for name, vector in (vectors or {}).items()
+            },
+        }
+
+    def predicted_energy(self, v_target: Tensor) -> dict[str, float]:
+        """Say how much of a target direction lies where the map predicts well.
+
+        v_target: (d_target,). Its squared length is split over the principal axes of the target's
+        activations. mean_r2: the mean of the axes' held-out R2 (negative ones as 0), weighted by
+        these shares. share_well_predicted: the share on axes with an R2 of 0.5 or more.
+        Raises InputError: a wrong width, norm 0, or a map fitted without cross-validation.
+        """
+        if self.cv is None:
+            raise InputError("held-out R2 is not known; call cross_validate() first")
+        if v_target.shape != (self.d_target,) or not v_target.any():
+            raise InputError(
+                f"v_target has shape {tuple(v_target.shape)}, expected ({self.d_target},), not 0"
+            )
+        shares = (v_target.double().cpu() @ self.target_components).square()
+        shares = shares / shares.sum()
+        r2 = torch.tensor(self.cv["best_r2_per_component"], dtype=torch.float64)
+        return {
+            "mean_r2": (shares @ r2.clamp(min=0)).item(),
+            "share_well_predicted": shares[r2 >= WELL_PREDICTED].sum().item(),
         }
 
     def save(self, path: str | Path, fingerprint: str = "") -> None:
-        """Write the fitted map to a `.pt` file in one step."""
-        names = ("source_mean", "target_mean", "lambda_", "lambda_absolute", "n", "gram_eigenvalues", "cv")
-        content = {name: getattr(self, name) for name in names}
+        """Write the fitted map to a `.pt` file in one step; the statistics are not part of it."""
+        content = {"W": self._fitted_W(), **{name: getattr(self, name) for name in _SAVED}}
         widths = {"d_source": self.d_source, "d_target": self.d_target, "lambda_unit": self.lambda_unit}
-        save_tensors(Path(path), {"fingerprint": fingerprint, **widths, "W": self._fitted_W(), **content})
+        save_tensors(Path(path), {"fingerprint": fingerprint, **widths, **content})
 
     @classmethod
     def load(cls, path: str | Path) -> "RidgeMapping":
@@ -201,38 +363,69 @@ class RidgeMapping:
         """Make a map from what `save` wrote, already loaded."""
         try:
             mapping = cls(content["d_source"], content["d_target"], content["lambda_unit"])
-            for key in ("W", "source_mean", "target_mean", "lambda_", "lambda_absolute"):
-                setattr(mapping, key, content[key])
-            for key in ("n", "gram_eigenvalues", "cv"):
+            for key in ("W", *_SAVED):
                 setattr(mapping, key, content[key])
         except KeyError as error:
             raise InputError(f"{name} has no entry {error}; it is not a ridge mapping") from error
         return mapping
 
-    def _held_out(
-        self, source: Tensor, target: Tensor, values: list[float], folds: Tensor
-    ) -> dict[float, HeldOut]:
-        """Return the pooled held-out error of every lambda; each fold is centred on its training rows."""
-        residual = {value: torch.zeros(self.d_target, dtype=torch.float64) for value in values}
-        total = torch.zeros(self.d_target, dtype=torch.float64)
-        for fold in range(int(folds.max()) + 1):
-            train, test = folds != fold, folds == fold
-            source_mean, target_mean = source[train].mean(0), target[train].mean(0)
-            centred_source, centred_target = source[train] - source_mean, target[train] - target_mean
-            gram, cross = centred_source.T @ centred_source, centred_source.T @ centred_target
-            test_source, test_target = source[test] - source_mean, target[test] - target_mean
-            total += test_target.pow(2).sum(0)
-            for value in values:
-                W = _solve(gram, cross, self._absolute(value, gram))
-                residual[value] += (test_target - test_source @ W).pow(2).sum(0)
+    def _replace_pairs(
+        self,
+        H_source: Tensor | None,
+        H_target: Tensor | None,
+        n_folds: int,
+        groups: Sequence[Hashable] | Tensor | None,
+        seed: int,
+        split: bool = True,
+    ) -> None:
+        if H_source is None or H_target is None:
+            raise InputError("give both H_source and H_target, or neither after partial_fit")
+        statistics = PairStatistics(self.d_source, self.d_target, n_folds, seed)
+        statistics.check_pairs(H_source, H_target)
+        folds = assign_folds(len(H_source), n_folds, groups, seed) if split else None
+        self.statistics = statistics.add(H_source, H_target, groups, folds)
+
+    def _error_path(
+        self, folds: Sequence[HeldOutFold], values: Sequence[float], weights: Tensor
+    ) -> tuple[Tensor, float]:
+        """Return the held-out sum of squares for each lambda, over all folds, and the total."""
+        errors = torch.zeros(len(values), dtype=torch.float64)
+        total = 0.0
+        for fold in folds:
+            lambdas = [self._absolute(value, fold.train.gram) for value in values]
+            errors += fold.error_path(lambdas, weights)
+            total += (fold.test.target_gram.diagonal() * weights).sum().item()
+        return errors, total
+
+    def _details(self, folds: Sequence[HeldOutFold], best: float, weights: Tensor) -> dict[str, Any]:
+        """Return what the best lambda predicts: by dimension, by principal component, and retrieval."""
+        solutions = [fold.solution(self._absolute(best, fold.train.gram)) for fold in folds]
+        pairs = list(zip(folds, solutions, strict=True))
+        by_dimension = [residual_squares(fold.test, W) for fold, W in pairs]
+        by_component = [residual_squares(fold.test, W, self.target_components) for fold, W in pairs]
+        summary = r2_summary(*_summed(by_dimension), weights)
+        residual, total = _summed(by_component)
         return {
-            value: HeldOut(
-                mse=(residual[value].sum() / (len(target) * self.d_target)).item(),
-                r2=1 - (residual[value].sum() / total.sum()).item(),
-                r2_per_dimension=1 - residual[value] / total.clamp(min=torch.finfo(torch.float64).tiny),
-            )
-            for value in values
+            "best_r2_median_dimension": summary["r2_median_dimension"],
+            "best_r2_per_dimension": summary["r2_per_dimension"],
+            "n_constant_dimensions": summary["n_constant_dimensions"],
+            "best_r2_per_component": (1 - residual / total.clamp(min=_TINY)).tolist(),
+            "component_variance": (total / total.sum()).tolist(),
+            **held_out_retrieval(
+                self.statistics,
+                [(fold.train.source_mean, W, fold.train.target_mean) for fold, W in pairs],
+                weights,
+            ),
         }
+
+    def _shuffled_control(self, values: Sequence[float], seed: int) -> dict[str, Any]:
+        """Return the best held-out R2 when the sample's target rows are shuffled."""
+        shuffled = shuffled_pairs(self.statistics, seed)
+        n_folds = shuffled.n_folds
+        folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(n_folds)]
+        ones = torch.ones(self.d_target, dtype=torch.float64)
+        errors, total = self._error_path(folds, values, ones)
+        return {"shuffled_r2": 1 - errors.min().item() / total, "shuffled_n": shuffled.n_pairs}
 
     def _absolute(self, lambda_: float, gram: Tensor) -> float:
         if self.lambda_unit == "absolute":
@@ -242,31 +435,73 @@ class RidgeMapping:
             raise InputError("the source activations are constant, so a relative lambda has no unit")
         return float(lambda_) * mean_diagonal
 
+    def _degrees_of_freedom(self, lambda_absolute: float) -> float:
+        return (self.gram_eigenvalues / (self.gram_eigenvalues + lambda_absolute)).sum().item()
+
     def _fitted_W(self) -> Tensor:
         if self.W is None:
             raise InputError("the mapping is not fitted; call fit() or cross_validate() first")
         return self.W
 
-    def _checked(self, H_source: Tensor, H_target: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_width(H_source, self.d_source, "H_source")
-        self._check_width(H_target, self.d_target, "H_target")
-        if H_source.ndim != 2 or H_target.ndim != 2 or len(H_source) != len(H_target):
-            raise InputError(
-                f"H_source {tuple(H_source.shape)} and H_target {tuple(H_target.shape)} must be "
-                "matrices with one row for each pair"
-            )
-        if len(H_source) < 2:
-            raise InputError(f"got {len(H_source)} pairs, expected 2 or more")
-        for name, values in (("H_source", H_source), ("H_target", H_target)):
-            broken = (~values.isfinite()).any(1).nonzero().flatten().tolist()
-            if broken:
-                raise InputError(f"{name} has {len(broken)} rows that are not finite, first row {broken[0]}")
-        return H_source.double().cpu(), H_target.double().cpu()
 
-    @staticmethod
-    def _check_width(values: Tensor, width: int, name: str) -> None:
-        if values.ndim not in (1, 2) or values.shape[-1] != width:
-            raise InputError(f"{name} has shape {tuple(values.shape)}, expected ({width},) or (n, {width})")
+_SAVED = (
+    "source_mean",
+    "target_mean",
+    "target_components",
+    "lambda_",
+    "lambda_absolute",
+    "n",
+    "gram_eigenvalues",
+    "cv",
+)
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def solve_ridge(moments: Moments, lambda_absolute: float) -> Tensor:
+    """Return solve(X'X + lambda I, X'Y), (d_source, d_target) float64."""
+    ridge = lambda_absolute * torch.eye(len(moments.gram), dtype=moments.gram.dtype)
+    return torch.linalg.solve(moments.gram + ridge, moments.cross)
+
+
+def map_directions(W: Tensor, v_source: Tensor) -> Tensor:
+    """Return v_source @ W in the dtype and on the device of v_source, (d_source,) or (n, d_source)."""
+    _check_width(v_source, W, "v_source")
+    return (v_source.double() @ W.to(v_source.device)).to(_float_dtype(v_source))
+
+
+def map_activations(W: Tensor, source_mean: Tensor, target_mean: Tensor, H_source: Tensor) -> Tensor:
+    """Return (H_source - source_mean) @ W + target_mean in the dtype and on the device of H_source."""
+    _check_width(H_source, W, "H_source")
+    W, source_mean, target_mean = (item.to(H_source.device) for item in (W, source_mean, target_mean))
+    return ((H_source.double() - source_mean) @ W + target_mean).to(_float_dtype(H_source))
+
+
+def held_out_retrieval(
+    statistics: PairStatistics, maps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Tensor
+) -> dict[str, Any]:
+    """Return the retrieval accuracy among at most 1,000 sampled pairs, by maps that never saw them.
+
+    maps: for each fold (source_mean, W, target_mean) fitted without it. Squared differences are
+    weighted by 1 / variance of the target dimension.
+    """
+    sample = statistics.sample
+    order = torch.randperm(len(sample.rows), generator=torch.Generator().manual_seed(0))[:N_RETRIEVAL]
+    source, target, folds = sample.H_source[order].double(), sample.H_target[order], sample.folds[order]
+    predicted = torch.empty(len(order), statistics.d_target, dtype=torch.float64)
+    for fold, (source_mean, W, target_mean) in enumerate(maps):
+        rows = folds == fold
+        predicted[rows] = map_activations(W, source_mean, target_mean, source[rows])
+    accuracy = retrieval_accuracy(predicted, target, weights) if len(order) else None
+    return {"retrieval_accuracy": accuracy, "retrieval_n": len(order)}
+
+
+def shuffled_pairs(statistics: PairStatistics, seed: int = 0) -> PairStatistics:
+    """Return statistics of the sample with its target rows shuffled: the control that must know nothing."""
+    sample = statistics.sample
+    order = torch.randperm(len(sample.rows), generator=torch.Generator().manual_seed(seed))
+    n_folds = min(statistics.n_folds, len(order))
+    shuffled = PairStatistics(statistics.d_source, statistics.d_target, n_folds, seed)
+    return shuffled.add(sample.H_source, sample.H_target[order])
 
 
 def assign_folds(
@@ -277,9 +512,7 @@ def assign_folds(
     Groups are shuffled, then each goes to the fold with the fewest rows so far.
     Raises InputError: fewer than 2 folds, fewer groups than folds, or a wrong number of groups.
     """
-    if groups is not None and len(groups) != n:
-        raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
-    labels = _labels(n, groups)
+    labels = group_labels(groups, n) or range(n)
     members: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):
         members.setdefault(label, []).append(row)
@@ -299,19 +532,26 @@ def assign_folds(
     return folds
 
 
-def _labels(n: int, groups: Sequence[Hashable] | Tensor | None) -> list[Hashable]:
-    if groups is None:
-        return list(range(n))
-    # The elements of a tensor are all different as dictionary keys.
-    return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+def _summed(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return sum(residual for residual, _ in results), sum(total for _, total in results)
 
 
-def _solve(gram: Tensor, cross: Tensor, lambda_absolute: float) -> Tensor:
-    return torch.linalg.solve(gram + lambda_absolute * torch.eye(len(gram), dtype=gram.dtype), cross)
+def _check_width(values: Tensor, W: Tensor, name: str) -> None:
+    if values.ndim not in (1, 2) or values.shape[-1] != len(W):
+        raise InputError(f"{name} has shape {tuple(values.shape)}, expected ({len(W)},) or (n, {len(W)})")
 
 
 def _float_dtype(values: Tensor) -> torch.dtype:
     return values.dtype if values.is_floating_point() else torch.float32
+
+
+def _checked_lambdas(lambda_values: Sequence[float]) -> list[float]:
+    if not lambda_values:
+        raise InputError("lambda_values is empty; give at least one value")
+    values = sorted({float(value) for value in lambda_values})
+    for value in values:
+        _check_lambda(value)
+    return values
 
 
 def _check_lambda(lambda_: float) -> None:
@@ -320,7 +560,7 @@ def _check_lambda(lambda_: float) -> None:
 
 
 def main() -> None:
-    """Check on synthetic pairs that a known map is found and that a shuffled one is not."""
+    """Check on synthetic pairs that a known map is found, in one piece and in many, and no shuffled one."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(40, 60, generator=generator, dtype=torch.float64)
     H_source = torch.randn(1500, 40, generator=generator, dtype=torch.float64) * 3 + 5
@@ -333,7 +573,13 @@ def main() -> None:
     assert torch.allclose(mapping.W, truth, atol=0.02)
     assert torch.allclose(mapping.transform(torch.ones(40)).double(), truth.sum(0), atol=0.2)
     assert analysis["held_out_r2"] > 0.99
+    assert analysis["retrieval_accuracy"] > 0.99
     assert analysis["shuffled_r2"] < 0.02
+    streamed = RidgeMapping(40, 60)
+    for start in range(0, 1500, 100):
+        streamed.partial_fit(H_source[start : start + 100], H_target[start : start + 100])
+    streamed.fit(lambda_=best)
+    assert torch.allclose(streamed.W, mapping.W, rtol=0, atol=1e-9)
     print(
         f"ridge_mapping OK: held-out R2 {analysis['held_out_r2']:.4f}, "
         f"shuffled pairs {analysis['shuffled_r2']:.4f}, df {analysis['df']:.1f}"

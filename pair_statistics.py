@@ -1,0 +1,405 @@
+"""Sufficient statistics of paired activations, by fold of documents (phase 2).
+
+A ridge regression and its held-out error depend on the pairs only through counts, means
+and products of centred activations. They are summed in float64 around a pilot mean, so
+memory does not grow with the number of pairs and a mean far from zero costs no precision.
+Sums of disjoint pairs add up: `merge` joins the work of several workers or of several runs.
+
+Beside the sums a uniform random sample of the pairs is kept, for what sums cannot tell.
+"""
+
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from artifacts import load_tensors, save_tensors
+from errors import InputError
+
+DEFAULT_SAMPLE = 5000
+CHUNK = 4096
+_ARGUMENTS = ("d_source", "d_target", "n_folds", "seed", "fold_of", "n_sample")
+_SUMS = ("n", "sums", "products", "pilot", "n_ungrouped")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Products of centred activations over some pairs, float64.
+
+    n: pairs. source_mean (d_source,), target_mean (d_target,): what they are centred on.
+    gram: (d_source, d_source), X'X. cross: (d_source, d_target), X'Y.
+    target_gram: (d_target, d_target), Y'Y.
+    """
+
+    n: int
+    source_mean: Tensor
+    target_mean: Tensor
+    gram: Tensor
+    cross: Tensor
+    target_gram: Tensor
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """Pairs drawn uniformly from all that were added, in the order in which they came.
+
+    H_source (n, d_source), H_target (n, d_target) float32. folds (n,) int64.
+    rows (n,) int64: the pair's number, from 0, in the order of `add`.
+    """
+
+    H_source: Tensor
+    H_target: Tensor
+    folds: Tensor
+    rows: Tensor
+
+
+class PairStatistics:
+    """Sums over pairs of one source layer and one target layer.
+
+    n_folds: folds for cross-validation; a document is in one of them.
+    fold_of: document -> fold. Documents that it lacks go to the fold with the fewest pairs
+        when they first appear. Workers whose sums are to be merged need the same table, or
+        documents of their own.
+    n_sample: pairs kept as they are.
+    Memory: n_folds * (d_source + d_target)^2 * 8 bytes at most, and the sample.
+    """
+
+    def __init__(
+        self,
+        d_source: int,
+        d_target: int,
+        n_folds: int = 5,
+        seed: int = 0,
+        fold_of: Mapping[Hashable, int] | None = None,
+        n_sample: int = DEFAULT_SAMPLE,
+    ) -> None:
+        if d_source < 1 or d_target < 1:
+            raise InputError(f"widths are {d_source} and {d_target}, expected positive integers")
+        if n_folds < 2:
+            raise InputError(f"n_folds is {n_folds}, expected 2 or more")
+        self.d_source, self.d_target = d_source, d_target
+        self.n_folds, self.seed, self.n_sample = n_folds, seed, n_sample
+        self.fold_of: dict[Hashable, int] = dict(fold_of or {})
+        self.groups: set[Hashable] = set()
+        self.n_ungrouped = 0
+        self.pilot: Tensor | None = None
+        self._random = np.random.default_rng(seed)
+        width = d_source + d_target
+        self.n = torch.zeros(n_folds, dtype=torch.int64)
+        self.sums = torch.zeros(n_folds, width, dtype=torch.float64)
+        self.products = torch.zeros(n_folds, width, width, dtype=torch.float64)
+        self._buffers: Tensor | None = None
+        self._worst_kept = torch.inf if n_sample else 0.0
+        self._pending = [
+            {
+                "H_source": torch.empty(0, d_source),
+                "H_target": torch.empty(0, d_target),
+                "folds": torch.empty(0, dtype=torch.int64),
+                "rows": torch.empty(0, dtype=torch.int64),
+                "priorities": torch.empty(0, dtype=torch.float64),
+            }
+        ]
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs added so far."""
+        return int(self.n.sum())
+
+    @property
+    def n_groups(self) -> int:
+        """Documents added so far; a pair without one counts as its own."""
+        return len(self.groups) + self.n_ungrouped
+
+    def add(
+        self,
+        H_source: Tensor,
+        H_target: Tensor,
+        groups: Sequence[Hashable] | Tensor | None = None,
+        folds: Tensor | None = None,
+    ) -> "PairStatistics":
+        """Add pairs: H_source (n, d_source), H_target (n, d_target), any float dtype; returns self.
+
+        groups: the document of each pair. Without it each pair is a document of its own.
+        folds: (n,) the fold of each pair, if the caller chooses it.
+        Raises InputError, and adds nothing: shapes that don't match, or rows that are not
+        finite (counted, with the document or row of the first).
+        """
+        labels = group_labels(groups, len(H_source))
+        self.check_pairs(H_source, H_target, labels)
+        if not len(H_source):
+            return self
+        if self.pilot is None:
+            self.pilot = torch.cat([_double(H_source).mean(0), _double(H_target).mean(0)])
+        folds = self._assign(len(H_source), labels, folds)
+        self._keep_sample(H_source, H_target, folds)
+        for start in range(0, len(folds), CHUNK):
+            rows = slice(start, start + CHUNK)
+            self._add_sums(H_source[rows], H_target[rows], folds[rows])
+        return self
+
+    def merge(self, other: "PairStatistics") -> "PairStatistics":
+        """Add the pairs of another accumulation; returns self. `other` is not changed.
+
+        Raises InputError: other widths, number of folds or sample size, or a document that
+        is in another fold there.
+        """
+        mine, theirs = ((item.d_source, item.d_target, item.n_folds, item.n_sample) for item in (self, other))
+        if mine != theirs:
+            raise InputError(
+                f"cannot merge pair statistics of (d_source, d_target, n_folds, n_sample) {mine} and {theirs}"
+            )
+        torn = [
+            group
+            for group in other.groups
+            if self.fold_of.get(group, other.fold_of[group]) != other.fold_of[group]
+        ]
+        if torn:
+            raise InputError(
+                f"{len(torn)} documents are in different folds of the two accumulations, the first is "
+                f"{torn[0]!r}; give both the same fold_of, or documents of their own"
+            )
+        if not other.n_pairs:
+            return self
+        if self.pilot is None:
+            self.pilot = other.pilot.clone()
+        theirs = dict(other._settle_sample())
+        self._pending.append({**theirs, "rows": theirs["rows"] + self.n_pairs})
+        self._settle_sample()
+        shift = other.pilot - self.pilot
+        for fold, n in enumerate(other.n.tolist()):
+            moved = other.products[fold].clone()
+            _shift(moved, n, other.sums[fold], shift)
+            self.products[fold] += moved
+            self.sums[fold] += other.sums[fold] + n * shift
+        self.n += other.n
+        self.fold_of.update(other.fold_of)
+        self.groups |= other.groups
+        self.n_ungrouped += other.n_ungrouped
+        return self
+
+    def total(self) -> Moments:
+        """Return the moments of all pairs, centred on their mean. Raises InputError for fewer than 2."""
+        if self.n_pairs < 2:
+            raise InputError(f"got {self.n_pairs} pairs, expected 2 or more")
+        return self._moments(list(range(self.n_folds)))
+
+    def split(self, fold: int) -> tuple[Moments, Moments]:
+        """Return the moments of all other folds and of this one, both centred on the mean of the others."""
+        self.check_folds()
+        train = self._moments([other for other in range(self.n_folds) if other != fold])
+        return train, self._moments([fold], (train.source_mean, train.target_mean))
+
+    def check_folds(self) -> None:
+        """Raise InputError unless every fold has pairs."""
+        if not self.n.all():
+            raise InputError(
+                f"{self.n_folds} folds over {self.n_groups} groups: the folds have {self.n.tolist()} pairs; "
+                "need at least as many groups as folds; lower n_folds or give more documents"
+            )
+
+    @property
+    def sample(self) -> PairSample:
+        """At most `n_sample` of the pairs, drawn uniformly; the same whatever the sizes of the batches."""
+        kept = {name: values for name, values in self._settle_sample().items() if name != "priorities"}
+        return PairSample(**kept)
+
+    def save(self, path: str | Path, fingerprint: str = "") -> None:
+        """Write everything to a `.pt` file in one step."""
+        save_tensors(Path(path), {"fingerprint": fingerprint, **self.content()})
+
+    def content(self) -> dict[str, Any]:
+        """Return everything as tensors, numbers and lists."""
+        state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_SUMS)}
+        return {**state, "groups": list(self.groups), "sample": dict(self._settle_sample())}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PairStatistics":
+        """Read what `save` wrote. Raises InputError if the file is damaged or something else."""
+        return cls.from_content(load_tensors(Path(path)), str(path))
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any], name: str = "content") -> "PairStatistics":
+        """Make an accumulation from what `content` returned; `add` may go on."""
+        try:
+            statistics = cls(**{key: content[key] for key in _ARGUMENTS})
+            for key in _SUMS:
+                setattr(statistics, key, content[key])
+            statistics.groups = set(content["groups"])
+            statistics._pending = [dict(content["sample"])]
+            statistics._settle_sample()
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{name} does not hold pair statistics ({error})") from error
+        statistics._random.random(statistics.n_pairs)  # what the pairs added so far have used
+        return statistics
+
+    def check_pairs(self, H_source: Tensor, H_target: Tensor, labels: list[Hashable] | None = None) -> None:
+        """Raise InputError for pairs that `add` refuses."""
+        for name, values, width in (
+            ("H_source", H_source, self.d_source),
+            ("H_target", H_target, self.d_target),
+        ):
+            if values.ndim != 2 or values.shape[1] != width:
+                raise InputError(f"{name} has shape {tuple(values.shape)}, expected (n, {width})")
+        if len(H_source) != len(H_target):
+            raise InputError(
+                f"H_source has {len(H_source)} rows and H_target {len(H_target)}; they must be "
+                "matrices with one row for each pair"
+            )
+        for name, values in (("H_source", H_source), ("H_target", H_target)):
+            if values.sum().isfinite():  # a cheap look first
+                continue
+            broken = (~values.isfinite()).any(1).nonzero().flatten().tolist()
+            if broken:
+                where = f", of text {labels[broken[0]]!r}" if labels else ""
+                raise InputError(
+                    f"{name} has {len(broken)} rows that are not finite, first row {broken[0]}{where}; "
+                    "load the model in bfloat16 or float32, or leave the text out"
+                )
+
+    def _assign(self, n: int, labels: list[Hashable] | None, folds: Tensor | None) -> Tensor:
+        """Return the fold of each new pair, and remember the documents' folds."""
+        if labels is None:
+            self.n_ungrouped += n
+            return self._deal(self.n_pairs, n) if folds is None else folds
+        self.groups.update(labels)
+        if folds is not None:
+            self.fold_of.update(zip(labels, folds.tolist(), strict=True))
+            return folds
+        sizes = self.n.tolist()
+        assigned = []
+        for label in labels:
+            fold = self.fold_of.setdefault(label, sizes.index(min(sizes)))
+            sizes[fold] += 1
+            assigned.append(fold)
+        return torch.tensor(assigned)
+
+    def _deal(self, start: int, n: int) -> Tensor:
+        """Deal pairs out: of every n_folds successive ones each fold gets one, from a random fold on."""
+        turn, place = np.divmod(np.arange(start, start + n), self.n_folds)
+        turns, which = np.unique(turn, return_inverse=True)
+        first = np.array([np.random.default_rng((self.seed, t)).integers(self.n_folds) for t in turns])
+        return torch.from_numpy((first[which] + place) % self.n_folds)
+
+    def _add_sums(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
+        """Add at most CHUNK pairs to n, sums and products."""
+        n, width = len(folds), self.d_source + self.d_target
+        if self._buffers is None:  # kept, since fresh memory of this size costs as much as the sums
+            self._buffers = torch.empty(2, CHUNK, width, dtype=torch.float64)
+        pairs, of_fold = self._buffers[0, :n], self._buffers[1]
+        pairs[:, : self.d_source] = H_source.detach()
+        pairs[:, self.d_source :] = H_target.detach()
+        pairs -= self.pilot
+        for fold in folds.unique().tolist():
+            rows = (folds == fold).nonzero().flatten()
+            chosen = torch.index_select(pairs, 0, rows, out=of_fold[: len(rows)])
+            self.n[fold] += len(rows)
+            self.sums[fold] += chosen.T @ torch.ones(len(rows), dtype=torch.float64)
+            _add_products(self.products[fold], chosen)
+
+    def _keep_sample(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
+        """Keep the pairs with the smallest random numbers, one of which each pair draws in its turn."""
+        priorities = torch.from_numpy(self._random.random(len(folds)))
+        chosen = (priorities < self._worst_kept).nonzero().flatten()
+        self._pending.append(
+            {
+                "H_source": H_source.detach()[chosen.to(H_source.device)].float().cpu(),
+                "H_target": H_target.detach()[chosen.to(H_target.device)].float().cpu(),
+                "folds": folds[chosen],
+                "rows": chosen + self.n_pairs,
+                "priorities": priorities[chosen],
+            }
+        )
+        if sum(len(piece["rows"]) for piece in self._pending) > 2 * self.n_sample:
+            self._settle_sample()
+
+    def _settle_sample(self) -> dict[str, Tensor]:
+        """Return the sample so far, and keep nothing else of what is pending."""
+        if len(self._pending) > 1:
+            joined = {name: torch.cat([piece[name] for piece in self._pending]) for name in self._pending[0]}
+            kept = joined["priorities"].argsort(stable=True)[: self.n_sample].sort().values
+            self._pending = [{name: values[kept] for name, values in joined.items()}]
+        priorities = self._pending[0]["priorities"]
+        if len(priorities) == self.n_sample:
+            self._worst_kept = priorities.max().item() if self.n_sample else 0.0
+        return self._pending[0]
+
+    def _moments(self, folds: list[int], centre: tuple[Tensor, Tensor] | None = None) -> Moments:
+        """Return the moments of some folds around `centre`, or around their own mean."""
+        n = int(self.n[folds].sum())
+        sums = self.sums[folds].sum(0)
+        middle = self.pilot + sums / n if centre is None else torch.cat(centre)
+        products = self.products[folds[0]].clone()
+        for fold in folds[1:]:
+            products += self.products[fold]
+        _shift(products, n, sums, self.pilot - middle)
+        # Only the part on and below the diagonal is kept up to date.
+        products.tril_().add_(products.tril(-1).T)
+        d = self.d_source
+        return Moments(
+            n=n,
+            source_mean=middle[:d],
+            target_mean=middle[d:],
+            gram=products[:d, :d],
+            cross=products[:d, d:],
+            target_gram=products[d:, d:],
+        )
+
+
+def _add_products(products: Tensor, rows: Tensor, n_strips: int = 4) -> None:
+    """Add rows' @ rows to `products`, (d, d), on and below the diagonal.
+
+    Strips that end at the diagonal spare most of the other half; torch has no rank-k update.
+    """
+    bounds = [len(products) * strip // n_strips for strip in range(n_strips + 1)]
+    for start, end in pairwise(bounds):
+        products[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+
+
+def _shift(products: Tensor, n: int, sums: Tensor, shift: Tensor) -> None:
+    """Turn the sum of x x' over n rows, whose sum is given, into that of (x + shift)(x + shift)'."""
+    products.addr_(sums, shift).addr_(shift, sums).addr_(shift, shift, alpha=n)
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.detach().double().cpu()
+
+
+def group_labels(groups: Sequence[Hashable] | Tensor | None, n: int) -> list[Hashable] | None:
+    if groups is None:
+        return None
+    if len(groups) != n:
+        raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
+    # The elements of a tensor are all different as dictionary keys.
+    return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+
+
+def main() -> None:
+    """Check that sums in pieces, merged, saved and loaded, equal the products of all centred pairs."""
+    generator = torch.Generator().manual_seed(0)
+    H_source = torch.randn(600, 6, generator=generator, dtype=torch.float64) + 100
+    H_target = torch.randn(600, 4, generator=generator, dtype=torch.float64)
+    documents = [row // 7 for row in range(600)]
+    parts = []
+    for rows in (slice(0, 350), slice(350, 600)):
+        parts.append(PairStatistics(6, 4).add(H_source[rows], H_target[rows], documents[rows]))
+    with tempfile.TemporaryDirectory() as folder:
+        parts[1].save(Path(folder) / "part.pt")
+        merged = parts[0].merge(PairStatistics.load(Path(folder) / "part.pt"))
+    total = merged.total()
+    X, Y = H_source - H_source.mean(0), H_target - H_target.mean(0)
+    assert torch.allclose(total.gram, X.T @ X, rtol=0, atol=1e-9)
+    assert torch.allclose(total.cross, X.T @ Y, rtol=0, atol=1e-9)
+    assert torch.equal(merged.sample.H_source, H_source.float())
+    print(
+        f"pair_statistics OK: {merged.n_pairs} pairs, {merged.n_groups} documents, folds {merged.n.tolist()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
