@@ -10,7 +10,7 @@ widths) bytes over the layers searched, 1.6 GB for 30 layers of 576 and 18 of 64
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from activation_extractor import (
 )
 from errors import InputError
 from neutral_text import NeutralText
+from pair_collection import counted
 from pair_statistics import Moments
 from personas import Persona
 from ridge_mapping import HeldOutFold, assign_folds
@@ -179,7 +180,7 @@ def search_layers(
     with tqdm(
         total=len(texts), desc="reading all layers", unit="text", disable=None, leave=False
     ) as progress:
-        passages = _counted([item.text for item in texts], progress)
+        passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
             sums.add(batch, parts[batch.text_idx])
             n_tokens["source"] += batch.n_source_tokens
@@ -189,12 +190,6 @@ def search_layers(
         for side, extractor, layers in (("source", source, source_layers), ("target", target, target_layers))
     }
     return _compare_layers(sums, native["source"], native["target"], scored, lambda_values, n_tokens, seed)
-
-
-def _counted(texts: Sequence[str], progress: tqdm) -> Iterator[str]:
-    for text in texts:
-        yield text
-        progress.update()
 
 
 def _difference(

@@ -86,22 +86,6 @@ def residual_squares(fold: Moments, W: Tensor, directions: Tensor | None = None)
     return total - 2 * (W * cross).sum(0) + (W * (fold.gram @ W)).sum(0), total
 
 
-def r2_summary(residual: Tensor, total: Tensor, weights: Tensor) -> dict[str, Any]:
-    """Return pooled, standardised and median R2 from (d_target,) sums of squares over all folds.
-
-    weights: (d_target,) 1 / variance, 0 for a dimension that is constant, which has no R2.
-    """
-    varying = weights > 0
-    per_dimension = 1 - residual[varying] / total[varying]
-    return {
-        "r2": 1 - (residual.sum() / total.sum()).item(),
-        "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
-        "r2_median_dimension": per_dimension.median().item(),
-        "r2_per_dimension": per_dimension.tolist(),
-        "n_constant_dimensions": int((~varying).sum()),
-    }
-
-
 def target_weights(moments: Moments) -> Tensor:
     """Return 1 / variance of each target dimension, (d_target,); 0 where it is constant."""
     variance = moments.target_gram.diagonal() / moments.n
@@ -194,9 +178,9 @@ class RidgeMapping:
         """
         _check_lambda(lambda_)
         if H_source is not None or H_target is not None:
-            self._replace_pairs(H_source, H_target, self.statistics.n_folds, None, 0, split=False)
+            self.replace_pairs(H_source, H_target, self.statistics.n_folds, None, 0, split=False)
         moments = self.statistics.total()
-        self.lambda_, self.lambda_absolute = float(lambda_), self._absolute(lambda_, moments.gram)
+        self.lambda_, self.lambda_absolute = float(lambda_), self.absolute_lambda(lambda_, moments.gram)
         self.W = solve_ridge(moments, self.lambda_absolute)
         self.source_mean, self.target_mean = moments.source_mean, moments.target_mean
         self.gram_eigenvalues = torch.linalg.eigvalsh(moments.gram).clamp(min=0)
@@ -233,7 +217,7 @@ class RidgeMapping:
         given = self.statistics
         n_folds, seed = n_folds or given.n_folds, given.seed if seed is None else seed
         if H_source is not None or H_target is not None:
-            self._replace_pairs(H_source, H_target, n_folds, groups, seed)
+            self.replace_pairs(H_source, H_target, n_folds, groups, seed)
         elif groups is not None or n_folds != given.n_folds:
             raise InputError(
                 f"the folds were filled by partial_fit ({given.n_folds} of them); give n_folds to the "
@@ -270,7 +254,9 @@ class RidgeMapping:
             "r2_standardised": r2_standardised,
             "best_r2": r2[best],
             "best_r2_standardised": r2_standardised[best],
-            "df": {value: self._degrees_of_freedom(self._absolute(value, total.gram)) for value in values},
+            "df": {
+                value: self._degrees_of_freedom(self.absolute_lambda(value, total.gram)) for value in values
+            },
             **self._details(folds, best, weights),
             **self._shuffled_control(values, seed),
         }
@@ -369,7 +355,7 @@ class RidgeMapping:
             raise InputError(f"{name} has no entry {error}; it is not a ridge mapping") from error
         return mapping
 
-    def _replace_pairs(
+    def replace_pairs(
         self,
         H_source: Tensor | None,
         H_target: Tensor | None,
@@ -378,6 +364,7 @@ class RidgeMapping:
         seed: int,
         split: bool = True,
     ) -> None:
+        """Forget the pairs given before and sum these up; `split` says whether folds are needed."""
         if H_source is None or H_target is None:
             raise InputError("give both H_source and H_target, or neither after partial_fit")
         statistics = PairStatistics(self.d_source, self.d_target, n_folds, seed)
@@ -392,30 +379,28 @@ class RidgeMapping:
         errors = torch.zeros(len(values), dtype=torch.float64)
         total = 0.0
         for fold in folds:
-            lambdas = [self._absolute(value, fold.train.gram) for value in values]
+            lambdas = [self.absolute_lambda(value, fold.train.gram) for value in values]
             errors += fold.error_path(lambdas, weights)
             total += (fold.test.target_gram.diagonal() * weights).sum().item()
         return errors, total
 
     def _details(self, folds: Sequence[HeldOutFold], best: float, weights: Tensor) -> dict[str, Any]:
         """Return what the best lambda predicts: by dimension, by principal component, and retrieval."""
-        solutions = [fold.solution(self._absolute(best, fold.train.gram)) for fold in folds]
-        pairs = list(zip(folds, solutions, strict=True))
-        by_dimension = [residual_squares(fold.test, W) for fold, W in pairs]
-        by_component = [residual_squares(fold.test, W, self.target_components) for fold, W in pairs]
-        summary = r2_summary(*_summed(by_dimension), weights)
+        solved = [
+            (fold.train, fold.test, fold.solution(self.absolute_lambda(best, fold.train.gram)))
+            for fold in folds
+        ]
+        by_component = [residual_squares(test, W, self.target_components) for _, test, W in solved]
         residual, total = _summed(by_component)
+        summary = held_out_summary(self.statistics, solved, weights)
         return {
             "best_r2_median_dimension": summary["r2_median_dimension"],
             "best_r2_per_dimension": summary["r2_per_dimension"],
             "n_constant_dimensions": summary["n_constant_dimensions"],
             "best_r2_per_component": (1 - residual / total.clamp(min=_TINY)).tolist(),
             "component_variance": (total / total.sum()).tolist(),
-            **held_out_retrieval(
-                self.statistics,
-                [(fold.train.source_mean, W, fold.train.target_mean) for fold, W in pairs],
-                weights,
-            ),
+            "retrieval_accuracy": summary["retrieval_accuracy"],
+            "retrieval_n": summary["retrieval_n"],
         }
 
     def _shuffled_control(self, values: Sequence[float], seed: int) -> dict[str, Any]:
@@ -425,9 +410,15 @@ class RidgeMapping:
         folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(n_folds)]
         ones = torch.ones(self.d_target, dtype=torch.float64)
         errors, total = self._error_path(folds, values, ones)
-        return {"shuffled_r2": 1 - errors.min().item() / total, "shuffled_n": shuffled.n_pairs}
+        best = int(errors.argmin())
+        return {
+            "shuffled_r2": 1 - errors[best].item() / total,
+            "shuffled_best_lambda": values[best],
+            "shuffled_n": shuffled.n_pairs,
+        }
 
-    def _absolute(self, lambda_: float, gram: Tensor) -> float:
+    def absolute_lambda(self, lambda_: float, gram: Tensor) -> float:
+        """Return lambda in the units of a Gram matrix, (d_source, d_source)."""
         if self.lambda_unit == "absolute":
             return float(lambda_)
         mean_diagonal = gram.diagonal().mean().item()
@@ -476,21 +467,40 @@ def map_activations(W: Tensor, source_mean: Tensor, target_mean: Tensor, H_sourc
     return ((H_source.double() - source_mean) @ W + target_mean).to(_float_dtype(H_source))
 
 
-def held_out_retrieval(
-    statistics: PairStatistics, maps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Tensor
+def held_out_summary(
+    statistics: PairStatistics, solved: Sequence[tuple[Moments, Moments, Tensor]], weights: Tensor
 ) -> dict[str, Any]:
-    """Return the retrieval accuracy among at most 1,000 sampled pairs, by maps that never saw them.
+    """Return what maps that never saw their fold's pairs get right, over all folds.
 
-    maps: for each fold (source_mean, W, target_mean) fitted without it. Squared differences are
-    weighted by 1 / variance of the target dimension.
+    solved: for each fold the training and the held-out moments and W. weights: (d_target,)
+    1 / variance, 0 for a dimension that is constant, which has no R2.
+    r2: pooled over dimensions; r2_standardised: every dimension scaled to variance 1;
+    r2_median_dimension, r2_per_dimension; n_constant_dimensions; retrieval_accuracy among
+    retrieval_n sampled pairs, at most 1,000, in standardised dimensions.
     """
+    residual, total = _summed([residual_squares(test, W) for _, test, W in solved])
+    varying = weights > 0
+    per_dimension = 1 - residual[varying] / total[varying]
+    return {
+        "r2": 1 - (residual.sum() / total.sum()).item(),
+        "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
+        "r2_median_dimension": per_dimension.median().item(),
+        "r2_per_dimension": per_dimension.tolist(),
+        "n_constant_dimensions": int((~varying).sum()),
+        **_held_out_retrieval(statistics, solved, weights),
+    }
+
+
+def _held_out_retrieval(
+    statistics: PairStatistics, solved: Sequence[tuple[Moments, Moments, Tensor]], weights: Tensor
+) -> dict[str, Any]:
     sample = statistics.sample
     order = torch.randperm(len(sample.rows), generator=torch.Generator().manual_seed(0))[:N_RETRIEVAL]
     source, target, folds = sample.H_source[order].double(), sample.H_target[order], sample.folds[order]
     predicted = torch.empty(len(order), statistics.d_target, dtype=torch.float64)
-    for fold, (source_mean, W, target_mean) in enumerate(maps):
+    for fold, (train, _, W) in enumerate(solved):
         rows = folds == fold
-        predicted[rows] = map_activations(W, source_mean, target_mean, source[rows])
+        predicted[rows] = map_activations(W, train.source_mean, train.target_mean, source[rows])
     accuracy = retrieval_accuracy(predicted, target, weights) if len(order) else None
     return {"retrieval_accuracy": accuracy, "retrieval_n": len(order)}
 

@@ -1,0 +1,125 @@
+"""Run neutral text through both models and sum up the paired activations (phase 2)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from activation_extractor import ActivationExtractor, paired_activations
+from errors import InputError
+from neutral_text import NeutralText
+from pair_statistics import PairStatistics
+from ridge_mapping import assign_folds
+from tiny_models import tiny_model, tiny_tokenizer
+
+LayerPair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CollectedPairs:
+    """Sums over the pairs of some texts for one or more layer pairs, all from the same passes.
+
+    statistics: (source layer, target layer) -> sums; their folds never split a document.
+    text_idx, end: (n,) int64, for each pair its text and how many characters of it were read.
+    n_source_tokens, n_target_tokens: read in all. n_texts: texts; n_texts_without_pairs: those in
+    which the two tokenizers nowhere end on the same character.
+    """
+
+    statistics: dict[LayerPair, PairStatistics]
+    text_idx: Tensor
+    end: Tensor
+    n_texts: int
+    n_texts_without_pairs: int
+    n_source_tokens: int
+    n_target_tokens: int
+
+    @property
+    def fraction_aligned(self) -> float:
+        """Pairs as a fraction of the tokens of whichever model has fewer."""
+        return len(self.text_idx) / min(self.n_source_tokens, self.n_target_tokens)
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts, for artifacts."""
+        names = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
+        counts = {name: getattr(self, name) for name in names}
+        return {"n_pairs": len(self.text_idx), "fraction_aligned": self.fraction_aligned, **counts}
+
+
+def collect_pairs(
+    source: ActivationExtractor,
+    target: ActivationExtractor,
+    texts: Sequence[NeutralText],
+    layer_pairs: Sequence[LayerPair],
+    positions: str = "word_ends",
+    n_folds: int = 5,
+    seed: int = 0,
+) -> CollectedPairs:
+    """Read the texts once with each model and return sums for every layer pair.
+
+    positions: `word_ends` or `last`, see `paired_activations`.
+    Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
+    """
+    documents = [item.document for item in texts]
+    folds = assign_folds(len(texts), n_folds, documents, seed).tolist()
+    fold_of = dict(zip(documents, folds, strict=True))
+    statistics = {
+        pair: PairStatistics(source.d_model, target.d_model, n_folds, seed, fold_of)
+        for pair in dict.fromkeys(layer_pairs)
+    }
+    source_layers, target_layers = ([pair[side] for pair in statistics] for side in (0, 1))
+    text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
+    with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=None, leave=False) as progress:
+        passages = counted(texts, progress)
+        for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
+            groups = [documents[index] for index in batch.text_idx.tolist()]
+            for (source_layer, target_layer), sums in statistics.items():
+                sums.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
+            text_idx.append(batch.text_idx)
+            ends.append(batch.end)
+            n_source_tokens += batch.n_source_tokens
+            n_target_tokens += batch.n_target_tokens
+    if not text_idx:
+        raise InputError(
+            f"the two tokenizers never end a token on the same character in {len(texts)} texts; "
+            "use positions 'last'"
+        )
+    rows = torch.cat(text_idx)
+    return CollectedPairs(
+        statistics=statistics,
+        text_idx=rows,
+        end=torch.cat(ends),
+        n_texts=len(texts),
+        n_texts_without_pairs=len(texts) - len(rows.unique()),
+        n_source_tokens=n_source_tokens,
+        n_target_tokens=n_target_tokens,
+    )
+
+
+def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[str]:
+    """Yield the passages, moving a progress bar on."""
+    for item in texts:
+        yield item.text
+        progress.update()
+
+
+def main() -> None:
+    """Check on two tiny models that pairs are summed for two layer pairs in one pass."""
+    tokenizer = tiny_tokenizer()
+    source = ActivationExtractor(tiny_model("llama"), tokenizer, layer_idx=1)
+    target = ActivationExtractor(tiny_model("gpt2", n_embd=48), tokenizer, layer_idx=2)
+    texts = [NeutralText(f"Text number {number}.", f"page {number % 7}") for number in range(70)]
+    found = collect_pairs(source, target, texts, [(1, 2), (3, 0)])
+    assert found.n_texts_without_pairs == 0
+    assert {sums.n_pairs for sums in found.statistics.values()} == {len(found.end)}
+    one = ActivationExtractor(tiny_model("llama"), tokenizer, layer_idx=3)
+    again = collect_pairs(one, target, texts, [(3, 0)])
+    gram = found.statistics[3, 0].total().gram
+    assert torch.allclose(again.statistics[3, 0].total().gram, gram, rtol=1e-5, atol=1e-4)
+    print(f"pair_collection OK: {len(found.end)} pairs, {found.fraction_aligned:.0%} of the tokens aligned")
+
+
+if __name__ == "__main__":
+    main()
