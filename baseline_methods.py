@@ -5,10 +5,13 @@ under study and `oracle` the target's own vector; the other three know nothing o
 target and show what any vector of that length would do.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
+from comparison_maps import ComparisonMap
 from errors import InputError
 from ridge_mapping import RidgeMapping
 
@@ -66,9 +69,14 @@ class BaselineTransfer:
         return self._checked(v_oracle, self.d_target, "v_oracle").clone()
 
     def apply_all_baselines(
-        self, v_source: Tensor, v_oracle: Tensor, ridge_mapping: RidgeMapping, normalize: bool = True
+        self,
+        v_source: Tensor,
+        v_oracle: Tensor,
+        ridge_mapping: RidgeMapping,
+        normalize: bool = True,
+        other_maps: Mapping[str, ComparisonMap] | None = None,
     ) -> dict[str, Tensor]:
-        """Return method name -> (d_target,) for every method in METHODS.
+        """Return method name -> (d_target,) for every method in METHODS, then for each other map.
 
         normalize: scale each to unit L2 norm, so that one alpha is the same dose for all.
         Raises InputError: a wrong width, a vector that is not finite, or one of norm 0.
@@ -80,16 +88,22 @@ class BaselineTransfer:
             "ridge_mapped": self.ridge_mapped(v_source, ridge_mapping),
             "oracle": self.oracle(v_oracle),
         }
+        for name, other in (other_maps or {}).items():
+            vectors[name] = self._checked(other.transform(v_source.float()), self.d_target, name)
         return {name: _unit(vector, name) for name, vector in vectors.items()} if normalize else vectors
 
     def compare_to_oracle(
-        self, v_source: Tensor, v_oracle: Tensor, ridge_mapping: RidgeMapping
+        self,
+        v_source: Tensor,
+        v_oracle: Tensor,
+        ridge_mapping: RidgeMapping,
+        other_maps: Mapping[str, ComparisonMap] | None = None,
     ) -> dict[str, float]:
         """Return the cosine of each transferred vector to the oracle.
 
         A cosine alone misleads: a few massive dimensions can carry it (METHODOLOGY.md).
         """
-        vectors = self.apply_all_baselines(v_source, v_oracle, ridge_mapping)
+        vectors = self.apply_all_baselines(v_source, v_oracle, ridge_mapping, other_maps=other_maps)
         oracle = vectors.pop("oracle")
         return {name: cosine_similarity(vector, oracle, dim=0).item() for name, vector in vectors.items()}
 

@@ -10,7 +10,7 @@ Three kinds, all with an intercept, and with the interface of `RidgeMapping`:
     vector that it maps is a control for the steering.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,26 @@ class ComparisonMap:
         if self.W is None:
             raise InputError("the map is not fitted; call fit() or cross_validate() first")
         return self.W
+
+
+def maps_table(ridge: RidgeMapping, others: Iterable[ComparisonMap]) -> list[dict[str, Any]]:
+    """Return a row for each cross-validated map: what it is, its held-out R2 and retrieval accuracy."""
+    cv = ridge.cv
+    rows = [
+        {
+            "map": "ridge",
+            "n": cv["n_rows"],
+            "lambda": cv["best_lambda"],
+            "rank": None,
+            "r2": cv["best_r2"],
+            "r2_standardised": cv["best_r2_standardised"],
+            "r2_median_dimension": cv["best_r2_median_dimension"],
+            "retrieval_accuracy": cv["retrieval_accuracy"],
+            "retrieval_n": cv["retrieval_n"],
+        }
+    ]
+    names = [name for name in rows[0] if name != "map"]
+    return [*rows, *({"map": other.kind, **{name: other.cv[name] for name in names}} for other in others)]
 
 
 def procrustes(moments: Moments) -> Tensor:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from baseline_methods import METHODS
 from errors import InputError
@@ -19,9 +19,24 @@ from personas import Persona, load_persona, load_prompts, shipped_personas
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
-Method = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
+Method = Literal[
+    "zero_pad",
+    "interpolate",
+    "random_proj",
+    "ridge_mapped",
+    "oracle",
+    "procrustes",
+    "reduced_rank",
+    "shuffled",
+]
 Text = Annotated[str, Field(min_length=1)]
 Prompt = Annotated[str, Field(pattern=r"\S")]
+
+
+def _layer_or_auto(value: Any) -> int | str | None:
+    if value is None or value == "auto" or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("expected a decoder block, 0 or more, or 'auto'")
 
 
 class _Strict(BaseModel):
@@ -52,7 +67,10 @@ class ExperimentConfig(_Strict):
     """All settings of a run.
 
     Models: `source_model` and `target_model` are what `model_loading.load_model` takes.
-    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart.
+    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart;
+        `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
+        `search_target_layers`) on `search_tokens` source tokens of the neutral text.
+    Pairs: `positions` as in `activation_extractor.paired_activations`.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
     block-output norm without massive dimensions * v. Vectors have unit norm.
     """
@@ -60,9 +78,12 @@ class ExperimentConfig(_Strict):
     source_model: Text
     target_model: Text
     output_dir: Text
-    layer_idx: Layer | None = None
+    layer_idx: Annotated[int | str | None, PlainValidator(_layer_or_auto)] = None
     source_layer_idx: Layer | None = None
     target_layer_idx: Layer | None = None
+    search_source_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
+    search_target_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
+    search_tokens: Count = 50_000
     source_block_path: str | None = None
     target_block_path: str | None = None
     trust_remote_code: bool = False
@@ -71,8 +92,10 @@ class ExperimentConfig(_Strict):
 
     neutral_text: Text = "wikitext-103"
     n_training_samples: Annotated[int, Field(ge=10)] = 5000
+    positions: Literal["word_ends", "last"] = "word_ends"
     lambda_values: Annotated[list[Positive], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: Literal["absolute", "relative"] = "absolute"
+    lambda_criterion: Literal["pooled", "standardised"] = "pooled"
     n_folds: Annotated[int, Field(ge=2)] = 5
 
     personas: list[Text] | None = None
@@ -91,6 +114,9 @@ class ExperimentConfig(_Strict):
     top_k: Annotated[int, Field(ge=0)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
+    ablation_layer_pairs: Annotated[list[tuple[Layer, Layer]], Field(min_length=1)] | None = None
+    ablation_samples: Annotated[list[Annotated[int, Field(ge=10)]], Field(min_length=2)] | None = None
+
     use_gpt4: bool = False
     judge: JudgeConfig = JudgeConfig()
     independent_perplexity: bool = True
@@ -101,6 +127,9 @@ class ExperimentConfig(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
+        given = [name for name in ("source_layer_idx", "target_layer_idx") if getattr(self, name) is not None]
+        if self.layer_idx == "auto" and given:
+            raise ValueError(f"layer_idx 'auto' chooses both layers; leave out {given[0]}")
         for side in ("source", "target"):
             if self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
@@ -115,14 +144,12 @@ class ExperimentConfig(_Strict):
         return self
 
     @property
-    def source_layer(self) -> int:
-        """Decoder block of the source whose output is read."""
-        return self.layer_idx if self.source_layer_idx is None else self.source_layer_idx
-
-    @property
-    def target_layer(self) -> int:
-        """Decoder block of the target whose output is read and steered."""
-        return self.layer_idx if self.target_layer_idx is None else self.target_layer_idx
+    def layers(self) -> tuple[int, int] | None:
+        """Decoder blocks of source and target whose outputs are read; None if they are searched for."""
+        if self.layer_idx == "auto":
+            return None
+        chosen = (self.source_layer_idx, self.target_layer_idx)
+        return tuple(self.layer_idx if layer is None else layer for layer in chosen)
 
     @property
     def persona_names(self) -> list[str]:

@@ -1,12 +1,15 @@
 """Draw the figures of a run.
 
-`mapping_analysis.png` shows the fitted map (phase 2), `figure1.png` coherence against trait
-strength (phase 5; specification, "Figure 1"). PNG files carry the fingerprint of their data.
+`layer_search.png` shows R2 and agreement of all layer pairs, `mapping_analysis.png` the fitted map (phase
+2), `persona_energy.png` what of the persona vectors it can reach (phase 3), `figure1.png` coherence
+against trait strength (phase 5; specification, "Figure 1"). PNG files carry the fingerprint of their data.
 """
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib import ticker
@@ -23,6 +26,9 @@ COLOURS = {
     "random_proj": "#e69f00",
     "ridge_mapped": "#d55e00",
     "oracle": "#009e73",
+    "procrustes": "#0072b2",
+    "reduced_rank": "#cc79a7",
+    "shuffled": "#666666",
 }
 MARKERS = {
     "baseline": "*",
@@ -31,6 +37,9 @@ MARKERS = {
     "random_proj": "x",
     "ridge_mapped": "o",
     "oracle": "D",
+    "procrustes": "P",
+    "reduced_rank": "v",
+    "shuffled": "+",
 }
 
 
@@ -50,39 +59,157 @@ def figure_fingerprint(path: Path) -> str | None:
         return None
 
 
-def mapping_figure(analysis: Mapping[str, Any], cv: Mapping[str, Any]) -> Figure:
-    """Draw the held-out R2 over lambda, R2 by target dimension, and the singular values of W."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    by_lambda, by_dimension, spectrum = figure.subplots(1, 3)
-    values = cv["lambda_values"]
-    by_lambda.semilogx(values, [cv["r2"][value] for value in values], "o-", color=COLOURS["ridge_mapped"])
-    by_lambda.axvline(cv["best_lambda"], color="black", linestyle=":", label=f"best: {cv['best_lambda']:g}")
-    by_lambda.axhline(cv["shuffled_r2"], color="grey", linestyle="--", label="shuffled pairs, best case")
-    unit = "in units of the mean Gram diagonal" if cv["lambda_unit"] == "relative" else "absolute"
-    by_lambda.set(xlabel=f"lambda ({unit})", ylabel="held-out R²", title="Cross-validation")
-    by_lambda.legend(fontsize=8)
+def mapping_figure(
+    analysis: Mapping[str, Any], cv: Mapping[str, Any], maps: Sequence[Mapping[str, Any]]
+) -> Figure:
+    """Draw what the map knows: R2 and df over lambda, R2 by dimension and principal axis, spectrum, rivals.
 
-    r2 = sorted(cv["best_r2_per_dimension"], reverse=True)
-    by_dimension.plot(r2, color=COLOURS["ridge_mapped"])
-    by_dimension.axhline(0, color="grey", linewidth=0.8)
-    pooled, median = cv["best_r2"], cv["best_r2_median_dimension"]
-    by_dimension.set(
-        xlabel="target dimensions, best predicted first",
-        ylabel="held-out R²",
-        ylim=(max(-0.5, min(0, min(r2))), 1),
-        title=f"By dimension: pooled {pooled:.2f}, median {median:.2f}",
-    )
-
+    analysis, cv: of `RidgeMapping`. maps: what `comparison_maps.maps_table` returns.
+    """
+    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    panels = figure.subplots(2, 3).flatten()
+    _draw_cross_validation(panels[0], cv)
+    _draw_degrees_of_freedom(panels[1], cv)
+    _draw_dimensions(panels[2], cv)
+    _draw_components(panels[3], cv)
+    spectrum = panels[4]
     spectrum.semilogy(analysis["singular_values"], color=COLOURS["ridge_mapped"])
     spectrum.axvline(analysis["effective_rank"], color="black", linestyle=":")
     spectrum.set(
         xlabel="index",
         ylabel="singular value of W",
-        title=f"Spectrum: rank {analysis['effective_rank']} over 1 % of the largest, df {analysis['df']:.0f}",
+        title=f"Spectrum: {analysis['effective_rank']} singular values over 1 % of the largest",
     )
-    for axes in (by_lambda, by_dimension, spectrum):
+    _draw_maps(panels[5], maps)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_size(10)
+    return figure
+
+
+def _draw_cross_validation(panel: Axes, cv: Mapping[str, Any]) -> None:
+    values = cv["lambda_values"]
+    for key, label, style in (("r2", "pooled", "o-"), ("r2_standardised", "standardised dimensions", "s--")):
+        panel.semilogx(values, [cv[key][value] for value in values], style, markersize=4, label=label)
+    panel.axvline(cv["best_lambda"], color="black", linestyle=":", label=f"best: {cv['best_lambda']:g}")
+    panel.axhline(cv["shuffled_r2"], color="grey", linestyle="--", label="shuffled pairs, best case")
+    panel.set(xlabel=_lambda_label(cv), ylabel="held-out R²", title=f"Cross-validation, {cv['n_rows']} pairs")
+    panel.legend(fontsize=8)
+
+
+def _draw_degrees_of_freedom(panel: Axes, cv: Mapping[str, Any]) -> None:
+    values = cv["lambda_values"]
+    panel.semilogx(values, [cv["df"][value] for value in values], "o-", color=COLOURS["ridge_mapped"])
+    best = cv["df"][cv["best_lambda"]]
+    panel.axvline(cv["best_lambda"], color="black", linestyle=":")
+    panel.set(
+        xlabel=_lambda_label(cv), ylabel="df(λ)", ylim=(0, None), title=f"Degrees of freedom: {best:.0f}"
+    )
+
+
+def _lambda_label(cv: Mapping[str, Any]) -> str:
+    return f"λ ({'in units of the mean Gram diagonal' if cv['lambda_unit'] == 'relative' else 'absolute'})"
+
+
+def _draw_dimensions(panel: Axes, cv: Mapping[str, Any]) -> None:
+    r2 = sorted(cv["best_r2_per_dimension"], reverse=True)
+    panel.plot(r2, color=COLOURS["ridge_mapped"])
+    panel.axhline(0, color="grey", linewidth=0.8)
+    panel.set(
+        xlabel="target dimensions, best predicted first",
+        ylabel="held-out R²",
+        ylim=(max(-0.5, min(0, *r2)), 1),
+        title=f"By dimension: pooled {cv['best_r2']:.2f}, median {cv['best_r2_median_dimension']:.2f}",
+    )
+
+
+def _draw_components(panel: Axes, cv: Mapping[str, Any]) -> None:
+    r2, variance = cv["best_r2_per_component"], cv["component_variance"]
+    places = range(1, len(r2) + 1)
+    panel.semilogx(places, r2, ".", markersize=3, color=COLOURS["ridge_mapped"], label="held-out R²")
+    panel.semilogx(
+        places, list(accumulate(variance)), color="black", linewidth=1, label="variance up to here"
+    )
+    panel.axhline(0, color="grey", linewidth=0.8)
+    panel.set(
+        xlabel="principal axis of the target, largest variance first",
+        ylim=(max(-0.5, min(0, *r2)), 1.02),
+        title="By principal axis",
+    )
+    panel.legend(fontsize=8)
+
+
+def _draw_maps(panel: Axes, maps: Sequence[Mapping[str, Any]]) -> None:
+    names = [row["map"] if row["rank"] is None else f"{row['map']}\n(rank {row['rank']})" for row in maps]
+    measures = (
+        ("r2", "R², pooled"),
+        ("r2_standardised", "R², standardised"),
+        ("retrieval_accuracy", "retrieval"),
+    )
+    for place, (key, label) in enumerate(measures):
+        heights = [row[key] or 0.0 for row in maps]
+        panel.bar([index + 0.27 * (place - 1) for index in range(len(maps))], heights, 0.25, label=label)
+    panel.axhline(0, color="grey", linewidth=0.8)
+    panel.set_xticks(range(len(maps)), names, fontsize=8)
+    panel.set(ylim=(min(-0.05, *(row["r2"] for row in maps)) if maps else None, 1), title="Maps compared")
+    panel.legend(fontsize=8)
+
+
+def layer_search_figure(search: Mapping[str, Any]) -> Figure:
+    """Draw held-out R2 and the agreement score of every layer pair as heat maps, the best pair marked.
+
+    search: what `layer_search.LayerSearch.content` returns.
+    """
+    figure = Figure(figsize=(15, 5.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    agreement = [
+        [fmean(cell) for cell in zip(*rows, strict=True)]
+        for rows in zip(*search["agreement"].values(), strict=True)
+    ]
+    tables = (
+        ("Held-out R² (standardised dimensions)", search["r2_standardised"]),
+        ("Cosine of mapped to native vectors, mean", agreement),
+        ("Agreement over chance and wrong personas", search["score"]),
+    )
+    best = (
+        search["source_layers"].index(search["best"][0]),
+        search["target_layers"].index(search["best"][1]),
+    )
+    for panel, (title, table) in zip(panels, tables, strict=True):
+        image = panel.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=0)
+        panel.plot(best[1], best[0], "o", markersize=11, markerfacecolor="none", markeredgecolor="red")
+        for axis, layers in ((panel.xaxis, search["target_layers"]), (panel.yaxis, search["source_layers"])):
+            step = max(1, len(layers) // 10)
+            axis.set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        panel.set(xlabel="target layer", ylabel="source layer")
+        panel.set_title(
+            f"{title}: {table[best[0]][best[1]]:.2f} at {search['best'][0]} → {search['best'][1]}",
+            fontsize=10,
+        )
+        figure.colorbar(image, ax=panel)
+    return figure
+
+
+def energy_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Draw how much of each persona vector of the target lies on axes that the map predicts well.
+
+    curves: persona -> what `RidgeMapping.energy_curve` returns.
+    """
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    panel = figure.subplots()
+    for name, curve in curves.items():
+        panel.plot(curve["r2"], curve["vector"], label=name)
+    first = next(iter(curves.values()))
+    panel.plot(first["r2"], first["activations"], color="black", linestyle=":", label="activations' variance")
+    panel.set(
+        xlabel="held-out R² of a principal axis of the target",
+        ylabel="share of energy on axes at least so well predicted",
+        ylim=(0, 1.02),
+        title="How much of the oracle vectors the map can reach",
+    )
+    panel.title.set_size(10)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=8)
     return figure
 
 
@@ -152,12 +279,17 @@ def _draw_persona(panel: Axes, entries: list[Mapping[str, Any]], coherence: str,
 
 
 def main() -> None:
-    """Check that both figures are drawn from made-up numbers and keep their fingerprint."""
+    """Check that every figure is drawn from made-up numbers and keeps its fingerprint."""
     cv = {
         "lambda_values": [0.1, 1.0],
         "r2": {0.1: 0.4, 1.0: 0.5},
         "best_lambda": 1.0,
         "lambda_unit": "relative",
+        "n_rows": 30,
+        "r2_standardised": {0.1: 0.3, 1.0: 0.4},
+        "df": {0.1: 3.0, 1.0: 2.5},
+        "best_r2_per_component": [0.9, 0.5, -0.1],
+        "component_variance": [0.7, 0.2, 0.1],
         "shuffled_r2": -0.01,
         "best_r2": 0.5,
         "best_r2_median_dimension": 0.45,
@@ -172,13 +304,29 @@ def main() -> None:
         {"condition": condition, "persona": "check", "alpha": 1.0, **metrics, **judged}
         for condition in COLOURS
     ]
+    ridge = {"map": "ridge", "rank": None, "r2": 0.5, "r2_standardised": 0.4, "retrieval_accuracy": 0.9}
+    maps = [ridge, {**ridge, "map": "reduced_rank", "rank": 2}]
+    square = [[0.1, 0.2], [0.3, 0.4]]
+    search = {
+        "source_layers": [0, 1],
+        "target_layers": [4, 8],
+        "best": [1, 8],
+        "agreement": {"check": square},
+    }
+    search |= {"r2_standardised": square, "score": square}
     with tempfile.TemporaryDirectory() as folder:
-        for name, figure in (("a", mapping_figure(analysis, cv)), ("b", coherence_trait_figure(table))):
+        drawn = {
+            "mapping": mapping_figure(analysis, cv, maps),
+            "layers": layer_search_figure(search),
+            "energy": energy_figure({"check": {"r2": [0, 1], "vector": [1, 0.5], "activations": [1, 0.8]}}),
+            "result": coherence_trait_figure(table),
+        }
+        for name, figure in drawn.items():
             path = Path(folder) / f"{name}.png"
             save_figure(figure, path, "check")
             assert figure_fingerprint(path) == "check"
             assert path.stat().st_size > 10_000
-    print("figures OK: both figures are drawn and carry their fingerprint")
+    print("figures OK: all are drawn and carry their fingerprint")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
 
+SEARCH_LAMBDAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 N_RANDOM = 2000
 CHANCE_QUANTILE = 0.999
 MAX_SUMS_BYTES = 8e9
@@ -153,7 +154,7 @@ def search_layers(
     texts: Sequence[NeutralText],
     personas: Sequence[Persona],
     scored: Sequence[str],
-    lambda_values: Sequence[float],
+    lambda_values: Sequence[float] = SEARCH_LAMBDAS,
     position: str = "mean",
     positions: str = "word_ends",
     source_layers: Sequence[int] | None = None,

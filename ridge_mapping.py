@@ -319,19 +319,38 @@ class RidgeMapping:
         these shares. share_well_predicted: the share on axes with an R2 of 0.5 or more.
         Raises InputError: a wrong width, norm 0, or a map fitted without cross-validation.
         """
+        shares, r2 = self._energy_shares(v_target)
+        return {
+            "mean_r2": (shares @ r2.clamp(min=0)).item(),
+            "share_well_predicted": shares[r2 >= WELL_PREDICTED].sum().item(),
+        }
+
+    def energy_curve(self, v_target: Tensor) -> dict[str, list[float]]:
+        """Return for each R2 from 0 to 1 the share of v_target's energy on axes predicted that well.
+
+        See `predicted_energy`. r2: 101 levels. vector: shares of v_target. activations: the same
+        for the target's activations, as their variance.
+        """
+        shares, r2 = self._energy_shares(v_target)
+        variance = torch.tensor(self.cv["component_variance"], dtype=torch.float64)
+        levels = torch.linspace(0, 1, 101, dtype=torch.float64)
+        reached = (r2 >= levels[:, None]).double()
+        return {
+            "r2": levels.tolist(),
+            "vector": (reached @ shares).tolist(),
+            "activations": (reached @ variance).tolist(),
+        }
+
+    def _energy_shares(self, v_target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares of v_target's squared length on the principal axes, and the axes' R2."""
         if self.cv is None:
             raise InputError("held-out R2 is not known; call cross_validate() first")
         if v_target.shape != (self.d_target,) or not v_target.any():
             raise InputError(
                 f"v_target has shape {tuple(v_target.shape)}, expected ({self.d_target},), not 0"
             )
-        shares = (v_target.double().cpu() @ self.target_components).square()
-        shares = shares / shares.sum()
-        r2 = torch.tensor(self.cv["best_r2_per_component"], dtype=torch.float64)
-        return {
-            "mean_r2": (shares @ r2.clamp(min=0)).item(),
-            "share_well_predicted": shares[r2 >= WELL_PREDICTED].sum().item(),
-        }
+        energy = (v_target.double().cpu() @ self.target_components).square()
+        return energy / energy.sum(), torch.tensor(self.cv["best_r2_per_component"], dtype=torch.float64)
 
     def save(self, path: str | Path, fingerprint: str = "") -> None:
         """Write the fitted map to a `.pt` file in one step; the statistics are not part of it."""

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import preflight
 from activation_extractor import ActivationExtractor, PersonaVector, ResidualNorm, measure_residual_norm
+from aligned_positions import check_offsets
 from artifacts import (
     check_writable,
     fingerprint,
@@ -39,18 +40,29 @@ from artifacts import (
     save_tensors,
 )
 from baseline_methods import BaselineTransfer
+from comparison_maps import KINDS, ComparisonMap, maps_table
 from dry_run import describe_run
 from errors import InputError
 from evaluation import Evaluator, aggregate
 from experiment_config import ExperimentConfig, load_config
-from figures import coherence_trait_figure, figure_fingerprint, mapping_figure, save_figure
+from figures import (
+    coherence_trait_figure,
+    energy_figure,
+    figure_fingerprint,
+    layer_search_figure,
+    mapping_figure,
+    save_figure,
+)
 from gpt_judge import GPTJudge
-from model_loading import load_model, model_fingerprint, quiet_transformers
+from layer_search import search_layers
+from model_loading import decoder_blocks, load_model, model_fingerprint, quiet_transformers
 from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
+from pair_collection import collect_pairs
+from pair_statistics import PairStatistics
 from personas import Persona, load_persona, load_prompts, shipped_personas
 from ridge_mapping import RidgeMapping
 from steered_generation import SteeredGenerator
-from summary import format_table
+from summary import format_cosines, format_maps, format_table
 from trait_classifier import (
     TraitClassifier,
     auc_notes,
@@ -127,6 +139,7 @@ class PersonaTransferExperiment:
         self._check_inputs()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with self._logging_to_file():
+            logger.info("source layer %d, target layer %d", *self.layers)
             for number in chosen:
                 started = time.perf_counter()
                 name = self.PHASES[number - 1]
@@ -145,6 +158,8 @@ class PersonaTransferExperiment:
         """Load models and texts and check what a later phase would refuse, before anything is written."""
         for side in (self.source, self.target):
             logger.debug("%s: %s", side.name, side.fingerprint)
+            if self.config.positions == "word_ends":
+                check_offsets(side.tokenizer, side.name)
         n_documents = len({item.document for item in self.neutral_texts})
         if n_documents < self.config.n_folds:
             raise InputError(
@@ -202,7 +217,7 @@ class PersonaTransferExperiment:
             for name, alpha in [(None, None), *cells]
             for prompt in prompts
         ]
-        texts = self._write(self.generator({self.config.target_layer: norm}), rows)
+        texts = self._write(self.generator({self.layers[1]: norm}), rows)
         by_cell = [texts[start : start + len(prompts)] for start in range(0, len(texts), len(prompts))]
         steered: dict[str, dict[float, list[str]]] = {name: {} for name in oracles}
         for (name, alpha), cell_texts in zip(cells, by_cell[1:], strict=True):
@@ -212,50 +227,102 @@ class PersonaTransferExperiment:
     # Phase 2
 
     def learn_mapping(self) -> str:
-        """Extract paired activations, choose lambda and fit the map. Returns a headline."""
-        pairs = self._load_pairs() or self._extract_pairs()
-        mapping = self._load_mapping() or self._fit_mapping(pairs)
-        cv = mapping.cv
+        """Sum up paired activations, choose lambda and fit the maps. Returns a headline."""
+        content = self._load_statistics() or self._collect_pairs()
+        statistics = PairStatistics.from_content(content["statistics"], "pair_statistics.pt")
+        self._save_training_data(content, statistics)
+        mapping = self._load_mapping() or self._fit_mapping(content["report"], statistics)
+        cv, maps = mapping.cv, load_json(self.output_dir / "cv_results.json")["maps"]
         figure_path = self.output_dir / "mapping_analysis.png"
         if self.fresh or figure_fingerprint(figure_path) != self._mapping_fingerprint:
-            figure = mapping_figure(mapping.analyze(), cv)
+            figure = mapping_figure(mapping.analyze(), cv, maps)
             save_figure(figure, figure_path, self._mapping_fingerprint)
         self._complete_preflight(cv)
         self.mapping = mapping
+        logger.info("held-out R2 of the maps\n%s", format_maps(maps))
         return (
-            f"{cv['n_rows']} pairs from {cv['n_groups']} documents, lambda {cv['best_lambda']:g} "
-            f"({cv['lambda_unit']}), held-out R2 {cv['best_r2']:.3f} "
-            f"(median dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs "
+            f"{cv['n_rows']} pairs ({content['report']['fraction_aligned']:.0%} of the tokens) from "
+            f"{cv['n_groups']} documents, lambda {cv['best_lambda']:g} ({cv['lambda_unit']}), held-out R2 "
+            f"{cv['best_r2']:.3f} (median dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs "
             f"{cv['shuffled_r2']:.3f}), {self.output_dir / 'ridge_mapping.pt'}"
         )
 
-    def _extract_pairs(self) -> dict[str, Any]:
-        activations = {}
-        for side in (self.source, self.target):
-            activations[side.name] = self._activations(side, self.neutral_texts)
-        pairs = {
-            "fingerprint": self._pairs_fingerprint,
-            "H_source": activations["source"],
-            "H_target": activations["target"],
-            "texts": [item.text for item in self.neutral_texts],
-            "documents": [item.document for item in self.neutral_texts],
-        }
-        save_tensors(self.output_dir / "training_data.pt", pairs)
-        return pairs
-
-    def _fit_mapping(self, pairs: dict[str, Any]) -> RidgeMapping:
-        config = self.config
-        H_source, H_target = pairs["H_source"], pairs["H_target"]
-        mapping = RidgeMapping(H_source.shape[1], H_target.shape[1], config.lambda_unit)
-        mapping.cross_validate(
-            H_source, H_target, config.lambda_values, config.n_folds, pairs["documents"], config.seed
+    def _collect_pairs(self) -> dict[str, Any]:
+        """Read the neutral texts with both models; keep the sums, and where the sample comes from."""
+        config, started = self.config, time.perf_counter()
+        extractors = self.source.extractor, self.target.extractor
+        found = collect_pairs(
+            *extractors, self.neutral_texts, [self.layers], config.positions, config.n_folds, config.seed
         )
-        mapping.save(self.output_dir / "ridge_mapping.pt", self._mapping_fingerprint)
+        report = found.report()
+        tokens = report["n_source_tokens"] + report["n_target_tokens"]
+        logger.info(
+            "%d texts, %d + %d tokens, %.0f tokens/s; %d pairs, %.0f %% of the tokens end on the same "
+            "character",
+            report["n_texts"],
+            report["n_source_tokens"],
+            report["n_target_tokens"],
+            tokens / (time.perf_counter() - started),
+            report["n_pairs"],
+            100 * report["fraction_aligned"],
+        )
+        self._note_texts(report)
+        statistics = found.statistics[self.layers]
+        rows = statistics.sample.rows
+        content = {
+            "fingerprint": self._pairs_fingerprint,
+            "statistics": statistics.content(),
+            "report": report,
+            "sample_text_idx": found.text_idx[rows],
+            "sample_end": found.end[rows],
+        }
+        save_tensors(self.output_dir / "pair_statistics.pt", content)
+        return content
+
+    def _note_texts(self, report: dict[str, Any]) -> None:
+        for side in (self.source, self.target):
+            if side.extractor.n_truncated:
+                self.notes.append(f"{side.extractor.n_truncated} texts were cut to the {side.name}'s context")
+        if report["n_texts_without_pairs"]:
+            self.notes.append(f"{report['n_texts_without_pairs']} neutral texts gave no pair")
+
+    def _save_training_data(self, content: dict[str, Any], statistics: PairStatistics) -> None:
+        """Write a sample of the pairs with what both models had read; later phases don't need it."""
+        path = self.output_dir / "training_data.pt"
+        if self._load_current(load_tensors, path, self._pairs_fingerprint) is not None:
+            return
+        sample = statistics.sample
+        places = list(zip(content["sample_text_idx"].tolist(), content["sample_end"].tolist(), strict=True))
+        data = {
+            "fingerprint": self._pairs_fingerprint,
+            "n_pairs": statistics.n_pairs,
+            "H_source": sample.H_source,
+            "H_target": sample.H_target,
+            "texts": [self.neutral_texts[index].text[:end] for index, end in places],
+            "documents": [self.neutral_texts[index].document for index, _ in places],
+        }
+        save_tensors(path, data)
+
+    def _fit_mapping(self, report: dict[str, Any], statistics: PairStatistics) -> RidgeMapping:
+        config, made_from = self.config, self._mapping_fingerprint
+        mapping = RidgeMapping.from_statistics(statistics, config.lambda_unit)
+        mapping.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
+        others = {
+            kind: ComparisonMap.from_statistics(kind, statistics, config.lambda_unit).cross_validate_from(
+                mapping
+            )
+            for kind in KINDS
+        }
+        contents = {kind: other.content() for kind, other in others.items()}
+        save_tensors(self.output_dir / "comparison_maps.pt", {"fingerprint": made_from, "maps": contents})
+        mapping.save(self.output_dir / "ridge_mapping.pt", made_from)
         results = {
-            "fingerprint": self._mapping_fingerprint,
+            "fingerprint": made_from,
             **mapping.cv,
+            "pairs": report,
             "analysis": mapping.analyze(),
-            "target_residual_norm": asdict(measure_residual_norm(H_target)),
+            "maps": maps_table(mapping, others.values()),
+            "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
         }
         save_json(self.output_dir / "cv_results.json", results)
         return mapping
@@ -281,14 +348,10 @@ class PersonaTransferExperiment:
         self.persona_vectors = content
         report = {key: content[key] for key in ("fingerprint", "personas", "residual_norm")}
         save_json(self.output_dir / "persona_similarities.json", report)
-        lines = [
-            f"{name}: "
-            + ", ".join(f"{method} {cosine:.2f}" for method, cosine in entry["cosine_to_oracle"].items())
-            + f"; without massive dimensions ridge_mapped {entry['cosine_without_massive']:.2f}, to other "
-            + f"personas' oracles at most {_shown(entry['highest_cosine_to_other_oracles'])}"
-            for name, entry in content["personas"].items()
-        ]
-        logger.info("cosines to the oracle\n  %s", "\n  ".join(lines))
+        logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
+        figure_path = self.output_dir / "persona_energy.png"
+        if self.fresh or figure_fingerprint(figure_path) != made_from:
+            save_figure(energy_figure(content["energy_curves"]), figure_path, made_from)
         norm = ResidualNorm(**content["residual_norm"])
         logger.info(
             "median block-output norm of the target %.4g, %.4g without the massive dimensions %s; "
@@ -297,31 +360,39 @@ class PersonaTransferExperiment:
             norm.median,
             norm.massive_dimensions,
             self.config.alpha_unit,
-            self.generator({self.config.target_layer: norm}).alpha_scale(self.config.target_layer),
+            self.generator({self.layers[1]: norm}).alpha_scale(self.layers[1]),
         )
-        return f"{len(lines)} personas, {path}"
+        return f"{len(content['personas'])} personas, {path}"
 
     def _transfer_personas(self) -> dict[str, Any]:
         mapping = self._require("mapping", self._load_mapping, 2, "ridge_mapping.pt")
         results = self._require("cv_results", self._load_cv_results, 2, "cv_results.json")
         norm = ResidualNorm(**results["target_residual_norm"])
+        other_maps = self._require("comparison_maps", self._load_comparison_maps, 2, "comparison_maps.pt")
         source, target = self._native_vectors["source"], self._native_vectors["target"]
         baseline = BaselineTransfer(mapping.d_source, mapping.d_target, self.config.seed)
         vectors = {
-            name: baseline.apply_all_baselines(source[name].vector, target[name].vector, mapping)
+            name: baseline.apply_all_baselines(
+                source[name].vector, target[name].vector, mapping, other_maps=other_maps
+            )
             for name in source
         }
-        oracles = {name: _without(vectors[name]["oracle"], norm.massive_dimensions) for name in vectors}
+        small = {
+            name: {method: _without(vector, norm.massive_dimensions) for method, vector in found.items()}
+            for name, found in vectors.items()
+        }
         report = {}
-        for name in vectors:
-            mapped = _without(vectors[name]["ridge_mapped"], norm.massive_dimensions)
-            others = [_cosine(mapped, oracle) for other, oracle in oracles.items() if other != name]
+        for name, found in vectors.items():
+            oracle, mapped = found["oracle"], small[name]["ridge_mapped"]
+            others = [_cosine(mapped, small[other]["oracle"]) for other in vectors if other != name]
+            methods = [method for method in found if method != "oracle"]
             report[name] = {
-                "cosine_to_oracle": baseline.compare_to_oracle(
-                    source[name].vector, target[name].vector, mapping
-                ),
-                "cosine_without_massive": _cosine(mapped, oracles[name]),
+                "cosine_to_oracle": {method: _cosine(found[method], oracle) for method in methods},
+                "cosine_without_massive": {
+                    method: _cosine(small[name][method], small[name]["oracle"]) for method in methods
+                },
                 "highest_cosine_to_other_oracles": max(others, default=None),
+                "oracle_energy": mapping.predicted_energy(oracle),
                 "source": _persona_numbers(source[name]),
                 "target": _persona_numbers(target[name]),
             }
@@ -329,6 +400,7 @@ class PersonaTransferExperiment:
             "source_vectors": {name: source[name].vector for name in source},
             "vectors": vectors,
             "personas": report,
+            "energy_curves": {name: mapping.energy_curve(found["oracle"]) for name, found in vectors.items()},
             "residual_norm": asdict(norm),
         }
 
@@ -338,7 +410,7 @@ class PersonaTransferExperiment:
         """Write every text of the grid that earlier runs have not written. Returns a headline."""
         content = self._require("persona_vectors", self._load_persona_vectors, 3, "persona_vectors.pt")
         norm = ResidualNorm(**content["residual_norm"])
-        generator = self.generator({self.config.target_layer: norm})
+        generator = self.generator({self.layers[1]: norm})
         path = self.output_dir / "generation_results.json"
         known = self._known_rows(path)
         planned = [row for cell in self.grid() for row in self._planned_rows(cell)]
@@ -381,7 +453,7 @@ class PersonaTransferExperiment:
             self.config.top_k,
             self.config.top_p,
             [row["seed"] for row, _ in rows],
-            layer_idx=self.config.target_layer,
+            layer_idx=self.layers[1],
             steering_vectors=torch.stack(vectors),
             alphas=[row["alpha"] or 0.0 for row, _ in rows],
         )
@@ -403,16 +475,15 @@ class PersonaTransferExperiment:
         """
         config = self.config
         texts = [persona.positive_texts, persona.negative_texts, config.persona_position]
-        source = [self.source.fingerprint, config.source_layer]
+        source = [self.source.fingerprint, self.layers[0]]
         parts = {
             "zero_pad": source,
             "interpolate": source,
             "random_proj": [*source, config.seed],
-            "ridge_mapped": [*source, self._mapping_fingerprint],
             "oracle": [],
-        }[method]
+        }.get(method, [*source, self._mapping_fingerprint])
         unit = self._pairs_fingerprint if config.alpha_unit == "residual_norm" else "absolute"
-        return fingerprint(method, texts, parts, config.target_layer, unit)
+        return fingerprint(method, texts, parts, self.layers[1], unit)
 
     def _planned_rows(self, cell: Cell) -> list[dict[str, Any]]:
         config = self.config
@@ -501,34 +572,87 @@ class PersonaTransferExperiment:
     @cached_property
     def source(self) -> Side:
         """The source model, loaded on first use."""
-        return self._load_side("source", self.config.source_model, self.config.source_layer)
+        return self._load_side("source", self.config.source_model)
 
     @cached_property
     def target(self) -> Side:
         """The target model, loaded on first use."""
-        return self._load_side("target", self.config.target_model, self.config.target_layer)
+        return self._load_side("target", self.config.target_model)
 
-    def _load_side(self, name: str, source: str, layer_idx: int) -> Side:
+    def _load_side(self, name: str, source: str) -> Side:
         config = self.config
         logger.info("loading the %s model %s", name, source)
         model, tokenizer = load_model(source, config.device, config.dtype, config.trust_remote_code)
+        block_path = getattr(config, f"{name}_block_path")
+        # Until a search has chosen, the middle.
+        middle = len(decoder_blocks(model, block_path)) // 2
+        layer_idx = config.layers[name == "target"] if config.layers else middle
         extractor = ActivationExtractor(
-            model,
-            tokenizer,
-            layer_idx,
-            batch_size=config.extraction_batch_size,
-            block_path=getattr(config, f"{name}_block_path"),
+            model, tokenizer, layer_idx, batch_size=config.extraction_batch_size, block_path=block_path
         )
         logger.info(
-            "%s: %d dimensions, %d blocks, layer %d, %s on %s",
+            "%s: %d dimensions, %d blocks, %s on %s",
             name,
             extractor.d_model,
             len(extractor.blocks),
-            layer_idx,
             model.dtype,
             model.device,
         )
         return Side(name, model, tokenizer, extractor, model_fingerprint(model, tokenizer))
+
+    @cached_property
+    def layers(self) -> tuple[int, int]:
+        """(source layer, target layer); with `"layer_idx": "auto"` what the search found."""
+        chosen = self.config.layers or tuple(self._layer_search()["best"])
+        self.source.extractor.layer_idx, self.target.extractor.layer_idx = chosen
+        return chosen
+
+    def _layer_search(self) -> dict[str, Any]:
+        """Return the search over layer pairs, made now unless an earlier run left it."""
+        config, path = self.config, self.output_dir / "layer_search.json"
+        texts = self._search_texts()
+        words = [
+            [persona.name, persona.positive_texts, persona.negative_texts]
+            for persona in self._labelled_personas
+        ]
+        made_from = fingerprint(
+            FORMAT_VERSION,
+            [self.source.fingerprint, self.target.fingerprint],
+            [config.search_source_layers, config.search_target_layers, config.positions, config.seed],
+            [words, config.persona_names, config.persona_position],
+            [[item.text, item.document] for item in texts],
+        )
+        found = self._load_current(load_json, path, made_from)
+        if found is None:
+            search = search_layers(
+                self.source.extractor,
+                self.target.extractor,
+                texts,
+                self._labelled_personas,
+                config.persona_names,
+                position=config.persona_position,
+                positions=config.positions,
+                source_layers=config.search_source_layers,
+                target_layers=config.search_target_layers,
+                seed=config.seed,
+            )
+            found = {"fingerprint": made_from, **search.content()}
+            save_json(path, found)
+        figure_path = self.output_dir / "layer_search.png"
+        if figure_fingerprint(figure_path) != made_from:
+            save_figure(layer_search_figure(found), figure_path, made_from)
+        logger.info("layer search: best pair %d -> %d, %s", *found["best"], path)
+        return found
+
+    def _search_texts(self) -> list[NeutralText]:
+        """Return the first neutral texts that hold `search_tokens` source tokens, or all of them."""
+        n_tokens, texts = 0, []
+        for item in self.neutral_texts:
+            texts.append(item)
+            n_tokens += len(self.source.tokenizer(item.text, verbose=False).input_ids)
+            if n_tokens >= self.config.search_tokens:
+                break
+        return texts
 
     @cached_property
     def neutral_texts(self) -> list[NeutralText]:
@@ -605,13 +729,13 @@ class PersonaTransferExperiment:
     @cached_property
     def _pairs_fingerprint(self) -> str:
         texts = [[item.text, item.document] for item in self.neutral_texts]
-        layers = [self.config.source_layer, self.config.target_layer]
-        return fingerprint(FORMAT_VERSION, self.source.fingerprint, self.target.fingerprint, layers, texts)
+        settings = [self.layers, self.config.positions, self.config.n_folds, self.config.seed]
+        return fingerprint(FORMAT_VERSION, self.source.fingerprint, self.target.fingerprint, settings, texts)
 
     @cached_property
     def _mapping_fingerprint(self) -> str:
         config = self.config
-        settings = [config.lambda_values, config.lambda_unit, config.n_folds, config.seed]
+        settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion]
         return fingerprint(self._pairs_fingerprint, settings)
 
     @cached_property
@@ -629,8 +753,9 @@ class PersonaTransferExperiment:
     def _load_current(self, load: Any, path: Path, expected: str) -> dict[str, Any] | None:
         return None if self.fresh else load_if_current(load, path, expected)
 
-    def _load_pairs(self) -> dict[str, Any] | None:
-        return self._load_current(load_tensors, self.output_dir / "training_data.pt", self._pairs_fingerprint)
+    def _load_statistics(self) -> dict[str, Any] | None:
+        path = self.output_dir / "pair_statistics.pt"
+        return self._load_current(load_tensors, path, self._pairs_fingerprint)
 
     def _load_cv_results(self) -> dict[str, Any] | None:
         return self._load_current(load_json, self.output_dir / "cv_results.json", self._mapping_fingerprint)
@@ -641,7 +766,16 @@ class PersonaTransferExperiment:
         if self._load_cv_results() is None:
             return None
         content = self._load_current(load_tensors, path, self._mapping_fingerprint)
-        return RidgeMapping.from_content(content, str(path)) if content else None
+        if content is None or self._load_comparison_maps() is None:
+            return None
+        return RidgeMapping.from_content(content, str(path))
+
+    def _load_comparison_maps(self) -> dict[str, ComparisonMap] | None:
+        path = self.output_dir / "comparison_maps.pt"
+        found = self._load_current(load_tensors, path, self._mapping_fingerprint)
+        if found is None:
+            return None
+        return {kind: ComparisonMap.from_content(entry, str(path)) for kind, entry in found["maps"].items()}
 
     def _load_persona_vectors(self) -> dict[str, Any] | None:
         path = self.output_dir / "persona_vectors.pt"
@@ -732,10 +866,6 @@ def _without(vector: Tensor, dimensions: Sequence[int]) -> Tensor:
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     return torch.cosine_similarity(a, b, dim=0).item()
-
-
-def _shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
 
 
 def _persona_numbers(persona: PersonaVector) -> dict[str, Any]:

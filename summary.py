@@ -29,6 +29,45 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
+def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of maps: held-out R2 in three ways, and retrieval accuracy.
+
+    table: what `comparison_maps.maps_table` returns.
+    """
+    header = ("map", "pairs", "lambda", "rank", "R2", "standardised", "median dim", "retrieval")
+    rows = [
+        (
+            row["map"],
+            str(row["n"]),
+            _number(row["lambda"], "g"),
+            _number(row["rank"], "d"),
+            _number(row["r2"], ".3f"),
+            _number(row["r2_standardised"], ".3f"),
+            _number(row["r2_median_dimension"], ".3f"),
+            f"{_number(row['retrieval_accuracy'], '.1%')} of {row['retrieval_n']}",
+        )
+        for row in table
+    ]
+    return _markdown(header, rows)
+
+
+def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table: each transfer's cosine to the oracle, with / without massive dimensions.
+
+    personas: name -> what phase 3 reports. The last columns: the highest cosine of the mapped vector
+    to another persona's oracle, and the share of the oracle that the map predicts.
+    """
+    methods = list(next(iter(personas.values()))["cosine_to_oracle"])
+    header = ("persona", *methods, "other oracles", "predicted energy")
+    rows = []
+    for name, entry in personas.items():
+        pairs = [(entry["cosine_to_oracle"][key], entry["cosine_without_massive"][key]) for key in methods]
+        cells = [f"{cosine:.2f} / {without:.2f}" for cosine, without in pairs]
+        energy = _number(entry["oracle_energy"]["mean_r2"], ".0%")
+        rows.append((name, *cells, _number(entry["highest_cosine_to_other_oracles"], ".2f"), energy))
+    return _markdown(header, rows)
+
+
 def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool) -> tuple[str, ...]:
     trait = entry["trait_probability"]["mean"]
     known = None not in (trait, unsteered) and entry["condition"] != "baseline"

@@ -15,8 +15,7 @@ PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
 SPECIFICATION = {
     "source_model": "Qwen/Qwen-7B",
     "target_model": "meta-llama/Llama-2-7b-hf",
-    "source_layer": 16,
-    "target_layer": 16,
+    "layers": (16, 16),
     "output_dir": "./results/qwen_to_llama",
     "neutral_text": "wikitext-103",
     "n_training_samples": 5000,
@@ -80,7 +79,7 @@ def test_shipped_configuration_is_usable(path):
 )
 def test_layers_are_set_together_or_apart(layers, expected):
     config = load_config({**SMALL, "layer_idx": None, **layers})
-    assert (config.source_layer, config.target_layer) == expected
+    assert config.layers == expected
 
 
 def test_personas_are_the_named_ones_then_those_defined_here():

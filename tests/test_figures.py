@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from baseline_methods import METHODS
+from comparison_maps import KINDS, ComparisonMap, maps_table
 from evaluation import METRICS, aggregate
 from figures import (
     COLOURS,
     MARKERS,
     choose_axes,
     coherence_trait_figure,
+    energy_figure,
     figure_fingerprint,
+    layer_search_figure,
     mapping_figure,
     save_figure,
 )
@@ -53,8 +56,13 @@ def mapping():
     return fitted
 
 
+@pytest.fixture(scope="module")
+def maps(mapping):
+    return maps_table(mapping, [ComparisonMap("reduced_rank", 10, 14).cross_validate_from(mapping)])
+
+
 def test_every_condition_has_its_own_colour_and_marker():
-    assert set(COLOURS) == set(MARKERS) == {"baseline", *METHODS}
+    assert set(COLOURS) == set(MARKERS) == {"baseline", *METHODS, *KINDS}
     assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(COLOURS)
 
 
@@ -132,31 +140,49 @@ def test_figure_without_any_score_can_still_be_saved(tmp_path):
     assert figure_fingerprint(tmp_path / "figure.png") == "made"
 
 
-def test_mapping_figure_draws_what_was_cross_validated(mapping):
-    analysis = mapping.analyze()
-    by_lambda, by_dimension, spectrum = mapping_figure(analysis, mapping.cv).axes
-    x, y = by_lambda.lines[0].get_data()
-    assert list(x) == mapping.cv["lambda_values"]
-    assert list(y) == [mapping.cv["r2"][value] for value in x]
-    assert list(by_dimension.lines[0].get_ydata()) == sorted(
-        mapping.cv["best_r2_per_dimension"], reverse=True
-    )
+def test_mapping_figure_draws_what_was_cross_validated(mapping, maps):
+    cv, analysis = mapping.cv, mapping.analyze()
+    by_lambda, df, by_dimension, by_component, spectrum, compared = mapping_figure(analysis, cv, maps).axes
+    assert list(by_lambda.lines[0].get_ydata()) == list(cv["r2"].values())
+    assert list(by_lambda.lines[1].get_ydata()) == list(cv["r2_standardised"].values())
+    assert list(df.lines[0].get_ydata()) == list(cv["df"].values())
+    assert list(by_dimension.lines[0].get_ydata()) == sorted(cv["best_r2_per_dimension"], reverse=True)
+    assert list(by_component.lines[0].get_ydata()) == cv["best_r2_per_component"]
+    assert by_component.lines[1].get_ydata()[-1] == pytest.approx(1)
     assert list(spectrum.lines[0].get_ydata()) == analysis["singular_values"]
+    assert [bar.get_height() for bar in compared.containers[0]] == [row["r2"] for row in maps]
 
 
-def test_saved_figure_carries_its_fingerprint_and_leaves_nothing_beside_it(mapping, tmp_path):
+def test_layer_search_figure_marks_the_best_pair():
+    table = [[0.1, 0.2, 0.3], [0.4, 0.9, 0.5]]
+    search = {"source_layers": [3, 5], "target_layers": [2, 4, 6], "best": [5, 4], "score": table}
+    search |= {"r2_standardised": table, "agreement": {"a": table, "b": [[0.3] * 3, [0.5] * 3]}}
+    panels = layer_search_figure(search).axes[:3]
+    assert [panel.lines[0].get_xydata().tolist() for panel in panels] == [[[1, 1]]] * 3
+    assert panels[1].images[0].get_array()[1, 1] == pytest.approx(0.7)
+    assert "0.90 at 5 → 4" in panels[2].get_title()
+
+
+def test_energy_figure_draws_a_curve_for_each_persona(mapping):
+    curve = mapping.energy_curve(torch.ones(14))
+    (panel,) = energy_figure({"loud": curve, "calm": curve}).axes
+    assert [line.get_label() for line in panel.lines] == ["loud", "calm", "activations' variance"]
+    assert list(panel.lines[0].get_ydata()) == curve["vector"]
+
+
+def test_saved_figure_carries_its_fingerprint_and_leaves_nothing_beside_it(mapping, maps, tmp_path):
     path = tmp_path / "figure.png"
     for fingerprint in ("first", "second"):
-        save_figure(mapping_figure(mapping.analyze(), mapping.cv), path, fingerprint)
+        save_figure(mapping_figure(mapping.analyze(), mapping.cv, maps), path, fingerprint)
         assert figure_fingerprint(path) == fingerprint
     assert [item.name for item in tmp_path.iterdir()] == ["figure.png"]
 
 
 @pytest.mark.parametrize("kept", [0, 5, 0.5, 0.95])
-def test_damaged_figure_has_no_fingerprint(kept, mapping, tmp_path):
+def test_damaged_figure_has_no_fingerprint(kept, mapping, maps, tmp_path):
     path = tmp_path / "figure.png"
     assert figure_fingerprint(path) is None
-    save_figure(mapping_figure(mapping.analyze(), mapping.cv), path, "made")
+    save_figure(mapping_figure(mapping.analyze(), mapping.cv, maps), path, "made")
     content = path.read_bytes()
     path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
     assert figure_fingerprint(path) is None

@@ -6,10 +6,13 @@ import torch
 from sklearn.linear_model import Ridge
 
 from errors import InputError
-from ridge_mapping import RidgeMapping, assign_folds
+from pair_statistics import PairStatistics
+from ridge_mapping import N_RETRIEVAL, RidgeMapping, assign_folds, retrieval_accuracy
 
 N, D_SOURCE, D_TARGET = 60, 9, 6
 LAMBDAS = [0.01, 1.0, 10.0, 1000.0]
+TWELVE_DECADES = np.logspace(-6, 6, 13).tolist()
+DOCUMENTS = [f"doc {row // 4}" for row in range(N)]
 X, Y = torch.ones(10, D_SOURCE), torch.ones(10, D_TARGET)
 
 
@@ -43,6 +46,42 @@ def mean_diagonal(H):
 
 def relative_error(found, expected):
     return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+
+
+def refitted_folds(H_source, H_target, folds, lambda_values, unit="relative"):
+    """What scikit-learn leaves of each held-out row, by lambda, and what the training mean leaves."""
+    residual = {lambda_: np.empty(H_target.shape) for lambda_ in lambda_values}
+    total = np.empty(H_target.shape)
+    for fold in folds.unique():
+        train, test = folds != fold, folds == fold
+        truth = H_target[test].numpy()
+        total[test] = truth - H_target[train].mean(0).numpy()
+        for lambda_ in lambda_values:
+            alpha = lambda_ * (mean_diagonal(H_source[train]) if unit == "relative" else 1)
+            reference = sklearn_ridge(H_source[train], H_target[train], alpha)
+            residual[lambda_][test] = truth - reference.predict(H_source[test].numpy())
+    return residual, total
+
+
+def rescaled(pairs, kind):
+    H_source, H_target = (H.clone() for H in pairs)
+    if kind == "large source dimension":
+        H_source[:, 2] *= 1000
+    elif kind == "large target dimension":
+        H_target[:, 1] *= 1000
+    elif kind == "far means":
+        H_source, H_target = (H + 100 * H.std(0) for H in (H_source, H_target))
+    return H_source, H_target
+
+
+def streamed(pairs, rows=slice(None), **options):
+    """A map that was given the pairs of some rows in pieces of 7, with their documents."""
+    mapping = RidgeMapping(D_SOURCE, D_TARGET, **{"lambda_unit": "relative", "n_folds": 4, **options})
+    chosen = range(N)[rows]
+    for start in range(0, len(chosen), 7):
+        piece = list(chosen[start : start + 7])
+        mapping.partial_fit(*(H[piece] for H in pairs), [DOCUMENTS[row] for row in piece])
+    return mapping
 
 
 @pytest.mark.parametrize("unit", ["absolute", "relative"])
@@ -120,21 +159,12 @@ def test_transform_is_linear(pairs):
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("unit", ["absolute", "relative"])
 def test_cross_validation_equals_refitting_every_fold(pairs, unit, grouped):
-    H_source, H_target = pairs
     groups = [row // 4 for row in range(N)] if grouped else None
     mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit=unit)
-    best, errors = mapping.cross_validate(H_source, H_target, LAMBDAS, n_folds=4, groups=groups, seed=2)
-    folds = assign_folds(N, 4, groups, seed=2)
-    total = np.zeros(D_TARGET)
-    residual = {lambda_: np.zeros(D_TARGET) for lambda_ in LAMBDAS}
-    for fold in range(4):
-        train, test = folds != fold, folds == fold
-        truth = H_target[test].numpy()
-        total += ((truth - H_target[train].mean(0).numpy()) ** 2).sum(0)
-        for lambda_ in LAMBDAS:
-            alpha = lambda_ * (mean_diagonal(H_source[train]) if unit == "relative" else 1)
-            reference = sklearn_ridge(H_source[train], H_target[train], alpha)
-            residual[lambda_] += ((truth - reference.predict(H_source[test].numpy())) ** 2).sum(0)
+    best, errors = mapping.cross_validate(*pairs, LAMBDAS, n_folds=4, groups=groups, seed=2)
+    residual, total = refitted_folds(*pairs, assign_folds(N, 4, groups, seed=2), LAMBDAS, unit)
+    total = (total**2).sum(0)
+    residual = {lambda_: (rows**2).sum(0) for lambda_, rows in residual.items()}
     assert sorted(errors) == LAMBDAS
     for lambda_ in LAMBDAS:
         assert errors[lambda_] == pytest.approx(residual[lambda_].sum() / (N * D_TARGET), rel=1e-9)
@@ -143,6 +173,234 @@ def test_cross_validation_equals_refitting_every_fold(pairs, unit, grouped):
     per_dimension = 1 - residual[best] / total
     assert mapping.cv["best_r2_per_dimension"] == pytest.approx(per_dimension.tolist(), rel=1e-9)
     assert mapping.cv["best_r2"] == mapping.cv["r2"][best]
+
+
+@pytest.mark.parametrize("kind", ["plain", "large source dimension", "large target dimension", "far means"])
+def test_streamed_cross_validation_equals_refitting_every_fold_at_every_lambda(pairs, kind):
+    H_source, H_target = pairs = rescaled(pairs, kind)
+    mapping = streamed(pairs)
+    best, errors = mapping.cross_validate(lambda_values=TWELVE_DECADES)
+    folds = mapping.statistics.sample.folds
+    residual, total = refitted_folds(*pairs, folds, TWELVE_DECADES)
+    weights = 1 / H_target.numpy().var(0)
+    axes = np.linalg.eigh(np.cov(H_target.numpy().T))[1][:, ::-1]
+    assert list(errors) == TWELVE_DECADES
+    for lambda_, rows in residual.items():
+        assert errors[lambda_] == pytest.approx((rows**2).mean(), rel=1e-9)
+        standardised = (rows**2 @ weights).sum() / (total**2 @ weights).sum()
+        assert 1 - mapping.cv["r2_standardised"][lambda_] == pytest.approx(standardised, rel=1e-9)
+    assert best == min(errors, key=errors.get) == mapping.lambda_
+    assert mapping.cv["best_r2_standardised"] == mapping.cv["r2_standardised"][best]
+    by_component = ((residual[best] @ axes) ** 2).sum(0) / ((total @ axes) ** 2).sum(0)
+    assert 1 - np.array(mapping.cv["best_r2_per_component"]) == pytest.approx(by_component, rel=1e-8)
+    shares = ((total @ axes) ** 2).sum(0) / (total**2).sum()
+    assert mapping.cv["component_variance"] == pytest.approx(shares, rel=1e-8)
+    alpha = best * mean_diagonal(H_source)
+    assert relative_error(mapping.W, sklearn_ridge(H_source, H_target, alpha).coef_.T) < 1e-9
+    assert (mapping.cv["n_groups"], mapping.cv["fold_sizes"]) == (N // 4, folds.bincount().tolist())
+
+
+def test_a_map_streamed_in_pieces_predicts_as_one_that_got_all_pairs(pairs):
+    together = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(*pairs, 0.3)
+    pieces = streamed(pairs).fit(lambda_=0.3)
+    assert pieces.n == N
+    assert relative_error(pieces.W, together.W.numpy()) < 1e-11
+    assert relative_error(pieces.predict(pairs[0]), together.predict(pairs[0]).numpy()) < 1e-11
+
+
+def test_merged_maps_equal_one(pairs):
+    fold_of = {document: number % 4 for number, document in enumerate(dict.fromkeys(DOCUMENTS))}
+    whole = streamed(pairs, fold_of=fold_of)
+    first, second = (streamed(pairs, rows, fold_of=fold_of) for rows in (slice(28), slice(28, None)))
+    merged = first.merge(second)
+    assert merged is first
+    found, expected = (mapping.cross_validate(lambda_values=LAMBDAS) for mapping in (merged, whole))
+    assert found[0] == expected[0]
+    assert list(found[1].values()) == pytest.approx(list(expected[1].values()), rel=1e-11)
+    assert relative_error(merged.W, whole.W.numpy()) < 1e-11
+    assert second.statistics.n_pairs == N - 28
+    assert merged.cv["retrieval_accuracy"] == whole.cv["retrieval_accuracy"]
+
+
+@pytest.mark.parametrize(("criterion", "chosen"), [("pooled", 1e3), ("standardised", 1e-6)])
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_a_massive_target_dimension_dictates_lambda_only_by_the_pooled_criterion(criterion, chosen, scale):
+    """It is noise, so it is predicted best by its mean; the other dimensions follow from the source."""
+    H_source = torch.randn(N, D_SOURCE, dtype=torch.float64)
+    H_target = H_source @ torch.randn(D_SOURCE, D_TARGET, dtype=torch.float64)
+    H_target[:, 0] = scale * torch.randn(N, dtype=torch.float64)
+    mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative")
+    best, errors = mapping.cross_validate(H_source, H_target, [1e-6, 1.0, 1e3], criterion=criterion)
+    assert best == mapping.lambda_ == mapping.cv["best_lambda"] == chosen
+    assert min(errors, key=errors.get) == 1e3, "the errors returned are pooled in any case"
+
+
+def test_standardised_r2_does_not_depend_on_the_units_of_the_target(pairs):
+    H_source, H_target = pairs
+    r2 = []
+    for factor in (torch.ones(D_TARGET), torch.logspace(-3, 3, D_TARGET)):
+        mapping = RidgeMapping(D_SOURCE, D_TARGET)
+        mapping.cross_validate(H_source, H_target * factor.double(), LAMBDAS, criterion="standardised")
+        r2.append([*mapping.cv["r2_standardised"].values(), mapping.lambda_])
+    assert r2[0] == pytest.approx(r2[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("unit", ["absolute", "relative"])
+def test_df_of_each_lambda_is_the_trace_of_the_hat_matrix_and_falls(pairs, unit):
+    mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit=unit)
+    mapping.cross_validate(*pairs, LAMBDAS)
+    C, found = centred(pairs[0]), mapping.cv["df"]
+    for lambda_ in LAMBDAS:
+        alpha = lambda_ * (mean_diagonal(pairs[0]) if unit == "relative" else 1)
+        hat = C @ np.linalg.solve(C.T @ C + alpha * np.eye(D_SOURCE), C.T)
+        assert found[lambda_] == pytest.approx(np.trace(hat), rel=1e-9)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert D_SOURCE > found[LAMBDAS[0]] > found[LAMBDAS[-1]] > 0
+
+
+def test_a_noiseless_map_retrieves_every_activation(clean_pairs):
+    mapping = RidgeMapping(D_SOURCE, D_TARGET)
+    mapping.cross_validate(*clean_pairs, [1e-6])
+    assert (mapping.cv["retrieval_accuracy"], mapping.cv["retrieval_n"]) == (1.0, N)
+
+
+def test_retrieval_of_shuffled_pairs_is_chance():
+    """Of 1,000 activations 1 is expected to be found; more than 7 has a probability of 1e-5."""
+    n = N_RETRIEVAL + 200
+    H_source = torch.randn(n, D_SOURCE)
+    H_target = H_source @ torch.randn(D_SOURCE, D_TARGET)
+    mapping = RidgeMapping(D_SOURCE, D_TARGET)
+    mapping.cross_validate(H_source, H_target[torch.randperm(n)], [1.0])
+    assert mapping.cv["retrieval_n"] == N_RETRIEVAL
+    assert mapping.cv["retrieval_accuracy"] <= 7 / N_RETRIEVAL
+    hits = [50 * retrieval_accuracy(*torch.randn(2, 50, 4), torch.ones(4)) for _ in range(40)]
+    assert 20 < sum(hits) < 65, "40 are expected"
+
+
+def test_retrieval_weighs_dimensions():
+    true = torch.tensor([[0.0, 0.0], [1.0, 100.0], [2.0, 0.0]])
+    predicted = true + torch.tensor([[0.0, 100.0], [0.1, -100.0], [0.0, 0.0]])
+    assert retrieval_accuracy(predicted, true, torch.tensor([1.0, 0.0])) == 1
+    assert retrieval_accuracy(predicted, true, torch.ones(2)) == pytest.approx(1 / 3)
+
+
+@pytest.fixture
+def half_predicted():
+    """A map whose target has 2 axes that follow from the source and 2 of pure noise, and all 4 axes."""
+    axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    H_source = torch.randn(400, 2, dtype=torch.float64)
+    values = torch.cat([H_source, torch.randn(400, 2, dtype=torch.float64)], dim=1)
+    mapping = RidgeMapping(2, 4)
+    mapping.cross_validate(H_source, values * torch.tensor([8.0, 2.0, 4.0, 1.0]) @ axes.T + 5, [1e-3, 1.0])
+    return mapping, axes
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [([1, 0, 0, 0], 1), ([0, -9, 0, 0], 1), ([0, 0, 1, 0], 0), ([0, 0, 0, 1], 0), ([0, 3, 4, 0], 9 / 25)],
+)
+def test_predicted_energy_is_the_share_of_a_vector_on_predictable_axes(half_predicted, weights, expected):
+    mapping, axes = half_predicted
+    v_target = (axes @ torch.tensor(weights, dtype=torch.float64)).float()
+    energy = mapping.predicted_energy(v_target)
+    assert energy["mean_r2"] == pytest.approx(expected, abs=0.03)
+    assert energy["share_well_predicted"] == pytest.approx(expected, abs=0.03)
+    assert mapping.analyze({"a": v_target, "b": 7 * v_target})["predicted_energy"] == {
+        "a": energy,
+        "b": pytest.approx(energy, abs=1e-6),
+    }
+
+
+@pytest.mark.parametrize("v_target", [torch.ones(5), torch.ones(2), torch.ones(1, 4), torch.zeros(4)])
+def test_predicted_energy_refuses_a_wrong_width_and_a_zero_vector(half_predicted, v_target):
+    with pytest.raises(InputError, match=r"v_target has shape .*expected \(4,\), not 0"):
+        half_predicted[0].predicted_energy(v_target)
+
+
+def test_predicted_energy_needs_cross_validation(pairs):
+    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs)
+    with pytest.raises(InputError, match=r"call cross_validate\(\) first"):
+        mapping.predicted_energy(torch.ones(D_TARGET))
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.3, 1e6])
+def test_a_constant_target_dimension_is_counted_and_left_out(pairs, constant):
+    H_source, H_target = pairs
+    mapping, without = RidgeMapping(D_SOURCE, D_TARGET), RidgeMapping(D_SOURCE, D_TARGET - 1)
+    without.cross_validate(H_source, H_target[:, 1:], LAMBDAS)
+    mapping.cross_validate(H_source, H_target.index_fill(1, torch.tensor(0), constant), LAMBDAS)
+    assert (mapping.cv["n_constant_dimensions"], without.cv["n_constant_dimensions"]) == (1, 0)
+    assert len(mapping.cv["best_r2_per_dimension"]) == D_TARGET - 1
+    for name in ("best_r2", "best_r2_standardised", "best_r2_median_dimension", "best_r2_per_dimension"):
+        assert mapping.cv[name] == pytest.approx(without.cv[name], rel=1e-9)
+    assert mapping.cv["retrieval_accuracy"] == without.cv["retrieval_accuracy"]
+
+
+@pytest.mark.xfail(strict=True, reason="rounding errors over a variance of 0 give an R2 of -1e242")
+@pytest.mark.parametrize("case", ["constant dimensions", "fewer pairs than dimensions"])
+def test_r2_of_a_principal_axis_without_variance_is_no_huge_number(pairs, case):
+    H_source, H_target = pairs
+    constants = torch.linspace(0.1, 3.3, 5, dtype=torch.float64).expand(N, 5)
+    H_target = torch.cat([H_target, constants], dim=1)
+    if case == "fewer pairs than dimensions":
+        H_source, H_target = H_source[:10], H_source[:10] @ torch.randn(D_SOURCE, 20, dtype=torch.float64)
+    mapping = RidgeMapping(D_SOURCE, H_target.shape[1])
+    mapping.cross_validate(H_source, H_target, LAMBDAS)
+    assert max(abs(r2 or 0) for r2 in mapping.cv["best_r2_per_component"]) < 1e6
+    assert 0 <= mapping.predicted_energy(torch.eye(H_target.shape[1])[-1])["mean_r2"] <= 1
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
+def test_an_all_constant_target_is_refused(pairs, constant):
+    with pytest.raises(InputError, match="target activations are constant"):
+        RidgeMapping(D_SOURCE, D_TARGET).cross_validate(
+            pairs[0], torch.full((N, D_TARGET), constant), LAMBDAS
+        )
+
+
+@pytest.mark.parametrize("use", ["fit", "cross_validate"])
+def test_no_pairs_are_refused(use):
+    with pytest.raises(InputError, match="got 0 pairs, expected 2 or more"):
+        getattr(RidgeMapping(D_SOURCE, D_TARGET), use)()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_folds": 3}, r"filled by partial_fit \(4 of them\); give n_folds to the constructor"),
+        ({"groups": DOCUMENTS}, "filled by partial_fit .*groups to partial_fit"),
+        ({"H_source": X}, "give both H_source and H_target, or neither after partial_fit"),
+        ({"H_target": Y}, "give both H_source and H_target, or neither after partial_fit"),
+        ({"criterion": "median"}, "'median' is unknown"),
+    ],
+)
+def test_options_that_contradict_partial_fit_are_refused(pairs, options, message):
+    mapping = streamed(pairs)
+    with pytest.raises(InputError, match=message):
+        mapping.cross_validate(**options)
+    assert mapping.cross_validate()[0] == streamed(pairs).cross_validate()[0]
+
+
+def test_fewer_documents_than_folds_after_partial_fit_are_refused(pairs):
+    with pytest.raises(InputError, match=r"4 folds over 3 groups: the folds have \[4, 4, 4, 0\] pairs"):
+        streamed(pairs, slice(12)).cross_validate()
+
+
+def test_pairs_given_later_replace_those_of_partial_fit(pairs):
+    mapping = streamed(rescaled(pairs, "large source dimension"), lambda_unit="absolute")
+    expected = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs, 2.0)
+    assert relative_error(mapping.fit(*pairs, 2.0).W, expected.W.numpy()) < 1e-11
+    assert mapping.n == N
+
+
+def test_a_map_shares_the_statistics_that_it_is_made_from(pairs):
+    statistics = PairStatistics(D_SOURCE, D_TARGET, n_folds=4)
+    mapping = RidgeMapping.from_statistics(statistics, "relative")
+    for start in range(0, N, 6):
+        rows = slice(start, start + 6)
+        statistics.add(pairs[0][rows], pairs[1][rows], DOCUMENTS[rows])
+    best, errors = streamed(pairs).cross_validate()
+    assert mapping.cross_validate() == (best, pytest.approx(errors, rel=1e-11))
 
 
 def test_cross_validation_leaves_the_map_fitted_on_all_rows_at_the_best_lambda(pairs):
@@ -307,7 +565,13 @@ def test_bad_pairs_and_lambdas_are_refused(H_source, H_target, lambda_, message)
     [
         ({"lambda_values": []}, "lambda_values is empty"),
         ({"n_folds": 1}, "expected 2 or more"),
+        pytest.param(
+            {"n_folds": 0},
+            "expected 2 or more",
+            marks=pytest.mark.xfail(strict=True, reason="0 counts as none"),
+        ),
         ({"n_folds": 11}, "11 folds over 10 groups"),
+        ({"criterion": "median"}, "criterion 'median' is unknown; choose pooled or standardised"),
         ({"groups": [0, 1, 2] * 3 + [0]}, "5 folds over 3 groups"),
         ({"groups": [0, 1, 2]}, "3 groups for 10 rows"),
     ],

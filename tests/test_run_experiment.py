@@ -14,6 +14,7 @@ from transformers import BertConfig, BertLMHeadModel
 import preflight
 from artifacts import load_json, load_tensors
 from baseline_methods import METHODS
+from comparison_maps import KINDS
 from run_experiment import PersonaTransferExperiment, main
 from steered_generation import SteeredGenerator
 from tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
@@ -33,12 +34,15 @@ N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
 ARTIFACTS = {
     "config.json",
     "preflight.json",
+    "pair_statistics.pt",
     "training_data.pt",
     "ridge_mapping.pt",
+    "comparison_maps.pt",
     "cv_results.json",
     "mapping_analysis.png",
     "persona_vectors.pt",
     "persona_similarities.json",
+    "persona_energy.png",
     "generation_results.json",
     "eval_results.json",
     "aggregated_results.json",
@@ -194,17 +198,28 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     content = load_tensors(finished / "persona_vectors.pt")
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for name, vectors in content["vectors"].items():
-        assert set(vectors) == set(METHODS)
+        assert list(vectors) == [*METHODS, *KINDS]
         assert content["source_vectors"][name].shape == (32,)
         for vector in [*vectors.values(), content["source_vectors"][name]]:
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)
         assert {tuple(vector.shape) for vector in vectors.values()} == {(48,)}
 
 
-def test_training_data_are_pairs_with_their_texts(finished):
+def test_training_data_are_a_sample_of_pairs_with_what_was_read(settings, finished):
     pairs = load_tensors(finished / "training_data.pt")
-    assert (pairs["H_source"].shape, pairs["H_target"].shape) == ((60, 32), (60, 48))
-    assert len(pairs["texts"]) == len(set(pairs["texts"])) == len(pairs["documents"]) == 60
+    assert (pairs["H_source"].shape, pairs["H_target"].shape) == ((5000, 32), (5000, 48))
+    assert len(pairs["texts"]) == len(pairs["documents"]) == 5000 < pairs["n_pairs"]
+    experiment = PersonaTransferExperiment({**settings, "output_dir": str(finished)})
+    for row in (0, 1234, 4999):
+        last = experiment.target.extractor.extract(pairs["texts"][row])
+        assert torch.allclose(last, pairs["H_target"][row], atol=1e-4)
+
+
+def test_pairs_of_last_tokens_alone(settings, finished, tmp_path):
+    assert run(tmp_path / "out", {**settings, "positions": "last"}, "--phase", "2") == 0
+    pairs = load_tensors(tmp_path / "out" / "training_data.pt")
+    assert pairs["n_pairs"] == len(set(pairs["texts"])) == 60
+    assert load_json(tmp_path / "out" / "cv_results.json")["n_rows"] == 60
 
 
 def test_preflight_holds_the_chosen_lambda(finished):
