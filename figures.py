@@ -213,6 +213,81 @@ def energy_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure
     return figure
 
 
+def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw coherence and trait strength of every method over the layer pairs (specification, "Figure 2").
+
+    results: what `ablations.ablate_layers` collects; a column of panels for each persona.
+    """
+    tables = [entry["conditions"] for entry in results]
+    coherence, trait = choose_axes([entry for table in tables for entry in table])
+    labels = [f"{entry['source_layer']}→{entry['target_layer']}" for entry in results]
+    personas = list(dict.fromkeys(entry["persona"] for entry in tables[0]))
+    figure = Figure(figsize=(3.6 * len(personas) + 1.6, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(personas), squeeze=False)
+    statistic = {coherence: "mean" if coherence.startswith("gpt4") else "median", trait: "mean"}
+    for column, persona in enumerate(personas):
+        for row, metric in enumerate((coherence, trait)):
+            panel = panels[row][column]
+            for condition in COLOURS:
+                values = [
+                    next(
+                        (
+                            entry[metric][statistic[metric]]
+                            for entry in table
+                            if (entry["persona"], entry["condition"]) == (persona, condition)
+                        ),
+                        None,
+                    )
+                    for table in tables
+                ]
+                if any(value is not None for value in values):
+                    drawn = [float("nan") if value is None else value for value in values]
+                    style = {"color": COLOURS[condition], "marker": MARKERS[condition], "markersize": 5}
+                    panel.plot(labels, drawn, label=condition, **style)
+            panel.spines[["top", "right"]].set_visible(False)
+            if metric.endswith("perplexity"):
+                panel.set_yscale("log")
+                panel.invert_yaxis()
+        panels[0][column].set_title(persona, fontsize=10)
+        panels[1][column].set_xlabel("layer pair, source → target")
+    panels[0][0].set_ylabel(f"{coherence.replace('_', ' ')} (coherent ↑)")
+    panels[1][0].set_ylabel(trait.replace("_", " "))
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
+    """Draw held-out error over pairs, and R2 over texts read (specification, "Figure 3").
+
+    content: what `ablations.ablate_samples` writes.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    by_pairs, by_texts = figure.subplots(1, 2)
+    for positions, label, colour in (
+        ("last", "last token of each text", COLOURS["oracle"]),
+        ("word_ends", "every aligned position", COLOURS["ridge_mapped"]),
+    ):
+        points = [point for point in content["points"] if point["positions"] == positions]
+        style = {"marker": "o", "markersize": 4, "color": colour, "label": label}
+        by_pairs.semilogx([p["n_pairs"] for p in points], [1 - p["r2"] for p in points], **style)
+        texts = [point["n_texts"] for point in points]
+        by_texts.semilogx(texts, [point["r2"] for point in points], **style)
+        standardised = [point["r2_standardised"] for point in points]
+        by_texts.semilogx(texts, standardised, linestyle=":", marker=".", color=colour)
+    by_pairs.set(xlabel="pairs", ylabel="held-out error (1 − R²)", title="Error against pairs")
+    by_texts.set(
+        xlabel="texts read by both models (forward passes)",
+        ylabel="held-out R² (dotted: standardised dimensions)",
+        title="R² against forward passes",
+    )
+    for panel in (by_pairs, by_texts):
+        panel.title.set_size(10)
+        panel.legend(fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return the metrics for coherence and trait: the judge's if there are any, else our own."""
     judged = any(entry["gpt4_coherence_score"]["n"] for entry in table)

@@ -2,8 +2,8 @@
 
 Sources: `wikitext-103` (through `datasets`, needs the hub), `wikipedia-sample` (pages of
 the English Wikipedia that a package carries, no hub), or a local `.txt`, `.jsonl` or
-`.parquet` file. Each text is a passage cut from the beginning of one paragraph and keeps
-the id of the document it comes from, so that folds never split a document.
+`.parquet` file. Each text is a passage cut from one paragraph, from its beginning unless many
+are wanted, and keeps the id of the document it comes from, so that folds never split a document.
 
 Passages end in the middle of sentences, after a varying number of words: where every text
 ends in a full stop, last-token activations would all be those of full stops.
@@ -58,7 +58,10 @@ class NeutralText:
 def load_neutral_texts(
     source: str, n_texts: int, forbidden: Sequence[str] = (), seed: int = 0
 ) -> list[NeutralText]:
-    """Return `n_texts` passages in a deterministic shuffled order, one a paragraph.
+    """Return `n_texts` passages in a deterministic shuffled order.
+
+    First one from the beginning of every paragraph; if these are not enough, further ones from
+    what remains of the paragraphs, from the next sentence on.
 
     source: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
     forbidden: persona texts and test prompts; a paragraph that shares a run of 8 words with
@@ -69,33 +72,47 @@ def load_neutral_texts(
         raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
     rng = random.Random(seed)
     paragraphs = [
-        NeutralText(paragraph, document)
+        (paragraph.split(), document)
         for document, text in read_documents(source)
         for paragraph in usable_paragraphs(text)
     ]
     rng.shuffle(paragraphs)
     overlaps = OverlapCheck(forbidden)
     refused, chosen, seen = 0, [], set()
-    for paragraph in paragraphs:
-        if len(chosen) == n_texts:
-            break
-        words = paragraph.text.split()
-        shortest, longest = WORDS_IN_PASSAGE
-        # At least one word is left off, so that no passage ends with its paragraph.
-        passage = " ".join(words[: rng.randint(shortest, min(longest, len(words) - 1))])
-        if overlaps.found_in(passage):
-            refused += 1
-        elif passage not in seen:
-            seen.add(passage)
-            chosen.append(NeutralText(passage, paragraph.document))
+    while paragraphs and len(chosen) < n_texts:
+        rests = []
+        for words, document in paragraphs:
+            if len(chosen) == n_texts:
+                break
+            shortest, longest = WORDS_IN_PASSAGE
+            # At least one word is left off, so that no passage ends with its paragraph.
+            length = rng.randint(shortest, min(longest, len(words) - 1))
+            passage = " ".join(words[:length])
+            rest = _after_sentence(words, length)
+            if len(rest) > shortest:
+                rests.append((rest, document))
+            if overlaps.found_in(passage):
+                refused += 1
+            elif passage not in seen:
+                seen.add(passage)
+                chosen.append(NeutralText(passage, document))
+        paragraphs = rests
     if refused:
         logger.warning("refused %d neutral texts that overlap persona texts or prompts", refused)
     if len(chosen) < n_texts:
         raise InputError(
-            f"neutral text {source!r} gives {len(chosen)} usable paragraphs (of {MIN_WORDS} words or more), "
-            f"{refused} refused, but n_training_samples is {n_texts}; lower it or give more text"
+            f"neutral text {source!r} gives {len(chosen)} passages (paragraphs of {MIN_WORDS} words or more "
+            f"count), {refused} refused, but {n_texts} are wanted; lower n_training_samples or give more text"
         )
     return chosen
+
+
+def _after_sentence(words: list[str], start: int) -> list[str]:
+    """Return the words after the sentence that words[start - 1] belongs to."""
+    for place in range(start, len(words)):
+        if re.search(r"[.!?][\"'”)]*$", words[place - 1]):
+            return words[place:]
+    return []
 
 
 def read_documents(source: str) -> Iterator[tuple[str, str]]:

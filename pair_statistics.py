@@ -189,6 +189,10 @@ class PairStatistics:
             raise InputError(f"got {self.n_pairs} pairs, expected 2 or more")
         return self._moments(list(range(self.n_folds)))
 
+    def around(self, source_mean: Tensor, target_mean: Tensor) -> Moments:
+        """Return the moments of all pairs, centred on given means; for pairs held out of a fit."""
+        return self._moments(list(range(self.n_folds)), (source_mean, target_mean))
+
     def split(self, fold: int) -> tuple[Moments, Moments]:
         """Return the moments of all other folds and of this one, both centred on the mean of the others."""
         self.check_folds()

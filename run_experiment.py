@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import preflight
+from ablations import ablate_layers, ablate_samples
 from activation_extractor import ActivationExtractor, PersonaVector, ResidualNorm, measure_residual_norm
 from aligned_positions import check_offsets
 from artifacts import (
@@ -57,7 +59,7 @@ from gpt_judge import GPTJudge
 from layer_search import search_layers
 from model_loading import decoder_blocks, load_model, model_fingerprint, quiet_transformers
 from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
-from pair_collection import collect_pairs
+from pair_collection import CollectedPairs, collect_pairs
 from pair_statistics import PairStatistics
 from personas import Persona, load_persona, load_prompts, shipped_personas
 from ridge_mapping import RidgeMapping
@@ -126,6 +128,7 @@ class PersonaTransferExperiment:
             else None
         )
         self.notes: list[str] = []
+        self.pairs: dict[str, Any] | None = None
         check_writable(self.output_dir)
 
     def run(self, phase: int | None = None) -> list[dict[str, Any]]:
@@ -153,6 +156,18 @@ class PersonaTransferExperiment:
             logger.info("result\n\n%s\n", format_table(table))
             self._log_closing()
         return table
+
+    def ablate(self, what: str) -> None:
+        """Repeat parts of the experiment with other layers or amounts of text; see `ablations`.
+
+        what: `layers` or `samples`.
+        """
+        self._check_inputs()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with self._logging_to_file():
+            started = time.perf_counter()
+            headline = {"layers": ablate_layers, "samples": ablate_samples}[what](self)
+            logger.info("ablation of %s done in %.0f s: %s", what, time.perf_counter() - started, headline)
 
     def _check_inputs(self) -> None:
         """Load models and texts and check what a later phase would refuse, before anything is written."""
@@ -228,7 +243,7 @@ class PersonaTransferExperiment:
 
     def learn_mapping(self) -> str:
         """Sum up paired activations, choose lambda and fit the maps. Returns a headline."""
-        content = self._load_statistics() or self._collect_pairs()
+        content = self.pairs or self.load_statistics() or self._collect_pairs()
         statistics = PairStatistics.from_content(content["statistics"], "pair_statistics.pt")
         self._save_training_data(content, statistics)
         mapping = self._load_mapping() or self._fit_mapping(content["report"], statistics)
@@ -248,36 +263,30 @@ class PersonaTransferExperiment:
         )
 
     def _collect_pairs(self) -> dict[str, Any]:
-        """Read the neutral texts with both models; keep the sums, and where the sample comes from."""
         config, started = self.config, time.perf_counter()
         extractors = self.source.extractor, self.target.extractor
         found = collect_pairs(
             *extractors, self.neutral_texts, [self.layers], config.positions, config.n_folds, config.seed
         )
-        report = found.report()
-        tokens = report["n_source_tokens"] + report["n_target_tokens"]
-        logger.info(
-            "%d texts, %d + %d tokens, %.0f tokens/s; %d pairs, %.0f %% of the tokens end on the same "
-            "character",
-            report["n_texts"],
-            report["n_source_tokens"],
-            report["n_target_tokens"],
-            tokens / (time.perf_counter() - started),
-            report["n_pairs"],
-            100 * report["fraction_aligned"],
-        )
+        n_tokens = found.n_source_tokens + found.n_target_tokens
+        speed = n_tokens / (time.perf_counter() - started)
+        logger.info("%d texts, %d tokens in both models, %.0f tokens/s", found.n_texts, n_tokens, speed)
+        return self.save_statistics(found)
+
+    def save_statistics(self, found: CollectedPairs) -> dict[str, Any]:
+        """Keep the sums over this run's pairs, and where their sample comes from."""
+        report, statistics = found.report(), found.statistics[self.layers]
         self._note_texts(report)
-        statistics = found.statistics[self.layers]
         rows = statistics.sample.rows
-        content = {
+        self.pairs = {
             "fingerprint": self._pairs_fingerprint,
             "statistics": statistics.content(),
             "report": report,
             "sample_text_idx": found.text_idx[rows],
             "sample_end": found.end[rows],
         }
-        save_tensors(self.output_dir / "pair_statistics.pt", content)
-        return content
+        save_tensors(self.output_dir / "pair_statistics.pt", self.pairs)
+        return self.pairs
 
     def _note_texts(self, report: dict[str, Any]) -> None:
         for side in (self.source, self.target):
@@ -579,6 +588,31 @@ class PersonaTransferExperiment:
         """The target model, loaded on first use."""
         return self._load_side("target", self.config.target_model)
 
+    def at_layers(self, source_layer: int, target_layer: int) -> "PersonaTransferExperiment":
+        """Return this experiment at another layer pair, on the development prompts and at one alpha.
+
+        It has an output directory of its own below this one's and shares what is loaded. Alpha is
+        the middle one of `alpha_values` (of two, the lower).
+        """
+        config, prompts = self.config, load_prompts("development")
+        changed = {
+            "layer_idx": None,
+            "source_layer_idx": source_layer,
+            "target_layer_idx": target_layer,
+            "output_dir": str(self.output_dir / "ablation_layers" / f"{source_layer}_{target_layer}"),
+            "test_prompts": prompts,
+            "n_test_prompts": len(prompts),
+            "alpha_values": [sorted(config.alpha_values)[(len(config.alpha_values) - 1) // 2]],
+        }
+        run = PersonaTransferExperiment(config.model_copy(update=changed), self.fresh)
+        for name, layer_idx in (("source", source_layer), ("target", target_layer)):
+            side = getattr(self, name)
+            extractor = copy(side.extractor)
+            extractor.layer_idx = layer_idx
+            run.__dict__[name] = replace(side, extractor=extractor)
+        run.__dict__.update(neutral_texts=self.neutral_texts, classifiers=self.classifiers)
+        return run
+
     def _load_side(self, name: str, source: str) -> Side:
         config = self.config
         logger.info("loading the %s model %s", name, source)
@@ -657,10 +691,13 @@ class PersonaTransferExperiment:
     @cached_property
     def neutral_texts(self) -> list[NeutralText]:
         """The passages for the map; none overlaps a persona text or a prompt."""
+        return self.load_texts(self.config.n_training_samples)
+
+    def load_texts(self, n_texts: int) -> list[NeutralText]:
+        """Return passages of neutral text; the first ones are `neutral_texts`."""
         forbidden = [text for persona in self.personas for text in persona.all_texts]
         forbidden += [*self.prompts, *load_prompts("development")]
-        config = self.config
-        return load_neutral_texts(config.neutral_text, config.n_training_samples, forbidden, config.seed)
+        return load_neutral_texts(self.config.neutral_text, n_texts, forbidden, self.config.seed)
 
     @cached_property
     def classifiers(self) -> dict[str, TraitClassifier]:
@@ -753,7 +790,8 @@ class PersonaTransferExperiment:
     def _load_current(self, load: Any, path: Path, expected: str) -> dict[str, Any] | None:
         return None if self.fresh else load_if_current(load, path, expected)
 
-    def _load_statistics(self) -> dict[str, Any] | None:
+    def load_statistics(self) -> dict[str, Any] | None:
+        """Return what `pair_statistics.pt` holds, if it was made from the same inputs."""
         path = self.output_dir / "pair_statistics.pt"
         return self._load_current(load_tensors, path, self._pairs_fingerprint)
 
@@ -892,6 +930,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="JSON file, for example example_config.json")
     parser.add_argument("--output-dir", help="write there instead of the configuration's output_dir")
     parser.add_argument("--phase", type=int, choices=range(1, 6), help="run this phase alone")
+    parser.add_argument(
+        "--ablate", choices=("layers", "samples"), help="instead of the phases: vary the layers or the text"
+    )
     parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
     return parser.parse_args(arguments)
@@ -912,6 +953,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             experiment = PersonaTransferExperiment(config, fresh=options.fresh)
             if options.dry_run:
                 print(describe_run(experiment))
+            elif options.ablate:
+                experiment.ablate(options.ablate)
             else:
                 experiment.run(options.phase)
     except InputError as error:

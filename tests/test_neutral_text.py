@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import string
 
 import pyarrow
 import pytest
@@ -152,10 +153,34 @@ def test_unknown_source_is_refused():
         load_neutral_texts("wikitext-2", 1)
 
 
-@pytest.mark.parametrize("n_texts", [201, 0, -1])
-def test_more_texts_than_there_are_or_none_is_an_error(n_texts, text_file):
+@pytest.mark.parametrize("n_texts", [0, -1])
+def test_no_text_is_an_error(n_texts, text_file):
     with pytest.raises(InputError, match=f"n_training_samples is {n_texts}"):
         load_neutral_texts(text_file(), n_texts)
+
+
+def test_more_texts_than_there_are_is_an_error(text_file):
+    with pytest.raises(InputError, match=r"gives 200 passages .* 201 are wanted; lower n_training_samples"):
+        load_neutral_texts(text_file(), 201)
+
+
+def test_long_paragraphs_give_further_passages_from_the_next_sentence_on(tmp_path):
+    """Ten sentences of ten words, no two alike; what follows a passage's last sentence is used again."""
+    names = string.ascii_lowercase[:10]
+    paragraphs = []
+    for start in ("sun", "moon", "mars"):
+        words = [[f"{start}{s}{w}um" for w in names] for s in names]
+        paragraphs.append(" ".join(f"{' '.join(sentence).capitalize()}." for sentence in words))
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(paragraphs))
+    first = load_neutral_texts(str(path), 3)
+    found = load_neutral_texts(str(path), 6)
+    assert found[:3] == first
+    assert all(item.text.split()[0].endswith("aaum") for item in first)
+    for later in found[3:]:
+        assert later.text[0].isupper()
+        (earlier,) = (item for item in first if item.document == later.document)
+        assert not set(later.text.split()) & set(earlier.text.split())
 
 
 def test_equal_passages_count_once(tmp_path):
@@ -163,7 +188,7 @@ def test_equal_passages_count_once(tmp_path):
     write_jsonl(path, [{"text": paragraph(0, MIN_WORDS)}] * 50)
     found = load_neutral_texts(str(path), 2)
     assert len({item.text for item in found}) == 2
-    with pytest.raises(InputError, match="usable paragraphs"):
+    with pytest.raises(InputError, match="gives 13 passages"):
         load_neutral_texts(str(path), 45)
 
 
@@ -173,7 +198,7 @@ def test_overlapping_text_is_refused_counted_and_logged(text_file, caplog):
     found = load_neutral_texts(source, 45, forbidden)
     assert sorted(int(item.document) for item in found) == list(range(5, 50))
     assert "refused 5 neutral texts" in caplog.text
-    with pytest.raises(InputError, match=r"45 usable paragraphs .* 5 refused"):
+    with pytest.raises(InputError, match=r"45 passages .* 5 refused"):
         load_neutral_texts(source, 46, forbidden)
 
 

@@ -12,9 +12,11 @@ from chat_server import chat_server, completion
 from transformers import BertConfig, BertLMHeadModel
 
 import preflight
+from ablations import _SampleRun
 from artifacts import load_json, load_tensors
 from baseline_methods import METHODS
 from comparison_maps import KINDS
+from personas import load_prompts
 from run_experiment import PersonaTransferExperiment, main
 from steered_generation import SteeredGenerator
 from tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
@@ -422,6 +424,75 @@ def test_written_configuration_can_be_run_again(finished, out, tmp_path):
     assert written == {**load_json(finished / "config.json"), "output_dir": str(tmp_path / "elsewhere")}
 
 
+# Layers and ablations
+
+
+def test_auto_layers_are_searched_for_once_and_used(settings, tmp_path, caplog):
+    auto = {**settings, "layer_idx": "auto", "search_tokens": 800, "search_source_layers": [1, 2]}
+    del auto["source_layer_idx"], auto["target_layer_idx"]
+    for _ in range(2):
+        assert run(tmp_path / "out", auto) == 0
+    found = load_json(tmp_path / "out" / "layer_search.json")
+    assert found["source_layers"] == [1, 2]
+    assert 800 <= found["n_tokens"]["source"] < 1200
+    scores = torch.tensor(found["score"])
+    row, column = divmod(int(scores.argmax()), scores.shape[1])
+    assert found["best"] == [found["source_layers"][row], found["target_layers"][column]]
+    log = (tmp_path / "out" / "experiment.log").read_text()
+    assert log.count(f"source layer {found['best'][0]}, target layer {found['best'][1]}") == 2
+    assert n_new(tmp_path / "out") == [N_TEXTS, 0]
+    chosen = {**settings, "source_layer_idx": found["best"][0], "target_layer_idx": found["best"][1]}
+    assert run(tmp_path / "chosen", chosen) == 0
+    assert texts(tmp_path / "chosen") == texts(tmp_path / "out")
+    assert (tmp_path / "out" / "layer_search.png").stat().st_size > 10_000
+
+
+def test_layer_ablation_steers_at_every_pair_and_resumes(settings, tmp_path, monkeypatch):
+    ablation = {**settings, "ablation_layer_pairs": [[0, 3], [2, 1]], "methods": ["ridge_mapped", "shuffled"]}
+    assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
+    found = load_json(tmp_path / "out" / "ablation_layers.json")["layer_pairs"]
+    assert [(entry["source_layer"], entry["target_layer"]) for entry in found] == [(0, 3), (2, 1)]
+    for entry in found:
+        conditions = {(row["condition"], row["alpha"]) for row in entry["conditions"]}
+        assert conditions == {("baseline", None), ("ridge_mapped", 1.0), ("shuffled", 1.0)}
+    folder = tmp_path / "out" / "ablation_layers"
+    assert {row["prompt"] for row in rows(folder / "2_1")} == set(load_prompts("development"))
+    texts_before = texts(folder / "2_1")
+    monkeypatch.setattr("ablations.collect_pairs", None)
+    assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
+    assert texts(folder / "2_1") == texts_before
+    assert (tmp_path / "out" / "experiment.log").read_text().count(": 0 new texts") == 2
+
+
+def test_sample_ablation_resumes_to_the_same_numbers(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("ablations.N_HELD_OUT", 20)
+    ablation = {**settings, "ablation_samples": [30, 60, 90]}
+    assert run(tmp_path / "whole", ablation, "--ablate", "samples") == 0
+    whole = load_json(tmp_path / "whole" / "ablation_samples.json")
+    assert [(p["positions"], p["n_texts"]) for p in whole["points"]] == [
+        (positions, n) for n in (30, 60, 90) for positions in ("last", "word_ends")
+    ]
+    assert [point["n_pairs"] for point in whole["points"]][::2] == [30, 60, 90]
+
+    saved = _SampleRun.save
+    monkeypatch.setattr(_SampleRun, "save", lambda self, state: saved(self, state) or _stop_at(state, 60))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", ablation, "--ablate", "samples")
+    monkeypatch.setattr(_SampleRun, "save", saved)
+    monkeypatch.setattr(_SampleRun, "start", None)
+    assert run(tmp_path / "stopped", ablation, "--ablate", "samples") == 0
+    again = load_json(tmp_path / "stopped" / "ablation_samples.json")
+    for point, other in zip(again["points"], whole["points"], strict=True):
+        assert point.pop("positions") == other.pop("positions")
+        assert point == pytest.approx(other, rel=1e-6)
+    assert (tmp_path / "stopped" / "figure3.png").stat().st_size > 10_000
+
+
+def _stop_at(state, n_texts):
+    if state["n_texts"] == n_texts:
+        raise KeyboardInterrupt
+
+
 # Strength
 
 
@@ -598,8 +669,8 @@ PROMPT = "The first thing I do is"
         ({"device": "warp"}, "'warp'"),
         ({"use_gpt4": True, "judge": {"api_key_env": "ABSENT_KEY"}}, "ABSENT_KEY is not set"),
         ({"neutral_text": "/no/such/file.txt"}, "/no/such/file.txt"),
-        ({"neutral_text": "{short.txt}"}, "gives 0 usable paragraphs"),
-        ({"n_training_samples": 301}, "n_training_samples is 301"),
+        ({"neutral_text": "{short.txt}"}, "gives 0 passages"),
+        ({"n_training_samples": 1301}, "1301 are wanted; lower n_training_samples"),
         ({"n_test_prompts": 31}, "there are 30 prompts"),
         ({"test_prompts": [PROMPT] * 3}, "holds a prompt twice"),
         (

@@ -1,0 +1,306 @@
+"""Repeat parts of an experiment with other layers or other amounts of text (run_experiment.py --ablate).
+
+`layers` steers at several layer pairs, on the development prompts (specification, "Figure 2").
+`samples` fits the map on more and more text, once from last tokens alone and once from every
+aligned position (specification, "Figure 3"). Both go on where an earlier run was stopped, and
+read each text once for all their points.
+"""
+
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from activation_extractor import PairedBatch, paired_activations
+from artifacts import fingerprint, load_if_current, load_json, load_tensors, save_json, save_tensors
+from errors import InputError
+from figures import layer_ablation_figure, sample_ablation_figure, save_figure
+from neutral_text import NeutralText
+from pair_collection import LayerPair, collect_pairs
+from pair_statistics import PairStatistics
+from ridge_mapping import RidgeMapping, residual_squares, target_weights
+
+if TYPE_CHECKING:
+    from run_experiment import PersonaTransferExperiment
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SAMPLES = (100, 200, 500, 1000, 2000, 4000, 8000)
+DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75)  # the specification's layers 8, 12, 16, 20, 24 of 32
+N_HELD_OUT = 500
+STEP = 500
+POSITIONS = ("last", "word_ends")
+
+
+def ablate_layers(experiment: "PersonaTransferExperiment") -> str:
+    """Run phases 2 to 5 at each layer pair on the development prompts; returns a headline.
+
+    Writes a folder `ablation_layers/SOURCE_TARGET` for each pair, `ablation_layers.json`
+    and `figure2.png`.
+    """
+    pairs = layer_pairs(experiment)
+    runs = {pair: experiment.at_layers(*pair) for pair in pairs}
+    missing = [pair for pair, run in runs.items() if run.load_statistics() is None]
+    if missing:
+        config = experiment.config
+        found = collect_pairs(
+            experiment.source.extractor,
+            experiment.target.extractor,
+            experiment.neutral_texts,
+            missing,
+            config.positions,
+            config.n_folds,
+            config.seed,
+        )
+        for pair in missing:
+            runs[pair].output_dir.mkdir(parents=True, exist_ok=True)
+            runs[pair].save_statistics(found)
+    results = []
+    for pair, run in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=None):
+        logger.info("layer pair %d -> %d", *pair)
+        for phase in (run.learn_mapping, run.extract_personas, run.generate, run.evaluate):
+            logger.info("%s", phase())
+        names = ("best_r2", "best_r2_standardised", "best_r2_median_dimension", "retrieval_accuracy")
+        cv = {name: run.mapping.cv[name] for name in names}
+        similarities = load_json(run.output_dir / "persona_similarities.json")["personas"]
+        results.append(
+            {
+                "source_layer": pair[0],
+                "target_layer": pair[1],
+                **cv,
+                "cosine_without_massive": {
+                    name: entry["cosine_without_massive"]["ridge_mapped"]
+                    for name, entry in similarities.items()
+                },
+                "conditions": run.aggregated["conditions"],
+            }
+        )
+    made_from = fingerprint([run.aggregated["fingerprint"] for run in runs.values()])
+    path = experiment.output_dir / "ablation_layers.json"
+    save_json(path, {"fingerprint": made_from, "layer_pairs": results})
+    save_figure(layer_ablation_figure(results), experiment.output_dir / "figure2.png", made_from)
+    return f"{len(pairs)} layer pairs, {path}"
+
+
+def layer_pairs(experiment: "PersonaTransferExperiment") -> list[LayerPair]:
+    """Return the pairs to compare: those configured, or five depths and the run's own layers."""
+    configured = experiment.config.ablation_layer_pairs
+    if configured is not None:
+        for source_layer, target_layer in configured:
+            experiment.source.extractor.check_layers([source_layer])
+            experiment.target.extractor.check_layers([target_layer])
+        return list(dict.fromkeys(configured))
+    n_source, n_target = (len(side.extractor.blocks) for side in (experiment.source, experiment.target))
+    spread = [(int(depth * n_source), int(depth * n_target)) for depth in DEPTHS]
+    return sorted({*spread, experiment.layers}, key=lambda pair: (pair[1], pair[0]))
+
+
+def ablate_samples(experiment: "PersonaTransferExperiment") -> str:
+    """Fit the map on growing amounts of text and test it on held-out documents; returns a headline.
+
+    Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that
+    was stopped goes on.
+    """
+    samples = sorted(set(experiment.config.ablation_samples or DEFAULT_SAMPLES))
+    training, held_out = split_documents(experiment.load_texts(samples[-1] + N_HELD_OUT), samples[-1])
+    run = _SampleRun(experiment, training, held_out, samples)
+    path = experiment.output_dir / "ablation_samples.json"
+    state = run.load() or run.start()
+    with tqdm(total=samples[-1], desc="samples", unit="text", disable=None) as progress:
+        progress.update(state["n_texts"])
+        while len(state["points"]) < 2 * len(samples):
+            n_texts = state["n_texts"]
+            if n_texts in samples and not any(point["n_texts"] == n_texts for point in state["points"]):
+                state["points"] += [run.measure(state, positions) for positions in POSITIONS]
+            else:
+                following = min(samples[_passed(samples, n_texts)], n_texts + STEP)
+                run.add(state["training"], training[n_texts:following])
+                state["n_texts"] = following
+                progress.update(following - n_texts)
+            run.save(state)
+    content = {
+        "fingerprint": run.fingerprint,
+        "layers": list(experiment.layers),
+        "n_held_out_texts": len(held_out),
+        "points": state["points"],
+        "forward_pass_ratio": forward_pass_ratio(state["points"]),
+    }
+    save_json(path, content)
+    save_figure(sample_ablation_figure(content), experiment.output_dir / "figure3.png", run.fingerprint)
+    ratio = content["forward_pass_ratio"]
+    reached = "not reached" if ratio["factor"] is None else f"{ratio['factor']:.3f} of the texts"
+    return (
+        f"R2 of last tokens of {samples[-1]} texts ({ratio['r2']:.3f}) takes {reached} with every aligned "
+        f"position, {path}"
+    )
+
+
+def split_documents(
+    texts: Sequence[NeutralText], n_training: int
+) -> tuple[list[NeutralText], list[NeutralText]]:
+    """Return n_training texts and the held-out ones, which share no document with them.
+
+    Documents are held out in random order as long as they fit.
+    Raises InputError if that leaves too few texts on a side.
+    """
+    sizes = Counter(item.document for item in texts)
+    order = sorted(sizes)
+    random.Random(0).shuffle(order)
+    held_out, room = set(), len(texts) - n_training
+    for document in order:
+        if sizes[document] <= room:
+            held_out.add(document)
+            room -= sizes[document]
+    training = [item for item in texts if item.document not in held_out][:n_training]
+    testing = [item for item in texts if item.document in held_out]
+    if len(training) < n_training or not testing:
+        raise InputError(
+            f"{len(texts)} texts of {len(sizes)} documents leave {len(training)} for training, "
+            f"{n_training} wanted; lower ablation_samples or give more documents"
+        )
+    return training, testing
+
+
+class _SampleRun:
+    """The state of a sample ablation: sums over the texts so far, for each kind of positions."""
+
+    def __init__(
+        self,
+        experiment: "PersonaTransferExperiment",
+        training: Sequence[NeutralText],
+        held_out: Sequence[NeutralText],
+        samples: Sequence[int],
+    ) -> None:
+        self.experiment, self.training, self.held_out = experiment, training, held_out
+        config = experiment.config
+        texts = [[item.text, item.document] for item in [*training, *held_out]]
+        settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion, config.n_folds]
+        sides = [experiment.source.fingerprint, experiment.target.fingerprint, experiment.layers]
+        self.fingerprint = fingerprint("ablation_samples", sides, settings, texts, list(samples))
+        self.path: Path = experiment.output_dir / "ablation_samples.pt"
+
+    def start(self) -> dict[str, Any]:
+        """Return the state before the first training text: the held-out texts are read."""
+        state = {"n_texts": 0, "points": [], "training": self._empty(), "held_out": self._empty()}
+        self.add(state["held_out"], self.held_out)
+        return state
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state that an earlier run left, if it is of the same ablation."""
+        found = None if self.experiment.fresh else load_if_current(load_tensors, self.path, self.fingerprint)
+        if found is None:
+            return None
+        for part in ("training", "held_out"):
+            found[part] = {key: PairStatistics.from_content(sums) for key, sums in found[part].items()}
+        return found
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state in one step."""
+        sums = {
+            part: {key: found.content() for key, found in state[part].items()}
+            for part in ("training", "held_out")
+        }
+        save_tensors(self.path, {**state, **sums, "fingerprint": self.fingerprint})
+
+    def add(self, sums: dict[str, PairStatistics], texts: Sequence[NeutralText]) -> None:
+        """Read texts with both models and add their pairs."""
+        source, target = self.experiment.source.extractor, self.experiment.target.extractor
+        for batch in paired_activations(source, target, [item.text for item in texts]):
+            documents = [texts[index].document for index in batch.text_idx.tolist()]
+            lengths = torch.tensor([len(texts[index].text) for index in batch.text_idx.tolist()])
+            last = batch.end == lengths  # both models' last tokens end the text
+            self._add_rows(sums["word_ends"], batch, documents, torch.ones_like(last))
+            self._add_rows(sums["last"], batch, documents, last)
+
+    def measure(self, state: dict[str, Any], positions: str) -> dict[str, Any]:
+        """Return what the map fitted on the texts so far predicts of the held-out ones."""
+        config = self.experiment.config
+        mapping = RidgeMapping.from_statistics(state["training"][positions], config.lambda_unit)
+        mapping.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
+        # Every held-out pair counts, at every aligned position: what the map is for.
+        test = state["held_out"]["word_ends"].around(mapping.source_mean, mapping.target_mean)
+        residual, total = residual_squares(test, mapping.W)
+        weights = target_weights(test)
+        found = {
+            "positions": positions,
+            "n_texts": state["n_texts"],
+            "n_pairs": mapping.n,
+            "lambda": mapping.lambda_,
+            "df": mapping.analyze()["df"],
+            "mse": (residual.sum() / (test.n * len(residual))).item(),
+            "r2": 1 - (residual.sum() / total.sum()).item(),
+            "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
+        }
+        logger.info("%(n_texts)d texts, %(positions)s: %(n_pairs)d pairs, held-out R2 %(r2).3f", found)
+        return found
+
+    def _empty(self) -> dict[str, PairStatistics]:
+        source, target = self.experiment.source.extractor, self.experiment.target.extractor
+        config = self.experiment.config
+        return {
+            positions: PairStatistics(
+                source.d_model, target.d_model, config.n_folds, config.seed, n_sample=1000
+            )
+            for positions in POSITIONS
+        }
+
+    def _add_rows(
+        self, sums: PairStatistics, batch: PairedBatch, documents: Sequence[str], kept: torch.Tensor
+    ) -> None:
+        source_layer, target_layer = self.experiment.layers
+        kept = kept.bool()
+        chosen = [document for document, keep in zip(documents, kept.tolist(), strict=True) if keep]
+        sums.add(batch.H_source[source_layer][kept], batch.H_target[target_layer][kept], chosen)
+
+
+def forward_pass_ratio(points: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return how few texts give every-position maps the R2 that last tokens of all texts give.
+
+    r2: of the last-token map of the largest sample. n_texts: texts with which `word_ends` reaches it,
+    interpolated between points over the logarithm of n. factor: n_texts over the largest sample;
+    an upper bound if already the smallest sample is better, and None if the largest is not.
+    """
+    curves = {
+        name: sorted((point["n_texts"], point["r2"]) for point in points if point["positions"] == name)
+        for name in POSITIONS
+    }
+    largest, wanted = curves["last"][-1]
+    reached = None
+    previous: tuple[int, float] | None = None
+    for n_texts, r2 in curves["word_ends"]:
+        if r2 >= wanted:
+            reached = float(n_texts)
+            if previous is not None:
+                share = (wanted - previous[1]) / (r2 - previous[1])
+                reached = math.exp(math.log(previous[0]) + share * math.log(n_texts / previous[0]))
+            break
+        previous = (n_texts, r2)
+    return {"r2": wanted, "n_texts": reached, "factor": None if reached is None else reached / largest}
+
+
+def _passed(samples: Sequence[int], n_texts: int) -> int:
+    return sum(sample <= n_texts for sample in samples)
+
+
+def main() -> None:
+    """Check the interpolation of the ratio and that documents are never on both sides."""
+    points = [{"positions": "last", "n_texts": n, "r2": r2} for n, r2 in ((100, 0.1), (1000, 0.4))]
+    points += [{"positions": "word_ends", "n_texts": n, "r2": r2} for n, r2 in ((10, 0.3), (100, 0.5))]
+    ratio = forward_pass_ratio(points)
+    assert abs(ratio["n_texts"] - 10**1.5) < 1e-9
+    assert abs(ratio["factor"] - 10**-1.5) < 1e-9
+    texts = [NeutralText(f"text {index}", f"page {index % 9}") for index in range(200)]
+    training, held_out = split_documents(texts, 150)
+    assert len(training) == 150
+    assert not {item.document for item in training} & {item.document for item in held_out}
+    print(f"ablations OK: {len(held_out)} texts held out, the ratio is interpolated over log n")
+
+
+if __name__ == "__main__":
+    main()
