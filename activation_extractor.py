@@ -216,23 +216,24 @@ class ActivationExtractor:
         return self._cut(self._encode(texts, first_index)["input_ids"])
 
     def token_ends(
-        self, texts: Sequence[str], first_index: int = 0
+        self, texts: Sequence[str], positions: str = "word_ends", first_index: int = 0
     ) -> tuple[list[list[int]], list[dict[int, int]]]:
-        """Return the tokens of texts, and for each text character end -> token place.
+        """Return the tokens of texts, and for each text character end -> token place that may be read.
 
-        See `aligned_positions.token_ends`. Raises InputError as `tokenise`.
+        positions: `word_ends`, see `aligned_positions.token_ends`; or `last`: the last token alone,
+        and none of a text that is cut, since what is left of it ends elsewhere for other models.
+        Raises InputError as `tokenise`.
         """
-        encoded = self._encode(texts, first_index, return_offsets_mapping=True)
-        special = set(self.tokenizer.all_special_ids)
-        ends = [
-            {
-                end: place
-                for end, place in token_ends(ids, offsets, special).items()
-                if place < self.max_length
-            }
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
-        return self._cut(encoded["input_ids"]), ends
+        if positions == "last":
+            tokens = self._encode(texts, first_index)["input_ids"]
+            ends = [{len(text): len(ids) - 1} for text, ids in zip(texts, tokens, strict=True)]
+        else:
+            encoded = self._encode(texts, first_index, return_offsets_mapping=True)
+            tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            special = set(self.tokenizer.all_special_ids)
+            ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
+        kept = [{end: place for end, place in found.items() if place < self.max_length} for found in ends]
+        return self._cut(tokens), kept
 
     def extract_persona_vector(
         self,
@@ -388,6 +389,8 @@ def paired_activations(
     Raises InputError: an unknown `positions`, a tokenizer without offsets, an empty text, or an
     activation that is not finite (the text is named).
     """
+    if isinstance(texts, str):
+        raise InputError("texts is a single string; give a list of strings")
     if positions not in ("word_ends", "last"):
         raise InputError(f"positions {positions!r} is unknown; choose 'word_ends' or 'last'")
     if positions == "word_ends":
@@ -397,30 +400,21 @@ def paired_activations(
     target_layers = target.check_layers([target.layer_idx] if target_layers is None else target_layers)
     remaining, first_index = iter(texts), 0
     while window := list(islice(remaining, WINDOW)):
-        source_tokens, source_ends = _read_ends(source, window, positions, first_index)
-        target_tokens, target_ends = _read_ends(target, window, positions, first_index)
+        source_tokens, source_ends = source.token_ends(window, positions, first_index)
+        target_tokens, target_ends = target.token_ends(window, positions, first_index)
         aligned = [aligned_places(*sides) for sides in zip(source_ends, target_ends, strict=True)]
         ends, source_places, target_places = zip(*aligned, strict=True)
-        if any(ends):
-            yield PairedBatch(
-                source.extract_places(source_tokens, source_places, source_layers, first_index),
-                target.extract_places(target_tokens, target_places, target_layers, first_index),
-                torch.tensor([first_index + row for row, found in enumerate(ends) for _ in found]),
-                torch.tensor([end for found in ends for end in found]),
-                sum(map(len, source_tokens)),
-                sum(map(len, target_tokens)),
-            )
+        yield PairedBatch(
+            source.extract_places(source_tokens, source_places, source_layers, first_index),
+            target.extract_places(target_tokens, target_places, target_layers, first_index),
+            torch.tensor(
+                [first_index + row for row, found in enumerate(ends) for _ in found], dtype=torch.int64
+            ),
+            torch.tensor([end for found in ends for end in found], dtype=torch.int64),
+            sum(map(len, source_tokens)),
+            sum(map(len, target_tokens)),
+        )
         first_index += len(window)
-
-
-def _read_ends(
-    extractor: ActivationExtractor, texts: Sequence[str], positions: str, first_index: int
-) -> tuple[list[list[int]], list[dict[int, int]]]:
-    """Return the tokens of texts, and for each text character end -> token place that may be read."""
-    if positions == "word_ends":
-        return extractor.token_ends(texts, first_index)
-    tokens = extractor.tokenise(texts, first_index)
-    return tokens, [{len(text): len(ids) - 1} for text, ids in zip(texts, tokens, strict=True)]
 
 
 def split_half_cosine(positive: Tensor, negative: Tensor, n_splits: int = N_SPLITS) -> float | None:

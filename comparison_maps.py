@@ -95,7 +95,7 @@ class ComparisonMap:
         Raises InputError: as `RidgeMapping.fit`, or a rank that is missing or out of range.
         """
         self.ridge.fit(H_source, H_target, lambda_)
-        statistics = self._statistics(0)
+        statistics = self._statistics(self.ridge.seed)
         return self._set(statistics.total(), self._solver(lambda_, self._checked_rank(rank)), rank)
 
     def cross_validate(
@@ -117,13 +117,18 @@ class ComparisonMap:
         chosen = self.ridge.cross_validate(
             H_source, H_target, lambda_values, n_folds, groups, seed, criterion
         )
-        self.cross_validate_from(self.ridge, 0 if seed is None else seed)
+        self.cross_validate_from(self.ridge)
         return chosen
 
-    def cross_validate_from(self, ridge: RidgeMapping, seed: int = 0) -> "ComparisonMap":
-        """Do what `cross_validate` does, given ridge regression's on the same pairs; returns self."""
+    def cross_validate_from(self, ridge: RidgeMapping) -> "ComparisonMap":
+        """Do what `cross_validate` does, given ridge regression's on the same pairs; returns self.
+
+        Raises InputError if `ridge` has not been cross-validated, or keeps no sample to shuffle.
+        """
+        if ridge.cv is None:
+            raise InputError("the ridge mapping was not cross-validated; call its cross_validate() first")
         self.ridge = ridge
-        statistics = self._statistics(seed)
+        statistics = self._statistics(ridge.cv["seed"])
         lambda_ = ridge.cv["shuffled_best_lambda"] if self.kind == "shuffled" else ridge.lambda_
         splits = [statistics.split(fold) for fold in range(statistics.n_folds)]
         rank = self._best_rank(splits, lambda_) if self.kind == "reduced_rank" else None
@@ -176,7 +181,11 @@ class ComparisonMap:
 
     def _statistics(self, seed: int) -> PairStatistics:
         given = self.ridge.statistics
-        return shuffled_pairs(given, seed) if self.kind == "shuffled" else given
+        if self.kind != "shuffled":
+            return given
+        if len(given.sample.rows) < 2:
+            raise InputError("a shuffled map needs a sample of the pairs; n_sample is too small")
+        return shuffled_pairs(given, seed)
 
     def _set(self, total: Moments, solve: Callable[[Moments], Tensor], rank: int | None) -> "ComparisonMap":
         self.W, self.rank, self.cv = solve(total), rank, None
@@ -243,7 +252,7 @@ def procrustes(moments: Moments) -> Tensor:
 
     With the singular value decomposition X'Y = U S V', R = U V' maximises the inner product of
     X R and Y (Schoenemann 1966); the scale tr(S) / ||X R||^2 is the best one for this R.
-    Raises InputError if the source and target activations are uncorrelated.
+    Raises InputError if the source activations are constant.
     """
     U, S, Vh = torch.linalg.svd(moments.cross, full_matrices=False)
     R = U @ Vh

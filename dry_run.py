@@ -6,8 +6,11 @@ loading and preflight. A judge's cost is computed from a price and a length a ju
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
+
+import torch
 
 from evaluation import Evaluator
 from gpt_judge import TOKENS_PER_JUDGEMENT
@@ -23,7 +26,7 @@ N_TOKENS = 8
 def describe_run(experiment: "PersonaTransferExperiment") -> str:
     """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text."""
     config = experiment.config
-    n_cells = len(experiment.grid())
+    n_cells = 1 + len(experiment.personas) * len(config.methods) * len(config.alpha_values)
     n_per_cell = len(experiment.prompts) * config.n_seeds
     n_generations = n_cells * n_per_cell
     n_evaluations = (n_cells - 1 + len(experiment.personas)) * n_per_cell
@@ -31,11 +34,13 @@ def describe_run(experiment: "PersonaTransferExperiment") -> str:
     pairs, generation = _time_generation(experiment, min(config.generation_batch_size, n_generations))
     evaluation = _time_evaluation(experiment, pairs)
     minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
+    search = _describe_search(experiment) if config.layers is None else []
     n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
     price = config.judge.usd_per_million_tokens
     cost = n_judgements * TOKENS_PER_JUDGEMENT * price / 1e6
     return "\n".join(
         [
+            *search,
             f"neutral texts: {config.n_training_samples}, {tokens['source']} source and {tokens['target']} "
             f"target tokens, about {minutes[0]:.1f} min",
             f"generations: {n_generations} ({n_cells - 1} steered cells and 1 baseline, "
@@ -48,6 +53,29 @@ def describe_run(experiment: "PersonaTransferExperiment") -> str:
             "preflight",
         ]
     )
+
+
+def _describe_search(experiment: "PersonaTransferExperiment") -> list[str]:
+    """Return a line on the layer search, from the time of reading all layers and of a matrix product."""
+    config = experiment.config
+    reading, widths = 0.0, []
+    for side, layers in (
+        (experiment.source, config.search_source_layers),
+        (experiment.target, config.search_target_layers),
+    ):
+        extractor = side.extractor
+        wanted = extractor.check_layers(layers or range(len(extractor.blocks)))
+        widths.append(len(wanted) * extractor.d_model)
+        sample = [item.text for item in experiment.neutral_texts[:N_TEXTS]]
+        n_tokens = sum(len(side.tokenizer(text).input_ids) for text in sample)
+        spent = _seconds(partial(extractor.extract_layers, sample, wanted))
+        reading += spent / n_tokens * config.search_tokens
+    square = torch.ones(1024, 1024)
+    products = _seconds(lambda: square @ square) / 1024**3 * config.search_tokens * widths[0] * widths[1]
+    return [
+        f"layer search: {widths[0]} x {widths[1]} dimensions on {config.search_tokens} tokens, about "
+        f"{(reading + products) / 60:.1f} min, not in the total"
+    ]
 
 
 def _time_extraction(experiment: "PersonaTransferExperiment") -> tuple[float, dict[str, int]]:

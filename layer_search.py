@@ -30,7 +30,7 @@ from neutral_text import NeutralText
 from pair_collection import counted
 from pair_statistics import Moments
 from personas import Persona
-from ridge_mapping import HeldOutFold, assign_folds
+from ridge_mapping import HeldOutFold, assign_folds, target_weights
 from tiny_models import tiny_model, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,9 @@ def search_layers(
     """
     if len(personas) < 2:
         raise InputError(f"the layer search got {len(personas)} personas, expected 2 or more to compare")
+    unknown = set(scored) - {persona.name for persona in personas}
+    if unknown or not scored:
+        raise InputError(f"scored is {list(scored)}; name some of {[persona.name for persona in personas]}")
     source_layers = source.check_layers(source_layers or range(len(source.blocks)))
     target_layers = target.check_layers(target_layers or range(len(target.blocks)))
     sums = LayerSums(
@@ -186,6 +189,11 @@ def search_layers(
             sums.add(batch, parts[batch.text_idx])
             n_tokens["source"] += batch.n_source_tokens
             n_tokens["target"] += batch.n_target_tokens
+    if min(sums.n) < 2:
+        raise InputError(
+            f"{len(texts)} texts give {sums.n[TRAIN]} training and {sums.n[TEST]} held-out pairs, expected "
+            "2 or more of each; give more text, or use positions 'last'"
+        )
     native = {
         side: {persona.name: _difference(extractor, persona, layers, position) for persona in personas}
         for side, extractor, layers in (("source", source, source_layers), ("target", target, target_layers))
@@ -261,7 +269,7 @@ def _fit(fold: HeldOutFold, lambda_values: Sequence[float]) -> tuple[Tensor, flo
     unit = fold.train.gram.diagonal().mean().item()
     lambdas = [value * unit for value in lambda_values]
     squares = fold.test.target_gram.diagonal()
-    weights = 1 / squares.clamp(min=torch.finfo(torch.float64).tiny)
+    weights = target_weights(fold.test)
     pooled = fold.error_path(lambdas, torch.ones_like(squares)) / squares.sum()
     best = int(pooled.argmin())
     standardised = fold.error_path([lambdas[best]], weights) / (squares * weights).sum()

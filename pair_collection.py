@@ -81,7 +81,7 @@ def collect_pairs(
             ends.append(batch.end)
             n_source_tokens += batch.n_source_tokens
             n_target_tokens += batch.n_target_tokens
-    if not text_idx:
+    if not sum(map(len, text_idx)):
         raise InputError(
             f"the two tokenizers never end a token on the same character in {len(texts)} texts; "
             "use positions 'last'"

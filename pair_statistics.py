@@ -9,6 +9,7 @@ Beside the sums a uniform random sample of the pairs is kept, for what sums cann
 """
 
 import tempfile
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -81,15 +82,22 @@ class PairStatistics:
     ) -> None:
         if d_source < 1 or d_target < 1:
             raise InputError(f"widths are {d_source} and {d_target}, expected positive integers")
-        if n_folds < 2:
-            raise InputError(f"n_folds is {n_folds}, expected 2 or more")
+        for name, value, least in (("n_folds", n_folds, 2), ("n_sample", n_sample, 0)):
+            if value < least:
+                raise InputError(f"{name} is {value}, expected {least} or more")
+        outside = [item for item in (fold_of or {}).items() if item[1] not in range(n_folds)]
+        if outside:
+            raise InputError(
+                f"fold_of puts {outside[0][0]!r} in fold {outside[0][1]}; there are {n_folds} folds"
+            )
         self.d_source, self.d_target = d_source, d_target
         self.n_folds, self.seed, self.n_sample = n_folds, seed, n_sample
         self.fold_of: dict[Hashable, int] = dict(fold_of or {})
         self.groups: set[Hashable] = set()
         self.n_ungrouped = 0
         self.pilot: Tensor | None = None
-        self._random = np.random.default_rng(seed)
+        self._entropy: list[int] = []
+        self._n_drawn = 0
         width = d_source + d_target
         self.n = torch.zeros(n_folds, dtype=torch.int64)
         self.sums = torch.zeros(n_folds, width, dtype=torch.float64)
@@ -136,6 +144,8 @@ class PairStatistics:
             return self
         if self.pilot is None:
             self.pilot = torch.cat([_double(H_source).mean(0), _double(H_target).mean(0)])
+        if not self._entropy:  # of this accumulation alone, so that workers' samples are independent
+            self._entropy = [self.seed, zlib.crc32(_double(H_source[0]).numpy().tobytes())]
         folds = self._assign(len(H_source), labels, folds)
         self._keep_sample(H_source, H_target, folds)
         for start in range(0, len(folds), CHUNK):
@@ -178,7 +188,8 @@ class PairStatistics:
             self.products[fold] += moved
             self.sums[fold] += other.sums[fold] + n * shift
         self.n += other.n
-        self.fold_of.update(other.fold_of)
+        seen_there = {group: other.fold_of[group] for group in other.groups}
+        self.fold_of = {**other.fold_of, **self.fold_of, **seen_there}
         self.groups |= other.groups
         self.n_ungrouped += other.n_ungrouped
         return self
@@ -219,7 +230,7 @@ class PairStatistics:
 
     def content(self) -> dict[str, Any]:
         """Return everything as tensors, numbers and lists."""
-        state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_SUMS)}
+        state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_SUMS, "_entropy", "_n_drawn")}
         return {**state, "groups": list(self.groups), "sample": dict(self._settle_sample())}
 
     @classmethod
@@ -232,14 +243,13 @@ class PairStatistics:
         """Make an accumulation from what `content` returned; `add` may go on."""
         try:
             statistics = cls(**{key: content[key] for key in _ARGUMENTS})
-            for key in _SUMS:
+            for key in (*_SUMS, "_entropy", "_n_drawn"):
                 setattr(statistics, key, content[key])
             statistics.groups = set(content["groups"])
             statistics._pending = [dict(content["sample"])]
             statistics._settle_sample()
         except (KeyError, TypeError) as error:
             raise InputError(f"{name} does not hold pair statistics ({error})") from error
-        statistics._random.random(statistics.n_pairs)  # what the pairs added so far have used
         return statistics
 
     def check_pairs(self, H_source: Tensor, H_target: Tensor, labels: list[Hashable] | None = None) -> None:
@@ -308,7 +318,9 @@ class PairStatistics:
 
     def _keep_sample(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
         """Keep the pairs with the smallest random numbers, one of which each pair draws in its turn."""
-        priorities = torch.from_numpy(self._random.random(len(folds)))
+        random = np.random.Generator(np.random.PCG64(self._entropy).advance(self._n_drawn))
+        priorities = torch.from_numpy(random.random(len(folds)))
+        self._n_drawn += len(folds)
         chosen = (priorities < self._worst_kept).nonzero().flatten()
         self._pending.append(
             {
@@ -374,13 +386,15 @@ def _double(values: Tensor) -> Tensor:
     return values.detach().double().cpu()
 
 
-def group_labels(groups: Sequence[Hashable] | Tensor | None, n: int) -> list[Hashable] | None:
+def group_labels(groups: Sequence[Hashable] | Tensor | np.ndarray | None, n: int) -> list[Hashable] | None:
     if groups is None:
         return None
     if len(groups) != n:
         raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
-    # The elements of a tensor are all different as dictionary keys.
-    return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    # The elements of a tensor are all different as dictionary keys, and those of an array cannot be saved.
+    if isinstance(groups, Tensor | np.ndarray):
+        return groups.tolist()
+    return [group.item() if isinstance(group, np.generic) else group for group in groups]
 
 
 def main() -> None:

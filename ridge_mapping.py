@@ -137,6 +137,8 @@ class RidgeMapping:
         self.statistics = PairStatistics(d_source, d_target, n_folds, seed, fold_of)
         self.d_source = d_source
         self.d_target = d_target
+        self.n_folds = n_folds
+        self.seed = seed
         self.lambda_unit = lambda_unit
         self.W: Tensor | None = None
         self.source_mean: Tensor | None = None
@@ -151,7 +153,9 @@ class RidgeMapping:
     @classmethod
     def from_statistics(cls, statistics: PairStatistics, lambda_unit: str = "absolute") -> "RidgeMapping":
         """Make a map, not fitted yet, on pairs that were summed before. The statistics are shared."""
-        mapping = cls(statistics.d_source, statistics.d_target, lambda_unit)
+        mapping = cls(
+            statistics.d_source, statistics.d_target, lambda_unit, statistics.n_folds, statistics.seed
+        )
         mapping.statistics = statistics
         return mapping
 
@@ -178,7 +182,7 @@ class RidgeMapping:
         """
         _check_lambda(lambda_)
         if H_source is not None or H_target is not None:
-            self.replace_pairs(H_source, H_target, self.statistics.n_folds, None, 0, split=False)
+            self.replace_pairs(H_source, H_target, self.n_folds, None, self.seed, split=False)
         moments = self.statistics.total()
         self.lambda_, self.lambda_absolute = float(lambda_), self.absolute_lambda(lambda_, moments.gram)
         self.W = solve_ridge(moments, self.lambda_absolute)
@@ -202,7 +206,7 @@ class RidgeMapping:
         """Choose lambda by held-out error, then fit on all pairs at the best one.
 
         With pairs, these replace the ones given before; n_folds, groups and seed say how to
-        split them (5 folds unless told). Without, the folds of `partial_fit` are used.
+        split them (those of the constructor unless told). Without, the folds of `partial_fit` are used.
         groups: a document id for each row; a document is never split over folds.
         criterion: `pooled`: squared error over all target dimensions, which those of large
             variance dominate; `standardised`: every target dimension scaled to variance 1.
@@ -215,7 +219,8 @@ class RidgeMapping:
         if criterion not in CRITERIA:
             raise InputError(f"criterion {criterion!r} is unknown; choose {' or '.join(CRITERIA)}")
         given = self.statistics
-        n_folds, seed = n_folds or given.n_folds, given.seed if seed is None else seed
+        n_folds = self.n_folds if n_folds is None else n_folds
+        seed = self.seed if seed is None else seed
         if H_source is not None or H_target is not None:
             self.replace_pairs(H_source, H_target, n_folds, groups, seed)
         elif groups is not None or n_folds != given.n_folds:
@@ -247,6 +252,7 @@ class RidgeMapping:
             "best_at_edge": at_edge,
             "n_rows": total.n,
             "n_folds": self.statistics.n_folds,
+            "seed": seed,
             "fold_sizes": self.statistics.n.tolist(),
             "n_groups": self.statistics.n_groups,
             "errors": dict(zip(values, (pooled / n_values).tolist(), strict=True)),
@@ -416,17 +422,18 @@ class RidgeMapping:
             "best_r2_median_dimension": summary["r2_median_dimension"],
             "best_r2_per_dimension": summary["r2_per_dimension"],
             "n_constant_dimensions": summary["n_constant_dimensions"],
-            "best_r2_per_component": (1 - residual / total.clamp(min=_TINY)).tolist(),
+            "best_r2_per_component": _r2_of_axes(residual, total).tolist(),
             "component_variance": (total / total.sum()).tolist(),
             "retrieval_accuracy": summary["retrieval_accuracy"],
             "retrieval_n": summary["retrieval_n"],
         }
 
     def _shuffled_control(self, values: Sequence[float], seed: int) -> dict[str, Any]:
-        """Return the best held-out R2 when the sample's target rows are shuffled."""
+        """Return the best held-out R2 when the sample's target rows are shuffled; None without a sample."""
+        if len(self.statistics.sample.rows) < 2:
+            return {"shuffled_r2": None, "shuffled_best_lambda": None, "shuffled_n": 0}
         shuffled = shuffled_pairs(self.statistics, seed)
-        n_folds = shuffled.n_folds
-        folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(n_folds)]
+        folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(shuffled.n_folds)]
         ones = torch.ones(self.d_target, dtype=torch.float64)
         errors, total = self._error_path(folds, values, ones)
         best = int(errors.argmin())
@@ -464,7 +471,6 @@ _SAVED = (
     "gram_eigenvalues",
     "cv",
 )
-_TINY = torch.finfo(torch.float64).tiny
 
 
 def solve_ridge(moments: Moments, lambda_absolute: float) -> Tensor:
@@ -559,6 +565,12 @@ def assign_folds(
         folds[group] = smallest
         sizes[smallest] += len(group)
     return folds
+
+
+def _r2_of_axes(residual: Tensor, total: Tensor) -> Tensor:
+    """Return the R2 of principal axes; 0 for one without variance, which nothing can predict."""
+    varying = total > torch.finfo(torch.float64).eps * total.max()
+    return torch.where(varying, 1 - residual / total.where(varying, 1.0), 0.0)
 
 
 def _summed(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
 N_THREADS = torch.get_num_threads()
+SENTENCES = [
+    "the cat sat on the mat",
+    "a dog ran in the park",
+    "the naïve café was closed on the day",
+    "the dog and the cat ran on a day in the café",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +38,57 @@ def all_threads():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """One token for each word of SENTENCES, <unk> for other words; no token comes first."""
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "<pad>", "<eos>"]
+    words.train_from_iterator(
+        SENTENCES, trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    )
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=CONTEXT, **names)
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer():
+    """Byte-level with a few merges; " 🙂" is 3 tokens, the first of which ends inside the character."""
+    merges = "t h,th e,Ġ the,a t,c at,Ġ cat,o g,d og,Ġ dog,Ġ ð,Ġð Ł,c a,ca f".split(",")
+    symbols = ["<bos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    symbols += [pair.replace(" ", "") for pair in merges]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    merged = Tokenizer(models.BPE(vocabulary, [tuple(pair.split()) for pair in merges]))
+    merged.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merged.decoder = decoders.ByteLevel()
+    merged.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    names = {"bos_token": "<bos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=merged, model_max_length=CONTEXT, **names)
+
+
+class CharacterTokenizer(PreTrainedTokenizer):
+    """Written in Python, so it gives no offsets; one token for each character."""
+
+    vocab_size = 256
+
+    def get_vocab(self):
+        return {chr(code): code for code in range(256)}
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return min(ord(token), 255)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+
+@pytest.fixture(scope="session")
+def slow_tokenizer():
+    return CharacterTokenizer(pad_token="\x00", unk_token="\x01", model_max_length=CONTEXT)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from activation_extractor import (
     ActivationExtractor,
     massive_dimensions,
     measure_residual_norm,
+    paired_activations,
     split_half_cosine,
 )
 from errors import InputError
@@ -17,6 +18,13 @@ from tiny_models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_token
 
 TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text.", "x", "Words, words."]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+PAIR_TEXTS = [
+    "the cat sat on the mat",
+    "zebra",
+    "a dog ran, the naïve café on 🙂 the mat",
+    "the dog and the cat: a day in the park",
+]
+PAIR_CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -291,3 +299,225 @@ def test_an_error_inside_the_model_leaves_no_hook(tokenizer):
     with pytest.raises(RuntimeError, match="shapes"):
         ActivationExtractor(model, tokenizer, 2).extract("good")
     assert n_hooks(model) == 0
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return tiny_model("gpt2", seed=1, n_embd=48, vocab_size=300)
+
+
+@pytest.fixture(params=["word_tokenizer", "bpe_tokenizer"])
+def other_tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def sides(llama, gpt2, tokenizer, other_tokenizer):
+    """A source that reads bytes and a target of another width that reads words or parts of them."""
+    return ActivationExtractor(llama, tokenizer, 1), ActivationExtractor(gpt2, other_tokenizer, 2)
+
+
+def by_place(batches, source_layer=1, target_layer=2):
+    """(text, end) -> the two activations."""
+    return {
+        place: rows
+        for batch in batches
+        for *rows, place in zip(
+            batch.H_source[source_layer],
+            batch.H_target[target_layer],
+            zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True),
+            strict=True,
+        )
+    }
+
+
+def assert_same_pairs(found, expected):
+    assert found.keys() == expected.keys()
+    for place, rows in expected.items():
+        for one, other in zip(found[place], rows, strict=True):
+            assert_close(one, other, **PAIR_CLOSE)
+
+
+def test_a_pair_is_what_both_models_say_of_the_text_up_to_there(sides):
+    """Wherever the text up to there, alone, gives the same tokens."""
+    found, n_checked = by_place(paired_activations(*sides, PAIR_TEXTS)), [0, 0]
+    for (index, end), rows in found.items():
+        texts = PAIR_TEXTS[index], PAIR_TEXTS[index][:end]
+        for side, extractor in enumerate(sides):
+            whole, prefix = (extractor.tokenizer(text).input_ids for text in texts)
+            if whole[: len(prefix)] == prefix:
+                n_checked[side] += 1
+                assert_close(rows[side], extractor.extract(texts[1]), **PAIR_CLOSE)
+    assert n_checked[0] == len(found) > 15
+    assert n_checked[1] > 0.8 * len(found)
+
+
+def test_pairs_are_where_both_sides_end_a_known_word(llama, gpt2, tokenizer, word_tokenizer):
+    """Neither a word that is <unk> nor the first word, which has no special token before it."""
+    source, target = ActivationExtractor(llama, tokenizer, 1), ActivationExtractor(gpt2, word_tokenizer, 2)
+    (batch,) = paired_activations(source, target, PAIR_TEXTS[:3])
+    assert batch.text_idx.tolist() == [0] * 5 + [2] * 8
+    assert batch.end.tolist() == [7, 11, 14, 18, 22, 5, 9, 14, 20, 25, 28, 34, 38]
+    assert (batch.H_source[1].shape, batch.H_target[2].shape) == ((13, D_MODEL), (13, 48))
+    assert batch.H_source[1].dtype == batch.H_target[2].dtype == torch.float32
+
+
+def test_a_place_inside_a_character_gives_no_pair(llama, gpt2, tokenizer, bpe_tokenizer):
+    text = "né 🙂 ø"
+    source, target = ActivationExtractor(llama, tokenizer, 1), ActivationExtractor(gpt2, bpe_tokenizer, 2)
+    (batch,) = paired_activations(source, source, [text], target_layers=[2])
+    assert batch.end.tolist() == list(range(1, len(text) + 1))
+    assert batch.n_source_tokens == 1 + len(text.encode())
+    (batch,) = paired_activations(source, target, [text])
+    assert batch.end.tolist() == [1, 2, 4, 5, 6], "a token covers the space and the first bytes of 🙂"
+
+
+@pytest.mark.parametrize(
+    ("with_bos", "ends", "places"), [(True, [1, 2, 8, 9], [1, 2, 4, 5]), (False, [2, 8, 9], [1, 3, 4])]
+)
+def test_no_special_or_first_token_is_read(llama, with_bos, ends, places):
+    tokenizer = tiny_tokenizer()
+    if not with_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    extractor = ActivationExtractor(llama, tokenizer, 1)
+    (batch,) = paired_activations(extractor, extractor, ["ab<eos>cd"])
+    assert batch.end.tolist() == ends
+    expected = recorded(llama, tokenizer("ab<eos>cd").input_ids, 1)[places]
+    assert_close(batch.H_source[1], expected, **PAIR_CLOSE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_and_order_of_texts_change_no_pair(sides, batch_size):
+    expected = by_place(paired_activations(*sides, PAIR_TEXTS))
+    for extractor in sides:
+        extractor.batch_size = batch_size
+    order = [2, 0, 3, 1]
+    found = by_place(paired_activations(*sides, [PAIR_TEXTS[index] for index in order]))
+    assert_same_pairs({(order[row], end): rows for (row, end), rows in found.items()}, expected)
+
+
+@pytest.mark.parametrize("positions", ["word_ends", "last"])
+def test_texts_are_read_as_they_are_needed_and_counted_over_all_windows(sides, positions):
+    read = []
+
+    def texts():
+        for number in range(130):
+            read.append(number)
+            yield ["the cat", "a dog ran"][number % 2]
+
+    batches = paired_activations(*sides, texts(), positions)
+    assert read == []
+    text_idx = [(next(batches).text_idx, len(read)) for _ in range(3)]
+    assert [n_read for _, n_read in text_idx] == [64, 128, 130]
+    assert next(batches, None) is None
+    numbers = [number for found, _ in text_idx for number in found.unique().tolist()]
+    assert numbers == list(range(130))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_last_pairs_the_last_tokens_of_any_tokenizer(
+    llama, gpt2, tokenizer, bpe_tokenizer, slow_tokenizer, slow
+):
+    source = ActivationExtractor(llama, tokenizer, 1)
+    target = ActivationExtractor(gpt2, slow_tokenizer if slow else bpe_tokenizer, 2)
+    (batch,) = paired_activations(source, target, iter(PAIR_TEXTS), positions="last")
+    assert batch.text_idx.tolist() == [0, 1, 2, 3]
+    assert batch.end.tolist() == [len(text) for text in PAIR_TEXTS]
+    assert_close(batch.H_source[1], source.extract_batch(PAIR_TEXTS), **PAIR_CLOSE)
+    assert_close(batch.H_target[2], target.extract_batch(PAIR_TEXTS), **PAIR_CLOSE)
+
+
+def test_several_layers_in_one_pass_equal_separate_passes(sides):
+    together = list(paired_activations(*sides, PAIR_TEXTS, source_layers=[3, 0], target_layers=[1, 2, 1]))
+    assert [(list(batch.H_source), list(batch.H_target)) for batch in together] == [([0, 3], [1, 2])]
+    for source_layer in (0, 3):
+        for target_layer in (1, 2):
+            separate = paired_activations(
+                *sides, PAIR_TEXTS, source_layers=[source_layer], target_layers=[target_layer]
+            )
+            assert_same_pairs(
+                by_place(together, source_layer, target_layer), by_place(separate, source_layer, target_layer)
+            )
+
+
+def test_texts_on_which_nothing_aligns_give_no_pair(llama, gpt2, tokenizer, word_tokenizer):
+    source, target = ActivationExtractor(llama, tokenizer, 1), ActivationExtractor(gpt2, word_tokenizer, 2)
+    (none,) = paired_activations(source, target, ["zebra", "the", "zebra!"])
+    assert (none.H_source[1].shape, none.H_target[2].shape) == ((0, 32), (0, gpt2.config.n_embd))
+    assert none.n_source_tokens > 0
+    texts = ["zebra"] * 64 + ["the", "the cat", "zebra"]
+    assert list(by_place(paired_activations(source, target, texts))) == [(65, 7)]
+    assert list(paired_activations(source, target, [])) == []
+
+
+@pytest.mark.parametrize(("source_length", "target_length"), [(9, None), (None, 4), (9, 4)])
+def test_texts_that_are_cut_give_the_pairs_within_what_both_read(sides, source_length, target_length):
+    expected = by_place(paired_activations(*sides, PAIR_TEXTS))
+    reach = {}
+    for extractor, length in zip(sides, (source_length, target_length), strict=True):
+        extractor.max_length = length or extractor.max_length
+        for index, text in enumerate(PAIR_TEXTS):
+            offsets = extractor.tokenizer(text, return_offsets_mapping=True).offset_mapping
+            end = offsets[: extractor.max_length][-1][1]
+            reach[index] = min(end, reach.get(index, end))
+    n_cut = sides[0].n_truncated
+    found = by_place(paired_activations(*sides, PAIR_TEXTS))
+    kept = {(index, end): rows for (index, end), rows in expected.items() if end <= reach[index]}
+    assert_same_pairs(found, kept)
+    assert 0 < len(kept) < len(expected)
+    assert sides[0].n_truncated - n_cut == (3 if source_length else 0)
+
+
+def test_a_cut_text_gives_no_pair_of_last_tokens(llama, tokenizer):
+    """What is left of it could end elsewhere in the other model."""
+    extractor = ActivationExtractor(llama, tokenizer, 1, max_length=9)
+    (batch,) = paired_activations(extractor, extractor, PAIR_TEXTS[:2], positions="last")
+    assert (batch.text_idx.tolist(), batch.end.tolist()) == ([1], [len(PAIR_TEXTS[1])])
+
+
+def test_tokens_are_counted_for_each_side(sides):
+    (batch,) = paired_activations(*sides, PAIR_TEXTS)
+    n_tokens = [sum(map(len, extractor.tokenizer(PAIR_TEXTS).input_ids)) for extractor in sides]
+    assert [batch.n_source_tokens, batch.n_target_tokens] == n_tokens
+    assert [extractor.n_tokens for extractor in sides] == n_tokens
+
+
+@pytest.mark.parametrize("positions", ["word_ends", "last"])
+def test_an_empty_text_is_named_by_its_number_over_all_windows(sides, positions):
+    texts = (text for text in ["the cat"] * 70 + [" \n"])
+    with pytest.raises(InputError, match="text 70 is empty"):
+        list(paired_activations(*sides, texts, positions))
+
+
+@pytest.mark.parametrize("positions", ["word_ends", "last"])
+def test_a_pair_that_is_not_finite_names_its_text(gpt2, tokenizer, bpe_tokenizer, positions):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("z").input_ids[-1]] = float("nan")
+    sides = ActivationExtractor(model, tokenizer, 1), ActivationExtractor(gpt2, bpe_tokenizer, 2)
+    texts = ["the cat"] * 66 + ["a zebra"]
+    for order in (sides, sides[::-1]):
+        with pytest.raises(InputError, match="text 66 gives an activation that is not finite"):
+            list(paired_activations(*order, texts, positions))
+    assert n_hooks(model) == n_hooks(gpt2) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "mean"}, "positions 'mean' is unknown; choose 'word_ends' or 'last'"),
+        ({"source_layers": [N_LAYERS]}, r"layer_idx 4 .*\(0 to 3\)"),
+        ({"target_layers": []}, "list of layers is empty"),
+    ],
+)
+def test_bad_options_for_pairs_are_refused(sides, options, message):
+    with pytest.raises(InputError, match=message):
+        next(paired_activations(*sides, PAIR_TEXTS, **options))
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_word_ends_need_offsets_on_both_sides(llama, tokenizer, slow_tokenizer, side):
+    sides = {name: ActivationExtractor(llama, tokenizer, 1) for name in ("source", "target")}
+    sides[side] = ActivationExtractor(llama, slow_tokenizer, 1)
+    with pytest.raises(InputError, match=f"the {side}'s tokenizer .*use positions 'last'"):
+        next(paired_activations(**sides, texts=PAIR_TEXTS))

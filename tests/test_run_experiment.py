@@ -447,6 +447,14 @@ def test_auto_layers_are_searched_for_once_and_used(settings, tmp_path, caplog):
     assert (tmp_path / "out" / "layer_search.png").stat().st_size > 10_000
 
 
+def test_dry_run_does_not_search(settings, tmp_path, capsys):
+    auto = {**settings, "layer_idx": "auto", "search_source_layers": [1, 2]}
+    del auto["source_layer_idx"], auto["target_layer_idx"]
+    assert run(tmp_path / "out", auto, "--dry-run") == 0
+    assert "layer search: 64 x 192 dimensions on 50000 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_layer_ablation_steers_at_every_pair_and_resumes(settings, tmp_path, monkeypatch):
     ablation = {**settings, "ablation_layer_pairs": [[0, 3], [2, 1]], "methods": ["ridge_mapped", "shuffled"]}
     assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
@@ -658,6 +666,8 @@ PROMPT = "The first thing I do is"
     ("change", "named"),
     [
         ({"layer_ix": 3}, "did you mean 'layer_idx'"),
+        ({"layer_idx": "auto"}, "leave out source_layer_idx"),
+        ({"layer_idx": "deep"}, "0 or more, or 'auto'"),
         ({"source_layer_idx": 4}, "layer_idx 4 is out of range: the model has 4 decoder blocks"),
         ({"target_layer_idx": 99}, "layer_idx 99 is out of range"),
         ({"persona_datasets": ONE_SIDED}, "'x' has no negative texts"),

@@ -1,0 +1,122 @@
+"""Collected sums equal those of the pairs added by hand; documents stay whole; counts are what was read."""
+
+import pytest
+import torch
+
+from activation_extractor import ActivationExtractor, paired_activations
+from errors import InputError
+from neutral_text import NeutralText
+from pair_collection import collect_pairs
+from pair_statistics import PairStatistics
+from tiny_models import D_MODEL, tiny_model
+
+PASSAGES = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
+TEXTS = [NeutralText(PASSAGES[row % 4], f"doc {row * 5 % 11}") for row in range(70)]
+LAYER_PAIRS = [(1, 2), (3, 0)]
+
+
+@pytest.fixture(scope="module")
+def sides(llama, tokenizer, word_tokenizer):
+    target = tiny_model("gpt2", seed=1, n_embd=48)
+    return ActivationExtractor(llama, tokenizer, 0), ActivationExtractor(target, word_tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def collected(sides):
+    return collect_pairs(*sides, TEXTS, LAYER_PAIRS, n_folds=4, seed=3)
+
+
+def documents_of(collected):
+    return [TEXTS[index].document for index in collected.text_idx.tolist()]
+
+
+def test_sums_equal_adding_the_pairs_by_hand(sides, collected):
+    fold_of = dict(
+        zip(documents_of(collected), collected.statistics[1, 2].sample.folds.tolist(), strict=True)
+    )
+    texts, place = [item.text for item in TEXTS], []
+    by_hand = {pair: PairStatistics(D_MODEL, 48, 4, 3, fold_of) for pair in LAYER_PAIRS}
+    for batch in paired_activations(*sides, texts, "word_ends", [1, 3], [2, 0]):
+        groups = [TEXTS[index].document for index in batch.text_idx.tolist()]
+        place += zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)
+        for (source_layer, target_layer), statistics in by_hand.items():
+            statistics.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
+    assert list(zip(collected.text_idx.tolist(), collected.end.tolist(), strict=True)) == place
+    assert list(collected.statistics) == LAYER_PAIRS
+    for pair, expected in by_hand.items():
+        found = collected.statistics[pair]
+        assert torch.equal(found.sample.H_target, expected.sample.H_target)
+        for fold in range(4):
+            for one, other in zip(found.split(fold), expected.split(fold), strict=True):
+                assert torch.allclose(one.cross, other.cross, rtol=0, atol=1e-9)
+                assert torch.allclose(one.target_gram, other.target_gram, rtol=0, atol=1e-9)
+
+
+def test_documents_are_never_split_and_folds_are_those_of_every_layer_pair(collected):
+    folds = [statistics.sample.folds for statistics in collected.statistics.values()]
+    assert torch.equal(*folds)
+    by_document = set(zip(documents_of(collected), folds[0].tolist(), strict=True))
+    assert len(by_document) == len({document for document, _ in by_document}) == 11
+    assert {fold for _, fold in by_document} == set(range(4))
+    assert {statistics.n_groups for statistics in collected.statistics.values()} == {11}
+
+
+def test_counts_and_fraction_aligned_are_what_was_read(sides, collected):
+    """Of the words of a text, all but the first, and of the texts, all but the 18 "zebra"."""
+    n_words = sum(len(item.text.split()) for item in TEXTS)
+    n_bytes = sum(1 + len(item.text.encode()) for item in TEXTS)
+    expected = {
+        "n_pairs": n_words - len(TEXTS),
+        "fraction_aligned": (n_words - len(TEXTS)) / n_words,
+        "n_texts": 70,
+        "n_texts_without_pairs": 18,
+        "n_source_tokens": n_bytes,
+        "n_target_tokens": n_words,
+    }
+    assert collected.report() == expected
+    assert {statistics.n_pairs for statistics in collected.statistics.values()} == {expected["n_pairs"]}
+
+
+def test_order_of_texts_does_not_change_the_fraction_aligned(sides):
+    texts = [NeutralText("zebra zebra", f"z {number}") for number in range(64)] + TEXTS[:10]
+    fractions = [collect_pairs(*sides, order, [(1, 2)]).fraction_aligned for order in (texts, texts[::-1])]
+    assert fractions[0] == pytest.approx(fractions[1])
+
+
+def test_last_gives_one_pair_for_each_text(sides):
+    found = collect_pairs(*sides, TEXTS[:20], [(1, 2)], positions="last")
+    assert found.text_idx.tolist() == list(range(20))
+    assert found.end.tolist() == [len(item.text) for item in TEXTS[:20]]
+    expected = sides[1].extract_layers([item.text for item in TEXTS[:20]], [2])[2]
+    assert torch.allclose(found.statistics[1, 2].sample.H_target, expected, rtol=0, atol=1e-5)
+
+
+def test_the_seed_alone_decides_the_folds(sides):
+    folds = [
+        collect_pairs(*sides, TEXTS, [(1, 2)], n_folds=4, seed=seed).statistics[1, 2].sample.folds
+        for seed in (3, 3, 4)
+    ]
+    assert torch.equal(folds[0], folds[1])
+    assert not torch.equal(folds[0], folds[2])
+
+
+def test_a_layer_pair_named_twice_is_summed_once(sides, collected):
+    again = collect_pairs(*sides, TEXTS, [(1, 2), (1, 2)], n_folds=4, seed=3)
+    assert again.statistics[1, 2].n_pairs == collected.statistics[1, 2].n_pairs
+    assert len(again.statistics) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "layer_pairs", "message"),
+    [
+        (TEXTS[:3], [(1, 2)], "5 folds over 3 groups"),
+        ([NeutralText("the cat", "one")] * 9, [(1, 2)], "5 folds over 1 groups"),
+        ([NeutralText("zebra", str(row)) for row in range(9)], [(1, 2)], "in 9 texts; use positions 'last'"),
+        (TEXTS, [], "list of layers is empty"),
+        (TEXTS, [(1, 9)], r"layer_idx 9 .*\(0 to 3\)"),
+        ([*TEXTS, NeutralText(" ", "x")], [(1, 2)], "text 70 is empty"),
+    ],
+)
+def test_texts_that_give_no_sums_are_refused(sides, texts, layer_pairs, message):
+    with pytest.raises(InputError, match=message):
+        collect_pairs(*sides, texts, layer_pairs)
