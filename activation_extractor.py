@@ -332,9 +332,10 @@ class ActivationExtractor:
         self, tokens: list[Sequence[int]], places: list[Sequence[int]], layers: list[int]
     ) -> Sequence[Tensor]:
         """Return for each text of a batch (places, layers, d) float32 on the CPU."""
-        padded, mask = pad_tokens(tokens, pad_token_id(self.tokenizer), "right", self.model.device)
+        padded, _ = pad_tokens(tokens, pad_token_id(self.tokenizer), "right", self.model.device)
+        # Padding on the right is hidden by causality. Without a mask, attention takes its fast path.
         with recorded_blocks(self.blocks, layers) as recorded:
-            self.model(input_ids=padded, attention_mask=mask, use_cache=False)
+            self.model(input_ids=padded, use_cache=False)
         rows = torch.tensor([row for row, kept in enumerate(places) for _ in kept], dtype=torch.int64)
         columns = torch.tensor([place for kept in places for place in kept], dtype=torch.int64)
         taken = []
