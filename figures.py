@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -151,8 +152,10 @@ def _draw_maps(panel: Axes, maps: Sequence[Mapping[str, Any]]) -> None:
         panel.bar([index + 0.27 * (place - 1) for index in range(len(maps))], heights, 0.25, label=label)
     panel.axhline(0, color="grey", linewidth=0.8)
     panel.set_xticks(range(len(maps)), names, fontsize=8)
-    panel.set(ylim=(min(-0.05, *(row["r2"] for row in maps)) if maps else None, 1), title="Maps compared")
-    panel.legend(fontsize=8)
+    lowest = min(-0.05, *(min(row["r2"], row["r2_standardised"]) for row in maps))
+    cut = ", bars cut at −0.5" if lowest < -0.5 else ""
+    panel.set(ylim=(max(-0.5, lowest), 1.15), title=f"Maps compared{cut}")
+    panel.legend(fontsize=8, ncols=3, loc="upper center")
 
 
 def layer_search_figure(search: Mapping[str, Any]) -> Figure:
@@ -248,6 +251,7 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
             if metric.endswith("perplexity"):
                 panel.set_yscale("log")
                 panel.invert_yaxis()
+                _number_plainly(panel.yaxis)
         panels[0][column].set_title(persona, fontsize=10)
         panels[1][column].set_xlabel("layer pair, source → target")
     panels[0][0].set_ylabel(f"{coherence.replace('_', ' ')} (coherent ↑)")
@@ -328,14 +332,19 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _number_plainly(axis: Axis) -> None:
+    """Label a logarithmic axis with 20, 30, 50 and the like instead of powers."""
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(ticker.ScalarFormatter())
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def _draw_persona(panel: Axes, entries: list[Mapping[str, Any]], coherence: str, trait: str) -> None:
     perplexity = coherence.endswith("perplexity")
     if perplexity:
         panel.set_xscale("log")
         panel.invert_xaxis()
-        panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
-        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-        panel.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
+        _number_plainly(panel.xaxis)
     for condition in dict.fromkeys(entry["condition"] for entry in entries):
         points = sorted(
             (entry for entry in entries if entry["condition"] == condition),
