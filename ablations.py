@@ -129,15 +129,18 @@ def ablate_samples(experiment: "PersonaTransferExperiment") -> str:
         "layers": list(experiment.layers),
         "n_held_out_texts": len(held_out),
         "points": state["points"],
-        "forward_pass_ratio": forward_pass_ratio(state["points"]),
+        "forward_pass_ratio": {tested: forward_pass_ratio(state["points"], tested) for tested in POSITIONS},
     }
     save_json(path, content)
     save_figure(sample_ablation_figure(content), experiment.output_dir / "figure3.png", run.fingerprint)
-    ratio = content["forward_pass_ratio"]
-    reached = "not reached" if ratio["factor"] is None else f"{ratio['factor']:.3f} of the texts"
+    reached = [
+        f"{'not reached' if ratio['factor'] is None else format(ratio['factor'], '.3f')} on {tested} (R2 "
+        f"{ratio['r2']:.3f})"
+        for tested, ratio in content["forward_pass_ratio"].items()
+    ]
     return (
-        f"R2 of last tokens of {samples[-1]} texts ({ratio['r2']:.3f}) takes {reached} with every aligned "
-        f"position, {path}"
+        f"texts that every aligned position needs for what last tokens of {samples[-1]} texts reach: "
+        f"{', '.join(reached)}, {path}"
     )
 
 
@@ -219,25 +222,37 @@ class _SampleRun:
             self._add_rows(sums["last"], batch, documents, last)
 
     def measure(self, state: dict[str, Any], positions: str) -> dict[str, Any]:
-        """Return what the map fitted on the texts so far predicts of the held-out ones."""
+        """Return how well the map fitted on the texts so far predicts the held-out ones.
+
+        Tested on their last tokens, which favours a map of last tokens, and on all their positions.
+        """
         config = self.experiment.config
         mapping = RidgeMapping.from_statistics(state["training"][positions], config.lambda_unit)
         mapping.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
-        # Every held-out pair counts, at every aligned position: what the map is for.
-        test = state["held_out"]["word_ends"].around(mapping.source_mean, mapping.target_mean)
-        residual, total = residual_squares(test, mapping.W)
-        weights = target_weights(test)
-        found = {
+        found: dict[str, Any] = {
             "positions": positions,
             "n_texts": state["n_texts"],
             "n_pairs": mapping.n,
             "lambda": mapping.lambda_,
             "df": mapping.analyze()["df"],
-            "mse": (residual.sum() / (test.n * len(residual))).item(),
-            "r2": 1 - (residual.sum() / total.sum()).item(),
-            "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
+            "held_out": {},
         }
-        logger.info("%(n_texts)d texts, %(positions)s: %(n_pairs)d pairs, held-out R2 %(r2).3f", found)
+        for tested, sums in state["held_out"].items():
+            test = sums.around(mapping.source_mean, mapping.target_mean)
+            residual, total = residual_squares(test, mapping.W)
+            weights = target_weights(test)
+            found["held_out"][tested] = {
+                "mse": (residual.sum() / (test.n * len(residual))).item(),
+                "r2": 1 - (residual.sum() / total.sum()).item(),
+                "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
+            }
+        logger.info(
+            "%d texts, %s: %d pairs, R2 of held-out last tokens %.3f, of all held-out positions %.3f",
+            found["n_texts"],
+            positions,
+            found["n_pairs"],
+            *(found["held_out"][tested]["r2"] for tested in POSITIONS),
+        )
         return found
 
     def _empty(self) -> dict[str, PairStatistics]:
@@ -259,15 +274,20 @@ class _SampleRun:
         sums.add(batch.H_source[source_layer][kept], batch.H_target[target_layer][kept], chosen)
 
 
-def forward_pass_ratio(points: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def forward_pass_ratio(points: Sequence[dict[str, Any]], tested: str) -> dict[str, float | None]:
     """Return how few texts give every-position maps the R2 that last tokens of all texts give.
 
+    tested: which held-out pairs count, `last` or `word_ends`.
     r2: of the last-token map of the largest sample. n_texts: texts with which `word_ends` reaches it,
     interpolated between points over the logarithm of n. factor: n_texts over the largest sample;
     an upper bound if already the smallest sample is better, and None if the largest is not.
     """
     curves = {
-        name: sorted((point["n_texts"], point["r2"]) for point in points if point["positions"] == name)
+        name: sorted(
+            (point["n_texts"], point["held_out"][tested]["r2"])
+            for point in points
+            if point["positions"] == name
+        )
         for name in POSITIONS
     }
     largest, wanted = curves["last"][-1]
@@ -290,9 +310,16 @@ def _passed(samples: Sequence[int], n_texts: int) -> int:
 
 def main() -> None:
     """Check the interpolation of the ratio and that documents are never on both sides."""
-    points = [{"positions": "last", "n_texts": n, "r2": r2} for n, r2 in ((100, 0.1), (1000, 0.4))]
-    points += [{"positions": "word_ends", "n_texts": n, "r2": r2} for n, r2 in ((10, 0.3), (100, 0.5))]
-    ratio = forward_pass_ratio(points)
+    points = [
+        {"positions": positions, "n_texts": n_texts, "held_out": {"last": {"r2": r2}}}
+        for positions, n_texts, r2 in (
+            ("last", 100, 0.1),
+            ("last", 1000, 0.4),
+            ("word_ends", 10, 0.3),
+            ("word_ends", 100, 0.5),
+        )
+    ]
+    ratio = forward_pass_ratio(points, "last")
     assert abs(ratio["n_texts"] - 10**1.5) < 1e-9
     assert abs(ratio["factor"] - 10**-1.5) < 1e-9
     texts = [NeutralText(f"text {index}", f"page {index % 9}") for index in range(200)]

@@ -262,30 +262,37 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
-    """Draw held-out error over pairs, and R2 over texts read (specification, "Figure 3").
+    """Draw held-out error over pairs (specification, "Figure 3"), and R2 over texts read.
 
     content: what `ablations.ablate_samples` writes.
     """
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    by_pairs, by_texts = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    by_pairs, last, everywhere = panels
     for positions, label, colour in (
-        ("last", "last token of each text", COLOURS["oracle"]),
-        ("word_ends", "every aligned position", COLOURS["ridge_mapped"]),
+        ("last", "map of last tokens", COLOURS["oracle"]),
+        ("word_ends", "map of every aligned position", COLOURS["ridge_mapped"]),
     ):
         points = [point for point in content["points"] if point["positions"] == positions]
-        style = {"marker": "o", "markersize": 4, "color": colour, "label": label}
-        by_pairs.semilogx([p["n_pairs"] for p in points], [1 - p["r2"] for p in points], **style)
-        texts = [point["n_texts"] for point in points]
-        by_texts.semilogx(texts, [point["r2"] for point in points], **style)
-        standardised = [point["r2_standardised"] for point in points]
-        by_texts.semilogx(texts, standardised, linestyle=":", marker=".", color=colour)
-    by_pairs.set(xlabel="pairs", ylabel="held-out error (1 − R²)", title="Error against pairs")
-    by_texts.set(
-        xlabel="texts read by both models (forward passes)",
-        ylabel="held-out R² (dotted: standardised dimensions)",
-        title="R² against forward passes",
-    )
-    for panel in (by_pairs, by_texts):
+        style = {"marker": "o", "markersize": 4, "color": colour}
+        errors = [1 - point["held_out"]["last"]["r2"] for point in points]
+        by_pairs.loglog([point["n_pairs"] for point in points], errors, label=label, **style)
+        for panel, tested in ((last, "last"), (everywhere, "word_ends")):
+            texts = [point["n_texts"] for point in points]
+            panel.semilogx(texts, [point["held_out"][tested]["r2"] for point in points], label=label, **style)
+            standardised = [point["held_out"][tested]["r2_standardised"] for point in points]
+            panel.semilogx(texts, standardised, linestyle=":", marker=".", color=colour)
+    by_pairs.set(xlabel="pairs", ylabel="error on held-out last tokens (1 − R²)", title="Error against pairs")
+    _number_plainly(by_pairs.yaxis)
+    for panel, tested in ((last, "last tokens"), (everywhere, "all positions")):
+        panel.set(
+            xlabel="texts read by both models (forward passes)",
+            ylabel="R² (dotted: standardised dimensions)",
+            title=f"R² on held-out {tested}",
+            ylim=(-0.6, 1),
+        )
+        panel.axhline(0, color="grey", linewidth=0.8)
+    for panel in panels:
         panel.title.set_size(10)
         panel.legend(fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
@@ -334,7 +341,7 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _number_plainly(axis: Axis) -> None:
     """Label a logarithmic axis with 20, 30, 50 and the like instead of powers."""
-    axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 3, 5)))
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(ticker.ScalarFormatter())
     axis.set_minor_formatter(ticker.NullFormatter())
 

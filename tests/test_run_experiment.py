@@ -492,6 +492,9 @@ def test_sample_ablation_resumes_to_the_same_numbers(settings, tmp_path, monkeyp
     again = load_json(tmp_path / "stopped" / "ablation_samples.json")
     for point, other in zip(again["points"], whole["points"], strict=True):
         assert point.pop("positions") == other.pop("positions")
+        for tested, expected in other.pop("held_out").items():
+            assert point["held_out"][tested] == pytest.approx(expected, rel=1e-6)
+        del point["held_out"]
         assert point == pytest.approx(other, rel=1e-6)
     assert (tmp_path / "stopped" / "figure3.png").stat().st_size > 10_000
 
@@ -694,6 +697,8 @@ PROMPT = "The first thing I do is"
     ],
     ids=[
         "unknown key",
+        "auto and a layer",
+        "layer of another name",
         "source layer",
         "target layer",
         "empty side",
