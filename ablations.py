@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SAMPLES = (100, 200, 500, 1000, 2000, 4000, 8000)
+DEFAULT_SAMPLES = (25, 50, 100, 200, 500, 1000, 2000, 4000, 8000)
 DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75)  # the specification's layers 8, 12, 16, 20, 24 of 32
 N_HELD_OUT = 500
 STEP = 500
@@ -46,7 +46,9 @@ def ablate_layers(experiment: "PersonaTransferExperiment") -> str:
     """
     pairs = layer_pairs(experiment)
     runs = {pair: experiment.at_layers(*pair) for pair in pairs}
-    missing = [pair for pair, run in runs.items() if run.load_statistics() is None]
+    for run in runs.values():
+        run.pairs = run.load_statistics()
+    missing = [pair for pair, run in runs.items() if run.pairs is None]
     if missing:
         config = experiment.config
         found = collect_pairs(
@@ -107,6 +109,12 @@ def ablate_samples(experiment: "PersonaTransferExperiment") -> str:
     Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that
     was stopped goes on.
     """
+    for side in (experiment.source, experiment.target):
+        if not side.tokenizer.is_fast:
+            raise InputError(
+                f"--ablate samples compares positions, which needs character offsets, and the {side.name}'s "
+                "tokenizer gives none; it needs fast tokenizers on both sides"
+            )
     samples = sorted(set(experiment.config.ablation_samples or DEFAULT_SAMPLES))
     training, held_out = split_documents(experiment.load_texts(samples[-1] + N_HELD_OUT), samples[-1])
     run = _SampleRun(experiment, training, held_out, samples)
@@ -129,19 +137,18 @@ def ablate_samples(experiment: "PersonaTransferExperiment") -> str:
         "layers": list(experiment.layers),
         "n_held_out_texts": len(held_out),
         "points": state["points"],
-        "forward_pass_ratio": {tested: forward_pass_ratio(state["points"], tested) for tested in POSITIONS},
+        "equal_r2": {tested: texts_for_equal_r2(state["points"], tested) for tested in POSITIONS},
     }
     save_json(path, content)
     save_figure(sample_ablation_figure(content), experiment.output_dir / "figure3.png", run.fingerprint)
-    reached = [
-        f"{'not reached' if ratio['factor'] is None else format(ratio['factor'], '.3f')} on {tested} (R2 "
-        f"{ratio['r2']:.3f})"
-        for tested, ratio in content["forward_pass_ratio"].items()
+    lines = [
+        f"R2 {row['r2']:.3f} on held-out {tested}: last tokens of {row['n_texts']} texts, every position of "
+        + ("more" if row["n_texts_word_ends"] is None else f"{row['n_texts_word_ends']:.0f}")
+        for tested, rows in content["equal_r2"].items()
+        for row in rows
     ]
-    return (
-        f"texts that every aligned position needs for what last tokens of {samples[-1]} texts reach: "
-        f"{', '.join(reached)}, {path}"
-    )
+    logger.info("texts needed for the same R2\n  %s", "\n  ".join(lines))
+    return f"{len(samples)} sizes, {len(held_out)} texts held out, {path}"
 
 
 def split_documents(
@@ -162,10 +169,11 @@ def split_documents(
             room -= sizes[document]
     training = [item for item in texts if item.document not in held_out][:n_training]
     testing = [item for item in texts if item.document in held_out]
-    if len(training) < n_training or not testing:
+    if not testing:
         raise InputError(
-            f"{len(texts)} texts of {len(sizes)} documents leave {len(training)} for training, "
-            f"{n_training} wanted; lower ablation_samples or give more documents"
+            f"none of {len(sizes)} documents is small enough to be held out: {len(texts) - n_training} of "
+            f"{len(texts)} texts may be, and the smallest document has {min(sizes.values())}; lower "
+            "ablation_samples or give more documents"
         )
     return training, testing
 
@@ -185,12 +193,13 @@ class _SampleRun:
         texts = [[item.text, item.document] for item in [*training, *held_out]]
         settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion, config.n_folds]
         sides = [experiment.source.fingerprint, experiment.target.fingerprint, experiment.layers]
-        self.fingerprint = fingerprint("ablation_samples", sides, settings, texts, list(samples))
+        self.fingerprint = fingerprint("ablation_samples 2", sides, settings, texts, list(samples))
         self.path: Path = experiment.output_dir / "ablation_samples.pt"
 
     def start(self) -> dict[str, Any]:
         """Return the state before the first training text: the held-out texts are read."""
-        state = {"n_texts": 0, "points": [], "training": self._empty(), "held_out": self._empty()}
+        n_folds = self.experiment.config.n_folds
+        state = {"n_texts": 0, "points": [], "training": self._empty(n_folds), "held_out": self._empty(2)}
         self.add(state["held_out"], self.held_out)
         return state
 
@@ -234,13 +243,15 @@ class _SampleRun:
             "n_texts": state["n_texts"],
             "n_pairs": mapping.n,
             "lambda": mapping.lambda_,
-            "df": mapping.analyze()["df"],
+            "df": mapping.cv["df"][mapping.lambda_],
             "held_out": {},
         }
         for tested, sums in state["held_out"].items():
+            # Around the held-out pairs' own mean, so that all maps are measured against the same variance.
+            reference = sums.total()
+            total, weights = reference.target_gram.diagonal(), target_weights(reference)
             test = sums.around(mapping.source_mean, mapping.target_mean)
-            residual, total = residual_squares(test, mapping.W)
-            weights = target_weights(test)
+            residual, _ = residual_squares(test, mapping.W)
             found["held_out"][tested] = {
                 "mse": (residual.sum() / (test.n * len(residual))).item(),
                 "r2": 1 - (residual.sum() / total.sum()).item(),
@@ -255,15 +266,10 @@ class _SampleRun:
         )
         return found
 
-    def _empty(self) -> dict[str, PairStatistics]:
-        source, target = self.experiment.source.extractor, self.experiment.target.extractor
-        config = self.experiment.config
-        return {
-            positions: PairStatistics(
-                source.d_model, target.d_model, config.n_folds, config.seed, n_sample=1000
-            )
-            for positions in POSITIONS
-        }
+    def _empty(self, n_folds: int) -> dict[str, PairStatistics]:
+        widths = [side.extractor.d_model for side in (self.experiment.source, self.experiment.target)]
+        seed = self.experiment.config.seed
+        return {positions: PairStatistics(*widths, n_folds, seed, n_sample=0) for positions in POSITIONS}
 
     def _add_rows(
         self, sums: PairStatistics, batch: PairedBatch, documents: Sequence[str], kept: torch.Tensor
@@ -274,13 +280,14 @@ class _SampleRun:
         sums.add(batch.H_source[source_layer][kept], batch.H_target[target_layer][kept], chosen)
 
 
-def forward_pass_ratio(points: Sequence[dict[str, Any]], tested: str) -> dict[str, float | None]:
-    """Return how few texts give every-position maps the R2 that last tokens of all texts give.
+def texts_for_equal_r2(points: Sequence[dict[str, Any]], tested: str) -> list[dict[str, float | None]]:
+    """Return for each map of last tokens how few texts give a map of every position the same R2.
 
     tested: which held-out pairs count, `last` or `word_ends`.
-    r2: of the last-token map of the largest sample. n_texts: texts with which `word_ends` reaches it,
-    interpolated between points over the logarithm of n. factor: n_texts over the largest sample;
-    an upper bound if already the smallest sample is better, and None if the largest is not.
+    n_texts, r2: of the last-token map. n_texts_word_ends: texts with which the other one reaches this
+    R2, interpolated between points over the logarithm of n; the smallest sample if it is already
+    better, so that the number is an upper bound; None if even the largest does not reach it.
+    factor: n_texts_word_ends / n_texts.
     """
     curves = {
         name: sorted(
@@ -290,18 +297,25 @@ def forward_pass_ratio(points: Sequence[dict[str, Any]], tested: str) -> dict[st
         )
         for name in POSITIONS
     }
-    largest, wanted = curves["last"][-1]
-    reached = None
+    found = []
+    for n_texts, wanted in curves["last"]:
+        reached = _first_reached(curves["word_ends"], wanted)
+        factor = None if reached is None else reached / n_texts
+        found.append({"n_texts": n_texts, "r2": wanted, "n_texts_word_ends": reached, "factor": factor})
+    return found
+
+
+def _first_reached(curve: Sequence[tuple[int, float]], wanted: float) -> float | None:
+    """Return where a curve of (n, r2) first reaches a value, interpolated over log n."""
     previous: tuple[int, float] | None = None
-    for n_texts, r2 in curves["word_ends"]:
+    for n_texts, r2 in curve:
         if r2 >= wanted:
-            reached = float(n_texts)
-            if previous is not None:
-                share = (wanted - previous[1]) / (r2 - previous[1])
-                reached = math.exp(math.log(previous[0]) + share * math.log(n_texts / previous[0]))
-            break
+            if previous is None:
+                return float(n_texts)
+            share = (wanted - previous[1]) / (r2 - previous[1])
+            return math.exp(math.log(previous[0]) + share * math.log(n_texts / previous[0]))
         previous = (n_texts, r2)
-    return {"r2": wanted, "n_texts": reached, "factor": None if reached is None else reached / largest}
+    return None
 
 
 def _passed(samples: Sequence[int], n_texts: int) -> int:
@@ -319,14 +333,15 @@ def main() -> None:
             ("word_ends", 100, 0.5),
         )
     ]
-    ratio = forward_pass_ratio(points, "last")
-    assert abs(ratio["n_texts"] - 10**1.5) < 1e-9
-    assert abs(ratio["factor"] - 10**-1.5) < 1e-9
+    below, inside = texts_for_equal_r2(points, "last")
+    assert below["n_texts_word_ends"] == 10
+    assert abs(inside["n_texts_word_ends"] - 10**1.5) < 1e-9
+    assert abs(inside["factor"] - 10**-1.5) < 1e-9
     texts = [NeutralText(f"text {index}", f"page {index % 9}") for index in range(200)]
     training, held_out = split_documents(texts, 150)
     assert len(training) == 150
     assert not {item.document for item in training} & {item.document for item in held_out}
-    print(f"ablations OK: {len(held_out)} texts held out, the ratio is interpolated over log n")
+    print(f"ablations OK: {len(held_out)} texts held out, equal R2 is interpolated over log n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pair_statistics import Moments, PairStatistics
 from ridge_mapping import (
     DEFAULT_LAMBDAS,
     RidgeMapping,
+    check_lambda,
     held_out_summary,
     map_activations,
     map_directions,
@@ -94,9 +95,14 @@ class ComparisonMap:
         lambda_: ignored by `procrustes`. rank: of `reduced_rank`, 1 to min(d_source, d_target).
         Raises InputError: as `RidgeMapping.fit`, or a rank that is missing or out of range.
         """
-        self.ridge.fit(H_source, H_target, lambda_)
-        statistics = self._statistics(self.ridge.seed)
-        return self._set(statistics.total(), self._solver(lambda_, self._checked_rank(rank)), rank)
+        check_lambda(lambda_)
+        rank = self._checked_rank(rank)
+        if H_source is not None or H_target is not None:
+            self.ridge.replace_pairs(
+                H_source, H_target, self.ridge.n_folds, None, self.ridge.seed, split=False
+            )
+        total = self._statistics(self.ridge.seed).total()
+        return self._set(total, self._solver(lambda_, rank), rank)
 
     def cross_validate(
         self,
@@ -110,7 +116,8 @@ class ComparisonMap:
     ) -> tuple[float, dict[float, float]]:
         """Choose lambda, and the rank of `reduced_rank`, by held-out error, and fit on all pairs.
 
-        Lambda is ridge regression's best one (for `shuffled`, on the shuffled pairs). `cv` holds
+        Lambda is ridge regression's best one (for `shuffled`, on the shuffled pairs), and the rank
+        has the least pooled error. `cv` holds
         what `ridge_mapping.held_out_summary` returns, and the lambda and rank chosen.
         Returns (best_lambda, {lambda: held-out mean squared error of ridge regression}).
         """

@@ -24,8 +24,12 @@ N_TOKENS = 8
 
 
 def describe_run(experiment: "PersonaTransferExperiment") -> str:
-    """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text."""
+    """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text.
+
+    Raises InputError for what a run would refuse.
+    """
     config = experiment.config
+    experiment.check_inputs()
     n_cells = 1 + len(experiment.personas) * len(config.methods) * len(config.alpha_values)
     n_per_cell = len(experiment.prompts) * config.n_seeds
     n_generations = n_cells * n_per_cell

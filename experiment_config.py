@@ -130,6 +130,9 @@ class ExperimentConfig(_Strict):
         given = [name for name in ("source_layer_idx", "target_layer_idx") if getattr(self, name) is not None]
         if self.layer_idx == "auto" and given:
             raise ValueError(f"layer_idx 'auto' chooses both layers; leave out {given[0]}")
+        for name in ("search_source_layers", "search_target_layers"):
+            if self.layer_idx != "auto" and getattr(self, name) is not None:
+                raise ValueError(f'{name} is of use with "layer_idx": "auto" alone; leave it out')
         for side in ("source", "target"):
             if self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")

@@ -285,11 +285,12 @@ def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
     by_pairs.set(xlabel="pairs", ylabel="error on held-out last tokens (1 − R²)", title="Error against pairs")
     _number_plainly(by_pairs.yaxis)
     for panel, tested in ((last, "last tokens"), (everywhere, "all positions")):
+        lowest = min(min(line.get_ydata()) for line in panel.lines)
         panel.set(
             xlabel="texts read by both models (forward passes)",
             ylabel="R² (dotted: standardised dimensions)",
-            title=f"R² on held-out {tested}",
-            ylim=(-0.6, 1),
+            title=f"R² on held-out {tested}{', cut at −0.6' if lowest < -0.6 else ''}",
+            ylim=(max(-0.6, min(0.0, lowest)), 1),
         )
         panel.axhline(0, color="grey", linewidth=0.8)
     for panel in panels:

@@ -40,6 +40,7 @@ N_RANDOM = 2000
 CHANCE_QUANTILE = 0.999
 MAX_SUMS_BYTES = 8e9
 TRAIN, TEST = 0, 1
+N_PARTS = 5  # of which one is held out
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,8 @@ class LayerSums:
 
     def __init__(self, source_widths: Mapping[int, int], target_widths: Mapping[int, int]) -> None:
         """source_widths, target_widths: layer_idx -> width. Raises InputError if they need over 8 GB."""
+        check_memory(source_widths, target_widths)
         n_source, n_target = sum(source_widths.values()), sum(target_widths.values())
-        needed = 2 * n_source * n_target * 4
-        if needed > MAX_SUMS_BYTES:
-            raise InputError(
-                f"a search over {len(source_widths)} x {len(target_widths)} layer pairs needs "
-                f"{needed / 1e9:.0f} GB; name fewer layers in search_source_layers and search_target_layers"
-            )
         self.source, self.target = _slices(source_widths), _slices(target_widths)
         self.n = [0, 0]
         self.source_pilot: Tensor | None = None
@@ -106,6 +102,8 @@ class LayerSums:
 
     def add(self, batch: PairedBatch, parts: Tensor) -> None:
         """Add a batch; parts: (n,) TRAIN or TEST for each pair."""
+        if not len(parts):
+            return
         source = torch.cat([batch.H_source[layer] for layer in self.source], dim=1)
         target = torch.cat([batch.H_target[layer] for layer in self.target], dim=1)
         if self.source_pilot is None:
@@ -148,6 +146,17 @@ class LayerSums:
         return (squares / n + pilot.square()).clamp(min=0).sqrt()
 
 
+def check_memory(source_widths: Mapping[int, int], target_widths: Mapping[int, int]) -> None:
+    """Raise InputError if the sums for these layers (layer_idx -> width) need over 8 GB."""
+    n_source, n_target = sum(source_widths.values()), sum(target_widths.values())
+    needed = 8 * (n_source * n_target + sum(width**2 for width in source_widths.values()))
+    if needed > MAX_SUMS_BYTES:
+        raise InputError(
+            f"a search over {len(source_widths)} x {len(target_widths)} layer pairs needs "
+            f"{needed / 1e9:.0f} GB; name fewer layers in search_source_layers and search_target_layers"
+        )
+
+
 def search_layers(
     source: ActivationExtractor,
     target: ActivationExtractor,
@@ -174,12 +183,18 @@ def search_layers(
     unknown = set(scored) - {persona.name for persona in personas}
     if unknown or not scored:
         raise InputError(f"scored is {list(scored)}; name some of {[persona.name for persona in personas]}")
+    n_documents = len({item.document for item in texts})
+    if n_documents < N_PARTS:
+        raise InputError(
+            f"the layer search got {len(texts)} texts of {n_documents} documents, expected {N_PARTS} "
+            "documents or more; raise search_tokens or n_training_samples, or give more documents"
+        )
     source_layers = source.check_layers(source_layers or range(len(source.blocks)))
     target_layers = target.check_layers(target_layers or range(len(target.blocks)))
     sums = LayerSums(
         dict.fromkeys(source_layers, source.d_model), dict.fromkeys(target_layers, target.d_model)
     )
-    parts = (assign_folds(len(texts), 5, [item.document for item in texts], seed) == 0).long()
+    parts = (assign_folds(len(texts), N_PARTS, [item.document for item in texts], seed) == 0).long()
     n_tokens = {"source": 0, "target": 0}
     with tqdm(
         total=len(texts), desc="reading all layers", unit="text", disable=None, leave=False

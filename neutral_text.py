@@ -64,8 +64,8 @@ def load_neutral_texts(
     what remains of the paragraphs, from the next sentence on.
 
     source: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
-    forbidden: persona texts and test prompts; a paragraph that shares a run of 8 words with
-        one of them (or holds a shorter one whole) is refused, counted and logged.
+    forbidden: persona texts and test prompts; a paragraph is refused, counted and logged if its
+        passage shares a run of 8 words with one of them (or holds a shorter one whole).
     Raises InputError: unknown source, or fewer usable paragraphs than asked for.
     """
     if n_texts < 1:
@@ -88,12 +88,13 @@ def load_neutral_texts(
             # At least one word is left off, so that no passage ends with its paragraph.
             length = rng.randint(shortest, min(longest, len(words) - 1))
             passage = " ".join(words[:length])
+            if overlaps.found_in(passage):
+                refused += 1
+                continue
             rest = _after_sentence(words, length)
             if len(rest) > shortest:
                 rests.append((rest, document))
-            if overlaps.found_in(passage):
-                refused += 1
-            elif passage not in seen:
+            if passage not in seen:
                 seen.add(passage)
                 chosen.append(NeutralText(passage, document))
         paragraphs = rests
@@ -102,7 +103,8 @@ def load_neutral_texts(
     if len(chosen) < n_texts:
         raise InputError(
             f"neutral text {source!r} gives {len(chosen)} passages (paragraphs of {MIN_WORDS} words or more "
-            f"count), {refused} refused, but {n_texts} are wanted; lower n_training_samples or give more text"
+            f"count), {refused} refused, but {n_texts} are wanted; lower n_training_samples (or "
+            "ablation_samples) or give more text"
         )
     return chosen
 

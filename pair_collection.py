@@ -25,7 +25,7 @@ class CollectedPairs:
     statistics: (source layer, target layer) -> sums; their folds never split a document.
     text_idx, end: (n,) int64, for each pair its text and how many characters of it were read.
     n_source_tokens, n_target_tokens: read in all. n_texts: texts; n_texts_without_pairs: those in
-    which the two tokenizers nowhere end on the same character.
+    which the two tokenizers nowhere end on the same character. n_truncated: side -> texts cut.
     """
 
     statistics: dict[LayerPair, PairStatistics]
@@ -35,6 +35,7 @@ class CollectedPairs:
     n_texts_without_pairs: int
     n_source_tokens: int
     n_target_tokens: int
+    n_truncated: dict[str, int]
 
     @property
     def fraction_aligned(self) -> float:
@@ -43,7 +44,7 @@ class CollectedPairs:
 
     def report(self) -> dict[str, Any]:
         """Return the counts, for artifacts."""
-        names = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
+        names = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens", "n_truncated")
         counts = {name: getattr(self, name) for name in names}
         return {"n_pairs": len(self.text_idx), "fraction_aligned": self.fraction_aligned, **counts}
 
@@ -71,6 +72,7 @@ def collect_pairs(
     }
     source_layers, target_layers = ([pair[side] for pair in statistics] for side in (0, 1))
     text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
+    cut_before = {"source": source.n_truncated, "target": target.n_truncated}
     with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=None, leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
@@ -95,6 +97,10 @@ def collect_pairs(
         n_texts_without_pairs=len(texts) - len(rows.unique()),
         n_source_tokens=n_source_tokens,
         n_target_tokens=n_target_tokens,
+        n_truncated={
+            "source": source.n_truncated - cut_before["source"],
+            "target": target.n_truncated - cut_before["target"],
+        },
     )
 
 

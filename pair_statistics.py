@@ -140,6 +140,10 @@ class PairStatistics:
         """
         labels = group_labels(groups, len(H_source))
         self.check_pairs(H_source, H_target, labels)
+        if folds is not None:
+            folds = folds.cpu()
+            if folds.shape != (len(H_source),) or not ((folds >= 0) & (folds < self.n_folds)).all():
+                raise InputError(f"folds must give each of {len(H_source)} pairs a fold below {self.n_folds}")
         if not len(H_source):
             return self
         if self.pilot is None:
@@ -196,12 +200,12 @@ class PairStatistics:
 
     def total(self) -> Moments:
         """Return the moments of all pairs, centred on their mean. Raises InputError for fewer than 2."""
-        if self.n_pairs < 2:
-            raise InputError(f"got {self.n_pairs} pairs, expected 2 or more")
+        self._check_any()
         return self._moments(list(range(self.n_folds)))
 
     def around(self, source_mean: Tensor, target_mean: Tensor) -> Moments:
         """Return the moments of all pairs, centred on given means; for pairs held out of a fit."""
+        self._check_any()
         return self._moments(list(range(self.n_folds)), (source_mean, target_mean))
 
     def split(self, fold: int) -> tuple[Moments, Moments]:
@@ -275,6 +279,10 @@ class PairStatistics:
                     f"{name} has {len(broken)} rows that are not finite, first row {broken[0]}{where}; "
                     "load the model in bfloat16 or float32, or leave the text out"
                 )
+
+    def _check_any(self) -> None:
+        if self.n_pairs < 2:
+            raise InputError(f"got {self.n_pairs} pairs, expected 2 or more")
 
     def _assign(self, n: int, labels: list[Hashable] | None, folds: Tensor | None) -> Tensor:
         """Return the fold of each new pair, and remember the documents' folds."""

@@ -118,6 +118,7 @@ class RidgeMapping:
     lambda_unit: `absolute`, or `relative`: multiples of the mean diagonal of X'X, which makes
         a value mean the same for models with other activation scales and other n.
     n_folds, seed, fold_of: of the folds that `partial_fit` fills, see `PairStatistics`.
+    Memory: that of `PairStatistics`; `cross_validate` takes about twice as much again.
     After `fit` or `cross_validate`: W (d_source, d_target) float64, source_mean, target_mean,
     lambda_ (as given), lambda_absolute, target_components (d_target, d_target): the principal
     axes of the target activations in columns, largest variance first.
@@ -180,7 +181,7 @@ class RidgeMapping:
         They replace the pairs given before; without them, those are used.
         Raises InputError: shapes that don't match, n < 2, lambda_ <= 0, non-finite input.
         """
-        _check_lambda(lambda_)
+        check_lambda(lambda_)
         if H_source is not None or H_target is not None:
             self.replace_pairs(H_source, H_target, self.n_folds, None, self.seed, split=False)
         moments = self.statistics.total()
@@ -240,6 +241,8 @@ class RidgeMapping:
         at_edge = len(values) > 1 and best in (values[0], values[-1])
         if at_edge:
             logger.warning("the best lambda %g is at the edge of the grid; widen lambda_values", best)
+        details = self._details(folds, best, weights)
+        del folds  # they hold as much memory as the sums
         n_values = total.n * self.d_target
         r2 = dict(zip(values, (1 - pooled / squares).tolist(), strict=True))
         r2_standardised = dict(zip(values, (1 - standardised / weighted_squares).tolist(), strict=True))
@@ -263,7 +266,7 @@ class RidgeMapping:
             "df": {
                 value: self._degrees_of_freedom(self.absolute_lambda(value, total.gram)) for value in values
             },
-            **self._details(folds, best, weights),
+            **details,
             **self._shuffled_control(values, seed),
         }
         return best, self.cv["errors"]
@@ -591,11 +594,12 @@ def _checked_lambdas(lambda_values: Sequence[float]) -> list[float]:
         raise InputError("lambda_values is empty; give at least one value")
     values = sorted({float(value) for value in lambda_values})
     for value in values:
-        _check_lambda(value)
+        check_lambda(value)
     return values
 
 
-def _check_lambda(lambda_: float) -> None:
+def check_lambda(lambda_: float) -> None:
+    """Raise InputError unless lambda is a finite number above 0."""
     if not (lambda_ > 0 and lambda_ < float("inf")):
         raise InputError(f"lambda is {lambda_}, expected a finite number above 0")
 

@@ -56,7 +56,7 @@ from figures import (
     save_figure,
 )
 from gpt_judge import GPTJudge
-from layer_search import search_layers
+from layer_search import check_memory, search_layers
 from model_loading import decoder_blocks, load_model, model_fingerprint, quiet_transformers
 from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from pair_collection import CollectedPairs, collect_pairs
@@ -139,9 +139,13 @@ class PersonaTransferExperiment:
         PreflightError: a technical check failed.
         """
         chosen = range(1, 6) if phase is None else [phase]
-        self._check_inputs()
+        self.check_inputs()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with self._logging_to_file():
+            if self.config.layers is None and 1 not in chosen:
+                self.layer_search = self._require(
+                    "layer_search", self._load_layer_search, 1, "layer_search.json"
+                )
             logger.info("source layer %d, target layer %d", *self.layers)
             for number in chosen:
                 started = time.perf_counter()
@@ -162,14 +166,15 @@ class PersonaTransferExperiment:
 
         what: `layers` or `samples`.
         """
-        self._check_inputs()
+        self.check_inputs()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with self._logging_to_file():
             started = time.perf_counter()
             headline = {"layers": ablate_layers, "samples": ablate_samples}[what](self)
             logger.info("ablation of %s done in %.0f s: %s", what, time.perf_counter() - started, headline)
+            self._log_notes(self.notes)
 
-    def _check_inputs(self) -> None:
+    def check_inputs(self) -> None:
         """Load models and texts and check what a later phase would refuse, before anything is written."""
         for side in (self.source, self.target):
             logger.debug("%s: %s", side.name, side.fingerprint)
@@ -181,8 +186,18 @@ class PersonaTransferExperiment:
                 f"n_folds is {self.config.n_folds} but the neutral texts come from {n_documents} documents, "
                 "which folds never split; lower n_folds or raise n_training_samples"
             )
+        if self.config.layers is None:
+            self._check_search()
         prompts = [*self.prompts, *load_prompts("development")]
         self.generator({}).tokenise_prompts(prompts, self.config.max_new_tokens)
+
+    def _check_search(self) -> None:
+        widths = []
+        for side in (self.source, self.target):
+            extractor = side.extractor
+            wanted = getattr(self.config, f"search_{side.name}_layers") or range(len(extractor.blocks))
+            widths.append(dict.fromkeys(extractor.check_layers(wanted), extractor.d_model))
+        check_memory(*widths)
 
     # Phase 1
 
@@ -224,7 +239,7 @@ class PersonaTransferExperiment:
         self, prompts: Sequence[str]
     ) -> tuple[list[str], dict[str, dict[float, list[str]]]]:
         """Return the texts of the development prompts, unsteered and persona -> alpha -> by the oracle."""
-        norm = measure_residual_norm(self._activations(self.target, self.neutral_texts[:256]))
+        norm = measure_residual_norm(self._neutral_activations(self.target, self.neutral_texts[:256]))
         oracles = self._native_vectors["target"]
         cells = [(name, alpha) for name in oracles for alpha in _spread(self.config.alpha_values)]
         rows = [
@@ -245,6 +260,7 @@ class PersonaTransferExperiment:
         """Sum up paired activations, choose lambda and fit the maps. Returns a headline."""
         content = self.pairs or self.load_statistics() or self._collect_pairs()
         statistics = PairStatistics.from_content(content["statistics"], "pair_statistics.pt")
+        self._note_texts(content["report"])
         self._save_training_data(content, statistics)
         mapping = self._load_mapping() or self._fit_mapping(content["report"], statistics)
         cv, maps = mapping.cv, load_json(self.output_dir / "cv_results.json")["maps"]
@@ -253,7 +269,7 @@ class PersonaTransferExperiment:
             figure = mapping_figure(mapping.analyze(), cv, maps)
             save_figure(figure, figure_path, self._mapping_fingerprint)
         self._complete_preflight(cv)
-        self.mapping = mapping
+        self.mapping, self.pairs = mapping, None
         logger.info("held-out R2 of the maps\n%s", format_maps(maps))
         return (
             f"{cv['n_rows']} pairs ({content['report']['fraction_aligned']:.0%} of the tokens) from "
@@ -276,7 +292,6 @@ class PersonaTransferExperiment:
     def save_statistics(self, found: CollectedPairs) -> dict[str, Any]:
         """Keep the sums over this run's pairs, and where their sample comes from."""
         report, statistics = found.report(), found.statistics[self.layers]
-        self._note_texts(report)
         rows = statistics.sample.rows
         self.pairs = {
             "fingerprint": self._pairs_fingerprint,
@@ -289,9 +304,9 @@ class PersonaTransferExperiment:
         return self.pairs
 
     def _note_texts(self, report: dict[str, Any]) -> None:
-        for side in (self.source, self.target):
-            if side.extractor.n_truncated:
-                self.notes.append(f"{side.extractor.n_truncated} texts were cut to the {side.name}'s context")
+        for name, n_truncated in report["n_truncated"].items():
+            if n_truncated:
+                self.notes.append(f"{n_truncated} neutral texts were cut to the {name}'s context")
         if report["n_texts_without_pairs"]:
             self.notes.append(f"{report['n_texts_without_pairs']} neutral texts gave no pair")
 
@@ -491,7 +506,7 @@ class PersonaTransferExperiment:
             "random_proj": [*source, config.seed],
             "oracle": [],
         }.get(method, [*source, self._mapping_fingerprint])
-        unit = self._pairs_fingerprint if config.alpha_unit == "residual_norm" else "absolute"
+        unit = self._read_fingerprint if config.alpha_unit == "residual_norm" else "absolute"
         return fingerprint(method, texts, parts, self.layers[1], unit)
 
     def _planned_rows(self, cell: Cell) -> list[dict[str, Any]]:
@@ -632,36 +647,28 @@ class PersonaTransferExperiment:
             model.dtype,
             model.device,
         )
-        return Side(name, model, tokenizer, extractor, model_fingerprint(model, tokenizer))
+        made_from = model_fingerprint(model, tokenizer)
+        return Side(
+            name, model, tokenizer, extractor, fingerprint(made_from, block_path) if block_path else made_from
+        )
 
     @cached_property
     def layers(self) -> tuple[int, int]:
         """(source layer, target layer); with `"layer_idx": "auto"` what the search found."""
-        chosen = self.config.layers or tuple(self._layer_search()["best"])
+        chosen = self.config.layers or tuple(self.layer_search["best"])
         self.source.extractor.layer_idx, self.target.extractor.layer_idx = chosen
         return chosen
 
-    def _layer_search(self) -> dict[str, Any]:
-        """Return the search over layer pairs, made now unless an earlier run left it."""
-        config, path = self.config, self.output_dir / "layer_search.json"
-        texts = self._search_texts()
-        words = [
-            [persona.name, persona.positive_texts, persona.negative_texts]
-            for persona in self._labelled_personas
-        ]
-        made_from = fingerprint(
-            FORMAT_VERSION,
-            [self.source.fingerprint, self.target.fingerprint],
-            [config.search_source_layers, config.search_target_layers, config.positions, config.seed],
-            [words, config.persona_names, config.persona_position],
-            [[item.text, item.document] for item in texts],
-        )
-        found = self._load_current(load_json, path, made_from)
+    @cached_property
+    def layer_search(self) -> dict[str, Any]:
+        """The search over layer pairs, made now unless an earlier run left it."""
+        config, made_from = self.config, self._search_fingerprint
+        found = self._load_layer_search()
         if found is None:
             search = search_layers(
                 self.source.extractor,
                 self.target.extractor,
-                texts,
+                self._search_texts,
                 self._labelled_personas,
                 config.persona_names,
                 position=config.persona_position,
@@ -671,13 +678,33 @@ class PersonaTransferExperiment:
                 seed=config.seed,
             )
             found = {"fingerprint": made_from, **search.content()}
-            save_json(path, found)
+            save_json(self.output_dir / "layer_search.json", found)
         figure_path = self.output_dir / "layer_search.png"
-        if figure_fingerprint(figure_path) != made_from:
+        if self.fresh or figure_fingerprint(figure_path) != made_from:
             save_figure(layer_search_figure(found), figure_path, made_from)
-        logger.info("layer search: best pair %d -> %d, %s", *found["best"], path)
+        logger.info("layer search: best pair %d -> %d, %s", *found["best"], figure_path)
         return found
 
+    def _load_layer_search(self) -> dict[str, Any] | None:
+        path = self.output_dir / "layer_search.json"
+        return self._load_current(load_json, path, self._search_fingerprint)
+
+    @cached_property
+    def _search_fingerprint(self) -> str:
+        config = self.config
+        personas = [
+            [persona.name, persona.positive_texts, persona.negative_texts]
+            for persona in self._labelled_personas
+        ]
+        return fingerprint(
+            FORMAT_VERSION,
+            [self.source.fingerprint, self.target.fingerprint],
+            [config.search_source_layers, config.search_target_layers, config.positions, config.seed],
+            [personas, config.persona_names, config.persona_position],
+            [[item.text, item.document] for item in self._search_texts],
+        )
+
+    @cached_property
     def _search_texts(self) -> list[NeutralText]:
         """Return the first neutral texts that hold `search_tokens` source tokens, or all of them."""
         n_tokens, texts = 0, []
@@ -738,16 +765,12 @@ class PersonaTransferExperiment:
             block_path=self.config.target_block_path,
         )
 
-    def _activations(self, side: Side, texts: Sequence[NeutralText]) -> Tensor:
-        extractor, started = side.extractor, time.perf_counter()
-        tokens, truncated = extractor.n_tokens, extractor.n_truncated
-        activations = extractor.extract_batch([item.text for item in texts], "last")
-        tokens, truncated = extractor.n_tokens - tokens, extractor.n_truncated - truncated
-        speed = tokens / (time.perf_counter() - started)
-        logger.info("%s: %d texts, %d tokens, %.0f tokens/s", side.name, len(texts), tokens, speed)
-        if truncated:
-            self.notes.append(f"{truncated} neutral texts were cut to the {side.name}'s context")
-        return activations
+    def _neutral_activations(self, side: Side, texts: Sequence[NeutralText]) -> Tensor:
+        """Return one model's activations at the positions from which the map learns, (n, d)."""
+        extractor = side.extractor
+        tokens, ends = extractor.token_ends([item.text for item in texts], self.config.positions)
+        places = [list(found.values()) for found in ends]
+        return extractor.extract_places(tokens, places, [extractor.layer_idx])[extractor.layer_idx]
 
     @cached_property
     def _native_vectors(self) -> dict[str, dict[str, PersonaVector]]:
@@ -764,10 +787,15 @@ class PersonaTransferExperiment:
         }
 
     @cached_property
-    def _pairs_fingerprint(self) -> str:
+    def _read_fingerprint(self) -> str:
+        """Of the activations that the map learns from."""
         texts = [[item.text, item.document] for item in self.neutral_texts]
-        settings = [self.layers, self.config.positions, self.config.n_folds, self.config.seed]
+        settings = [self.layers, self.config.positions, self.config.seed]
         return fingerprint(FORMAT_VERSION, self.source.fingerprint, self.target.fingerprint, settings, texts)
+
+    @cached_property
+    def _pairs_fingerprint(self) -> str:
+        return fingerprint(self._read_fingerprint, self.config.n_folds)
 
     @cached_property
     def _mapping_fingerprint(self) -> str:
@@ -885,13 +913,17 @@ class PersonaTransferExperiment:
             root.removeHandler(handler)
             handler.close()
 
+    @staticmethod
+    def _log_notes(notes: Sequence[str]) -> None:
+        for note in dict.fromkeys(notes):
+            logger.warning("note: %s", note)
+
     def _log_closing(self) -> None:
         path = self.output_dir / "preflight.json"
         checks = load_json(path)["checks"] if path.is_file() else []
         aucs = {entry["persona"]: entry["classifier_auc"] for entry in self.aggregated["conditions"]}
         notes = [*preflight.failures(checks), *auc_notes(aucs)]
-        for note in dict.fromkeys([*notes, *self.notes]):
-            logger.warning("note: %s", note)
+        self._log_notes([*notes, *self.notes])
         names = sorted(path.name for path in self.output_dir.iterdir() if path.is_file())
         logger.info("artifacts\n%s", "\n".join(f"  {self.output_dir / name}" for name in names))
 
@@ -935,7 +967,10 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.ablate and (options.phase or options.dry_run):
+        parser.error("--ablate runs instead of the phases; leave out --phase and --dry-run")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

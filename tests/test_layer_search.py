@@ -260,3 +260,17 @@ def test_a_constant_target_dimension_is_no_part_of_the_standardised_r2():
             sums.add(PairedBatch({0: X[rows]}, {0: target[rows]}, rows, rows, 0, 0), parts[rows])
         r2.append(layer_search._fit(layer_search.HeldOutFold(*sums.moments(0, 0)), [1e-3])[2])
     assert r2[1] == pytest.approx(r2[0], abs=1e-6)
+
+
+def test_windows_without_pairs_change_nothing():
+    """The first batch sets the pilot mean; one without rows has none."""
+    empty = PairedBatch({0: torch.empty(0, 4)}, {0: torch.empty(0, 3)}, torch.empty(0), torch.empty(0), 1, 1)
+    rows = PairedBatch(
+        {0: torch.randn(50, 4)}, {0: torch.randn(50, 3)}, torch.zeros(50), torch.ones(50), 9, 9
+    )
+    parts = torch.arange(50) % 2
+    plain, mixed = LayerSums({0: 4}, {0: 3}), LayerSums({0: 4}, {0: 3})
+    plain.add(rows, parts)
+    for batch, chosen in ((empty, torch.empty(0)), (rows, parts), (empty, torch.empty(0))):
+        mixed.add(batch, chosen)
+    assert torch.equal(plain.moments(0, 0)[0].cross, mixed.moments(0, 0)[0].cross)

@@ -390,3 +390,13 @@ def test_a_fold_without_pairs_is_refused_with_the_sizes():
 def test_bad_constructor_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         PairStatistics(*arguments)
+
+
+@pytest.mark.parametrize("folds", [torch.tensor([0, 1]), torch.tensor([0, 1, 5]), torch.tensor([0, -1, 1])])
+def test_folds_that_do_not_fit_are_refused_and_nothing_is_added(folds):
+    statistics = PairStatistics(D_SOURCE, D_TARGET)
+    with pytest.raises(InputError, match="a fold below 5"):
+        statistics.add(torch.ones(3, D_SOURCE), torch.ones(3, D_TARGET), folds=folds)
+    assert statistics.n_pairs == len(statistics.sample.rows) == 0
+    with pytest.raises(InputError, match="got 0 pairs"):
+        statistics.around(torch.zeros(D_SOURCE), torch.zeros(D_TARGET))

@@ -12,10 +12,11 @@ from chat_server import chat_server, completion
 from transformers import BertConfig, BertLMHeadModel
 
 import preflight
-from ablations import _SampleRun
+from ablations import _SampleRun, ablate_samples
 from artifacts import load_json, load_tensors
 from baseline_methods import METHODS
 from comparison_maps import KINDS
+from errors import InputError
 from personas import load_prompts
 from run_experiment import PersonaTransferExperiment, main
 from steered_generation import SteeredGenerator
@@ -447,6 +448,35 @@ def test_auto_layers_are_searched_for_once_and_used(settings, tmp_path, caplog):
     assert (tmp_path / "out" / "layer_search.png").stat().st_size > 10_000
 
 
+def test_phase_alone_does_not_search(settings, tmp_path, capsys):
+    auto = {**settings, "layer_idx": "auto"}
+    del auto["source_layer_idx"], auto["target_layer_idx"]
+    assert run(tmp_path / "out", auto, "--phase", "2") == 2
+    assert "layer_search.json is missing" in error_lines(capsys)[0]
+
+
+def test_ablation_of_samples_needs_fast_tokenizers(settings, tmp_path, monkeypatch):
+    experiment = PersonaTransferExperiment({**settings, "output_dir": str(tmp_path / "out")})
+    monkeypatch.setattr(type(experiment.target.tokenizer), "is_fast", False)
+    with pytest.raises(InputError, match="needs fast tokenizers on both sides"):
+        ablate_samples(experiment)
+
+
+def test_block_path_is_part_of_what_an_artifact_is_made_from(settings, finished, tmp_path):
+    plain = PersonaTransferExperiment({**settings, "output_dir": str(finished)})
+    named = PersonaTransferExperiment(
+        {**settings, "output_dir": str(finished), "source_block_path": "model.layers"}
+    )
+    assert plain.source.fingerprint != named.source.fingerprint
+    assert plain.target.fingerprint == named.target.fingerprint
+
+
+@pytest.mark.parametrize("flags", [("--phase", "2"), ("--dry-run",)])
+def test_ablation_beside_phases_is_refused(flags, settings, tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", settings, "--ablate", "layers", *flags)
+
+
 def test_dry_run_does_not_search(settings, tmp_path, capsys):
     auto = {**settings, "layer_idx": "auto", "search_source_layers": [1, 2]}
     del auto["source_layer_idx"], auto["target_layer_idx"]
@@ -671,6 +701,7 @@ PROMPT = "The first thing I do is"
         ({"layer_ix": 3}, "did you mean 'layer_idx'"),
         ({"layer_idx": "auto"}, "leave out source_layer_idx"),
         ({"layer_idx": "deep"}, "0 or more, or 'auto'"),
+        ({"search_target_layers": [1]}, 'of use with "layer_idx": "auto" alone'),
         ({"source_layer_idx": 4}, "layer_idx 4 is out of range: the model has 4 decoder blocks"),
         ({"target_layer_idx": 99}, "layer_idx 99 is out of range"),
         ({"persona_datasets": ONE_SIDED}, "'x' has no negative texts"),
@@ -699,6 +730,7 @@ PROMPT = "The first thing I do is"
         "unknown key",
         "auto and a layer",
         "layer of another name",
+        "search without auto",
         "source layer",
         "target layer",
         "empty side",
