@@ -221,7 +221,7 @@ def test_layer_sums_equal_float64_centred_moments(shift):
 
 def test_sums_over_the_memory_bound_are_refused_before_they_are_made():
     with pytest.raises(
-        InputError, match="2 x 1 layer pairs needs 13 GB; name fewer layers in search_source_layers"
+        InputError, match="2 x 1 layer pairs needs 19 GB; name fewer layers in search_source_layers"
     ):
         LayerSums({0: 20_000, 1: 20_000}, {0: 40_000})
 
@@ -230,7 +230,7 @@ def test_sums_over_the_memory_bound_are_refused_before_they_are_made():
     ("options", "message"),
     [
         ({"personas": PERSONAS[:1]}, "got 1 personas, expected 2 or more"),
-        ({"texts": TEXTS[:8]}, "5 folds over 4 groups"),
+        ({"texts": TEXTS[:8]}, "8 texts of 4 documents, expected 5"),
         ({"source_layers": [0, 4]}, r"layer_idx 4 .*\(0 to 3\)"),
         ({"target_layers": [-1]}, r"layer_idx -1 .*\(0 to 3\)"),
     ],

@@ -72,6 +72,7 @@ def test_counts_and_fraction_aligned_are_what_was_read(sides, collected):
         "n_texts_without_pairs": 18,
         "n_source_tokens": n_bytes,
         "n_target_tokens": n_words,
+        "n_truncated": {"source": 0, "target": 0},
     }
     assert collected.report() == expected
     assert {statistics.n_pairs for statistics in collected.statistics.values()} == {expected["n_pairs"]}
