@@ -330,10 +330,12 @@ def fit_blocks(n: int) -> float:
 
 
 def memory_in_subprocess(n: int) -> float:
-    """Return the peak memory in MiB of a fresh process that fits n pairs."""
+    """Return the peak memory in MiB of a fresh process with one thread that fits n pairs."""
     logger.info("memory, %s pairs", f"{n:,}")
     command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", str(n)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # One thread, since the buffers of several come and go and blur the peak by a tenth.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"the run with {n} pairs failed: {done.stderr.strip()[-500:]}")
     return float(done.stdout.split()[-1])
@@ -342,7 +344,7 @@ def memory_in_subprocess(n: int) -> float:
 def memory_rows(few: int, many: int) -> list[Row]:
     """Measure the peak with few and with many pairs."""
     empty, first, second = (memory_in_subprocess(n) for n in (0, few, many))
-    note = f"peak of a process of its own; {empty:.0f} MiB of it for importing the libraries"
+    note = f"peak of a process of its own with one thread; {empty:.0f} MiB of it for importing the libraries"
     growth = f"{many / few:.0f} times the pairs, {100 * (second / first - 1):+.1f} % memory"
     return [
         Row("memory", f"{few:,} pairs", "ours", first, "MiB", note=note),
