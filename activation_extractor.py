@@ -30,7 +30,7 @@ from model_loading import (
     context_length,
     d_model,
     decoder_blocks,
-    pad_token_id,
+    filler_token_id,
     pad_tokens,
 )
 from tiny_models import tiny_model, tiny_tokenizer
@@ -135,6 +135,7 @@ class ActivationExtractor:
         """Raises InputError: layer out of range, or no decoder blocks found."""
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
+        self.block_path = block_path
         self.blocks = decoder_blocks(model, block_path)
         check_layer(layer_idx, self.blocks)
         self.layer_idx = layer_idx
@@ -332,7 +333,7 @@ class ActivationExtractor:
         self, tokens: list[Sequence[int]], places: list[Sequence[int]], layers: list[int]
     ) -> Sequence[Tensor]:
         """Return for each text of a batch (places, layers, d) float32 on the CPU."""
-        padded, _ = pad_tokens(tokens, pad_token_id(self.tokenizer), "right", self.model.device)
+        padded, _ = pad_tokens(tokens, filler_token_id(self.model), "right", self.model.device)
         # Padding on the right is hidden by causality. Without a mask, attention takes its fast path.
         with recorded_blocks(self.blocks, layers) as recorded:
             self.model(input_ids=padded, use_cache=False)

@@ -14,6 +14,7 @@ import torch
 
 from evaluation import Evaluator
 from gpt_judge import TOKENS_PER_JUDGEMENT
+from personas import load_prompts
 from tiny_models import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def describe_run(experiment: "PersonaTransferExperiment") -> str:
     """
     config = experiment.config
     experiment.check_inputs()
-    n_cells = 1 + len(experiment.personas) * len(config.methods) * len(config.alpha_values)
+    n_conditions = len(experiment.personas) * len(config.methods)
+    is_auto = config.alpha_values == "auto"
+    n_cells = 1 + n_conditions * (1 if is_auto else len(config.alpha_values))
     n_per_cell = len(experiment.prompts) * config.n_seeds
     n_generations = n_cells * n_per_cell
     n_evaluations = (n_cells - 1 + len(experiment.personas)) * n_per_cell
@@ -39,6 +42,14 @@ def describe_run(experiment: "PersonaTransferExperiment") -> str:
     evaluation = _time_evaluation(experiment, pairs)
     minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
     search = _describe_search(experiment) if config.layers is None else []
+    if is_auto:
+        n_texts = len(load_prompts("development")) * config.dose.n_seeds
+        n_dose = n_texts * (1 + n_conditions * config.dose.n_evaluations)
+        minutes.append((generation + evaluation) * n_dose / 60)
+        search.append(
+            f"dose search: {n_dose} generations and evaluations on development prompts, about "
+            f"{minutes[-1]:.1f} min"
+        )
     n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
     price = config.judge.usd_per_million_tokens
     cost = n_judgements * TOKENS_PER_JUDGEMENT * price / 1e6

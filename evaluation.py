@@ -7,7 +7,6 @@ The target's own perplexity rewards repetition loops; read it beside the repetit
 the perplexity of an independent model.
 """
 
-import inspect
 import logging
 import math
 import re
@@ -17,13 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from batching import run_in_batches
 from errors import InputError
 from gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
-from model_loading import context_length, pad_token_id, pad_tokens
+from model_loading import context_length, filler_token_id, pad_tokens
+from output_head import narrowed_head, token_log_likelihoods
 from tiny_models import tiny_model, tiny_tokenizer
 from trait_classifier import TraitClassifier
 
@@ -124,7 +123,15 @@ class Evaluator:
         """
         prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
         perplexities = self._perplexities((self.model, self.tokenizer), prompts, outputs)
-        independent = self._perplexities(self.independent, prompts, outputs)
+        return self.score(rows, perplexities, self._perplexities(self.independent, prompts, outputs))
+
+    def score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        perplexities: Sequence[float | None],
+        independent: Sequence[float | None],
+    ) -> list[EvaluationResult]:
+        """Return the metrics of each row whose perplexities are known; see `evaluate_batch`."""
         traits = self._trait_probabilities(rows)
         coherence, trait_judgements = self._judgements(rows)
         results = []
@@ -137,8 +144,8 @@ class Evaluator:
                     alpha=row.get("alpha"),
                     perplexity=perplexities[index],
                     independent_perplexity=independent[index],
-                    **repetition_metrics(outputs[index]),
-                    n_characters=len(outputs[index].strip()),
+                    **repetition_metrics(row["output"]),
+                    n_characters=len(row["output"].strip()),
                     trait_probability=traits[index],
                     classifier_auc=classifier.auc if classifier else None,
                     gpt4_coherence_score=coherence[index].score,
@@ -160,12 +167,7 @@ class Evaluator:
     ) -> list[float | None]:
         if scorer is None:
             return [None] * len(prompts)
-        pairs = list(zip(prompts, outputs, strict=True))
-
-        def compute(unique: list[tuple[str, str]]) -> list[float | None]:
-            return continuation_perplexities(*scorer, *zip(*unique, strict=True), self.batch_size)
-
-        return _once_each(compute, pairs)
+        return continuation_perplexities(*scorer, prompts, outputs, self.batch_size)
 
     def _trait_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         scores: list[float | None] = [None] * len(rows)
@@ -221,12 +223,26 @@ def continuation_perplexities(
 
     A continuation's tokens are those after the longest common beginning of the tokenised
     prompt and the tokenised whole, so a token across the seam belongs to the continuation.
-    None where no token is left to score. Texts longer than the context lose their beginning.
+    None where no token is left to score. Texts longer than the context lose their beginning. Texts
+    that are there twice are scored once.
     """
     if len(prompts) != len(outputs):
         raise InputError(f"got {len(prompts)} prompts and {len(outputs)} outputs; give one output a prompt")
+
+    def compute(unique: list[tuple[str, str]]) -> list[float | None]:
+        return _unique_perplexities(model, tokenizer, unique, batch_size)
+
+    return _once_each(compute, list(zip(prompts, outputs, strict=True)))
+
+
+def _unique_perplexities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[tuple[str, str]],
+    batch_size: int,
+) -> list[float | None]:
     limit = context_length(model, tokenizer)
-    whole = [_split_tokens(tokenizer, *pair) for pair in zip(prompts, outputs, strict=True)]
+    whole = [_split_tokens(tokenizer, *pair) for pair in texts]
     n_cut = sum(len(tokens) > limit for tokens, _ in whole)
     pairs = [(tokens[-limit:], max(1, start - max(0, len(tokens) - limit))) for tokens, start in whole]
     scored = [index for index, (tokens, start) in enumerate(pairs) if start < len(tokens)]
@@ -234,7 +250,7 @@ def continuation_perplexities(
         logger.warning("%d texts exceed the context of %d tokens and lost their beginning", n_cut, limit)
 
     def run(indices: list[int]) -> list[float]:
-        return _batch_perplexities(model, tokenizer, [pairs[scored[index]] for index in indices])
+        return _batch_perplexities(model, [pairs[scored[index]] for index in indices])
 
     lengths = [len(pairs[index][0]) for index in scored]
     found = run_in_batches(run, lengths, batch_size, "perplexity")
@@ -255,28 +271,19 @@ def _split_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, output: str) 
 
 
 @torch.inference_mode()
-def _batch_perplexities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], int]]
-) -> list[float]:
-    tokens, mask = pad_tokens([ids for ids, _ in pairs], pad_token_id(tokenizer), "right", model.device)
-    first = min(start for _, start in pairs) - 1
-    kept = torch.arange(first, tokens.shape[1] - 1, device=model.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # Logits of the prompt's tokens would take most of the memory and nobody reads them.
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-    else:
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, kept]
-    likelihood = token_log_likelihoods(logits, tokens[:, first + 1 :])
-    return [
-        math.exp(-likelihood[row, start - 1 - first : len(ids) - 1 - first].mean().item())
-        for row, (ids, start) in enumerate(pairs)
-    ]
-
-
-def token_log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return log p(token) at each place, (rows, places) float32, from logits (rows, places, vocabulary)."""
-    logits = logits.float()
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+def _batch_perplexities(model: PreTrainedModel, pairs: list[tuple[list[int], int]]) -> list[float]:
+    # Padding stands on the right, so that causality hides it and no mask is needed.
+    tokens, _ = pad_tokens([ids for ids, _ in pairs], filler_token_id(model), "right", model.device)
+    before = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (ids, start) in enumerate(pairs):
+        before[row, start - 1 : len(ids) - 1] = True
+    # Logits of the prompt's tokens would take most of the memory and nobody reads them.
+    with narrowed_head(model, lambda hidden: hidden[before.to(hidden.device)][None]):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        logits = logits[before.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
+        likelihood = token_log_likelihoods(logits, tokens.roll(-1, dims=1)[before].to(logits.device))
+    lengths = [len(ids) - start for ids, start in pairs]
+    return [math.exp(-part.mean().item()) for part in likelihood.split(lengths)]
 
 
 def repetition_metrics(text: str) -> dict[str, Any]:

@@ -10,9 +10,18 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from baseline_methods import METHODS
+from dose_search import MAX_EVALUATIONS
 from errors import InputError
 from personas import Persona, load_persona, load_prompts, shipped_personas
 
@@ -53,6 +62,50 @@ class PersonaDefinition(_Strict):
     labelled_negative_texts: list[Text] = []
 
 
+def _list_or_auto(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError("expected a list of numbers, or 'auto'")
+    return value
+
+
+class DoseConfig(_Strict):
+    """The search for doses when `alpha_values` is `auto`; see `dose_search`.
+
+    bracket: the weakest and the strongest dose to consider, times the median block-output norm without
+        massive dimensions, whatever `alpha_unit` is. n_seeds: texts a development prompt.
+    """
+
+    max_perplexity_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
+    max_repetition_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
+    n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 7
+    bracket: tuple[Positive, Positive] = (0.05, 2.0)
+    n_seeds: Count = 1
+
+    @model_validator(mode="after")
+    def _check_bracket(self) -> "DoseConfig":
+        if self.bracket[0] >= self.bracket[1]:
+            raise ValueError(f"dose.bracket is {list(self.bracket)}, expected a lower and a higher dose")
+        return self
+
+
+class ExecutorConfig(_Strict):
+    """Where the grids run: in this process, or on a Ray cluster; see `ray_executor`.
+
+    address: of a Ray cluster; without it Ray starts on this machine. n_workers: by default one a GPU,
+        or one a machine without GPUs.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    address: Text | None = None
+    n_workers: Count | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ExecutorConfig":
+        if self.kind == "local" and (self.address or self.n_workers):
+            raise ValueError('executor: address and n_workers are of use with "kind": "ray" alone')
+        return self
+
+
 class JudgeConfig(_Strict):
     """The chat model that judges when `use_gpt4` is true."""
 
@@ -72,7 +125,8 @@ class ExperimentConfig(_Strict):
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
     Pairs: `positions` as in `activation_extractor.paired_activations`.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
-    block-output norm without massive dimensions * v. Vectors have unit norm.
+    block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values `auto`
+    searches a dose for each persona and method on the development prompts.
     """
 
     source_model: Text
@@ -88,6 +142,8 @@ class ExperimentConfig(_Strict):
     target_block_path: str | None = None
     trust_remote_code: bool = False
     device: Text = "auto"
+    device_map: Text | dict[str, int | str] | None = None
+    executor: ExecutorConfig = ExecutorConfig()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     neutral_text: Text = "wikitext-103"
@@ -105,8 +161,12 @@ class ExperimentConfig(_Strict):
     methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
     n_test_prompts: Count = 30
     test_prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None
-    alpha_values: Annotated[list[float], Field(min_length=1)] = [0.5, 1.0, 2.0, 3.0, 5.0]
+    alpha_values: Annotated[
+        Annotated[list[float], Field(min_length=1)] | Literal["auto"], BeforeValidator(_list_or_auto)
+    ] = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: Literal["absolute", "residual_norm"] = "absolute"
+    dose: DoseConfig = DoseConfig()
+    steer_positions: Literal["all", "generated"] = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_new_tokens: Count = 100
@@ -138,9 +198,12 @@ class ExperimentConfig(_Strict):
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
         for name in ("alpha_values", "lambda_values", "methods"):
             values = getattr(self, name)
-            if len(set(values)) != len(values):
+            if values != "auto" and len(set(values)) != len(values):
                 raise ValueError(f"{name} holds a value twice: {values}")
-        if any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in self.alpha_values):
+        if self.alpha_values == "auto":
+            if not self.independent_perplexity:
+                raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
+        elif any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in self.alpha_values):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
         if not self.persona_names:
             raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
@@ -199,7 +262,9 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
     try:
         return ExperimentConfig.model_validate(config)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        # Of "a list or auto", the complaint about the list is the one that helps.
+        found = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
+        problems = [_explain(problem) for problem in found]
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         raise InputError("; ".join(problems[:2]) + more) from error
 
@@ -217,7 +282,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if part != "list[float]")
     if problem["type"] == "extra_forbidden":
         known = list(ExperimentConfig.model_fields) if len(problem["loc"]) == 1 else []
         near = difflib.get_close_matches(key, known, n=1)

@@ -16,6 +16,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from artifacts import replacing
@@ -338,6 +339,61 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
         order = [condition for condition in COLOURS if condition in drawn]
         figure.legend([drawn[name] for name in order], order, loc="outside right upper", fontsize=8)
     return figure
+
+
+def dose_figure(content: Mapping[str, Any]) -> Figure:
+    """Draw a panel a persona: each method's perplexity ratio over alpha, and the bound.
+
+    content: what `dose_search.doses_content` returns. The chosen dose is drawn largest; a point that
+    exceeds any bound is faint, so a faint one under the line fails another. One without ratio is not drawn.
+    """
+    bound = content["bound"]["max_perplexity_ratio"]
+    personas = list(dict.fromkeys(entry["persona"] for entry in content["doses"]))
+    figure = Figure(figsize=(4.4 * len(personas) + 1.8, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(personas), squeeze=False)[0]
+    drawn = {}
+    for panel, persona in zip(panels, personas, strict=True):
+        panel.set(xscale="log", yscale="log")
+        panel.axhline(1, color="grey", linewidth=0.8)
+        drawn["bound"] = panel.axhline(bound, color="black", linestyle=":", label=f"bound: {bound:g}")
+        for entry in content["doses"]:
+            if entry["persona"] == persona:
+                drawn |= _draw_dose(panel, entry)
+        panel.set_title(persona, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        _number_by_width(panel.xaxis)
+        _number_by_width(panel.yaxis)
+    figure.supxlabel("alpha (large: the chosen dose; faint: over a bound)", fontsize=10)
+    panels[0].set_ylabel("perplexity ratio to the unsteered text (fluent ↓)")
+    handles = [drawn[name] for name in (*COLOURS, "bound") if name in drawn]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _draw_dose(panel: Axes, entry: Mapping[str, Any]) -> dict[str, Line2D]:
+    """Draw one curve and return method -> its legend entry, or nothing if no point has a ratio."""
+    points = [point for point in entry["curve"] if point["perplexity_ratio"] is not None]
+    if not points:
+        return {}
+    method = entry["method"]
+    style = {"color": COLOURS[method], "marker": MARKERS[method]}
+    x, y = [point["alpha"] for point in points], [point["perplexity_ratio"] for point in points]
+    panel.plot(x, y, color=COLOURS[method], linewidth=1, alpha=0.5, label=method)
+    for point in points:
+        # The last points lie close to the chosen one, which stays in front of them.
+        chosen = point["alpha"] == entry["alpha"]
+        look = {"markersize": 10 if chosen else 5, "alpha": 1 if point["is_coherent"] else 0.35}
+        panel.plot(point["alpha"], point["perplexity_ratio"], **style, **look, zorder=4 if chosen else 3)
+    return {method: Line2D([], [], **style, markersize=5, linewidth=1, label=method)}
+
+
+def _number_by_width(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, the fewer the wider it is."""
+    low, high = axis.get_view_interval()
+    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 15 else (1, 2, 5) if high / low < 200 else (1,)
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _number_plainly(axis: Axis) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    device_map: str | dict[str, int | str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
@@ -63,6 +65,8 @@ def load_model(
     device: `auto` (CUDA if there is any, else the CPU) or a torch device.
     dtype: `float32`, `bfloat16`, `float16` or `auto` (bfloat16 on CUDA, float32 on the CPU).
     trust_remote_code: run modelling code that a hub repository ships; needed by a few old models.
+    device_map: spreads a model that is larger than one device: `auto`, or module -> device as accelerate
+        takes it (`cpu` and `disk` offload); `device` then only decides dtype `auto`.
     Raises InputError: nothing to load at `source`, or the model there is not causal.
     """
     chosen_device = resolve_device(device)
@@ -70,6 +74,8 @@ def load_model(
     try:
         location = _resolve_source(source)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        if device_map is not None:
+            options |= {"device_map": device_map, "offload_folder": str(cache_folder() / "offload")}
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=resolve_dtype(dtype, chosen_device), **options
         )
@@ -80,7 +86,7 @@ def load_model(
         if "for this kind of AutoModel" in str(error):
             reason = "it is not a causal language model"
         raise InputError(f"cannot load a causal language model from {source!r}: {reason}") from error
-    model = model.to(chosen_device).eval()
+    model = (model.to(chosen_device) if device_map is None else model).eval()
     if not is_causal(model):
         raise InputError(
             f"{source!r} is not a causal language model: its logits depend on later tokens. "
@@ -266,14 +272,23 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # where a model lies says nothing about what it is
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.state_dict().items():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+    for path, module in model.named_modules(remove_duplicate=False):
+        # Weights that are kept elsewhere are fetched, module by module.
+        with align_module_device(module):
+            own = {**dict(module.named_parameters(recurse=False)), **_persistent_buffers(module)}
+            for name, parameter in own.items():
+                flat = parameter.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+                digest.update(f"{path}.{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+                digest.update(sample.numpy().tobytes())
     probe = "Naïve text, with 3 marks!\n"
     digest.update(f"{len(tokenizer)}{tokenizer(probe).input_ids}".encode())
     return digest.hexdigest()
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    passing = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in passing}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -282,6 +297,14 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if candidate is not None:
             return int(candidate)
     return 0
+
+
+def filler_token_id(model: PreTrainedModel) -> int:
+    """Return an id to pad with where no mask is needed; one that the model does not call padding.
+
+    transformers warns of padding without a mask.
+    """
+    return 1 if model.config.get_text_config(decoder=True).pad_token_id == 0 else 0
 
 
 def pad_tokens(

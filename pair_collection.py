@@ -1,6 +1,6 @@
 """Run neutral text through both models and sum up the paired activations (phase 2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,30 @@ def collect_pairs(
     positions: `word_ends` or `last`, see `paired_activations`.
     Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
     """
+    fold_of = document_folds(texts, n_folds, seed)
+    return merge_pairs([read_pairs(source, target, texts, layer_pairs, positions, fold_of, n_folds, seed)])
+
+
+def document_folds(texts: Sequence[NeutralText], n_folds: int, seed: int) -> dict[str, int]:
+    """Return document -> fold. Raises InputError: fewer documents than folds."""
     documents = [item.document for item in texts]
-    folds = assign_folds(len(texts), n_folds, documents, seed).tolist()
-    fold_of = dict(zip(documents, folds, strict=True))
+    return dict(zip(documents, assign_folds(len(texts), n_folds, documents, seed).tolist(), strict=True))
+
+
+def read_pairs(
+    source: ActivationExtractor,
+    target: ActivationExtractor,
+    texts: Sequence[NeutralText],
+    layer_pairs: Sequence[LayerPair],
+    positions: str,
+    fold_of: Mapping[str, int],
+    n_folds: int,
+    seed: int,
+) -> CollectedPairs:
+    """Return the sums of some of the texts, to be put together by `merge_pairs`; they may have no pair.
+
+    fold_of: document -> fold, the same for all parts.
+    """
     statistics = {
         pair: PairStatistics(source.d_model, target.d_model, n_folds, seed, fold_of)
         for pair in dict.fromkeys(layer_pairs)
@@ -76,18 +97,13 @@ def collect_pairs(
     with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=None, leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
-            groups = [documents[index] for index in batch.text_idx.tolist()]
+            groups = [texts[index].document for index in batch.text_idx.tolist()]
             for (source_layer, target_layer), sums in statistics.items():
                 sums.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
             text_idx.append(batch.text_idx)
             ends.append(batch.end)
             n_source_tokens += batch.n_source_tokens
             n_target_tokens += batch.n_target_tokens
-    if not sum(map(len, text_idx)):
-        raise InputError(
-            f"the two tokenizers never end a token on the same character in {len(texts)} texts; "
-            "use positions 'last'"
-        )
     rows = torch.cat(text_idx)
     return CollectedPairs(
         statistics=statistics,
@@ -101,6 +117,36 @@ def collect_pairs(
             "source": source.n_truncated - cut_before["source"],
             "target": target.n_truncated - cut_before["target"],
         },
+    )
+
+
+def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
+    """Return the sums over consecutive parts of the texts. The first part's are added to.
+
+    Raises InputError: no pair at all.
+    """
+    whole = None
+    for part in parts:
+        whole = part if whole is None else _joined(whole, part)
+    if whole is None or not len(whole.text_idx):
+        n_texts = whole.n_texts if whole else 0
+        raise InputError(
+            f"the two tokenizers never end a token on the same character in {n_texts} texts; "
+            "use positions 'last'"
+        )
+    return whole
+
+
+def _joined(whole: CollectedPairs, part: CollectedPairs) -> CollectedPairs:
+    for pair, sums in whole.statistics.items():
+        sums.merge(part.statistics[pair])
+    counts = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
+    return CollectedPairs(
+        statistics=whole.statistics,
+        text_idx=torch.cat([whole.text_idx, part.text_idx + whole.n_texts]),
+        end=torch.cat([whole.end, part.end]),
+        n_truncated={side: n + part.n_truncated[side] for side, n in whole.n_truncated.items()},
+        **{name: getattr(whole, name) + getattr(part, name) for name in counts},
     )
 
 

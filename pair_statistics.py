@@ -115,6 +115,10 @@ class PairStatistics:
             }
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: everything but working memory."""
+        return {**vars(self), "_buffers": None}
+
     @property
     def n_pairs(self) -> int:
         """Pairs added so far."""

@@ -13,11 +13,11 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import preflight
 from ablations import ablate_layers, ablate_samples
-from activation_extractor import ActivationExtractor, PersonaVector, ResidualNorm, measure_residual_norm
+from activation_extractor import PersonaVector, ResidualNorm, measure_residual_norm
 from aligned_positions import check_offsets
 from artifacts import (
     check_writable,
@@ -42,13 +42,25 @@ from artifacts import (
     save_tensors,
 )
 from baseline_methods import BaselineTransfer
+from batching import length_sorted_batches
 from comparison_maps import KINDS, ComparisonMap, maps_table
+from dose_search import (
+    Condition,
+    DevelopmentText,
+    Dose,
+    DoseBound,
+    doses_content,
+    doses_from_content,
+    format_doses,
+    search_doses,
+)
 from dry_run import describe_run
 from errors import InputError
 from evaluation import Evaluator, aggregate
 from experiment_config import ExperimentConfig, load_config
 from figures import (
     coherence_trait_figure,
+    dose_figure,
     energy_figure,
     figure_fingerprint,
     layer_search_figure,
@@ -56,12 +68,14 @@ from figures import (
     save_figure,
 )
 from gpt_judge import GPTJudge
+from journal import Journal
 from layer_search import check_memory, search_layers
-from model_loading import decoder_blocks, load_model, model_fingerprint, quiet_transformers
+from model_loading import quiet_transformers
 from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
-from pair_collection import CollectedPairs, collect_pairs
+from pair_collection import CollectedPairs, document_folds, merge_pairs
 from pair_statistics import PairStatistics
 from personas import Persona, load_persona, load_prompts, shipped_personas
+from ray_executor import RayExecutor
 from ridge_mapping import RidgeMapping
 from steered_generation import SteeredGenerator
 from summary import format_cosines, format_maps, format_table
@@ -72,22 +86,14 @@ from trait_classifier import (
     classifier_fingerprint,
     train_trait_classifiers,
 )
+from workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-EVALUATION_CHUNK = 240
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models with what reads it."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    extractor: ActivationExtractor
-    fingerprint: str
+EXTRACTION_CHUNK = 500
+EVALUATION_CHUNK = 60
+AUTO_DEPTHS = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,9 @@ class Cell:
     persona: str | None
     alpha: float | None
     origin: str
+
+
+UNSTEERED = Cell("baseline", None, None, "unsteered")
 
 
 class PersonaTransferExperiment:
@@ -129,6 +138,7 @@ class PersonaTransferExperiment:
         )
         self.notes: list[str] = []
         self.pairs: dict[str, Any] | None = None
+        self._opened: set[str] = set()
         check_writable(self.output_dir)
 
     def run(self, phase: int | None = None) -> list[dict[str, Any]]:
@@ -140,8 +150,9 @@ class PersonaTransferExperiment:
         """
         chosen = range(1, 6) if phase is None else [phase]
         self.check_inputs()
+        _ = self.executor  # a cluster that cannot be had is refused before anything is written
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with self._logging_to_file():
+        with closing(self), self._logging_to_file():
             if self.config.layers is None and 1 not in chosen:
                 self.layer_search = self._require(
                     "layer_search", self._load_layer_search, 1, "layer_search.json"
@@ -168,7 +179,7 @@ class PersonaTransferExperiment:
         """
         self.check_inputs()
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with self._logging_to_file():
+        with closing(self), self._logging_to_file():
             started = time.perf_counter()
             headline = {"layers": ablate_layers, "samples": ablate_samples}[what](self)
             logger.info("ablation of %s done in %.0f s: %s", what, time.perf_counter() - started, headline)
@@ -189,7 +200,9 @@ class PersonaTransferExperiment:
         if self.config.layers is None:
             self._check_search()
         prompts = [*self.prompts, *load_prompts("development")]
-        self.generator({}).tokenise_prompts(prompts, self.config.max_new_tokens)
+        generator = self.generator({})
+        generator.tokenise_prompts(prompts, self.config.max_new_tokens)
+        generator.sampler(self.config.temperature, self.config.top_k, self.config.top_p)
 
     def _check_search(self) -> None:
         widths = []
@@ -241,18 +254,32 @@ class PersonaTransferExperiment:
         """Return the texts of the development prompts, unsteered and persona -> alpha -> by the oracle."""
         norm = measure_residual_norm(self._neutral_activations(self.target, self.neutral_texts[:256]))
         oracles = self._native_vectors["target"]
-        cells = [(name, alpha) for name in oracles for alpha in _spread(self.config.alpha_values)]
+        alphas = _spread(self._preflight_alphas(norm))
+        cells = [(name, alpha) for name in oracles for alpha in alphas]
         rows = [
             ({"prompt": prompt, "seed": self.config.seed, "alpha": alpha}, name and oracles[name].vector)
             for name, alpha in [(None, None), *cells]
             for prompt in prompts
         ]
-        texts = self._write(self.generator({self.layers[1]: norm}), rows)
+        texts, _ = self._write(rows, norm)
         by_cell = [texts[start : start + len(prompts)] for start in range(0, len(texts), len(prompts))]
         steered: dict[str, dict[float, list[str]]] = {name: {} for name in oracles}
         for (name, alpha), cell_texts in zip(cells, by_cell[1:], strict=True):
             steered[name][alpha] = cell_texts
         return by_cell[0], steered
+
+    def _preflight_alphas(self, norm: ResidualNorm) -> Sequence[float]:
+        """Return the configured doses, or three between the ends of the bracket to be searched."""
+        if self.config.alpha_values != "auto":
+            return self.config.alpha_values
+        low, high = self._bracket(norm)
+        return [low * (high / low) ** depth for depth in AUTO_DEPTHS]
+
+    def _bracket(self, norm: ResidualNorm) -> tuple[float, float]:
+        """Return the weakest and strongest dose to search, in units of alpha."""
+        unit = 1.0 if self.config.alpha_unit == "residual_norm" else norm.median
+        low, high = self.config.dose.bracket
+        return low * unit, high * unit
 
     # Phase 2
 
@@ -279,11 +306,12 @@ class PersonaTransferExperiment:
         )
 
     def _collect_pairs(self) -> dict[str, Any]:
-        config, started = self.config, time.perf_counter()
-        extractors = self.source.extractor, self.target.extractor
-        found = collect_pairs(
-            *extractors, self.neutral_texts, [self.layers], config.positions, config.n_folds, config.seed
-        )
+        config, texts, started = self.config, self.neutral_texts, time.perf_counter()
+        fold_of = document_folds(texts, config.n_folds, config.seed)
+        common = ([self.layers], config.positions, fold_of, config.n_folds, config.seed)
+        starts = range(0, len(texts), EXTRACTION_CHUNK)
+        chunks = [(texts[start : start + EXTRACTION_CHUNK], *common) for start in starts]
+        found = merge_pairs(_in_order(self.executor.run("pairs", chunks)))
         n_tokens = found.n_source_tokens + found.n_target_tokens
         speed = n_tokens / (time.perf_counter() - started)
         logger.info("%d texts, %d tokens in both models, %.0f tokens/s", found.n_texts, n_tokens, speed)
@@ -433,27 +461,37 @@ class PersonaTransferExperiment:
     def generate(self) -> str:
         """Write every text of the grid that earlier runs have not written. Returns a headline."""
         content = self._require("persona_vectors", self._load_persona_vectors, 3, "persona_vectors.pt")
-        norm = ResidualNorm(**content["residual_norm"])
-        generator = self.generator({self.layers[1]: norm})
-        path = self.output_dir / "generation_results.json"
-        known = self._known_rows(path)
-        planned = [row for cell in self.grid() for row in self._planned_rows(cell)]
-        new = [row for row in planned if row["key"] not in known]
+        with self._journal("generation") as journal:
+            if self.config.alpha_values == "auto":
+                self.doses = self._load_doses() or self._search_doses(content, journal)
+                logger.info("doses\n\n%s\n", format_doses(self.doses))
+                self._note_doses()
+            planned = [row for cell in self.grid() for row in self._planned_rows(cell, self.prompts)]
+            n_new, speed = self._write_missing(planned, content, journal)
+            path = self.output_dir / "generation_results.json"
+            self._save_rows(path, planned, journal)
+        return f"{n_new} new texts{speed}, {len(planned)} in all, {path}"
+
+    def _write_missing(
+        self, planned: Sequence[dict[str, Any]], content: dict[str, Any], journal: Journal
+    ) -> tuple[int, str]:
+        """Write the planned texts that the journal lacks; returns their number and a word on speed.
+
+        content: what `persona_vectors.pt` holds.
+        """
+        new = [row for row in planned if row["key"] not in journal.rows]
         logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
-        size = self.config.generation_batch_size
+        if not new:
+            return 0, ""
+
+        def keep(indices: list[int], texts: list[str]) -> None:
+            rows = [new[index] for index in indices]
+            journal.append([{**row, "output": text} for row, text in zip(rows, texts, strict=True)])
+
         started = time.perf_counter()
-        with tqdm(total=len(new), desc="generating", unit="text", disable=None) as progress:
-            for start in range(0, len(new), size):
-                batch = new[start : start + size]
-                outputs = self._write(generator, [(row, self._row_vector(content, row)) for row in batch])
-                for row, output in zip(batch, outputs, strict=True):
-                    known[row["key"]] = {**row, "output": output}
-                self._save_rows(path, planned, known)
-                progress.update(len(batch))
-        self._save_rows(path, planned, known)
-        seconds = time.perf_counter() - started
-        speed = f", {generator.n_tokens / seconds:.0f} tokens/s" if new else ""
-        return f"{len(new)} new texts{speed}, {len(planned)} in all, {path}"
+        rows = [(row, self._row_vector(content, row)) for row in new]
+        _, n_tokens = self._write(rows, ResidualNorm(**content["residual_norm"]), keep)
+        return len(new), f", {n_tokens / (time.perf_counter() - started):.0f} tokens/s"
 
     def _row_vector(self, content: dict[str, Any], row: dict[str, Any]) -> Tensor | None:
         if row["persona"] is None:
@@ -461,36 +499,130 @@ class PersonaTransferExperiment:
         return content["vectors"][row["persona"]][row["condition"]]
 
     def _write(
-        self, generator: SteeredGenerator, rows: Sequence[tuple[dict[str, Any], Tensor | None]]
-    ) -> list[str]:
-        """Return the continuations of rows with their vectors; without one a row is unsteered.
+        self,
+        rows: Sequence[tuple[dict[str, Any], Tensor | None]],
+        norm: ResidualNorm,
+        on_texts: Callable[[list[int], list[str]], None] | None = None,
+    ) -> tuple[list[str], int]:
+        """Return the continuations of rows with their vectors, and their number of tokens.
 
-        A row has `prompt`, `seed` and `alpha`. Rows of all conditions share batches, which is
-        what makes them fast.
+        A row has `prompt`, `seed` and `alpha`; without a vector it is unsteered. Rows of all
+        conditions are packed by length into full batches, which is what makes them fast.
+        on_texts: told row indices and texts of each batch.
         """
-        unsteered = torch.zeros(self.target.extractor.d_model)
-        vectors = [unsteered if vector is None else vector for _, vector in rows]
-        return generator.generate_batch(
-            [row["prompt"] for row, _ in rows],
-            self.config.max_new_tokens,
-            self.config.temperature,
-            self.config.top_k,
-            self.config.top_p,
-            [row["seed"] for row, _ in rows],
+        config = self.config
+        settings = WritingSettings(
             layer_idx=self.layers[1],
-            steering_vectors=torch.stack(vectors),
-            alphas=[row["alpha"] or 0.0 for row, _ in rows],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            alpha_unit=config.alpha_unit,
+            residual_norm=norm.median,
+            steer_positions=config.steer_positions,
+            batch_size=config.generation_batch_size,
         )
+        unsteered = torch.zeros(self.target.extractor.d_model)
+        tokens = self.generator({}).tokenise_prompts(
+            [row["prompt"] for row, _ in rows], config.max_new_tokens
+        )
+        batches = length_sorted_batches([len(ids) for ids in tokens], config.generation_batch_size)
+        chunks = []
+        for batch in batches:
+            vectors = [unsteered if rows[index][1] is None else rows[index][1] for index in batch]
+            chunks.append(([rows[index][0] for index in batch], torch.stack(vectors), settings))
+        texts, n_tokens = [""] * len(rows), 0
+        with tqdm(total=len(rows), desc="generating", unit="text", disable=None) as progress:
+            for number, (found, n_found) in self.executor.run("write", chunks):
+                for index, text in zip(batches[number], found, strict=True):
+                    texts[index] = text
+                if on_texts is not None:
+                    on_texts(batches[number], found)
+                n_tokens += n_found
+                progress.update(len(found))
+        return texts, n_tokens
 
-    def grid(self) -> list[Cell]:
-        """Return the unsteered baseline, once, and every persona x method x alpha."""
-        cells = [Cell("baseline", None, None, "unsteered")]
+    def _search_doses(self, content: dict[str, Any], journal: Journal) -> dict[Condition, Dose]:
+        """Find the strongest coherent alpha of every persona and method on the development prompts."""
+        config, prompts = self.config, load_prompts("development")
+        seeds = range(config.seed, config.seed + config.dose.n_seeds)
+        origins = {(cell.persona, cell.condition): cell.origin for cell in self.grid([None])}
+
+        def texts_of(cells: Sequence[Cell]) -> list[list[DevelopmentText]]:
+            planned = [row for cell in cells for row in self._planned_rows(cell, prompts, seeds)]
+            self._write_missing(planned, content, journal)
+            written = [journal.rows[row["key"]] for row in planned]
+            # The unsteered text is scored for its fluency alone, so for any persona.
+            rows = self._evaluated(
+                [{**row, "persona": row["persona"] or config.persona_names[0]} for row in written]
+            )
+            found = [
+                DevelopmentText(row["independent_perplexity"], row["repetition"], row["trait_probability"])
+                for row in rows
+            ]
+            size = len(prompts) * len(seeds)
+            return [found[start : start + size] for start in range(0, len(found), size)]
+
+        def measure(asked: list[tuple[Condition, float]]) -> list[list[DevelopmentText]]:
+            return texts_of(
+                [Cell(method, name, alpha, origins[name, method]) for (name, method), alpha in asked]
+            )
+
+        (unsteered,) = texts_of([UNSTEERED])
+        bound = DoseBound(config.dose.max_perplexity_ratio, config.dose.max_repetition_increase)
+        bracket = self._bracket(ResidualNorm(**content["residual_norm"]))
+        conditions = [(name, method) for name in config.persona_names for method in config.methods]
+        doses = search_doses(conditions, measure, unsteered, bracket, bound, config.dose.n_evaluations)
+        found = {"fingerprint": self._doses_fingerprint, **doses_content(doses, bound)}
+        save_json(self.output_dir / "dose_search.json", found)
+        save_figure(dose_figure(found), self.output_dir / "dose_search.png", self._doses_fingerprint)
+        return doses
+
+    def _load_doses(self) -> dict[Condition, Dose] | None:
+        path = self.output_dir / "dose_search.json"
+        found = self._load_current(load_json, path, self._doses_fingerprint)
+        return None if found is None else doses_from_content(found, str(path))
+
+    @cached_property
+    def _doses_fingerprint(self) -> str:
+        config = self.config
+        origins = [[cell.persona, cell.condition, cell.origin] for cell in self.grid([None])]
+        settings = [config.dose.model_dump(), config.seed, self._sampling, load_prompts("development")]
+        settings.append(self._read_fingerprint)  # the bracket's unit
+        scorers = [classifier_fingerprint(self._labelled_personas), self.source.fingerprint]
+        return fingerprint(FORMAT_VERSION, self.target.fingerprint, origins, settings, scorers)
+
+    def _note_doses(self) -> None:
+        for (persona, method), dose in self.doses.items():
+            if not dose.is_coherent:
+                self.notes.append(
+                    f"{persona} {method}: no dose is coherent, not even the weakest tried, {dose.alpha:g}, "
+                    "which is the one tested; lower dose.bracket"
+                )
+            elif dose.at == "highest":
+                self.notes.append(
+                    f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
+                    "raise dose.bracket"
+                )
+
+    def grid(self, alphas: Sequence[float | None] | None = None) -> list[Cell]:
+        """Return the unsteered baseline, once, and every persona x method x alpha.
+
+        alphas: instead of the configured ones, or of those that a search has found.
+        """
+        cells = [UNSTEERED]
         for persona in self.personas:
             for method in self.config.methods:
                 made_from = self._vector_fingerprint(persona, method)
-                for alpha in self.config.alpha_values:
+                for alpha in self._alphas(persona.name, method) if alphas is None else alphas:
                     cells.append(Cell(method, persona.name, alpha, made_from))
         return cells
+
+    def _alphas(self, persona: str, method: str) -> list[float]:
+        if self.config.alpha_values != "auto":
+            return self.config.alpha_values
+        doses = self._require("doses", self._load_doses, 4, "dose_search.json")
+        return [doses[persona, method].alpha]
 
     def _vector_fingerprint(self, persona: Persona, method: str) -> str:
         """Return what a transferred vector and its unit are made from.
@@ -509,13 +641,13 @@ class PersonaTransferExperiment:
         unit = self._read_fingerprint if config.alpha_unit == "residual_norm" else "absolute"
         return fingerprint(method, texts, parts, self.layers[1], unit)
 
-    def _planned_rows(self, cell: Cell) -> list[dict[str, Any]]:
-        config = self.config
-        sampling = [config.max_new_tokens, config.temperature, config.top_k, config.top_p]
+    def _planned_rows(
+        self, cell: Cell, prompts: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
         rows = []
-        for index, prompt in enumerate(self.prompts):
-            for seed in config.seeds:
-                made_from = [self.target.fingerprint, cell.origin, cell.alpha, prompt, seed, sampling]
+        for index, prompt in enumerate(prompts):
+            for seed in self.config.seeds if seeds is None else seeds:
+                made_from = [self.target.fingerprint, cell.origin, cell.alpha, prompt, seed, self._sampling]
                 rows.append(
                     {
                         "key": fingerprint(FORMAT_VERSION, made_from),
@@ -529,57 +661,89 @@ class PersonaTransferExperiment:
                 )
         return rows
 
+    @property
+    def _sampling(self) -> list[Any]:
+        config = self.config
+        sampling = [config.max_new_tokens, config.temperature, config.top_k, config.top_p]
+        return [*sampling, config.steer_positions]
+
     # Phase 5
 
     def evaluate(self) -> str:
         """Evaluate every text, aggregate, and draw figure 1. Returns a headline."""
         generations = self._require("generations", self._load_generations, 4, "generation_results.json")
-        path = self.output_dir / "eval_results.json"
-        known = self._known_rows(path)
         planned = self._planned_evaluations(generations)
-        new = [row for row in planned if row["key"] not in known]
-        logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
-        if new:
-            evaluator = Evaluator(
-                self.target.model,
-                self.target.tokenizer,
-                use_gpt4=self.judge is not None,
-                judge=self.judge,
-                classifiers=self.classifiers,
-                descriptions={persona.name: persona.description for persona in self.personas},
-                independent=self.independent,
-                batch_size=self.config.evaluation_batch_size,
-            )
-            chunks = range(0, len(new), EVALUATION_CHUNK)
-            for start in tqdm(chunks, desc="evaluating", unit="chunk", disable=None):
-                chunk = new[start : start + EVALUATION_CHUNK]
-                for row, result in zip(chunk, evaluator.evaluate_batch(chunk), strict=True):
-                    known[row["key"]] = {**row, **asdict(result)}
-                self._save_rows(path, planned, known)
-        self._save_rows(path, planned, known)
-        rows = [known[row["key"]] for row in planned]
+        with self._journal("evaluation") as journal:
+            n_new = self._evaluate_missing(planned, journal, self.judge)
+            self._save_rows(self.output_dir / "eval_results.json", planned, journal)
+            rows = [journal.rows[row["key"]] for row in planned]
         self._note_missing(rows)
         made_from = fingerprint([row["key"] for row in planned])
         self.aggregated = {"fingerprint": made_from, "conditions": aggregate(rows)}
         save_json(self.output_dir / "aggregated_results.json", self.aggregated)
         figure_path = self.output_dir / "figure1.png"
         save_figure(coherence_trait_figure(self.aggregated["conditions"]), figure_path, made_from)
-        return f"{len(rows)} texts, {len(new)} of them new, {self.output_dir / 'aggregated_results.json'}"
+        return f"{len(rows)} texts, {n_new} of them new, {self.output_dir / 'aggregated_results.json'}"
+
+    def _evaluated(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the evaluations of generated rows that have a persona, without a judge."""
+        planned = [self._evaluation_row(row, row["persona"], None) for row in rows]
+        with self._journal("evaluation") as journal:
+            self._evaluate_missing(planned, journal, None)
+            return [journal.rows[row["key"]] for row in planned]
+
+    def _evaluate_missing(
+        self, planned: Sequence[dict[str, Any]], journal: Journal, judge: GPTJudge | None
+    ) -> int:
+        """Evaluate the rows that the journal lacks or whose judgement failed; returns their number."""
+        done = {key for key, row in journal.rows.items() if not row.get("gpt4_failure")}
+        new = [row for row in planned if row["key"] not in done]
+        logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
+        if not new:
+            return 0
+        evaluator = Evaluator(
+            self.target.model,
+            self.target.tokenizer,
+            use_gpt4=judge is not None,
+            judge=judge,
+            classifiers=self.classifiers,
+            descriptions={persona.name: persona.description for persona in self.personas},
+        )
+        scorers = ["target", "source"] if self.config.independent_perplexity else ["target"]
+        # Texts of similar length share a chunk, and equal ones, which are scored once, stand together.
+        new.sort(key=lambda row: (len(row["prompt"]) + len(row["output"]), row["prompt"], row["output"]))
+        parts = [new[start : start + EVALUATION_CHUNK] for start in range(0, len(new), EVALUATION_CHUNK)]
+        size = self.config.evaluation_batch_size
+        chunks = [
+            ([row["prompt"] for row in part], [row["output"] for row in part], scorers, size)
+            for part in parts
+        ]
+        with tqdm(total=len(new), desc="evaluating", unit="text", disable=None) as progress:
+            for number, found in self.executor.run("perplexities", chunks):
+                part = parts[number]
+                independent = found.get("source", [None] * len(part))
+                results = evaluator.score(part, found["target"], independent)
+                journal.append([{**row, **asdict(result)} for row, result in zip(part, results, strict=True)])
+                progress.update(len(part))
+        return len(new)
 
     def _planned_evaluations(self, generations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return a row for each text and persona; the unsteered text is scored for every persona."""
         judge = self.judge and [self.config.judge.model, self.config.judge.base_url]
-        descriptions = {persona.name: persona.description for persona in self.personas} if judge else {}
-        independent = self.source.fingerprint if self.config.independent_perplexity else None
-        scorers = [classifier_fingerprint(self._labelled_personas), independent, judge]
         planned = []
         for generation in generations:
             names = [generation["persona"]] if generation["persona"] else self.config.persona_names
-            for name in names:
-                made_from = [generation["key"], generation["output"], name, descriptions.get(name), scorers]
-                key = fingerprint(FORMAT_VERSION, made_from)
-                planned.append({**generation, "persona": name, "key": key})
+            planned += [self._evaluation_row(generation, name, judge) for name in names]
         return planned
+
+    def _evaluation_row(
+        self, generation: dict[str, Any], persona: str, judge: list[str | None] | None
+    ) -> dict[str, Any]:
+        descriptions = {persona.name: persona.description for persona in self.personas} if judge else {}
+        independent = self.source.fingerprint if self.config.independent_perplexity else None
+        scorers = [classifier_fingerprint(self._labelled_personas), independent, judge]
+        made_from = [generation["key"], generation["output"], persona, descriptions.get(persona), scorers]
+        return {**generation, "persona": persona, "key": fingerprint(FORMAT_VERSION, made_from)}
 
     def _note_missing(self, rows: list[dict[str, Any]]) -> None:
         empty = sum(not row["output"].strip() for row in rows)
@@ -596,12 +760,30 @@ class PersonaTransferExperiment:
     @cached_property
     def source(self) -> Side:
         """The source model, loaded on first use."""
-        return self._load_side("source", self.config.source_model)
+        return self._side_settings("source").load()
 
     @cached_property
     def target(self) -> Side:
         """The target model, loaded on first use."""
-        return self._load_side("target", self.config.target_model)
+        return self._side_settings("target").load()
+
+    @cached_property
+    def executor(self) -> LocalExecutor | RayExecutor:
+        """What runs the chunks of the phases: this process, or the workers of a Ray cluster."""
+        settings = self.config.executor
+        if settings.kind == "local":
+            return LocalExecutor(lambda: Worker({"source": self.source, "target": self.target}))
+        sides = {}
+        for name in ("source", "target"):
+            side = self._side_settings(name)
+            path = Path(side.source).expanduser()  # workers may run in another folder
+            sides[name] = replace(side, source=str(path.resolve())) if path.exists() else side
+        return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers)
+
+    def close(self) -> None:
+        """Let the executor's workers go; the next phase starts them again."""
+        if "executor" in self.__dict__:
+            self.__dict__.pop("executor").close()
 
     def at_layers(self, source_layer: int, target_layer: int) -> "PersonaTransferExperiment":
         """Return this experiment at another layer pair, on the development prompts and at one alpha.
@@ -625,31 +807,22 @@ class PersonaTransferExperiment:
             extractor = copy(side.extractor)
             extractor.layer_idx = layer_idx
             run.__dict__[name] = replace(side, extractor=extractor)
-        run.__dict__.update(neutral_texts=self.neutral_texts, classifiers=self.classifiers)
+        shared = ("neutral_texts", "classifiers", "executor")
+        run.__dict__.update({name: getattr(self, name) for name in shared})
         return run
 
-    def _load_side(self, name: str, source: str) -> Side:
+    def _side_settings(self, name: str) -> SideSettings:
         config = self.config
-        logger.info("loading the %s model %s", name, source)
-        model, tokenizer = load_model(source, config.device, config.dtype, config.trust_remote_code)
-        block_path = getattr(config, f"{name}_block_path")
-        # Until a search has chosen, the middle.
-        middle = len(decoder_blocks(model, block_path)) // 2
-        layer_idx = config.layers[name == "target"] if config.layers else middle
-        extractor = ActivationExtractor(
-            model, tokenizer, layer_idx, batch_size=config.extraction_batch_size, block_path=block_path
-        )
-        logger.info(
-            "%s: %d dimensions, %d blocks, %s on %s",
+        return SideSettings(
             name,
-            extractor.d_model,
-            len(extractor.blocks),
-            model.dtype,
-            model.device,
-        )
-        made_from = model_fingerprint(model, tokenizer)
-        return Side(
-            name, model, tokenizer, extractor, fingerprint(made_from, block_path) if block_path else made_from
+            getattr(config, f"{name}_model"),
+            config.device,
+            config.dtype,
+            config.trust_remote_code,
+            config.device_map,
+            getattr(config, f"{name}_block_path"),
+            config.layers[name == "target"] if config.layers else None,
+            config.extraction_batch_size,
         )
 
     @cached_property
@@ -763,6 +936,7 @@ class PersonaTransferExperiment:
             residual_norms={layer_idx: norm.median for layer_idx, norm in norms.items()},
             batch_size=self.config.generation_batch_size,
             block_path=self.config.target_block_path,
+            steer_positions=self.config.steer_positions,
         )
 
     def _neutral_activations(self, side: Side, texts: Sequence[NeutralText]) -> Tensor:
@@ -810,10 +984,11 @@ class PersonaTransferExperiment:
 
     @cached_property
     def _preflight_fingerprint(self) -> str:
-        cells = [[cell.persona, cell.alpha, cell.origin] for cell in self.grid()]
-        classifiers = classifier_fingerprint(self._labelled_personas)
-        shape = [self.config.max_new_tokens, self.config.temperature, self.config.top_k, self.config.top_p]
-        return fingerprint(self._personas_fingerprint, cells, classifiers, shape, load_prompts("development"))
+        alphas = self.config.alpha_values
+        doses = [self.config.dose.bracket] if alphas == "auto" else alphas
+        cells = [[cell.persona, cell.alpha, cell.origin] for cell in self.grid(doses)]
+        made_from = [cells, classifier_fingerprint(self._labelled_personas), self._sampling]
+        return fingerprint(self._personas_fingerprint, *made_from, load_prompts("development"))
 
     def _load_current(self, load: Any, path: Path, expected: str) -> dict[str, Any] | None:
         return None if self.fresh else load_if_current(load, path, expected)
@@ -848,9 +1023,10 @@ class PersonaTransferExperiment:
         return self._load_current(load_tensors, path, self._personas_fingerprint)
 
     def _load_generations(self) -> list[dict[str, Any]] | None:
-        known = self._stored_rows(self.output_dir / "generation_results.json")
-        keys = [row["key"] for cell in self.grid() for row in self._planned_rows(cell)]
-        return [known[key] for key in keys] if all(key in known for key in keys) else None
+        keys = [row["key"] for cell in self.grid() for row in self._planned_rows(cell, self.prompts)]
+        path = self.output_dir / "generation_results.json"
+        found = self._load_current(load_json, path, fingerprint(keys))
+        return None if found is None else found["rows"]
 
     def _require(self, attribute: str, load: Any, phase: int, file_name: str) -> Any:
         """Return what an earlier phase of this run made, or what its artifact holds."""
@@ -866,26 +1042,25 @@ class PersonaTransferExperiment:
             )
         return found
 
-    def _known_rows(self, path: Path) -> dict[str, dict[str, Any]]:
-        return {} if self.fresh else self._stored_rows(path)
+    def _journal(self, name: str) -> Journal:
+        """Open the journal of a phase; each text or evaluation in it is keyed by what it was made from."""
+        if name == "generation":
+            made_from = fingerprint(FORMAT_VERSION, self.target.fingerprint, self._sampling)
+        else:
+            independent = self.source.fingerprint if self.config.independent_perplexity else None
+            made_from = fingerprint(FORMAT_VERSION, self.target.fingerprint, independent)
+        path = self.output_dir / f"{name}_journal.jsonl"
+        journal = Journal(path, made_from, self.fresh and name not in self._opened)
+        self._opened.add(name)
+        if journal.n_damaged:
+            self.notes.append(f"{journal.n_damaged} lines of {path} were damaged; their rows are made again")
+        return journal
 
-    def _stored_rows(self, path: Path) -> dict[str, dict[str, Any]]:
-        """Return key -> row of an earlier, perhaps partial file; rows whose judgement failed are left out."""
-        if not path.exists():
-            return {}
-        try:
-            rows = load_json(path).get("rows", [])
-            return {row["key"]: row for row in rows if not row.get("gpt4_failure")}
-        except (InputError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be used (%s); making it again", path, error)
-            return {}
-
-    def _save_rows(self, path: Path, planned: list[dict[str, Any]], known: dict[str, dict[str, Any]]) -> None:
-        """Write the planned rows that are known, in their planned order."""
-        rows = [known[row["key"]] for row in planned if row["key"] in known]
+    def _save_rows(self, path: Path, planned: Sequence[dict[str, Any]], journal: Journal) -> None:
+        """Assemble the result file of a phase from its journal, in the planned order."""
+        rows = [journal.rows[row["key"]] for row in planned]
         made_from = fingerprint([row["key"] for row in rows])
-        complete = len(rows) == len(planned)
-        save_json(path, {"fingerprint": made_from, "complete": complete, "n": len(rows), "rows": rows})
+        save_json(path, {"fingerprint": made_from, "n": len(rows), "rows": rows})
 
     def _check_prompts(self) -> None:
         """Refuse test prompts that occur in persona texts: the texts would leak into the test."""
@@ -924,8 +1099,19 @@ class PersonaTransferExperiment:
         aucs = {entry["persona"]: entry["classifier_auc"] for entry in self.aggregated["conditions"]}
         notes = [*preflight.failures(checks), *auc_notes(aucs)]
         self._log_notes([*notes, *self.notes])
-        names = sorted(path.name for path in self.output_dir.iterdir() if path.is_file())
+        files = [path for path in self.output_dir.iterdir() if path.is_file()]
+        names = sorted(path.name for path in files if not path.name.startswith("."))
         logger.info("artifacts\n%s", "\n".join(f"  {self.output_dir / name}" for name in names))
+
+
+def _in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    """Yield results in the order of their chunks, as soon as all before them are there."""
+    waiting, following = {}, 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
 
 
 def _without(vector: Tensor, dimensions: Sequence[int]) -> Tensor:

@@ -2,34 +2,29 @@
 
 The output of decoder block `layer_idx` (counted from 0, where `activation_extractor`
 reads) becomes h + alpha * v at every position: the prompt's tokens and each token as
-it is processed, so that the first generated token is steered like the rest.
+it is processed, so that the first generated token is steered like the rest. With
+`steer_positions` "generated" it does so only where a token is about to be generated: at the
+prompt's last token and at each new one.
 
-Sampling: temperature, then top-k, then top-p, as in transformers. The random numbers of
+Rows of a batch may differ in prompt, seed, vector, layers and strength. The random numbers of
 a row depend on (its seed, its prompt, the step) alone, so that neither batch size nor
 order changes them, and two conditions of one prompt and seed share them.
 """
 
-import hashlib
-import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import block_output
 from batching import run_in_batches
+from decoding import decode
 from errors import InputError
 from model_loading import (
     check_layer,
@@ -37,13 +32,12 @@ from model_loading import (
     d_model,
     decoder_blocks,
     pad_token_id,
-    pad_tokens,
 )
+from row_sampler import RowSampler, row_uniforms
 from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 
-logger = logging.getLogger(__name__)
-
 ALPHA_UNITS = ("absolute", "residual_norm")
+STEER_POSITIONS = ("all", "generated")
 
 
 @dataclass
@@ -53,6 +47,7 @@ class _Steering:
     vector: Tensor
     alpha: float
     scale: float
+    at_last: bool
     handle: RemovableHandle | None = None
     active: bool = True
 
@@ -60,38 +55,37 @@ class _Steering:
         """Return the block's output with alpha * v added; never changes a tensor in place."""
         if not self.active or self.alpha == 0:
             return None
-        return _with_added(output, self.alpha * self.scale * self.vector)
+        return _with_added(output, self.alpha * self.scale * self.vector, self.at_last)
 
 
-def _with_added(output: Tensor | tuple, added: Tensor) -> Tensor | tuple:
-    """Return a block's output with `added`, (d,) or (rows, 1, d), on its hidden states."""
+def _with_added(output: Tensor | tuple, added: Tensor, at_last: bool) -> Tensor | tuple:
+    """Return a block's output with `added`, (d,) or (rows, 1, d), on its hidden states (rows, positions, d).
+
+    at_last: only on the last position, where the next token is predicted.
+    """
     hidden = block_output(output)
-    steered = hidden + added.to(hidden.device, hidden.dtype)
+    added = added.to(hidden.device, hidden.dtype)
+    if at_last and hidden.shape[1] > 1:
+        steered = torch.cat([hidden[:, :-1], hidden[:, -1:] + added], dim=1)
+    else:
+        steered = hidden + added
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
 
-def _adding_rows(added: Tensor) -> Callable:
-    """Return a forward hook that adds (rows, 1, d) to a block's output."""
+class _RowSteering:
+    """Adds to each row of a batch a vector of its own, at one layer, and follows rows that leave."""
 
-    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        return _with_added(output, added)
+    def __init__(self, added: Tensor, at_last: bool) -> None:
+        """added: (rows, d) float32, on the model's device."""
+        self.added = added
+        self.current = added
+        self.at_last = at_last
 
-    return hook
+    def keep(self, rows: Tensor) -> None:
+        self.current = self.added[rows]
 
-
-@contextmanager
-def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Keep what a model was saved with (a repetition penalty, beams) out of `generate`.
-
-    transformers fills every unset option from it, and source and target would differ in more
-    than their weights.
-    """
-    saved = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = saved
+    def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return _with_added(output, self.current[:, None], self.at_last)
 
 
 def _remove_hooks(steering: dict[int, _Steering]) -> None:
@@ -116,6 +110,8 @@ class SteeredGenerator:
         the norm being `measure_residual_norm(...).median`.
     residual_norms: layer_idx -> norm, needed for `residual_norm`.
     batch_size: rows a batch; halved when memory runs out.
+    steer_positions: `all`, or `generated`: only the last position of each forward pass, which while
+        text is written are the prompt's last token and every new one.
     block_path: dotted path of the block list, for architectures that cannot be recognised.
     n_tokens counts the tokens generated so far.
     """
@@ -129,8 +125,13 @@ class SteeredGenerator:
         residual_norms: dict[int, float] | None = None,
         batch_size: int = 32,
         block_path: str | None = None,
+        steer_positions: str = "all",
     ) -> None:
-        """Raises InputError: unknown alpha_unit, or no decoder blocks found."""
+        """Raises InputError: unknown alpha_unit or steer_positions, or no decoder blocks found."""
+        if steer_positions not in STEER_POSITIONS:
+            raise InputError(
+                f"steer_positions {steer_positions!r} is unknown; choose {' or '.join(STEER_POSITIONS)}"
+            )
         if alpha_unit not in ALPHA_UNITS:
             raise InputError(f"alpha_unit {alpha_unit!r} is unknown; choose {' or '.join(ALPHA_UNITS)}")
         self.model = model if device is None else model.to(device)
@@ -139,6 +140,7 @@ class SteeredGenerator:
         self.alpha_unit = alpha_unit
         self.residual_norms = dict(residual_norms or {})
         self.batch_size = batch_size
+        self.at_last = steer_positions == "generated"
         self.n_tokens = 0
         self._steering: dict[int, _Steering] = {}
         weakref.finalize(self, _remove_hooks, self._steering)
@@ -173,7 +175,7 @@ class SteeredGenerator:
             raise InputError("steering_vector has values that are not finite; extract it again in float32")
         scale = self.alpha_scale(layer_idx)
         vector = steering_vector.detach().float().to(self.model.device)
-        steering = _Steering(vector, _checked_alpha(alpha), scale)
+        steering = _Steering(vector, _checked_alpha(alpha), scale, self.at_last)
         self.clear_steering(layer_idx)
         steering.handle = self.blocks[layer_idx].register_forward_hook(steering.hook)
         self._steering[layer_idx] = steering
@@ -226,18 +228,21 @@ class SteeredGenerator:
         top_k: int = 50,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
-        layer_idx: int | None = None,
+        layer_idx: int | Sequence[int | Collection[int]] | None = None,
         steering_vectors: Tensor | None = None,
         alphas: Sequence[float] | None = None,
+        on_texts: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """Return a continuation, without its prompt, for each prompt, in their order.
 
-        temperature: 0 means greedy decoding. top_k: 0 means no limit. top_p: 1 means no limit;
-        with top_k 0 the whole vocabulary is then sorted at each step, which is slow.
+        Prompts are packed by length into batches of `batch_size`.
+        temperature, top_k, top_p: see `RowSampler`.
         seeds: one a prompt, 0 if not given.
         layer_idx, steering_vectors (rows, d), alphas (rows,): a vector and strength for each
-            prompt, added at that layer beside what is registered, so that many conditions
-            share a batch. Alpha 0 leaves a row unsteered.
+            prompt, added beside what is registered, so that many conditions share a batch.
+            layer_idx is one layer for all, or for each prompt its layer or its set of layers.
+            Alpha 0 leaves a row unsteered.
+        on_texts: told prompt indices and their texts as soon as a batch is written.
         Raises InputError: no prompts, an empty one, one too long for the context, an option
         out of range, or row vectors that don't fit prompts and model.
         """
@@ -246,35 +251,45 @@ class SteeredGenerator:
         row_seeds = [0] * len(prompts) if seeds is None else list(seeds)
         if len(row_seeds) != len(prompts):
             raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
+        sampler = self.sampler(temperature, top_k, top_p)
         tokens = self.tokenise_prompts(prompts, max_new_tokens)
         added = self._row_additions(len(prompts), layer_idx, steering_vectors, alphas)
 
         def run(indices: list[int]) -> list[str]:
-            uniform = torch.stack([_row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices])
-            sampler = RowSampler(uniform, temperature, top_k, top_p)
-            with ExitStack() as stack:
-                if added is not None:
-                    hook = _adding_rows(added[indices])
-                    stack.enter_context(self.blocks[layer_idx].register_forward_hook(hook))
-                return self._generate_tokens([tokens[i] for i in indices], max_new_tokens, sampler)
+            uniform = torch.stack([row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices])
+            here = {layer: vectors[indices] for layer, vectors in added.items()}
+            return self._write([tokens[i] for i in indices], max_new_tokens, sampler, uniform, here)
 
         lengths = [len(ids) for ids in tokens]
-        return run_in_batches(run, lengths, self.batch_size, "generating", "text")
+        size, shrink = self.batch_size, self._shrink
+        return run_in_batches(run, lengths, size, "generating", on_results=on_texts, on_halved=shrink)
+
+    def _shrink(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def sampler(self, temperature: float, top_k: int, top_p: float) -> RowSampler:
+        """Return the sampler of these settings. Raises InputError for one out of range."""
+        size = self.model.config.get_text_config(decoder=True).vocab_size
+        if top_k > size:
+            raise InputError(
+                f"top_k is {top_k} but the model's vocabulary has {size} tokens; lower it, or 0 for no limit"
+            )
+        return RowSampler(temperature, top_k, top_p)
 
     def _row_additions(
         self,
         n_rows: int,
-        layer_idx: int | None,
+        layer_idx: int | Sequence[int | Collection[int]] | None,
         steering_vectors: Tensor | None,
         alphas: Sequence[float] | None,
-    ) -> Tensor | None:
-        """Return what is added to each row, (rows, 1, d) float32, or None without row vectors."""
+    ) -> dict[int, Tensor]:
+        """Return what is added to each row, layer -> (rows, d) float32, on the CPU."""
         given = [value is not None for value in (layer_idx, steering_vectors, alphas)]
         if not any(given):
-            return None
+            return {}
         if not all(given):
             raise InputError("row steering needs layer_idx, steering_vectors and alphas together")
-        check_layer(layer_idx, self.blocks)
+        row_layers = self._row_layers(n_rows, layer_idx)
         shape = (n_rows, d_model(self.model))
         if steering_vectors.shape != shape or len(alphas) != n_rows:
             raise InputError(
@@ -283,8 +298,22 @@ class SteeredGenerator:
             )
         if not steering_vectors.isfinite().all():
             raise InputError("steering_vectors has values that are not finite; extract it again in float32")
-        strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas]) * self.alpha_scale(layer_idx)
-        return (strengths[:, None] * steering_vectors.detach().float().cpu())[:, None].to(self.model.device)
+        strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas])
+        vectors = steering_vectors.detach().float().cpu()
+        added = {}
+        for layer in sorted(set().union(*row_layers)):
+            here = torch.tensor([layer in layers for layers in row_layers])
+            added[layer] = (strengths * here * self.alpha_scale(layer))[:, None] * vectors
+        return added
+
+    def _row_layers(self, n_rows: int, layer_idx: int | Sequence[int | Collection[int]]) -> list[set[int]]:
+        given = [layer_idx] * n_rows if isinstance(layer_idx, int) else list(layer_idx)
+        if len(given) != n_rows:
+            raise InputError(f"got {len(given)} layers for {n_rows} prompts; give one entry for each")
+        row_layers = [{entry} if isinstance(entry, int) else set(entry) for entry in given]
+        for layer in sorted(set().union(*row_layers)):
+            check_layer(layer, self.blocks)
+        return row_layers
 
     def tokenise_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
         """Return each prompt's tokens. Raises InputError for one that is empty or too long to go on."""
@@ -304,38 +333,39 @@ class SteeredGenerator:
             )
         return ids
 
-    @torch.inference_mode()
-    def _generate_tokens(
-        self, tokens: list[list[int]], max_new_tokens: int, sampler: "RowSampler"
+    def _write(
+        self,
+        tokens: list[list[int]],
+        max_new_tokens: int,
+        sampler: RowSampler,
+        uniform: Tensor,
+        added: dict[int, Tensor],
     ) -> list[str]:
-        pad_id = pad_token_id(self.tokenizer)
-        padded, mask = pad_tokens(tokens, pad_id, "left", self.model.device)
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id,
-            eos_token_id=self._end_tokens(),
-        )
-        with _plain_generation_config(self.model):
-            output = self.model.generate(
-                input_ids=padded,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-        continuations = [self._until_end(new) for new in output[:, padded.shape[1] :].tolist()]
+        """Return the continuations of one batch; uniform: (rows, steps), added: layer -> (rows, d)."""
+        device = self.model.device
+        uniform = uniform.to(device)
+        steered = {layer: _RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
+
+        def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+            return sampler.choose(logits, uniform[rows, step])
+
+        def keep(rows: Tensor) -> None:
+            for steering in steered.values():
+                steering.keep(rows)
+
+        with ExitStack() as stack:
+            for layer, steering in steered.items():
+                stack.enter_context(self.blocks[layer].register_forward_hook(steering.hook))
+            ends, pad_id = self._end_tokens(), pad_token_id(self.tokenizer)
+            continuations = decode(self.model, tokens, choose, max_new_tokens, ends, pad_id, keep)
         self.n_tokens += sum(len(new) for new in continuations)
         return [self._decode(prompt, new) for prompt, new in zip(tokens, continuations, strict=True)]
 
-    def _end_tokens(self) -> list[int] | None:
+    def _end_tokens(self) -> set[int]:
         """Return the ids that end a text: the model's own and the tokenizer's."""
         stated = self.model.generation_config.eos_token_id
         ends = set(stated if isinstance(stated, list) else [stated])
-        return sorted((ends | {self.tokenizer.eos_token_id}) - {None}) or None
-
-    def _until_end(self, new: list[int]) -> list[int]:
-        ends = set(self._end_tokens() or [])
-        return new[: next((place for place, token in enumerate(new) if token in ends), len(new))]
+        return (ends | {self.tokenizer.eos_token_id}) - {None}
 
     def _decode(self, prompt: list[int], new: list[int]) -> str:
         """Return the text of the new tokens as it stands behind the prompt.
@@ -370,64 +400,6 @@ class SteeredGenerator:
                 f"no steering is registered at layer {layer_idx} (registered: {sorted(self._steering)})"
             )
         return [self._steering[layer_idx]]
-
-
-class RowSampler(LogitsProcessor):
-    """Choose each row's next token from that row's own random numbers.
-
-    As the last logits processor of a greedy `generate`, it leaves the chosen token as the
-    only possible one. The choice inverts the cumulative distribution over tokens in
-    descending order of probability.
-
-    uniform: (rows, steps) numbers in [0, 1).
-    """
-
-    def __init__(self, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> None:
-        """Raises InputError for an option out of range."""
-        if not 0 <= temperature < float("inf"):
-            raise InputError(f"temperature is {temperature}, expected 0 or more")
-        if top_k < 0:
-            raise InputError(f"top_k is {top_k}, expected 0 (no limit) or more")
-        if not 0 < top_p <= 1:
-            raise InputError(f"top_p is {top_p}, expected above 0 and at most 1")
-        self.uniform = uniform
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores of -inf but for the chosen token's 0, (rows, vocabulary)."""
-        if self.temperature == 0:
-            return scores
-        chosen = self.choose(scores, self.uniform[:, self.step].to(scores.device))
-        self.step += 1
-        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
-
-    def choose(self, scores: Tensor, uniform: Tensor) -> Tensor:
-        """Return the chosen token of each row, (rows, 1), given one random number a row."""
-        size = scores.shape[-1]
-        values, tokens = scores.float().topk(min(self.top_k, size) if self.top_k else size, dim=-1)
-        if not values[:, 0].isfinite().all():
-            raise InputError("the logits are not finite; lower alpha, or use bfloat16 or float32")
-        # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-        probabilities = ((values - values[:, :1]) / self.temperature).softmax(-1)
-        cumulative = probabilities.cumsum(-1)
-        if self.top_p < 1:
-            # A token stays while those before it hold less than top_p: the first always does.
-            probabilities = probabilities.where(cumulative - probabilities < self.top_p, 0.0)
-            cumulative = probabilities.cumsum(-1)
-        threshold = uniform[:, None] * cumulative[:, -1:]
-        place = torch.searchsorted(cumulative, threshold, right=True)
-        n_possible = (probabilities > 0).sum(-1, keepdim=True)
-        return tokens.gather(1, place.minimum(n_possible - 1))
-
-
-def _row_uniforms(seed: int, prompt: str, n_steps: int) -> Tensor:
-    """Return (n_steps,) numbers in [0, 1) that depend on the seed and the prompt alone."""
-    key = hashlib.sha256(f"{seed}\x00{prompt}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    return torch.rand(n_steps, generator=generator)
 
 
 def _checked_alpha(alpha: float) -> float:

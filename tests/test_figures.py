@@ -5,12 +5,14 @@ import torch
 
 from baseline_methods import METHODS
 from comparison_maps import KINDS, ComparisonMap, maps_table
+from dose_search import DevelopmentText, DoseBound, doses_content, search_doses
 from evaluation import METRICS, aggregate
 from figures import (
     COLOURS,
     MARKERS,
     choose_axes,
     coherence_trait_figure,
+    dose_figure,
     energy_figure,
     figure_fingerprint,
     layer_search_figure,
@@ -168,6 +170,106 @@ def test_energy_figure_draws_a_curve_for_each_persona(mapping):
     (panel,) = energy_figure({"loud": curve, "calm": curve}).axes
     assert [line.get_label() for line in panel.lines] == ["loud", "calm", "activations' variance"]
     assert list(panel.lines[0].get_ydata()) == curve["vector"]
+
+
+def searched_doses(ratio, personas=("loud", "calm"), methods=("oracle", "zero_pad"), bracket=(0.5, 10.0)):
+    """What a search gives where perplexity is `ratio(method, alpha)` times the unsteered; None is missing."""
+
+    def measure(asked):
+        found = [(ratio(method, alpha), alpha) for (_, method), alpha in asked]
+        return [[DevelopmentText(value and 20 * value, 0.1 if alpha < 6 else 0.9)] for value, alpha in found]
+
+    conditions = [(persona, method) for persona in personas for method in methods]
+    bound = DoseBound(max_perplexity_ratio=1.75)
+    return doses_content(
+        search_doses(conditions, measure, [DevelopmentText(20.0, 0.1)], bracket, bound), bound
+    )
+
+
+def curves(panel):
+    """Return method -> (x, y) of the lines of a panel of doses."""
+    return {line.get_label(): line.get_data() for line in panel.lines if line.get_label() in COLOURS}
+
+
+def markers(panel):
+    """Return (colour, alpha) -> the marker's size and opacity in a panel of doses."""
+    found = [line for line in panel.lines if line.get_marker() != "None"]
+    return {
+        (line.get_color(), line.get_xdata()[0]): (line.get_markersize(), line.get_alpha()) for line in found
+    }
+
+
+def test_dose_figure_draws_every_measured_point_and_the_bound():
+    content = searched_doses(lambda method, alpha: 1 + alpha / (4 if method == "oracle" else 2))
+    panels = dose_figure(content).axes
+    assert [panel.get_title() for panel in panels] == ["loud", "calm"]
+    for panel in panels:
+        assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
+        (line,) = (line for line in panel.lines if line.get_label() == "bound: 1.75")
+        assert set(line.get_ydata()) == {1.75}
+        entries = [entry for entry in content["doses"] if entry["persona"] == panel.get_title()]
+        drawn = curves(panel)
+        assert set(drawn) == {"oracle", "zero_pad"}
+        for entry in entries:
+            x, y = drawn[entry["method"]]
+            assert list(x) == [point["alpha"] for point in entry["curve"]]
+            assert list(y) == [point["perplexity_ratio"] for point in entry["curve"]]
+
+
+def test_dose_figure_marks_the_chosen_dose_and_fades_what_is_over_a_bound():
+    content = searched_doses(lambda method, alpha: 1.1 if method == "oracle" else 1 + alpha / 2)
+    for panel in dose_figure(content).axes:
+        found = markers(panel)
+        for entry in content["doses"][:2]:
+            for point in entry["curve"]:
+                size, opacity = found[COLOURS[entry["method"]], point["alpha"]]
+                assert (size > 5) == (point["alpha"] == entry["alpha"])
+                assert (opacity == 1) == point["is_coherent"]
+    repetitive = [point for point in content["doses"][0]["curve"] if not point["is_coherent"]]
+    assert repetitive
+    assert all(point["perplexity_ratio"] < 1.75 for point in repetitive)
+
+
+def test_dose_figure_leaves_out_points_without_a_ratio():
+    content = searched_doses(lambda method, alpha: None if method == "zero_pad" or alpha > 4 else 1.2)
+    figure = dose_figure(content)
+    for panel in figure.axes:
+        ((x, _),) = curves(panel).values()
+        assert len(x) < len(content["doses"][0]["curve"])
+        assert max(x) <= 4
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["oracle", "bound: 1.75"]
+
+
+def test_dose_figure_names_every_method_once_in_the_order_of_the_colours():
+    methods = [name for name in reversed(COLOURS) if name != "baseline"]
+    (legend,) = dose_figure(searched_doses(lambda method, alpha: 1 + alpha / 9, methods=methods)).legends
+    assert [text.get_text() for text in legend.get_texts()] == [*reversed(methods), "bound: 1.75"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bracket"),
+    [
+        (lambda method, alpha: 1 + alpha / 9, (1.0, 1.2)),
+        (lambda method, alpha: 1 + alpha / 9, (0.5, 10.0)),
+        (lambda method, alpha: 1 + alpha**3, (1e-3, 1e3)),
+        (lambda method, alpha: 1 + alpha**9, (0.5, 1000.0)),
+        (lambda method, alpha: 0.01, (0.5, 5.0)),
+        (lambda method, alpha: None, (0.5, 10.0)),
+    ],
+    ids=["narrow", "usual", "wide", "far over the bound", "far below", "nothing to draw"],
+)
+def test_dose_figure_has_a_few_plain_numbers_on_its_axes(ratio, bracket, tmp_path):
+    figure = dose_figure(searched_doses(ratio, bracket=bracket))
+    save_figure(figure, tmp_path / "figure.png", "made")
+    for panel in figure.axes:
+        for axis in (panel.xaxis, panel.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [value for value in axis.get_majorticklocs() if low <= value <= high]
+            assert 2 <= len(ticks) <= 12
+            labels = [axis.get_major_formatter()(value) for value in ticks]
+            assert [float(label) for label in labels] == pytest.approx(ticks, rel=1e-5)
+            assert max(len(label) for label in labels) <= 6
 
 
 def test_saved_figure_carries_its_fingerprint_and_leaves_nothing_beside_it(mapping, maps, tmp_path):

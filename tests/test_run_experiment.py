@@ -1,8 +1,15 @@
 import json
+import math
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +24,9 @@ from artifacts import load_json, load_tensors
 from baseline_methods import METHODS
 from comparison_maps import KINDS
 from errors import InputError
+from journal import Journal
 from personas import load_prompts
+from ray_executor import RayExecutor
 from run_experiment import PersonaTransferExperiment, main
 from steered_generation import SteeredGenerator
 from tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
@@ -46,7 +55,9 @@ ARTIFACTS = {
     "persona_vectors.pt",
     "persona_similarities.json",
     "persona_energy.png",
+    "generation_journal.jsonl",
     "generation_results.json",
+    "evaluation_journal.jsonl",
     "eval_results.json",
     "aggregated_results.json",
     "figure1.png",
@@ -134,6 +145,8 @@ def content(path):
         return load_json(path)
     if path.suffix == ".pt":
         return comparable(load_tensors(path))
+    if path.suffix == ".jsonl":  # rows stand in the order in which they were made
+        return sorted(path.read_text().splitlines())
     return path.read_bytes()
 
 
@@ -154,12 +167,12 @@ def assert_equal_artifacts(output_dir, other, except_for=()):
 
 
 def test_run_leaves_every_artifact_and_nothing_else(finished):
-    assert {path.name for path in finished.iterdir()} == ARTIFACTS
+    visible = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert visible == ARTIFACTS
 
 
 def test_grid_is_complete_and_the_baseline_is_written_once(finished):
     made = rows(finished)
-    assert load_json(finished / "generation_results.json")["complete"] is True
     assert len(made) == len({row["key"] for row in made}) == N_TEXTS
     cells = Counter((row["condition"], row["persona"], row["alpha"]) for row in made)
     expected = [
@@ -364,38 +377,87 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("n_batches", [0, 1, 8])
 def test_killed_run_resumes_to_the_same_texts(n_batches, settings, finished, out, monkeypatch):
-    for name in ("generation_results.json", "eval_results.json", "aggregated_results.json", "figure1.png"):
-        (out / name).unlink()
+    for path in out.iterdir():
+        if re.match(r"\.|generation|eval|aggregated|figure1", path.name):
+            path.unlink()
     settings = {**settings, "generation_batch_size": N_PER_CELL}
-    write = PersonaTransferExperiment._write
+    append = Journal.append
     calls = []
 
-    def killed(self, *arguments):
-        calls.append(arguments)
+    def killed(self, rows):
+        calls.append(len(rows))
         if len(calls) > n_batches:
             raise Killed
-        return write(self, *arguments)
+        append(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PersonaTransferExperiment, "_write", killed)
+        patch.setattr(Journal, "append", killed)
         with pytest.raises(Killed):
             run(out, settings)
-    path = out / "generation_results.json"
-    assert path.exists() == (n_batches > 0)
-    if n_batches:
-        assert load_json(path)["complete"] is False
-        assert len(rows(out)) == n_batches * N_PER_CELL
-        assert run(out, settings, "--phase", "5") == 2
+    assert not (out / "generation_results.json").exists()
+    assert len((out / "generation_journal.jsonl").read_text().splitlines()) == 1 + n_batches * N_PER_CELL
+    assert run(out, settings, "--phase", "5") == 2
     assert run(out, settings) == 0
     assert n_new(out) == [N_TEXTS - n_batches * N_PER_CELL]
     assert_equal_artifacts(out, finished)
 
 
+KILLED_RUN = """
+import sys
+from run_experiment import main
+sys.exit(main(["--config", sys.argv[1]]))
+"""
+
+
+def n_lines(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def test_run_killed_by_the_system_loses_no_text_that_was_written(settings, finished, tmp_path):
+    out = tmp_path / "out"
+    config = {**settings, "generation_batch_size": 2, "output_dir": str(out)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    journal, n_kept = out / "generation_journal.jsonl", 0
+    for least in (3, 30, 80):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_RUN, tmp_path / "config.json"],
+            cwd=Path(__file__).parent.parent,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 120
+        while n_lines(journal) < least and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert n_lines(journal) >= max(least, n_kept)
+        n_kept = n_lines(journal)
+    assert run(out, settings) == 0
+    assert n_new(out)[-1] <= N_TEXTS - (n_kept - 2)  # its header and perhaps a torn line are no texts
+    assert texts(out) == texts(finished)
+
+
+def test_second_run_in_the_same_folder_is_refused(settings, out, capsys):
+    with Journal(out / "generation_journal.jsonl", "another run"):
+        assert run(out, settings) == 2
+    (line,) = error_lines(capsys)
+    assert "generation_journal" in line
+
+
+def test_other_sampling_keeps_the_journal_aside_and_takes_it_back(settings, finished, out):
+    assert run(out, {**settings, "temperature": 0.5}) == 0
+    assert len(list(out.glob("generation_journal.*.jsonl"))) == 1
+    assert not texts(out).keys() & texts(finished).keys()
+    assert run(out, settings) == 0
+    assert n_new(out) == [N_TEXTS, 0]
+    assert texts(out) == texts(finished)
+
+
 def test_fresh_run_makes_everything_again(settings, finished, out):
-    tampered = load_json(out / "generation_results.json")
-    for row in tampered["rows"]:
-        row["output"] = "tampered"
-    (out / "generation_results.json").write_text(json.dumps(tampered))
+    journal = out / "generation_journal.jsonl"
+    made_from = json.loads(journal.read_text().splitlines()[0])["made_from"]
+    with Journal(journal, made_from) as tampered:
+        tampered.append([{**row, "output": "tampered"} for row in tampered.rows.values()])
     assert run(out, settings, "--phase", "4") == 0
     assert set(texts(out).values()) == {"tampered"}
     assert run(out, settings, "--fresh") == 0
@@ -411,7 +473,7 @@ def test_fresh_preflight_ends_with_the_chosen_lambda(settings, finished, out):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_texts_do_not_depend_on_batch_sizes(batch_size, settings, finished, out):
-    (out / "generation_results.json").unlink()
+    (out / "generation_journal.jsonl").unlink()
     assert run(out, {**settings, "generation_batch_size": batch_size}, "--phase", "4") == 0
     assert texts(out) == texts(finished)
 
@@ -554,6 +616,164 @@ def test_texts_are_those_of_the_stored_vectors(settings, finished):
         with SteeredGenerator(experiment.target.model, experiment.target.tokenizer) as generator:
             generator.register_steering(2, vectors["numeric"]["ridge_mapped"], row["alpha"])
             assert generator.generate(row["prompt"], 6, seed=row["seed"]) == row["output"]
+
+
+def test_steering_generated_positions_alone_writes_other_texts(settings, finished, out):
+    assert run(out, {**settings, "steer_positions": "generated"}, "--phase", "4") == 0
+    before = {
+        (row["condition"], row["persona"], row["alpha"], row["prompt"], row["seed"]) for row in rows(out)
+    }
+    assert len(before) == N_TEXTS
+    unsteered, steered = [
+        [row["output"] for row in rows(folder) if (row["alpha"] == 4.0) is is_steered]
+        for is_steered in (False, True)
+        for folder in (out,)
+    ]
+    assert unsteered[:N_PER_CELL] == [row["output"] for row in rows(finished)[:N_PER_CELL]]
+    assert steered != [row["output"] for row in rows(finished) if row["alpha"] == 4.0]
+
+
+# A dose for each condition
+
+
+@pytest.fixture(scope="module")
+def auto(settings):
+    dose = {"n_evaluations": 3, "bracket": [0.1, 2.0], "max_perplexity_ratio": 1.05}
+    return {**settings, "alpha_values": "auto", "dose": dose, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def finished_auto(auto, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("auto") / "out"
+    assert run(output_dir, auto) == 0
+    return output_dir
+
+
+def test_every_condition_is_tested_at_the_dose_that_was_found(finished_auto):
+    doses = {
+        (entry["persona"], entry["method"]): entry
+        for entry in load_json(finished_auto / "dose_search.json")["doses"]
+    }
+    assert set(doses) == {(name, method) for name in ("loud", "numeric") for method in METHODS}
+    norm = load_json(finished_auto / "persona_similarities.json")["residual_norm"]["median"]
+    for entry in doses.values():
+        alphas = [point["alpha"] for point in entry["curve"]]
+        assert len(alphas) <= 3
+        assert all(0.1 * norm <= alpha <= 2.0 * norm * 1.0001 for alpha in alphas)
+        chosen = next(point for point in entry["curve"] if point["alpha"] == entry["alpha"])
+        assert chosen["is_coherent"] is entry["is_coherent"]
+        assert not any(point["is_coherent"] for point in entry["curve"] if point["alpha"] > entry["alpha"])
+    assert len({entry["alpha"] for entry in doses.values()}) > 1
+    cells = {(row["persona"], row["condition"], row["alpha"]) for row in rows(finished_auto)}
+    expected = {(*condition, entry["alpha"]) for condition, entry in doses.items()}
+    assert cells == {(None, "baseline", None), *expected}
+    assert (finished_auto / "dose_search.png").stat().st_size > 10_000
+
+
+def test_doses_are_measured_on_development_prompts_alone(finished_auto):
+    journal = [
+        json.loads(line) for line in (finished_auto / "generation_journal.jsonl").read_text().splitlines()
+    ]
+    prompts = {line["row"]["prompt"] for line in journal[1:]}
+    tested = {row["prompt"] for row in rows(finished_auto)}
+    assert prompts - tested == set(load_prompts("development"))
+    assert not tested & set(load_prompts("development"))
+
+
+def test_ratio_of_a_dose_is_that_of_its_texts(finished_auto):
+    evaluated = {}
+    for line in (finished_auto / "evaluation_journal.jsonl").read_text().splitlines()[1:]:
+        row = json.loads(line)["row"]
+        if row["prompt"] in load_prompts("development"):
+            evaluated[row["condition"], row["persona"], row["alpha"], row["prompt"]] = row
+    unsteered = {
+        key[3]: row["independent_perplexity"] for key, row in evaluated.items() if key[0] == "baseline"
+    }
+    entry = load_json(finished_auto / "dose_search.json")["doses"][0]
+    for point in entry["curve"]:
+        logs = [
+            math.log(row["independent_perplexity"] / unsteered[prompt])
+            for (method, persona, alpha, prompt), row in evaluated.items()
+            if (method, persona, alpha) == (entry["method"], entry["persona"], point["alpha"])
+            and None not in (row["independent_perplexity"], unsteered[prompt])
+        ]
+        assert len(logs) == point["n_pairs"] > 0
+        assert math.exp(sum(logs) / len(logs)) == pytest.approx(point["perplexity_ratio"])
+
+
+def test_second_run_with_doses_writes_nothing_anew(auto, finished_auto, tmp_path):
+    out = shutil.copytree(finished_auto, tmp_path / "out")
+    assert run(out, auto) == 0
+    assert n_new(out)[-1] == 0
+    assert_equal_artifacts(out, finished_auto)
+    (out / "dose_search.json").unlink()
+    before = (out / "generation_journal.jsonl").read_bytes()
+    assert run(out, auto) == 0
+    assert (out / "generation_journal.jsonl").read_bytes() == before
+    assert content(out / "dose_search.json") == content(finished_auto / "dose_search.json")
+
+
+def test_phase_5_alone_needs_the_doses(auto, finished_auto, tmp_path, capsys):
+    out = shutil.copytree(finished_auto, tmp_path / "out")
+    (out / "dose_search.json").unlink()
+    assert run(out, auto, "--phase", "5") == 2
+    (line,) = error_lines(capsys)
+    assert "dose_search.json" in line
+    assert "run phase 4 first" in line
+
+
+def test_doses_at_the_ends_of_the_bracket_are_noted(auto, tmp_path):
+    dose = {"n_evaluations": 2, "max_perplexity_ratio": 1e9, "max_repetition_increase": 1.0}
+    assert run(tmp_path / "high", {**auto, "methods": ["oracle"], "dose": dose}) == 0
+    assert "strongest dose tried" in (tmp_path / "high" / "experiment.log").read_text()
+
+
+def test_dry_run_counts_the_texts_of_a_dose_search(auto, tmp_path, capsys):
+    assert run(tmp_path / "out", auto, "--dry-run") == 0
+    n_texts = len(load_prompts("development")) * (1 + N_PERSONAS * len(METHODS) * 3)
+    shown = capsys.readouterr().out
+    assert f"dose search: {n_texts} generations" in shown
+    assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * len(METHODS))} " in shown
+
+
+# A Ray cluster
+
+
+def kill_a_worker():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if b"_Host" in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                return
+
+
+def test_ray_gives_what_this_process_gives(settings, finished, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    losses = []
+
+    def killing(self, method, chunks):
+        for number, result in run_chunks(self, method, chunks):
+            if method == "write" and number == 10:
+                kill_a_worker()
+            yield number, result
+        losses.append(self.n_lost)
+
+    run_chunks = RayExecutor.run
+    monkeypatch.setattr(RayExecutor, "run", killing)
+    config = {**settings, "generation_batch_size": 4, "executor": {"kind": "ray", "n_workers": 2}}
+    out = tmp_path / "out"
+    assert run(out, config) == 0
+    assert losses[-1] == 1
+    assert texts(out) == texts(finished)
+    assert_equal_artifacts(out, finished, except_for=["preflight.json"])
+
+
+def test_ray_without_ray_is_refused_before_anything_is_written(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(tmp_path / "out", {**settings, "executor": {"kind": "ray"}}) == 2
+    (line,) = error_lines(capsys)
+    assert "requirements-ray.txt" in line
+    assert not (tmp_path / "out").exists()
 
 
 # Preflight

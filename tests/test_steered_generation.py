@@ -5,12 +5,11 @@ import gc
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from activation_extractor import ActivationExtractor
 from errors import InputError
 from model_loading import decoder_blocks
-from steered_generation import RowSampler, SteeredGenerator, steering_error
+from steered_generation import SteeredGenerator, steering_error
 from tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 PROMPTS = ["Once upon a time", "Then", "The weather today is"]
@@ -55,16 +54,6 @@ def recorded(model):
     for handle in handles:
         handle.remove()
     return outputs
-
-
-def warped(scores, temperature, top_k, top_p):
-    """Scores as the warpers of transformers leave them, -inf for tokens that are cut."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers(None, scores)
 
 
 @pytest.mark.parametrize("layer_idx", range(N_LAYERS))
@@ -406,56 +395,6 @@ def test_generation_settings_saved_with_a_model_change_nothing(tokenizer, name, 
         expected = generator.generate_batch(PROMPTS, max_new_tokens=12)
         setattr(model.generation_config, name, value)
         assert generator.generate_batch(PROMPTS, max_new_tokens=12) == expected
-
-
-SETTINGS = [
-    (1.0, 0, 1.0),
-    (0.6, 0, 1.0),
-    (1.5, 10, 1.0),
-    (1.0, 0, 0.9),
-    (0.8, 20, 0.7),
-    (2.0, 0, 0.05),
-    (1.0, 1, 1.0),
-    (1.0, 500, 0.5),
-]
-
-
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-def test_sampler_draws_from_the_distribution_of_transformers(temperature, top_k, top_p):
-    n = 20_000
-    scores = 2 * torch.randn(1, 60)
-    expected = warped(scores, temperature, top_k, top_p).softmax(-1)[0]
-    uniform = (torch.arange(n) + 0.5) / n
-    sampler = RowSampler(uniform[:, None], temperature, top_k, top_p)
-    chosen = sampler.choose(scores.expand(n, -1), uniform).flatten()
-    frequency = torch.bincount(chosen, minlength=60) / n
-    assert (frequency - expected).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("uniform", [0.0, 0.9999999, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-def test_sampler_never_leaves_the_nucleus(temperature, top_k, top_p, uniform):
-    scores = 3 * torch.randn(500, 300)
-    scores[:, 100:] -= 200 * torch.rand(500, 200)
-    scores[:, 200:] = float("-inf")
-    uniforms = torch.full((500,), float(uniform))
-    chosen = RowSampler(uniforms[:, None], temperature, top_k, top_p).choose(scores, uniforms)
-    assert warped(scores, temperature, top_k, top_p).gather(1, chosen).isfinite().all()
-
-
-def test_sampler_uses_one_uniform_a_step_and_leaves_one_token():
-    scores = torch.randn(2, 30)
-    uniform = torch.tensor([[0.01, 0.99], [0.5, 0.2]])
-    sampler = RowSampler(uniform, temperature=1.0, top_k=0, top_p=1.0)
-    for step in range(2):
-        result = sampler(None, scores)
-        assert torch.equal(result.argmax(-1, keepdim=True), sampler.choose(scores, uniform[:, step]))
-        assert result.isfinite().sum(-1).tolist() == [1, 1]
-
-
-def test_sampler_at_temperature_0_leaves_the_scores():
-    scores = torch.randn(2, 30)
-    assert torch.equal(RowSampler(torch.rand(2, 1), 0.0, 50, 1.0)(None, scores), scores)
 
 
 def test_steering_error_is_0_at_the_steered_block_and_large_elsewhere(llama, tokenizer, generator, vector):

@@ -1,0 +1,172 @@
+"""Choose each row's next token from its logits and a random number of its own (phase 4).
+
+Temperature, then top-k, then top-p, with the distribution that the processors of transformers
+leave. The choice inverts the cumulative distribution over tokens in descending order of
+probability, of equal ones in ascending order of their id. It needs no sorted vocabulary: the
+largest few hundred logits nearly always decide, and a row that they leave open gets more.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from output_head import total_weight
+
+BLOCK = 64
+FIRST_SIZES = (256, 4096)
+MARGIN = 14  # for ties with the k-th logit, which transformers keeps all
+
+
+class RowSampler:
+    """Sampling settings; `choose` draws a token for each row.
+
+    temperature: 0 means the most probable token. top_k: 0 means no limit. top_p: 1 means no limit.
+    """
+
+    def __init__(self, temperature: float = 1.0, top_k: int = 50, top_p: float = 1.0) -> None:
+        """Raises InputError for an option out of range."""
+        if not 0 <= temperature < float("inf"):
+            raise InputError(f"temperature is {temperature}, expected 0 or more")
+        if top_k < 0:
+            raise InputError(f"top_k is {top_k}, expected 0 (no limit) or more")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p is {top_p}, expected above 0 and at most 1")
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Return the chosen token of each row, (rows,) int64.
+
+        logits: (rows, vocabulary), any float dtype; fastest with contiguous rows or contiguous columns.
+        uniform: (rows,) numbers in [0, 1), on any device.
+        Raises InputError: top_k beyond the vocabulary, or logits that are not finite.
+        """
+        n_rows, size = logits.shape
+        uniform = uniform.to(logits.device)
+        if self.top_k > size:
+            raise InputError(
+                f"top_k is {self.top_k} but the vocabulary has {size} tokens; lower it, or 0 for no limit"
+            )
+        sizes = [self.top_k + MARGIN] if self.top_k else FIRST_SIZES
+        sizes = [1] if self.temperature == 0 else [*(n for n in sizes if n < size), size]
+        values, tokens = largest(logits, sizes[0])
+        if not values[:, 0].isfinite().all():
+            raise InputError("the logits are not finite; lower alpha, or use bfloat16 or float32")
+        chosen = tokens[:, 0]
+        if self.temperature == 0:
+            return chosen
+        total = None if self.top_k else total_weight(logits, values[:, 0], self.temperature)
+        open_rows = torch.arange(n_rows, device=logits.device)
+        for n in sizes:
+            if n > sizes[0]:
+                values, tokens = largest(logits[open_rows], n)
+            place, is_certain = self._draw(
+                values.double(), uniform[open_rows], None if total is None else total[open_rows], n == size
+            )
+            chosen = chosen.index_copy(0, open_rows, tokens.gather(1, place)[:, 0])
+            open_rows = open_rows[~is_certain]
+            if not len(open_rows):
+                break
+        return chosen
+
+    def _draw(
+        self, values: Tensor, uniform: Tensor, total: Tensor | None, is_whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return each row's place in its descending values, (rows, 1), and whether that is certain.
+
+        total: (rows,) the weight of the whole vocabulary, exp((logit - highest) / temperature) summed.
+        """
+        # The largest becomes 0 first, so that a tiny temperature cannot overflow.
+        weights = ((values - values[:, :1]) / self.temperature).exp()
+        lowest = values[:, -1]
+        is_certain = torch.ones_like(lowest, dtype=torch.bool)
+        if total is None:
+            k_th = values[:, self.top_k - 1]
+            weights = weights.where(values >= k_th[:, None], 0.0)
+            is_certain = lowest < k_th
+            total = weights.sum(-1)
+        cumulative = weights.cumsum(-1)
+        if self.top_p < 1:
+            # A token stays while those before it hold less than top_p: the first always does.
+            nucleus = cumulative - weights < self.top_p * total[:, None]
+            is_certain = is_certain & (~nucleus[:, -1] | (weights[:, -1] == 0))
+            weights = weights.where(nucleus, 0.0)
+            cumulative = weights.cumsum(-1)
+            total = cumulative[:, -1]
+        elif is_whole:
+            total = cumulative[:, -1]
+        place = torch.searchsorted(cumulative, (uniform.double() * total)[:, None], right=True)
+        last_possible = (weights > 0).sum(-1, keepdim=True) - 1
+        is_inside = place[:, 0] <= last_possible[:, 0]
+        place = place.minimum(last_possible)
+        # Of values that tie with the lowest one, some may not be here.
+        is_certain = is_certain & is_inside & (values.gather(1, place)[:, 0] > lowest)
+        return place, is_certain | is_whole
+
+
+def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the n largest values of each row and their tokens, each (rows, n).
+
+    Values descend; equal ones are in ascending order of token. Where several tie with the n-th,
+    which of them are among the n is left open.
+    With contiguous columns, as `output_head.narrowed_head` makes them, the vocabulary is first
+    reduced to blocks: the n largest lie in the n blocks with the largest maxima.
+    """
+    size = logits.shape[1]
+    if n == size:
+        return logits.float().sort(dim=-1, descending=True, stable=True)
+    n_blocks = size // BLOCK
+    if logits.stride(0) >= logits.stride(1) or n * 8 > n_blocks:
+        values, tokens = logits.topk(n, dim=-1)
+    else:
+        values, tokens = _largest_of_blocks(logits, n, n_blocks)
+    tokens, order = tokens.sort(dim=-1)
+    values, order = values.gather(1, order).float().sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(1, order)
+
+
+def _largest_of_blocks(logits: Tensor, n: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+    size, device = logits.shape[1], logits.device
+    in_blocks = n_blocks * BLOCK
+    maxima = logits.T[:in_blocks].unflatten(0, (n_blocks, BLOCK)).amax(1).T.contiguous()
+    blocks = maxima.topk(n, dim=-1).indices
+    tokens = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
+    rest = torch.arange(in_blocks, size, device=device).expand(len(tokens), -1)
+    tokens = torch.cat([tokens, rest], dim=1)
+    values, places = logits.gather(1, tokens).topk(n, dim=-1)
+    return values, tokens.gather(1, places)
+
+
+def row_uniforms(seed: int, prompt: str, n_steps: int) -> Tensor:
+    """Return (n_steps,) float32 numbers in [0, 1) that depend on the seed and the prompt alone."""
+    key = hashlib.sha256(f"{seed}\x00{prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    return torch.rand(n_steps, generator=generator)
+
+
+def main() -> None:
+    """Check against a sorted vocabulary that partial selection chooses the same tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(50, 9_000, generator=generator)
+    uniform = torch.rand(50, generator=generator)
+    for temperature, top_k, top_p in ((1.0, 50, 1.0), (0.7, 0, 0.9), (1.3, 0, 1.0), (1.0, 20, 0.5)):
+        sampler = RowSampler(temperature, top_k, top_p)
+        chosen = sampler.choose(logits, uniform)
+        columns = logits.T.contiguous().T
+        assert torch.equal(sampler.choose(columns, uniform), chosen)
+        values, tokens = logits.sort(descending=True)
+        values = values[:, : top_k or None]
+        probabilities = (values.double() / temperature).softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= top_p] = 0
+        reached = probabilities.cumsum(-1) > (uniform.double() * probabilities.sum(-1))[:, None]
+        assert torch.equal(tokens.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0], chosen)
+    print("row_sampler OK: partial selection equals sorting the vocabulary")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""A narrowed head gives the logits of the selected places, and leaves the model as it was."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from output_head import PART, narrowed_head, token_log_likelihoods, total_weight
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+
+TOKENS = torch.tensor([[256, 10, 20, 30, 40], [256, 9, 8, 7, 6], [256, 1, 1, 2, 3]])
+LAYOUTS = {"rows": lambda logits: logits, "columns": lambda logits: logits.T.contiguous().T}
+
+
+def with_head(head_class):
+    """A tiny model whose head is of a class of its own, with the same weights."""
+    model = tiny_model()
+    head = head_class(*reversed(model.lm_head.weight.shape), bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    return model
+
+
+class OwnLinear(nn.Linear):
+    """As quantised layers are: what its product does is its own affair."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def with_bias():
+    model = tiny_model()
+    model.lm_head.bias = nn.Parameter(5 * torch.randn(VOCAB_SIZE))
+    return model
+
+
+MODELS = {
+    **{name: lambda name=name: tiny_model(name) for name in ARCHITECTURES},
+    "bias": with_bias,
+    "low soft cap": lambda: tiny_model("gemma2", final_logit_softcapping=0.5),
+    "tied": lambda: tiny_model("llama", tie_word_embeddings=True),
+    "head of its own class": lambda: with_head(OwnLinear),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@torch.inference_mode()
+def logits_of(model, tokens=TOKENS):
+    return model(tokens).logits.clone()
+
+
+SELECTIONS = {
+    "last": lambda hidden: hidden[:, -1:],
+    "first two": lambda hidden: hidden[:, :2],
+    "all": lambda hidden: hidden,
+    "one row": lambda hidden: hidden[1:2],
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_selected_places_have_the_logits_of_a_whole_pass(model, selection):
+    select, whole = SELECTIONS[selection], logits_of(model)
+    with narrowed_head(model, select):
+        found = logits_of(model)
+    assert found.shape == select(whole).shape
+    assert torch.allclose(found, select(whole), rtol=1e-5, atol=1e-5)
+
+
+def test_places_selected_by_a_mask_come_in_its_order(model):
+    mask = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
+    whole = logits_of(model)
+    with narrowed_head(model, lambda hidden: hidden[mask][None]):
+        found = logits_of(model)
+    assert torch.allclose(found, whole[mask][None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [None, KeyError("body")])
+def test_the_head_is_restored_even_when_the_body_raises(model, error):
+    head, before = model.get_output_embeddings(), logits_of(model)
+    own = dict(vars(head))
+
+    def narrow():
+        with narrowed_head(model, lambda hidden: hidden[:, -1:]):
+            logits_of(model)
+            if error:
+                raise error
+
+    if error is None:
+        narrow()
+    else:
+        with pytest.raises(KeyError, match="body"):
+            narrow()
+    assert vars(head) == own
+    assert "forward" not in vars(head)
+    assert torch.equal(logits_of(model), before)
+
+
+def test_a_select_that_raises_leaves_the_head_restored(llama):
+    before = logits_of(llama)
+    with pytest.raises(IndexError), narrowed_head(llama, lambda hidden: hidden[:, 99]):
+        logits_of(llama)
+    assert torch.equal(logits_of(llama), before)
+
+
+def test_a_forward_that_the_head_had_is_used_and_put_back():
+    """As a head has whose weights are loaded on demand."""
+    model = tiny_model()
+    whole, plain = logits_of(model), model.lm_head.forward
+    model.lm_head._hf_hook = object()
+    model.lm_head.forward = replacement = lambda hidden: 3 * plain(hidden)
+    with narrowed_head(model, lambda hidden: hidden[:, -1:]):
+        assert torch.allclose(logits_of(model), 3 * whole[:, -1:], atol=1e-5)
+    assert model.lm_head.forward is replacement
+    assert torch.allclose(logits_of(model), 3 * whole, atol=1e-5)
+
+
+def test_nested_narrowing_selects_of_what_was_selected(llama):
+    whole = logits_of(llama)
+    with narrowed_head(llama, lambda hidden: hidden[:, :3]):
+        with narrowed_head(llama, lambda hidden: hidden[:, -1:]):
+            assert logits_of(llama).shape == (3, 1, VOCAB_SIZE)
+        assert torch.allclose(logits_of(llama), whole[:, :3], atol=1e-5)
+    assert torch.equal(logits_of(llama), whole)
+
+
+def test_a_model_without_a_head_of_its_own_gives_all_logits(llama):
+    class Headless(LlamaForCausalLM):
+        def get_output_embeddings(self):
+            return None
+
+    model = Headless(llama.config).eval()
+    model.load_state_dict(llama.state_dict())
+
+    def never(hidden):
+        raise AssertionError("select was called")
+
+    with narrowed_head(model, never):
+        assert torch.equal(logits_of(model), logits_of(llama))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_logits_of_a_whole_pass(dtype):
+    model = with_bias().to(dtype)
+    whole = logits_of(model)
+    with narrowed_head(model, lambda hidden: hidden[:, -1:]):
+        last = logits_of(model)
+    assert last.dtype == dtype
+    assert torch.allclose(last.float(), whole[:, -1:].float(), rtol=0.02, atol=0.02)
+
+
+def test_passes_of_different_sizes_do_not_disturb_each_other(llama):
+    """The buffer of the logits is kept, and grows."""
+    with narrowed_head(llama, lambda hidden: hidden[:, -1:]):
+        narrow = [logits_of(llama, TOKENS[:n, :length]) for n, length in ((1, 5), (3, 2), (2, 4), (3, 5))]
+    for found, (n, length) in zip(narrow, ((1, 5), (3, 2), (2, 4), (3, 5)), strict=True):
+        assert torch.allclose(found, logits_of(llama, TOKENS[:n, :length])[:, -1:], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_logits_on_the_cpu_have_contiguous_columns_in_one_buffer(llama):
+    with narrowed_head(llama, lambda hidden: hidden[:, -1:]):
+        first, second = llama(TOKENS).logits, llama(TOKENS).logits
+    assert first[:, 0].T.is_contiguous()
+    assert first.data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [0.0, 3.0, 1e4])
+@pytest.mark.parametrize("size", [1, 7, PART, PART + 1, 20_000])
+def test_token_log_likelihoods_are_log_softmax_in_float64(size, scale, layout):
+    logits, tokens = scale * torch.randn(9, size), torch.randint(size, (9,))
+    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    found = token_log_likelihoods(LAYOUTS[layout](logits), tokens)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_token_log_likelihoods_of_half_precision_lose_nothing_more(dtype):
+    logits, tokens = (5 * torch.randn(9, 20_000)).to(dtype), torch.randint(20_000, (9,))
+    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(token_log_likelihoods(logits, tokens), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("temperature", [1e-3, 0.7, 1.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_total_weight_is_the_sum_over_the_whole_vocabulary(scale, temperature, layout):
+    logits = scale * torch.randn(9, 20_000)
+    logits[2, 100:] = float("-inf")
+    highest = logits.amax(1)
+    expected = ((logits.double() - highest.double()[:, None]) / temperature).exp().sum(1)
+    found = total_weight(LAYOUTS[layout](logits), highest, temperature)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-5, atol=0)

@@ -1,0 +1,333 @@
+"""The sampler has the distribution of transformers' processors, however large the vocabulary."""
+
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from errors import InputError
+from row_sampler import BLOCK, FIRST_SIZES, MARGIN, RowSampler, largest, row_uniforms
+
+SETTINGS = [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (1.5, 10, 1.0),
+    (1.0, 0, 0.9),
+    (0.8, 20, 0.7),
+    (2.0, 0, 0.05),
+    (1.0, 1, 1.0),
+    (1.0, 50, 0.5),
+    (1.3, 40, 0.99),
+    (1.0, 0, 0.99),
+    (1e-4, 0, 0.9),
+    (50.0, 0, 0.95),
+]
+BELOW_1 = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
+# Not a multiple of BLOCK; the last is so large that blocks serve even the first size without top_k.
+SIZES = {9_000: 24, 40_001: 10, 8 * BLOCK * FIRST_SIZES[0] + 1: 4}
+LAYOUTS = {"rows": lambda logits: logits, "columns": lambda logits: logits.T.contiguous().T}
+
+
+def make_logits(kind, n_rows, size):
+    generator = torch.Generator().manual_seed(size)
+    normal = torch.randn(n_rows, size, generator=generator)
+    if kind == "peaked":
+        return 4 * normal
+    if kind == "flat":
+        return 0.01 * normal
+    if kind == "heavy tail":  # 1 / rank in a random order
+        order = torch.rand(n_rows, size, generator=generator).argsort(-1)
+        return -torch.log(1.0 + order) * 1.05
+    if kind == "few finite":
+        return (4 * normal).masked_fill(torch.rand(n_rows, size, generator=generator) > 0.002, -math.inf)
+    assert kind == "tied"
+    return (2 * normal).round()
+
+
+KINDS = ["peaked", "flat", "heavy tail", "few finite", "tied"]
+
+
+def make_uniforms(n):
+    return torch.rand(n, generator=torch.Generator().manual_seed(1))
+
+
+def warped(scores, temperature, top_k, top_p):
+    """The scores that transformers leaves, in the order in which it applies its warpers."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(min(top_k, scores.shape[-1])))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(min(top_p, 1.0)))
+    return warpers(None, scores)
+
+
+def sorted_choice(logits, uniform, temperature, top_k, top_p):
+    """The choice from the whole vocabulary, sorted in float64, and each chosen token's share of [0, 1)."""
+    values, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
+    weights = ((values - values[:, :1]) / temperature).exp()
+    if top_k:
+        weights[values < values[:, top_k - 1 : top_k]] = 0
+    before = weights.cumsum(-1) - weights
+    if top_p < 1:
+        weights[before >= top_p * weights.sum(-1, keepdim=True)] = 0
+    upper = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+    place = (upper <= uniform.double()[:, None]).sum(-1, keepdim=True)
+    place = place.minimum((weights > 0).sum(-1, keepdim=True) - 1)
+    lower = upper - weights / weights.sum(-1, keepdim=True)
+    return tokens.gather(1, place)[:, 0], (tokens, lower, upper)
+
+
+def assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p):
+    """The same token, but for a number on the border of two to the accuracy of a float32 sum."""
+    expected, (tokens, lower, upper) = sorted_choice(logits, uniform, temperature, top_k, top_p)
+    place = (tokens == chosen[:, None]).int().argmax(-1, keepdim=True)
+    assert (lower.gather(1, place)[:, 0] <= uniform + 1e-6).all()
+    assert (upper.gather(1, place)[:, 0] >= uniform - 1e-6).all()
+    assert (chosen != expected).sum() <= len(chosen) // 10
+    # Likewise for the last token of the nucleus.
+    allowed = warped(logits.double(), temperature, top_k, min(1.0, top_p + 1e-6))
+    assert allowed.gather(1, chosen[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [7, 60, 400])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 7])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_each_token_has_the_probability_that_transformers_leaves_it(temperature, top_k, top_p, size):
+    n = 2_000
+    scores = 3 * torch.randn(1, size, dtype=torch.float64)
+    expected = warped(scores, temperature, top_k, top_p).softmax(-1)[0]
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    chosen = RowSampler(temperature, top_k, top_p).choose(scores.expand(n, -1), uniform)
+    frequency = torch.bincount(chosen, minlength=size) / n
+    assert (frequency - expected).abs().max() < 1 / n + 1e-6
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_partial_selection_chooses_as_sorting_everything_does(size, kind, temperature, top_k, top_p):
+    logits, uniform = make_logits(kind, SIZES[size], size), make_uniforms(SIZES[size])
+    sampler = RowSampler(temperature, top_k, top_p)
+    for layout in LAYOUTS.values():
+        chosen = sampler.choose(layout(logits), uniform)
+        assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS[::2])
+def test_any_float_dtype_is_chosen_from_as_it_is(temperature, top_k, top_p, dtype, layout):
+    logits = make_logits("peaked", 24, 9_000).float().to(dtype)
+    uniform = make_uniforms(24)
+    chosen = RowSampler(temperature, top_k, top_p).choose(LAYOUTS[layout](logits), uniform)
+    assert_chosen_as_sorted(chosen, logits.float(), uniform, temperature, top_k, top_p)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_large", [n + extra for n in FIRST_SIZES for extra in (-1, 0, 1, 300)])
+def test_a_nucleus_around_the_first_sizes_is_not_cut(n_large, layout):
+    """Of equally likely tokens the u-th part is chosen, in ascending order of id."""
+    logits = torch.full((6, 9_000), -5.0)
+    large = torch.randperm(9_000)[:n_large].sort().values
+    logits[:, large] = 5.0
+    uniform = torch.tensor([0.0, 0.3, 0.6, 0.9, 0.999, BELOW_1])
+    share = n_large / (n_large + (9_000 - n_large) * math.exp(-10))
+    chosen = RowSampler(1.0, 0, 0.99 * share).choose(LAYOUTS[layout](logits), uniform)
+    n_kept = math.ceil(0.99 * n_large - 1e-4)
+    places = (uniform.double() * n_kept).long()
+    assert torch.equal(chosen, large[places])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_tied", [1, 2, MARGIN, MARGIN + 1, MARGIN + 2, 500])
+def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, layout):
+    """As bfloat16 makes them tie; transformers keeps them all, more than k."""
+    n, size, top_k = 400, 40_000, 10
+    order = torch.randperm(size)
+    logits = torch.full((size,), -3.0)
+    logits[order[: top_k - 1]] = 2.0
+    tied = order[top_k - 1 : top_k - 1 + n_tied]
+    logits[tied] = 0.0
+    logits = logits.bfloat16()
+    uniform = (torch.arange(n) + 0.5) / n
+    kept = warped(logits.double()[None], 1.0, top_k, 1.0)[0].isfinite()
+    assert kept.sum() == top_k - 1 + n_tied
+    chosen = RowSampler(1.0, top_k, 1.0).choose(LAYOUTS[layout](logits.expand(n, -1)), uniform)
+    assert kept[chosen].all()
+    expected, _ = sorted_choice(logits[None].expand(n, -1), uniform, 1.0, top_k, 1.0)
+    assert torch.equal(chosen, expected)
+    assert set(chosen.tolist()) & set(tied.tolist())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 50, BLOCK - 1, BLOCK, BLOCK + 1, 1_000, 9_000, 40_001])
+def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, layout):
+    logits = torch.randint(0, 4, (20, size)).to(dtype)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    chosen = RowSampler(0.0, 0, 1.0).choose(LAYOUTS[layout](logits), torch.rand(20))
+    assert chosen.tolist() == expected
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (20, 0.5), (1, 0.1)])
+def test_temperature_0_ignores_the_random_number_and_the_limits(top_k, top_p):
+    logits = make_logits("peaked", 24, 9_000)
+    for uniform in (torch.zeros(24), make_uniforms(24), torch.full((24,), BELOW_1)):
+        chosen = RowSampler(0.0, top_k, top_p).choose(logits, uniform)
+        assert torch.equal(chosen, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (50, 1.0)])
+def test_a_tiny_temperature_takes_the_most_probable_and_a_large_one_is_uniform(top_k, top_p):
+    logits, uniform = 5 * torch.randn(200, 2_000), make_uniforms(200)
+    assert torch.equal(RowSampler(1e-4, top_k, top_p).choose(logits, uniform), logits.argmax(-1))
+    chosen = RowSampler(1e6, top_k, top_p).choose(logits, uniform)
+    n_kept = top_k or round(top_p * 2_000)
+    place = logits.sort(descending=True, stable=True).indices.eq(chosen[:, None]).int().argmax(-1)
+    assert ((place + 0.5) / n_kept - uniform).abs().max() < 1 / n_kept + 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("uniform", [0.0, 0.9999999, BELOW_1])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(temperature, top_k, top_p, uniform, kind):
+    logits, uniforms = make_logits(kind, 24, 9_000), torch.full((24,), uniform)
+    chosen = RowSampler(temperature, top_k, top_p).choose(logits, uniforms)
+    assert_chosen_as_sorted(chosen, logits, uniforms, temperature, top_k, top_p)
+    if uniform == 0:
+        first = logits.sort(dim=-1, descending=True, stable=True).indices[:, 0]
+        assert torch.equal(chosen, first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 2, 30, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 5, 300])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+def test_small_vocabularies_are_chosen_from_too(temperature, top_k, top_p, size, layout):
+    top_k = min(top_k, size)
+    logits, uniform = 2 * torch.randn(50, size), make_uniforms(50)
+    chosen = RowSampler(temperature, top_k, top_p).choose(LAYOUTS[layout](logits), uniform)
+    assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p)
+
+
+@pytest.mark.parametrize("finite", [1, 3, 10])
+@pytest.mark.parametrize("settings", [(1.0, 5, 1.0), (1.0, 0, 1.0), (1.0, 0, 0.99), (0.0, 0, 1.0)])
+def test_a_token_of_minus_infinity_is_never_chosen(settings, finite):
+    logits = torch.full((100, 9_000), -math.inf)
+    allowed = torch.randperm(9_000)[:finite]
+    logits[:, allowed] = torch.randn(100, finite)
+    for uniform in (make_uniforms(100), torch.full((100,), BELOW_1)):
+        assert torch.isin(RowSampler(*settings).choose(logits, uniform), allowed).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [*SETTINGS, (0.0, 0, 1.0)])
+def test_a_row_is_chosen_without_regard_to_the_others(temperature, top_k, top_p, layout):
+    """Though some rows need more of the vocabulary than others."""
+    logits = torch.cat([make_logits(kind, 4, 9_000) for kind in KINDS])
+    uniform = make_uniforms(len(logits))
+    sampler = RowSampler(temperature, top_k, top_p)
+    together = sampler.choose(LAYOUTS[layout](logits), uniform)
+    order = torch.randperm(len(logits))
+    assert torch.equal(sampler.choose(LAYOUTS[layout](logits[order]), uniform[order]), together[order])
+    alone = [sampler.choose(LAYOUTS[layout](logits[i : i + 1]), uniform[i : i + 1]) for i in range(20)]
+    assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_logits_are_left_as_they_are(layout):
+    logits = LAYOUTS[layout](make_logits("peaked", 5, 9_000))
+    before = logits.clone()
+    for settings in [*SETTINGS, (0.0, 0, 1.0)]:
+        RowSampler(*settings).choose(logits, make_uniforms(5))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 5, 64, 300, 9_000])
+@pytest.mark.parametrize("size", [9_000, 40_001])
+def test_largest_are_those_of_a_sorted_row(size, n, dtype, layout):
+    logits = make_logits("peaked", 6, size).to(dtype)
+    values, tokens = largest(LAYOUTS[layout](logits), n)
+    expected, places = logits.float().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, expected[:, :n])
+    assert torch.equal(logits.float().gather(1, tokens), values)
+    above = values > values[:, -1:]
+    assert torch.equal(tokens[above], places[:, :n][above])
+    assert all(len(set(row)) == n for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("settings", [(1.0, 50, 1.0), (1.0, 0, 0.9), (0.0, 0, 1.0)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 5_000, 8_999])
+def test_logits_that_are_not_finite_are_refused(place, value, settings, layout):
+    logits = make_logits("peaked", 5, 9_000)
+    logits[3, place] = value
+    with pytest.raises(InputError, match="not finite"):
+        RowSampler(*settings).choose(LAYOUTS[layout](logits), torch.rand(5))
+
+
+def test_a_row_of_minus_infinity_alone_is_refused():
+    with pytest.raises(InputError, match="not finite"):
+        RowSampler().choose(torch.full((2, 100), -math.inf), torch.rand(2))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_top_k_beyond_the_vocabulary_is_refused(temperature):
+    with pytest.raises(InputError, match="top_k is 61 but the vocabulary has 60 tokens"):
+        RowSampler(temperature, top_k=61).choose(torch.randn(2, 60), torch.rand(2))
+    RowSampler(temperature, top_k=60).choose(torch.randn(2, 60), torch.rand(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"top_p": math.nan}, "top_p is nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        RowSampler(**options)
+
+
+def test_row_uniforms_depend_on_seed_and_prompt_alone():
+    first = row_uniforms(3, "Then", 8)
+    torch.rand(5)
+    assert torch.equal(row_uniforms(3, "Then", 8), first)
+    others = [row_uniforms(4, "Then", 8), row_uniforms(3, "then", 8), row_uniforms(33, "hen", 8)]
+    assert not any((first == other).any() for other in others)
+
+
+def test_row_uniforms_leave_the_global_random_state_alone():
+    state = torch.get_rng_state()
+    row_uniforms(0, "Then", 8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**40])
+def test_fewer_row_uniforms_are_the_beginning_of_more(seed):
+    assert torch.equal(row_uniforms(seed, "Naïve", 9)[:5], row_uniforms(seed, "Naïve", 5))
+
+
+@pytest.mark.parametrize("step", [0, 1, 40])
+def test_row_uniforms_are_uniform_over_prompts_and_over_seeds(step):
+    """Kolmogorov and Smirnov's distance, and no correlation with the step before."""
+    n = 2_000
+    for keys in ([(0, f"prompt {i}") for i in range(n)], [(i, "Then") for i in range(n)]):
+        drawn = torch.stack([row_uniforms(*key, 41) for key in keys]).double()
+        values = drawn[:, step].sort().values
+        assert ((values >= 0) & (values < 1)).all()
+        steps = torch.arange(n, dtype=torch.float64) / n
+        distance = torch.maximum((values - steps).abs().max(), (steps + 1 / n - values).abs().max())
+        assert distance < 1.95 / math.sqrt(n)
+        assert abs(drawn[:, step].mean() - 0.5) < 4 * math.sqrt(1 / 12 / n)
+        assert torch.corrcoef(drawn[:, [step, step - 1]].T)[0, 1].abs() < 4 / math.sqrt(n)

@@ -1,0 +1,216 @@
+"""Load the two models, and do the work on them that comes in chunks (phases 2, 4 and 5).
+
+A run hands chunks to an executor: the local one here, or `ray_executor.RayExecutor`, whose actors hold
+a Worker each. What a chunk gives depends on the chunk alone, so both executors give the same.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from activation_extractor import ActivationExtractor
+from artifacts import fingerprint
+from evaluation import continuation_perplexities
+from model_loading import decoder_blocks, load_model, model_fingerprint
+from neutral_text import NeutralText
+from pair_collection import CollectedPairs, LayerPair, read_pairs
+from steered_generation import SteeredGenerator
+from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models with what reads it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    extractor: ActivationExtractor
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SideSettings:
+    """How to load a side; see `model_loading.load_model`.
+
+    layer_idx: the block that its extractor reads; None for the middle one, until a search has chosen.
+    """
+
+    name: str
+    source: str
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    device_map: str | dict[str, int | str] | None = None
+    block_path: str | None = None
+    layer_idx: int | None = None
+    batch_size: int = 8
+
+    def load(self) -> Side:
+        """Load model and tokenizer. Raises InputError as `load_model` and `decoder_blocks` do."""
+        logger.info("loading the %s model %s", self.name, self.source)
+        model, tokenizer = load_model(
+            self.source, self.device, self.dtype, self.trust_remote_code, self.device_map
+        )
+        middle = len(decoder_blocks(model, self.block_path)) // 2
+        layer_idx = middle if self.layer_idx is None else self.layer_idx
+        extractor = ActivationExtractor(
+            model, tokenizer, layer_idx, batch_size=self.batch_size, block_path=self.block_path
+        )
+        logger.info(
+            "%s: %d dimensions, %d blocks, %s on %s",
+            self.name,
+            extractor.d_model,
+            len(extractor.blocks),
+            model.dtype,
+            model.device,
+        )
+        made_from = model_fingerprint(model, tokenizer)
+        if self.block_path:
+            made_from = fingerprint(made_from, self.block_path)
+        return Side(self.name, model, tokenizer, extractor, made_from)
+
+
+@dataclass(frozen=True)
+class WritingSettings:
+    """Sampling and steering of a grid; see `SteeredGenerator` and its `generate_batch`.
+
+    layer_idx: where all rows are steered. residual_norm: there, for alpha_unit `residual_norm`.
+    """
+
+    layer_idx: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    alpha_unit: str
+    residual_norm: float
+    steer_positions: str
+    batch_size: int
+
+
+class Worker:
+    """Both models, loaded when first used.
+
+    sides: `source` and `target` -> a loaded side or how to load it.
+    """
+
+    def __init__(self, sides: Mapping[str, Side | SideSettings]) -> None:
+        self._sides = dict(sides)
+        self._generators: dict[WritingSettings, SteeredGenerator] = {}
+
+    def side(self, name: str) -> Side:
+        """Return a side, loading it first if need be."""
+        side = self._sides[name]
+        if isinstance(side, SideSettings):
+            side = self._sides[name] = side.load()
+        return side
+
+    def pairs(
+        self,
+        texts: Sequence[NeutralText],
+        layer_pairs: Sequence[LayerPair],
+        positions: str,
+        fold_of: Mapping[str, int],
+        n_folds: int,
+        seed: int,
+    ) -> CollectedPairs:
+        """Return sums over the paired activations of some texts; see `pair_collection.read_pairs`."""
+        source, target = (self.side(name).extractor for name in ("source", "target"))
+        return read_pairs(source, target, texts, layer_pairs, positions, fold_of, n_folds, seed)
+
+    def write(
+        self, rows: Sequence[Mapping[str, Any]], vectors: Tensor, settings: WritingSettings
+    ) -> tuple[list[str], int]:
+        """Return the continuations of rows, and how many tokens they have.
+
+        rows: with `prompt`, `seed` and `alpha` (None for unsteered). vectors: (rows, d_target).
+        """
+        generator = self._generator(settings)
+        n_before = generator.n_tokens
+        texts = generator.generate_batch(
+            [row["prompt"] for row in rows],
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            [row["seed"] for row in rows],
+            layer_idx=settings.layer_idx,
+            steering_vectors=vectors,
+            alphas=[row["alpha"] or 0.0 for row in rows],
+        )
+        return texts, generator.n_tokens - n_before
+
+    def _generator(self, settings: WritingSettings) -> SteeredGenerator:
+        """Return the generator of these settings, kept because it remembers a batch size that fits."""
+        if settings not in self._generators:
+            target = self.side("target")
+            self._generators[settings] = SteeredGenerator(
+                target.model,
+                target.tokenizer,
+                alpha_unit=settings.alpha_unit,
+                residual_norms={settings.layer_idx: settings.residual_norm},
+                batch_size=settings.batch_size,
+                block_path=target.extractor.block_path,
+                steer_positions=settings.steer_positions,
+            )
+        return self._generators[settings]
+
+    def perplexities(
+        self, prompts: Sequence[str], outputs: Sequence[str], scorers: Sequence[str], batch_size: int
+    ) -> dict[str, list[float | None]]:
+        """Return scorer -> perplexity of each output, for the sides named in `scorers`."""
+        found = {}
+        for name in scorers:
+            side = self.side(name)
+            found[name] = continuation_perplexities(side.model, side.tokenizer, prompts, outputs, batch_size)
+        return found
+
+
+class LocalExecutor:
+    """Run chunks one after the other in this process."""
+
+    n_lost = 0
+
+    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+        self.worker = make_worker()
+
+    def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+        """Yield (chunk index, the worker's method(*chunk)), in order."""
+        for index, chunk in enumerate(chunks):
+            yield index, getattr(self.worker, method)(*chunk)
+
+    def close(self) -> None:
+        """Do nothing; a Ray executor lets its workers go."""
+
+
+def main() -> None:
+    """Check on tiny models that chunks give what one chunk gives."""
+    tokenizer = tiny_tokenizer()
+    sides = {
+        name: Side(name, model, tokenizer, ActivationExtractor(model, tokenizer, 1), name)
+        for name, model in (("source", tiny_model("gpt2")), ("target", tiny_model("llama")))
+    }
+    executor = LocalExecutor(lambda: Worker(sides))
+    rows = [{"prompt": f"Text {seed}", "seed": seed, "alpha": seed or None} for seed in range(6)]
+    vectors = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
+    settings = WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", batch_size=4)
+    ((_, (whole, n_tokens)),) = executor.run("write", [(rows, vectors, settings)])
+    parts = [(rows[start : start + 2], vectors[start : start + 2], settings) for start in (0, 2, 4)]
+    written = [text for _, (texts, _) in executor.run("write", parts) for text in texts]
+    assert written == whole
+    prompts = [row["prompt"] for row in rows]
+    ((_, found),) = executor.run("perplexities", [(prompts, whole, ["source", "target"], 4)])
+    assert [len(found[name]) for name in ("source", "target")] == [6, 6]
+    print(f"workers OK: {n_tokens} tokens in 3 chunks are the same as in one")
+
+
+if __name__ == "__main__":
+    main()
