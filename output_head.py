@@ -99,9 +99,7 @@ def main() -> None:
             assert last.shape[1] == 1, name
             assert torch.allclose(last, whole[:, -1:], atol=1e-5), name
         assert torch.equal(model(tokens).logits, whole), name
-    print(
-        f"output_head OK: one position has the same logits in {len(ARCHITECTURES)} architectures"
-    )
+    print(f"output_head OK: one position has the same logits in {len(ARCHITECTURES)} architectures")
 
 
 if __name__ == "__main__":

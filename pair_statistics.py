@@ -240,7 +240,7 @@ class PairStatistics:
     def content(self) -> dict[str, Any]:
         """Return everything as tensors, numbers and lists."""
         state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_SUMS, "_entropy", "_n_drawn")}
-        return {**state, "groups": list(self.groups), "sample": dict(self._settle_sample())}
+        return {**state, "groups": sorted(self.groups, key=str), "sample": dict(self._settle_sample())}
 
     @classmethod
     def load(cls, path: str | Path) -> "PairStatistics":

@@ -3,7 +3,7 @@
 Temperature, then top-k, then top-p, with the distribution that the processors of transformers
 leave. The choice inverts the cumulative distribution over tokens in descending order of
 probability, of equal ones in ascending order of their id. It needs no sorted vocabulary: the
-largest few hundred logits nearly always decide, and a row that they leave open gets more.
+largest few hundred logits decide for most rows, and a row that they leave open gets more.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class RowSampler:
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Return the chosen token of each row, (rows,) int64.
 
-        logits: (rows, vocabulary), any float dtype; fastest with contiguous rows or contiguous columns.
+        logits: (rows, vocabulary), any float dtype; with contiguous rows or contiguous columns.
         uniform: (rows,) numbers in [0, 1), on any device.
         Raises InputError: top_k beyond the vocabulary, or logits that are not finite.
         """

@@ -15,11 +15,11 @@ from evaluation import (
     aggregate,
     continuation_perplexities,
     repetition_metrics,
-    token_log_likelihoods,
 )
 from gpt_judge import GPTJudge
+from output_head import token_log_likelihoods
 from personas import Persona
-from tiny_models import CONTEXT, tiny_model
+from tiny_models import ARCHITECTURES, CONTEXT, tiny_model
 from trait_classifier import train_trait_classifiers
 
 PROMPTS = ["The sea is", "Rain", "A much longer beginning of a text about ships", "He", "Rain"]
@@ -36,7 +36,7 @@ class WithoutLogitsToKeep(LlamaForCausalLM):
 
 
 def plain_perplexity(model, tokenizer, prompt, output, limit=CONTEXT):
-    """Cross-entropy of the continuation's tokens alone, from one unpadded forward pass."""
+    """exp of the mean negative log-likelihood in float64, from one unpadded pass with a mask."""
     tokens = tokenizer(prompt + output).input_ids
     n_scored = len(tokens) - len(tokenizer(prompt).input_ids)
     tokens = torch.tensor(tokens[-limit:])
@@ -44,8 +44,11 @@ def plain_perplexity(model, tokenizer, prompt, output, limit=CONTEXT):
     if not n_scored:
         return None
     with torch.inference_mode():
-        logits = model(tokens[None]).logits[0, -n_scored - 1 : -1]
-    return torch.nn.functional.cross_entropy(logits.float(), tokens[-n_scored:]).exp().item()
+        logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None]).logits[
+            0, -n_scored - 1 : -1
+        ]
+    likelihoods = logits.double().log_softmax(-1).gather(1, tokens[-n_scored:, None])
+    return likelihoods.mean().neg().exp().item()
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +58,70 @@ def without_logits_to_keep(llama):
     return model
 
 
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "sliding", "global and local"])
+def model(request):
+    narrow = {
+        "sliding": lambda: tiny_model("mistral", sliding_window=8),
+        "global and local": lambda: tiny_model("gpt_neo", window_size=8),
+    }
+    return narrow[request.param]() if request.param in narrow else tiny_model(request.param)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "opt", "bloom", "mpt", "mixtral"])
-def test_batched_perplexity_equals_plain_loop(architecture, batch_size, tokenizer):
-    model = tiny_model(architecture)
+def test_batched_perplexity_equals_plain_loop(model, batch_size, tokenizer):
     expected = [plain_perplexity(model, tokenizer, *pair) for pair in zip(PROMPTS, OUTPUTS, strict=True)]
     assert expected[-1] is None
     found = continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS, batch_size)
     assert found[-1] is None
-    assert found[:-1] == pytest.approx(expected[:-1], rel=1e-4)
+    assert found[:-1] == pytest.approx(expected[:-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 1, 258, None])
+def test_a_text_of_the_models_padding_token_is_scored_like_any_other(tokenizer, pad_token_id):
+    model = tiny_model("llama")
+    model.config.pad_token_id = pad_token_id
+    outputs = [output + "!" for output in OUTPUTS[:4]]  # token 0
+    assert tokenizer("!").input_ids[-1] == 0
+    expected = [plain_perplexity(model, tokenizer, *pair) for pair in zip(PROMPTS[:4], outputs, strict=True)]
+    found = continuation_perplexities(model, tokenizer, PROMPTS[:4], outputs, 3)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def rows_scored(model, prompts, outputs, tokenizer, batch_size=8):
+    """The perplexities, and how many rows went through the model in each pass."""
+    sizes = []
+
+    def note(module, args, options):
+        sizes.append(len(options["input_ids"]))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    found = continuation_perplexities(model, tokenizer, prompts, outputs, batch_size)
+    handle.remove()
+    return found, sizes
+
+
+def test_texts_that_are_there_twice_are_scored_once(llama, tokenizer):
+    prompts, outputs = [PROMPTS[row % 4] for row in range(12)], [OUTPUTS[row % 4] for row in range(12)]
+    found, sizes = rows_scored(llama, prompts, outputs, tokenizer)
+    assert sizes == [4]
+    assert found == continuation_perplexities(llama, tokenizer, PROMPTS[:4], OUTPUTS[:4]) * 3
+    _, sizes = rows_scored(llama, prompts, outputs, tokenizer, batch_size=3)
+    assert sizes == [3, 1]
+
+
+def test_one_output_behind_two_prompts_or_two_behind_one_are_scored_apart(llama, tokenizer):
+    prompts, outputs = ["Rain", "He", "Rain", "Rai"], [" falls", " falls", " stops", "n falls"]
+    found, sizes = rows_scored(llama, prompts, outputs, tokenizer)
+    assert sizes == [4]
+    expected = [plain_perplexity(llama, tokenizer, *pair) for pair in zip(prompts, outputs, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("outputs", [[], [""], ["", ""]])
+def test_nothing_to_score_needs_no_pass(llama, tokenizer, outputs):
+    prompts = ["Rain", "He"][: len(outputs)]
+    assert rows_scored(llama, prompts, outputs, tokenizer) == ([None] * len(outputs), [])
 
 
 def test_model_without_logits_to_keep_gives_the_same_perplexity(without_logits_to_keep, llama, tokenizer):
@@ -106,9 +164,9 @@ def test_different_numbers_of_prompts_and_outputs_are_refused(llama, tokenizer):
 
 
 def test_token_log_likelihoods_are_log_softmax():
-    logits, tokens = torch.randn(2, 3, 7) * 5, torch.randint(7, (2, 3))
-    expected = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    assert torch.allclose(token_log_likelihoods(logits, tokens), expected, atol=1e-5)
+    logits, tokens = torch.randn(6, 7) * 5, torch.randint(7, (6,))
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert torch.allclose(token_log_likelihoods(logits, tokens), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +226,22 @@ def test_one_text_scored_for_several_personas_gets_the_same_numbers(llama, token
         assert len({getattr(result, metric) for result in results[:3]}) == 1, metric
     assert results[0].perplexity != results[3].perplexity
     assert results[0].perplexity != results[0].independent_perplexity
+
+
+def test_rows_with_known_perplexities_score_as_a_batch_does(llama, tokenizer, loud_classifier):
+    options = {"classifiers": {"loud": loud_classifier}, "independent": (tiny_model("gpt2"), tokenizer)}
+    evaluator = Evaluator(llama, tokenizer, **options)
+    rows = [row(" WE WON.", "loud", 2.0, "oracle"), row("", "loud"), row(LOOP, "calm")]
+    expected = evaluator.evaluate_batch(rows)
+    known = [
+        [getattr(result, name) for result in expected] for name in ("perplexity", "independent_perplexity")
+    ]
+    with_scorers_that_fail = Evaluator(None, None, classifiers={"loud": loud_classifier})
+    assert with_scorers_that_fail.score(rows, *known) == expected
+    other = with_scorers_that_fail.score(rows, [7.0, None, 8.0], [None] * 3)
+    assert [result.perplexity for result in other] == [7.0, None, 8.0]
+    assert [result.independent_perplexity for result in other] == [None] * 3
+    assert [result.trait_probability for result in other] == [result.trait_probability for result in expected]
 
 
 def test_single_evaluation_equals_batch(llama, tokenizer, loud_classifier):

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+from activation_extractor import ActivationExtractor
 from errors import InputError
+from evaluation import continuation_perplexities
 from model_loading import (
     check_layer,
     context_length,
     d_model,
     decoder_blocks,
+    filler_token_id,
     is_causal,
     load_model,
     model_fingerprint,
@@ -24,6 +27,7 @@ from model_loading import (
     resolve_dtype,
 )
 from package_cache import CACHE_VARIABLE
+from steered_generation import SteeredGenerator, steering_error
 from tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 TOKENS = torch.tensor([[256, 10, 20, 30]])
@@ -312,3 +316,135 @@ def test_padding_falls_back_to_the_end_token_and_then_to_0():
     assert pad_token_id(bare) == bare.eos_token_id == 257
     bare.eos_token = None
     assert pad_token_id(bare) == 0
+
+
+def partly_on_disk(model):
+    """Device map: the odd blocks on disk, all else on the CPU."""
+    blocks, device_map = decoder_blocks(model), {}
+
+    def place(module, path):
+        if module is blocks:
+            device_map.update({f"{path}.{i}": "disk" if i % 2 else "cpu" for i in range(len(blocks))})
+        elif any(child is blocks for child in module.modules()):
+            for name, child in module.named_children():
+                place(child, f"{path}.{name}".removeprefix("."))
+        else:
+            device_map[path] = "cpu"
+
+    place(model, "")
+    return device_map
+
+
+def weights_elsewhere(model):
+    return [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+
+
+OFFLOADED = ["llama", "gpt2", "gemma3_text", "phi3", "bloom", "mixtral"]
+
+
+@pytest.fixture(scope="module", params=OFFLOADED)
+def offloaded(request, tmp_path_factory):
+    """A model that was loaded whole, and the same with blocks on disk."""
+    folder = tmp_path_factory.mktemp("offloaded")
+    made = tiny_model(request.param)
+    made.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+        model, _ = load_model(str(folder / "model"), device="cpu", device_map=partly_on_disk(made))
+        yield load_model(str(folder / "model"), device="cpu")[0], model
+
+
+@torch.inference_mode()
+def logits(model):
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, "cpu", "auto"])
+@pytest.mark.parametrize("name", ["source", "target"])
+def test_a_device_map_onto_one_device_changes_nothing(model_folders, name, device_map):
+    plain, tokenizer = load_model(model_folders[name], device="cpu")
+    mapped, _ = load_model(model_folders[name], device="cpu", device_map=device_map)
+    assert not mapped.training
+    assert torch.equal(logits(mapped), logits(plain))
+    assert model_fingerprint(mapped, tokenizer) == model_fingerprint(plain, tokenizer)
+
+
+def test_blocks_on_disk_change_no_logits_and_no_fingerprint(offloaded, tokenizer):
+    plain, model = offloaded
+    elsewhere = weights_elsewhere(model)
+    assert elsewhere
+    assert torch.equal(logits(model), logits(plain))
+    for _ in range(2):
+        assert model_fingerprint(model, tokenizer) == model_fingerprint(plain, tokenizer)
+    assert weights_elsewhere(model) == elsewhere
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1, N_LAYERS - 1])
+def test_blocks_on_disk_are_read_and_steered_as_any(offloaded, tokenizer, layer_idx):
+    plain, model = offloaded
+    texts = ["The sea", "Then it rains on the roof"]
+    read, expected = (
+        ActivationExtractor(m, tokenizer, layer_idx).extract_batch(texts) for m in (model, plain)
+    )
+    assert torch.equal(read, expected)
+    vector = torch.randn(D_MODEL)
+    rows = {"layer_idx": [layer_idx, set()], "steering_vectors": vector.expand(2, -1), "alphas": [2.0, 1.0]}
+    written = []
+    for m in (plain, model):
+        with SteeredGenerator(m, tokenizer) as generator:
+            written.append(generator.generate_batch(texts, 8, **rows))
+            generator.register_steering(layer_idx, vector, alpha=2.0)
+            written[-1] += generator.generate_batch(texts, 8)
+            read_block = ActivationExtractor(m, tokenizer, layer_idx).extract
+            assert steering_error(generator, layer_idx, texts[0], read_block) < 1e-5
+    assert written[0] == written[1]
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_a_model_with_blocks_on_disk_gives_the_same_perplexities(offloaded, tokenizer):
+    texts = ["The sea is", "Then"], [" blue and wide.", " it rains"]
+    plain, found = (continuation_perplexities(m, tokenizer, *texts) for m in offloaded)
+    assert found == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_two_models_with_blocks_on_disk_keep_their_own_weights(name, tmp_path, tokenizer):
+    """The mixture's experts are put together when it loads, so that they are written anew."""
+    plain = [tiny_model(name, seed=seed) for seed in (0, 1)]
+    loaded = []
+    for seed, model in enumerate(plain):
+        model.save_pretrained(tmp_path / str(seed))
+        tokenizer.save_pretrained(tmp_path / str(seed))
+        loaded.append(
+            load_model(str(tmp_path / str(seed)), device="cpu", device_map=partly_on_disk(model))[0]
+        )
+    for expected, found in zip(plain, loaded, strict=True):
+        assert torch.allclose(logits(found), logits(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", {"": "cpu", "model.layers.1": "disk"}])
+def test_a_device_map_that_does_not_fit_is_an_input_error(model_folders, device_map):
+    with pytest.raises(InputError, match="cannot load a causal language model from"):
+        load_model(model_folders["source"], device="cpu", device_map=device_map)
+
+
+@pytest.mark.parametrize(("pad_token_id", "expected"), [(0, 1), (1, 0), (258, 0), (None, 0)])
+def test_filler_is_a_token_that_the_model_does_not_call_padding(pad_token_id, expected):
+    model = tiny_model()
+    model.config.pad_token_id = pad_token_id
+    assert filler_token_id(model) == expected
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 1, 258])
+def test_filling_without_a_mask_raises_no_warning(tokenizer, pad_token_id, monkeypatch):
+    model = tiny_model()
+    model.config.pad_token_id = pad_token_id
+    warned, check = [], model.warn_if_padding_and_no_attention_mask
+    tokens, _ = pad_tokens([[256, 5, 6], [256]], filler_token_id(model), "right", torch.device("cpu"))
+    logger = "transformers.modeling_utils.logger.warning_once"
+    monkeypatch.setattr(logger, lambda *args: warned.append(args))
+    check(tokens, None)
+    assert not warned
+    check(torch.full_like(tokens, pad_token_id), None)
+    assert warned

