@@ -7,10 +7,13 @@ in the cache (see package_cache), so that later loads take seconds.
 A layer index always means the output of decoder block `layer_idx`, counted from 0.
 """
 
+import atexit
 import hashlib
 import json
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +78,7 @@ def load_model(
         location = _resolve_source(source)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         if device_map is not None:
-            options |= {"device_map": device_map, "offload_folder": str(cache_folder() / "offload")}
+            options |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=resolve_dtype(dtype, chosen_device), **options
         )
@@ -87,12 +90,28 @@ def load_model(
             reason = "it is not a causal language model"
         raise InputError(f"cannot load a causal language model from {source!r}: {reason}") from error
     model = (model.to(chosen_device) if device_map is None else model).eval()
+    if model.device.type == "meta":
+        raise InputError(
+            f"device_map {device_map!r} leaves the embeddings of {source!r} on disk; give them a device"
+        )
     if not is_causal(model):
         raise InputError(
             f"{source!r} is not a causal language model: its logits depend on later tokens. "
             "Choose a decoder-only model"
         )
     return model, tokenizer
+
+
+def _new_offload_folder() -> str:
+    """Return a folder for the blocks that a device_map puts on disk; removed when the program ends.
+
+    Two models may not share one: their files have the same names.
+    """
+    root = cache_folder()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="offload-", dir=root)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def resolve_device(device: str) -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor
 from errors import InputError
 from output_head import total_weight
 
+LOWEST_TEMPERATURE = 1e-6  # below, logits / temperature can overflow
 BLOCK = 64
 FIRST_SIZES = (256, 4096)
 MARGIN = 14  # for ties with the k-th logit, which transformers keeps all
@@ -27,8 +28,10 @@ class RowSampler:
 
     def __init__(self, temperature: float = 1.0, top_k: int = 50, top_p: float = 1.0) -> None:
         """Raises InputError for an option out of range."""
-        if not 0 <= temperature < float("inf"):
-            raise InputError(f"temperature is {temperature}, expected 0 or more")
+        if temperature != 0 and not LOWEST_TEMPERATURE <= temperature < float("inf"):
+            raise InputError(
+                f"temperature is {temperature}, expected 0 (greedy) or {LOWEST_TEMPERATURE} or more"
+            )
         if top_k < 0:
             raise InputError(f"top_k is {top_k}, expected 0 (no limit) or more")
         if not 0 < top_p <= 1:
@@ -112,7 +115,7 @@ def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return the n largest values of each row and their tokens, each (rows, n).
 
     Values descend; equal ones are in ascending order of token. Where several tie with the n-th,
-    which of them are among the n is left open.
+    which of them are among the n is left open; of several largest ones n = 1 takes the first.
     With contiguous columns, as `output_head.narrowed_head` makes them, the vocabulary is first
     reduced to blocks: the n largest lie in the n blocks with the largest maxima.
     """
@@ -121,7 +124,7 @@ def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return logits.float().sort(dim=-1, descending=True, stable=True)
     n_blocks = size // BLOCK
     if logits.stride(0) >= logits.stride(1) or n * 8 > n_blocks:
-        values, tokens = logits.topk(n, dim=-1)
+        values, tokens = _top(logits, n)
     else:
         values, tokens = _largest_of_blocks(logits, n, n_blocks)
     tokens, order = tokens.sort(dim=-1)
@@ -129,15 +132,20 @@ def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return values, tokens.gather(1, order)
 
 
+def _top(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the n largest of each row and their places; max takes the first of equal ones, topk any."""
+    return values.max(dim=-1, keepdim=True) if n == 1 else values.topk(n, dim=-1)
+
+
 def _largest_of_blocks(logits: Tensor, n: int, n_blocks: int) -> tuple[Tensor, Tensor]:
     size, device = logits.shape[1], logits.device
     in_blocks = n_blocks * BLOCK
     maxima = logits.T[:in_blocks].unflatten(0, (n_blocks, BLOCK)).amax(1).T.contiguous()
-    blocks = maxima.topk(n, dim=-1).indices
+    _, blocks = _top(maxima, n)
     tokens = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
     rest = torch.arange(in_blocks, size, device=device).expand(len(tokens), -1)
     tokens = torch.cat([tokens, rest], dim=1)
-    values, places = logits.gather(1, tokens).topk(n, dim=-1)
+    values, places = _top(logits.gather(1, tokens), n)
     return values, tokens.gather(1, places)
 
 

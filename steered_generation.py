@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 
 import torch
@@ -307,10 +308,10 @@ class SteeredGenerator:
         return added
 
     def _row_layers(self, n_rows: int, layer_idx: int | Sequence[int | Collection[int]]) -> list[set[int]]:
-        given = [layer_idx] * n_rows if isinstance(layer_idx, int) else list(layer_idx)
+        given = [layer_idx] * n_rows if isinstance(layer_idx, Integral) else list(layer_idx)
         if len(given) != n_rows:
             raise InputError(f"got {len(given)} layers for {n_rows} prompts; give one entry for each")
-        row_layers = [{entry} if isinstance(entry, int) else set(entry) for entry in given]
+        row_layers = [{entry} if isinstance(entry, Integral) else set(entry) for entry in given]
         for layer in sorted(set().union(*row_layers)):
             check_layer(layer, self.blocks)
         return row_layers
