@@ -789,9 +789,9 @@ class PersonaTransferExperiment:
         """Return this experiment at another layer pair, on the development prompts and at one alpha.
 
         It has an output directory of its own below this one's and shares what is loaded. Alpha is
-        the middle one of `alpha_values` (of two, the lower).
+        the middle one of `alpha_values` (of two, the lower), or searched for each pair.
         """
-        config, prompts = self.config, load_prompts("development")
+        config, prompts, alphas = self.config, load_prompts("development"), self.config.alpha_values
         changed = {
             "layer_idx": None,
             "source_layer_idx": source_layer,
@@ -799,7 +799,7 @@ class PersonaTransferExperiment:
             "output_dir": str(self.output_dir / "ablation_layers" / f"{source_layer}_{target_layer}"),
             "test_prompts": prompts,
             "n_test_prompts": len(prompts),
-            "alpha_values": [sorted(config.alpha_values)[(len(config.alpha_values) - 1) // 2]],
+            "alpha_values": alphas if alphas == "auto" else [sorted(alphas)[(len(alphas) - 1) // 2]],
         }
         run = PersonaTransferExperiment(config.model_copy(update=changed), self.fresh)
         for name, layer_idx in (("source", source_layer), ("target", target_layer)):

@@ -423,6 +423,13 @@ def test_two_models_with_blocks_on_disk_keep_their_own_weights(name, tmp_path, t
         assert torch.allclose(logits(found), logits(expected), rtol=0, atol=1e-5)
 
 
+def test_embeddings_left_on_disk_are_refused(tmp_path, tokenizer):
+    tiny_model("gpt_neox").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="disk"):
+        load_model(str(tmp_path), device="cpu", device_map={"": "disk"})
+
+
 @pytest.mark.parametrize("device_map", ["nonsense", {"": "cpu", "model.layers.1": "disk"}])
 def test_a_device_map_that_does_not_fit_is_an_input_error(model_folders, device_map):
     with pytest.raises(InputError, match="cannot load a causal language model from"):

@@ -291,6 +291,7 @@ def test_top_k_beyond_the_vocabulary_is_refused(temperature):
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 1e-9}, "temperature is 1e-09"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),

@@ -3,6 +3,7 @@
 import functools
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +153,13 @@ def test_rows_with_vectors_of_their_own_equal_one_condition_at_a_time(llama, tok
             apart.append(generator.generate(prompt, 12))
     assert together == apart
     assert len(set(together)) > len(PROMPTS)
+
+
+@pytest.mark.parametrize("layer_idx", [np.int64(1), [np.int64(1)], [{np.int64(1)}]])
+def test_layers_may_be_numpy_integers(generator, vector, layer_idx):
+    rows = {"steering_vectors": vector[None], "alphas": [3.0]}
+    expected = generator.generate_batch(["Then"], 6, layer_idx=1, **rows)
+    assert generator.generate_batch(["Then"], 6, layer_idx=layer_idx, **rows) == expected
 
 
 def test_missing_seeds_are_0(generator):
