@@ -68,6 +68,7 @@ def ablate_layers(experiment: "PersonaTransferExperiment") -> str:
         logger.info("layer pair %d -> %d", *pair)
         for phase in (run.learn_mapping, run.extract_personas, run.generate, run.evaluate):
             logger.info("%s", phase())
+        experiment.notes += [f"layers {pair[0]} -> {pair[1]}: {note}" for note in run.notes]
         names = ("best_r2", "best_r2_standardised", "best_r2_median_dimension", "retrieval_accuracy")
         cv = {name: run.mapping.cv[name] for name in names}
         similarities = load_json(run.output_dir / "persona_similarities.json")["personas"]

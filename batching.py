@@ -38,7 +38,6 @@ def run_in_batches(
     desc: str,
     unit: str = "text",
     quiet: bool = False,
-    on_results: Callable[[list[int], Sequence[Result]], None] | None = None,
     on_halved: Callable[[int], None] | None = None,
 ) -> list[Result]:
     """Return `run`'s result for every item, in input order.
@@ -46,7 +45,6 @@ def run_in_batches(
     run: takes item indices, returns one result for each.
     lengths: (n,) length of each item in tokens; items of similar length share a batch.
     quiet: show no progress.
-    on_results: told indices and results of each batch as soon as it is done.
     on_halved: told the new batch size, for callers with more work to come.
     When memory runs out, the batch is halved and the smaller size is kept for the rest;
     a single item that does not fit raises the original error.
@@ -72,8 +70,6 @@ def run_in_batches(
                 pending.append(indices)
                 continue
             results.update(zip(indices, values, strict=True))
-            if on_results is not None:
-                on_results(indices, values)
             progress.update(len(indices))
     return [results[index] for index in range(len(lengths))]
 

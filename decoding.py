@@ -2,7 +2,7 @@
 
 The loop of `model.generate` copies and searches all logits several times a step, which takes as
 long as the model when the vocabulary is large. This one asks for the logits of the last position
-only, hands them to a sampler as they are, and drops rows that have ended.
+only, hands them to a sampler as they are, and drops rows once an eighth of the batch has ended.
 """
 
 import inspect
@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from errors import InputError
 from model_loading import pad_tokens
 from output_head import narrowed_head
 from tiny_models import ARCHITECTURES, tiny_model
 
 # Dropping rows copies the cache, about as much as a sixth of a step.
 DROP_FRACTION = 8
+
+
+def check_decodable(model: PreTrainedModel) -> None:
+    """Raise InputError for a model that does not take a key-value cache."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"{type(model).__name__} keeps its state elsewhere than in past_key_values and cannot be steered "
+            "here; choose a model with attention"
+        )
 
 
 @torch.inference_mode()
@@ -64,7 +74,7 @@ def decode(
             if (~is_left).sum() * DROP_FRACTION >= len(rows):
                 kept = is_left.nonzero()[:, 0]
                 rows, mask, chosen, positions = rows[kept], mask[kept], chosen[kept], positions[kept]
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
                 if rows_change is not None:
                     rows_change(rows)
             tokens, positions = chosen[:, None], positions[:, -1:] + 1

@@ -1,7 +1,8 @@
 """Say what a run would do and cost, from counts and a short timing; writes nothing.
 
-The times are extrapolated from a few seconds of each kind of work on this machine, without
-loading and preflight. A judge's cost is computed from a price and a length a judgement.
+The times are extrapolated from a few seconds of each kind of work in this process, without
+loading and preflight; a Ray cluster is not asked. A judge's cost is computed from a price and a
+length a judgement.
 """
 
 import time

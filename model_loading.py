@@ -115,11 +115,14 @@ def _new_offload_folder() -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device for a configured name. Raises InputError if it does not exist here."""
+    """Return the torch device for a configured name.
+
+    Raises InputError if it does not exist here, or has no float64, which sums over a vocabulary need.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
     return chosen

@@ -87,8 +87,9 @@ def read_pairs(
 
     fold_of: document -> fold, the same for all parts.
     """
+    stream = "\n".join(item.text for item in texts[:1])
     statistics = {
-        pair: PairStatistics(source.d_model, target.d_model, n_folds, seed, fold_of)
+        pair: PairStatistics(source.d_model, target.d_model, n_folds, seed, fold_of, stream=stream)
         for pair in dict.fromkeys(layer_pairs)
     }
     source_layers, target_layers = ([pair[side] for pair in statistics] for side in (0, 1))

@@ -69,6 +69,8 @@ class PairStatistics:
         when they first appear. Workers whose sums are to be merged need the same table, or
         documents of their own.
     n_sample: pairs kept as they are.
+    stream: names the random numbers that draw them; parts that are to be merged need names of their
+        own. Without one, the first pair's values are the name.
     Memory: n_folds * (d_source + d_target)^2 * 8 bytes at most, and the sample.
     """
 
@@ -80,6 +82,7 @@ class PairStatistics:
         seed: int = 0,
         fold_of: Mapping[Hashable, int] | None = None,
         n_sample: int = DEFAULT_SAMPLE,
+        stream: str | None = None,
     ) -> None:
         if d_source < 1 or d_target < 1:
             raise InputError(f"widths are {d_source} and {d_target}, expected positive integers")
@@ -97,7 +100,7 @@ class PairStatistics:
         self.groups: set[Hashable] = set()
         self.n_ungrouped = 0
         self.pilot: Tensor | None = None
-        self._entropy: list[int] = []
+        self._entropy: list[int] = [] if stream is None else [seed, zlib.crc32(stream.encode())]
         self._n_drawn = 0
         width = d_source + d_target
         self.n = torch.zeros(n_folds, dtype=torch.int64)

@@ -10,6 +10,7 @@ lines and exit status 2; a failed preflight with exit status 1.
 
 import argparse
 import logging
+import math
 import platform
 import sys
 import time
@@ -70,7 +71,7 @@ from figures import (
 from gpt_judge import GPTJudge
 from journal import Journal
 from layer_search import check_memory, search_layers
-from model_loading import quiet_transformers
+from model_loading import PACKAGED_MODELS, quiet_transformers
 from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from pair_collection import CollectedPairs, document_folds, merge_pairs
 from pair_statistics import PairStatistics
@@ -149,6 +150,7 @@ class PersonaTransferExperiment:
         PreflightError: a technical check failed.
         """
         chosen = range(1, 6) if phase is None else [phase]
+        self._opened.clear()
         self.check_inputs()
         _ = self.executor  # a cluster that cannot be had is refused before anything is written
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -177,6 +179,7 @@ class PersonaTransferExperiment:
 
         what: `layers` or `samples`.
         """
+        self._opened.clear()
         self.check_inputs()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with closing(self), self._logging_to_file():
@@ -311,7 +314,8 @@ class PersonaTransferExperiment:
         common = ([self.layers], config.positions, fold_of, config.n_folds, config.seed)
         starts = range(0, len(texts), EXTRACTION_CHUNK)
         chunks = [(texts[start : start + EXTRACTION_CHUNK], *common) for start in starts]
-        found = merge_pairs(_in_order(self.executor.run("pairs", chunks)))
+        with closing(self.executor.run("pairs", chunks)) as results:
+            found = merge_pairs(_in_order(results))
         n_tokens = found.n_source_tokens + found.n_target_tokens
         speed = n_tokens / (time.perf_counter() - started)
         logger.info("%d texts, %d tokens in both models, %.0f tokens/s", found.n_texts, n_tokens, speed)
@@ -464,8 +468,7 @@ class PersonaTransferExperiment:
         with self._journal("generation") as journal:
             if self.config.alpha_values == "auto":
                 self.doses = self._load_doses() or self._search_doses(content, journal)
-                logger.info("doses\n\n%s\n", format_doses(self.doses))
-                self._note_doses()
+                self._report_doses()
             planned = [row for cell in self.grid() for row in self._planned_rows(cell, self.prompts)]
             n_new, speed = self._write_missing(planned, content, journal)
             path = self.output_dir / "generation_results.json"
@@ -479,7 +482,8 @@ class PersonaTransferExperiment:
 
         content: what `persona_vectors.pt` holds.
         """
-        new = [row for row in planned if row["key"] not in journal.rows]
+        # Equal vectors under two names share their texts.
+        new = list({row["key"]: row for row in planned if row["key"] not in journal.rows}.values())
         logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
         if not new:
             return 0, ""
@@ -532,8 +536,11 @@ class PersonaTransferExperiment:
             vectors = [unsteered if rows[index][1] is None else rows[index][1] for index in batch]
             chunks.append(([rows[index][0] for index in batch], torch.stack(vectors), settings))
         texts, n_tokens = [""] * len(rows), 0
-        with tqdm(total=len(rows), desc="generating", unit="text", disable=None) as progress:
-            for number, (found, n_found) in self.executor.run("write", chunks):
+        with (
+            tqdm(total=len(rows), desc="generating", unit="text", disable=None) as progress,
+            closing(self.executor.run("write", chunks)) as results,
+        ):
+            for number, (found, n_found) in results:
                 for index, text in zip(batches[number], found, strict=True):
                     texts[index] = text
                 if on_texts is not None:
@@ -551,15 +558,12 @@ class PersonaTransferExperiment:
         def texts_of(cells: Sequence[Cell]) -> list[list[DevelopmentText]]:
             planned = [row for cell in cells for row in self._planned_rows(cell, prompts, seeds)]
             self._write_missing(planned, content, journal)
-            written = [journal.rows[row["key"]] for row in planned]
+            written = _from_journal(planned, journal)
             # The unsteered text is scored for its fluency alone, so for any persona.
             rows = self._evaluated(
                 [{**row, "persona": row["persona"] or config.persona_names[0]} for row in written]
             )
-            found = [
-                DevelopmentText(row["independent_perplexity"], row["repetition"], row["trait_probability"])
-                for row in rows
-            ]
+            found = [_development_text(row) for row in rows]
             size = len(prompts) * len(seeds)
             return [found[start : start + size] for start in range(0, len(found), size)]
 
@@ -575,7 +579,6 @@ class PersonaTransferExperiment:
         doses = search_doses(conditions, measure, unsteered, bracket, bound, config.dose.n_evaluations)
         found = {"fingerprint": self._doses_fingerprint, **doses_content(doses, bound)}
         save_json(self.output_dir / "dose_search.json", found)
-        save_figure(dose_figure(found), self.output_dir / "dose_search.png", self._doses_fingerprint)
         return doses
 
     def _load_doses(self) -> dict[Condition, Dose] | None:
@@ -592,7 +595,12 @@ class PersonaTransferExperiment:
         scorers = [classifier_fingerprint(self._labelled_personas), self.source.fingerprint]
         return fingerprint(FORMAT_VERSION, self.target.fingerprint, origins, settings, scorers)
 
-    def _note_doses(self) -> None:
+    def _report_doses(self) -> None:
+        logger.info("doses\n\n%s\n", format_doses(self.doses))
+        figure_path = self.output_dir / "dose_search.png"
+        if self.fresh or figure_fingerprint(figure_path) != self._doses_fingerprint:
+            content = load_json(self.output_dir / "dose_search.json")
+            save_figure(dose_figure(content), figure_path, self._doses_fingerprint)
         for (persona, method), dose in self.doses.items():
             if not dose.is_coherent:
                 self.notes.append(
@@ -676,7 +684,7 @@ class PersonaTransferExperiment:
         with self._journal("evaluation") as journal:
             n_new = self._evaluate_missing(planned, journal, self.judge)
             self._save_rows(self.output_dir / "eval_results.json", planned, journal)
-            rows = [journal.rows[row["key"]] for row in planned]
+            rows = _from_journal(planned, journal)
         self._note_missing(rows)
         made_from = fingerprint([row["key"] for row in planned])
         self.aggregated = {"fingerprint": made_from, "conditions": aggregate(rows)}
@@ -690,14 +698,14 @@ class PersonaTransferExperiment:
         planned = [self._evaluation_row(row, row["persona"], None) for row in rows]
         with self._journal("evaluation") as journal:
             self._evaluate_missing(planned, journal, None)
-            return [journal.rows[row["key"]] for row in planned]
+            return _from_journal(planned, journal)
 
     def _evaluate_missing(
         self, planned: Sequence[dict[str, Any]], journal: Journal, judge: GPTJudge | None
     ) -> int:
         """Evaluate the rows that the journal lacks or whose judgement failed; returns their number."""
         done = {key for key, row in journal.rows.items() if not row.get("gpt4_failure")}
-        new = [row for row in planned if row["key"] not in done]
+        new = list({row["key"]: row for row in planned if row["key"] not in done}.values())
         logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
         if not new:
             return 0
@@ -718,12 +726,15 @@ class PersonaTransferExperiment:
             ([row["prompt"] for row in part], [row["output"] for row in part], scorers, size)
             for part in parts
         ]
-        with tqdm(total=len(new), desc="evaluating", unit="text", disable=None) as progress:
-            for number, found in self.executor.run("perplexities", chunks):
+        with (
+            tqdm(total=len(new), desc="evaluating", unit="text", disable=None) as progress,
+            closing(self.executor.run("perplexities", chunks)) as results,
+        ):
+            for number, found in results:
                 part = parts[number]
                 independent = found.get("source", [None] * len(part))
-                results = evaluator.score(part, found["target"], independent)
-                journal.append([{**row, **asdict(result)} for row, result in zip(part, results, strict=True)])
+                scores = evaluator.score(part, found["target"], independent)
+                journal.append([{**row, **asdict(score)} for row, score in zip(part, scores, strict=True)])
                 progress.update(len(part))
         return len(new)
 
@@ -772,13 +783,19 @@ class PersonaTransferExperiment:
         """What runs the chunks of the phases: this process, or the workers of a Ray cluster."""
         settings = self.config.executor
         if settings.kind == "local":
-            return LocalExecutor(lambda: Worker({"source": self.source, "target": self.target}))
-        sides = {}
-        for name in ("source", "target"):
-            side = self._side_settings(name)
-            path = Path(side.source).expanduser()  # workers may run in another folder
-            sides[name] = replace(side, source=str(path.resolve())) if path.exists() else side
+            return LocalExecutor(Worker({"source": self.source, "target": self.target}))
+        sides = {name: self._remote_settings(name) for name in ("source", "target")}
         return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers)
+
+    def _remote_settings(self, name: str) -> SideSettings:
+        """Return how a worker elsewhere loads the same model in the same dtype as this process."""
+        side: Side = getattr(self, name)
+        settings = self._side_settings(name)
+        path = Path(settings.source).expanduser()
+        if settings.source not in PACKAGED_MODELS and path.exists():
+            settings = replace(settings, source=str(path.resolve()))
+        dtype = str(side.model.dtype).removeprefix("torch.")
+        return replace(settings, dtype=dtype, expected_fingerprint=side.fingerprint)
 
     def close(self) -> None:
         """Let the executor's workers go; the next phase starts them again."""
@@ -789,7 +806,8 @@ class PersonaTransferExperiment:
         """Return this experiment at another layer pair, on the development prompts and at one alpha.
 
         It has an output directory of its own below this one's and shares what is loaded. Alpha is
-        the middle one of `alpha_values` (of two, the lower), or searched for each pair.
+        the middle one of `alpha_values` (of two, the lower), or searched for each pair; then the
+        texts that are scored helped to choose it, and their coherence is within the bound.
         """
         config, prompts, alphas = self.config, load_prompts("development"), self.config.alpha_values
         changed = {
@@ -1033,8 +1051,10 @@ class PersonaTransferExperiment:
         if attribute in self.__dict__:
             return self.__dict__[attribute]
         fresh, self.fresh = self.fresh, False
-        found = load()
-        self.fresh = fresh
+        try:
+            found = load()
+        finally:
+            self.fresh = fresh
         if found is None:
             raise InputError(
                 f"{self.output_dir / file_name} is missing, incomplete or made from another configuration; "
@@ -1058,7 +1078,7 @@ class PersonaTransferExperiment:
 
     def _save_rows(self, path: Path, planned: Sequence[dict[str, Any]], journal: Journal) -> None:
         """Assemble the result file of a phase from its journal, in the planned order."""
-        rows = [journal.rows[row["key"]] for row in planned]
+        rows = _from_journal(planned, journal)
         made_from = fingerprint([row["key"] for row in rows])
         save_json(path, {"fingerprint": made_from, "n": len(rows), "rows": rows})
 
@@ -1112,6 +1132,18 @@ def _in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         while following in waiting:
             yield waiting.pop(following)
             following += 1
+
+
+def _development_text(row: dict[str, Any]) -> DevelopmentText:
+    perplexity = row["independent_perplexity"]
+    if perplexity is None and row["output"].strip():
+        perplexity = math.inf  # JSON holds no such number
+    return DevelopmentText(perplexity, row["repetition"], row["trait_probability"])
+
+
+def _from_journal(planned: Sequence[dict[str, Any]], journal: Journal) -> list[dict[str, Any]]:
+    """Return the planned rows with what the journal knows of them; names and places are the plan's."""
+    return [{**journal.rows[row["key"]], **row} for row in planned]
 
 
 def _without(vector: Tensor, dimensions: Sequence[int]) -> Tensor:

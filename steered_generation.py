@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import block_output
 from batching import run_in_batches
-from decoding import decode
+from decoding import check_decodable, decode
 from errors import InputError
 from model_loading import (
     check_layer,
@@ -128,7 +128,8 @@ class SteeredGenerator:
         block_path: str | None = None,
         steer_positions: str = "all",
     ) -> None:
-        """Raises InputError: unknown alpha_unit or steer_positions, or no decoder blocks found."""
+        """Raises InputError: unknown alpha_unit or steer_positions, no decoder blocks or no cache found."""
+        check_decodable(model)
         if steer_positions not in STEER_POSITIONS:
             raise InputError(
                 f"steer_positions {steer_positions!r} is unknown; choose {' or '.join(STEER_POSITIONS)}"
@@ -232,7 +233,6 @@ class SteeredGenerator:
         layer_idx: int | Sequence[int | Collection[int]] | None = None,
         steering_vectors: Tensor | None = None,
         alphas: Sequence[float] | None = None,
-        on_texts: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """Return a continuation, without its prompt, for each prompt, in their order.
 
@@ -243,7 +243,6 @@ class SteeredGenerator:
             prompt, added beside what is registered, so that many conditions share a batch.
             layer_idx is one layer for all, or for each prompt its layer or its set of layers.
             Alpha 0 leaves a row unsteered.
-        on_texts: told prompt indices and their texts as soon as a batch is written.
         Raises InputError: no prompts, an empty one, one too long for the context, an option
         out of range, or row vectors that don't fit prompts and model.
         """
@@ -262,8 +261,7 @@ class SteeredGenerator:
             return self._write([tokens[i] for i in indices], max_new_tokens, sampler, uniform, here)
 
         lengths = [len(ids) for ids in tokens]
-        size, shrink = self.batch_size, self._shrink
-        return run_in_batches(run, lengths, size, "generating", on_results=on_texts, on_halved=shrink)
+        return run_in_batches(run, lengths, self.batch_size, "generating", on_halved=self._shrink)
 
     def _shrink(self, batch_size: int) -> None:
         self.batch_size = batch_size

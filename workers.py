@@ -5,7 +5,7 @@ a Worker each. What a chunk gives depends on the chunk alone, so both executors 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import ActivationExtractor
 from artifacts import fingerprint
+from errors import InputError
 from evaluation import continuation_perplexities
 from model_loading import decoder_blocks, load_model, model_fingerprint
 from neutral_text import NeutralText
@@ -41,6 +42,7 @@ class SideSettings:
     """How to load a side; see `model_loading.load_model`.
 
     layer_idx: the block that its extractor reads; None for the middle one, until a search has chosen.
+    expected_fingerprint: of the side as another process has loaded it.
     """
 
     name: str
@@ -52,9 +54,13 @@ class SideSettings:
     block_path: str | None = None
     layer_idx: int | None = None
     batch_size: int = 8
+    expected_fingerprint: str | None = None
 
     def load(self) -> Side:
-        """Load model and tokenizer. Raises InputError as `load_model` and `decoder_blocks` do."""
+        """Load model and tokenizer.
+
+        Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
+        """
         logger.info("loading the %s model %s", self.name, self.source)
         model, tokenizer = load_model(
             self.source, self.device, self.dtype, self.trust_remote_code, self.device_map
@@ -75,6 +81,11 @@ class SideSettings:
         made_from = model_fingerprint(model, tokenizer)
         if self.block_path:
             made_from = fingerprint(made_from, self.block_path)
+        if self.expected_fingerprint not in (None, made_from):
+            raise InputError(
+                f"the {self.name} model {self.source} differs between the machines of this run; give all of "
+                "them the same files, library versions and dtype"
+            )
         return Side(self.name, model, tokenizer, extractor, made_from)
 
 
@@ -177,10 +188,8 @@ class Worker:
 class LocalExecutor:
     """Run chunks one after the other in this process."""
 
-    n_lost = 0
-
-    def __init__(self, make_worker: Callable[[], Worker]) -> None:
-        self.worker = make_worker()
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
 
     def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Yield (chunk index, the worker's method(*chunk)), in order."""
@@ -198,7 +207,7 @@ def main() -> None:
         name: Side(name, model, tokenizer, ActivationExtractor(model, tokenizer, 1), name)
         for name, model in (("source", tiny_model("gpt2")), ("target", tiny_model("llama")))
     }
-    executor = LocalExecutor(lambda: Worker(sides))
+    executor = LocalExecutor(Worker(sides))
     rows = [{"prompt": f"Text {seed}", "seed": seed, "alpha": seed or None} for seed in range(6)]
     vectors = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
     settings = WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", batch_size=4)

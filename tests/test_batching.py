@@ -47,58 +47,11 @@ def test_the_smaller_batch_size_is_kept_for_the_rest(caplog):
     assert [record.args for record in caplog.records] == [("check", 4), ("check", 2)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
-@pytest.mark.parametrize("limit", [1, 2, 5, 100])
-def test_on_results_is_told_each_item_once_with_its_result(batch_size, limit):
-    told = []
-    work = square_at_most(limit, [])
-    run_in_batches(work, LENGTHS, batch_size, "check", on_results=lambda *batch: told.append(batch))
-    assert all(len(indices) == len(values) <= min(batch_size, limit) for indices, values in told)
-    pairs = [pair for batch in told for pair in zip(*batch, strict=True)]
-    assert sorted(pairs) == [(index, index**2) for index in range(len(LENGTHS))]
-
-
-def test_on_results_is_told_of_a_batch_before_the_next_one_runs():
-    events = []
-
-    def run(indices):
-        events.append(("run", indices))
-        return indices
-
-    run_in_batches(run, [1] * 5, 2, "check", on_results=lambda indices, _: events.append(("told", indices)))
-    assert events == [(kind, batch) for batch in ([0, 1], [2, 3], [4]) for kind in ("run", "told")]
-
-
-def test_on_results_is_told_of_what_was_done_before_an_error():
-    told = []
-
-    def run(indices):
-        if 3 in indices:
-            raise KeyError(3)
-        return indices
-
-    with pytest.raises(KeyError):
-        run_in_batches(run, [1] * 5, 2, "check", on_results=lambda indices, _: told.extend(indices))
-    assert told == [0, 1]
-
-
 @pytest.mark.parametrize(("limit", "expected"), [(100, []), (8, []), (5, [4]), (2, [4, 2]), (1, [4, 2, 1])])
 def test_on_halved_is_told_each_smaller_batch_size(limit, expected):
     told = []
     run_in_batches(square_at_most(limit, []), [1] * 16, 8, "check", on_halved=told.append)
     assert told == expected
-
-
-def test_a_result_that_a_listener_refuses_ends_the_work():
-    """Running out of memory there is not the batch's."""
-
-    def refuse(indices, values):
-        raise MemoryError
-
-    seen = []
-    with pytest.raises(MemoryError):
-        run_in_batches(square_at_most(100, seen), LENGTHS, 4, "check", on_results=refuse)
-    assert seen == [4]
 
 
 def test_a_single_item_that_does_not_fit_raises_the_original_error():

@@ -383,6 +383,36 @@ def test_persona_can_be_changed_after_an_earlier_artifact_is_lost(name, settings
     assert run(out, changed) == 0
 
 
+def test_renamed_persona_keeps_its_texts_under_the_new_name(settings, finished, out):
+    renamed = {**settings, "persona_datasets": {"shouting": LOUD, "numeric": NUMERIC}}
+    assert run(out, renamed) == 0
+    assert n_new(out) == [0]
+    assert texts(out) == texts(finished)
+    assert {row["persona"] for row in rows(out)} == {None, "shouting", "numeric"}
+    table = load_json(out / "aggregated_results.json")["conditions"]
+    assert {(entry["persona"], entry["n"]) for entry in table} == {
+        ("shouting", N_PER_CELL),
+        ("numeric", N_PER_CELL),
+    }
+
+
+def test_personas_with_equal_texts_have_cells_of_their_own(settings, finished, out):
+    twins = {**settings, "persona_datasets": {"loud": LOUD, "twin": LOUD}}
+    assert run(out, twins) == 0
+    by_persona = {
+        name: [row["output"] for row in rows(out) if row["persona"] == name] for name in ("loud", "twin")
+    }
+    assert by_persona["loud"] == by_persona["twin"]
+    assert len(by_persona["loud"]) == (N_TEXTS - N_PER_CELL) // 2
+
+
+def test_reordered_prompts_make_nothing_anew_and_stand_at_their_new_places(settings, out):
+    prompts = load_prompts("test")[:N_PROMPTS][::-1]
+    assert run(out, {**settings, "test_prompts": prompts}, "--phase", "4") == 0
+    assert n_new(out) == [0]
+    assert all(prompts[row["prompt_idx"]] == row["prompt"] for row in rows(out))
+
+
 class Killed(Exception):
     pass
 

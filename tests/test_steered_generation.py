@@ -6,6 +6,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from activation_extractor import ActivationExtractor
 from errors import InputError
@@ -498,16 +499,6 @@ def test_unknown_steer_positions_are_refused(llama, tokenizer, steer_positions):
         SteeredGenerator(llama, tokenizer, steer_positions=steer_positions)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_on_texts_is_told_every_text_once_as_batches_are_done(llama, tokenizer, batch_size):
-    prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(10)]
-    generator, told = SteeredGenerator(llama, tokenizer, batch_size=batch_size), []
-    texts = generator.generate_batch(prompts, 5, on_texts=lambda *batch: told.append(batch))
-    assert all(len(indices) <= batch_size for indices, _ in told)
-    pairs = [pair for batch in told for pair in zip(*batch, strict=True)]
-    assert sorted(pairs) == list(enumerate(texts))
-
-
 def fails_at(model, is_too_large):
     """Make passes of the model fail for which is_too_large(rows, number of the pass) holds."""
     forward, passes = model.forward, []
@@ -529,11 +520,9 @@ def test_a_generator_keeps_the_batch_size_that_fits(tokenizer, caplog):
     prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(9)]
     expected = generator.generate_batch(prompts, 4)
     fails_at(model, lambda n_rows, number: n_rows > 3)
-    told = []
-    assert generator.generate_batch(prompts, 4, on_texts=lambda *batch: told.append(batch)) == expected
+    assert generator.generate_batch(prompts, 4) == expected
     assert generator.batch_size == 2
     assert [record.args for record in caplog.records] == [("generating", 4), ("generating", 2)]
-    assert sorted(index for indices, _ in told for index in indices) == list(range(9))
     assert generator.generate_batch(prompts, 4) == expected
     assert len(caplog.records) == 2
 
@@ -643,3 +632,9 @@ def test_steering_error_is_0_at_the_steered_block_and_large_elsewhere(llama, tok
     assert steering_error(generator, 1, "Some text", at_block) < 1e-5
     assert steering_error(generator, 1, "Some text", below) == pytest.approx(1)
     assert torch.equal(logits(llama), steered)
+
+
+def test_a_model_without_a_key_value_cache_is_refused(tokenizer):
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=260)
+    with pytest.raises(InputError, match="MambaForCausalLM keeps its state elsewhere"):
+        SteeredGenerator(MambaForCausalLM(config), tokenizer)

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,22 +86,21 @@ class Arithmetic:
 
 
 def test_local_executor_yields_results_in_order_with_their_index():
-    executor = LocalExecutor(Arithmetic)
+    executor = LocalExecutor(Arithmetic())
     assert list(executor.run("power", [(3, 2), (2, 3), (5, 1)])) == [(0, 9), (1, 8), (2, 5)]
     assert list(executor.run("power", [])) == []
-    assert executor.n_lost == 0
     executor.close()
 
 
 def test_local_executor_runs_a_chunk_when_its_result_is_asked_for():
-    executor = LocalExecutor(Arithmetic)
+    executor = LocalExecutor(Arithmetic())
     results = executor.run("power", [(3, 2), (2, 3)])
     assert next(results) == (0, 9)
     assert executor.worker.asked == [3]
 
 
 def test_local_executor_raises_what_the_worker_raises():
-    executor = LocalExecutor(Arithmetic)
+    executor = LocalExecutor(Arithmetic())
     with pytest.raises(ZeroDivisionError):
         list(executor.run("power", [(0, -1)]))
 
@@ -197,7 +197,7 @@ def pairs_in_chunks(sides, size, positions="word_ends"):
         (TEXTS[start : start + size], LAYER_PAIRS, positions, fold_of, N_FOLDS, SEED)
         for start in range(0, len(TEXTS), size)
     ]
-    return merge_pairs(part for _, part in LocalExecutor(lambda: Worker(sides)).run("pairs", chunks))
+    return merge_pairs(part for _, part in LocalExecutor(Worker(sides)).run("pairs", chunks))
 
 
 @pytest.mark.parametrize("positions", ["word_ends", "last"])
@@ -309,8 +309,18 @@ def test_perplexities_are_those_of_the_named_sides(worker, scorers):
 
 def test_perplexities_in_chunks_equal_those_in_one(worker):
     prompts, outputs = ["Then", "The sea is", "Rain"], [" it rains", " blue", " falls on"]
-    executor = LocalExecutor(lambda: worker)
+    executor = LocalExecutor(worker)
     ((_, whole),) = executor.run("perplexities", [(prompts, outputs, ["source"], 4)])
     chunks = [([prompt], [output], ["source"], 4) for prompt, output in zip(prompts, outputs, strict=True)]
     apart = [found["source"][0] for _, found in executor.run("perplexities", chunks)]
     assert apart == pytest.approx(whole["source"], rel=1e-5)
+
+
+def test_a_worker_refuses_a_model_that_is_not_the_expected_one(model_folders):
+    (settings, _) = settings_of(model_folders).values()
+    side = settings.load()
+    assert replace(settings, expected_fingerprint=side.fingerprint).load().fingerprint == side.fingerprint
+    for change in ({"dtype": "bfloat16"}, {"source": model_folders["target"]}):
+        other = replace(settings, expected_fingerprint=side.fingerprint, **change)
+        with pytest.raises(InputError, match="differs between the machines"):
+            other.load()
