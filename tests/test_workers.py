@@ -245,7 +245,7 @@ def test_text_in_chunks_equals_text_in_one(worker, vectors, size):
         (ROWS[start : start + size], vectors[start : start + size], WRITING)
         for start in range(0, len(ROWS), size)
     ]
-    parts = [part for _, part in LocalExecutor(lambda: worker).run("write", chunks)]
+    parts = [part for _, part in LocalExecutor(worker).run("write", chunks)]
     assert [text for texts, _ in parts for text in texts] == whole
     assert sum(n for _, n in parts) == n_tokens
 
