@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from batching import run_in_batches
@@ -249,11 +250,24 @@ def _unique_perplexities(
     if n_cut:
         logger.warning("%d texts exceed the context of %d tokens and lost their beginning", n_cut, limit)
 
+    before_scored = torch.empty(0)
+
     def run(indices: list[int]) -> list[float]:
-        return _batch_perplexities(model, [pairs[scored[index]] for index in indices])
+        nonlocal before_scored
+        batch = [pairs[scored[index]] for index in indices]
+        # Padding stands on the right, so that causality hides it and no mask is needed.
+        tokens, _ = pad_tokens([ids for ids, _ in batch], filler_token_id(model), "right", model.device)
+        before_scored = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, (ids, start) in enumerate(batch):
+            before_scored[row, start - 1 : len(ids) - 1] = True
+        likelihood = _log_likelihoods(model, tokens, before_scored)
+        parts = likelihood.split([len(ids) - start for ids, start in batch])
+        return [math.exp(-part.mean().item()) for part in parts]
 
     lengths = [len(pairs[index][0]) for index in scored]
-    found = run_in_batches(run, lengths, batch_size, "perplexity")
+    # Logits of the prompt's tokens would take most of the memory and nobody reads them.
+    with narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]):
+        found = run_in_batches(run, lengths, batch_size, "perplexity")
     perplexities: list[float | None] = [None] * len(pairs)
     for index, value in zip(scored, found, strict=True):
         perplexities[index] = value
@@ -271,19 +285,15 @@ def _split_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, output: str) 
 
 
 @torch.inference_mode()
-def _batch_perplexities(model: PreTrainedModel, pairs: list[tuple[list[int], int]]) -> list[float]:
-    # Padding stands on the right, so that causality hides it and no mask is needed.
-    tokens, _ = pad_tokens([ids for ids, _ in pairs], filler_token_id(model), "right", model.device)
-    before = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (ids, start) in enumerate(pairs):
-        before[row, start - 1 : len(ids) - 1] = True
-    # Logits of the prompt's tokens would take most of the memory and nobody reads them.
-    with narrowed_head(model, lambda hidden: hidden[before.to(hidden.device)][None]):
-        logits = model(input_ids=tokens, use_cache=False).logits
-        logits = logits[before.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
-        likelihood = token_log_likelihoods(logits, tokens.roll(-1, dims=1)[before].to(logits.device))
-    lengths = [len(ids) - start for ids, start in pairs]
-    return [math.exp(-part.mean().item()) for part in likelihood.split(lengths)]
+def _log_likelihoods(model: PreTrainedModel, tokens: Tensor, before_scored: Tensor) -> Tensor:
+    """Return log p of each token that stands behind a place in `before_scored`, (places,) float64.
+
+    tokens, before_scored: (rows, positions). The head may give the logits of those places alone.
+    """
+    logits = model(input_ids=tokens, use_cache=False).logits
+    logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
+    following = tokens.roll(-1, dims=1)[before_scored]
+    return token_log_likelihoods(logits, following.to(logits.device))
 
 
 def repetition_metrics(text: str) -> dict[str, Any]:
