@@ -7,15 +7,16 @@ Prints one markdown table; every number in it is measured in this run, on this m
 - speed: tokens a second of 128 rows on the default target at the default layer, for two sampling
   settings that are the same for all methods. Counted are the tokens that a text has, up to the token
   that ends it; `model.generate` goes on padding rows that have ended, which counts as time only.
+- overhead: what one vector and many vectors cost, with ours.
 - sampler: one step's choice for 128 rows from logits that a model gives while it writes.
 - perplexity: of the written texts, in batches and one by one, by the target and another model.
 - ties: how many texts change with the batch they are written in. Logits differ in their last bits
   between batch shapes, so a draw close to the border of two tokens can fall on either side.
 
 Methods take turns, since other work on the machine changes every number; the shortest time counts.
-What steering costs is also given as the median over turns, whose runs follow each other: it is smaller
-than the changes of a busy machine. It is taken for each row and step that ran, because a method whose
-texts end early has fewer tokens for the same work.
+What steering costs is smaller than these changes: it is the median over many short turns, whose runs
+follow each other, of the time of a row and step, because a method whose texts end early has fewer
+tokens for the same work.
 
 `model.generate` in a batch is slow, so it writes fewer steps, and each of the rest counts as the mean of
 those after the first; the notes say how many were timed. That favours it a little: steps grow longer as
@@ -72,7 +73,7 @@ TOP_K = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 NUCLEUS = {"temperature": 1.0, "top_k": 0, "top_p": 0.9}
 SETTINGS = {"temperature 1, top-k 50": TOP_K, "temperature 1, top-p 0.9": NUCLEUS}
 SAMPLER_TURNS = 3
-PARTS = ("speed", "sampler", "perplexity", "ties")
+PARTS = ("speed", "overhead", "sampler", "perplexity", "ties")
 Steer = Callable[["Work", Tensor], contextlib.AbstractContextManager[None]]
 
 
@@ -488,7 +489,7 @@ def overhead_row(case: str, name: str, base: str, found: dict[str, list[Written]
         f"turns ({min(paired):+.1f} to {max(paired):+.1f} %)"
     )
     details = {"best": best, "median": median, "lowest": min(paired), "highest": max(paired)}
-    return Row("speed", case, f"{name}, against {base}", median, "% time", note=note, details=details)
+    return Row("overhead", case, f"{name}, against {base}", median, "% time", note=note, details=details)
 
 
 def overhead_rows(work: Work) -> list[Row]:
@@ -540,7 +541,6 @@ def speed_rows(work: Work, skip_peers: bool) -> list[Row]:
                 )
             against = (None if method.name == base else speed / speeds[base] for base in (ALONE, BATCH))
             rows.append(Row("speed", case, method.name, speed, "tokens/s", *against, note, details))
-    rows += overhead_rows(work)
     return rows + [Row("speed", "", name, None, "tokens/s", note=why) for name, why in missing.items()]
 
 
@@ -813,6 +813,7 @@ def measure(sizes: Sizes, parts: Sequence[str], skip_peers: bool) -> list[Row]:
     if set(parts) - {"sampler"}:
         work = make_work(sizes)
         rows += speed_rows(work, skip_peers) if "speed" in parts else []
+        rows += overhead_rows(work) if "overhead" in parts else []
         rows += perplexity_rows(work) if "perplexity" in parts else []
         rows += ties_rows(work) if "ties" in parts else []
     return sorted(rows, key=lambda row: PARTS.index(row.part))
