@@ -116,6 +116,11 @@ def out(finished, tmp_path):
     return tmp_path / "out"
 
 
+def visible_files(folder):
+    """Names of a folder's files; a lock stands beside each journal."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 def rows(output_dir, name="generation_results.json"):
     return load_json(output_dir / name)["rows"]
 
@@ -179,8 +184,7 @@ def assert_equal_artifacts(output_dir, other, except_for=()):
 
 
 def test_run_leaves_every_artifact_and_nothing_else(finished):
-    visible = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert visible == ARTIFACTS
+    assert visible_files(finished) == ARTIFACTS
 
 
 def test_grid_is_complete_and_the_baseline_is_written_once(finished):
@@ -1074,7 +1078,7 @@ def real(all_threads, tmp_path_factory):
 @pytest.mark.real_models
 def test_example_experiment_runs_on_the_packaged_models(real):
     output_dir, table, _ = real
-    assert {path.name for path in output_dir.iterdir()} == ARTIFACTS
+    assert visible_files(output_dir) == ARTIFACTS
     checks = load_json(output_dir / "preflight.json")["checks"]
     technical = [check for check in checks if check["technical"]]
     assert len(technical) == 8
