@@ -74,7 +74,7 @@ def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool) -> t
     change = trait - unsteered if known else None
     cells = (
         entry["condition"],
-        "" if entry["alpha"] is None else f"{entry['alpha']:g}",
+        "" if entry["alpha"] is None else f"{entry['alpha']:.4g}",
         _number(trait, ".2f"),
         _number(change, "+.2f"),
         _number(entry["perplexity"]["median"], ".1f"),
