@@ -1,8 +1,9 @@
 """Draw the figures of a run.
 
 `layer_search.png` shows R2 and agreement of all layer pairs, `mapping_analysis.png` the fitted map (phase
-2), `persona_energy.png` what of the persona vectors it can reach (phase 3), `figure1.png` coherence
-against trait strength (phase 5; specification, "Figure 1"). PNG files carry the fingerprint of their data.
+2), `persona_energy.png` what of the persona vectors it can reach (phase 3), `dose_search.png` the doses that
+were tried (phase 4), `figure1.png` coherence against trait strength (phase 5; specification, "Figure 1").
+PNG files carry the fingerprint of their data.
 """
 
 import tempfile
@@ -462,11 +463,15 @@ def main() -> None:
         "agreement": {"check": square},
     }
     search |= {"r2_standardised": square, "score": square}
+    point = {"perplexity_ratio": 1.2, "is_coherent": True}
+    curve = [{**point, "alpha": 0.1}, {**point, "alpha": 0.2}]
+    dose = {"persona": "check", "method": "oracle", "alpha": 0.2, "curve": curve}
     with tempfile.TemporaryDirectory() as folder:
         drawn = {
             "mapping": mapping_figure(analysis, cv, maps),
             "layers": layer_search_figure(search),
             "energy": energy_figure({"check": {"r2": [0, 1], "vector": [1, 0.5], "activations": [1, 0.8]}}),
+            "doses": dose_figure({"bound": {"max_perplexity_ratio": 1.5}, "doses": [dose]}),
             "result": coherence_trait_figure(table),
         }
         for name, figure in drawn.items():
