@@ -6,11 +6,13 @@ only, hands them to a sampler as they are, and drops rows once an eighth of the 
 """
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from errors import InputError
 from model_loading import pad_tokens
@@ -19,6 +21,8 @@ from tiny_models import ARCHITECTURES, tiny_model
 
 # Dropping rows copies the cache, about as much as a sixth of a step.
 DROP_FRACTION = 8
+# Preparing to screen the vocabulary takes as long as it saves in about 150 steps of a row.
+SCREENED_ROW_STEPS = 512
 
 
 def check_decodable(model: PreTrainedModel) -> None:
@@ -39,30 +43,50 @@ def decode(
     ends: Collection[int] = (),
     pad_id: int = 0,
     rows_change: Callable[[Tensor], None] | None = None,
+    alike: Sequence[Hashable] | None = None,
+    n_largest: int | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the token that ended it.
 
     prompts: token ids of each row; padded on the left.
-    choose: (logits (rows, vocabulary), row indices (rows,), step) -> tokens (rows,). The logits
-        are valid until the next step.
+    choose: (logits (rows, tokens), row indices (rows,), step) -> chosen columns (rows,). The logits
+        are those of the vocabulary, or of a part of it, see n_largest, and valid until the next step.
     ends: tokens that end a row.
     rows_change: told the indices of the rows in the batch, (rows,), whenever they change; for hooks
         that treat rows apart.
+    alike: a key for each row. Rows with equal keys have the same prompt, and hooks treat them alike, so that
+        their prompt passes through the model once.
+    n_largest: how many of a row's largest logits `choose` reads, so that others may be left out; None
+        means all.
     """
-    tokens, mask = pad_tokens(prompts, pad_id, "left", model.device)
+    first, copies = _distinct(range(len(prompts)) if alike is None else alike)
+    tokens, mask = pad_tokens([prompts[row] for row in first], pad_id, "left", model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    cache = DynamicCache(config=model.config)
+    cache = _roomy_cache(model, tokens.shape[1] + max_new_tokens)
     rows = torch.arange(len(prompts), device=model.device)
+    if len(first) < len(rows) and rows_change is not None:
+        rows_change(rows[first])
+    if len(prompts) * max_new_tokens < SCREENED_ROW_STEPS:
+        n_largest = None
     new: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
-    with narrowed_head(model, lambda hidden: hidden[:, -1:]):
+    with narrowed_head(model, lambda hidden: hidden[:, -1:], n_largest) as read_tokens:
         for step in range(max_new_tokens):
             options = {"position_ids": positions} if takes_positions else {}
             logits = model(
                 input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
             ).logits[:, -1]
+            if len(logits) < len(rows):
+                place = torch.tensor(copies, device=model.device)
+                logits, mask, positions = logits.T[:, place].T, mask[place], positions[place]
+                cache.reorder_cache(place)
+                if rows_change is not None:
+                    rows_change(rows)
             chosen = choose(logits, rows, step).to(model.device)
+            vocabulary = read_tokens()
+            if vocabulary is not None:
+                chosen = vocabulary[chosen]
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 if token in ends:
                     ended.add(row)
@@ -80,6 +104,64 @@ def decode(
             tokens, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return new
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values in memory for all steps, where a step adds its own and copies nothing else."""
+
+    def __init__(self, room: int, is_sliding: bool) -> None:
+        """room: positions, no more than a sliding window has."""
+        super().__init__()
+        self.room = room
+        self.is_sliding = is_sliding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.all_keys, self.all_values = (
+            states.new_empty(*states.shape[:2], self.room, states.shape[3])
+            for states in (key_states, value_states)
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the states (rows, heads, positions, d_head) of new positions; return those of all."""
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = start + key_states.shape[2]
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put these rows in the place of all."""
+        self.all_keys, self.all_values = self.all_keys[beam_idx], self.all_values[beam_idx]
+        self._show(self.get_seq_length())
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+
+
+def _roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """Return the model's cache, with memory for all positions in layers that will forget none."""
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        is_short = type(layer) is DynamicSlidingWindowLayer and room <= layer.sliding_window
+        if type(layer) is DynamicLayer or is_short:
+            cache.layers[index] = _RoomyLayer(room, layer.is_sliding)
+    return cache
+
+
+def _distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Return the first index of each distinct key, and for each key its place among these."""
+    places: dict[Hashable, int] = {}
+    first = []
+    for index, key in enumerate(keys):
+        if places.setdefault(key, len(first)) == len(first):
+            first.append(index)
+    return first, [places[key] for key in keys]
 
 
 def main() -> None:

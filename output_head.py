@@ -3,11 +3,14 @@
 A forward pass computes logits at every position, though generation reads the last one and
 perplexity those of the continuation: with a vocabulary of 262,144 that is most of the work and of
 the memory. And of the two ways to multiply a large vocabulary by few rows, the CPU's matrix
-product is up to twice as fast with the vocabulary first.
+product is up to twice as fast with the vocabulary first. Where only the largest logits are read, a
+product in bfloat16 finds the tokens that may have them, and only those are computed as they should be.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +19,42 @@ from transformers import PreTrainedModel
 from tiny_models import ARCHITECTURES, tiny_model
 
 PART = 8192
+BLOCK = 32
+WHOLE_FROM = 4  # a share of the vocabulary, 1 / this, from which all of it is as fast
+SCREENED_VOCABULARY = 2**16  # in a smaller one the product in bfloat16 saves little
 
 
 @contextmanager
-def narrowed_head(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def narrowed_head(
+    model: PreTrainedModel, select: Callable[[Tensor], Tensor], n_largest: int | None = None
+) -> Iterator[Callable[[], Tensor | None]]:
     """Make the output head see `select(hidden states)` while the body runs.
+
+    Yields a function that returns the tokens, ascending, whose logits the last forward pass gave, or
+    None for the whole vocabulary.
 
     select: (rows, positions, d) -> (rows', positions', d); the model's logits are then
         (rows', positions', vocabulary). A model without an output head of its own is left alone and
         gives all logits: callers compare shapes.
+    n_largest: how many of the largest logits of a place are read. The head may then give the logits
+        of fewer tokens, the same for all places: those and what ties with them are among these.
     On the CPU the logits have contiguous columns (of one token over all places) and live in a
     buffer that the next forward pass writes over.
     """
     head = model.get_output_embeddings()
     if head is None:
-        yield
+        yield lambda: None
         return
     forward, had_own = head.forward, "forward" in vars(head)
-    product = _TransposedProduct(head) if _is_plain_on_cpu(head) else forward
+    product, screen = forward, None
+    if _is_plain_on_cpu(head):
+        if n_largest is not None and _screening_pays(head):
+            screen = _screens.setdefault(head, ScreenedProduct())
+            screen.prepare(head.weight, n_largest)
+        product = screen or TransposedProduct(head)
     head.forward = lambda hidden: product(select(hidden))
     try:
-        yield
+        yield lambda: screen and screen.tokens
     finally:
         if had_own:
             head.forward = forward
@@ -49,23 +67,102 @@ def _is_plain_on_cpu(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.weight.device.type == "cpu" and not hasattr(head, "_hf_hook")
 
 
-class _TransposedProduct:
-    """(weight @ hidden.T).T, in a kept buffer: fresh memory costs as much as half the product."""
+def _screening_pays(head: nn.Linear) -> bool:
+    """Tell whether this CPU multiplies bfloat16 faster than the head's float32."""
+    capabilities = torch.cpu.get_capabilities()
+    is_fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    is_large = len(head.weight) >= SCREENED_VOCABULARY
+    return bool(is_fast) and is_large and head.weight.dtype == torch.float32 and head.bias is None
+
+
+class _Memory:
+    """Memory that is used again: fresh memory costs as much as half a product."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.flat = torch.empty(0, dtype=dtype)
+
+    def view(self, *shape: int) -> Tensor:
+        if self.flat.numel() < math.prod(shape):
+            self.flat = torch.empty(math.prod(shape), dtype=self.flat.dtype)
+        return self.flat[: math.prod(shape)].view(shape)
+
+
+class TransposedProduct:
+    """(weight @ hidden.T).T, in kept memory."""
 
     def __init__(self, head: nn.Linear) -> None:
         self.head = head
-        self.buffer = torch.empty(0, dtype=head.weight.dtype)
+        self.out = _Memory(head.weight.dtype)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        size = len(self.head.weight)
-        if self.buffer.numel() < size * len(rows):
-            self.buffer = torch.empty(size * len(rows), dtype=self.head.weight.dtype)
-        out = self.buffer[: size * len(rows)].view(size, len(rows))
+        out = self.out.view(len(self.head.weight), len(rows))
         torch.mm(self.head.weight, rows.T, out=out)
         if self.head.bias is not None:
             out += self.head.bias[:, None]
         return out.T.unflatten(0, hidden.shape[:-1])
+
+
+class ScreenedProduct:
+    """The product of `TransposedProduct`, for those tokens only that may be among some place's n largest.
+
+    Of weights w and a hidden state h, both of length d, the product in bfloat16 is off by at most
+        (2^-8 + 2^-18 + d 2^-23) |w| |h|,
+    since rounding changes w and h by 2^-9 of their norms (Cauchy-Schwarz) and sums in float32 add the
+    rest, and by 2^-8 of itself when it is rounded. The n-th largest of the maxima of blocks of
+    tokens, less that, is a lower bound for the n-th largest logit; tokens that stay below it for every
+    place are left out. The others, mostly a few thousand, get their float32 logit for all places.
+
+    tokens: (chosen,) of the last product, ascending; None where they were all.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | None = None
+        self.rounded, self.rough, self.near = (_Memory(torch.bfloat16) for _ in range(3))
+        self.is_possible = _Memory(torch.bool)
+        self.chosen, self.out = (_Memory(torch.float32) for _ in range(2))
+
+    def prepare(self, weight: Tensor, n: int) -> None:
+        """Round the weights, (vocabulary, d) float32, as they are now."""
+        self.weight = weight.detach()
+        self.n = n
+        self.rounded.view(*weight.shape).copy_(self.weight)
+        longest = max(part.norm(dim=1).max() for part in self.weight.split(PART))
+        self.error = (2**-8 + 2**-18 + weight.shape[1] * 2**-23) * longest
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        tokens = self._possible(rows)
+        weight, self.tokens = self.weight, None
+        if len(tokens) * WHOLE_FROM < len(weight):
+            chosen = self.chosen.view(len(tokens), weight.shape[1])
+            weight, self.tokens = torch.index_select(weight, 0, tokens, out=chosen), tokens
+        out = torch.mm(weight, rows.T, out=self.out.view(len(weight), len(rows)))
+        return out.T.unflatten(0, hidden.shape[:-1])
+
+    def _possible(self, rows: Tensor) -> Tensor:
+        """Return the tokens that may be among the n largest of one of the rows (rows, d), ascending."""
+        size, n_rows = len(self.weight), len(rows)
+        n_blocks = size // BLOCK
+        if n_blocks < self.n:
+            return torch.arange(size)
+        rough = self.rough.view(size, n_rows)
+        torch.mm(self.rounded.view(*self.weight.shape), rows.bfloat16().T, out=rough)
+        blocks = rough[: n_blocks * BLOCK].unflatten(0, (n_blocks, BLOCK))
+        maxima = blocks.amax(1)
+        n_th = maxima.T.contiguous().topk(self.n).values[:, -1].float()
+        bound = n_th - n_th.abs() * 2**-8 - 2 * self.error * rows.norm(dim=1)
+        bound = (bound - bound.abs() * 2**-6).bfloat16()  # its own rounding, and that of what it bounds
+        near = (maxima >= bound).any(1).nonzero()[:, 0]
+        shape = (len(near), BLOCK, n_rows)
+        values = torch.index_select(blocks, 0, near, out=self.near.view(*shape))
+        is_possible = torch.ge(values, bound, out=self.is_possible.view(*shape)).any(2)
+        block, place = is_possible.nonzero().unbind(1)
+        return torch.cat([near[block] * BLOCK + place, torch.arange(n_blocks * BLOCK, size)])
+
+
+# Each head's screen stays as long as the head, since its memory is large and fresh memory slow.
+_screens: WeakKeyDictionary[nn.Module, ScreenedProduct] = WeakKeyDictionary()
 
 
 def total_weight(logits: Tensor, highest: Tensor, temperature: float = 1.0) -> Tensor:

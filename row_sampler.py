@@ -40,6 +40,13 @@ class RowSampler:
         self.top_k = top_k
         self.top_p = top_p
 
+    @property
+    def n_largest(self) -> int | None:
+        """How many of a row's largest logits `choose` reads, and those that tie with them; None means all."""
+        if self.temperature == 0:
+            return 1
+        return self.top_k + MARGIN if self.top_k else None
+
     @torch.inference_mode()
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Return the chosen token of each row, (rows,) int64.

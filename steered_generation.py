@@ -355,8 +355,20 @@ class SteeredGenerator:
         with ExitStack() as stack:
             for layer, steering in steered.items():
                 stack.enter_context(self.blocks[layer].register_forward_hook(steering.hook))
-            ends, pad_id = self._end_tokens(), pad_token_id(self.tokenizer)
-            continuations = decode(self.model, tokens, choose, max_new_tokens, ends, pad_id, keep)
+            continuations = decode(
+                self.model,
+                tokens,
+                choose,
+                max_new_tokens,
+                ends=self._end_tokens(),
+                pad_id=pad_token_id(self.tokenizer),
+                rows_change=keep,
+                alike=[
+                    (*ids, *(vectors[row].numpy().tobytes() for vectors in added.values()))
+                    for row, ids in enumerate(tokens)
+                ],
+                n_largest=sampler.n_largest,
+            )
         self.n_tokens += sum(len(new) for new in continuations)
         return [self._decode(prompt, new) for prompt, new in zip(tokens, continuations, strict=True)]
 
