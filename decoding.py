@@ -65,44 +65,51 @@ def decode(
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     cache = _roomy_cache(model, tokens.shape[1] + max_new_tokens)
     rows = torch.arange(len(prompts), device=model.device)
-    if len(first) < len(rows) and rows_change is not None:
-        rows_change(rows[first])
-    if len(prompts) * max_new_tokens < SCREENED_ROW_STEPS:
-        n_largest = None
     new: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
-    with narrowed_head(model, lambda hidden: hidden[:, -1:], n_largest) as read_tokens:
+
+    def read(tokens: Tensor) -> Tensor:
+        options = {"position_ids": positions} if takes_positions else {}
+        output = model(
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+        )
+        return output.logits[:, -1]
+
+    def tell_rows(rows: Tensor) -> None:
+        if rows_change is not None:
+            rows_change(rows)
+
+    with narrowed_head(model, lambda hidden: hidden[:, -1:]) as head:
+        if len(first) < len(rows):
+            tell_rows(rows[first])
+        logits = read(tokens)
+        if head is not None and n_largest is not None and len(rows) * max_new_tokens >= SCREENED_ROW_STEPS:
+            head.screen(n_largest, logits[0])
+        if len(first) < len(rows):
+            place = torch.tensor(copies, device=model.device)
+            logits, mask, positions = logits[place], mask[place], positions[place]
+            cache.reorder_cache(place)
+            tell_rows(rows)
         for step in range(max_new_tokens):
-            options = {"position_ids": positions} if takes_positions else {}
-            logits = model(
-                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-            ).logits[:, -1]
-            if len(logits) < len(rows):
-                place = torch.tensor(copies, device=model.device)
-                logits, mask, positions = logits.T[:, place].T, mask[place], positions[place]
-                cache.reorder_cache(place)
-                if rows_change is not None:
-                    rows_change(rows)
             chosen = choose(logits, rows, step).to(model.device)
-            vocabulary = read_tokens()
-            if vocabulary is not None:
-                chosen = vocabulary[chosen]
+            if head is not None and head.tokens is not None:
+                chosen = head.tokens[chosen]
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 if token in ends:
                     ended.add(row)
                 elif row not in ended:
                     new[row].append(token)
-            if len(ended) == len(prompts):
-                break
+            if step + 1 == max_new_tokens or len(ended) == len(prompts):
+                return new
             is_left = torch.tensor([row not in ended for row in rows.tolist()], device=model.device)
             if (~is_left).sum() * DROP_FRACTION >= len(rows):
                 kept = is_left.nonzero()[:, 0]
                 rows, mask, chosen, positions = rows[kept], mask[kept], chosen[kept], positions[kept]
                 cache.reorder_cache(kept)
-                if rows_change is not None:
-                    rows_change(rows)
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+                tell_rows(rows)
+            positions = positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = read(chosen[:, None])
     return new
 
 

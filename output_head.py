@@ -26,35 +26,24 @@ SCREENED_VOCABULARY = 2**16  # in a smaller one the product in bfloat16 saves li
 
 @contextmanager
 def narrowed_head(
-    model: PreTrainedModel, select: Callable[[Tensor], Tensor], n_largest: int | None = None
-) -> Iterator[Callable[[], Tensor | None]]:
+    model: PreTrainedModel, select: Callable[[Tensor], Tensor]
+) -> Iterator["NarrowedHead | None"]:
     """Make the output head see `select(hidden states)` while the body runs.
-
-    Yields a function that returns the tokens, ascending, whose logits the last forward pass gave, or
-    None for the whole vocabulary.
 
     select: (rows, positions, d) -> (rows', positions', d); the model's logits are then
         (rows', positions', vocabulary). A model without an output head of its own is left alone and
-        gives all logits: callers compare shapes.
-    n_largest: how many of the largest logits of a place are read. The head may then give the logits
-        of fewer tokens, the same for all places: those and what ties with them are among these.
+        gives all logits: callers compare shapes, and get None.
     On the CPU the logits have contiguous columns (of one token over all places) and live in a
     buffer that the next forward pass writes over.
     """
     head = model.get_output_embeddings()
     if head is None:
-        yield lambda: None
+        yield None
         return
     forward, had_own = head.forward, "forward" in vars(head)
-    product, screen = forward, None
-    if _is_plain_on_cpu(head):
-        if n_largest is not None and _screening_pays(head):
-            screen = _screens.setdefault(head, ScreenedProduct())
-            screen.prepare(head.weight, n_largest)
-        product = screen or TransposedProduct(head)
-    head.forward = lambda hidden: product(select(hidden))
+    head.forward = narrowed = NarrowedHead(head, select)
     try:
-        yield lambda: screen and screen.tokens
+        yield narrowed
     finally:
         if had_own:
             head.forward = forward
@@ -62,9 +51,43 @@ def narrowed_head(
             del head.forward
 
 
-def _is_plain_on_cpu(head: nn.Module) -> bool:
-    """Tell whether the head is a matrix in memory; one that is loaded on demand has a hook."""
-    return type(head) is nn.Linear and head.weight.device.type == "cpu" and not hasattr(head, "_hf_hook")
+class NarrowedHead:
+    """What a model calls instead of its output head."""
+
+    def __init__(self, head: nn.Module, select: Callable[[Tensor], Tensor]) -> None:
+        self.head = head
+        self.select = select
+        # Weights that are loaded on demand have a hook.
+        is_plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+        on_cpu = is_plain and head.weight.device.type == "cpu"
+        self.product = TransposedProduct(head) if on_cpu else head.forward
+        self.selected = torch.empty(0)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.selected = self.select(hidden)
+        return self.product(self.selected)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The tokens, ascending, whose logits the last forward pass gave; None means the whole vocabulary."""
+        return self.product.tokens if isinstance(self.product, ScreenedProduct) else None
+
+    def screen(self, n_largest: int, first_logits: Tensor) -> bool:
+        """Let later passes give the logits of fewer tokens, and tell whether they will.
+
+        The n_largest largest of each place, and what ties with them, are among those; they are the
+        same tokens for all places. Done where it saves time and the model hands on the head's
+        product as it is; one that changes logits by their place in the vocabulary would change the
+        wrong ones. That is checked on the logits of the last pass's first place, (vocabulary,).
+        """
+        if not isinstance(self.product, TransposedProduct) or not _screening_pays(self.head):
+            return False
+        first = self.head.weight @ self.selected[0, 0]
+        if not torch.allclose(first_logits, first, rtol=1e-4, atol=1e-4 * first.abs().max().item()):
+            return False
+        self.product = _screens.setdefault(self.head, ScreenedProduct())
+        self.product.prepare(self.head.weight, n_largest)
+        return True
 
 
 def _screening_pays(head: nn.Linear) -> bool:
@@ -126,6 +149,7 @@ class ScreenedProduct:
         """Round the weights, (vocabulary, d) float32, as they are now."""
         self.weight = weight.detach()
         self.n = n
+        self.tokens = None
         self.rounded.view(*weight.shape).copy_(self.weight)
         longest = max(part.norm(dim=1).max() for part in self.weight.split(PART))
         self.error = (2**-8 + 2**-18 + weight.shape[1] * 2**-23) * longest

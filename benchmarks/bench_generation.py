@@ -60,7 +60,7 @@ from artifacts import save_json
 from decoding import decode
 from evaluation import continuation_perplexities
 from model_loading import decoder_blocks, load_model, pad_token_id, quiet_transformers
-from personas import load_prompts
+from personas import load_persona, load_prompts, shipped_personas
 from row_sampler import FIRST_SIZES, RowSampler
 from steered_generation import SteeredGenerator
 from tiny_models import tiny_model, tiny_tokenizer
@@ -68,6 +68,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 logger = logging.getLogger(__name__)
 
 SEED = 0
+BEGINNING_WORDS = 7
 STRENGTH = 0.2  # of the residual norm; the vectors of the rows go from this down to half of it
 TOP_K = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 NUCLEUS = {"temperature": 1.0, "top_k": 0, "top_p": 0.9}
@@ -174,7 +175,7 @@ class Method:
 
 @dataclass
 class Work:
-    """The rows that every method writes.
+    """The rows that every method writes: as many prompts as vectors, each with several seeds.
 
     prompts: (rows,); a row's seed is its index. directions: (vectors, d) of norm 1, alphas: (vectors,)
     their strengths. Row i has vector i modulo the number of vectors; where there is one, it is the first.
@@ -221,10 +222,17 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model(name, device="cpu", dtype="float32")
 
 
+def distinct_prompts(n: int) -> list[str]:
+    """Return n of the shipped prompts and, where those are too few, of the beginnings of persona texts."""
+    texts = (text for name in shipped_personas() for text in load_persona(name).all_texts)
+    beginnings = (" ".join(text.split()[:BEGINNING_WORDS]) for text in texts)
+    return list(dict.fromkeys([*load_prompts("test"), *load_prompts("development"), *beginnings]))[:n]
+
+
 def make_work(sizes: Sizes) -> Work:
     """Load the target and give each row its prompt and its vector."""
     model, tokenizer = load(sizes.target)
-    prompts = load_prompts("test")
+    prompts = distinct_prompts(sizes.vectors)
     activations = ActivationExtractor(model, tokenizer, sizes.layer).extract_batch(prompts)
     norm = measure_residual_norm(activations).median
     generator = torch.Generator().manual_seed(SEED)
