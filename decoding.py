@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from errors import InputError
 from model_loading import pad_tokens
@@ -28,10 +28,23 @@ SCREENED_ROW_STEPS = 512
 def check_decodable(model: PreTrainedModel) -> None:
     """Raise InputError for a model that does not take a key-value cache."""
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise InputError(
-            f"{type(model).__name__} keeps its state elsewhere than in past_key_values and cannot be steered "
-            "here; choose a model with attention"
-        )
+        raise _other_state(model)
+
+
+def _other_state(model: PreTrainedModel) -> InputError:
+    return InputError(
+        f"{type(model).__name__} keeps its state elsewhere than in past_key_values and cannot be steered "
+        "here; choose a model with attention"
+    )
+
+
+def _check_state_was_cached(model: PreTrainedModel, cache: DynamicCache) -> None:
+    """Raise InputError if a recurrent layer left its state on the model, where rows cannot be copied."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            if all(state is None for state in states):
+                raise _other_state(model)
 
 
 @torch.inference_mode()
@@ -58,6 +71,7 @@ def decode(
         their prompt passes through the model once.
     n_largest: how many of a row's largest logits `choose` reads, so that others may be left out; None
         means all.
+    Raises InputError for a model with a state that is neither in the cache nor in the tokens.
     """
     first, copies = _distinct(range(len(prompts)) if alike is None else alike)
     tokens, mask = pad_tokens([prompts[row] for row in first], pad_id, "left", model.device)
@@ -83,7 +97,12 @@ def decode(
         if len(first) < len(rows):
             tell_rows(rows[first])
         logits = read(tokens)
-        if head is not None and n_largest is not None and len(rows) * max_new_tokens >= SCREENED_ROW_STEPS:
+        _check_state_was_cached(model, cache)
+        if (
+            head is not None
+            and n_largest is not None
+            and len(rows) * (max_new_tokens - 1) >= SCREENED_ROW_STEPS
+        ):
             head.screen(n_largest, logits[0])
         if len(first) < len(rows):
             place = torch.tensor(copies, device=model.device)
@@ -139,16 +158,15 @@ class _RoomyLayer(DynamicLayer):
         end = start + key_states.shape[2]
         self.all_keys[:, :, start:end] = key_states
         self.all_values[:, :, start:end] = value_states
-        self._show(end)
+        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put these rows in the place of all."""
-        self.all_keys, self.all_values = self.all_keys[beam_idx], self.all_values[beam_idx]
-        self._show(self.get_seq_length())
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+        if self.get_seq_length():
+            kept = [states[beam_idx.to(states.device)] for states in (self.keys, self.values)]
+            self.is_initialized = False
+            self.update(*kept)
 
 
 def _roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache:

@@ -45,6 +45,8 @@ def narrowed_head(
     try:
         yield narrowed
     finally:
+        if isinstance(narrowed.product, ScreenedProduct):
+            narrowed.product.forget()
         if had_own:
             head.forward = forward
         else:
@@ -80,21 +82,24 @@ class NarrowedHead:
         product as it is; one that changes logits by their place in the vocabulary would change the
         wrong ones. That is checked on the logits of the last pass's first place, (vocabulary,).
         """
-        if not isinstance(self.product, TransposedProduct) or not _screening_pays(self.head):
+        if not isinstance(self.product, TransposedProduct) or not _screening_pays(self.head, n_largest):
             return False
-        first = self.head.weight @ self.selected[0, 0]
+        weight = self.head.weight
+        if not self.selected.numel() or first_logits.shape != weight.shape[:1]:
+            return False
+        first = weight @ self.selected[0, 0]
         if not torch.allclose(first_logits, first, rtol=1e-4, atol=1e-4 * first.abs().max().item()):
             return False
         self.product = _screens.setdefault(self.head, ScreenedProduct())
-        self.product.prepare(self.head.weight, n_largest)
+        self.product.prepare(weight, n_largest)
         return True
 
 
-def _screening_pays(head: nn.Linear) -> bool:
-    """Tell whether this CPU multiplies bfloat16 faster than the head's float32."""
+def _screening_pays(head: nn.Linear, n_largest: int) -> bool:
+    """Tell whether this CPU multiplies bfloat16 faster than the head's float32, and much can be left out."""
     capabilities = torch.cpu.get_capabilities()
     is_fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    is_large = len(head.weight) >= SCREENED_VOCABULARY
+    is_large = len(head.weight) >= max(SCREENED_VOCABULARY, n_largest * BLOCK)
     return bool(is_fast) and is_large and head.weight.dtype == torch.float32 and head.bias is None
 
 
@@ -106,6 +111,7 @@ class _Memory:
 
     def view(self, *shape: int) -> Tensor:
         if self.flat.numel() < math.prod(shape):
+            self.flat = self.flat.new_empty(0)  # gives the old memory back first
             self.flat = torch.empty(math.prod(shape), dtype=self.flat.dtype)
         return self.flat[: math.prod(shape)].view(shape)
 
@@ -129,12 +135,13 @@ class TransposedProduct:
 class ScreenedProduct:
     """The product of `TransposedProduct`, for those tokens only that may be among some place's n largest.
 
-    Of weights w and a hidden state h, both of length d, the product in bfloat16 is off by at most
-        (2^-8 + 2^-18 + d 2^-23) |w| |h|,
-    since rounding changes w and h by 2^-9 of their norms (Cauchy-Schwarz) and sums in float32 add the
-    rest, and by 2^-8 of itself when it is rounded. The n-th largest of the maxima of blocks of
-    tokens, less that, is a lower bound for the n-th largest logit; tokens that stay below it for every
-    place are left out. The others, mostly a few thousand, get their float32 logit for all places.
+    With w' and h' the bfloat16 values of weights w and of a hidden state h, both of length d, the
+    product in bfloat16 is off by at most (Cauchy-Schwarz)
+        e = |w - w'| |h| + |w'| |h - h'| + d 2^-23 |w| |h|,
+    whose last term is for the sums in float32, here and in the exact product, and by 2^-8 of itself
+    once it is rounded. The n-th largest of the maxima of blocks of tokens, less that, is a lower bound
+    for the n-th largest logit. A token that even with that added stays below it, for every place, is
+    left out. The others, mostly a few thousand, get their float32 logit for all places.
 
     tokens: (chosen,) of the last product, ascending; None where they were all.
     """
@@ -142,17 +149,22 @@ class ScreenedProduct:
     def __init__(self) -> None:
         self.tokens: Tensor | None = None
         self.rounded, self.rough, self.near = (_Memory(torch.bfloat16) for _ in range(3))
-        self.is_possible = _Memory(torch.bool)
+        self.is_below = _Memory(torch.bool)
         self.chosen, self.out = (_Memory(torch.float32) for _ in range(2))
 
     def prepare(self, weight: Tensor, n: int) -> None:
-        """Round the weights, (vocabulary, d) float32, as they are now."""
+        """Round the weights, (vocabulary, d) float32, as they are now. n: no more than vocabulary / BLOCK."""
         self.weight = weight.detach()
         self.n = n
         self.tokens = None
-        self.rounded.view(*weight.shape).copy_(self.weight)
-        longest = max(part.norm(dim=1).max() for part in self.weight.split(PART))
-        self.error = (2**-8 + 2**-18 + weight.shape[1] * 2**-23) * longest
+        rounded = self.rounded.view(*weight.shape).copy_(self.weight)
+        parts = list(zip(self.weight.split(PART), rounded.split(PART), strict=True))
+        self.rounding = max((part - rounded_part).norm(dim=1).max() for part, rounded_part in parts)
+        self.longest = max(part.norm(dim=1).max() for part, _ in parts)
+
+    def forget(self) -> None:
+        """Let go of the weights, which their model may replace; the memory stays."""
+        self.weight = self.tokens = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -166,22 +178,27 @@ class ScreenedProduct:
 
     def _possible(self, rows: Tensor) -> Tensor:
         """Return the tokens that may be among the n largest of one of the rows (rows, d), ascending."""
-        size, n_rows = len(self.weight), len(rows)
+        (size, d), n_rows = self.weight.shape, len(rows)
         n_blocks = size // BLOCK
-        if n_blocks < self.n:
-            return torch.arange(size)
+        rounded = rows.bfloat16()
         rough = self.rough.view(size, n_rows)
-        torch.mm(self.rounded.view(*self.weight.shape), rows.bfloat16().T, out=rough)
+        torch.mm(self.rounded.view(*self.weight.shape), rounded.T, out=rough)
         blocks = rough[: n_blocks * BLOCK].unflatten(0, (n_blocks, BLOCK))
         maxima = blocks.amax(1)
         n_th = maxima.T.contiguous().topk(self.n).values[:, -1].float()
-        bound = n_th - n_th.abs() * 2**-8 - 2 * self.error * rows.norm(dim=1)
-        bound = (bound - bound.abs() * 2**-6).bfloat16()  # its own rounding, and that of what it bounds
-        near = (maxima >= bound).any(1).nonzero()[:, 0]
+        lengths = rows.norm(dim=1)
+        error = (self.rounding + d * 2**-23 * self.longest) * lengths
+        error += (self.longest + self.rounding) * (rows - rounded).norm(dim=1)
+        # One error is for the n-th largest, one for the token that is compared with it.
+        bound = n_th - n_th.abs() * 2**-8 - 2 * error
+        # Its own rounding keeps the order, but what is compared with it was rounded, too.
+        bound = (bound - bound.abs() * 2**-7).bfloat16()
+        # "Not below" keeps what is not a number, for the sampler to refuse.
+        near = (~(maxima < bound)).any(1).nonzero()[:, 0]
         shape = (len(near), BLOCK, n_rows)
         values = torch.index_select(blocks, 0, near, out=self.near.view(*shape))
-        is_possible = torch.ge(values, bound, out=self.is_possible.view(*shape)).any(2)
-        block, place = is_possible.nonzero().unbind(1)
+        is_below = torch.lt(values, bound, out=self.is_below.view(*shape))
+        block, place = (~is_below.all(2)).nonzero().unbind(1)
         return torch.cat([near[block] * BLOCK + place, torch.arange(n_blocks * BLOCK, size)])
 
 

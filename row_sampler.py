@@ -43,9 +43,9 @@ class RowSampler:
     @property
     def n_largest(self) -> int | None:
         """How many of a row's largest logits `choose` reads, and those that tie with them; None means all."""
-        if self.temperature == 0:
-            return 1
-        return self.top_k + MARGIN if self.top_k else None
+        if self.top_k:
+            return self.top_k + MARGIN
+        return 1 if self.temperature == 0 else None
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:

@@ -302,7 +302,8 @@ class SteeredGenerator:
         added = {}
         for layer in sorted(set().union(*row_layers)):
             here = torch.tensor([layer in layers for layers in row_layers])
-            added[layer] = (strengths * here * self.alpha_scale(layer))[:, None] * vectors
+            # Plus 0 makes -0 a 0, so that all unsteered rows are alike.
+            added[layer] = (strengths * here * self.alpha_scale(layer))[:, None] * vectors + 0.0
         return added
 
     def _row_layers(self, n_rows: int, layer_idx: int | Sequence[int | Collection[int]]) -> list[set[int]]:

@@ -5,7 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+import decoding
+import output_head
+from activation_extractor import block_output
 from decoding import DROP_FRACTION, decode
+from model_loading import decoder_blocks
+from row_sampler import RowSampler
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 PROMPTS = [[256, 5, 6, 7], [256], [256, 30, 31, 32, 33, 34], [256, 5, 6, 9], [256, 77, 78]]
@@ -80,6 +85,14 @@ def test_a_sliding_window_shorter_than_the_text_is_respected(sliding, at):
     expected = one_by_one(sliding, LONG_PROMPTS, 16)
     found = decode(sliding, LONG_PROMPTS, ending(at), 16, ends={END})
     assert found == [new[: at.get(row, 16)] for row, new in enumerate(expected)]
+
+
+@pytest.mark.parametrize("window", [29, 30, 31, 32])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "mistral"])
+def test_a_sliding_window_about_as_long_as_the_text_is_respected(name, window):
+    """The longest text has 15 + 16 positions, of which the last is not read."""
+    model = tiny_model(name, **{**SLIDING[name], "sliding_window": window})
+    assert decode(model, LONG_PROMPTS, greedy, 16) == one_by_one(model, LONG_PROMPTS, 16)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral", "gpt_neo"])
@@ -184,3 +197,84 @@ def test_a_choice_that_raises_leaves_the_model_as_it_was(llama):
         decode(llama, PROMPTS, choose, 3)
     with torch.inference_mode():
         assert torch.equal(llama(tokens).logits, before)
+
+
+@pytest.fixture
+def rows_of_passes(llama):
+    """How many rows each pass through the model has."""
+    counts = []
+    handle = decoder_blocks(llama)[0].register_forward_hook(
+        lambda module, args, output: counts.append(len(block_output(output)))
+    )
+    yield counts
+    handle.remove()
+
+
+REPEATED = [PROMPTS[row] for row in (3, 0, 3, 2, 0, 3)]
+
+
+def test_prompts_of_rows_alike_are_read_once_and_the_rows_go_their_own_ways(llama, rows_of_passes):
+    def choose(logits, rows, step):
+        return (logits + 3 * torch.sin(rows[:, None] + torch.arange(VOCAB_SIZE))).argmax(-1)
+
+    changes = []
+    found = decode(
+        llama, REPEATED, choose, 5, rows_change=lambda rows: changes.append(rows.tolist()), alike="abacba"
+    )
+    assert rows_of_passes == [3, 6, 6, 6, 6]
+    assert changes == [[0, 1, 3], [0, 1, 2, 3, 4, 5]]
+    rows_of_passes.clear()
+    assert found == decode(llama, REPEATED, choose, 5)
+    assert rows_of_passes == [6] * 5
+    assert found[0] != found[2]
+
+
+def test_rows_alike_in_every_architecture(model):
+    prompts = [PROMPTS[row] for row in (4, 2, 4, 2, 2)]
+    expected = one_by_one(model, prompts, 5)
+    assert decode(model, prompts, greedy, 5, alike=[1, 0, 1, 0, 0]) == expected
+    at = {0: 0, 1: 2, 4: 1}
+    found = decode(model, prompts, ending(at), 5, {END}, alike=[1, 0, 1, 0, 0])
+    assert found == [new[: at.get(row, 5)] for row, new in enumerate(expected)]
+
+
+@pytest.fixture
+def screening(monkeypatch):
+    """Let the tiny vocabulary be screened; list whether each batch was."""
+    screened, screen = [], output_head.NarrowedHead.screen
+
+    def note(self, *args):
+        screened.append(screen(self, *args))
+        return screened[-1]
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(output_head, "SCREENED_VOCABULARY", VOCAB_SIZE)
+    monkeypatch.setattr(output_head.NarrowedHead, "screen", note)
+    monkeypatch.setattr(decoding, "SCREENED_ROW_STEPS", 0)
+    return screened
+
+
+@pytest.mark.parametrize("sampler", [RowSampler(0.0), RowSampler(1.0, 3, 1.0), RowSampler(0.7, 2, 0.8)])
+def test_a_screened_vocabulary_gives_the_same_tokens(sampler, model, screening):
+    uniform = torch.rand(len(PROMPTS), 8, generator=torch.Generator().manual_seed(0))
+
+    def choose(logits, rows, step):
+        sizes.append(logits.shape[1])
+        return sampler.choose(logits, uniform[rows, step])
+
+    sizes = []
+    # Only a few blocks make up the tiny vocabulary; margins for ties would ask for more of them.
+    found = decode(model, PROMPTS, choose, 8, {3}, n_largest=sampler.top_k + 1)
+    has_product = type(model.get_output_embeddings()) is torch.nn.Linear and screening == [True]
+    assert (min(sizes) < VOCAB_SIZE) == has_product
+    assert screening
+    assert found == decode(model, PROMPTS, choose, 8, {3})
+
+
+@pytest.mark.parametrize(("n_largest", "row_steps"), [(None, 0), (3, len(PROMPTS) * 4 + 1)])
+def test_nothing_is_screened_where_all_is_read_or_little_is_written(
+    n_largest, row_steps, llama, screening, monkeypatch
+):
+    monkeypatch.setattr(decoding, "SCREENED_ROW_STEPS", row_steps)
+    decode(llama, PROMPTS, greedy, 4, n_largest=n_largest)
+    assert not screening

@@ -336,3 +336,24 @@ def test_row_uniforms_are_uniform_over_prompts_and_over_seeds(step):
         assert distance < 1.95 / math.sqrt(n)
         assert abs(drawn[:, step].mean() - 0.5) < 4 * math.sqrt(1 / 12 / n)
         assert torch.corrcoef(drawn[:, [step, step - 1]].T)[0, 1].abs() < 4 / math.sqrt(n)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.0, 0, 1.0), (0.0, 50, 1.0), (1.0, 50, 1.0), (1.0, 1, 1.0), (0.5, 20, 0.7)],
+)
+def test_the_n_largest_and_what_ties_with_them_decide(temperature, top_k, top_p):
+    """So that a head may leave other tokens out."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(30, 3_000, generator=generator)).round(decimals=1)
+    uniform = torch.rand(30, generator=generator)
+    sampler = RowSampler(temperature, top_k, top_p)
+    n_th = logits.topk(sampler.n_largest).values[:, -1:]
+    tokens = (logits >= n_th).any(0).nonzero()[:, 0]
+    assert len(tokens) < 3_000
+    assert torch.equal(tokens[sampler.choose(logits[:, tokens], uniform)], sampler.choose(logits, uniform))
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_without_top_k_a_draw_reads_all_logits(top_p):
+    assert RowSampler(1.0, 0, top_p).n_largest is None

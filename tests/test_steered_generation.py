@@ -6,9 +6,9 @@ import gc
 import numpy as np
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
-from activation_extractor import ActivationExtractor
+from activation_extractor import ActivationExtractor, block_output
 from errors import InputError
 from model_loading import decoder_blocks
 from steered_generation import SteeredGenerator, steering_error
@@ -532,7 +532,7 @@ def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text(tokenizer, steer
     model = tiny_model()
     generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
     prompts = [PROMPTS[row % 3] for row in range(8)]
-    alphas = [1.0, 0.5, 0.0, 2.0, 1.0, 0.0, 0.5, 2.0]
+    alphas = [1.0, 0.5, 0.0, 2.0, 1.0, -1.0, 0.5, 2.0]
     rows = {"layer_idx": ROW_LAYERS, "steering_vectors": torch.randn(8, D_MODEL), "alphas": alphas}
     expected = generator.generate_batch(prompts, 6, **rows)
     n_tokens, hooks = generator.n_tokens, n_hooks(model)
@@ -638,3 +638,51 @@ def test_a_model_without_a_key_value_cache_is_refused(tokenizer):
     config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=260)
     with pytest.raises(InputError, match="MambaForCausalLM keeps its state elsewhere"):
         SteeredGenerator(MambaForCausalLM(config), tokenizer)
+
+
+def test_a_model_that_keeps_a_recurrent_state_outside_its_cache_is_refused(tokenizer):
+    config = RecurrentGemmaConfig(
+        num_hidden_layers=3,
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        lru_width=32,
+        attention_window_size=64,
+    )
+    model = RecurrentGemmaForCausalLM(config).eval()
+    with (
+        SteeredGenerator(model, tokenizer) as generator,
+        pytest.raises(InputError, match="RecurrentGemmaForCausalLM keeps its state elsewhere"),
+    ):
+        generator.generate("Once upon a time", 4)
+
+
+@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+def test_a_prompt_is_read_once_for_rows_that_are_steered_alike(llama, tokenizer, vector, steer_positions):
+    prompts = [*PROMPTS[:1] * 4, PROMPTS[1]]
+    vectors = torch.stack([vector, vector, -vector, vector, vector])
+    alphas, seeds = [8.0, 8.0, 8.0, 4.0, 8.0], [0, 1, 0, 0, 0]
+    counts = []
+    with SteeredGenerator(llama, tokenizer, steer_positions=steer_positions) as generator:
+        handle = generator.blocks[0].register_forward_hook(
+            lambda module, args, output: counts.append(len(block_output(output)))
+        )
+        together = generator.generate_batch(
+            prompts, 6, seeds=seeds, layer_idx=1, steering_vectors=vectors, alphas=alphas
+        )
+        handle.remove()
+        alone = [
+            generator.generate_batch(
+                prompts[row : row + 1],
+                6,
+                seeds=seeds[row : row + 1],
+                layer_idx=1,
+                steering_vectors=vectors[row : row + 1],
+                alphas=alphas[row : row + 1],
+            )[0]
+            for row in range(5)
+        ]
+    assert counts == [4] + [5] * 5
+    assert together == alone
+    assert len(set(together)) == 5
