@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import decoding
 import output_head
@@ -236,6 +237,65 @@ def test_rows_alike_in_every_architecture(model):
     at = {0: 0, 1: 2, 4: 1}
     found = decode(model, prompts, ending(at), 5, {END}, alike=[1, 0, 1, 0, 0])
     assert found == [new[: at.get(row, 5)] for row, new in enumerate(expected)]
+
+
+OTHER_STATES = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "intermediate_size": 64},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 8,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_models_with_other_states_than_plain_keys_and_values(name):
+    """Convolutions, linear attention, layers that share keys, values shorter than keys."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings = {"num_key_value_heads": 2, **shape, **OTHER_STATES[name], "vocab_size": VOCAB_SIZE}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).float().eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    prompts = [PROMPTS[row] for row in (4, 2, 4, 2, 2, 1)]
+    expected = one_by_one(model, prompts, 6)
+    at = {0: 0, 1: 2, 4: 1}
+    found = decode(model, prompts, ending(at), 6, {END}, alike="ababbc")
+    assert found == [new[: at.get(row, 6)] for row, new in enumerate(expected)]
+    assert len({tuple(new) for new in expected}) == 3
 
 
 @pytest.fixture
