@@ -2,7 +2,8 @@
 
 The loop of `model.generate` copies and searches all logits several times a step, which takes as
 long as the model when the vocabulary is large. This one asks for the logits of the last position
-only, hands them to a sampler as they are, and drops rows once an eighth of the batch has ended.
+only, of few tokens where few are read, and hands them to a sampler as they are. A prompt passes
+through the model once for all rows that are alike, and rows leave once an eighth of them has ended.
 """
 
 import inspect
@@ -38,15 +39,6 @@ def _other_state(model: PreTrainedModel) -> InputError:
     )
 
 
-def _check_state_was_cached(model: PreTrainedModel, cache: DynamicCache) -> None:
-    """Raise InputError if a recurrent layer left its state on the model, where rows cannot be copied."""
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            if all(state is None for state in states):
-                raise _other_state(model)
-
-
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
@@ -74,20 +66,10 @@ def decode(
     Raises InputError for a model with a state that is neither in the cache nor in the tokens.
     """
     first, copies = _distinct(range(len(prompts)) if alike is None else alike)
-    tokens, mask = pad_tokens([prompts[row] for row in first], pad_id, "left", model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    cache = _roomy_cache(model, tokens.shape[1] + max_new_tokens)
     rows = torch.arange(len(prompts), device=model.device)
+    batch = _Batch(model, [prompts[row] for row in first], pad_id, max_new_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
-
-    def read(tokens: Tensor) -> Tensor:
-        options = {"position_ids": positions} if takes_positions else {}
-        output = model(
-            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-        )
-        return output.logits[:, -1]
 
     def tell_rows(rows: Tensor) -> None:
         if rows_change is not None:
@@ -96,18 +78,14 @@ def decode(
     with narrowed_head(model, lambda hidden: hidden[:, -1:]) as head:
         if len(first) < len(rows):
             tell_rows(rows[first])
-        logits = read(tokens)
-        _check_state_was_cached(model, cache)
-        if (
-            head is not None
-            and n_largest is not None
-            and len(rows) * (max_new_tokens - 1) >= SCREENED_ROW_STEPS
-        ):
+        logits = batch.read_prompts()
+        is_long = len(rows) * (max_new_tokens - 1) >= SCREENED_ROW_STEPS
+        if head is not None and n_largest is not None and is_long:
             head.screen(n_largest, logits[0])
         if len(first) < len(rows):
             place = torch.tensor(copies, device=model.device)
-            logits, mask, positions = logits[place], mask[place], positions[place]
-            cache.reorder_cache(place)
+            logits = logits[place]
+            batch.take(place)
             tell_rows(rows)
         for step in range(max_new_tokens):
             chosen = choose(logits, rows, step).to(model.device)
@@ -119,17 +97,59 @@ def decode(
                 elif row not in ended:
                     new[row].append(token)
             if step + 1 == max_new_tokens or len(ended) == len(prompts):
-                return new
+                break
             is_left = torch.tensor([row not in ended for row in rows.tolist()], device=model.device)
             if (~is_left).sum() * DROP_FRACTION >= len(rows):
                 kept = is_left.nonzero()[:, 0]
-                rows, mask, chosen, positions = rows[kept], mask[kept], chosen[kept], positions[kept]
-                cache.reorder_cache(kept)
+                rows, chosen = rows[kept], chosen[kept]
+                batch.take(kept)
                 tell_rows(rows)
-            positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = read(chosen[:, None])
+            logits = batch.read(chosen)
     return new
+
+
+class _Batch:
+    """Rows that pass through the model together, and what it remembers of them."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int
+    ) -> None:
+        self.model = model
+        self.prompts, self.mask = pad_tokens(prompts, pad_id, "left", model.device)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.cache = _roomy_cache(model, self.mask.shape[1] + max_new_tokens)
+
+    def read_prompts(self) -> Tensor:
+        """Return the logits behind each prompt, (rows, vocabulary)."""
+        logits = self._pass(self.prompts)
+        for layer in self.cache.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+                if all(state is None for state in states):
+                    raise _other_state(self.model)  # on the model, where rows cannot be copied or dropped
+        return logits
+
+    def read(self, chosen: Tensor) -> Tensor:
+        """Return the logits behind each row's new token, chosen (rows,)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
+        return self._pass(chosen[:, None])
+
+    def take(self, place: Tensor) -> None:
+        """Go on with the rows at these places, where one may stand several times."""
+        self.mask = self.mask[place]
+        self.cache.reorder_cache(place)
+
+    def _pass(self, tokens: Tensor) -> Tensor:
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        options = {"position_ids": positions} if self.takes_positions else {}
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **options,
+        )
+        return output.logits[:, -1]
 
 
 class _RoomyLayer(DynamicLayer):
