@@ -281,7 +281,7 @@ def test_the_generator_of_equal_settings_is_kept_with_its_batch_size(tokenizer, 
     expected = worker.write(ROWS, vectors, WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", 2))
     model.forward = small
     assert worker.write(ROWS, vectors, WRITING) == expected
-    assert max(sizes) == 4
+    assert max(sizes) == 3  # of a batch of 4, whose two unsteered rows pass their prompt once
     sizes.clear()
     again = WritingSettings(**vars(WRITING))
     assert worker.write(ROWS, vectors, again) == expected
