@@ -20,7 +20,7 @@ from model_loading import pad_tokens
 from output_head import narrowed_head
 from tiny_models import ARCHITECTURES, tiny_model
 
-# Dropping rows copies the cache, about as much as a sixth of a step.
+# Dropping rows copies the cache, which takes about a fifteenth of a step.
 DROP_FRACTION = 8
 # Preparing to screen the vocabulary takes as long as it saves in about 150 steps of a row.
 SCREENED_ROW_STEPS = 512

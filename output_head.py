@@ -227,7 +227,7 @@ def token_log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def main() -> None:
-    """Check on every tiny architecture that the last position's logits are those of a whole pass."""
+    """Check that the last position has a whole pass's logits, and that screening keeps the largest."""
     tokens = torch.arange(12).view(2, 6)
     for name in ARCHITECTURES:
         model = tiny_model(name)
@@ -237,7 +237,17 @@ def main() -> None:
             assert last.shape[1] == 1, name
             assert torch.allclose(last, whole[:, -1:], atol=1e-5), name
         assert torch.equal(model(tokens).logits, whole), name
-    print(f"output_head OK: one position has the same logits in {len(ARCHITECTURES)} architectures")
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (torch.randn(n, 64, generator=generator) for n in (50_000, 8))
+    product, exact = ScreenedProduct(), rows @ weight.T
+    product.prepare(weight, 50)
+    found = product(rows[None])[0].topk(50)
+    assert torch.allclose(found.values, exact.topk(50).values, rtol=1e-5)
+    assert len(product.tokens) < len(weight) / WHOLE_FROM
+    print(
+        f"output_head OK: one position has the same logits in {len(ARCHITECTURES)} architectures; "
+        f"{len(product.tokens):,} of 50,000 tokens are left, with every row's 50 largest among them"
+    )
 
 
 if __name__ == "__main__":

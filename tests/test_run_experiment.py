@@ -18,6 +18,8 @@ import torch
 from chat_server import chat_server, completion
 from transformers import BertConfig, BertLMHeadModel
 
+import decoding
+import output_head
 import preflight
 from ablations import _SampleRun, ablate_samples
 from artifacts import load_json, load_tensors
@@ -1129,6 +1131,25 @@ def test_real_map_predicts_held_out_pairs(real):
     assert cv["n_rows"] > 30 * 60
     assert cv["best_r2_standardised"] > 0.25 > 0.05 > cv["shuffled_r2"]
     assert cv["retrieval_accuracy"] > 0.3
+
+
+@pytest.mark.real_models
+def test_leaving_logits_out_changes_no_real_text(real, monkeypatch):
+    _, _, experiment = real
+    vector = torch.randn(640, generator=torch.Generator().manual_seed(0))
+    seen, screen = [], output_head.NarrowedHead.screen
+    monkeypatch.setattr(decoding, "SCREENED_ROW_STEPS", 0)
+    monkeypatch.setattr(
+        output_head.NarrowedHead, "screen", lambda *args: seen.append(screen(*args)) or seen[-1]
+    )
+    texts = []
+    for capabilities in ({}, {"avx512_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        with SteeredGenerator(experiment.target.model, experiment.target.tokenizer) as generator:
+            generator.register_steering(8, vector / vector.norm(), 150.0)
+            texts.append(generator.generate_batch(load_prompts("test")[:8], 12, seeds=list(range(8))))
+    assert seen == [False, True]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.real_models
