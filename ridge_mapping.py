@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts import load_tensors, save_tensors
-from errors import InputError
-from pair_statistics import Moments, PairStatistics, group_labels
+from support.artifacts import load_tensors, save_tensors
+from support.errors import InputError
+from support.pair_statistics import Moments, PairStatistics, group_labels
 
 logger = logging.getLogger(__name__)
 

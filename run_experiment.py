@@ -29,23 +29,15 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import preflight
-from ablations import ablate_layers, ablate_samples
 from activation_extractor import PersonaVector, ResidualNorm, measure_residual_norm
-from aligned_positions import check_offsets
-from artifacts import (
-    check_writable,
-    fingerprint,
-    load_if_current,
-    load_json,
-    load_tensors,
-    save_json,
-    save_tensors,
-)
 from baseline_methods import BaselineTransfer
-from batching import length_sorted_batches
-from comparison_maps import KINDS, ComparisonMap, maps_table
-from dose_search import (
+from decoding.batching import length_sorted_batches
+from evaluation import Evaluator, aggregate
+from experiment import preflight
+from experiment.ablations import ablate_layers, ablate_samples
+from experiment.comparison_maps import KINDS, ComparisonMap, maps_table
+from experiment.config import ExperimentConfig, load_config
+from experiment.dose_search import (
     Condition,
     DevelopmentText,
     Dose,
@@ -55,11 +47,8 @@ from dose_search import (
     format_doses,
     search_doses,
 )
-from dry_run import describe_run
-from errors import InputError
-from evaluation import Evaluator, aggregate
-from experiment_config import ExperimentConfig, load_config
-from figures import (
+from experiment.dry_run import describe_run
+from experiment.figures import (
     coherence_trait_figure,
     dose_figure,
     energy_figure,
@@ -68,26 +57,37 @@ from figures import (
     mapping_figure,
     save_figure,
 )
-from gpt_judge import GPTJudge
-from journal import Journal
-from layer_search import check_memory, search_layers
+from experiment.layer_search import check_memory, search_layers
+from experiment.pair_collection import CollectedPairs, document_folds, merge_pairs
+from experiment.ray_executor import RayExecutor
+from experiment.tables import format_cosines, format_maps, format_table
+from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
 from model_loading import PACKAGED_MODELS, quiet_transformers
-from neutral_text import NeutralText, OverlapCheck, load_neutral_texts
-from pair_collection import CollectedPairs, document_folds, merge_pairs
-from pair_statistics import PairStatistics
-from personas import Persona, load_persona, load_prompts, shipped_personas
-from ray_executor import RayExecutor
 from ridge_mapping import RidgeMapping
-from steered_generation import SteeredGenerator
-from summary import format_cosines, format_maps, format_table
-from trait_classifier import (
+from scoring.gpt_judge import GPTJudge
+from scoring.trait_classifier import (
     TraitClassifier,
     auc_notes,
     check_labelled,
     classifier_fingerprint,
     train_trait_classifiers,
 )
-from workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
+from steered_generation import SteeredGenerator
+from support.artifacts import (
+    check_writable,
+    fingerprint,
+    load_if_current,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
+from support.errors import InputError
+from support.journal import Journal
+from support.pair_statistics import PairStatistics
+from texts.aligned_positions import check_offsets
+from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
+from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 logger = logging.getLogger(__name__)
 

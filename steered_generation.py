@@ -24,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import block_output
-from batching import run_in_batches
-from decoding import check_decodable, decode
-from errors import InputError
+from decoding.batching import run_in_batches
+from decoding.loop import check_decodable, decode
+from decoding.row_sampler import RowSampler, row_uniforms
 from model_loading import (
     check_layer,
     context_length,
@@ -34,8 +34,8 @@ from model_loading import (
     decoder_blocks,
     pad_token_id,
 )
-from row_sampler import RowSampler, row_uniforms
-from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 
 ALPHA_UNITS = ("absolute", "residual_norm")
 STEER_POSITIONS = ("all", "generated")

@@ -56,14 +56,14 @@ from transformers import (
 )
 
 from activation_extractor import ActivationExtractor, block_output, measure_residual_norm
-from artifacts import save_json
-from decoding import decode
+from decoding.loop import decode
+from decoding.row_sampler import FIRST_SIZES, RowSampler
 from evaluation import continuation_perplexities
 from model_loading import decoder_blocks, load_model, pad_token_id, quiet_transformers
-from personas import load_persona, load_prompts, shipped_personas
-from row_sampler import FIRST_SIZES, RowSampler
 from steered_generation import SteeredGenerator
-from tiny_models import tiny_model, tiny_tokenizer
+from support.artifacts import save_json
+from support.tiny_models import tiny_model, tiny_tokenizer
+from texts.personas import load_persona, load_prompts, shipped_personas
 
 logger = logging.getLogger(__name__)
 

@@ -41,9 +41,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from artifacts import save_json
-from pair_statistics import DEFAULT_SAMPLE, PairStatistics
 from ridge_mapping import RidgeMapping, assign_folds
+from support.artifacts import save_json
+from support.pair_statistics import DEFAULT_SAMPLE, PairStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -484,7 +484,7 @@ def all_readers(model: nn.Module, tokenizer: Any, skip_peers: bool) -> tuple[lis
 def extraction_rows(n_texts: int, skip_peers: bool) -> list[Row]:
     """Time every way to read the same passages."""
     from model_loading import load_model, quiet_transformers  # the memory part must not load these
-    from neutral_text import load_neutral_texts
+    from texts.neutral_text import load_neutral_texts
 
     quiet_transformers()
     model, tokenizer = load_model(SOURCE_MODEL, device="cpu", dtype="float32")

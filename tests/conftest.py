@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from tiny_models import CONTEXT, tiny_model, tiny_tokenizer
+from support.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
 N_THREADS = torch.get_num_threads()
 SENTENCES = [

@@ -12,9 +12,9 @@ from activation_extractor import (
     paired_activations,
     split_half_cosine,
 )
-from errors import InputError
 from model_loading import decoder_blocks
-from tiny_models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.tiny_models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text.", "x", "Words, words."]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

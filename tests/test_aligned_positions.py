@@ -2,8 +2,8 @@
 
 import pytest
 
-from aligned_positions import aligned_places, check_offsets, token_ends
-from errors import InputError
+from support.errors import InputError
+from texts.aligned_positions import aligned_places, check_offsets, token_ends
 
 SPECIAL = 99
 TEXTS = ["the cat", "né on", "a 🙂🙂 café", "日本 x", "é", " spaces  and\ttabs\n", "ø🙂 ", "x"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import (
+from support.artifacts import (
     check_writable,
     file_sha256,
     fingerprint,
@@ -19,7 +19,7 @@ from artifacts import (
     save_json,
     save_tensors,
 )
-from errors import InputError
+from support.errors import InputError
 
 NAN, INF = float("nan"), float("inf")
 

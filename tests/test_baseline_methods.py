@@ -6,8 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from baseline_methods import METHODS, BaselineTransfer
-from errors import InputError
 from ridge_mapping import RidgeMapping
+from support.errors import InputError
 
 D_SOURCE = 12
 WIDTHS = [20, 12, 7]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from batching import is_out_of_memory, length_sorted_batches, run_in_batches
+from decoding.batching import is_out_of_memory, length_sorted_batches, run_in_batches
 
 LENGTHS = [3, 9, 1, 9, 4, 7, 2, 8, 5, 6, 1]
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
 
-from comparison_maps import KINDS, ComparisonMap
-from errors import InputError
-from pair_statistics import PairStatistics
+from experiment.comparison_maps import KINDS, ComparisonMap
 from ridge_mapping import RidgeMapping, assign_folds
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
 
 N, D_SOURCE, D_TARGET, TRUE_RANK = 120, 8, 10, 3
 LAMBDAS = [1e-3, 1.0, 30.0]

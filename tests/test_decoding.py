@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import decoding
-import output_head
 from activation_extractor import block_output
-from decoding import DROP_FRACTION, decode
+from decoding import loop as decoding
+from decoding import output_head
+from decoding.loop import DROP_FRACTION, decode
+from decoding.row_sampler import RowSampler
 from model_loading import decoder_blocks
-from row_sampler import RowSampler
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from support.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 PROMPTS = [[256, 5, 6, 7], [256], [256, 30, 31, 32, 33, 34], [256, 5, 6, 9], [256, 77, 78]]
 LONG_PROMPTS = [[256, *range(length)] for length in (3, 11, 8, 7, 14)]

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from artifacts import load_json, save_json
-from dose_search import (
+from experiment.dose_search import (
     DEFAULT_BOUND,
     DevelopmentText,
     Dose,
@@ -17,7 +16,8 @@ from dose_search import (
     format_doses,
     search_doses,
 )
-from errors import InputError
+from support.artifacts import load_json, save_json
+from support.errors import InputError
 
 LOW, HIGH = BRACKET = (0.5, 10.0)
 CONDITION = ("loud", "oracle")

@@ -8,7 +8,7 @@ from chat_server import chat_server, completion
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from errors import InputError
+from decoding.output_head import token_log_likelihoods
 from evaluation import (
     METRICS,
     Evaluator,
@@ -16,11 +16,11 @@ from evaluation import (
     continuation_perplexities,
     repetition_metrics,
 )
-from gpt_judge import GPTJudge
-from output_head import token_log_likelihoods
-from personas import Persona
-from tiny_models import ARCHITECTURES, CONTEXT, tiny_model
-from trait_classifier import train_trait_classifiers
+from scoring.gpt_judge import GPTJudge
+from scoring.trait_classifier import train_trait_classifiers
+from support.errors import InputError
+from support.tiny_models import ARCHITECTURES, CONTEXT, tiny_model
+from texts.personas import Persona
 
 PROMPTS = ["The sea is", "Rain", "A much longer beginning of a text about ships", "He", "Rain"]
 OUTPUTS = [" blue and wide.", " falls on the old roof of the house.", " ends.", " said no, no", ""]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from baseline_methods import METHODS
-from errors import InputError
-from experiment_config import ExperimentConfig, load_config
+from experiment.config import ExperimentConfig, load_config
+from support.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "example_config.json", *sorted((ROOT / "configs").glob("*.json"))]

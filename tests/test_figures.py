@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from baseline_methods import METHODS
-from comparison_maps import KINDS, ComparisonMap, maps_table
-from dose_search import DevelopmentText, DoseBound, doses_content, search_doses
 from evaluation import METRICS, aggregate
-from figures import (
+from experiment.comparison_maps import KINDS, ComparisonMap, maps_table
+from experiment.dose_search import DevelopmentText, DoseBound, doses_content, search_doses
+from experiment.figures import (
     COLOURS,
     MARKERS,
     choose_axes,

@@ -1,8 +1,8 @@
 import pytest
 from chat_server import JSON, chat_server, completion
 
-from errors import InputError
-from gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge
+from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge
+from support.errors import InputError
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from artifacts import fingerprint
-from errors import InputError
-from journal import Journal
+from support.artifacts import fingerprint
+from support.errors import InputError
+from support.journal import Journal
 
 OURS, OTHER = fingerprint("ours"), fingerprint("other")
 NAN, INF = float("nan"), float("inf")

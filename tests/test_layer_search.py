@@ -8,14 +8,14 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn.functional import cosine_similarity, normalize
 
-import layer_search
 from activation_extractor import ActivationExtractor, PairedBatch, massive_dimensions, paired_activations
-from errors import InputError
-from layer_search import TEST, TRAIN, LayerSums, search_layers
-from neutral_text import NeutralText
-from personas import Persona
+from experiment import layer_search
+from experiment.layer_search import TEST, TRAIN, LayerSums, search_layers
 from ridge_mapping import assign_folds
-from tiny_models import N_LAYERS, tiny_model
+from support.errors import InputError
+from support.tiny_models import N_LAYERS, tiny_model
+from texts.neutral_text import NeutralText
+from texts.personas import Persona
 
 WORDS = "one two three four five six seven eight nine ten stone water light road tree".split()
 MARKS = {"loud": "!", "asking": "?", "dashed": "-"}

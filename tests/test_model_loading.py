@@ -9,7 +9,6 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from activation_extractor import ActivationExtractor
-from errors import InputError
 from evaluation import continuation_perplexities
 from model_loading import (
     check_layer,
@@ -26,9 +25,18 @@ from model_loading import (
     resolve_device,
     resolve_dtype,
 )
-from package_cache import CACHE_VARIABLE
 from steered_generation import SteeredGenerator, steering_error
-from tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.package_cache import CACHE_VARIABLE
+from support.tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    D_MODEL,
+    N_LAYERS,
+    VOCAB_SIZE,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 TOKENS = torch.tensor([[256, 10, 20, 30]])
 

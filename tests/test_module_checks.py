@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.name for path in ROOT.glob("*.py") if path.stem not in ("run_experiment", "errors"))
+FOLDERS = (".", "decoding", "experiment", "scoring", "support", "texts")
+WITHOUT_CHECK = ("__init__", "run_experiment", "errors")
+MODULES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for folder in FOLDERS
+    for path in (ROOT / folder).glob("*.py")
+    if path.stem not in WITHOUT_CHECK
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +24,7 @@ def checks(tmp_path_factory):
     offline = {"HF_HUB_OFFLINE": "1", "PERSONA_TRANSFER_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
     def check(name):
-        command = [sys.executable, name]
+        command = [sys.executable, "-m", name]
         return subprocess.run(
             command, cwd=ROOT, env={**os.environ, **offline}, capture_output=True, text=True, check=False
         )

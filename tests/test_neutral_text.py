@@ -7,8 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from errors import InputError
-from neutral_text import (
+from support.errors import InputError
+from texts.neutral_text import (
     MIN_WORDS,
     OverlapCheck,
     load_neutral_texts,

@@ -5,9 +5,16 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-import output_head
-from output_head import BLOCK, PART, ScreenedProduct, narrowed_head, token_log_likelihoods, total_weight
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from decoding import output_head
+from decoding.output_head import (
+    BLOCK,
+    PART,
+    ScreenedProduct,
+    narrowed_head,
+    token_log_likelihoods,
+    total_weight,
+)
+from support.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 TOKENS = torch.tensor([[256, 10, 20, 30, 40], [256, 9, 8, 7, 6], [256, 1, 1, 2, 3]])
 LAYOUTS = {"rows": lambda logits: logits, "columns": lambda logits: logits.T.contiguous().T}

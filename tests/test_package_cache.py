@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import InputError
-from package_cache import CACHE_VARIABLE, PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.errors import InputError
+from support.package_cache import CACHE_VARIABLE, PackagedFile, build_once, cache_folder, fetch_packaged_files
 
 PARTS = {"pkg/part0": b"first,", "pkg/part1": b"second,", "pkg/part2": b"third"}
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from activation_extractor import ActivationExtractor, paired_activations
-from errors import InputError
-from neutral_text import NeutralText
-from pair_collection import collect_pairs, document_folds, merge_pairs, read_pairs
-from pair_statistics import PairStatistics
-from tiny_models import D_MODEL, tiny_model
+from experiment.pair_collection import collect_pairs, document_folds, merge_pairs, read_pairs
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
+from support.tiny_models import D_MODEL, tiny_model
+from texts.neutral_text import NeutralText
 
 PASSAGES = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
 TEXTS = [NeutralText(PASSAGES[row % 4], f"doc {row * 5 % 11}") for row in range(70)]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import pair_statistics
-from errors import InputError
-from pair_statistics import PairStatistics
+from support import pair_statistics
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
 
 N, D_SOURCE, D_TARGET, N_FOLDS = 300, 5, 4, 3
 DOCUMENTS = [f"doc {row // 7}" for row in range(N)]

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-import personas
-from errors import InputError
-from experiment_config import load_config
-from neutral_text import OverlapCheck
-from personas import load_persona, load_prompts, shipped_personas
+from experiment.config import load_config
+from support.errors import InputError
+from texts import personas
+from texts.neutral_text import OverlapCheck
+from texts.personas import load_persona, load_prompts, shipped_personas
 
 PIRATE = {
     "description": "Talks like a pirate with 'arr' and nautical terms",

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from activation_extractor import ActivationExtractor, PersonaVector
-from personas import Persona
-from preflight import (
+from experiment.preflight import (
     Check,
     PreflightError,
     check_baseline,
@@ -20,9 +19,10 @@ from preflight import (
     raise_on_technical_failure,
     report,
 )
+from scoring.trait_classifier import train_trait_classifiers
 from steered_generation import SteeredGenerator
-from tiny_models import D_MODEL, N_LAYERS, tiny_model
-from trait_classifier import train_trait_classifiers
+from support.tiny_models import D_MODEL, N_LAYERS, tiny_model
+from texts.personas import Persona
 
 VECTOR = nn.functional.normalize(torch.ones(D_MODEL), dim=0)
 CV = {"best_lambda": 1.0, "best_r2": 0.4, "shuffled_r2": -0.01, "best_at_edge": False}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import ray_executor
-from errors import InputError
-from ray_executor import PROJECT_FOLDER, Place, RayExecutor, plan_places
+from experiment import ray_executor
+from experiment.ray_executor import PROJECT_FOLDER, Place, RayExecutor, plan_places
+from support.errors import InputError
 
 CHUNKS = [(number,) for number in range(6)]
 
@@ -84,7 +84,7 @@ class UnpicklableError(Exception):
 
 class ModelWorker:
     def __init__(self):
-        from tiny_models import tiny_model, tiny_tokenizer
+        from support.tiny_models import tiny_model, tiny_tokenizer
 
         self.model, self.tokenizer = tiny_model("llama"), tiny_tokenizer()
 
@@ -326,11 +326,12 @@ SCRIPT = """
 import json, os, sys
 sys.path.insert(0, {project!r})
 import ray
-from ray_executor import RayExecutor
+from experiment.ray_executor import RayExecutor
 
 class Worker:
     def describe(self):
-        import batching, torch
+        import torch
+        from decoding import batching
         cache = os.environ.get("PERSONA_TRANSFER_CACHE")
         return {{"threads": torch.get_num_threads(), "cache": cache, "module": batching.__file__}}
 
@@ -359,7 +360,7 @@ def test_a_local_ray_is_quiet_and_ends_with_its_executor(tmp_path):
     found, errors = run_script(tmp_path, None)
     assert errors == ""
     assert found["cache"] == "/a/cache"
-    assert found["module"] == str(PROJECT_FOLDER / "batching.py")
+    assert found["module"] == str(PROJECT_FOLDER / "decoding" / "batching.py")
     assert not found["up"]
 
 

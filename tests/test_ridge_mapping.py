@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from errors import InputError
-from pair_statistics import PairStatistics
 from ridge_mapping import N_RETRIEVAL, RidgeMapping, assign_folds, retrieval_accuracy
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
 
 N, D_SOURCE, D_TARGET = 60, 9, 6
 LAMBDAS = [0.01, 1.0, 10.0, 1000.0]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from errors import InputError
-from row_sampler import BLOCK, FIRST_SIZES, MARGIN, RowSampler, largest, row_uniforms
+from decoding.row_sampler import BLOCK, FIRST_SIZES, MARGIN, RowSampler, largest, row_uniforms
+from support.errors import InputError
 
 SETTINGS = [
     (1.0, 0, 1.0),

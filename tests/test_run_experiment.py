@@ -18,20 +18,20 @@ import torch
 from chat_server import chat_server, completion
 from transformers import BertConfig, BertLMHeadModel
 
-import decoding
-import output_head
-import preflight
-from ablations import _SampleRun, ablate_samples
-from artifacts import load_json, load_tensors
 from baseline_methods import METHODS
-from comparison_maps import KINDS
-from errors import InputError
-from journal import Journal
-from personas import load_prompts
-from ray_executor import RayExecutor
+from decoding import loop as decoding
+from decoding import output_head
+from experiment import preflight
+from experiment.ablations import _SampleRun, ablate_samples
+from experiment.comparison_maps import KINDS
+from experiment.ray_executor import RayExecutor
 from run_experiment import PersonaTransferExperiment, main
 from steered_generation import SteeredGenerator
-from tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
+from support.artifacts import load_json, load_tensors
+from support.errors import InputError
+from support.journal import Journal
+from support.tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
+from texts.personas import load_prompts
 
 ROOT = Path(__file__).parent.parent
 EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
@@ -606,14 +606,14 @@ def test_layer_ablation_steers_at_every_pair_and_resumes(settings, tmp_path, mon
     folder = tmp_path / "out" / "ablation_layers"
     assert {row["prompt"] for row in rows(folder / "2_1")} == set(load_prompts("development"))
     texts_before = texts(folder / "2_1")
-    monkeypatch.setattr("ablations.collect_pairs", None)
+    monkeypatch.setattr("experiment.ablations.collect_pairs", None)
     assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
     assert texts(folder / "2_1") == texts_before
     assert (tmp_path / "out" / "experiment.log").read_text().count(": 0 new texts") == 2
 
 
 def test_sample_ablation_resumes_to_the_same_numbers(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("ablations.N_HELD_OUT", 20)
+    monkeypatch.setattr("experiment.ablations.N_HELD_OUT", 20)
     ablation = {**settings, "ablation_samples": [30, 60, 90]}
     assert run(tmp_path / "whole", ablation, "--ablate", "samples") == 0
     whole = load_json(tmp_path / "whole" / "ablation_samples.json")

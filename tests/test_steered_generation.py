@@ -9,10 +9,10 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from activation_extractor import ActivationExtractor, block_output
-from errors import InputError
 from model_loading import decoder_blocks
 from steered_generation import SteeredGenerator, steering_error
-from tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.tiny_models import ARCHITECTURES, CONTEXT, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 PROMPTS = ["Once upon a time", "Then", "The weather today is"]
 TOKENS = torch.tensor([[256, 10, 20, 30, 40, 50]])

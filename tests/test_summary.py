@@ -3,7 +3,7 @@ import re
 import pytest
 
 from evaluation import METRICS, aggregate
-from summary import format_table
+from experiment.tables import format_table
 
 
 def rows(condition, persona, alpha, n=12, auc=0.97, **values):

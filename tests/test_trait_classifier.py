@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from errors import InputError
-from personas import Persona, load_persona, shipped_personas
-from trait_classifier import auc_notes, classifier_fingerprint, train_trait_classifiers
+from scoring.trait_classifier import auc_notes, classifier_fingerprint, train_trait_classifiers
+from support.errors import InputError
+from texts.personas import Persona, load_persona, shipped_personas
 
 FORMAL = (
     "We would be grateful if you could confirm your attendance at your earliest convenience.",

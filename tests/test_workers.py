@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import workers
 from activation_extractor import ActivationExtractor
-from errors import InputError
 from evaluation import continuation_perplexities
+from experiment import workers
+from experiment.pair_collection import document_folds, merge_pairs
+from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
 from model_loading import load_model, model_fingerprint
-from neutral_text import NeutralText
-from pair_collection import document_folds, merge_pairs
 from steered_generation import SteeredGenerator
-from tiny_models import D_MODEL, N_LAYERS, tiny_model
-from workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
+from support.errors import InputError
+from support.tiny_models import D_MODEL, N_LAYERS, tiny_model
+from texts.neutral_text import NeutralText
 
 WORDS = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
 TEXTS = [NeutralText(WORDS[row % 4], f"doc {row * 5 % 11}") for row in range(30)]

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from errors import InputError
+from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import ActivationExtractor
-from artifacts import fingerprint
-from errors import InputError
 from evaluation import continuation_perplexities
+from experiment.pair_collection import CollectedPairs, LayerPair, read_pairs
 from model_loading import decoder_blocks, load_model, model_fingerprint
-from neutral_text import NeutralText
-from pair_collection import CollectedPairs, LayerPair, read_pairs
 from steered_generation import SteeredGenerator
-from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+from support.artifacts import fingerprint
+from support.errors import InputError
+from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
 

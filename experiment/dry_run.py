@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from evaluation import Evaluator
-from gpt_judge import TOKENS_PER_JUDGEMENT
-from personas import load_prompts
-from tiny_models import tiny_model, tiny_tokenizer
+from scoring.gpt_judge import TOKENS_PER_JUDGEMENT
+from support.tiny_models import tiny_model, tiny_tokenizer
+from texts.personas import load_prompts
 
 if TYPE_CHECKING:
     from run_experiment import PersonaTransferExperiment

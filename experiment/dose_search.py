@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from errors import InputError
+from support.errors import InputError
 
 Condition = tuple[str, str]  # (persona, method)
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from activation_extractor import ActivationExtractor, paired_activations
-from errors import InputError
-from neutral_text import NeutralText
-from pair_statistics import PairStatistics
 from ridge_mapping import assign_folds
-from tiny_models import tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
+from support.tiny_models import tiny_model, tiny_tokenizer
+from texts.neutral_text import NeutralText
 
 LayerPair = tuple[int, int]
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from artifacts import replacing
+from support.artifacts import replacing
 
 COLOURS = {
     "baseline": "#000000",

@@ -11,8 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from errors import InputError
-from output_head import total_weight
+from decoding.output_head import total_weight
+from support.errors import InputError
 
 LOWEST_TEMPERATURE = 1e-6  # below, logits / temperature can overflow
 BLOCK = 64

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from errors import InputError
-from tiny_models import tiny_tokenizer
+from support.errors import InputError
+from support.tiny_models import tiny_tokenizer
 
 Offsets = Sequence[tuple[int, int]]
 

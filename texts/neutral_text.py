@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import InputError
-from package_cache import PackagedFile, build_once, fetch_packaged_files
+from support.errors import InputError
+from support.package_cache import PackagedFile, build_once, fetch_packaged_files
 
 logger = logging.getLogger(__name__)
 

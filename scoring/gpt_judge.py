@@ -18,7 +18,7 @@ import openai
 from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
-from errors import InputError
+from support.errors import InputError
 
 COHERENCE_PROMPT = """Rate how fluent and coherent the continuation below is, from 1 to 5:
 1 = gibberish or endless repetition, 3 = understandable with clear faults, 5 = fluent and sensible.

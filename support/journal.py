@@ -28,8 +28,8 @@ from typing import Any, Self
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from artifacts import fingerprint, nan_to_none, replacing
-from errors import InputError
+from support.artifacts import fingerprint, nan_to_none, replacing
+from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from pydantic import (
 )
 
 from baseline_methods import METHODS
-from dose_search import MAX_EVALUATIONS
-from errors import InputError
-from personas import Persona, load_persona, load_prompts, shipped_personas
+from experiment.dose_search import MAX_EVALUATIONS
+from support.errors import InputError
+from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -298,7 +298,7 @@ def _explain(problem: dict[str, Any]) -> str:
 
 def main() -> None:
     """Check that the shipped configurations are valid and that typing errors are named."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     paths = [folder / "example_config.json", *sorted((folder / "configs").glob("*.json"))]
     for path in paths:
         config = load_config(path)

@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from activation_extractor import PairedBatch, paired_activations
-from artifacts import fingerprint, load_if_current, load_json, load_tensors, save_json, save_tensors
-from errors import InputError
-from figures import layer_ablation_figure, sample_ablation_figure, save_figure
-from neutral_text import NeutralText
-from pair_collection import LayerPair, collect_pairs
-from pair_statistics import PairStatistics
+from experiment.figures import layer_ablation_figure, sample_ablation_figure, save_figure
+from experiment.pair_collection import LayerPair, collect_pairs
 from ridge_mapping import RidgeMapping, residual_squares, target_weights
+from support.artifacts import fingerprint, load_if_current, load_json, load_tensors, save_json, save_tensors
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
+from texts.neutral_text import NeutralText
 
 if TYPE_CHECKING:
     from run_experiment import PersonaTransferExperiment

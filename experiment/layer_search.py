@@ -25,13 +25,13 @@ from activation_extractor import (
     massive_by_scale,
     paired_activations,
 )
-from errors import InputError
-from neutral_text import NeutralText
-from pair_collection import counted
-from pair_statistics import Moments
-from personas import Persona
+from experiment.pair_collection import counted
 from ridge_mapping import HeldOutFold, assign_folds, target_weights
-from tiny_models import tiny_model, tiny_tokenizer
+from support.errors import InputError
+from support.pair_statistics import Moments
+from support.tiny_models import tiny_model, tiny_tokenizer
+from texts.neutral_text import NeutralText
+from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts import load_tensors, save_tensors
-from errors import InputError
-from pair_statistics import Moments, PairStatistics
 from ridge_mapping import (
     DEFAULT_LAMBDAS,
     RidgeMapping,
@@ -31,6 +28,9 @@ from ridge_mapping import (
     solve_ridge,
     target_weights,
 )
+from support.artifacts import load_tensors, save_tensors
+from support.errors import InputError
+from support.pair_statistics import Moments, PairStatistics
 
 KINDS = ("procrustes", "reduced_rank", "shuffled")
 

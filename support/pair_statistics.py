@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from artifacts import load_tensors, save_tensors
-from errors import InputError
+from support.artifacts import load_tensors, save_tensors
+from support.errors import InputError
 
 DEFAULT_SAMPLE = 5000
 CHUNK = 4096

@@ -12,10 +12,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from errors import InputError
+from support.errors import InputError
 
-PERSONA_FOLDER = Path(__file__).parent / "personas"
-PROMPT_FOLDER = Path(__file__).parent / "prompts"
+PERSONA_FOLDER = Path(__file__).parent.parent / "personas"
+PROMPT_FOLDER = Path(__file__).parent.parent / "prompts"
 
 
 @dataclass(frozen=True)

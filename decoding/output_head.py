@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tiny_models import ARCHITECTURES, tiny_model
+from support.tiny_models import ARCHITECTURES, tiny_model
 
 PART = 8192
 BLOCK = 32

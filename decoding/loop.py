@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from errors import InputError
+from decoding.output_head import narrowed_head
 from model_loading import pad_tokens
-from output_head import narrowed_head
-from tiny_models import ARCHITECTURES, tiny_model
+from support.errors import InputError
+from support.tiny_models import ARCHITECTURES, tiny_model
 
 # Dropping rows copies the cache, which takes about a fifteenth of a step.
 DROP_FRACTION = 8

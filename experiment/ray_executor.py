@@ -36,11 +36,11 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Literal
 
-from errors import InputError
+from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-PROJECT_FOLDER = Path(__file__).resolve().parent
+PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 # Read by Ray as lines of a .gitignore file: nothing, except the folder, its modules and its texts.
 NOT_SENT = ["/*", "!/.", "!/*.py", "!/personas", "!/prompts", "__pycache__"]
 CACHE_VARIABLE = "PERSONA_TRANSFER_CACHE"

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from artifacts import file_sha256
-from errors import InputError
+from support.artifacts import file_sha256
+from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "PERSONA_TRANSFER_CACHE"

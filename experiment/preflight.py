@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from activation_extractor import ActivationExtractor, PersonaVector, block_output
-from errors import InputError
 from evaluation import continuation_perplexities, repetition_metrics
+from scoring.trait_classifier import TraitClassifier
 from steered_generation import SteeredGenerator, steering_error
-from tiny_models import D_MODEL, tiny_model, tiny_tokenizer
-from trait_classifier import TraitClassifier
+from support.errors import InputError
+from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
 

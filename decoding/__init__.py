@@ -1,0 +1,1 @@
+"""Write text token by token: the loop, the output head, the sampler, batches."""

@@ -1,0 +1,1 @@
+"""What an experiment is made of, above the components; `run_experiment.py` puts it together."""

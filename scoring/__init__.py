@@ -1,0 +1,1 @@
+"""Scorers of written text: trait classifiers and a judge."""

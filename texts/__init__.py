@@ -1,0 +1,1 @@
+"""Texts that a run reads: neutral passages, personas, prompts, and where two tokenizers align."""
