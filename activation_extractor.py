@@ -33,6 +33,7 @@ from model_loading import (
 )
 from support.errors import InputError
 from support.tiny_models import tiny_model, tiny_tokenizer
+from support.vocabulary import PAIR_POSITIONS
 from texts.aligned_positions import aligned_places, check_offsets, token_ends
 
 logger = logging.getLogger(__name__)
@@ -393,7 +394,7 @@ def paired_activations(
     """
     if isinstance(texts, str):
         raise InputError("texts is a single string; give a list of strings")
-    if positions not in ("word_ends", "last"):
+    if positions not in PAIR_POSITIONS:
         raise InputError(f"positions {positions!r} is unknown; choose 'word_ends' or 'last'")
     if positions == "word_ends":
         check_offsets(source.tokenizer, "source")

@@ -5,17 +5,15 @@ under study and `oracle` the target's own vector; the other three know nothing o
 target and show what any vector of that length would do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from experiment.comparison_maps import ComparisonMap
 from ridge_mapping import RidgeMapping
 from support.errors import InputError
-
-METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")
+from support.vocabulary import METHODS
 
 
 class BaselineTransfer:
@@ -74,10 +72,11 @@ class BaselineTransfer:
         v_oracle: Tensor,
         ridge_mapping: RidgeMapping,
         normalize: bool = True,
-        other_maps: Mapping[str, ComparisonMap] | None = None,
+        other_maps: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Return method name -> (d_target,) for every method in METHODS, then for each other map.
 
+        other_maps: name -> what carries a direction over, (d_source,) to (d_target,).
         normalize: scale each to unit L2 norm, so that one alpha is the same dose for all.
         Raises InputError: a wrong width, a vector that is not finite, or one of norm 0.
         """
@@ -88,8 +87,8 @@ class BaselineTransfer:
             "ridge_mapped": self.ridge_mapped(v_source, ridge_mapping),
             "oracle": self.oracle(v_oracle),
         }
-        for name, other in (other_maps or {}).items():
-            vectors[name] = self._checked(other.transform(v_source.float()), self.d_target, name)
+        for name, transform in (other_maps or {}).items():
+            vectors[name] = self._checked(transform(v_source.float()), self.d_target, name)
         return {name: _unit(vector, name) for name, vector in vectors.items()} if normalize else vectors
 
     def compare_to_oracle(
@@ -97,15 +96,21 @@ class BaselineTransfer:
         v_source: Tensor,
         v_oracle: Tensor,
         ridge_mapping: RidgeMapping,
-        other_maps: Mapping[str, ComparisonMap] | None = None,
+        other_maps: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        left_out: Sequence[int] = (),
     ) -> dict[str, float]:
         """Return the cosine of each transferred vector to the oracle.
 
         A cosine alone misleads: a few massive dimensions can carry it (METHODOLOGY.md).
+        left_out: dimensions of the target that don't count.
         """
         vectors = self.apply_all_baselines(v_source, v_oracle, ridge_mapping, other_maps=other_maps)
-        oracle = vectors.pop("oracle")
-        return {name: cosine_similarity(vector, oracle, dim=0).item() for name, vector in vectors.items()}
+        kept = torch.ones(self.d_target)
+        kept[list(left_out)] = 0.0
+        oracle = vectors.pop("oracle") * kept
+        return {
+            name: cosine_similarity(vector * kept, oracle, dim=0).item() for name, vector in vectors.items()
+        }
 
     @staticmethod
     def _checked(vector: Tensor, width: int, name: str) -> Tensor:

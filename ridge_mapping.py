@@ -20,11 +20,11 @@ from torch import Tensor
 from support.artifacts import load_tensors, save_tensors
 from support.errors import InputError
 from support.pair_statistics import Moments, PairStatistics, group_labels
+from support.vocabulary import LAMBDA_CRITERIA, LAMBDA_UNITS
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-CRITERIA = ("pooled", "standardised")
 RANK_THRESHOLD = 0.01
 N_RETRIEVAL = 1000
 WELL_PREDICTED = 0.5
@@ -133,7 +133,7 @@ class RidgeMapping:
         seed: int = 0,
         fold_of: Mapping[Hashable, int] | None = None,
     ) -> None:
-        if lambda_unit not in ("absolute", "relative"):
+        if lambda_unit not in LAMBDA_UNITS:
             raise InputError(f"lambda_unit {lambda_unit!r} is unknown; choose 'absolute' or 'relative'")
         self.statistics = PairStatistics(d_source, d_target, n_folds, seed, fold_of)
         self.d_source = d_source
@@ -217,8 +217,8 @@ class RidgeMapping:
         Raises InputError: as `fit`, no lambda values, fewer than 2 folds, or fewer groups than folds.
         """
         values = _checked_lambdas(lambda_values)
-        if criterion not in CRITERIA:
-            raise InputError(f"criterion {criterion!r} is unknown; choose {' or '.join(CRITERIA)}")
+        if criterion not in LAMBDA_CRITERIA:
+            raise InputError(f"criterion {criterion!r} is unknown; choose {' or '.join(LAMBDA_CRITERIA)}")
         given = self.statistics
         n_folds = self.n_folds if n_folds is None else n_folds
         seed = self.seed if seed is None else seed

@@ -36,9 +36,7 @@ from model_loading import (
 )
 from support.errors import InputError
 from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
-
-ALPHA_UNITS = ("absolute", "residual_norm")
-STEER_POSITIONS = ("all", "generated")
+from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
 
 
 @dataclass

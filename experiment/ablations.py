@@ -10,24 +10,26 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from activation_extractor import PairedBatch, paired_activations
 from experiment.figures import layer_ablation_figure, sample_ablation_figure, save_figure
-from experiment.pair_collection import LayerPair, collect_pairs
+from experiment.grid import pairs_fingerprint
+from experiment.inputs import Inputs
+from experiment.pair_collection import LayerPair, statistics_content
+from experiment.workers import collect_in_chunks
 from ridge_mapping import RidgeMapping, residual_squares, target_weights
-from support.artifacts import fingerprint, load_if_current, load_json, load_tensors, save_json, save_tensors
+from support.artifacts import fingerprint, save_json, save_tensors
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
+from support.run_folder import RunFolder
 from texts.neutral_text import NeutralText
-
-if TYPE_CHECKING:
-    from run_experiment import PersonaTransferExperiment
 
 logger = logging.getLogger(__name__)
 
@@ -38,88 +40,91 @@ STEP = 500
 POSITIONS = ("last", "word_ends")
 
 
-def ablate_layers(experiment: "PersonaTransferExperiment") -> str:
+LayerRun = Callable[[Inputs, dict[str, Any]], dict[str, Any]]
+
+
+def ablate_layers(inputs: Inputs, folder: RunFolder, executor: Any, run_layers: LayerRun) -> str:
     """Run phases 2 to 5 at each layer pair on the development prompts; returns a headline.
 
-    Writes a folder `ablation_layers/SOURCE_TARGET` for each pair, `ablation_layers.json`
-    and `figure2.png`.
+    Writes a folder `ablation_layers/SOURCE_TARGET` for each pair, `ablation_layers.json` and `figure2.png`.
+    run_layers: runs the phases on inputs and the sums over their pairs; returns numbers by name, the
+    aggregated table as `conditions`, and its `fingerprint`.
     """
-    pairs = layer_pairs(experiment)
-    runs = {pair: experiment.at_layers(*pair) for pair in pairs}
-    for run in runs.values():
-        run.pairs = run.load_statistics()
-    missing = [pair for pair, run in runs.items() if run.pairs is None]
+    runs = {pair: _at_layers(inputs, folder, pair) for pair in layer_pairs(inputs)}
+    sums = {}
+    for pair, at_layers in runs.items():
+        own = RunFolder(Path(at_layers.config.output_dir), folder.fresh)
+        sums[pair] = own.current("pair_statistics.pt", pairs_fingerprint(at_layers))
+    missing = [pair for pair, content in sums.items() if content is None]
     if missing:
-        config = experiment.config
-        found = collect_pairs(
-            experiment.source.extractor,
-            experiment.target.extractor,
-            experiment.neutral_texts,
-            missing,
-            config.positions,
-            config.n_folds,
-            config.seed,
-        )
+        config = inputs.config
+        settings = (config.positions, config.n_folds, config.seed)
+        pairs = collect_in_chunks(executor, inputs.neutral_texts, missing, *settings)
         for pair in missing:
-            runs[pair].output_dir.mkdir(parents=True, exist_ok=True)
-            runs[pair].save_statistics(found)
-    results = []
-    for pair, run in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=None):
+            own = RunFolder(Path(runs[pair].config.output_dir), folder.fresh)
+            made_from = pairs_fingerprint(runs[pair])
+            sums[pair] = own.save("pair_statistics.pt", made_from, statistics_content(pairs, pair))
+    results, tables = [], []
+    for pair, at_layers in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=None):
         logger.info("layer pair %d -> %d", *pair)
-        for phase in (run.learn_mapping, run.extract_personas, run.generate, run.evaluate):
-            logger.info("%s", phase())
-        experiment.notes += [f"layers {pair[0]} -> {pair[1]}: {note}" for note in run.notes]
-        names = ("best_r2", "best_r2_standardised", "best_r2_median_dimension", "retrieval_accuracy")
-        cv = {name: run.mapping.cv[name] for name in names}
-        similarities = load_json(run.output_dir / "persona_similarities.json")["personas"]
-        results.append(
-            {
-                "source_layer": pair[0],
-                "target_layer": pair[1],
-                **cv,
-                "cosine_without_massive": {
-                    name: entry["cosine_without_massive"]["ridge_mapped"]
-                    for name, entry in similarities.items()
-                },
-                "conditions": run.aggregated["conditions"],
-            }
-        )
-    made_from = fingerprint([run.aggregated["fingerprint"] for run in runs.values()])
-    path = experiment.output_dir / "ablation_layers.json"
-    save_json(path, {"fingerprint": made_from, "layer_pairs": results})
-    save_figure(layer_ablation_figure(results), experiment.output_dir / "figure2.png", made_from)
-    return f"{len(pairs)} layer pairs, {path}"
+        numbers = run_layers(at_layers, sums.pop(pair))
+        tables.append(numbers.pop("fingerprint"))
+        results.append({"source_layer": pair[0], "target_layer": pair[1], **numbers})
+    made_from = fingerprint(tables)
+    folder.save("ablation_layers.json", made_from, {"layer_pairs": results})
+    save_figure(layer_ablation_figure(results), folder.path / "figure2.png", made_from)
+    return f"{len(runs)} layer pairs, {folder.path / 'ablation_layers.json'}"
 
 
-def layer_pairs(experiment: "PersonaTransferExperiment") -> list[LayerPair]:
+def _at_layers(inputs: Inputs, folder: RunFolder, pair: LayerPair) -> Inputs:
+    """Return the inputs at another layer pair, tested on the development prompts and at one alpha.
+
+    Alpha is the middle one of `alpha_values` (of two, the lower), or searched for each pair; then the
+    texts that are scored helped to choose it, and their coherence is within the bound.
+    """
+    alphas, prompts = inputs.config.alpha_values, inputs.development_prompts
+    changed = {
+        "layer_idx": None,
+        "source_layer_idx": pair[0],
+        "target_layer_idx": pair[1],
+        "output_dir": str(folder.path / "ablation_layers" / f"{pair[0]}_{pair[1]}"),
+        "test_prompts": list(prompts),
+        "n_test_prompts": len(prompts),
+        "alpha_values": alphas if alphas == "auto" else [sorted(alphas)[(len(alphas) - 1) // 2]],
+    }
+    config = inputs.config.model_copy(update=changed)
+    return replace(inputs.at_layers(*pair), config=config, prompts=prompts)
+
+
+def layer_pairs(inputs: Inputs) -> list[LayerPair]:
     """Return the pairs to compare: those configured, or five depths and the run's own layers."""
-    configured = experiment.config.ablation_layer_pairs
+    configured = inputs.config.ablation_layer_pairs
     if configured is not None:
         for source_layer, target_layer in configured:
-            experiment.source.extractor.check_layers([source_layer])
-            experiment.target.extractor.check_layers([target_layer])
+            inputs.source.extractor.check_layers([source_layer])
+            inputs.target.extractor.check_layers([target_layer])
         return list(dict.fromkeys(configured))
-    n_source, n_target = (len(side.extractor.blocks) for side in (experiment.source, experiment.target))
+    n_source, n_target = (len(side.extractor.blocks) for side in inputs.sides)
     spread = [(int(depth * n_source), int(depth * n_target)) for depth in DEPTHS]
-    return sorted({*spread, experiment.layers}, key=lambda pair: (pair[1], pair[0]))
+    return sorted({*spread, inputs.layers}, key=lambda pair: (pair[1], pair[0]))
 
 
-def ablate_samples(experiment: "PersonaTransferExperiment") -> str:
+def ablate_samples(inputs: Inputs, folder: RunFolder) -> str:
     """Fit the map on growing amounts of text and test it on held-out documents; returns a headline.
 
     Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that
     was stopped goes on.
     """
-    for side in (experiment.source, experiment.target):
+    for side in inputs.sides:
         if not side.tokenizer.is_fast:
             raise InputError(
                 f"--ablate samples compares positions, which needs character offsets, and the {side.name}'s "
                 "tokenizer gives none; it needs fast tokenizers on both sides"
             )
-    samples = sorted(set(experiment.config.ablation_samples or DEFAULT_SAMPLES))
-    training, held_out = split_documents(experiment.load_texts(samples[-1] + N_HELD_OUT), samples[-1])
-    run = _SampleRun(experiment, training, held_out, samples)
-    path = experiment.output_dir / "ablation_samples.json"
+    samples = sorted(set(inputs.config.ablation_samples or DEFAULT_SAMPLES))
+    training, held_out = split_documents(inputs.more_texts(samples[-1] + N_HELD_OUT), samples[-1])
+    run = _SampleRun(inputs, folder, training, held_out, samples)
+    path = folder.path / "ablation_samples.json"
     state = run.load() or run.start()
     with tqdm(total=samples[-1], desc="samples", unit="text", disable=None) as progress:
         progress.update(state["n_texts"])
@@ -135,13 +140,13 @@ def ablate_samples(experiment: "PersonaTransferExperiment") -> str:
             run.save(state)
     content = {
         "fingerprint": run.fingerprint,
-        "layers": list(experiment.layers),
+        "layers": list(inputs.layers),
         "n_held_out_texts": len(held_out),
         "points": state["points"],
         "equal_r2": {tested: texts_for_equal_r2(state["points"], tested) for tested in POSITIONS},
     }
     save_json(path, content)
-    save_figure(sample_ablation_figure(content), experiment.output_dir / "figure3.png", run.fingerprint)
+    save_figure(sample_ablation_figure(content), folder.path / "figure3.png", run.fingerprint)
     lines = [
         f"R2 {row['r2']:.3f} on held-out {tested}: last tokens of {row['n_texts']} texts, every position of "
         + ("more" if row["n_texts_word_ends"] is None else f"{row['n_texts_word_ends']:.0f}")
@@ -184,29 +189,30 @@ class _SampleRun:
 
     def __init__(
         self,
-        experiment: "PersonaTransferExperiment",
+        inputs: Inputs,
+        folder: RunFolder,
         training: Sequence[NeutralText],
         held_out: Sequence[NeutralText],
         samples: Sequence[int],
     ) -> None:
-        self.experiment, self.training, self.held_out = experiment, training, held_out
-        config = experiment.config
+        self.inputs, self.folder, self.training, self.held_out = inputs, folder, training, held_out
+        config = inputs.config
         texts = [[item.text, item.document] for item in [*training, *held_out]]
         settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion, config.n_folds]
-        sides = [experiment.source.fingerprint, experiment.target.fingerprint, experiment.layers]
+        sides = [inputs.source.fingerprint, inputs.target.fingerprint, inputs.layers]
         self.fingerprint = fingerprint("ablation_samples 2", sides, settings, texts, list(samples))
-        self.path: Path = experiment.output_dir / "ablation_samples.pt"
+        self.path = folder.path / "ablation_samples.pt"
 
     def start(self) -> dict[str, Any]:
         """Return the state before the first training text: the held-out texts are read."""
-        n_folds = self.experiment.config.n_folds
+        n_folds = self.inputs.config.n_folds
         state = {"n_texts": 0, "points": [], "training": self._empty(n_folds), "held_out": self._empty(2)}
         self.add(state["held_out"], self.held_out)
         return state
 
     def load(self) -> dict[str, Any] | None:
         """Return the state that an earlier run left, if it is of the same ablation."""
-        found = None if self.experiment.fresh else load_if_current(load_tensors, self.path, self.fingerprint)
+        found = self.folder.current(self.path.name, self.fingerprint)
         if found is None:
             return None
         for part in ("training", "held_out"):
@@ -223,7 +229,7 @@ class _SampleRun:
 
     def add(self, sums: dict[str, PairStatistics], texts: Sequence[NeutralText]) -> None:
         """Read texts with both models and add their pairs."""
-        source, target = self.experiment.source.extractor, self.experiment.target.extractor
+        source, target = self.inputs.source.extractor, self.inputs.target.extractor
         for batch in paired_activations(source, target, [item.text for item in texts]):
             documents = [texts[index].document for index in batch.text_idx.tolist()]
             lengths = torch.tensor([len(texts[index].text) for index in batch.text_idx.tolist()])
@@ -236,7 +242,7 @@ class _SampleRun:
 
         Tested on their last tokens, which favours a map of last tokens, and on all their positions.
         """
-        config = self.experiment.config
+        config = self.inputs.config
         mapping = RidgeMapping.from_statistics(state["training"][positions], config.lambda_unit)
         mapping.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
         found: dict[str, Any] = {
@@ -268,14 +274,14 @@ class _SampleRun:
         return found
 
     def _empty(self, n_folds: int) -> dict[str, PairStatistics]:
-        widths = [side.extractor.d_model for side in (self.experiment.source, self.experiment.target)]
-        seed = self.experiment.config.seed
+        widths = [side.extractor.d_model for side in self.inputs.sides]
+        seed = self.inputs.config.seed
         return {positions: PairStatistics(*widths, n_folds, seed, n_sample=0) for positions in POSITIONS}
 
     def _add_rows(
         self, sums: PairStatistics, batch: PairedBatch, documents: Sequence[str], kept: torch.Tensor
     ) -> None:
-        source_layer, target_layer = self.experiment.layers
+        source_layer, target_layer = self.inputs.layers
         kept = kept.bool()
         chosen = [document for document, keep in zip(documents, kept.tolist(), strict=True) if keep]
         sums.add(batch.H_source[source_layer][kept], batch.H_target[target_layer][kept], chosen)

@@ -31,8 +31,9 @@ from ridge_mapping import (
 from support.artifacts import load_tensors, save_tensors
 from support.errors import InputError
 from support.pair_statistics import Moments, PairStatistics
+from support.vocabulary import MAP_KINDS
 
-KINDS = ("procrustes", "reduced_rank", "shuffled")
+KINDS = MAP_KINDS
 
 
 class ComparisonMap:

@@ -1,8 +1,8 @@
 """The configuration of an experiment: one validated model, read from a dictionary or a file.
 
-Modules take plain arguments; only `run_experiment.py` knows this model. Unknown keys and
-values out of range are errors that name the key. Defaults are the specification's, except
-where METHODOLOGY.md says why not.
+Components take plain arguments; only `run_experiment.py` and the modules beside this one know
+this model. Unknown keys and values out of range are errors that name the key. Defaults are
+the specification's, except where METHODOLOGY.md says why not.
 """
 
 import difflib
@@ -20,24 +20,23 @@ from pydantic import (
     model_validator,
 )
 
-from baseline_methods import METHODS
 from experiment.dose_search import MAX_EVALUATIONS
 from support.errors import InputError
+from support.vocabulary import (
+    METHODS,
+    AlphaUnit,
+    LambdaCriterion,
+    LambdaUnit,
+    Method,
+    PairPositions,
+    PersonaPosition,
+    SteerPositions,
+)
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
-Method = Literal[
-    "zero_pad",
-    "interpolate",
-    "random_proj",
-    "ridge_mapped",
-    "oracle",
-    "procrustes",
-    "reduced_rank",
-    "shuffled",
-]
 Text = Annotated[str, Field(min_length=1)]
 Prompt = Annotated[str, Field(pattern=r"\S")]
 
@@ -148,15 +147,15 @@ class ExperimentConfig(_Strict):
 
     neutral_text: Text = "wikitext-103"
     n_training_samples: Annotated[int, Field(ge=10)] = 5000
-    positions: Literal["word_ends", "last"] = "word_ends"
+    positions: PairPositions = "word_ends"
     lambda_values: Annotated[list[Positive], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
-    lambda_unit: Literal["absolute", "relative"] = "absolute"
-    lambda_criterion: Literal["pooled", "standardised"] = "pooled"
+    lambda_unit: LambdaUnit = "absolute"
+    lambda_criterion: LambdaCriterion = "pooled"
     n_folds: Annotated[int, Field(ge=2)] = 5
 
     personas: list[Text] | None = None
     persona_datasets: dict[str, PersonaDefinition] = {}
-    persona_position: Literal["last", "mean"] = "last"
+    persona_position: PersonaPosition = "last"
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
     n_test_prompts: Count = 30
@@ -164,9 +163,9 @@ class ExperimentConfig(_Strict):
     alpha_values: Annotated[
         Annotated[list[float], Field(min_length=1)] | Literal["auto"], BeforeValidator(_list_or_auto)
     ] = [0.5, 1.0, 2.0, 3.0, 5.0]
-    alpha_unit: Literal["absolute", "residual_norm"] = "absolute"
+    alpha_unit: AlphaUnit = "absolute"
     dose: DoseConfig = DoseConfig()
-    steer_positions: Literal["all", "generated"] = "all"
+    steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_new_tokens: Count = 100

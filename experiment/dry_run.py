@@ -9,42 +9,37 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
 
 import torch
 
 from evaluation import Evaluator
+from experiment.inputs import Inputs
 from scoring.gpt_judge import TOKENS_PER_JUDGEMENT
 from support.tiny_models import tiny_model, tiny_tokenizer
-from texts.personas import load_prompts
-
-if TYPE_CHECKING:
-    from run_experiment import PersonaTransferExperiment
 
 N_TEXTS = 16
 N_TOKENS = 8
 
 
-def describe_run(experiment: "PersonaTransferExperiment") -> str:
+def describe_run(inputs: Inputs) -> str:
     """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text.
 
-    Raises InputError for what a run would refuse.
+    What a run would refuse, `experiment.inputs.load_inputs` has refused before.
     """
-    config = experiment.config
-    experiment.check_inputs()
-    n_conditions = len(experiment.personas) * len(config.methods)
+    config = inputs.config
+    n_conditions = len(inputs.personas) * len(config.methods)
     is_auto = config.alpha_values == "auto"
     n_cells = 1 + n_conditions * (1 if is_auto else len(config.alpha_values))
-    n_per_cell = len(experiment.prompts) * config.n_seeds
+    n_per_cell = len(inputs.prompts) * config.n_seeds
     n_generations = n_cells * n_per_cell
-    n_evaluations = (n_cells - 1 + len(experiment.personas)) * n_per_cell
-    extraction, tokens = _time_extraction(experiment)
-    pairs, generation = _time_generation(experiment, min(config.generation_batch_size, n_generations))
-    evaluation = _time_evaluation(experiment, pairs)
+    n_evaluations = (n_cells - 1 + len(inputs.personas)) * n_per_cell
+    extraction, tokens = _time_extraction(inputs)
+    pairs, generation = _time_generation(inputs, min(config.generation_batch_size, n_generations))
+    evaluation = _time_evaluation(inputs, pairs)
     minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
-    search = _describe_search(experiment) if config.layers is None else []
+    search = _describe_search(inputs) if config.layers is None else []
     if is_auto:
-        n_texts = len(load_prompts("development")) * config.dose.n_seeds
+        n_texts = len(inputs.development_prompts) * config.dose.n_seeds
         n_dose = n_texts * (1 + n_conditions * config.dose.n_evaluations)
         minutes.append((generation + evaluation) * n_dose / 60)
         search.append(
@@ -60,29 +55,29 @@ def describe_run(experiment: "PersonaTransferExperiment") -> str:
             f"neutral texts: {config.n_training_samples}, {tokens['source']} source and {tokens['target']} "
             f"target tokens, about {minutes[0]:.1f} min",
             f"generations: {n_generations} ({n_cells - 1} steered cells and 1 baseline, "
-            f"{len(experiment.prompts)} prompts x {config.n_seeds} seeds each), at most "
+            f"{len(inputs.prompts)} prompts x {config.n_seeds} seeds each), at most "
             f"{n_generations * config.max_new_tokens} tokens, about {minutes[1]:.1f} min",
             f"evaluations: {n_evaluations}, about {minutes[2]:.1f} min",
             f"judgements: {n_judgements}, about {cost:.2f} USD at {price:g} USD per million tokens and "
             f"{TOKENS_PER_JUDGEMENT} tokens each",
-            f"total: about {sum(minutes):.0f} min on {experiment.target.model.device}, beside loading and "
+            f"total: about {sum(minutes):.0f} min on {inputs.target.model.device}, beside loading and "
             "preflight",
         ]
     )
 
 
-def _describe_search(experiment: "PersonaTransferExperiment") -> list[str]:
+def _describe_search(inputs: Inputs) -> list[str]:
     """Return a line on the layer search, from the time of reading all layers and of a matrix product."""
-    config = experiment.config
+    config = inputs.config
     reading, widths = 0.0, []
     for side, layers in (
-        (experiment.source, config.search_source_layers),
-        (experiment.target, config.search_target_layers),
+        (inputs.source, config.search_source_layers),
+        (inputs.target, config.search_target_layers),
     ):
         extractor = side.extractor
         wanted = extractor.check_layers(layers or range(len(extractor.blocks)))
         widths.append(len(wanted) * extractor.d_model)
-        sample = [item.text for item in experiment.neutral_texts[:N_TEXTS]]
+        sample = [item.text for item in inputs.neutral_texts[:N_TEXTS]]
         n_tokens = sum(len(side.tokenizer(text).input_ids) for text in sample)
         spent = _seconds(partial(extractor.extract_layers, sample, wanted))
         reading += spent / n_tokens * config.search_tokens
@@ -94,12 +89,12 @@ def _describe_search(experiment: "PersonaTransferExperiment") -> list[str]:
     ]
 
 
-def _time_extraction(experiment: "PersonaTransferExperiment") -> tuple[float, dict[str, int]]:
+def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
     """Return the seconds for all neutral texts in both models, and the tokens in each."""
-    texts = [item.text for item in experiment.neutral_texts]
+    texts = [item.text for item in inputs.neutral_texts]
     sample = texts[:N_TEXTS]
     seconds, tokens = 0.0, {}
-    for side in (experiment.source, experiment.target):
+    for side in inputs.sides:
         counts = [len(side.tokenizer(text).input_ids) for text in texts]
         tokens[side.name] = sum(counts)
         spent = _seconds(lambda side=side: side.extractor.extract_batch(sample))
@@ -107,15 +102,13 @@ def _time_extraction(experiment: "PersonaTransferExperiment") -> tuple[float, di
     return seconds, tokens
 
 
-def _time_generation(
-    experiment: "PersonaTransferExperiment", n_rows: int
-) -> tuple[list[tuple[str, str]], float]:
+def _time_generation(inputs: Inputs, n_rows: int) -> tuple[list[tuple[str, str]], float]:
     """Return (prompt, output) of one short batch and the seconds that a full-length text takes."""
-    config = experiment.config
-    prompts = list(islice(cycle(experiment.prompts), n_rows))
+    config = inputs.config
+    prompts = list(islice(cycle(inputs.prompts), n_rows))
     n_tokens = min(N_TOKENS, config.max_new_tokens)
     outputs: list[str] = []
-    generator = experiment.generator({})
+    generator = inputs.generator()
 
     def generate() -> None:
         outputs[:] = generator.generate_batch(prompts, n_tokens)
@@ -125,17 +118,17 @@ def _time_generation(
     return pairs, spent / n_tokens * config.max_new_tokens / len(prompts)
 
 
-def _time_evaluation(experiment: "PersonaTransferExperiment", pairs: list[tuple[str, str]]) -> float:
+def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
     """Return the seconds that the perplexities of a full-length text take."""
-    length = max(1, experiment.config.max_new_tokens // N_TOKENS)
+    length = max(1, inputs.config.max_new_tokens // N_TOKENS)
     # Numbered, since texts that are equal are evaluated once.
     pairs = pairs[:N_TEXTS]
     rows = [
         {"prompt": prompt, "output": f"{output} {index}" * length, "condition": "baseline"}
         for index, (prompt, output) in enumerate(pairs)
     ]
-    model, tokenizer = experiment.target.model, experiment.target.tokenizer
-    evaluator = Evaluator(model, tokenizer, independent=experiment.independent)
+    model, tokenizer = inputs.target.model, inputs.target.tokenizer
+    evaluator = Evaluator(model, tokenizer, independent=inputs.independent)
     return _seconds(lambda: evaluator.evaluate_batch(rows)) / len(rows)
 
 

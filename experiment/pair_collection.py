@@ -151,6 +151,18 @@ def _joined(whole: CollectedPairs, part: CollectedPairs) -> CollectedPairs:
     )
 
 
+def statistics_content(pairs: CollectedPairs, layer_pair: LayerPair) -> dict[str, Any]:
+    """Return what `pair_statistics.pt` holds: the sums of a layer pair, and where their sample comes from."""
+    statistics = pairs.statistics[layer_pair]
+    rows = statistics.sample.rows
+    return {
+        "statistics": statistics.content(),
+        "report": pairs.report(),
+        "sample_text_idx": pairs.text_idx[rows],
+        "sample_end": pairs.end[rows],
+    }
+
+
 def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[str]:
     """Yield the passages, moving a progress bar on."""
     for item in texts:

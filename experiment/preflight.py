@@ -105,7 +105,10 @@ def check_extraction(side: str, extractor: ActivationExtractor) -> list[Check]:
 def check_steering(
     generator: SteeredGenerator, extractor: ActivationExtractor, vector: Tensor
 ) -> list[Check]:
-    """Check that steering adds exactly alpha * v where extraction reads, reaches the logits, and ends."""
+    """Check that steering adds exactly alpha * v where extraction reads, reaches the logits, and ends.
+
+    generator: with alpha_unit `absolute`.
+    """
     model, layer_idx = generator.model, extractor.layer_idx
     tokens = torch.tensor([generator.tokenizer(PROBE).input_ids], device=model.device)
     with torch.inference_mode():

@@ -5,8 +5,11 @@ a Worker each. What a chunk gives depends on the chunk alone, so both executors 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
-from experiment.pair_collection import CollectedPairs, LayerPair, read_pairs
+from experiment.pair_collection import CollectedPairs, LayerPair, document_folds, merge_pairs, read_pairs
 from model_loading import decoder_blocks, load_model, model_fingerprint
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
@@ -24,6 +27,8 @@ from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
+
+EXTRACTION_CHUNK = 500
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Side:
     tokenizer: PreTrainedTokenizerBase
     extractor: ActivationExtractor
     fingerprint: str
+
+    def at_layer(self, layer_idx: int) -> "Side":
+        """Return the same side, whose extractor reads another block."""
+        extractor = copy(self.extractor)
+        (extractor.layer_idx,) = extractor.check_layers([layer_idx])
+        return replace(self, extractor=extractor)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,18 @@ class WritingSettings:
     steer_positions: str
     batch_size: int
 
+    def generator(self, target: Side) -> SteeredGenerator:
+        """Return a generator on the target with these settings."""
+        return SteeredGenerator(
+            target.model,
+            target.tokenizer,
+            alpha_unit=self.alpha_unit,
+            residual_norms={self.layer_idx: self.residual_norm},
+            batch_size=self.batch_size,
+            block_path=target.extractor.block_path,
+            steer_positions=self.steer_positions,
+        )
+
 
 class Worker:
     """Both models, loaded when first used.
@@ -162,16 +185,7 @@ class Worker:
     def _generator(self, settings: WritingSettings) -> SteeredGenerator:
         """Return the generator of these settings, kept because it remembers a batch size that fits."""
         if settings not in self._generators:
-            target = self.side("target")
-            self._generators[settings] = SteeredGenerator(
-                target.model,
-                target.tokenizer,
-                alpha_unit=settings.alpha_unit,
-                residual_norms={settings.layer_idx: settings.residual_norm},
-                batch_size=settings.batch_size,
-                block_path=target.extractor.block_path,
-                steer_positions=settings.steer_positions,
-            )
+            self._generators[settings] = settings.generator(self.side("target"))
         return self._generators[settings]
 
     def perplexities(
@@ -198,6 +212,40 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Do nothing; a Ray executor lets its workers go."""
+
+
+def collect_in_chunks(
+    executor: Any,
+    texts: Sequence[NeutralText],
+    layer_pairs: Sequence[LayerPair],
+    positions: str,
+    n_folds: int,
+    seed: int,
+) -> CollectedPairs:
+    """Return the sums over all texts for every layer pair, read chunk by chunk by the executor's workers.
+
+    Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
+    """
+    common = (layer_pairs, positions, document_folds(texts, n_folds, seed), n_folds, seed)
+    starts = range(0, len(texts), EXTRACTION_CHUNK)
+    chunks = [(texts[start : start + EXTRACTION_CHUNK], *common) for start in starts]
+    started = time.perf_counter()
+    with closing(executor.run("pairs", chunks)) as results:
+        pairs = merge_pairs(_in_order(results))
+    n_tokens = pairs.n_source_tokens + pairs.n_target_tokens
+    speed = n_tokens / (time.perf_counter() - started)
+    logger.info("%d texts, %d tokens in both models, %.0f tokens/s", pairs.n_texts, n_tokens, speed)
+    return pairs
+
+
+def _in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    """Yield results in the order of their chunks, as soon as all before them are there."""
+    waiting, following = {}, 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ N_PERSONAS, N_PROMPTS, N_ALPHAS, N_SEEDS = 2, 3, 2, 2
 N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
 N_TEXTS = N_CELLS * N_PER_CELL
+N_DEVELOPMENT = 10 * (1 + N_PERSONAS * N_ALPHAS)  # texts of the preflight
 N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
 ARTIFACTS = {
     "config.json",
@@ -154,7 +155,8 @@ def content(path):
         return comparable(load_tensors(path))
     if path.suffix == ".jsonl":  # rows stand in the order in which they were made
         rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
-        return {row["key"]: row for row in rows}
+        # Development texts are not written again as long as what came of them is there.
+        return {row["key"]: row for row in rows if row["prompt"] not in load_prompts("development")}
     return path.read_bytes()
 
 
@@ -245,7 +247,7 @@ def test_training_data_are_a_sample_of_pairs_with_what_was_read(settings, finish
     assert len(pairs["texts"]) == len(pairs["documents"]) == 5000 < pairs["n_pairs"]
     experiment = PersonaTransferExperiment({**settings, "output_dir": str(finished)})
     for row in (0, 1234, 4999):
-        last = experiment.target.extractor.extract(pairs["texts"][row])
+        last = experiment.inputs.target.extractor.extract(pairs["texts"][row])
         assert torch.allclose(last, pairs["H_target"][row], atol=1e-4)
 
 
@@ -256,10 +258,24 @@ def test_pairs_of_last_tokens_alone(settings, finished, tmp_path):
     assert load_json(tmp_path / "out" / "cv_results.json")["n_rows"] == 60
 
 
-def test_preflight_holds_the_chosen_lambda(finished):
-    checks = {check["name"]: check for check in load_json(finished / "preflight.json")["checks"]}
-    assert "held-out R2" in checks["lambda_by_cross_validation"]["detail"]
-    assert all(check["status"] == "pass" for check in checks.values() if check["technical"])
+def test_technical_checks_pass_and_the_chosen_lambda_is_checked(finished):
+    checks = load_json(finished / "preflight.json")["checks"]
+    assert all(check["status"] == "pass" for check in checks if check["technical"])
+    log = (finished / "experiment.log").read_text()
+    assert re.search(r"preflight (pass|fail) +lambda_by_cross_validation: .*held-out R2", log)
+
+
+def test_texts_of_the_preflight_are_journalled(finished):
+    lines = (finished / "generation_journal.jsonl").read_text().splitlines()[1:]
+    development = [
+        row
+        for row in (json.loads(line)["row"] for line in lines)
+        if row["prompt"] in load_prompts("development")
+    ]
+    cells = Counter((row["condition"], row["persona"], row["alpha"]) for row in development)
+    steered = [("oracle", name, alpha) for name in ("loud", "numeric") for alpha in (1.0, 4.0)]
+    assert cells == dict.fromkeys([("baseline", None, None), *steered], 10)
+    assert not {row["key"] for row in development} & texts(finished).keys()
 
 
 def test_log_reports_each_phase(finished):
@@ -466,7 +482,7 @@ def test_run_killed_by_the_system_loses_no_text_that_was_written(settings, finis
     config = {**settings, "generation_batch_size": 2, "output_dir": str(out)}
     (tmp_path / "config.json").write_text(json.dumps(config))
     journal, n_kept = out / "generation_journal.jsonl", 0
-    for least in (3, 30, 80):
+    for least in (3, N_DEVELOPMENT + 30, N_DEVELOPMENT + 80):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED_RUN, tmp_path / "config.json"],
             cwd=Path(__file__).parent.parent,
@@ -481,7 +497,8 @@ def test_run_killed_by_the_system_loses_no_text_that_was_written(settings, finis
         assert n_lines(journal) >= max(least, n_kept)
         n_kept = n_lines(journal)
     assert run(out, settings) == 0
-    assert n_new(out)[-1] <= N_TEXTS - (n_kept - 2)  # its header and perhaps a torn line are no texts
+    # Its header and perhaps a torn line are no texts.
+    assert n_new(out)[-1] <= N_TEXTS - (n_kept - 2 - N_DEVELOPMENT)
     assert texts(out) == texts(finished)
 
 
@@ -513,7 +530,7 @@ def test_fresh_run_makes_everything_again(settings, finished, out):
     assert_equal_artifacts(out, finished, except_for=["preflight.json"])
 
 
-def test_fresh_preflight_ends_with_the_chosen_lambda(settings, finished, out):
+def test_later_phases_leave_the_preflight_alone(settings, finished, out):
     for phase in ("1", "2"):
         assert run(out, settings, "--fresh", "--phase", phase) == 0
     assert content(out / "preflight.json") == content(finished / "preflight.json")
@@ -567,9 +584,9 @@ def test_phase_alone_does_not_search(settings, tmp_path, capsys):
 
 def test_ablation_of_samples_needs_fast_tokenizers(settings, tmp_path, monkeypatch):
     experiment = PersonaTransferExperiment({**settings, "output_dir": str(tmp_path / "out")})
-    monkeypatch.setattr(type(experiment.target.tokenizer), "is_fast", False)
+    monkeypatch.setattr(type(experiment.inputs.target.tokenizer), "is_fast", False)
     with pytest.raises(InputError, match="needs fast tokenizers on both sides"):
-        ablate_samples(experiment)
+        ablate_samples(experiment.inputs, experiment.folder)
 
 
 def test_block_path_is_part_of_what_an_artifact_is_made_from(settings, finished, tmp_path):
@@ -577,8 +594,8 @@ def test_block_path_is_part_of_what_an_artifact_is_made_from(settings, finished,
     named = PersonaTransferExperiment(
         {**settings, "output_dir": str(finished), "source_block_path": "model.layers"}
     )
-    assert plain.source.fingerprint != named.source.fingerprint
-    assert plain.target.fingerprint == named.target.fingerprint
+    assert plain.inputs.source.fingerprint != named.inputs.source.fingerprint
+    assert plain.inputs.target.fingerprint == named.inputs.target.fingerprint
 
 
 @pytest.mark.parametrize("flags", [("--phase", "2"), ("--dry-run",)])
@@ -606,7 +623,7 @@ def test_layer_ablation_steers_at_every_pair_and_resumes(settings, tmp_path, mon
     folder = tmp_path / "out" / "ablation_layers"
     assert {row["prompt"] for row in rows(folder / "2_1")} == set(load_prompts("development"))
     texts_before = texts(folder / "2_1")
-    monkeypatch.setattr("experiment.ablations.collect_pairs", None)
+    monkeypatch.setattr("experiment.ablations.collect_in_chunks", None)
     assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
     assert texts(folder / "2_1") == texts_before
     assert (tmp_path / "out" / "experiment.log").read_text().count(": 0 new texts") == 2
@@ -660,8 +677,9 @@ def test_texts_are_those_of_the_stored_vectors(settings, finished):
     chosen = [
         row for row in rows(finished) if row["condition"] == "ridge_mapped" and row["persona"] == "numeric"
     ]
+    target = experiment.inputs.target
     for row in chosen[:: N_PER_CELL // 2]:
-        with SteeredGenerator(experiment.target.model, experiment.target.tokenizer) as generator:
+        with SteeredGenerator(target.model, target.tokenizer) as generator:
             generator.register_steering(2, vectors["numeric"]["ridge_mapped"], row["alpha"])
             assert generator.generate(row["prompt"], 6, seed=row["seed"]) == row["output"]
 
@@ -1074,7 +1092,7 @@ def real(all_threads, tmp_path_factory):
         "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
     }
     experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
-    return experiment.output_dir, experiment.run(), experiment
+    return experiment.folder.path, experiment.run(), experiment
 
 
 @pytest.mark.real_models
@@ -1116,7 +1134,7 @@ def test_real_pairs_equal_the_prefixes_read_alone(real):
     rows = list(range(0, len(data["texts"]), len(data["texts"]) // 12))
     prefixes = [data["texts"][row] for row in rows]
     for side in ("source", "target"):
-        alone = getattr(experiment, side).extractor.extract_batch(prefixes)
+        alone = getattr(experiment.inputs, side).extractor.extract_batch(prefixes)
         expected = data[f"H_{side}"][rows]
         difference = (alone - expected).norm(dim=1) / expected.norm(dim=1)
         assert difference.median() < 1e-4
@@ -1135,7 +1153,7 @@ def test_real_map_predicts_held_out_pairs(real):
 
 @pytest.mark.real_models
 def test_leaving_logits_out_changes_no_real_text(real, monkeypatch):
-    _, _, experiment = real
+    target = real[2].inputs.target
     vector = torch.randn(640, generator=torch.Generator().manual_seed(0))
     seen, screen = [], output_head.NarrowedHead.screen
     monkeypatch.setattr(decoding, "SCREENED_ROW_STEPS", 0)
@@ -1145,7 +1163,7 @@ def test_leaving_logits_out_changes_no_real_text(real, monkeypatch):
     texts = []
     for capabilities in ({}, {"avx512_bf16": True}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        with SteeredGenerator(experiment.target.model, experiment.target.tokenizer) as generator:
+        with SteeredGenerator(target.model, target.tokenizer) as generator:
             generator.register_steering(8, vector / vector.norm(), 150.0)
             texts.append(generator.generate_batch(load_prompts("test")[:8], 12, seeds=list(range(8))))
     assert seen == [False, True]

@@ -1,0 +1,63 @@
+"""The command line of `run_experiment.py`: arguments and configuration.
+
+Both are read before torch and transformers are imported, which takes seconds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment.config import ExperimentConfig, load_config
+from support.errors import InputError
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options. Raises SystemExit: options that contradict each other, or --help."""
+    parser = argparse.ArgumentParser(
+        description="Run the whole experiment: does a persona found in one model work in another?"
+    )
+    parser.add_argument("--config", required=True, help="JSON file, for example example_config.json")
+    parser.add_argument("--output-dir", help="write there instead of the configuration's output_dir")
+    parser.add_argument("--phase", type=int, choices=range(1, 6), help="run this phase alone")
+    parser.add_argument(
+        "--ablate", choices=("layers", "samples"), help="instead of the phases: vary the layers or the text"
+    )
+    parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
+    options = parser.parse_args(arguments)
+    if options.ablate and (options.phase or options.dry_run):
+        parser.error("--ablate runs instead of the phases; leave out --phase and --dry-run")
+    return options
+
+
+def read_config(options: argparse.Namespace) -> ExperimentConfig:
+    """Return the configuration that the options name. Raises InputError for one that cannot be used."""
+    config = load_config(Path(options.config))
+    if options.output_dir:
+        config = config.model_copy(update={"output_dir": options.output_dir})
+    return config
+
+
+def refuse_early() -> None:
+    """End the process for --help (status 0) and for what cannot be used (status 2)."""
+    try:
+        read_config(parse_arguments())
+    except InputError as error:
+        sys.exit(refusal(error))
+
+
+def refusal(error: InputError) -> int:
+    """Say what cannot be used; returns the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """Check that options are read."""
+    assert parse_arguments(["--config", "x.json", "--phase", "3"]).phase == 3
+    print("command_line OK: options are read")
+
+
+if __name__ == "__main__":
+    main()

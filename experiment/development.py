@@ -1,0 +1,138 @@
+"""Texts on the development prompts, for preflight and for doses: written in one way, journalled.
+
+What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from activation_extractor import ResidualNorm, measure_residual_norm
+from experiment import preflight
+from experiment.dose_search import Condition, DevelopmentText, Dose, DoseBound, search_doses
+from experiment.grid import (
+    UNSTEERED,
+    Cell,
+    Row,
+    evaluation_rows,
+    grid,
+    planned_texts,
+    vector_fingerprint,
+)
+from experiment.inputs import Inputs, NativeVectors
+from experiment.journalled import Vectors, evaluate_texts, write_texts
+from steered_generation import SteeredGenerator
+from support.artifacts import fingerprint
+from support.run_folder import RunFolder
+
+N_NORM_TEXTS = 256
+AUTO_DEPTHS = (0.25, 0.5, 0.75)
+
+
+def write_development(
+    inputs: Inputs,
+    folder: RunFolder,
+    executor: Any,
+    cells: Sequence[Cell],
+    vectors: Vectors,
+    residual_norm: float,
+    n_seeds: int = 1,
+) -> list[list[Row]]:
+    """Return the rows of each cell with their texts: prompts, seeds within them."""
+    seeds = range(inputs.config.seed, inputs.config.seed + n_seeds)
+    planned = planned_texts(inputs, cells, inputs.development_prompts, seeds)
+    rows, _ = write_texts(inputs, folder, executor, planned, vectors, residual_norm)
+    size = len(inputs.development_prompts) * len(seeds)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def run_preflight(inputs: Inputs, folder: RunFolder, executor: Any) -> list[preflight.Check]:
+    """Run the checklist: technical checks, and if they pass, whether the experiment's premises hold."""
+    natives = inputs.native_vectors()
+    checks = [
+        check for side in inputs.sides for check in preflight.check_extraction(side.name, side.extractor)
+    ]
+    first = next(iter(natives["target"].values())).vector
+    target = inputs.target
+    generator = SteeredGenerator(target.model, target.tokenizer, block_path=inputs.config.target_block_path)
+    checks += preflight.check_steering(generator, target.extractor, first)
+    checks += [check for name in natives for check in preflight.check_vectors(name, natives[name])]
+    if any(check.technical and check.status == "fail" for check in checks):
+        return checks
+    unsteered, steered = _oracle_texts(inputs, folder, executor, natives)
+    checks.append(preflight.check_baseline(inputs.perplexity_scorer, inputs.development_prompts, unsteered))
+    return [*checks, *preflight.check_oracle(inputs.classifiers, unsteered, steered)]
+
+
+def _oracle_texts(
+    inputs: Inputs, folder: RunFolder, executor: Any, natives: NativeVectors
+) -> tuple[list[str], dict[str, dict[float, list[str]]]]:
+    """Return unsteered texts, and persona -> alpha -> texts that the target's own vector steered."""
+    norm = measure_residual_norm(inputs.neutral_activations(N_NORM_TEXTS))
+    alphas = preflight_alphas(inputs, norm)
+    cells = [UNSTEERED]
+    for persona in inputs.personas:
+        # The map's norm, alpha's unit later, is not measured yet: these texts are no other phase's.
+        made_from = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", norm.median)
+        cells += [Cell("oracle", persona.name, alpha, made_from) for alpha in alphas]
+    vectors = {name: {"oracle": native.vector} for name, native in natives["target"].items()}
+    by_cell = write_development(inputs, folder, executor, cells, vectors, norm.median)
+    texts = [[row["output"] for row in rows] for rows in by_cell]
+    steered: dict[str, dict[float, list[str]]] = {persona.name: {} for persona in inputs.personas}
+    for cell, outputs in zip(cells[1:], texts[1:], strict=True):
+        steered[cell.persona][cell.alpha] = outputs
+    return texts[0], steered
+
+
+def preflight_alphas(inputs: Inputs, norm: ResidualNorm) -> list[float]:
+    """Return three of the configured doses, or three between the ends of the bracket to be searched."""
+    alphas = inputs.config.alpha_values
+    if alphas == "auto":
+        low, high = bracket(inputs, norm)
+        return [low * (high / low) ** depth for depth in AUTO_DEPTHS]
+    ordered = sorted(alphas)
+    return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
+
+
+def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
+    """Return the weakest and strongest dose to search, in units of alpha."""
+    unit = 1.0 if inputs.config.alpha_unit == "residual_norm" else norm.median
+    low, high = inputs.config.dose.bracket
+    return low * unit, high * unit
+
+
+def find_doses(
+    inputs: Inputs, folder: RunFolder, executor: Any, vectors: Vectors, norm: ResidualNorm
+) -> tuple[dict[Condition, Dose], DoseBound]:
+    """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
+    config = inputs.config
+    origins = {(cell.persona, cell.method): cell.origin for cell in grid(inputs, [None])}
+
+    def texts_of(cells: Sequence[Cell]) -> list[list[DevelopmentText]]:
+        by_cell = write_development(
+            inputs, folder, executor, cells, vectors, norm.median, config.dose.n_seeds
+        )
+        # The unsteered text is scored for its fluency alone, so for any persona.
+        written = [
+            {**row, "persona": row["persona"] or config.persona_names[0]} for rows in by_cell for row in rows
+        ]
+        planned = evaluation_rows(inputs, written, None)
+        rows, _ = evaluate_texts(inputs, folder, executor, planned, None)
+        texts, size = [_development_text(row) for row in rows], len(by_cell[0])
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+    def measure(asked: list[tuple[Condition, float]]) -> list[list[DevelopmentText]]:
+        return texts_of([Cell(method, name, alpha, origins[name, method]) for (name, method), alpha in asked])
+
+    (unsteered,) = texts_of([UNSTEERED])
+    bound = DoseBound(config.dose.max_perplexity_ratio, config.dose.max_repetition_increase)
+    conditions = [(name, method) for name in config.persona_names for method in config.methods]
+    n_evaluations = config.dose.n_evaluations
+    return search_doses(conditions, measure, unsteered, bracket(inputs, norm), bound, n_evaluations), bound
+
+
+def _development_text(row: Row) -> DevelopmentText:
+    perplexity = row["independent_perplexity"]
+    if perplexity is None and row["output"].strip():
+        perplexity = math.inf  # JSON holds no such number
+    return DevelopmentText(perplexity, row["repetition"], row["trait_probability"])

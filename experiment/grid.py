@@ -1,0 +1,224 @@
+"""The grid of a run and what everything in it is made from: cells, rows and every fingerprint.
+
+Pure functions of the inputs. A fingerprint holds just what an artifact depends on, so that a change of
+the configuration makes anew what it touches and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from experiment.dose_search import Dose
+from experiment.inputs import Inputs
+from scoring.trait_classifier import classifier_fingerprint
+from support.artifacts import fingerprint
+from texts.neutral_text import NeutralText
+from texts.personas import Persona
+
+FORMAT_VERSION = 1
+
+Doses = Mapping[tuple[str, str], Dose]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the grid: everything about a text but its prompt and seed.
+
+    method: of transfer, or `baseline` for unsteered text; rows call it their condition.
+    origin: fingerprint of what the added vector and its scale are made from.
+    """
+
+    method: str
+    persona: str | None
+    alpha: float | None
+    origin: str
+
+
+UNSTEERED = Cell("baseline", None, None, "unsteered")
+
+
+def grid(inputs: Inputs, alphas: Sequence[float | None] | Doses) -> list[Cell]:
+    """Return the unsteered baseline, once, and every persona x method x alpha.
+
+    alphas: for every condition, or the dose that a search has found for each.
+    """
+    cells = [UNSTEERED]
+    for persona in inputs.personas:
+        for method in inputs.config.methods:
+            made_from = vector_fingerprint(inputs, persona, method)
+            is_searched = isinstance(alphas, Mapping)
+            chosen = [alphas[persona.name, method].alpha] if is_searched else alphas
+            cells += [Cell(method, persona.name, alpha, made_from) for alpha in chosen]
+    return cells
+
+
+def planned_texts(
+    inputs: Inputs, cells: Sequence[Cell], prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Row]:
+    """Return a row for each text to be written: cells, prompts within them, seeds within these."""
+    target, settings = inputs.target.fingerprint, sampling(inputs)
+    rows = []
+    for cell in cells:
+        for index, prompt in enumerate(prompts):
+            for seed in seeds:
+                made_from = [target, cell.origin, cell.alpha, prompt, seed, settings]
+                rows.append(
+                    {
+                        "key": fingerprint(FORMAT_VERSION, made_from),
+                        "condition": cell.method,
+                        "persona": cell.persona,
+                        "alpha": cell.alpha,
+                        "prompt_idx": index,
+                        "prompt": prompt,
+                        "seed": seed,
+                    }
+                )
+    return rows
+
+
+def grid_texts(inputs: Inputs, alphas: Sequence[float | None] | Doses) -> list[Row]:
+    """Return the rows of phase 4."""
+    return planned_texts(inputs, grid(inputs, alphas), inputs.prompts, inputs.config.seeds)
+
+
+def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
+    """Return a row for each text and persona; the unsteered text is scored for every persona."""
+    judge = [inputs.config.judge.model, inputs.config.judge.base_url] if inputs.judge else None
+    planned = []
+    for text in texts:
+        names = [text["persona"]] if text["persona"] else inputs.config.persona_names
+        planned += evaluation_rows(inputs, [{**text, "persona": name} for name in names], judge)
+    return planned
+
+
+def evaluation_rows(inputs: Inputs, texts: Sequence[Row], judge: list[str | None] | None) -> list[Row]:
+    """Return the rows of texts that have a persona, with the key of their evaluation.
+
+    judge: its model and address; None if none is asked.
+    """
+    descriptions = {persona.name: persona.description for persona in inputs.personas} if judge else {}
+    scorers = [classifier_fingerprint(inputs.labelled_personas), _independent(inputs), judge]
+    rows = []
+    for text in texts:
+        persona = text["persona"]
+        made_from = [text["key"], text["output"], persona, descriptions.get(persona), scorers]
+        rows.append({**text, "key": fingerprint(FORMAT_VERSION, made_from)})
+    return rows
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """Of a result file: the keys of its rows, in order."""
+    return fingerprint([row["key"] for row in rows])
+
+
+def sampling(inputs: Inputs) -> list[Any]:
+    """Return the settings that every written text depends on."""
+    config = inputs.config
+    settings = [config.max_new_tokens, config.temperature, config.top_k, config.top_p]
+    return [*settings, config.steer_positions]
+
+
+def read_fingerprint(inputs: Inputs) -> str:
+    """Of the activations that the map learns from."""
+    sides = inputs.source.fingerprint, inputs.target.fingerprint
+    config = inputs.config
+    return _read_fingerprint(*sides, inputs.layers, config.positions, config.seed, inputs.neutral_texts)
+
+
+@lru_cache(maxsize=16)
+def _read_fingerprint(
+    source: str,
+    target: str,
+    layers: tuple[int, int],
+    positions: str,
+    seed: int,
+    neutral_texts: tuple[NeutralText, ...],
+) -> str:
+    texts = [[item.text, item.document] for item in neutral_texts]
+    return fingerprint(FORMAT_VERSION, source, target, [layers, positions, seed], texts)
+
+
+def pairs_fingerprint(inputs: Inputs) -> str:
+    """Of `pair_statistics.pt` and `training_data.pt`."""
+    return fingerprint(read_fingerprint(inputs), inputs.config.n_folds)
+
+
+def mapping_fingerprint(inputs: Inputs) -> str:
+    """Of the maps and `cv_results.json`."""
+    config = inputs.config
+    settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion]
+    return fingerprint(pairs_fingerprint(inputs), settings)
+
+
+def personas_fingerprint(inputs: Inputs) -> str:
+    """Of `persona_vectors.pt`."""
+    texts = [[persona.name, persona.positive_texts, persona.negative_texts] for persona in inputs.personas]
+    return fingerprint(mapping_fingerprint(inputs), texts, inputs.config.persona_position)
+
+
+def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
+    """Of one transferred vector and its unit.
+
+    Only the inputs of that method count: new lambda values touch nothing but ridge_mapped.
+    """
+    config, (source_layer, target_layer) = inputs.config, inputs.layers
+    texts = [persona.positive_texts, persona.negative_texts, config.persona_position]
+    source = [inputs.source.fingerprint, source_layer]
+    naive = {
+        "zero_pad": source,
+        "interpolate": source,
+        "random_proj": [*source, config.seed],
+        "oracle": [],
+    }
+    parts = naive[method] if method in naive else [*source, mapping_fingerprint(inputs)]
+    unit = read_fingerprint(inputs) if config.alpha_unit == "residual_norm" else "absolute"
+    return fingerprint(method, texts, parts, target_layer, unit)
+
+
+def preflight_fingerprint(inputs: Inputs) -> str:
+    """Of `preflight.json`."""
+    alphas = inputs.config.alpha_values
+    doses = [inputs.config.dose.bracket] if alphas == "auto" else alphas
+    cells = [[cell.persona, cell.alpha, cell.origin] for cell in grid(inputs, doses)]
+    made_from = [cells, classifier_fingerprint(inputs.labelled_personas), sampling(inputs)]
+    return fingerprint(personas_fingerprint(inputs), *made_from, inputs.development_prompts)
+
+
+def doses_fingerprint(inputs: Inputs) -> str:
+    """Of `dose_search.json`."""
+    origins = [[cell.persona, cell.method, cell.origin] for cell in grid(inputs, [None])]
+    settings = [inputs.config.dose.model_dump(), inputs.config.seed, sampling(inputs)]
+    settings += [inputs.development_prompts, read_fingerprint(inputs)]  # the latter is the bracket's unit
+    scorers = [classifier_fingerprint(inputs.labelled_personas), inputs.source.fingerprint]
+    return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, origins, settings, scorers)
+
+
+def search_fingerprint(inputs: Inputs) -> str:
+    """Of `layer_search.json`; the layers that the inputs have now don't matter."""
+    config = inputs.config
+    personas = [
+        [persona.name, persona.positive_texts, persona.negative_texts] for persona in inputs.labelled_personas
+    ]
+    return fingerprint(
+        FORMAT_VERSION,
+        [inputs.source.fingerprint, inputs.target.fingerprint],
+        [config.search_source_layers, config.search_target_layers, config.positions, config.seed],
+        [personas, config.persona_names, config.persona_position],
+        [[item.text, item.document] for item in inputs.search_texts()],
+    )
+
+
+def texts_journal_fingerprint(inputs: Inputs) -> str:
+    """Of `generation_journal.jsonl`, beside the keys of its rows."""
+    return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, sampling(inputs))
+
+
+def evaluations_journal_fingerprint(inputs: Inputs) -> str:
+    """Of `evaluation_journal.jsonl`, beside the keys of its rows."""
+    return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, _independent(inputs))
+
+
+def _independent(inputs: Inputs) -> str | None:
+    return inputs.source.fingerprint if inputs.config.independent_perplexity else None

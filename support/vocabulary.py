@@ -1,0 +1,25 @@
+"""The names that a configuration chooses from, each spelled once; imports nothing heavy."""
+
+from typing import Literal, get_args
+
+Transfer = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
+MapKind = Literal["procrustes", "reduced_rank", "shuffled"]
+Method = Literal[Transfer, MapKind]
+LambdaUnit = Literal["absolute", "relative"]
+LambdaCriterion = Literal["pooled", "standardised"]
+AlphaUnit = Literal["absolute", "residual_norm"]
+# Three things that look alike: at which tokens of neutral text the pairs for the map are taken,
+PairPositions = Literal["word_ends", "last"]
+# which tokens of a persona's text make its activation,
+PersonaPosition = Literal["last", "mean"]
+# and where the vector is added while the target writes: also to the prompt, or from its last token on.
+SteerPositions = Literal["all", "generated"]
+
+METHODS: tuple[str, ...] = get_args(Transfer)
+MAP_KINDS: tuple[str, ...] = get_args(MapKind)
+LAMBDA_UNITS: tuple[str, ...] = get_args(LambdaUnit)
+LAMBDA_CRITERIA: tuple[str, ...] = get_args(LambdaCriterion)
+ALPHA_UNITS: tuple[str, ...] = get_args(AlphaUnit)
+PAIR_POSITIONS: tuple[str, ...] = get_args(PairPositions)
+PERSONA_POSITIONS: tuple[str, ...] = get_args(PersonaPosition)
+STEER_POSITIONS: tuple[str, ...] = get_args(SteerPositions)
