@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import transformers
-from matplotlib.figure import Figure
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from activation_extractor import ResidualNorm
@@ -35,23 +34,22 @@ from evaluation import aggregate
 from experiment import grid, preflight
 from experiment.ablations import ablate_layers, ablate_samples
 from experiment.config import ExperimentConfig, load_config
-from experiment.development import find_doses, run_preflight
-from experiment.dose_search import doses_content, doses_from_content, format_doses
+from experiment.development import run_preflight, searched_doses
+from experiment.dose_search import doses_from_content
 from experiment.dry_run import describe_run
 from experiment.figures import (
     coherence_trait_figure,
-    dose_figure,
+    draw_once,
     energy_figure,
-    figure_fingerprint,
     layer_search_figure,
     mapping_figure,
     save_figure,
 )
 from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, start_executor
-from experiment.journalled import evaluate_texts, save_rows, write_texts
+from experiment.journalled import evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
-from experiment.learned_maps import LearnedMaps, current_maps, fit_maps, load_maps
-from experiment.pair_collection import statistics_content
+from experiment.learned_maps import LearnedMaps, current_maps, fit_maps, load_maps, save_training_data
+from experiment.pair_collection import collection_notes, statistics_content
 from experiment.ray_executor import RayExecutor
 from experiment.tables import format_cosines, format_maps, format_table
 from experiment.transfers import transfer_personas
@@ -174,7 +172,7 @@ class PersonaTransferExperiment:
                 seed=config.seed,
             )
             search = folder.save(name, made_from, layers.content())
-        self._draw("layer_search.png", made_from, layer_search_figure, search)
+        draw_once(folder, "layer_search.png", made_from, layer_search_figure, search)
         logger.info("layer search: best pair %d -> %d", *search["best"])
         return inputs.at_layers(*search["best"])
 
@@ -204,12 +202,12 @@ class PersonaTransferExperiment:
             pairs = collect_in_chunks(self.executor, inputs.neutral_texts, [inputs.layers], *settings)
             sums = folder.save("pair_statistics.pt", made_from, statistics_content(pairs, inputs.layers))
         statistics = PairStatistics.from_content(sums["statistics"], "pair_statistics.pt")
-        self._note_texts(sums["report"])
-        self._save_training_data(sums, statistics)
+        folder.notes += collection_notes(sums["report"])
+        save_training_data(inputs, folder, sums, statistics)
         maps = current_maps(inputs, folder) or fit_maps(inputs, folder, statistics, sums["report"])
         cv, table = maps.ridge.cv, maps.results["maps"]
         made_from = grid.mapping_fingerprint(inputs)
-        self._draw("mapping_analysis.png", made_from, mapping_figure, maps.ridge.analyze(), cv, table)
+        draw_once(folder, "mapping_analysis.png", made_from, mapping_figure, maps.ridge.analyze(), cv, table)
         preflight.report([preflight.check_lambda(config.lambda_values, cv)])
         logger.info("held-out R2 of the maps\n%s", format_maps(table))
         return maps, (
@@ -218,29 +216,6 @@ class PersonaTransferExperiment:
             f"{cv['best_r2']:.3f} (median dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs "
             f"{cv['shuffled_r2']:.3f}), {folder.path / 'ridge_mapping.pt'}"
         )
-
-    def _note_texts(self, report: dict[str, Any]) -> None:
-        for name, n_truncated in report["n_truncated"].items():
-            if n_truncated:
-                self.folder.notes.append(f"{n_truncated} neutral texts were cut to the {name}'s context")
-        if report["n_texts_without_pairs"]:
-            self.folder.notes.append(f"{report['n_texts_without_pairs']} neutral texts gave no pair")
-
-    def _save_training_data(self, sums: dict[str, Any], statistics: PairStatistics) -> None:
-        """Write a sample of the pairs with what both models had read; later phases don't need it."""
-        made_from = grid.pairs_fingerprint(self.inputs)
-        if self.folder.current("training_data.pt", made_from) is not None:
-            return
-        texts, sample = self.inputs.neutral_texts, statistics.sample
-        ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
-        data = {
-            "n_pairs": statistics.n_pairs,
-            "H_source": sample.H_source,
-            "H_target": sample.H_target,
-            "texts": [texts[index].text[:end] for index, end in ends],
-            "documents": [texts[index].document for index, _ in ends],
-        }
-        self.folder.save("training_data.pt", made_from, data)
 
     def extract_personas(self, maps: LearnedMaps | None = None) -> tuple[dict[str, Any], str]:
         """Phase 3: extract each persona from both models and carry it over in every way.
@@ -256,7 +231,7 @@ class PersonaTransferExperiment:
             content = folder.save(name, made_from, transferred)
         report = {key: content[key] for key in ("personas", "residual_norm")}
         folder.save("persona_similarities.json", made_from, report)
-        self._draw("persona_energy.png", made_from, energy_figure, content["energy_curves"])
+        draw_once(folder, "persona_energy.png", made_from, energy_figure, content["energy_curves"])
         logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
         norm = ResidualNorm(**content["residual_norm"])
         logger.info(
@@ -281,35 +256,11 @@ class PersonaTransferExperiment:
         vectors, norm = personas["vectors"], ResidualNorm(**personas["residual_norm"])
         alphas = self.config.alpha_values
         if alphas == "auto":
-            alphas = self._doses(vectors, norm)
+            alphas = searched_doses(inputs, folder, self.executor, vectors, norm)
         planned = grid.grid_texts(inputs, alphas)
         rows, made = write_texts(inputs, folder, self.executor, planned, vectors, norm.median)
         save_rows(folder, name, rows)
         return rows, f"{made}, {len(rows)} in all, {folder.path / name}"
-
-    def _doses(self, vectors: dict[str, Any], norm: ResidualNorm) -> grid.Doses:
-        """Return the dose of each persona and method, searched for unless an earlier run has."""
-        inputs, folder, name = self.inputs, self.folder, "dose_search.json"
-        made_from = grid.doses_fingerprint(inputs)
-        content = folder.current(name, made_from)
-        if content is None:
-            doses, bound = find_doses(inputs, folder, self.executor, vectors, norm)
-            content = folder.save(name, made_from, doses_content(doses, bound))
-        doses = doses_from_content(content, str(folder.path / name))
-        logger.info("doses\n\n%s\n", format_doses(doses))
-        self._draw("dose_search.png", made_from, dose_figure, content)
-        for (persona, method), dose in doses.items():
-            if not dose.is_coherent:
-                folder.notes.append(
-                    f"{persona} {method}: no dose is coherent, not even the weakest tried, {dose.alpha:g}, "
-                    "which is the one tested; lower dose.bracket"
-                )
-            elif dose.at == "highest":
-                folder.notes.append(
-                    f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
-                    "raise dose.bracket"
-                )
-        return doses
 
     def evaluate(self, texts: list[dict[str, Any]] | None = None) -> tuple[dict[str, Any], str]:
         """Phase 5: evaluate every text, aggregate, and draw figure 1.
@@ -321,7 +272,7 @@ class PersonaTransferExperiment:
         planned = grid.planned_evaluations(inputs, texts or self._written_texts())
         rows, n_new = evaluate_texts(inputs, folder, self.executor, planned, inputs.judge)
         save_rows(folder, "eval_results.json", rows)
-        self._note_missing(rows)
+        folder.notes += missing_notes(rows)
         made_from = grid.rows_fingerprint(planned)
         table = folder.save(name, made_from, {"conditions": aggregate(rows)})
         save_figure(coherence_trait_figure(table["conditions"]), folder.path / "figure1.png", made_from)
@@ -334,16 +285,6 @@ class PersonaTransferExperiment:
             alphas = doses_from_content(content)
         made_from = grid.rows_fingerprint(grid.grid_texts(self.inputs, alphas))
         return self.folder.required("generation_results.json", made_from, 4)["rows"]
-
-    def _note_missing(self, rows: list[dict[str, Any]]) -> None:
-        empty = sum(not row["output"].strip() for row in rows)
-        if empty:
-            self.folder.notes.append(f"{empty} texts are empty; their metrics are missing")
-        failed = [row["gpt4_failure"] for row in rows if row["gpt4_failure"]]
-        if failed:
-            self.folder.notes.append(
-                f"{len(failed)} texts lack a judgement (first reason: {failed[0]}); run again to retry them"
-            )
 
     def _run_layers(self, inputs: Inputs, sums: dict[str, Any]) -> dict[str, Any]:
         """Run phases 2 to 5 on other inputs, and return the numbers that the layer ablation compares."""
@@ -365,12 +306,6 @@ class PersonaTransferExperiment:
         }
         numbers = {name: maps.ridge.cv[name] for name in names}
         return {**numbers, "cosine_without_massive": cosines, **table}
-
-    def _draw(self, name: str, made_from: str, draw: Callable[..., Figure], *arguments: Any) -> None:
-        """Draw a figure unless it is there, made from the same."""
-        path = self.folder.path / name
-        if self.fresh or figure_fingerprint(path) != made_from:
-            save_figure(draw(*arguments), path, made_from)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -3,17 +3,29 @@
 What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment import preflight
-from experiment.dose_search import Condition, DevelopmentText, Dose, DoseBound, search_doses
+from experiment.dose_search import (
+    Condition,
+    DevelopmentText,
+    Dose,
+    DoseBound,
+    doses_content,
+    doses_from_content,
+    format_doses,
+    search_doses,
+)
+from experiment.figures import dose_figure, draw_once
 from experiment.grid import (
     UNSTEERED,
     Cell,
     Row,
+    doses_fingerprint,
     evaluation_rows,
     grid,
     planned_texts,
@@ -24,6 +36,8 @@ from experiment.journalled import Vectors, evaluate_texts, write_texts
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 N_NORM_TEXTS = 256
 AUTO_DEPTHS = (0.25, 0.5, 0.75)
@@ -99,6 +113,32 @@ def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
     unit = 1.0 if inputs.config.alpha_unit == "residual_norm" else norm.median
     low, high = inputs.config.dose.bracket
     return low * unit, high * unit
+
+
+def searched_doses(
+    inputs: Inputs, folder: RunFolder, executor: Any, vectors: Vectors, norm: ResidualNorm
+) -> dict[Condition, Dose]:
+    """Return the dose of each persona and method, searched for unless an earlier run has; drawn, logged."""
+    name, made_from = "dose_search.json", doses_fingerprint(inputs)
+    content = folder.current(name, made_from)
+    if content is None:
+        doses, bound = find_doses(inputs, folder, executor, vectors, norm)
+        content = folder.save(name, made_from, doses_content(doses, bound))
+    doses = doses_from_content(content, str(folder.path / name))
+    logger.info("doses\n\n%s\n", format_doses(doses))
+    draw_once(folder, "dose_search.png", made_from, dose_figure, content)
+    for (persona, method), dose in doses.items():
+        if not dose.is_coherent:
+            folder.notes.append(
+                f"{persona} {method}: no dose is coherent, not even the weakest tried, {dose.alpha:g}, "
+                "which is the one tested; lower dose.bracket"
+            )
+        elif dose.at == "highest":
+            folder.notes.append(
+                f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
+                "raise dose.bracket"
+            )
+    return doses
 
 
 def find_doses(

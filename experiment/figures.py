@@ -7,7 +7,7 @@ PNG files carry the fingerprint of their data.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from support.artifacts import replacing
+from support.run_folder import RunFolder
 
 COLOURS = {
     "baseline": "#000000",
@@ -60,6 +61,15 @@ def figure_fingerprint(path: Path) -> str | None:
             return image.info.get("Fingerprint")
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged PNG files
         return None
+
+
+def draw_once(
+    folder: RunFolder, name: str, made_from: str, draw: Callable[..., Figure], *arguments: Any
+) -> None:
+    """Draw a figure of a run unless it is there, made from the same."""
+    path = folder.path / name
+    if folder.fresh or figure_fingerprint(path) != made_from:
+        save_figure(draw(*arguments), path, made_from)
 
 
 def mapping_figure(

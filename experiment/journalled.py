@@ -133,6 +133,19 @@ def _evaluate_missing(
             progress.update(len(part))
 
 
+def missing_notes(rows: Sequence[Row]) -> list[str]:
+    """Return how many evaluations lack something, for the end of a run."""
+    notes = []
+    empty = sum(not row["output"].strip() for row in rows)
+    if empty:
+        notes.append(f"{empty} texts are empty; their metrics are missing")
+    failed = [row["gpt4_failure"] for row in rows if row["gpt4_failure"]]
+    if failed:
+        reason = f"first reason: {failed[0]}"
+        notes.append(f"{len(failed)} texts lack a judgement ({reason}); run again to retry them")
+    return notes
+
+
 def save_rows(folder: RunFolder, name: str, rows: Sequence[Row]) -> None:
     """Write the result file of a phase, in the planned order."""
     folder.save(name, rows_fingerprint(rows), {"n": len(rows), "rows": list(rows)})

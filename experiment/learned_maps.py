@@ -8,7 +8,7 @@ from torch import Tensor
 
 from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment.comparison_maps import KINDS, ComparisonMap, maps_table
-from experiment.grid import mapping_fingerprint
+from experiment.grid import mapping_fingerprint, pairs_fingerprint
 from experiment.inputs import Inputs
 from ridge_mapping import RidgeMapping
 from support.pair_statistics import PairStatistics
@@ -34,6 +34,28 @@ class LearnedMaps:
     def transforms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """How each comparison map carries a direction over."""
         return {kind: other.transform for kind, other in self.others.items()}
+
+
+def save_training_data(
+    inputs: Inputs, folder: RunFolder, sums: dict[str, Any], statistics: PairStatistics
+) -> None:
+    """Write a sample of the pairs with what both models had read; later phases don't need it.
+
+    sums: what `pair_statistics.pt` holds.
+    """
+    name, made_from = "training_data.pt", pairs_fingerprint(inputs)
+    if folder.current(name, made_from) is not None:
+        return
+    texts, sample = inputs.neutral_texts, statistics.sample
+    ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
+    data = {
+        "n_pairs": statistics.n_pairs,
+        "H_source": sample.H_source,
+        "H_target": sample.H_target,
+        "texts": [texts[index].text[:end] for index, end in ends],
+        "documents": [texts[index].document for index, _ in ends],
+    }
+    folder.save(name, made_from, data)
 
 
 def fit_maps(

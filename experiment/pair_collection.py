@@ -163,6 +163,18 @@ def statistics_content(pairs: CollectedPairs, layer_pair: LayerPair) -> dict[str
     }
 
 
+def collection_notes(report: dict[str, Any]) -> list[str]:
+    """Return what a reader has to know of the texts that were cut or gave no pair."""
+    notes = [
+        f"{n_truncated} neutral texts were cut to the {name}'s context"
+        for name, n_truncated in report["n_truncated"].items()
+        if n_truncated
+    ]
+    if report["n_texts_without_pairs"]:
+        notes.append(f"{report['n_texts_without_pairs']} neutral texts gave no pair")
+    return notes
+
+
 def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[str]:
     """Yield the passages, moving a progress bar on."""
     for item in texts:
