@@ -285,7 +285,7 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(ExperimentConfig.model_fields) if len(problem["loc"]) == 1 else []
         near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see README.md for the known keys"
+        hint = f"did you mean {near[0]!r}?" if near else "see docs/configuration.md for the known keys"
         return f"configuration key {key!r} is unknown; {hint}"
     if problem["type"] == "missing":
         return f"configuration key {key!r} is missing"
