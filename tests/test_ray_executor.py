@@ -379,7 +379,13 @@ def test_a_cluster_is_sent_the_code(cluster, tmp_path):
 
 def test_only_modules_and_texts_are_sent(cluster, tmp_path):
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
-    sent = ["errors.py", "personas/one.json", "prompts/test.txt"]
+    sent = [
+        "experiment/workers.py",
+        "model_loading.py",
+        "personas/one.json",
+        "prompts/test.txt",
+        "support/errors.py",
+    ]
     kept = [
         "results/big.pt",
         "a.pt",
