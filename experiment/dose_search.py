@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from experiment.tables import markdown_table
 from support.errors import InputError
 
 Condition = tuple[str, str]  # (persona, method)
@@ -27,7 +28,6 @@ Condition = tuple[str, str]  # (persona, method)
 MAX_EVALUATIONS = 8
 PLACES = ("inside", "highest", "lowest")
 HEADER = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
-ALIGNMENT = ("<", "<", ">", ">", ">", "<")
 
 
 @dataclass(frozen=True)
@@ -324,15 +324,8 @@ def _read_point(where: str, entry: Mapping[str, Any]) -> DosePoint:
 
 def format_doses(doses: Mapping[Condition, Dose]) -> str:
     """Return a Markdown table: each condition's dose, and where the search met an end of the bracket."""
-    rows = [HEADER, *(_cells(condition, dose) for condition, dose in doses.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    columns = list(zip(ALIGNMENT, widths, strict=True))
-    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in columns]
-    lines = [
-        " | ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
-        for row in (HEADER, rule, *rows[1:])
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
+    rows = [_cells(condition, dose) for condition, dose in doses.items()]
+    return markdown_table(HEADER, rows, left=("persona", "method", "note"))
 
 
 def _cells(condition: Condition, dose: Dose) -> tuple[str, ...]:

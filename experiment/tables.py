@@ -1,4 +1,4 @@
-"""Print the result of a run as a table that can be pasted into a paper or an issue (phase 5)."""
+"""Lay out the result of a run as a table that can be pasted into a paper or an issue (phase 5)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
             None,
         )
         rows = [_cells(entry, unsteered, judged) for entry in entries]
-        blocks.append(f"{persona} ({note})\n\n{_markdown(header, rows)}")
+        blocks.append(f"{persona} ({note})\n\n{markdown_table(header, rows)}")
     return "\n\n".join(blocks)
 
 
@@ -48,7 +48,7 @@ def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in table
     ]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
@@ -65,7 +65,7 @@ def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [f"{cosine:.2f} / {without:.2f}" for cosine, without in pairs]
         energy = _number(entry["oracle_energy"]["mean_r2"], ".0%")
         rows.append((name, *cells, _number(entry["highest_cosine_to_other_oracles"], ".2f"), energy))
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool) -> tuple[str, ...]:
@@ -94,16 +94,23 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] | None = None
+) -> str:
+    """Return a Markdown table in columns of equal width.
+
+    left: names of the columns that are aligned to the left; the first by default.
+    """
+    left = header[:1] if left is None else left
     # A rule needs three marks to be one.
     widths = [max(3, *(len(row[column]) for row in [header, *rows])) for column in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        first, *others = zip(row, widths, strict=True)
-        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        lines.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
+    columns = [("<" if name in left else ">", width) for name, width in zip(header, widths, strict=True)]
+    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in columns]
+    lines = [
+        " | ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
+        for row in (header, rule, *rows)
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def main() -> None:
