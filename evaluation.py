@@ -25,7 +25,6 @@ from model_loading import context_length, filler_token_id, pad_tokens
 from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
 from scoring.trait_classifier import TraitClassifier
 from support.errors import InputError
-from support.tiny_models import tiny_model, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -348,18 +347,14 @@ def _summary(values: list[float | None]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Check on a tiny model: batched perplexity equals one by one, and a loop counts as collapsed."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    prompts = ["The sea is", "Rain", "A long beginning of a text"]
-    outputs = [" blue and wide.", " falls.", " and its end."]
-    together = continuation_perplexities(model, tokenizer, prompts, outputs, batch_size=3)
-    alone = continuation_perplexities(model, tokenizer, prompts, outputs, batch_size=1)
+    """Check on a tiny model that batched perplexity equals one by one, and that a loop has collapsed."""
+    from support.tiny_models import tiny_model, tiny_tokenizer
+
+    given = (tiny_model(), tiny_tokenizer(), ["The sea is", "Rain"], [" blue and wide.", " falls."])
+    together, alone = (continuation_perplexities(*given, batch_size=size) for size in (2, 1))
     assert all(abs(a - b) < 1e-3 * b for a, b in zip(together, alone, strict=True))
-    loop = Evaluator(model, tokenizer).evaluate_single("He said", " no no no no no no no no", "baseline")
+    loop = Evaluator(*given[:2]).evaluate_single("He said", " no no no no no no no no", "baseline")
     assert loop.is_collapsed
-    assert loop.trait_probability is None
-    varied = repetition_metrics("One fine day the ship left port and nobody saw it again.")
-    assert not varied["is_collapsed"]
     print(f"evaluation OK: perplexity {together[0]:.1f}, loop repetition {loop.repetition:.2f}")
 
 

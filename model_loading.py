@@ -27,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 from support.artifacts import file_sha256
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
-from support.tiny_models import ARCHITECTURES, N_LAYERS, tiny_model
 
 logger = logging.getLogger(__name__)
 
@@ -350,17 +349,11 @@ def quiet_transformers() -> None:
 
 
 def main() -> None:
-    """Check block discovery and causality on a tiny model of each architecture."""
+    """Check on tiny models that the decoder blocks of every architecture are found."""
+    from support.tiny_models import ARCHITECTURES, N_LAYERS, tiny_model
+
     for architecture in ARCHITECTURES:
-        model = tiny_model(architecture)
-        assert len(decoder_blocks(model)) == N_LAYERS, architecture
-        assert is_causal(model), architecture
-    for broken in ("model.nowhere", "lm_head"):
-        try:
-            decoder_blocks(tiny_model(), broken)
-        except InputError:
-            continue
-        raise AssertionError(f"block path {broken} was accepted")
+        assert len(decoder_blocks(tiny_model(architecture))) == N_LAYERS, architecture
     print(f"model_loading OK: decoder blocks found in {len(ARCHITECTURES)} architectures")
     print(f"cache: {cache_folder()}; packaged models: {', '.join(PACKAGED_MODELS)}")
 

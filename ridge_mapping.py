@@ -181,9 +181,9 @@ class RidgeMapping:
         They replace the pairs given before; without them, those are used.
         Raises InputError: shapes that don't match, n < 2, lambda_ <= 0, non-finite input.
         """
-        check_lambda(lambda_)
+        _check_lambda(lambda_)
         if H_source is not None or H_target is not None:
-            self.replace_pairs(H_source, H_target, self.n_folds, None, self.seed, split=False)
+            self._replace_pairs(H_source, H_target, self.n_folds, None, self.seed, split=False)
         moments = self.statistics.total()
         self.lambda_, self.lambda_absolute = float(lambda_), self.absolute_lambda(lambda_, moments.gram)
         self.W = solve_ridge(moments, self.lambda_absolute)
@@ -223,7 +223,7 @@ class RidgeMapping:
         n_folds = self.n_folds if n_folds is None else n_folds
         seed = self.seed if seed is None else seed
         if H_source is not None or H_target is not None:
-            self.replace_pairs(H_source, H_target, n_folds, groups, seed)
+            self._replace_pairs(H_source, H_target, n_folds, groups, seed)
         elif groups is not None or n_folds != given.n_folds:
             raise InputError(
                 f"the folds were filled by partial_fit ({given.n_folds} of them); give n_folds to the "
@@ -383,7 +383,7 @@ class RidgeMapping:
             raise InputError(f"{name} has no entry {error}; it is not a ridge mapping") from error
         return mapping
 
-    def replace_pairs(
+    def _replace_pairs(
         self,
         H_source: Tensor | None,
         H_target: Tensor | None,
@@ -594,41 +594,27 @@ def _checked_lambdas(lambda_values: Sequence[float]) -> list[float]:
         raise InputError("lambda_values is empty; give at least one value")
     values = sorted({float(value) for value in lambda_values})
     for value in values:
-        check_lambda(value)
+        _check_lambda(value)
     return values
 
 
-def check_lambda(lambda_: float) -> None:
+def _check_lambda(lambda_: float) -> None:
     """Raise InputError unless lambda is a finite number above 0."""
     if not (lambda_ > 0 and lambda_ < float("inf")):
         raise InputError(f"lambda is {lambda_}, expected a finite number above 0")
 
 
 def main() -> None:
-    """Check on synthetic pairs that a known map is found, in one piece and in many, and no shuffled one."""
+    """Check on synthetic pairs that a known map is found, and none where pairs are shuffled."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(40, 60, generator=generator, dtype=torch.float64)
-    H_source = torch.randn(1500, 40, generator=generator, dtype=torch.float64) * 3 + 5
-    noise = 0.1 * torch.randn(1500, 60, generator=generator, dtype=torch.float64)
-    H_target = H_source @ truth + noise + 7
+    H_source = 3 * torch.randn(1500, 40, generator=generator, dtype=torch.float64) + 5
     mapping = RidgeMapping(40, 60)
-    best, errors = mapping.cross_validate(H_source, H_target)
+    mapping.cross_validate(H_source, H_source @ truth + 7)
     analysis = mapping.analyze()
-    assert best == min(errors, key=errors.get)
     assert torch.allclose(mapping.W, truth, atol=0.02)
-    assert torch.allclose(mapping.transform(torch.ones(40)).double(), truth.sum(0), atol=0.2)
-    assert analysis["held_out_r2"] > 0.99
-    assert analysis["retrieval_accuracy"] > 0.99
-    assert analysis["shuffled_r2"] < 0.02
-    streamed = RidgeMapping(40, 60)
-    for start in range(0, 1500, 100):
-        streamed.partial_fit(H_source[start : start + 100], H_target[start : start + 100])
-    streamed.fit(lambda_=best)
-    assert torch.allclose(streamed.W, mapping.W, rtol=0, atol=1e-9)
-    print(
-        f"ridge_mapping OK: held-out R2 {analysis['held_out_r2']:.4f}, "
-        f"shuffled pairs {analysis['shuffled_r2']:.4f}, df {analysis['df']:.1f}"
-    )
+    assert analysis["shuffled_r2"] < 0.02 < 0.99 < analysis["held_out_r2"]
+    print(f"ridge_mapping OK: held-out R2 {analysis['held_out_r2']:.4f}, df {analysis['df']:.1f}")
 
 
 if __name__ == "__main__":

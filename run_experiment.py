@@ -49,7 +49,7 @@ from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, st
 from experiment.journalled import evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
 from experiment.learned_maps import LearnedMaps, current_maps, fit_maps, load_maps, save_training_data
-from experiment.pair_collection import collection_notes, statistics_content
+from experiment.pair_collection import PairSettings, collection_notes, statistics_content
 from experiment.ray_executor import RayExecutor
 from experiment.tables import format_cosines, format_maps, format_table
 from experiment.transfers import transfer_personas
@@ -198,8 +198,8 @@ class PersonaTransferExperiment:
         made_from = grid.pairs_fingerprint(inputs)
         sums = sums or folder.current("pair_statistics.pt", made_from)
         if sums is None:
-            settings = (config.positions, config.n_folds, config.seed)
-            pairs = collect_in_chunks(self.executor, inputs.neutral_texts, [inputs.layers], *settings)
+            settings = PairSettings((inputs.layers,), config.positions, config.n_folds, config.seed)
+            pairs = collect_in_chunks(self.executor, inputs.neutral_texts, settings)
             sums = folder.save("pair_statistics.pt", made_from, statistics_content(pairs, inputs.layers))
         statistics = PairStatistics.from_content(sums["statistics"], "pair_statistics.pt")
         folder.notes += collection_notes(sums["report"])

@@ -18,7 +18,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from decoding.output_head import narrowed_head
 from model_loading import pad_tokens
 from support.errors import InputError
-from support.tiny_models import ARCHITECTURES, tiny_model
 
 # Dropping rows copies the cache, which takes about a fifteenth of a step.
 DROP_FRACTION = 8
@@ -210,18 +209,17 @@ def _distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
 
 
 def main() -> None:
-    """Check on every tiny architecture that a batch decodes greedily as whole passes do one by one."""
-    prompts = [[256, 5, 6, 7], [256, 9], [256, 30, 31, 32, 33, 34]]
-    for name in ARCHITECTURES:
-        model = tiny_model(name)
-        together = decode(model, prompts, lambda logits, rows, step: logits.argmax(-1), 5)
-        for prompt, new in zip(prompts, together, strict=True):
-            tokens = torch.tensor([prompt])
-            for _ in range(5):
-                with torch.inference_mode():
-                    tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-            assert tokens[0, len(prompt) :].tolist() == new, name
-    print(f"decoding OK: batches equal one by one in {len(ARCHITECTURES)} architectures")
+    """Check on a tiny model that decoding without cache gives the same tokens."""
+    from support.tiny_models import tiny_model
+
+    model, prompt = tiny_model(), [256, 5, 6, 7]
+    (new,) = decode(model, [prompt], lambda logits, rows, step: logits.argmax(-1), 5)
+    tokens = torch.tensor([prompt])
+    for _ in range(5):
+        with torch.inference_mode():
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    assert tokens[0, len(prompt) :].tolist() == new
+    print("loop OK: cached decoding equals whole passes")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from activation_extractor import PairedBatch, paired_activations
 from experiment.figures import layer_ablation_figure, sample_ablation_figure, save_figure
 from experiment.grid import pairs_fingerprint
 from experiment.inputs import Inputs
-from experiment.pair_collection import LayerPair, statistics_content
+from experiment.pair_collection import LayerPair, PairSettings, statistics_content
 from experiment.workers import collect_in_chunks
 from ridge_mapping import RidgeMapping, residual_squares, target_weights
 from support.artifacts import fingerprint, save_json, save_tensors
@@ -58,8 +58,8 @@ def ablate_layers(inputs: Inputs, folder: RunFolder, executor: Any, run_layers: 
     missing = [pair for pair, content in sums.items() if content is None]
     if missing:
         config = inputs.config
-        settings = (config.positions, config.n_folds, config.seed)
-        pairs = collect_in_chunks(executor, inputs.neutral_texts, missing, *settings)
+        settings = PairSettings(tuple(missing), config.positions, config.n_folds, config.seed)
+        pairs = collect_in_chunks(executor, inputs.neutral_texts, settings)
         for pair in missing:
             own = RunFolder(Path(runs[pair].config.output_dir), folder.fresh)
             made_from = pairs_fingerprint(runs[pair])
@@ -330,24 +330,14 @@ def _passed(samples: Sequence[int], n_texts: int) -> int:
 
 
 def main() -> None:
-    """Check the interpolation of the ratio and that documents are never on both sides."""
-    points = [
-        {"positions": positions, "n_texts": n_texts, "held_out": {"last": {"r2": r2}}}
-        for positions, n_texts, r2 in (
-            ("last", 100, 0.1),
-            ("last", 1000, 0.4),
-            ("word_ends", 10, 0.3),
-            ("word_ends", 100, 0.5),
-        )
-    ]
-    below, inside = texts_for_equal_r2(points, "last")
-    assert below["n_texts_word_ends"] == 10
-    assert abs(inside["n_texts_word_ends"] - 10**1.5) < 1e-9
-    assert abs(inside["factor"] - 10**-1.5) < 1e-9
+    """Check that documents are never on both sides, and that R2 is interpolated over log n."""
     texts = [NeutralText(f"text {index}", f"page {index % 9}") for index in range(200)]
     training, held_out = split_documents(texts, 150)
-    assert len(training) == 150
     assert not {item.document for item in training} & {item.document for item in held_out}
+    points = [("last", 100, 0.4), ("word_ends", 10, 0.3), ("word_ends", 100, 0.5)]
+    names = ("positions", "n_texts", "held_out")
+    rows = [dict(zip(names, (*point, {"last": {"r2": r2}}), strict=True)) for *point, r2 in points]
+    assert abs(texts_for_equal_r2(rows, "last")[0]["n_texts_word_ends"] - 10**1.5) < 1e-9
     print(f"ablations OK: {len(held_out)} texts held out, equal R2 is interpolated over log n")
 
 

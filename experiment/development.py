@@ -11,10 +11,10 @@ from typing import Any
 from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment import preflight
 from experiment.dose_search import (
-    Condition,
     DevelopmentText,
     Dose,
     DoseBound,
+    DoseKey,
     doses_content,
     doses_from_content,
     format_doses,
@@ -117,7 +117,7 @@ def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
 
 def searched_doses(
     inputs: Inputs, folder: RunFolder, executor: Any, vectors: Vectors, norm: ResidualNorm
-) -> dict[Condition, Dose]:
+) -> dict[DoseKey, Dose]:
     """Return the dose of each persona and method, searched for unless an earlier run has; drawn, logged."""
     name, made_from = "dose_search.json", doses_fingerprint(inputs)
     content = folder.current(name, made_from)
@@ -143,7 +143,7 @@ def searched_doses(
 
 def find_doses(
     inputs: Inputs, folder: RunFolder, executor: Any, vectors: Vectors, norm: ResidualNorm
-) -> tuple[dict[Condition, Dose], DoseBound]:
+) -> tuple[dict[DoseKey, Dose], DoseBound]:
     """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
     config = inputs.config
     origins = {(cell.persona, cell.method): cell.origin for cell in grid(inputs, [None])}
@@ -161,14 +161,14 @@ def find_doses(
         texts, size = [_development_text(row) for row in rows], len(by_cell[0])
         return [texts[start : start + size] for start in range(0, len(texts), size)]
 
-    def measure(asked: list[tuple[Condition, float]]) -> list[list[DevelopmentText]]:
+    def measure(asked: list[tuple[DoseKey, float]]) -> list[list[DevelopmentText]]:
         return texts_of([Cell(method, name, alpha, origins[name, method]) for (name, method), alpha in asked])
 
     (unsteered,) = texts_of([UNSTEERED])
     bound = DoseBound(config.dose.max_perplexity_ratio, config.dose.max_repetition_increase)
-    conditions = [(name, method) for name in config.persona_names for method in config.methods]
+    keys = [(name, method) for name in config.persona_names for method in config.methods]
     n_evaluations = config.dose.n_evaluations
-    return search_doses(conditions, measure, unsteered, bracket(inputs, norm), bound, n_evaluations), bound
+    return search_doses(keys, measure, unsteered, bracket(inputs, norm), bound, n_evaluations), bound
 
 
 def _development_text(row: Row) -> DevelopmentText:

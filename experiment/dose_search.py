@@ -1,7 +1,7 @@
 """Find how strongly each vector can be added before the text falls apart (`"alpha_values": "auto"`).
 
-For each condition (persona, method): the strongest alpha whose texts on the development prompts stay
-within a stated bound of the unsteered ones, by bisection on log alpha. All conditions are searched side
+For each persona and method: the strongest alpha whose texts on the development prompts stay
+within a stated bound of the unsteered ones, by bisection on log alpha. All are searched side
 by side, so that a round is one batch of generations. The trait is reported and never used to choose.
 
 After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10
@@ -11,7 +11,6 @@ of the bracket. Coherent alphas further up, and incoherent ones below the dose, 
 make a noisy ratio, and a dose chosen by it looks a little more coherent here than on other prompts.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from experiment.tables import markdown_table
 from support.errors import InputError
 
-Condition = tuple[str, str]  # (persona, method)
+DoseKey = tuple[str, str]  # (persona, method)
 
 MAX_EVALUATIONS = 8
 PLACES = ("inside", "highest", "lowest")
@@ -83,7 +82,7 @@ DEFAULT_BOUND = DoseBound()
 
 @dataclass(frozen=True)
 class DosePoint:
-    """What one alpha does to the texts of one condition.
+    """What one alpha does to the texts of one persona and method.
 
     perplexity_ratio: exp of the mean over pairs of log steered - log unsteered perplexity, so the
         geometric mean of the ratios; a pair is the same prompt and seed with both perplexities
@@ -106,7 +105,7 @@ class DosePoint:
 
 @dataclass(frozen=True)
 class Dose:
-    """The strongest coherent alpha of a condition, and everything measured on the way.
+    """The strongest coherent alpha of a persona and method, and everything measured on the way.
 
     is_coherent: False only if nothing was, not even the lowest alpha, which is then given as `alpha`.
     at: `highest` or `lowest` if `alpha` is that end of the bracket, else `inside`.
@@ -124,24 +123,24 @@ class Dose:
         return next(point for point in self.curve if point.alpha == self.alpha)
 
 
-Measure = Callable[[list[tuple[Condition, float]]], Sequence[Sequence[DevelopmentText]]]
+Measure = Callable[[list[tuple[DoseKey, float]]], Sequence[Sequence[DevelopmentText]]]
 
 
 def search_doses(
-    conditions: Sequence[Condition],
+    keys: Sequence[DoseKey],
     measure: Measure,
     unsteered: Sequence[DevelopmentText],
     bracket: tuple[float, float],
     bound: DoseBound = DEFAULT_BOUND,
     n_evaluations: int = 7,
-) -> dict[Condition, Dose]:
-    """Return the strongest coherent alpha of each condition.
+) -> dict[DoseKey, Dose]:
+    """Return the strongest coherent alpha of each key.
 
-    measure: asked once a round for (condition, alpha) pairs, one for each condition; returns a list
+    measure: asked once a round for (key, alpha) pairs, one for each key; returns a list
         of texts for each pair, for the prompts and seeds of `unsteered` and in its order.
     bracket: (low, high), both above 0. The ends are measured only if all midpoints point to them:
         the last evaluation is of low if no midpoint was coherent, of high if all were.
-    n_evaluations: of each condition, 2 to 8.
+    n_evaluations: for each key, 2 to 8.
     Raises InputError: a bracket or n_evaluations out of range, or unsteered texts without any finite
     perplexity or any repetition rate. ValueError: `measure` returned another number of texts.
     """
@@ -150,18 +149,18 @@ def search_doses(
         raise InputError(f"bracket is ({low}, {high}), expected two finite alphas, 0 < low < high")
     if not 2 <= n_evaluations <= MAX_EVALUATIONS:
         raise InputError(f"n_evaluations is {n_evaluations}, expected 2 to {MAX_EVALUATIONS}")
-    if not conditions or len(set(conditions)) < len(conditions):
-        raise ValueError(f"conditions are {list(conditions)}, expected one or more, each once")
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"keys are {list(keys)}, expected one or more, each once")
     _check_unsteered(unsteered)
-    curves: dict[Condition, list[DosePoint]] = {condition: [] for condition in conditions}
+    curves: dict[DoseKey, list[DosePoint]] = {key: [] for key in keys}
     for round_idx in tqdm(range(n_evaluations), desc="dose search", unit="round", disable=None, leave=False):
         is_last = round_idx == n_evaluations - 1
         asked = [(name, _next_alpha(curve, (low, high), is_last)) for name, curve in curves.items()]
         measured = measure(asked)
         _check_measured(measured, asked, len(unsteered))
-        for (condition, alpha), texts in zip(asked, measured, strict=True):
-            curves[condition].append(_compare(alpha, texts, unsteered, bound))
-    return {condition: _choose(curve, (low, high)) for condition, curve in curves.items()}
+        for (key, alpha), texts in zip(asked, measured, strict=True):
+            curves[key].append(_compare(alpha, texts, unsteered, bound))
+    return {key: _choose(curve, (low, high)) for key, curve in curves.items()}
 
 
 def _check_unsteered(unsteered: Sequence[DevelopmentText]) -> None:
@@ -178,14 +177,14 @@ def _check_unsteered(unsteered: Sequence[DevelopmentText]) -> None:
 
 
 def _check_measured(
-    measured: Sequence[Sequence[DevelopmentText]], asked: Sequence[tuple[Condition, float]], n: int
+    measured: Sequence[Sequence[DevelopmentText]], asked: Sequence[tuple[DoseKey, float]], n: int
 ) -> None:
     if len(measured) != len(asked):
         raise ValueError(f"measure returned {len(measured)} lists of texts, expected {len(asked)}")
-    for (condition, alpha), texts in zip(asked, measured, strict=True):
+    for (key, alpha), texts in zip(asked, measured, strict=True):
         if len(texts) != n:
             raise ValueError(
-                f"measure returned {len(texts)} texts of {condition} at alpha {alpha:g}, expected {n}: "
+                f"measure returned {len(texts)} texts of {key} at alpha {alpha:g}, expected {n}: "
                 "one for each unsteered text, in their order"
             )
 
@@ -259,7 +258,7 @@ def _choose(curve: Sequence[DosePoint], bracket: tuple[float, float]) -> Dose:
     return Dose(best.alpha, best.is_coherent, at, curve)
 
 
-def doses_content(doses: Mapping[Condition, Dose], bound: DoseBound) -> dict[str, Any]:
+def doses_content(doses: Mapping[DoseKey, Dose], bound: DoseBound) -> dict[str, Any]:
     """Return everything as numbers, strings, lists and dictionaries, as `dose_search.json` holds it."""
     entries = [
         {"persona": persona, "method": method, **asdict(dose)} for (persona, method), dose in doses.items()
@@ -267,19 +266,19 @@ def doses_content(doses: Mapping[Condition, Dose], bound: DoseBound) -> dict[str
     return {"bound": asdict(bound), "doses": entries}
 
 
-def doses_from_content(content: Mapping[str, Any], name: str = "content") -> dict[Condition, Dose]:
+def doses_from_content(content: Mapping[str, Any], name: str = "content") -> dict[DoseKey, Dose]:
     """Return the doses of what `doses_content` made; other entries are left alone.
 
     Raises InputError: an entry is missing, unknown, of the wrong type, or contradicts another.
     """
-    doses: dict[Condition, Dose] = {}
+    doses: dict[DoseKey, Dose] = {}
     try:
         DoseBound(**content["bound"])
         for entry in content["doses"]:
-            condition, dose = _read_dose(**entry)
-            if condition in doses:
-                raise ValueError(f"{condition} is there twice")
-            doses[condition] = dose
+            key, dose = _read_dose(**entry)
+            if key in doses:
+                raise ValueError(f"{key} is there twice")
+            doses[key] = dose
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{name} does not hold doses ({error}); delete it to search for them again"
@@ -289,7 +288,7 @@ def doses_from_content(content: Mapping[str, Any], name: str = "content") -> dic
 
 def _read_dose(
     persona: str, method: str, alpha: float, is_coherent: bool, at: str, curve: list[dict[str, Any]]
-) -> tuple[Condition, Dose]:
+) -> tuple[DoseKey, Dose]:
     where = f"{persona}, {method}"
     points = [_read_point(where, entry) for entry in curve]
     alphas = [point.alpha for point in points]
@@ -322,18 +321,18 @@ def _read_point(where: str, entry: Mapping[str, Any]) -> DosePoint:
     return point
 
 
-def format_doses(doses: Mapping[Condition, Dose]) -> str:
-    """Return a Markdown table: each condition's dose, and where the search met an end of the bracket."""
-    rows = [_cells(condition, dose) for condition, dose in doses.items()]
+def format_doses(doses: Mapping[DoseKey, Dose]) -> str:
+    """Return a Markdown table: each dose, and where its search met an end of the bracket."""
+    rows = [_cells(key, dose) for key, dose in doses.items()]
     return markdown_table(HEADER, rows, left=("persona", "method", "note"))
 
 
-def _cells(condition: Condition, dose: Dose) -> tuple[str, ...]:
+def _cells(key: DoseKey, dose: Dose) -> tuple[str, ...]:
     ratio, increase = dose.point.perplexity_ratio, dose.point.repetition_increase
     notes = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
     note = notes[dose.at] if dose.is_coherent else f"not coherent even there: {dose.point.reason}"
     return (
-        *condition,
+        *key,
         f"{dose.alpha:.4g}",
         "–" if ratio is None else f"{ratio:.2f}",
         "–" if increase is None else f"{increase:+.3f}",
@@ -342,28 +341,15 @@ def _cells(condition: Condition, dose: Dose) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Check on made-up texts with known thresholds that the search finds them."""
-    bracket, thresholds = (0.5, 10.0), {"weak": 7.3, "strong": 0.9, "harmless": 40.0, "harmful": 0.2}
-    unsteered = [DevelopmentText(perplexity, 0.1) for perplexity in (8.0, 20.0, 45.0)]
-    n_asked = []
+    """Check that the dose is found at which a made-up perplexity leaves the bound, 7.3."""
+    of_baseline, key = [DevelopmentText(20.0, 0.1)], ("check", "ridge_mapped")
 
-    def measure(asked: list[tuple[Condition, float]]) -> list[list[DevelopmentText]]:
-        n_asked.append(len(asked))
-        ratios = [1.5 ** ((alpha / thresholds[method]) ** 2) for (_, method), alpha in asked]
-        return [[DevelopmentText(text.perplexity * ratio, 0.1) for text in unsteered] for ratio in ratios]
+    def measure(asked: list[tuple[DoseKey, float]]) -> list[list[DevelopmentText]]:
+        return [[DevelopmentText(20.0 * 1.5 ** ((alpha / 7.3) ** 2), 0.1)] for _, alpha in asked]
 
-    doses = search_doses([("check", method) for method in thresholds], measure, unsteered, bracket)
-    assert n_asked == [4] * 7
-    resolution = (bracket[1] / bracket[0]) ** (1 / 2**6)
-    for method in ("weak", "strong"):
-        dose = doses["check", method]
-        assert dose.at == "inside"
-        assert dose.alpha <= thresholds[method] < dose.alpha * resolution
-    assert doses["check", "harmless"].at == "highest"
-    assert not doses["check", "harmful"].is_coherent
-    assert doses_from_content(json.loads(json.dumps(doses_content(doses, DEFAULT_BOUND)))) == doses
-    print(format_doses(doses))
-    print(f"\ndose_search OK: known thresholds are found within {resolution - 1:.1%} in 7 rounds")
+    doses = search_doses([key], measure, of_baseline, (0.5, 10.0))
+    assert doses[key].alpha <= 7.3 < 1.05 * doses[key].alpha
+    print(format_doses(doses), "dose_search OK: a known threshold is found within 5%", sep="\n")
 
 
 if __name__ == "__main__":

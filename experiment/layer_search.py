@@ -29,7 +29,6 @@ from experiment.pair_collection import counted
 from ridge_mapping import HeldOutFold, assign_folds, target_weights
 from support.errors import InputError
 from support.pair_statistics import Moments
-from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.neutral_text import NeutralText
 from texts.personas import Persona
 
@@ -322,24 +321,15 @@ def _slices(widths: Mapping[int, int]) -> dict[int, slice]:
 
 
 def main() -> None:
-    """Check on a model mapped to itself: every layer agrees best with itself."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    extractor = ActivationExtractor(model, tokenizer, layer_idx=0)
-    words = "one two three four five six seven eight nine ten stone water light road tree".split()
-    generator = torch.Generator().manual_seed(0)
-    texts = []
-    for index in range(120):
-        chosen = torch.randint(len(words), (12,), generator=generator).tolist()
-        texts.append(NeutralText(" ".join(words[place] for place in chosen), str(index)))
-    personas = [
-        Persona(name, "", [f"{mark} {word}{mark}" for word in words], [f"{word}." for word in words], [], [])
-        for name, mark in (("loud", "!"), ("asking", "?"), ("dashed", "-"))
-    ]
-    search = search_layers(extractor, extractor, texts, personas, ["loud", "asking"], [1e-6, 1e-3, 1.0])
-    diagonal = search.r2.diagonal()
-    assert (diagonal > 0.999).all(), diagonal
-    assert (search.r2.argmax(1) == torch.arange(len(diagonal))).all()
-    assert all((table.diagonal() > 0.99).all() for table in search.agreement.values())
+    """Check on a model mapped to itself that every layer predicts itself."""
+    from support.tiny_models import tiny_model, tiny_tokenizer
+
+    extractor = ActivationExtractor(tiny_model(), tiny_tokenizer(), layer_idx=0)
+    texts = [NeutralText(f"{n} of {n * n} or {n**3 % 97}", str(n)) for n in range(120)]
+    loud, asking, plain = ([f"{n}{mark}" for n in range(15)] for mark in "!?.")
+    personas = [Persona("loud", "", loud, plain, [], []), Persona("asking", "", asking, plain, [], [])]
+    search = search_layers(extractor, extractor, texts, personas, ["loud"], [1e-6, 1e-3])
+    assert search.r2.diagonal().min() > 0.99
     print(f"layer_search OK: {search.n_pairs} pairs, every layer predicts itself, best pair {search.best}")
 
 

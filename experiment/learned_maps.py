@@ -66,8 +66,7 @@ def fit_maps(
     ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
     others = {
-        kind: ComparisonMap.from_statistics(kind, statistics, config.lambda_unit).cross_validate_from(ridge)
-        for kind in KINDS
+        kind: ComparisonMap.from_statistics(kind, statistics).cross_validate_from(ridge) for kind in KINDS
     }
     folder.save(OTHERS, made_from, {"maps": {kind: other.content() for kind, other in others.items()}})
     ridge.save(folder.path / RIDGE, made_from)

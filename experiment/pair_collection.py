@@ -12,10 +12,24 @@ from activation_extractor import ActivationExtractor, paired_activations
 from ridge_mapping import assign_folds
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
-from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.neutral_text import NeutralText
 
 LayerPair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Which paired activations are summed up, and in which folds.
+
+    layer_pairs: (source layer, target layer), all of them read in the same passes.
+    positions: of the tokens in a text, `word_ends` or `last`; see `paired_activations`.
+    seed: decides the folds, and which pairs are kept as a sample.
+    """
+
+    layer_pairs: tuple[LayerPair, ...]
+    positions: str = "word_ends"
+    n_folds: int = 5
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,55 +63,36 @@ class CollectedPairs:
         return {"n_pairs": len(self.text_idx), "fraction_aligned": self.fraction_aligned, **counts}
 
 
-def collect_pairs(
-    source: ActivationExtractor,
-    target: ActivationExtractor,
-    texts: Sequence[NeutralText],
-    layer_pairs: Sequence[LayerPair],
-    positions: str = "word_ends",
-    n_folds: int = 5,
-    seed: int = 0,
-) -> CollectedPairs:
-    """Read the texts once with each model and return sums for every layer pair.
-
-    positions: `word_ends` or `last`, see `paired_activations`.
-    Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
-    """
-    fold_of = document_folds(texts, n_folds, seed)
-    return merge_pairs([read_pairs(source, target, texts, layer_pairs, positions, fold_of, n_folds, seed)])
-
-
-def document_folds(texts: Sequence[NeutralText], n_folds: int, seed: int) -> dict[str, int]:
+def document_folds(texts: Sequence[NeutralText], settings: PairSettings) -> dict[str, int]:
     """Return document -> fold. Raises InputError: fewer documents than folds."""
     documents = [item.document for item in texts]
-    return dict(zip(documents, assign_folds(len(texts), n_folds, documents, seed).tolist(), strict=True))
+    folds = assign_folds(len(texts), settings.n_folds, documents, settings.seed)
+    return dict(zip(documents, folds.tolist(), strict=True))
 
 
 def read_pairs(
     source: ActivationExtractor,
     target: ActivationExtractor,
     texts: Sequence[NeutralText],
-    layer_pairs: Sequence[LayerPair],
-    positions: str,
+    settings: PairSettings,
     fold_of: Mapping[str, int],
-    n_folds: int,
-    seed: int,
 ) -> CollectedPairs:
     """Return the sums of some of the texts, to be put together by `merge_pairs`; they may have no pair.
 
-    fold_of: document -> fold, the same for all parts.
+    fold_of: document -> fold, the same for all parts; see `document_folds`.
+    Raises InputError: as `paired_activations`.
     """
     stream = "\n".join(item.text for item in texts[:1])
+    widths, folds = (source.d_model, target.d_model), (settings.n_folds, settings.seed, fold_of)
     statistics = {
-        pair: PairStatistics(source.d_model, target.d_model, n_folds, seed, fold_of, stream=stream)
-        for pair in dict.fromkeys(layer_pairs)
+        pair: PairStatistics(*widths, *folds, stream=stream) for pair in dict.fromkeys(settings.layer_pairs)
     }
-    source_layers, target_layers = ([pair[side] for pair in statistics] for side in (0, 1))
+    layers = [[pair[side] for pair in statistics] for side in (0, 1)]
     text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
     cut_before = {"source": source.n_truncated, "target": target.n_truncated}
     with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=None, leave=False) as progress:
         passages = counted(texts, progress)
-        for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
+        for batch in paired_activations(source, target, passages, settings.positions, *layers):
             groups = [texts[index].document for index in batch.text_idx.tolist()]
             for (source_layer, target_layer), sums in statistics.items():
                 sums.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
@@ -183,18 +178,15 @@ def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[str]:
 
 
 def main() -> None:
-    """Check on two tiny models that pairs are summed for two layer pairs in one pass."""
-    tokenizer = tiny_tokenizer()
-    source = ActivationExtractor(tiny_model("llama"), tokenizer, layer_idx=1)
-    target = ActivationExtractor(tiny_model("gpt2", n_embd=48), tokenizer, layer_idx=2)
+    """Check on two tiny models that every pair is summed for two layer pairs in one pass."""
+    from support.tiny_models import tiny_model, tiny_tokenizer
+
+    sides = [ActivationExtractor(tiny_model(name), tiny_tokenizer(), 0) for name in ("llama", "gpt2")]
     texts = [NeutralText(f"Text number {number}.", f"page {number % 7}") for number in range(70)]
-    found = collect_pairs(source, target, texts, [(1, 2), (3, 0)])
+    settings = PairSettings(((1, 2), (3, 0)))
+    found = merge_pairs([read_pairs(*sides, texts, settings, document_folds(texts, settings))])
     assert found.n_texts_without_pairs == 0
     assert {sums.n_pairs for sums in found.statistics.values()} == {len(found.end)}
-    one = ActivationExtractor(tiny_model("llama"), tokenizer, layer_idx=3)
-    again = collect_pairs(one, target, texts, [(3, 0)])
-    gram = found.statistics[3, 0].total().gram
-    assert torch.allclose(again.statistics[3, 0].total().gram, gram, rtol=1e-5, atol=1e-4)
     print(f"pair_collection OK: {len(found.end)} pairs, {found.fraction_aligned:.0%} of the tokens aligned")
 
 

@@ -20,7 +20,6 @@ from evaluation import continuation_perplexities, repetition_metrics
 from scoring.trait_classifier import TraitClassifier
 from steered_generation import SteeredGenerator, steering_error
 from support.errors import InputError
-from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -278,23 +277,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def main() -> None:
-    """Check on a tiny model that a sound set-up passes and that wrong hooks and noise are noticed."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    extractor = ActivationExtractor(model, tokenizer, layer_idx=1)
-    vector = torch.nn.functional.normalize(torch.ones(D_MODEL), dim=0)
-    generator = SteeredGenerator(model, tokenizer)
+    """Check on a tiny model that a sound set-up passes and that a wrong block is noticed."""
+    from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    extractor, generator = ActivationExtractor(model, tokenizer, 1), SteeredGenerator(model, tokenizer)
+    vector = torch.full((D_MODEL,), D_MODEL**-0.5)
     sound = check_extraction("target", extractor) + check_steering(generator, extractor, vector)
     assert all(check.status == "pass" for check in sound), sound
-    elsewhere = SteeredGenerator(model, tokenizer)
-    elsewhere.blocks = torch.nn.ModuleList([elsewhere.blocks[0]] * 4)
-    wrong = check_steering(elsewhere, extractor, vector)
-    assert wrong[0].status == "fail"
-    assert "target_block_path" in wrong[0].remedy
-    noisy = PersonaVector(vector, 1.0, 0.02, 12, 12)
-    assert [check.status for check in check_vectors("source", {"noise": noisy})] == ["pass", "fail"]
-    loops = ["no " * 20] * 4
-    assert check_baseline((model, tokenizer), ["He said"] * 4, loops).status == "fail"
-    print("preflight OK: sound steering passes; a wrong block, a noisy vector and loops fail")
+    generator.blocks = torch.nn.ModuleList([generator.blocks[0]] * 4)
+    assert check_steering(generator, extractor, vector)[0].status == "fail"
+    print("preflight OK: sound steering passes, a wrong block fails")
 
 
 if __name__ == "__main__":

@@ -114,22 +114,16 @@ def markdown_table(
 
 
 def main() -> None:
-    """Check the table on made-up numbers: the change is against the baseline, missing is a dash."""
+    """Check the table of made-up numbers: the change is against the baseline, missing is a dash."""
     number = {"mean": 0.25, "median": 20.0, "std": 0.1, "n": 3, "missing": 0}
     absent = {"mean": None, "median": None, "std": None, "n": 0, "missing": 3}
-    names = ("perplexity", "repetition", "is_collapsed")
-    common = {"persona": "check", "n": 3, "classifier_auc": 0.97, **dict.fromkeys(names, number)}
+    common = {"persona": "check", "n": 3, "classifier_auc": 0.97}
+    common |= dict.fromkeys(("perplexity", "repetition", "is_collapsed", "trait_probability"), number)
     common |= dict.fromkeys(("independent_perplexity", "gpt4_coherence_score", "gpt4_trait_score"), absent)
-    table = [
-        {**common, "condition": "baseline", "alpha": None, "trait_probability": number},
-        {**common, "condition": "oracle", "alpha": 2.0, "trait_probability": {**number, "mean": 0.75}},
-    ]
-    text = format_table(table)
-    assert "+0.50" in text
-    assert "–" in text
-    assert "AUC 0.970" in text
-    print(text)
-    print("\nsummary OK: changes are against the baseline and missing numbers are dashes")
+    steered = {"condition": "oracle", "alpha": 2.0, "trait_probability": {**number, "mean": 0.75}}
+    text = format_table([{**common, "condition": "baseline", "alpha": None}, {**common, **steered}])
+    assert all(part in text for part in ("+0.50", "–", "AUC 0.970")), text
+    print(text, "tables OK: changes are against the baseline, missing is a dash", sep="\n")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
-from experiment.pair_collection import CollectedPairs, LayerPair, document_folds, merge_pairs, read_pairs
+from experiment.pair_collection import (
+    CollectedPairs,
+    PairSettings,
+    document_folds,
+    merge_pairs,
+    read_pairs,
+)
 from model_loading import decoder_blocks, load_model, model_fingerprint
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
 from support.errors import InputError
-from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
@@ -148,17 +153,12 @@ class Worker:
         return side
 
     def pairs(
-        self,
-        texts: Sequence[NeutralText],
-        layer_pairs: Sequence[LayerPair],
-        positions: str,
-        fold_of: Mapping[str, int],
-        n_folds: int,
-        seed: int,
+        self, texts: Sequence[NeutralText], settings: PairSettings, fold_of: Mapping[str, int]
     ) -> CollectedPairs:
         """Return sums over the paired activations of some texts; see `pair_collection.read_pairs`."""
-        source, target = (self.side(name).extractor for name in ("source", "target"))
-        return read_pairs(source, target, texts, layer_pairs, positions, fold_of, n_folds, seed)
+        return read_pairs(
+            self.side("source").extractor, self.side("target").extractor, texts, settings, fold_of
+        )
 
     def write(
         self, rows: Sequence[Mapping[str, Any]], vectors: Tensor, settings: WritingSettings
@@ -214,21 +214,14 @@ class LocalExecutor:
         """Do nothing; a Ray executor lets its workers go."""
 
 
-def collect_in_chunks(
-    executor: Any,
-    texts: Sequence[NeutralText],
-    layer_pairs: Sequence[LayerPair],
-    positions: str,
-    n_folds: int,
-    seed: int,
-) -> CollectedPairs:
+def collect_in_chunks(executor: Any, texts: Sequence[NeutralText], settings: PairSettings) -> CollectedPairs:
     """Return the sums over all texts for every layer pair, read chunk by chunk by the executor's workers.
 
     Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
     """
-    common = (layer_pairs, positions, document_folds(texts, n_folds, seed), n_folds, seed)
+    fold_of = document_folds(texts, settings)
     starts = range(0, len(texts), EXTRACTION_CHUNK)
-    chunks = [(texts[start : start + EXTRACTION_CHUNK], *common) for start in starts]
+    chunks = [(texts[start : start + EXTRACTION_CHUNK], settings, fold_of) for start in starts]
     started = time.perf_counter()
     with closing(executor.run("pairs", chunks)) as results:
         pairs = merge_pairs(_in_order(results))
@@ -250,23 +243,19 @@ def _in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
 
 def main() -> None:
     """Check on tiny models that chunks give what one chunk gives."""
-    tokenizer = tiny_tokenizer()
-    sides = {
-        name: Side(name, model, tokenizer, ActivationExtractor(model, tokenizer, 1), name)
-        for name, model in (("source", tiny_model("gpt2")), ("target", tiny_model("llama")))
-    }
-    executor = LocalExecutor(Worker(sides))
-    rows = [{"prompt": f"Text {seed}", "seed": seed, "alpha": seed or None} for seed in range(6)]
-    vectors = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
+    from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    target = Side("target", model, tokenizer, ActivationExtractor(model, tokenizer, 1), "target")
     settings = WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", batch_size=4)
-    ((_, (whole, n_tokens)),) = executor.run("write", [(rows, vectors, settings)])
-    parts = [(rows[start : start + 2], vectors[start : start + 2], settings) for start in (0, 2, 4)]
-    written = [text for _, (texts, _) in executor.run("write", parts) for text in texts]
-    assert written == whole
-    prompts = [row["prompt"] for row in rows]
-    ((_, found),) = executor.run("perplexities", [(prompts, whole, ["source", "target"], 4)])
-    assert [len(found[name]) for name in ("source", "target")] == [6, 6]
-    print(f"workers OK: {n_tokens} tokens in 3 chunks are the same as in one")
+    rows, worker = (
+        [{"prompt": f"Text {n}", "seed": n, "alpha": n} for n in (1, 2, 3)],
+        Worker({"target": target}),
+    )
+    parts = [([row], torch.ones(1, D_MODEL), settings) for row in rows]
+    written = [text for _, (texts, _) in LocalExecutor(worker).run("write", parts) for text in texts]
+    assert written == worker.write(rows, torch.ones(3, D_MODEL), settings)[0]
+    print(f"workers OK: {len(written)} texts in 3 chunks are the same as in one")
 
 
 if __name__ == "__main__":

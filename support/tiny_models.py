@@ -99,14 +99,12 @@ def tiny_tokenizer(with_pad: bool = True) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """Check that the tokenizer is lossless and that every architecture runs and is causal."""
-    tokenizer = tiny_tokenizer()
-    text = "Naïve café, 100 %"
+    tokenizer, text = tiny_tokenizer(), "Naïve café, 100 %"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    tokens = torch.tensor([[256, 1, 2, 3], [256, 1, 2, 9]])
     for architecture in ARCHITECTURES:
-        model = tiny_model(architecture)
-        tokens = torch.tensor([[256, 1, 2, 3], [256, 1, 2, 9]])
         with torch.inference_mode():
-            logits = model(tokens).logits
+            logits = tiny_model(architecture)(tokens).logits
         assert torch.allclose(logits[0, :3], logits[1, :3], atol=1e-5), architecture
         assert not torch.allclose(logits[0, 3], logits[1, 3], atol=1e-3), architecture
     print(f"tiny_models OK: {len(ARCHITECTURES)} architectures run and are causal")

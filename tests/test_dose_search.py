@@ -279,7 +279,7 @@ def test_bracket_without_room_is_refused(bracket):
 
 @pytest.mark.parametrize("conditions", [[], [CONDITION, CONDITION]])
 def test_conditions_are_one_or_more_and_different(conditions):
-    with pytest.raises(ValueError, match="conditions are"):
+    with pytest.raises(ValueError, match="keys are"):
         search_doses(conditions, coherent_where(lambda alpha: True), UNSTEERED, BRACKET)
 
 

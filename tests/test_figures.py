@@ -60,7 +60,10 @@ def mapping():
 
 @pytest.fixture(scope="module")
 def maps(mapping):
-    return maps_table(mapping, [ComparisonMap("reduced_rank", 10, 14).cross_validate_from(mapping)])
+    return maps_table(
+        mapping,
+        [ComparisonMap.from_statistics("reduced_rank", mapping.statistics).cross_validate_from(mapping)],
+    )
 
 
 def test_every_condition_has_its_own_colour_and_marker():

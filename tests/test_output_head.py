@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import every_pair
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -176,9 +177,7 @@ def test_logits_on_the_cpu_have_contiguous_columns_in_one_buffer(llama):
     assert first.data_ptr() == second.data_ptr()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scale", [0.0, 3.0, 1e4])
-@pytest.mark.parametrize("size", [1, 7, PART, PART + 1, 20_000])
+@every_pair(size=[1, 7, PART, PART + 1, 20_000], scale=[0.0, 3.0, 1e4], layout=LAYOUTS)
 def test_token_log_likelihoods_are_log_softmax_in_float64(size, scale, layout):
     logits, tokens = scale * torch.randn(9, size), torch.randint(size, (9,))
     expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -194,9 +193,7 @@ def test_token_log_likelihoods_of_half_precision_lose_nothing_more(dtype):
     assert torch.allclose(token_log_likelihoods(logits, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("temperature", [1e-3, 0.7, 1.0, 100.0])
-@pytest.mark.parametrize("scale", [1.0, 1e4])
+@every_pair(scale=[1.0, 1e4], temperature=[1e-3, 0.7, 1.0, 100.0], layout=LAYOUTS)
 def test_total_weight_is_the_sum_over_the_whole_vocabulary(scale, temperature, layout):
     logits = scale * torch.randn(9, 20_000)
     logits[2, 100:] = float("-inf")
@@ -242,10 +239,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("size", [BLOCK * 200, BLOCK * 200 + 7])
-@pytest.mark.parametrize("n", [1, 20, 64])
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@every_pair(weights=WEIGHTS, states=STATES, n=[1, 20, 64], size=[BLOCK * 200, BLOCK * 200 + 7])
 def test_a_screened_product_has_the_n_largest_and_what_ties_with_them(weights, states, n, size):
     generator = torch.Generator().manual_seed(0)
     weight = WEIGHTS[weights](size, 48, generator)
@@ -288,9 +282,11 @@ def test_most_of_a_vocabulary_is_left_out():
     assert 20 <= len(product.tokens) < 2_000
 
 
-@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
-@pytest.mark.parametrize("where", [slice(None), slice(1, 2)])
-@pytest.mark.parametrize("size", [BLOCK * 90, BLOCK * 90 + 3])
+@every_pair(
+    value=[0.0, torch.nan, torch.inf],
+    where=[slice(None), slice(1, 2)],
+    size=[BLOCK * 90, BLOCK * 90 + 3],
+)
 def test_rows_without_a_largest_logit_get_the_whole_vocabulary(value, where, size):
     """So that the sampler sees what it must refuse."""
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,14 @@
 """Collected sums equal those of the pairs added by hand; documents stay whole; counts are what was read."""
 
 import pickle
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from activation_extractor import ActivationExtractor, paired_activations
-from experiment.pair_collection import collect_pairs, document_folds, merge_pairs, read_pairs
+from experiment.pair_collection import PairSettings, document_folds, merge_pairs, read_pairs
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
 from support.tiny_models import D_MODEL, tiny_model
@@ -15,7 +16,12 @@ from texts.neutral_text import NeutralText
 
 PASSAGES = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
 TEXTS = [NeutralText(PASSAGES[row % 4], f"doc {row * 5 % 11}") for row in range(70)]
-LAYER_PAIRS = [(1, 2), (3, 0)]
+LAYER_PAIRS = ((1, 2), (3, 0))
+SETTINGS = PairSettings(LAYER_PAIRS, n_folds=4, seed=3)
+
+
+def collect(sides, texts, settings):
+    return merge_pairs([read_pairs(*sides, texts, settings, document_folds(texts, settings))])
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def sides(llama, tokenizer, word_tokenizer):
 
 @pytest.fixture(scope="module")
 def collected(sides):
-    return collect_pairs(*sides, TEXTS, LAYER_PAIRS, n_folds=4, seed=3)
+    return collect(sides, TEXTS, SETTINGS)
 
 
 def documents_of(collected):
@@ -45,7 +51,7 @@ def test_sums_equal_adding_the_pairs_by_hand(sides, collected):
         for (source_layer, target_layer), statistics in by_hand.items():
             statistics.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
     assert list(zip(collected.text_idx.tolist(), collected.end.tolist(), strict=True)) == place
-    assert list(collected.statistics) == LAYER_PAIRS
+    assert tuple(collected.statistics) == LAYER_PAIRS
     for pair, expected in by_hand.items():
         found = collected.statistics[pair]
         assert torch.equal(found.sample.H_target, expected.sample.H_target)
@@ -83,12 +89,14 @@ def test_counts_and_fraction_aligned_are_what_was_read(sides, collected):
 
 def test_order_of_texts_does_not_change_the_fraction_aligned(sides):
     texts = [NeutralText("zebra zebra", f"z {number}") for number in range(64)] + TEXTS[:10]
-    fractions = [collect_pairs(*sides, order, [(1, 2)]).fraction_aligned for order in (texts, texts[::-1])]
+    fractions = [
+        collect(sides, order, PairSettings(((1, 2),))).fraction_aligned for order in (texts, texts[::-1])
+    ]
     assert fractions[0] == pytest.approx(fractions[1])
 
 
 def test_last_gives_one_pair_for_each_text(sides):
-    found = collect_pairs(*sides, TEXTS[:20], [(1, 2)], positions="last")
+    found = collect(sides, TEXTS[:20], PairSettings(((1, 2),), "last"))
     assert found.text_idx.tolist() == list(range(20))
     assert found.end.tolist() == [len(item.text) for item in TEXTS[:20]]
     expected = sides[1].extract_layers([item.text for item in TEXTS[:20]], [2])[2]
@@ -97,7 +105,7 @@ def test_last_gives_one_pair_for_each_text(sides):
 
 def test_the_seed_alone_decides_the_folds(sides):
     folds = [
-        collect_pairs(*sides, TEXTS, [(1, 2)], n_folds=4, seed=seed).statistics[1, 2].sample.folds
+        collect(sides, TEXTS, PairSettings(((1, 2),), n_folds=4, seed=seed)).statistics[1, 2].sample.folds
         for seed in (3, 3, 4)
     ]
     assert torch.equal(folds[0], folds[1])
@@ -105,7 +113,7 @@ def test_the_seed_alone_decides_the_folds(sides):
 
 
 def test_a_layer_pair_named_twice_is_summed_once(sides, collected):
-    again = collect_pairs(*sides, TEXTS, [(1, 2), (1, 2)], n_folds=4, seed=3)
+    again = collect(sides, TEXTS, PairSettings(((1, 2), (1, 2)), n_folds=4, seed=3))
     assert again.statistics[1, 2].n_pairs == collected.statistics[1, 2].n_pairs
     assert len(again.statistics) == 1
 
@@ -123,12 +131,12 @@ def test_a_layer_pair_named_twice_is_summed_once(sides, collected):
 )
 def test_texts_that_give_no_sums_are_refused(sides, texts, layer_pairs, message):
     with pytest.raises(InputError, match=message):
-        collect_pairs(*sides, texts, layer_pairs)
+        collect(sides, texts, PairSettings(tuple(layer_pairs)))
 
 
 def read_part(sides, texts, positions="word_ends"):
-    fold_of = document_folds(TEXTS, 4, 3)
-    return read_pairs(*sides, texts, LAYER_PAIRS, positions, fold_of, 4, 3)
+    settings = replace(SETTINGS, positions=positions)
+    return read_pairs(*sides, texts, settings, document_folds(TEXTS, settings))
 
 
 def assert_same_pairs(found, expected):
@@ -175,14 +183,14 @@ def test_parts_that_all_lack_pairs_are_refused(sides, n_parts, n_texts):
 
 
 def test_every_document_has_one_fold_that_depends_on_the_seed(collected):
-    fold_of = document_folds(TEXTS, 4, 3)
+    fold_of = document_folds(TEXTS, SETTINGS)
     assert set(fold_of) == {text.document for text in TEXTS}
     assert set(fold_of.values()) == set(range(4))
     folds = collected.statistics[1, 2].sample.folds.tolist()
     assert folds == [fold_of[document] for document in documents_of(collected)]
-    assert document_folds(TEXTS, 4, 4) != fold_of
+    assert document_folds(TEXTS, replace(SETTINGS, seed=4)) != fold_of
     with pytest.raises(InputError, match="12 folds over 11 groups"):
-        document_folds(TEXTS, 12, 3)
+        document_folds(TEXTS, replace(SETTINGS, n_folds=12))
 
 
 def test_pairs_that_were_pickled_merge_as_before(sides, collected):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pairwise import every_pair
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from decoding.row_sampler import BLOCK, FIRST_SIZES, MARGIN, RowSampler, largest, row_uniforms
@@ -93,10 +94,7 @@ def assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p, 
     assert (logits.double().gather(1, chosen[:, None])[:, 0] >= least).all()
 
 
-@pytest.mark.parametrize("size", [7, 60, 400])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
-@pytest.mark.parametrize("top_k", [0, 1, 5, 7])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@every_pair(temperature=[0.5, 1.0, 2.0], top_k=[0, 1, 5, 7], top_p=[1.0, 0.9, 0.3], size=[7, 60, 400])
 def test_each_token_has_the_probability_that_transformers_leaves_it(temperature, top_k, top_p, size):
     n = 2_000
     scores = 3 * torch.randn(1, size, dtype=torch.float64)
@@ -107,25 +105,24 @@ def test_each_token_has_the_probability_that_transformers_leaves_it(temperature,
     assert (frequency - expected).abs().max() < 1 / n + 1e-6
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_partial_selection_chooses_as_sorting_everything_does(size, kind, temperature, top_k, top_p):
+@every_pair(settings=SETTINGS, kind=KINDS, size=SIZES)
+def test_partial_selection_chooses_as_sorting_everything_does(settings, kind, size):
     logits, uniform = make_logits(kind, SIZES[size], size), make_uniforms(SIZES[size])
-    sampler = RowSampler(temperature, top_k, top_p)
     for layout in LAYOUTS.values():
-        chosen = sampler.choose(layout(logits), uniform)
-        assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p)
+        chosen = RowSampler(*settings).choose(layout(logits), uniform)
+        assert_chosen_as_sorted(chosen, logits, uniform, *settings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS[::2])
-def test_any_float_dtype_is_chosen_from_as_it_is(temperature, top_k, top_p, dtype, layout):
+@every_pair(
+    settings=SETTINGS[::2],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    layout=LAYOUTS,
+)
+def test_any_float_dtype_is_chosen_from_as_it_is(settings, dtype, layout):
     logits = make_logits("peaked", 24, 9_000).float().to(dtype)
     uniform = make_uniforms(24)
-    chosen = RowSampler(temperature, top_k, top_p).choose(LAYOUTS[layout](logits), uniform)
-    assert_chosen_as_sorted(chosen, logits.float(), uniform, temperature, top_k, top_p)
+    chosen = RowSampler(*settings).choose(LAYOUTS[layout](logits), uniform)
+    assert_chosen_as_sorted(chosen, logits.float(), uniform, *settings)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -164,9 +161,11 @@ def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, layout):
     assert set(chosen.tolist()) & set(tied.tolist())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [3, 50, BLOCK - 1, BLOCK, BLOCK + 1, 1_000, 9_000, 40_001])
+@every_pair(
+    size=[3, 50, BLOCK - 1, BLOCK, BLOCK + 1, 1_000, 9_000, 40_001],
+    dtype=[torch.float32, torch.bfloat16],
+    layout=LAYOUTS,
+)
 def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, layout):
     logits = torch.randint(0, 4, (20, size)).to(dtype)
     expected = [row.index(max(row)) for row in logits.tolist()]
@@ -192,23 +191,24 @@ def test_a_tiny_temperature_takes_the_most_probable_and_a_large_one_is_uniform(t
     assert ((place + 0.5) / n_kept - uniform).abs().max() < 1 / n_kept + 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("uniform", [0.0, 0.9999999, BELOW_1])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(temperature, top_k, top_p, uniform, kind):
+@every_pair(settings=SETTINGS, uniform=[0.0, 0.9999999, BELOW_1], kind=KINDS)
+def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(settings, uniform, kind):
     logits, uniforms = make_logits(kind, 24, 9_000), torch.full((24,), uniform)
-    chosen = RowSampler(temperature, top_k, top_p).choose(logits, uniforms)
+    chosen = RowSampler(*settings).choose(logits, uniforms)
     # The last tokens share less than the sum is accurate to.
-    assert_chosen_as_sorted(chosen, logits, uniforms, temperature, top_k, top_p, share_equal=0)
+    assert_chosen_as_sorted(chosen, logits, uniforms, *settings, share_equal=0)
     if uniform == 0:
         first = logits.sort(dim=-1, descending=True, stable=True).indices[:, 0]
         assert torch.equal(chosen, first)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [1, 2, 30, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 5, 300])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-def test_small_vocabularies_are_chosen_from_too(temperature, top_k, top_p, size, layout):
+@every_pair(
+    settings=SETTINGS,
+    size=[1, 2, 30, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 5, 300],
+    layout=LAYOUTS,
+)
+def test_small_vocabularies_are_chosen_from_too(settings, size, layout):
+    temperature, top_k, top_p = settings
     top_k = min(top_k, size)
     logits, uniform = 2 * torch.randn(50, size), make_uniforms(50)
     chosen = RowSampler(temperature, top_k, top_p).choose(LAYOUTS[layout](logits), uniform)
@@ -248,10 +248,9 @@ def test_the_logits_are_left_as_they_are(layout):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 5, 64, 300, 9_000])
-@pytest.mark.parametrize("size", [9_000, 40_001])
+@every_pair(
+    size=[9_000, 40_001], n=[1, 5, 64, 300, 9_000], dtype=[torch.float32, torch.bfloat16], layout=LAYOUTS
+)
 def test_largest_are_those_of_a_sorted_row(size, n, dtype, layout):
     logits = make_logits("peaked", 6, size).to(dtype)
     values, tokens = largest(LAYOUTS[layout](logits), n)
@@ -263,10 +262,12 @@ def test_largest_are_those_of_a_sorted_row(size, n, dtype, layout):
     assert all(len(set(row)) == n for row in tokens.tolist())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("settings", [(1.0, 50, 1.0), (1.0, 0, 0.9), (0.0, 0, 1.0)])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 5_000, 8_999])
+@every_pair(
+    place=[0, 5_000, 8_999],
+    value=[math.nan, math.inf],
+    settings=[(1.0, 50, 1.0), (1.0, 0, 0.9), (0.0, 0, 1.0)],
+    layout=LAYOUTS,
+)
 def test_logits_that_are_not_finite_are_refused(place, value, settings, layout):
     logits = make_logits("peaked", 5, 9_000)
     logits[3, place] = value

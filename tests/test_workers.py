@@ -10,7 +10,7 @@ import torch
 from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
 from experiment import workers
-from experiment.pair_collection import document_folds, merge_pairs
+from experiment.pair_collection import PairSettings, document_folds, merge_pairs
 from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
 from model_loading import load_model, model_fingerprint
 from steered_generation import SteeredGenerator
@@ -20,8 +20,7 @@ from texts.neutral_text import NeutralText
 
 WORDS = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
 TEXTS = [NeutralText(WORDS[row % 4], f"doc {row * 5 % 11}") for row in range(30)]
-LAYER_PAIRS = [(1, 2), (3, 0)]
-N_FOLDS, SEED = 4, 3
+PAIRS = PairSettings(((1, 2), (3, 0)), "last", n_folds=4, seed=3)
 ROWS = [
     {"prompt": f"{prompt} {number}", "seed": number, "alpha": alpha}
     for number, prompt in enumerate(("Once upon a time", "Then"))
@@ -113,8 +112,7 @@ def test_a_side_is_loaded_when_first_used_and_then_kept(model_folders, loads):
     assert worker.side("source") is first
     worker.perplexities(["Then"], [" it rains"], ["source"], 4)
     assert loads == [model_folders["source"]]
-    fold_of = document_folds(TEXTS, N_FOLDS, SEED)
-    worker.pairs(TEXTS[:2], LAYER_PAIRS, "last", fold_of, N_FOLDS, SEED)
+    worker.pairs(TEXTS[:2], PAIRS, document_folds(TEXTS, PAIRS))
     assert loads == [model_folders["source"], model_folders["target"]]
 
 
@@ -192,11 +190,9 @@ def test_a_worker_of_pickled_settings_writes_the_same(model_folders):
 
 
 def pairs_in_chunks(sides, size, positions="word_ends"):
-    fold_of = document_folds(TEXTS, N_FOLDS, SEED)
-    chunks = [
-        (TEXTS[start : start + size], LAYER_PAIRS, positions, fold_of, N_FOLDS, SEED)
-        for start in range(0, len(TEXTS), size)
-    ]
+    settings = replace(PAIRS, positions=positions)
+    fold_of = document_folds(TEXTS, settings)
+    chunks = [(TEXTS[start : start + size], settings, fold_of) for start in range(0, len(TEXTS), size)]
     return merge_pairs(part for _, part in LocalExecutor(Worker(sides)).run("pairs", chunks))
 
 

@@ -8,7 +8,6 @@ mix. A persona may also be given in the configuration, as lists of texts.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +125,14 @@ def load_prompts(name: str) -> list[str]:
 
 
 def main() -> None:
-    """Check every shipped persona: pair counts, equal final marks, nothing shared between uses."""
+    """Check every shipped persona: as many positive as negative texts, with the same final marks."""
     for name in shipped_personas():
         persona = load_persona(name)
-        assert len(persona.positive_texts) == len(persona.negative_texts) >= 12, name
-        assert len(persona.labelled_positive) == len(persona.labelled_negative) >= 40, name
         positives = persona.positive_texts + persona.labelled_positive
         negatives = persona.negative_texts + persona.labelled_negative
         assert all(a[-1] == b[-1] for a, b in zip(positives, negatives, strict=True)), name
-        assert len(set(persona.all_texts)) == len(persona.all_texts), name
         print(f"{name}: {len(persona.positive_texts)} + {len(persona.labelled_positive)} pairs")
-    prompts = {name: set(load_prompts(name)) for name in ("test", "development")}
-    assert len(prompts["test"]) == 30
-    assert len(prompts["development"]) == 10
-    assert all(not (a & b) for a, b in combinations(prompts.values(), 2))
-    print(f"personas OK: {len(shipped_personas())} personas, 30 test and 10 development prompts")
+    print("personas OK:", *(f"{len(load_prompts(name))} {name} prompts" for name in ("test", "development")))
 
 
 if __name__ == "__main__":
