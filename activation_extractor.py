@@ -33,7 +33,7 @@ from model_loading import (
 )
 from support.errors import InputError
 from support.vocabulary import PAIR_POSITIONS
-from texts.aligned_positions import aligned_places, check_offsets, token_ends
+from texts.aligned_positions import aligned_tokens, check_offsets, token_ends
 
 logger = logging.getLogger(__name__)
 
@@ -179,27 +179,31 @@ class ActivationExtractor:
             raise InputError("texts is a single string; give a list of strings, or use extract()")
         wanted = self.check_layers(layers)
         tokens = self.tokenise(texts)
-        places = [self._places(index, ids, position) for index, ids in enumerate(tokens)]
-        means = torch.stack(self._read(tokens, places, wanted, lambda activations: activations.mean(0)))
-        return {layer_idx: means[:, place] for place, layer_idx in enumerate(wanted)}
+        token_indices = [self._token_indices(index, ids, position) for index, ids in enumerate(tokens)]
+        means = torch.stack(
+            self._read(tokens, token_indices, wanted, lambda activations: activations.mean(0))
+        )
+        return {layer_idx: means[:, column] for column, layer_idx in enumerate(wanted)}
 
-    def extract_places(
+    def extract_tokens(
         self,
         tokens: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        token_indices: Sequence[Sequence[int]],
         layers: Sequence[int],
         first_index: int = 0,
     ) -> dict[int, Tensor]:
-        """Return layer_idx -> (n, d) float32: the activations at some token places of each text.
+        """Return layer_idx -> (n, d) float32: the activations at some tokens of each text.
 
-        tokens: ids of each text, no longer than `max_length`. places: token places, from 0, of
-        each text; the rows come in this order, and n is the number of places.
+        tokens: ids of each text, no longer than `max_length`. token_indices: from 0, of
+        each text; the rows come in this order, and n is their number.
         first_index: what errors call the first text.
         Raises InputError: an activation that is not finite (the text's index is named).
         """
         wanted = self.check_layers(layers)
-        rows = torch.cat(self._read(tokens, places, wanted, lambda activations: activations, first_index))
-        return {layer_idx: rows[:, place] for place, layer_idx in enumerate(wanted)}
+        rows = torch.cat(
+            self._read(tokens, token_indices, wanted, lambda activations: activations, first_index)
+        )
+        return {layer_idx: rows[:, column] for column, layer_idx in enumerate(wanted)}
 
     def check_layers(self, layers: Sequence[int]) -> list[int]:
         """Return the layers in order, each once. Raises InputError: none, or one that the model lacks."""
@@ -219,7 +223,7 @@ class ActivationExtractor:
     def token_ends(
         self, texts: Sequence[str], positions: str = "word_ends", first_index: int = 0
     ) -> tuple[list[list[int]], list[dict[int, int]]]:
-        """Return the tokens of texts, and for each text character end -> token place that may be read.
+        """Return the tokens of texts, and for each text character end -> index of the token that may be read.
 
         positions: `word_ends`, see `aligned_positions.token_ends`; or `last`: the last token alone,
         and none of a text that is cut, since what is left of it ends elsewhere for other models.
@@ -233,7 +237,7 @@ class ActivationExtractor:
             tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
             special = set(self.tokenizer.all_special_ids)
             ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
-        kept = [{end: place for end, place in found.items() if place < self.max_length} for found in ends]
+        kept = [{end: i for end, i in of_text.items() if i < self.max_length} for of_text in ends]
         return self._cut(tokens), kept
 
     def extract_persona_vector(
@@ -295,31 +299,31 @@ class ActivationExtractor:
             logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
         return [ids[: self.max_length] for ids in tokens]
 
-    def _places(self, index: int, ids: list[int], position: Position) -> list[int]:
-        """Return the places of the tokens whose mean is the result."""
+    def _token_indices(self, index: int, ids: list[int], position: Position) -> list[int]:
+        """Return the indices of the tokens whose mean is the result."""
         if position == "mean":
             special = set(self.tokenizer.all_special_ids)
-            kept = [place for place, token in enumerate(ids) if place > 0 and token not in special]
+            kept = [i for i, token in enumerate(ids) if i > 0 and token not in special]
             return kept or [len(ids) - 1]
-        place = {"last": -1, "first": 0}[position] if position in ("last", "first") else position
-        if isinstance(place, bool) or not isinstance(place, int):
+        token_index = {"last": -1, "first": 0}[position] if position in ("last", "first") else position
+        if isinstance(token_index, bool) or not isinstance(token_index, int):
             raise InputError(f"position {position!r} is unknown; choose last, mean, first or an integer")
-        if not -len(ids) <= place < len(ids):
-            raise InputError(f"position {place} is out of range: text {index} has {len(ids)} tokens")
-        return [place % len(ids)]
+        if not -len(ids) <= token_index < len(ids):
+            raise InputError(f"position {token_index} is out of range: text {index} has {len(ids)} tokens")
+        return [token_index % len(ids)]
 
     def _read(
         self,
         tokens: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        token_indices: Sequence[Sequence[int]],
         layers: list[int],
         reduce: Callable[[Tensor], Tensor],
         first_index: int = 0,
     ) -> list[Tensor]:
-        """Return `reduce` of each text's activations (places, layers, d) float32 on the CPU."""
+        """Return `reduce` of each text's activations (tokens, layers, d) float32 on the CPU."""
 
         def run(indices: list[int]) -> list[Tensor]:
-            batch = self._forward([tokens[i] for i in indices], [places[i] for i in indices], layers)
+            batch = self._forward([tokens[i] for i in indices], [token_indices[i] for i in indices], layers)
             for index, activations in zip(indices, batch, strict=True):
                 self._check_finite(activations, first_index + index)
             return [reduce(activations) for activations in batch]
@@ -330,20 +334,20 @@ class ActivationExtractor:
 
     @torch.inference_mode()
     def _forward(
-        self, tokens: list[Sequence[int]], places: list[Sequence[int]], layers: list[int]
+        self, tokens: list[Sequence[int]], token_indices: list[Sequence[int]], layers: list[int]
     ) -> Sequence[Tensor]:
-        """Return for each text of a batch (places, layers, d) float32 on the CPU."""
+        """Return for each text of a batch (tokens, layers, d) float32 on the CPU."""
         padded, _ = pad_tokens(tokens, filler_token_id(self.model), "right", self.model.device)
         # Padding on the right is hidden by causality. Without a mask, attention takes its fast path.
         with recorded_blocks(self.blocks, layers) as recorded:
             self.model(input_ids=padded, use_cache=False)
-        rows = torch.tensor([row for row, kept in enumerate(places) for _ in kept], dtype=torch.int64)
-        columns = torch.tensor([place for kept in places for place in kept], dtype=torch.int64)
+        rows = torch.tensor([row for row, kept in enumerate(token_indices) for _ in kept], dtype=torch.int64)
+        columns = torch.tensor([i for kept in token_indices for i in kept], dtype=torch.int64)
         taken = []
         for layer_idx in layers:
             hidden = recorded[layer_idx]
             taken.append(hidden[rows.to(hidden.device), columns.to(hidden.device)].float().cpu())
-        return torch.stack(taken, dim=1).split([len(kept) for kept in places])
+        return torch.stack(taken, dim=1).split([len(kept) for kept in token_indices])
 
     def _check_finite(self, activations: Tensor, index: int) -> None:
         if not activations.isfinite().all():
@@ -404,15 +408,15 @@ def paired_activations(
     while window := list(islice(remaining, WINDOW)):
         source_tokens, source_ends = source.token_ends(window, positions, first_index)
         target_tokens, target_ends = target.token_ends(window, positions, first_index)
-        aligned = [aligned_places(*sides) for sides in zip(source_ends, target_ends, strict=True)]
-        ends, source_places, target_places = zip(*aligned, strict=True)
+        aligned = [aligned_tokens(*sides) for sides in zip(source_ends, target_ends, strict=True)]
+        ends, source_indices, target_indices = zip(*aligned, strict=True)
         yield PairedBatch(
-            source.extract_places(source_tokens, source_places, source_layers, first_index),
-            target.extract_places(target_tokens, target_places, target_layers, first_index),
+            source.extract_tokens(source_tokens, source_indices, source_layers, first_index),
+            target.extract_tokens(target_tokens, target_indices, target_layers, first_index),
             torch.tensor(
-                [first_index + row for row, found in enumerate(ends) for _ in found], dtype=torch.int64
+                [first_index + row for row, of_text in enumerate(ends) for _ in of_text], dtype=torch.int64
             ),
-            torch.tensor([end for found in ends for end in found], dtype=torch.int64),
+            torch.tensor([end for of_text in ends for end in of_text], dtype=torch.int64),
             sum(map(len, source_tokens)),
             sum(map(len, target_tokens)),
         )

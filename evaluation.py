@@ -172,9 +172,9 @@ class Evaluator:
     def _trait_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         scores: list[float | None] = [None] * len(rows)
         for persona, classifier in self.classifiers.items():
-            places = [index for index, row in enumerate(rows) if row.get("persona") == persona]
-            found = classifier.score([rows[index]["output"] for index in places])
-            for index, score in zip(places, found, strict=True):
+            indices = [index for index, row in enumerate(rows) if row.get("persona") == persona]
+            of_persona = classifier.score([rows[index]["output"] for index in indices])
+            for index, score in zip(indices, of_persona, strict=True):
                 scores[index] = score
         return scores
 
@@ -266,9 +266,9 @@ def _unique_perplexities(
     lengths = [len(pairs[index][0]) for index in scored]
     # Logits of the prompt's tokens would take most of the memory and nobody reads them.
     with narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]):
-        found = run_in_batches(run, lengths, batch_size, "perplexity")
+        values = run_in_batches(run, lengths, batch_size, "perplexity")
     perplexities: list[float | None] = [None] * len(pairs)
-    for index, value in zip(scored, found, strict=True):
+    for index, value in zip(scored, values, strict=True):
         perplexities[index] = value
     return perplexities
 
@@ -285,9 +285,9 @@ def _split_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, output: str) 
 
 @torch.inference_mode()
 def _log_likelihoods(model: PreTrainedModel, tokens: Tensor, before_scored: Tensor) -> Tensor:
-    """Return log p of each token that stands behind a place in `before_scored`, (places,) float64.
+    """Return log p of each token that stands behind a position in `before_scored`, (positions,) float64.
 
-    tokens, before_scored: (rows, positions). The head may give the logits of those places alone.
+    tokens, before_scored: (rows, positions). The head may give the logits of those positions alone.
     """
     logits = model(input_ids=tokens, use_cache=False).logits
     logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]

@@ -55,7 +55,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    source: str | PackagedFile,
+    name_or_path: str | PackagedFile,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -63,18 +63,18 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
-    source: a name in PACKAGED_MODELS, a PackagedFile, a GGUF file, a local folder, or a hub id.
+    name_or_path: a name in PACKAGED_MODELS, a PackagedFile, a GGUF file, a local folder, or a hub id.
     device: `auto` (CUDA if there is any, else the CPU) or a torch device.
     dtype: `float32`, `bfloat16`, `float16` or `auto` (bfloat16 on CUDA, float32 on the CPU).
     trust_remote_code: run modelling code that a hub repository ships; needed by a few old models.
     device_map: spreads a model that is larger than one device: `auto`, or module -> device as accelerate
         takes it (`cpu` and `disk` offload); `device` then only decides dtype `auto`.
-    Raises InputError: nothing to load at `source`, or the model there is not causal.
+    Raises InputError: nothing to load at `name_or_path`, or the model there is not causal.
     """
     chosen_device = resolve_device(device)
     options = {"trust_remote_code": trust_remote_code}
     try:
-        location = _resolve_source(source)
+        location = _resolve_name(name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         if device_map is not None:
             options |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
@@ -87,15 +87,15 @@ def load_model(
         reason = _first_line(error)
         if "for this kind of AutoModel" in str(error):
             reason = "it is not a causal language model"
-        raise InputError(f"cannot load a causal language model from {source!r}: {reason}") from error
+        raise InputError(f"cannot load a causal language model from {name_or_path!r}: {reason}") from error
     model = (model.to(chosen_device) if device_map is None else model).eval()
     if model.device.type == "meta":
         raise InputError(
-            f"device_map {device_map!r} leaves the embeddings of {source!r} on disk; give them a device"
+            f"device_map {device_map!r} leaves the embeddings of {name_or_path!r} on disk; give them a device"
         )
     if not is_causal(model):
         raise InputError(
-            f"{source!r} is not a causal language model: its logits depend on later tokens. "
+            f"{name_or_path!r} is not a causal language model: its logits depend on later tokens. "
             "Choose a decoder-only model"
         )
     return model, tokenizer
@@ -140,27 +140,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _resolve_source(source: str | PackagedFile) -> str:
+def _resolve_name(name_or_path: str | PackagedFile) -> str:
     """Return what `from_pretrained` can open: a folder or a hub id."""
-    if isinstance(source, PackagedFile):
-        return str(_converted_package(source))
-    if source in PACKAGED_MODELS:
-        return str(_converted_package(PACKAGED_MODELS[source]))
-    path = Path(source).expanduser()
+    if isinstance(name_or_path, PackagedFile):
+        return str(_converted_package(name_or_path))
+    if name_or_path in PACKAGED_MODELS:
+        return str(_converted_package(PACKAGED_MODELS[name_or_path]))
+    path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"model {source!r}: no such GGUF file")
+            raise InputError(f"model {name_or_path!r}: no such GGUF file")
         return str(build_once(_converted_name(file_sha256(path)), lambda folder: _convert_gguf(path, folder)))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"model folder {source!r} has no config.json; name the folder that has it")
+            raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
         return str(path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
         raise InputError(
-            f"model {source!r} is not a packaged model ({', '.join(PACKAGED_MODELS)}), "
+            f"model {name_or_path!r} is not a packaged model ({', '.join(PACKAGED_MODELS)}), "
             "a local folder, a GGUF file or a hub id"
         )
-    return source
+    return name_or_path
 
 
 def _converted_name(gguf_sha256: str) -> str:

@@ -39,19 +39,19 @@ class HeldOutFold:
     of ridge regression: Hastie, Tibshirani & Friedman 2009, section 3.4.1.)
     """
 
-    def __init__(self, train: Moments, test: Moments, source: "HeldOutFold | None" = None) -> None:
+    def __init__(self, train: Moments, test: Moments, decomposed: "HeldOutFold | None" = None) -> None:
         """train, test: both centred on the training folds' means.
 
-        source: a fold with the same Gram matrices, whose decomposition is taken over.
+        decomposed: a fold with the same Gram matrices, whose decomposition is taken over.
         """
         self.train, self.test = train, test
-        if source is None:
+        if decomposed is None:
             eigenvalues, self.basis = torch.linalg.eigh(train.gram)
             self.eigenvalues = eigenvalues.clamp(min=0)
             self.test_gram = self.basis.T @ test.gram @ self.basis
         else:
-            self.eigenvalues, self.basis = source.eigenvalues, source.basis
-            self.test_gram = source.test_gram
+            self.eigenvalues, self.basis = decomposed.eigenvalues, decomposed.basis
+            self.test_gram = decomposed.test_gram
         self.cross = self.basis.T @ train.cross
         self.test_cross = self.basis.T @ test.cross
 
@@ -563,7 +563,7 @@ def assign_folds(
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     folds = torch.empty(n, dtype=torch.int64)
     sizes = [0] * n_folds
-    for group in sorted((distinct[place] for place in order), key=len, reverse=True):
+    for group in sorted((distinct[index] for index in order), key=len, reverse=True):
         smallest = sizes.index(min(sizes))
         folds[group] = smallest
         sizes[smallest] += len(group)

@@ -59,6 +59,7 @@ from activation_extractor import ActivationExtractor, block_output, measure_resi
 from decoding.loop import decode
 from decoding.row_sampler import FIRST_SIZES, RowSampler
 from evaluation import continuation_perplexities
+from experiment.tables import markdown_table
 from model_loading import decoder_blocks, load_model, pad_token_id, quiet_transformers
 from steered_generation import SteeredGenerator
 from support.artifacts import save_json
@@ -793,8 +794,9 @@ def ties_rows(work: Work) -> list[Row]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the rows as a table."""
-    titles = "Part, Case, Method, Measured, Against one at a time, Against transformers in a batch, Notes"
-    lines = [f"| {' | '.join(titles.split(', '))} |", "|---|---|---|---:|---:|---:|---|"]
+    ratio_columns = ("Against one at a time", "Against transformers in a batch")
+    header = ("Part", "Case", "Method", "Measured", *ratio_columns, "Notes")
+    lines = []
     for row in rows:
         digits = 0 if row.unit == "texts differ" else 1
         measured = "–" if row.value is None else f"{row.value:,.{digits}f} {row.unit}"
@@ -802,8 +804,8 @@ def markdown(rows: Sequence[Row]) -> str:
             "" if ratio is None else f"{ratio:,.3g}× the speed"
             for ratio in (row.against_one, row.against_batch)
         ]
-        lines.append(f"| {' | '.join((row.part, row.case, row.method, measured, *ratios, row.note))} |")
-    return "\n".join(lines)
+        lines.append((row.part, row.case, row.method, measured, *ratios, row.note))
+    return markdown_table(header, lines, left=("Part", "Case", "Method", "Notes"))
 
 
 def parse_arguments() -> argparse.Namespace:

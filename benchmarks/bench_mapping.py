@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiment.tables import markdown_table
 from ridge_mapping import RidgeMapping, assign_folds
 from support.artifacts import save_json
 from support.pair_statistics import DEFAULT_SAMPLE, PairStatistics
@@ -373,7 +374,7 @@ def our_readers(model: nn.Module, tokenizer: Any) -> list[Reader]:
 
     def read_word_ends(texts: list[str]) -> Tensor:
         tokens, ends = extractor.token_ends(texts)
-        return extractor.extract_places(tokens, [list(found.values()) for found in ends], [LAYER])[LAYER]
+        return extractor.extract_tokens(tokens, [list(found.values()) for found in ends], [LAYER])[LAYER]
 
     batches = f"batches of {extractor.batch_size}, sorted by length, stops after block {LAYER}"
     return [
@@ -529,14 +530,14 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
 def markdown(rows: Sequence[Row]) -> str:
     """Return the rows as a table."""
     meaning = {"s": "the time", "MiB": "the memory", "tokens/s": "the speed"}
-    lines = ["| Part | Case | Method | Measured | Against ours | Notes |", "|---|---|---|---:|---:|---|"]
+    header = ("Part", "Case", "Method", "Measured", "Against ours", "Notes")
+    lines = []
     for row in rows:
         digits = 2 if row.unit == "s" else 0
         measured = "–" if row.value is None else f"{row.value:,.{digits}f} {row.unit}"
         against = "" if row.ratio is None else f"{row.ratio:,.3g}× {meaning[row.unit]}"
-        cells = (row.part, row.case, row.method, measured, against, row.note)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((row.part, row.case, row.method, measured, against, row.note))
+    return markdown_table(header, lines, left=("Part", "Case", "Method", "Notes"))
 
 
 def machine() -> dict[str, Any]:

@@ -82,9 +82,9 @@ def decode(
         if head is not None and n_largest is not None and is_long:
             head.screen(n_largest, logits[0])
         if len(first) < len(rows):
-            place = torch.tensor(copies, device=model.device)
-            logits = logits[place]
-            batch.take(place)
+            copied = torch.tensor(copies, device=model.device)
+            logits = logits[copied]
+            batch.take(copied)
             tell_rows(rows)
         for step in range(max_new_tokens):
             chosen = choose(logits, rows, step).to(model.device)
@@ -133,10 +133,10 @@ class _Batch:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
         return self._pass(chosen[:, None])
 
-    def take(self, place: Tensor) -> None:
-        """Go on with the rows at these places, where one may stand several times."""
-        self.mask = self.mask[place]
-        self.cache.reorder_cache(place)
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows, (n,) int64, where one may stand several times."""
+        self.mask = self.mask[rows]
+        self.cache.reorder_cache(rows)
 
     def _pass(self, tokens: Tensor) -> Tensor:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -199,13 +199,13 @@ def _roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache:
 
 
 def _distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Return the first index of each distinct key, and for each key its place among these."""
-    places: dict[Hashable, int] = {}
+    """Return the first index of each distinct key, and for each key its index among these."""
+    index_of: dict[Hashable, int] = {}
     first = []
     for index, key in enumerate(keys):
-        if places.setdefault(key, len(first)) == len(first):
+        if index_of.setdefault(key, len(first)) == len(first):
             first.append(index)
-    return first, [places[key] for key in keys]
+    return first, [index_of[key] for key in keys]
 
 
 def main() -> None:

@@ -196,8 +196,8 @@ class ScreenedProduct:
         shape = (len(near), BLOCK, n_rows)
         values = torch.index_select(blocks, 0, near, out=self.near.view(*shape))
         is_below = torch.lt(values, bound, out=self.is_below.view(*shape))
-        block, place = (~is_below.all(2)).nonzero().unbind(1)
-        return torch.cat([near[block] * BLOCK + place, torch.arange(n_blocks * BLOCK, size)])
+        block, offset = (~is_below.all(2)).nonzero().unbind(1)
+        return torch.cat([near[block] * BLOCK + offset, torch.arange(n_blocks * BLOCK, size)])
 
 
 # Each head's screen stays as long as the head, since its memory is large and fresh memory slow.

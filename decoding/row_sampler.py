@@ -74,10 +74,10 @@ class RowSampler:
         for n in sizes:
             if n > sizes[0]:
                 values, tokens = largest(logits[open_rows], n)
-            place, is_certain = self._draw(
+            rank, is_certain = self._draw(
                 values.double(), uniform[open_rows], None if total is None else total[open_rows], n == size
             )
-            chosen = chosen.index_copy(0, open_rows, tokens.gather(1, place)[:, 0])
+            chosen = chosen.index_copy(0, open_rows, tokens.gather(1, rank)[:, 0])
             open_rows = open_rows[~is_certain]
             if not len(open_rows):
                 break
@@ -86,7 +86,7 @@ class RowSampler:
     def _draw(
         self, values: Tensor, uniform: Tensor, total: Tensor | None, is_whole: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return each row's place in its descending values, (rows, 1), and whether that is certain.
+        """Return each choice's rank among its row's descending values, (rows, 1), and whether it is certain.
 
         total: (rows,) the weight of the whole vocabulary, exp((logit - highest) / temperature) summed.
         """
@@ -109,13 +109,13 @@ class RowSampler:
             total = cumulative[:, -1]
         elif is_whole:
             total = cumulative[:, -1]
-        place = torch.searchsorted(cumulative, (uniform.double() * total)[:, None], right=True)
+        rank = torch.searchsorted(cumulative, (uniform.double() * total)[:, None], right=True)
         last_possible = (weights > 0).sum(-1, keepdim=True) - 1
-        is_inside = place[:, 0] <= last_possible[:, 0]
-        place = place.minimum(last_possible)
+        is_inside = rank[:, 0] <= last_possible[:, 0]
+        rank = rank.minimum(last_possible)
         # Of values that tie with the lowest one, some may not be here.
-        is_certain = is_certain & is_inside & (values.gather(1, place)[:, 0] > lowest)
-        return place, is_certain | is_whole
+        is_certain = is_certain & is_inside & (values.gather(1, rank)[:, 0] > lowest)
+        return rank, is_certain | is_whole
 
 
 def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _top(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the n largest of each row and their places; max takes the first of equal ones, topk any."""
+    """Return the n largest of each row and their indices; max takes the first of equal ones, topk any."""
     return values.max(dim=-1, keepdim=True) if n == 1 else values.topk(n, dim=-1)
 
 
@@ -152,8 +152,8 @@ def _largest_of_blocks(logits: Tensor, n: int, n_blocks: int) -> tuple[Tensor, T
     tokens = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
     rest = torch.arange(in_blocks, size, device=device).expand(len(tokens), -1)
     tokens = torch.cat([tokens, rest], dim=1)
-    values, places = _top(logits.gather(1, tokens), n)
-    return values, tokens.gather(1, places)
+    values, indices = _top(logits.gather(1, tokens), n)
+    return values, tokens.gather(1, indices)
 
 
 def row_uniforms(seed: int, prompt: str, n_steps: int) -> Tensor:

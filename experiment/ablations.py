@@ -29,15 +29,16 @@ from support.artifacts import fingerprint, save_json, save_tensors
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
 from support.run_folder import RunFolder
+from support.vocabulary import PAIR_POSITIONS
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
 
+POSITIONS = PAIR_POSITIONS[::-1]  # in the order of the report
 DEFAULT_SAMPLES = (25, 50, 100, 200, 500, 1000, 2000, 4000, 8000)
 DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75)  # the specification's layers 8, 12, 16, 20, 24 of 32
 N_HELD_OUT = 500
 STEP = 500
-POSITIONS = ("last", "word_ends")
 
 
 LayerRun = Callable[[Inputs, dict[str, Any]], dict[str, Any]]

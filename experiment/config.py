@@ -262,8 +262,8 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
         return ExperimentConfig.model_validate(config)
     except ValidationError as error:
         # Of "a list or auto", the complaint about the list is the one that helps.
-        found = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
-        problems = [_explain(problem) for problem in found]
+        problems = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
+        problems = [_explain(problem) for problem in problems]
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         raise InputError("; ".join(problems[:2]) + more) from error
 

@@ -137,10 +137,10 @@ def _draw_dimensions(panel: Axes, cv: Mapping[str, Any]) -> None:
 
 def _draw_components(panel: Axes, cv: Mapping[str, Any]) -> None:
     r2, variance = cv["best_r2_per_component"], cv["component_variance"]
-    places = range(1, len(r2) + 1)
-    panel.semilogx(places, r2, ".", markersize=3, color=COLOURS["ridge_mapped"], label="held-out R²")
+    components = range(1, len(r2) + 1)
+    panel.semilogx(components, r2, ".", markersize=3, color=COLOURS["ridge_mapped"], label="held-out R²")
     panel.semilogx(
-        places, list(accumulate(variance)), color="black", linewidth=1, label="variance up to here"
+        components, list(accumulate(variance)), color="black", linewidth=1, label="variance up to here"
     )
     panel.axhline(0, color="grey", linewidth=0.8)
     panel.set(
@@ -158,9 +158,9 @@ def _draw_maps(panel: Axes, maps: Sequence[Mapping[str, Any]]) -> None:
         ("r2_standardised", "R², standardised"),
         ("retrieval_accuracy", "retrieval"),
     )
-    for place, (key, label) in enumerate(measures):
+    for number, (key, label) in enumerate(measures):
         heights = [row[key] or 0.0 for row in maps]
-        panel.bar([index + 0.27 * (place - 1) for index in range(len(maps))], heights, 0.25, label=label)
+        panel.bar([index + 0.27 * (number - 1) for index in range(len(maps))], heights, 0.25, label=label)
     panel.axhline(0, color="grey", linewidth=0.8)
     panel.set_xticks(range(len(maps)), names, fontsize=8)
     lowest = min(-0.05, *(min(row["r2"], row["r2_standardised"]) for row in maps))

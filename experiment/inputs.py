@@ -119,7 +119,7 @@ class Inputs:
         texts = [item.text for item in self.neutral_texts[:n_texts]]
         tokens, ends = extractor.token_ends(texts, self.config.positions)
         positions = [list(by_character.values()) for by_character in ends]
-        return extractor.extract_places(tokens, positions, [extractor.layer_idx])[extractor.layer_idx]
+        return extractor.extract_tokens(tokens, positions, [extractor.layer_idx])[extractor.layer_idx]
 
     def writing_settings(self, residual_norm: float) -> WritingSettings:
         """Return how the target writes and is steered; residual_norm: at its layer."""
@@ -255,8 +255,8 @@ def start_executor(inputs: Inputs) -> LocalExecutor | RayExecutor:
 def _remote_settings(config: ExperimentConfig, side: Side) -> SideSettings:
     """Return how a worker elsewhere loads the same model in the same dtype as this process."""
     settings = side_settings(config, side.name)
-    path = Path(settings.source).expanduser()
-    if settings.source not in PACKAGED_MODELS and path.exists():
-        settings = replace(settings, source=str(path.resolve()))
+    path = Path(settings.model_name).expanduser()
+    if settings.model_name not in PACKAGED_MODELS and path.exists():
+        settings = replace(settings, model_name=str(path.resolve()))
     dtype = str(side.model.dtype).removeprefix("torch.")
     return replace(settings, dtype=dtype, expected_fingerprint=side.fingerprint)

@@ -116,8 +116,8 @@ class LayerSums:
             self.sum_target[part] += y.sum(0, dtype=torch.float64)
             self.target_squares[part] += y.square().sum(0, dtype=torch.float64)
             self.cross[part].addmm_(x.T, y)
-            for layer, place in self.source.items():
-                self.gram[layer][part].addmm_(x[:, place].T, x[:, place])
+            for layer, columns in self.source.items():
+                self.gram[layer][part].addmm_(x[:, columns].T, x[:, columns])
 
     def moments(self, source_layer: int, target_layer: int) -> tuple[Moments, Moments]:
         """Return the float64 moments of the training and the held-out pairs, around the training mean.
@@ -127,15 +127,15 @@ class LayerSums:
         rows, columns = self.source[source_layer], self.target[target_layer]
         p, q = self.sum_source[:, rows], self.sum_target[:, columns]
         a, b = p[TRAIN] / self.n[TRAIN], q[TRAIN] / self.n[TRAIN]
-        found = []
+        parts = []
         for part, n in enumerate(self.n):
             gram = self.gram[source_layer][part].double()
             cross = self.cross[part, rows, columns].double()
             gram += n * torch.outer(a, a) - torch.outer(p[part], a) - torch.outer(a, p[part])
             cross += n * torch.outer(a, b) - torch.outer(p[part], b) - torch.outer(a, q[part])
             squares = self.target_squares[part, columns] + n * b.square() - 2 * q[part] * b
-            found.append(Moments(n, a, b, gram, cross, torch.diag(squares)))
-        return found[TRAIN], found[TEST]
+            parts.append(Moments(n, a, b, gram, cross, torch.diag(squares)))
+        return parts[TRAIN], parts[TEST]
 
     def target_scale(self, target_layer: int) -> Tensor:
         """Return the root mean square of each target dimension over the training pairs, (d_target,)."""
@@ -220,10 +220,12 @@ def _difference(
 ) -> dict[int, Tensor]:
     """Return layer_idx -> the persona's difference of means, (d,) float64."""
     n_positive = len(persona.positive_texts)
-    found = extractor.extract_layers([*persona.positive_texts, *persona.negative_texts], layers, position)
+    activations = extractor.extract_layers(
+        [*persona.positive_texts, *persona.negative_texts], layers, position
+    )
     return {
         layer: (rows[:n_positive].double().mean(0) - rows[n_positive:].double().mean(0))
-        for layer, rows in found.items()
+        for layer, rows in activations.items()
     }
 
 

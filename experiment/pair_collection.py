@@ -184,10 +184,10 @@ def main() -> None:
     sides = [ActivationExtractor(tiny_model(name), tiny_tokenizer(), 0) for name in ("llama", "gpt2")]
     texts = [NeutralText(f"Text number {number}.", f"page {number % 7}") for number in range(70)]
     settings = PairSettings(((1, 2), (3, 0)))
-    found = merge_pairs([read_pairs(*sides, texts, settings, document_folds(texts, settings))])
-    assert found.n_texts_without_pairs == 0
-    assert {sums.n_pairs for sums in found.statistics.values()} == {len(found.end)}
-    print(f"pair_collection OK: {len(found.end)} pairs, {found.fraction_aligned:.0%} of the tokens aligned")
+    collected = merge_pairs([read_pairs(*sides, texts, settings, document_folds(texts, settings))])
+    assert collected.n_texts_without_pairs == 0
+    assert {sums.n_pairs for sums in collected.statistics.values()} == {len(collected.end)}
+    print(f"pair_collection OK: {len(collected.end)} pairs, {collected.fraction_aligned:.0%} aligned")
 
 
 if __name__ == "__main__":

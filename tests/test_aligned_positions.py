@@ -3,7 +3,7 @@
 import pytest
 
 from support.errors import InputError
-from texts.aligned_positions import aligned_places, check_offsets, token_ends
+from texts.aligned_positions import aligned_tokens, check_offsets, token_ends
 
 SPECIAL = 99
 TEXTS = ["the cat", "né on", "a 🙂🙂 café", "日本 x", "é", " spaces  and\ttabs\n", "ø🙂 ", "x"]
@@ -71,10 +71,10 @@ def test_a_token_that_ends_inside_a_character_is_no_place(bpe_tokenizer):
     assert 7 not in ends
 
 
-def test_aligned_places_are_the_shared_ends_in_reading_order():
+def test_aligned_tokens_are_the_shared_ends_in_reading_order():
     source, target = {9: 5, 2: 1, 4: 3, 7: 4}, {4: 1, 8: 2, 9: 3, 2: 0}
-    assert aligned_places(source, target) == ([2, 4, 9], [1, 3, 5], [0, 1, 3])
-    assert aligned_places(source, {3: 1}) == aligned_places({}, target) == ([], [], [])
+    assert aligned_tokens(source, target) == ([2, 4, 9], [1, 3, 5], [0, 1, 3])
+    assert aligned_tokens(source, {3: 1}) == aligned_tokens({}, target) == ([], [], [])
 
 
 def test_a_slow_tokenizer_is_refused_with_the_way_out(tokenizer, slow_tokenizer):

@@ -173,6 +173,11 @@ def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, lay
     assert chosen.tolist() == expected
 
 
+def test_each_token_owns_the_lower_end_of_its_share():
+    chosen = RowSampler(1.0, 0, 1.0).choose(torch.zeros(4, 4), torch.arange(4) / 4)
+    assert chosen.tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (20, 0.5), (1, 0.1)])
 def test_temperature_0_ignores_the_random_number_and_the_limits(top_k, top_p):
     logits = make_logits("peaked", 24, 9_000)

@@ -71,6 +71,23 @@ def test_steering_adds_exactly_alpha_times_v(model, tokenizer, vector, layer_idx
         assert not torch.allclose(steered[after], unsteered[after], atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_steering_keeps_the_dtype_and_the_tensor_of_the_block(tokenizer, vector, dtype):
+    """Others may hold that tensor: it must not change under them."""
+    model, before, after = tiny_model().to(dtype), [], []
+    block = decoder_blocks(model)[1]
+    block.register_forward_hook(lambda module, args, output: before.append(block_output(output)))
+    logits(model)
+    with SteeredGenerator(model, tokenizer) as generator:
+        generator.register_steering(layer_idx=1, steering_vector=vector, alpha=2.0)
+        block.register_forward_hook(lambda module, args, output: after.append(block_output(output)))
+        assert logits(model).dtype == dtype
+    assert torch.equal(before[0], before[1])
+    assert after[0].dtype == dtype
+    assert not torch.equal(after[0], before[0])
+
+
 def test_clear_steering_restores_the_logits_exactly(model, tokenizer, vector):
     before = logits(model)
     generator = SteeredGenerator(model, tokenizer)

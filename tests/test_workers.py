@@ -163,13 +163,13 @@ def test_a_block_path_is_used_and_changes_the_fingerprint(model_folders):
         ({"layer_idx": 9}, r"layer_idx 9 .*\(0 to 3\)"),
         ({"block_path": "lm_head"}, "is a Linear"),
         ({"dtype": "int8"}, "'int8' is unknown"),
-        ({"source": "absent.gguf"}, "no such GGUF file"),
+        ({"model_name": "absent.gguf"}, "no such GGUF file"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(model_folders, options, message):
     with pytest.raises(InputError, match=message):
         SideSettings(
-            **{"name": "source", "source": model_folders["source"], "device": "cpu", **options}
+            **{"name": "source", "model_name": model_folders["source"], "device": "cpu", **options}
         ).load()
 
 
@@ -316,7 +316,7 @@ def test_a_worker_refuses_a_model_that_is_not_the_expected_one(model_folders):
     (settings, _) = settings_of(model_folders).values()
     side = settings.load()
     assert replace(settings, expected_fingerprint=side.fingerprint).load().fingerprint == side.fingerprint
-    for change in ({"dtype": "bfloat16"}, {"source": model_folders["target"]}):
+    for change in ({"dtype": "bfloat16"}, {"model_name": model_folders["target"]}):
         other = replace(settings, expected_fingerprint=side.fingerprint, **change)
         with pytest.raises(InputError, match="differs between the machines"):
             other.load()

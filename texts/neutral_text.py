@@ -54,24 +54,24 @@ class NeutralText:
 
 
 def load_neutral_texts(
-    source: str, n_texts: int, forbidden: Sequence[str] = (), seed: int = 0
+    name_or_path: str, n_texts: int, forbidden: Sequence[str] = (), seed: int = 0
 ) -> list[NeutralText]:
     """Return `n_texts` passages in a deterministic shuffled order.
 
     First one from the beginning of every paragraph; if these are not enough, further ones from
     what remains of the paragraphs, from the next sentence on.
 
-    source: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
+    name_or_path: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
     forbidden: persona texts and test prompts; a paragraph is refused, counted and logged if its
         passage shares a run of 8 words with one of them (or holds a shorter one whole).
-    Raises InputError: unknown source, or fewer usable paragraphs than asked for.
+    Raises InputError: unknown name, or fewer usable paragraphs than asked for.
     """
     if n_texts < 1:
         raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
     rng = random.Random(seed)
     paragraphs = [
         (paragraph.split(), document)
-        for document, text in read_documents(source)
+        for document, text in read_documents(name_or_path)
         for paragraph in usable_paragraphs(text)
     ]
     rng.shuffle(paragraphs)
@@ -100,8 +100,8 @@ def load_neutral_texts(
         logger.warning("refused %d neutral texts that overlap persona texts or prompts", refused)
     if len(chosen) < n_texts:
         raise InputError(
-            f"neutral text {source!r} gives {len(chosen)} passages (paragraphs of {MIN_WORDS} words or more "
-            f"count), {refused} refused, but {n_texts} are wanted; lower n_training_samples (or "
+            f"neutral text {name_or_path!r} gives {len(chosen)} passages (paragraphs of {MIN_WORDS} words or "
+            f"more count), {refused} refused, but {n_texts} are wanted; lower n_training_samples (or "
             "ablation_samples) or give more text"
         )
     return chosen
@@ -109,33 +109,33 @@ def load_neutral_texts(
 
 def _after_sentence(words: list[str], start: int) -> list[str]:
     """Return the words after the sentence that words[start - 1] belongs to."""
-    for place in range(start, len(words)):
-        if re.search(r"[.!?][\"'”)]*$", words[place - 1]):
-            return words[place:]
+    for index in range(start, len(words)):
+        if re.search(r"[.!?][\"'”)]*$", words[index - 1]):
+            return words[index:]
     return []
 
 
-def read_documents(source: str) -> Iterator[tuple[str, str]]:
+def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
     """Yield (document id, text) with paragraphs separated by line breaks.
 
     `.txt`: paragraphs separated by blank lines, each a document of its own.
     `.jsonl`, `.parquet`: a field `text`, and a document id in `document`, `id` or `title` if
     there is one, else the row number.
-    Raises InputError: unknown source, a file that is missing or unreadable, or no `text` field.
+    Raises InputError: unknown name, a file that is missing or unreadable, or no `text` field.
     """
-    if source == "wikitext-103":
+    if name_or_path == "wikitext-103":
         return _wikitext()
-    if source == "wikipedia-sample":
+    if name_or_path == "wikipedia-sample":
         return _wikipedia_sample()
-    path = Path(source).expanduser()
+    path = Path(name_or_path).expanduser()
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise InputError(
-            f"neutral_text {source!r} is unknown; choose 'wikitext-103', 'wikipedia-sample' or a "
+            f"neutral_text {name_or_path!r} is unknown; choose 'wikitext-103', 'wikipedia-sample' or a "
             f"{', '.join(readers)} file"
         )
     if not path.is_file():
-        raise InputError(f"neutral_text file {source!r} does not exist")
+        raise InputError(f"neutral_text file {name_or_path!r} does not exist")
     return readers[path.suffix](path)
 
 
