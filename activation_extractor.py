@@ -20,9 +20,10 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
+from decoding.steering_hooks import block_output, refuse_steered
 from model_loading import (
     check_layer,
     context_length,
@@ -30,10 +31,12 @@ from model_loading import (
     decoder_blocks,
     filler_token_id,
     pad_tokens,
+    plain_model,
 )
 from support.errors import InputError
 from support.vocabulary import PAIR_POSITIONS
 from texts.aligned_positions import aligned_tokens, check_offsets, token_ends
+from texts.encoding import encode, encode_with_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +48,6 @@ Position = str | int
 
 class _StopForward(Exception):
     """Ends a forward pass whose remaining blocks nobody reads."""
-
-
-def block_output(output: Tensor | tuple) -> Tensor:
-    """Return the hidden states in what a decoder block returned: a tensor, or a tuple headed by one."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -119,6 +117,7 @@ class ActivationExtractor:
     max_length: longest text in tokens; longer ones are cut at the end and counted in
         `n_truncated`. None means the model's context.
     block_path: dotted path of the block list, for architectures that cannot be recognised.
+    read_steered: read a model that a SteeredGenerator steers too; else that is refused.
     n_tokens counts the tokens read so far.
     """
 
@@ -131,9 +130,12 @@ class ActivationExtractor:
         batch_size: int = 8,
         max_length: int | None = None,
         block_path: str | None = None,
+        read_steered: bool = False,
     ) -> None:
         """Raises InputError: layer out of range, or no decoder blocks found."""
+        model = plain_model(model)
         self.model = model if device is None else model.to(device)
+        self.read_steered = read_steered
         self.tokenizer = tokenizer
         self.block_path = block_path
         self.blocks = decoder_blocks(model, block_path)
@@ -218,7 +220,8 @@ class ActivationExtractor:
 
         Raises InputError for an empty text, counted from `first_index`.
         """
-        return self._cut(self._encode(texts, first_index)["input_ids"])
+        self._check_texts(texts, first_index)
+        return self._cut(encode(self.tokenizer, texts, self.model, first_index))
 
     def token_ends(
         self, texts: Sequence[str], positions: str = "word_ends", first_index: int = 0
@@ -229,12 +232,12 @@ class ActivationExtractor:
         and none of a text that is cut, since what is left of it ends elsewhere for other models.
         Raises InputError as `tokenise`.
         """
+        self._check_texts(texts, first_index)
         if positions == "last":
-            tokens = self._encode(texts, first_index)["input_ids"]
+            tokens = encode(self.tokenizer, texts, self.model, first_index)
             ends = [{len(text): len(ids) - 1} for text, ids in zip(texts, tokens, strict=True)]
         else:
-            encoded = self._encode(texts, first_index, return_offsets_mapping=True)
-            tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            tokens, offsets = encode_with_offsets(self.tokenizer, texts, self.model, first_index)
             special = set(self.tokenizer.all_special_ids)
             ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
         kept = [{end: i for end, i in of_text.items() if i < self.max_length} for of_text in ends]
@@ -285,11 +288,10 @@ class ActivationExtractor:
             n_negative=len(negative_texts),
         )
 
-    def _encode(self, texts: Sequence[str], first_index: int, **options: bool) -> BatchEncoding:
+    def _check_texts(self, texts: Sequence[str], first_index: int) -> None:
         for index, text in enumerate(texts, start=first_index):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"text {index} is empty or not a string ({text!r}); remove it")
-        return self.tokenizer(list(texts), verbose=False, **options)
 
     def _cut(self, tokens: list[list[int]]) -> list[list[int]]:
         """Return the texts cut to the longest length allowed, counting those that lose something."""
@@ -328,6 +330,8 @@ class ActivationExtractor:
                 self._check_finite(activations, first_index + index)
             return [reduce(activations) for activations in batch]
 
+        if not self.read_steered:
+            refuse_steered(self.model, otherwise=", or pass read_steered=True to read it as it is")
         self.n_tokens += sum(len(ids) for ids in tokens)
         lengths = [len(ids) for ids in tokens]
         return run_in_batches(run, lengths, self.batch_size, "extracting", quiet=len(tokens) <= WINDOW)

@@ -21,10 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
-from model_loading import context_length, filler_token_id, pad_tokens
+from decoding.steering_hooks import unsteered
+from model_loading import context_length, filler_token_id, pad_tokens, plain_model
 from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
 from scoring.trait_classifier import TraitClassifier
 from support.errors import InputError
+from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -224,15 +226,17 @@ def continuation_perplexities(
     A continuation's tokens are those after the longest common beginning of the tokenised
     prompt and the tokenised whole, so a token across the seam belongs to the continuation.
     None where no token is left to score. Texts longer than the context lose their beginning. Texts
-    that are there twice are scored once.
+    that are there twice are scored once. What steers the model is switched off for the while.
     """
+    model = plain_model(model)
     if len(prompts) != len(outputs):
         raise InputError(f"got {len(prompts)} prompts and {len(outputs)} outputs; give one output a prompt")
 
     def compute(unique: list[tuple[str, str]]) -> list[float | None]:
         return _unique_perplexities(model, tokenizer, unique, batch_size)
 
-    return _once_each(compute, list(zip(prompts, outputs, strict=True)))
+    with unsteered(model):
+        return _once_each(compute, list(zip(prompts, outputs, strict=True)))
 
 
 def _unique_perplexities(
@@ -242,7 +246,7 @@ def _unique_perplexities(
     batch_size: int,
 ) -> list[float | None]:
     limit = context_length(model, tokenizer)
-    whole = [_split_tokens(tokenizer, *pair) for pair in texts]
+    whole = _split_tokens(model, tokenizer, texts)
     n_cut = sum(len(tokens) > limit for tokens, _ in whole)
     pairs = [(tokens[-limit:], max(1, start - max(0, len(tokens) - limit))) for tokens, start in whole]
     scored = [index for index, (tokens, start) in enumerate(pairs) if start < len(tokens)]
@@ -273,14 +277,17 @@ def _unique_perplexities(
     return perplexities
 
 
-def _split_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, output: str) -> tuple[list[int], int]:
-    """Return the tokens of prompt + output and where the output's begin."""
-    before = tokenizer(prompt, verbose=False).input_ids
-    tokens = tokenizer(prompt + output, verbose=False).input_ids
-    start = next((i for i, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), None)
-    if start is None:
-        start = min(len(before), len(tokens))
-    return tokens, start
+def _split_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], int]]:
+    """Return the tokens of each prompt + output and where the output's begin."""
+    before = encode(tokenizer, [prompt for prompt, _ in texts], model)
+    whole = encode(tokenizer, [prompt + output for prompt, output in texts], model)
+    starts = []
+    for of_prompt, tokens in zip(before, whole, strict=True):
+        start = next((i for i, (a, b) in enumerate(zip(of_prompt, tokens, strict=False)) if a != b), None)
+        starts.append(min(len(of_prompt), len(tokens)) if start is None else start)
+    return list(zip(whole, starts, strict=True))
 
 
 @torch.inference_mode()

@@ -14,14 +14,22 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from support.artifacts import file_sha256
@@ -51,6 +59,10 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
     ),
 }
 
+QUANTIZATIONS = ("none", "8bit", "4bit")
+ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
+# Parts of other modalities, and buffers that old checkpoints hold beside the weights.
+HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,35 +72,52 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     device_map: str | dict[str, int | str] | None = None,
+    revision: str | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
-    name_or_path: a name in PACKAGED_MODELS, a PackagedFile, a GGUF file, a local folder, or a hub id.
+    name_or_path: a name in PACKAGED_MODELS, a PackagedFile, a GGUF file, a local folder, or a hub id; of a
+        folder with a PEFT adapter, the base model with the adapter merged into its weights.
     device: `auto` (CUDA if there is any, else the CPU) or a torch device.
     dtype: `float32`, `bfloat16`, `float16` or `auto` (bfloat16 on CUDA, float32 on the CPU).
     trust_remote_code: run modelling code that a hub repository ships; needed by a few old models.
     device_map: spreads a model that is larger than one device: `auto`, or module -> device as accelerate
         takes it (`cpu` and `disk` offload); `device` then only decides dtype `auto`.
-    Raises InputError: nothing to load at `name_or_path`, or the model there is not causal.
+    revision: branch, tag or commit of a hub id.
+    quantization: `none`, or `8bit` or `4bit` (NF4) as bitsandbytes does it on CUDA, with products in `dtype`.
+    Raises InputError: nothing to load at `name_or_path`, weights that do not fit the architecture there, or
+        a model that is not causal.
     """
     chosen_device = resolve_device(device)
-    options = {"trust_remote_code": trust_remote_code}
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         location = _resolve_name(name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        if device_map is not None:
-            options |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=resolve_dtype(dtype, chosen_device), **options
+        if revision is not None:
+            if Path(location).exists():
+                raise InputError(
+                    f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine"
+                )
+            options["revision"] = revision
+        base = _base_of_adapter(location)
+        of_tokenizer = location if base is None or (Path(location) / TOKENIZER_CONFIG).exists() else base
+        tokenizer = AutoTokenizer.from_pretrained(of_tokenizer, **options)
+        placed = options | _placement(
+            base or location, chosen_device, chosen_dtype, device_map, quantization, options
         )
+        model = _with_all_weights(base or location, dtype=chosen_dtype, **placed)
+        if base is not None:
+            model = _with_adapter(model, location)
+        if "device_map" not in placed:
+            model = model.to(chosen_device)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = _first_line(error)
-        if "for this kind of AutoModel" in str(error):
-            reason = "it is not a causal language model"
-        raise InputError(f"cannot load a causal language model from {name_or_path!r}: {reason}") from error
-    model = (model.to(chosen_device) if device_map is None else model).eval()
+    except Exception as error:  # whatever a library or a repository's own code raises
+        raise InputError(
+            f"cannot load a causal language model from {name_or_path!r}: {_reason(error, name_or_path)}"
+        ) from error
+    model.eval()
     if model.device.type == "meta":
         raise InputError(
             f"device_map {device_map!r} leaves the embeddings of {name_or_path!r} on disk; give them a device"
@@ -99,6 +128,115 @@ def load_model(
             "Choose a decoder-only model"
         )
     return model, tokenizer
+
+
+def _placement(
+    location: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | dict[str, int | str] | None,
+    quantization: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what tells `from_pretrained` where to put the weights, and in which form."""
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"quantization {quantization!r} is unknown; choose {', '.join(QUANTIZATIONS)}")
+    placed: dict[str, Any] = {}
+    if quantization != "none":
+        if device.type != "cuda" or not is_bitsandbytes_available():
+            raise InputError(
+                f"quantization {quantization!r} needs a CUDA device and the package bitsandbytes; "
+                "choose 'none'"
+            )
+        placed["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if device_map is not None:
+        return placed | {"device_map": device_map, "offload_folder": _new_offload_folder()}
+    config = AutoConfig.from_pretrained(location, **options)
+    if placed or getattr(config, "quantization_config", None) is not None:
+        placed["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
+    return placed
+
+
+def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
+    """Return a model whose weights all come from the checkpoint.
+
+    transformers fills what a checkpoint lacks with random numbers. Raises InputError: a weight is missing or
+    of another shape, or the checkpoint has more of the decoder than the configuration describes.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    beside, extra = [], []
+    for key in sorted(report["unexpected_keys"]):
+        is_decoder = key.startswith(f"{model.base_model_prefix}.") and not HARMLESS_WEIGHTS.search(key)
+        (extra if is_decoder else beside).append(key)
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
+        "that the model does not have": extra,
+    }
+    if any(problems.values()):
+        problems["that the model does not have"] = sorted([*extra, *beside])
+        listed = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for what, keys in problems.items()
+            if keys
+        )
+        raise InputError(
+            f"the weights at {location!r} do not fit {type(model).__name__}, and some would be random: "
+            f"{listed}; check the checkpoint's config.json and the names of its tensors"
+        )
+    if beside:
+        logger.info("%s: %d tensors are no part of the decoder, as %s", location, len(beside), beside[0])
+    return model
+
+
+def _base_of_adapter(location: str) -> str | None:
+    """Return what to load the base model of a PEFT adapter's folder from; None if it is no such folder."""
+    path = Path(location) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(
+            f"{path} names no base_model_name_or_path; merge the adapter into its model yourself"
+        )
+    return _resolve_name(base)
+
+
+def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Return the model with a PEFT adapter merged into its weights."""
+    from peft import PeftModel  # takes seconds to import and few need it
+
+    adapted = PeftModel.from_pretrained(model, folder)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise InputError(f"the adapter at {folder!r} cannot be merged into weights; a LoRA adapter can")
+    return adapted.merge_and_unload()
+
+
+def _reason(error: Exception, name_or_path: str | PackagedFile) -> str:
+    if "for this kind of AutoModel" not in str(error):
+        return (
+            f"{type(error).__name__}: {_first_line(error)}"
+            if isinstance(error, ImportError)
+            else _first_line(error)
+        )
+    try:
+        config = AutoConfig.from_pretrained(_resolve_name(name_or_path))
+    except Exception:
+        return "it is not a causal language model"
+    others = [name for name in ("vision", "audio") if hasattr(config, f"{name}_config")]
+    if others:
+        return (
+            f"it is a {config.model_type} model of text and {' and '.join(others)}; save its language model "
+            "alone to a folder, with the tokenizer, and load that"
+        )
+    return f"a {config.model_type} model is not a causal language model"
 
 
 def _new_offload_folder() -> str:
@@ -152,7 +290,7 @@ def _resolve_name(name_or_path: str | PackagedFile) -> str:
             raise InputError(f"model {name_or_path!r}: no such GGUF file")
         return str(build_once(_converted_name(file_sha256(path)), lambda folder: _convert_gguf(path, folder)))
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
         return str(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
@@ -213,7 +351,9 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 def n_layers(model: PreTrainedModel) -> int:
     """Return the number of decoder blocks that the model's configuration states."""
-    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    config = model.config.get_text_config(decoder=True)
+    # Of Bart and its like, num_hidden_layers counts the encoder's.
+    return int(getattr(config, "decoder_layers", config.num_hidden_layers))
 
 
 def d_model(model: PreTrainedModel) -> int:
@@ -312,10 +452,26 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in passing}
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with; masked out, so any valid id serves when there is no pad token."""
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model in a PEFT wrapper, with its adapter at work; any other as it is.
+
+    Raises InputError: an adapter that works on the prompt, which the model itself does not hold.
+    """
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        return model
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise InputError(
+            f"{type(model).__name__} holds a prompt-learning adapter, which its blocks know nothing of; "
+            "use a LoRA adapter, or merge the adapter"
+        )
+    return model.get_base_model()
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """Return an id to pad with: it is masked out, so that any id with an embedding serves."""
+    n_embeddings = len(model.get_input_embeddings().weight)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < n_embeddings:
             return int(candidate)
     return 0
 

@@ -278,6 +278,10 @@ class RidgeMapping:
         """
         return map_directions(self._fitted_W(), v_source)
 
+    def unit_direction(self, v_source: Tensor) -> Tensor:
+        """Map directions as `transform` does, and divide each by its L2 norm: what steering takes."""
+        return torch.nn.functional.normalize(self.transform(v_source), dim=-1)
+
     def predict(self, H_source: Tensor) -> Tensor:
         """Map activations, (d_source,) or (n, d_source), to the target, with intercept.
 

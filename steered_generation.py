@@ -11,82 +11,39 @@ a row depend on (its seed, its prompt, the step) alone, so that neither batch si
 order changes them, and two conditions of one prompt and seed share them.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from numbers import Integral
 from types import TracebackType
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activation_extractor import block_output
 from decoding.batching import run_in_batches
-from decoding.loop import check_decodable, decode
+from decoding.loop import check_decodable, decode, hides_left_padding
 from decoding.row_sampler import RowSampler, row_uniforms
+from decoding.steering_hooks import RowSteering, Steering, refuse_steered
 from model_loading import (
     check_layer,
     context_length,
     d_model,
     decoder_blocks,
     pad_token_id,
+    plain_model,
 )
 from support.errors import InputError
 from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
+from texts.encoding import encode
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Steering:
-    """One registered vector: what the hook adds and whether it adds it now."""
-
-    vector: Tensor
-    alpha: float
-    scale: float
-    at_last: bool
-    handle: RemovableHandle | None = None
-    active: bool = True
-
-    def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        """Return the block's output with alpha * v added; never changes a tensor in place."""
-        if not self.active or self.alpha == 0:
-            return None
-        return _with_added(output, self.alpha * self.scale * self.vector, self.at_last)
-
-
-def _with_added(output: Tensor | tuple, added: Tensor, at_last: bool) -> Tensor | tuple:
-    """Return a block's output with `added`, (d,) or (rows, 1, d), on its hidden states (rows, positions, d).
-
-    at_last: only on the last position, where the next token is predicted.
-    """
-    hidden = block_output(output)
-    added = added.to(hidden.device, hidden.dtype)
-    if at_last and hidden.shape[1] > 1:
-        steered = torch.cat([hidden[:, :-1], hidden[:, -1:] + added], dim=1)
-    else:
-        steered = hidden + added
-    return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-
-class _RowSteering:
-    """Adds to each row of a batch a vector of its own, at one layer, and follows rows that leave."""
-
-    def __init__(self, added: Tensor, at_last: bool) -> None:
-        """added: (rows, d) float32, on the model's device."""
-        self.added = added
-        self.current = added
-        self.at_last = at_last
-
-    def keep(self, rows: Tensor) -> None:
-        self.current = self.added[rows]
-
-    def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        return _with_added(output, self.current[:, None], self.at_last)
-
-
-def _remove_hooks(steering: dict[int, _Steering]) -> None:
+def _remove_hooks(steering: dict[int, Steering]) -> None:
     while steering:
         _, entry = steering.popitem()
         if entry.handle is not None:
@@ -126,6 +83,7 @@ class SteeredGenerator:
         steer_positions: str = "all",
     ) -> None:
         """Raises InputError: unknown alpha_unit or steer_positions, no decoder blocks or no cache found."""
+        model = plain_model(model)
         check_decodable(model)
         if steer_positions not in STEER_POSITIONS:
             raise InputError(
@@ -141,7 +99,8 @@ class SteeredGenerator:
         self.batch_size = batch_size
         self.at_last = steer_positions == "generated"
         self.n_tokens = 0
-        self._steering: dict[int, _Steering] = {}
+        self._hides_padding = hides_left_padding(model, pad_token_id(tokenizer, model))
+        self._steering: dict[int, Steering] = {}
         weakref.finalize(self, _remove_hooks, self._steering)
 
     def __enter__(self) -> "SteeredGenerator":
@@ -155,26 +114,38 @@ class SteeredGenerator:
     ) -> None:
         self.clear_steering()
 
-    def register_steering(self, layer_idx: int, steering_vector: Tensor, alpha: float = 1.0) -> None:
+    def register_steering(
+        self, layer_idx: int, steering_vector: Tensor | np.ndarray | Sequence[float], alpha: float = 1.0
+    ) -> None:
         """Add alpha * steering_vector to the output of block `layer_idx` from now on.
 
-        steering_vector: (d,). Several layers may be registered; a second vector at the same
-        layer replaces the first. Everything is checked before a hook is attached.
+        steering_vector: (d,), used as long as it is; with `residual_norm`, alpha is in units of that norm
+        only for a vector of length 1, and another one is warned of. Several layers may be registered; a
+        second vector at the same layer replaces the first. Everything is checked before a hook is attached.
         Raises InputError: layer out of range, wrong width, a vector or alpha that is not
         finite, or no residual norm for the layer where `alpha_unit` needs it.
         """
         check_layer(layer_idx, self.blocks)
+        vector = _as_tensor(steering_vector, "steering_vector")
         width = d_model(self.model)
-        if steering_vector.shape != (width,):
+        if vector.shape != (width,):
             raise InputError(
-                f"steering_vector has shape {tuple(steering_vector.shape)}, expected ({width},), "
+                f"steering_vector has shape {tuple(vector.shape)}, expected ({width},), "
                 "the width of the model that is steered"
             )
-        if not steering_vector.isfinite().all():
-            raise InputError("steering_vector has values that are not finite; extract it again in float32")
         scale = self.alpha_scale(layer_idx)
-        vector = steering_vector.detach().float().to(self.model.device)
-        steering = _Steering(vector, _checked_alpha(alpha), scale, self.at_last)
+        if self.alpha_unit == "residual_norm" and abs(vector.norm().item() - 1) > 1e-3:
+            logger.warning(
+                "the steering vector at layer %d has length %.3g: with alpha_unit residual_norm, alpha %g "
+                "adds %.3g residual norms; divide the vector by its norm",
+                layer_idx,
+                vector.norm(),
+                alpha,
+                alpha * vector.norm(),
+            )
+        steering = Steering(
+            layer_idx, vector.to(self.model.device), _checked_alpha(alpha), scale, self.at_last
+        )
         self.clear_steering(layer_idx)
         steering.handle = self.blocks[layer_idx].register_forward_hook(steering.hook)
         self._steering[layer_idx] = steering
@@ -228,7 +199,7 @@ class SteeredGenerator:
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         layer_idx: int | Sequence[int | Collection[int]] | None = None,
-        steering_vectors: Tensor | None = None,
+        steering_vectors: Tensor | np.ndarray | Sequence[Sequence[float]] | None = None,
         alphas: Sequence[float] | None = None,
     ) -> list[str]:
         """Return a continuation, without its prompt, for each prompt, in their order.
@@ -241,8 +212,10 @@ class SteeredGenerator:
             layer_idx is one layer for all, or for each prompt its layer or its set of layers.
             Alpha 0 leaves a row unsteered.
         Raises InputError: no prompts, an empty one, one too long for the context, an option
-        out of range, or row vectors that don't fit prompts and model.
+        out of range, row vectors that don't fit prompts and model, or a model that another
+        generator steers.
         """
+        refuse_steered(self.model, tuple(self._steering.values()))
         if isinstance(prompts, str) or not prompts:
             raise InputError("prompts must be a list with at least one string; for one use generate()")
         row_seeds = [0] * len(prompts) if seeds is None else list(seeds)
@@ -258,7 +231,14 @@ class SteeredGenerator:
             return self._write([tokens[i] for i in indices], max_new_tokens, sampler, uniform, here)
 
         lengths = [len(ids) for ids in tokens]
-        return run_in_batches(run, lengths, self.batch_size, "generating", on_halved=self._shrink)
+        return run_in_batches(
+            run,
+            lengths,
+            self.batch_size,
+            "generating",
+            on_halved=self._shrink,
+            equal_lengths=not self._hides_padding,
+        )
 
     def _shrink(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -276,7 +256,7 @@ class SteeredGenerator:
         self,
         n_rows: int,
         layer_idx: int | Sequence[int | Collection[int]] | None,
-        steering_vectors: Tensor | None,
+        steering_vectors: Tensor | np.ndarray | Sequence[Sequence[float]] | None,
         alphas: Sequence[float] | None,
     ) -> dict[int, Tensor]:
         """Return what is added to each row, layer -> (rows, d) float32, on the CPU."""
@@ -286,16 +266,14 @@ class SteeredGenerator:
         if not all(given):
             raise InputError("row steering needs layer_idx, steering_vectors and alphas together")
         row_layers = self._row_layers(n_rows, layer_idx)
+        vectors = _as_tensor(steering_vectors, "steering_vectors").cpu()
         shape = (n_rows, d_model(self.model))
-        if steering_vectors.shape != shape or len(alphas) != n_rows:
+        if vectors.shape != shape or len(alphas) != n_rows:
             raise InputError(
-                f"got steering_vectors {tuple(steering_vectors.shape)} and {len(alphas)} alphas for "
+                f"got steering_vectors {tuple(vectors.shape)} and {len(alphas)} alphas for "
                 f"{n_rows} prompts; expected {shape} and one alpha for each prompt"
             )
-        if not steering_vectors.isfinite().all():
-            raise InputError("steering_vectors has values that are not finite; extract it again in float32")
         strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas])
-        vectors = steering_vectors.detach().float().cpu()
         added = {}
         for layer in sorted(set().union(*row_layers)):
             here = torch.tensor([layer in layers for layers in row_layers])
@@ -314,21 +292,20 @@ class SteeredGenerator:
 
     def tokenise_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
         """Return each prompt's tokens. Raises InputError for one that is empty or too long to go on."""
-        return [self._tokenise(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
-
-    def _tokenise(self, index: int, prompt: str, max_new_tokens: int) -> list[int]:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"prompt {index} is empty or not a string ({prompt!r}); remove it")
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError(f"prompt {index} is empty or not a string ({prompt!r}); remove it")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
-        ids = self.tokenizer(prompt, verbose=False).input_ids
+        tokens = encode(self.tokenizer, prompts, self.model)
         limit = context_length(self.model, self.tokenizer)
-        if len(ids) + max_new_tokens > limit:
-            raise InputError(
-                f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that exceeds "
-                f"the context of {limit}; shorten the prompt or lower max_new_tokens"
-            )
-        return ids
+        for index, ids in enumerate(tokens):
+            if len(ids) + max_new_tokens > limit:
+                raise InputError(
+                    f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that exceeds "
+                    f"the context of {limit}; shorten the prompt or lower max_new_tokens"
+                )
+        return tokens
 
     def _write(
         self,
@@ -341,7 +318,7 @@ class SteeredGenerator:
         """Return the continuations of one batch; uniform: (rows, steps), added: layer -> (rows, d)."""
         device = self.model.device
         uniform = uniform.to(device)
-        steered = {layer: _RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
+        steered = {layer: RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
 
         def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             return sampler.choose(logits, uniform[rows, step])
@@ -359,7 +336,7 @@ class SteeredGenerator:
                 choose,
                 max_new_tokens,
                 ends=self._end_tokens(),
-                pad_id=pad_token_id(self.tokenizer),
+                pad_id=pad_token_id(self.tokenizer, self.model),
                 rows_change=keep,
                 alike=[
                     (*ids, *(vectors[row].numpy().tobytes() for vectors in added.values()))
@@ -401,7 +378,7 @@ class SteeredGenerator:
             )
         return norm
 
-    def _chosen(self, layer_idx: int | None) -> list[_Steering]:
+    def _chosen(self, layer_idx: int | None) -> list[Steering]:
         if layer_idx is None:
             return list(self._steering.values())
         if layer_idx not in self._steering:
@@ -409,6 +386,19 @@ class SteeredGenerator:
                 f"no steering is registered at layer {layer_idx} (registered: {sorted(self._steering)})"
             )
         return [self._steering[layer_idx]]
+
+
+def _as_tensor(values: Any, name: str) -> Tensor:
+    """Return values as a float32 tensor. Raises InputError: no numbers, or some that are not finite."""
+    if isinstance(values, list | tuple):
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    try:
+        tensor = torch.as_tensor(values).detach().float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is a {type(values).__name__}, expected numbers: {error}") from error
+    if not tensor.isfinite().all():
+        raise InputError(f"{name} has values that are not finite; extract it again in float32")
+    return tensor
 
 
 def _checked_alpha(alpha: float) -> float:

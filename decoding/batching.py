@@ -6,6 +6,7 @@ the input, whatever the batch size, so callers never see the sorting.
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -22,13 +23,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def length_sorted_batches(
+    lengths: Sequence[int], batch_size: int, equal_lengths: bool = False
+) -> list[list[int]]:
     """Return batches of indices, longest first, so that a batch wastes little padding.
 
     The longest batch comes first: if memory is short, that is known at once.
+    equal_lengths: items of different lengths never share a batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    groups = [list(group) for _, group in groupby(order, lengths.__getitem__)] if equal_lengths else [order]
+    return [
+        group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
+    ]
 
 
 def run_in_batches(
@@ -39,6 +46,7 @@ def run_in_batches(
     unit: str = "text",
     quiet: bool = False,
     on_halved: Callable[[int], None] | None = None,
+    equal_lengths: bool = False,
 ) -> list[Result]:
     """Return `run`'s result for every item, in input order.
 
@@ -46,6 +54,7 @@ def run_in_batches(
     lengths: (n,) length of each item in tokens; items of similar length share a batch.
     quiet: show no progress.
     on_halved: told the new batch size, for callers with more work to come.
+    equal_lengths: see `length_sorted_batches`.
     When memory runs out, the batch is halved and the smaller size is kept for the rest;
     a single item that does not fit raises the original error.
     """
@@ -54,7 +63,7 @@ def run_in_batches(
     results: dict[int, Result] = {}
     # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
     silent = True if quiet or len(lengths) <= batch_size else None
-    pending = length_sorted_batches(lengths, batch_size)[::-1]
+    pending = length_sorted_batches(lengths, batch_size, equal_lengths)[::-1]
     with tqdm(total=len(lengths), desc=desc, unit=unit, disable=silent, leave=False) as progress:
         while pending:
             indices = pending.pop()

@@ -16,6 +16,7 @@ from evaluation import Evaluator
 from experiment.inputs import Inputs
 from scoring.gpt_judge import TOKENS_PER_JUDGEMENT
 from support.tiny_models import tiny_model, tiny_tokenizer
+from texts.encoding import encode
 
 N_TEXTS = 16
 N_TOKENS = 8
@@ -78,7 +79,7 @@ def _describe_search(inputs: Inputs) -> list[str]:
         wanted = extractor.check_layers(layers or range(len(extractor.blocks)))
         widths.append(len(wanted) * extractor.d_model)
         sample = [item.text for item in inputs.neutral_texts[:N_TEXTS]]
-        n_tokens = sum(len(side.tokenizer(text).input_ids) for text in sample)
+        n_tokens = sum(map(len, encode(side.tokenizer, sample)))
         spent = _seconds(partial(extractor.extract_layers, sample, wanted))
         reading += spent / n_tokens * config.search_tokens
     square = torch.ones(1024, 1024)
@@ -95,7 +96,7 @@ def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
     sample = texts[:N_TEXTS]
     seconds, tokens = 0.0, {}
     for side in inputs.sides:
-        counts = [len(side.tokenizer(text).input_ids) for text in texts]
+        counts = [len(ids) for ids in encode(side.tokenizer, texts)]
         tokens[side.name] = sum(counts)
         spent = _seconds(lambda side=side: side.extractor.extract_batch(sample))
         seconds += spent * sum(counts) / sum(counts[:N_TEXTS])

@@ -25,6 +25,7 @@ from scoring.trait_classifier import TraitClassifier, check_labelled, train_trai
 from steered_generation import SteeredGenerator
 from support.errors import InputError
 from texts.aligned_positions import check_offsets
+from texts.encoding import encode
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
@@ -95,7 +96,7 @@ class Inputs:
         n_tokens, texts = 0, []
         for item in self.neutral_texts:
             texts.append(item)
-            n_tokens += len(self.source.tokenizer(item.text, verbose=False).input_ids)
+            n_tokens += len(encode(self.source.tokenizer, [item.text])[0])
             if n_tokens >= self.config.search_tokens:
                 break
         return texts

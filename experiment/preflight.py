@@ -9,6 +9,7 @@ import logging
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from evaluation import continuation_perplexities, repetition_metrics
 from scoring.trait_classifier import TraitClassifier
 from steered_generation import SteeredGenerator, steering_error
 from support.errors import InputError
+from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def check_extraction(side: str, extractor: ActivationExtractor) -> list[Check]:
         block.register_forward_hook(lambda module, args, output: recorded.append(block_output(output))),
         torch.inference_mode(),
     ):
-        tokens = torch.tensor([extractor.tokenizer(PROBE).input_ids], device=extractor.model.device)
+        tokens = torch.tensor(encode(extractor.tokenizer, [PROBE]), device=extractor.model.device)
         extractor.model(tokens, use_cache=False)
     plain = recorded[0][0, -1].float().cpu()
     extracted = extractor.extract_batch([PROBE, LONGER_PROBE], "last")[0]
@@ -109,13 +111,15 @@ def check_steering(
     generator: with alpha_unit `absolute`.
     """
     model, layer_idx = generator.model, extractor.layer_idx
-    tokens = torch.tensor([generator.tokenizer(PROBE).input_ids], device=model.device)
+    tokens = torch.tensor(encode(generator.tokenizer, [PROBE]), device=model.device)
+    reader = copy(extractor)
+    reader.read_steered = True
     with torch.inference_mode():
         before = model(tokens).logits
         # As long as the block's own output, so that rounding does not hide the vector.
         alpha = extractor.extract(PROBE).norm().item() / generator.alpha_scale(layer_idx)
         generator.register_steering(layer_idx, vector, alpha)
-        error = steering_error(generator, layer_idx, PROBE, extractor.extract)
+        error = steering_error(generator, layer_idx, PROBE, reader.extract)
         steered = model(tokens).logits
         generator.clear_steering()
         after = model(tokens).logits

@@ -644,7 +644,9 @@ def test_generation_settings_saved_with_a_model_change_nothing(tokenizer, name, 
 
 def test_steering_error_is_0_at_the_steered_block_and_large_elsewhere(llama, tokenizer, generator, vector):
     generator.register_steering(1, vector, alpha=3.0)
-    at_block, below = (ActivationExtractor(llama, tokenizer, layer_idx).extract for layer_idx in (1, 0))
+    at_block, below = (
+        ActivationExtractor(llama, tokenizer, layer_idx, read_steered=True).extract for layer_idx in (1, 0)
+    )
     steered = logits(llama)
     assert steering_error(generator, 1, "Some text", at_block) < 1e-5
     assert steering_error(generator, 1, "Some text", below) == pytest.approx(1)

@@ -1,0 +1,133 @@
+"""The hooks that add vectors to the residual stream, and how to tell that one is at work (phase 4).
+
+A hook stays on a model until it is removed, and then changes everything that the model is used for.
+What reads or measures a model asks here first.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from support.errors import InputError
+
+
+def block_output(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states (rows, positions, d) in what a decoder block returned: a tensor or a tuple.
+
+    Raises InputError: a tensor of another form, as of Gemma 3n, whose blocks pass four streams on.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else ""
+        raise InputError(
+            f"a decoder block returned a {type(hidden).__name__} {shape}, expected (rows, positions, "
+            "d): blocks that pass on several streams, as Gemma 3n's do, have no single residual stream; "
+            "choose another model"
+        )
+    return hidden
+
+
+@dataclass
+class Steering:
+    """One registered vector: what the hook adds and whether it adds it now.
+
+    vector: (d,) float32 on the model's device. at_last: only on the last position of each pass.
+    """
+
+    layer_idx: int
+    vector: Tensor
+    alpha: float
+    scale: float
+    at_last: bool
+    handle: RemovableHandle | None = None
+    active: bool = True
+
+    def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        """Return the block's output with alpha * v added; never changes a tensor in place."""
+        if not self.active or self.alpha == 0:
+            return None
+        return _with_added(output, self.alpha * self.scale * self.vector, self.at_last)
+
+
+class RowSteering:
+    """Adds to each row of a batch a vector of its own, at one layer, and follows rows that leave."""
+
+    def __init__(self, added: Tensor, at_last: bool) -> None:
+        """added: (rows, d) float32, on the model's device."""
+        self.added = added
+        self.current = added
+        self.at_last = at_last
+
+    def keep(self, rows: Tensor) -> None:
+        self.current = self.added[rows]
+
+    def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return _with_added(output, self.current[:, None], self.at_last)
+
+
+def _with_added(output: Tensor | tuple, added: Tensor, at_last: bool) -> Tensor | tuple:
+    """Return a block's output with `added`, (d,) or (rows, 1, d), on its hidden states (rows, positions, d).
+
+    at_last: only on the last position, where the next token is predicted.
+    """
+    hidden = block_output(output)
+    added = added.to(hidden.device, hidden.dtype)
+    if at_last and hidden.shape[1] > 1:
+        steered = torch.cat([hidden[:, :-1], hidden[:, -1:] + added], dim=1)
+    else:
+        steered = hidden + added
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def active_steering(model: nn.Module) -> list[Steering]:
+    """Return the registered vectors that change this model's forward passes now."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, Steering) and owner.active and owner.alpha]
+
+
+@contextmanager
+def unsteered(model: nn.Module) -> Iterator[None]:
+    """Switch off what steers a model while the body runs."""
+    switched_off = active_steering(model)
+    for steering in switched_off:
+        steering.active = False
+    try:
+        yield
+    finally:
+        for steering in switched_off:
+            steering.active = True
+
+
+def refuse_steered(model: nn.Module, own: Sequence[Steering] = (), otherwise: str = "") -> None:
+    """Raise InputError if a vector is at work on the model that is none of `own`.
+
+    otherwise: what else the message advises.
+    """
+    others = [steering for steering in active_steering(model) if not any(steering is mine for mine in own)]
+    if others:
+        first = others[0]
+        raise InputError(
+            f"the model is being steered at layer {first.layer_idx} (alpha {first.alpha:g}) by another "
+            f"SteeredGenerator; call its clear_steering() or deactivate() first{otherwise}"
+        )
+
+
+def main() -> None:
+    """Check on a plain module that a vector is added, is noticed, and can be switched off."""
+    block, hidden, vector = nn.Identity(), torch.zeros(1, 2, 3), torch.ones(3)
+    steering = Steering(0, vector, 2.0, 1.0, at_last=True)
+    block.register_forward_hook(steering.hook)
+    assert block(hidden).tolist() == [[[0.0] * 3, [2.0] * 3]]
+    assert active_steering(block) == [steering]
+    with unsteered(block):
+        assert not block(hidden).any()
+    print("steering_hooks OK: a vector is added at the last position, noticed, and switched off")
+
+
+if __name__ == "__main__":
+    main()

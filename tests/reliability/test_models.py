@@ -1,0 +1,471 @@
+"""Models and tokenizers as users bring them: what would give a wrong number is handled or refused."""
+
+import json
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BlenderbotConfig,
+    BlenderbotForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from activation_extractor import ActivationExtractor, paired_activations
+from decoding.steering_hooks import active_steering
+from evaluation import Evaluator, continuation_perplexities
+from model_loading import load_model
+from ridge_mapping import RidgeMapping
+from steered_generation import SteeredGenerator
+from support.errors import InputError
+from support.tiny_models import D_MODEL, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from texts.encoding import added_tokens, encode
+
+TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text."]
+PROMPTS, OUTPUTS = (
+    ["Once upon a time", "Then", "The weather"],
+    [" it rained.", " nothing.", " is fair today."],
+)
+
+
+# Checkpoints
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def changed_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+MISFITS = {
+    "a prefix": (
+        lambda weights: {f"language_model.{name}": value for name, value in weights.items()},
+        r"39 missing \(lm_head.weight, .*39 that the model does not have \(language_model\.",
+    ),
+    "a block's weights are left out": (
+        lambda weights: {name: value for name, value in weights.items() if "layers.1.mlp" not in name},
+        r"3 missing \(model\.layers\.1\.mlp",
+    ),
+    "no head": (
+        lambda weights: {name: value for name, value in weights.items() if name != "lm_head.weight"},
+        r"1 missing \(lm_head\.weight\)",
+    ),
+    "more blocks than the configuration says": (
+        lambda weights: weights | {"model.layers.4.mlp.up_proj.weight": torch.ones(64, 32)},
+        r"1 that the model does not have \(model\.layers\.4",
+    ),
+    "a bias that the configuration denies": (
+        lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
+        r"1 that the model does not have \(model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "a smaller vocabulary": (
+        lambda weights: weights | {"lm_head.weight": weights["lm_head.weight"][:100].clone()},
+        r"1 of another shape \(lm_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_weights_that_would_be_random_are_refused(tmp_path, misfit):
+    change, message = MISFITS[misfit]
+    saved(tiny_model(), tmp_path)
+    changed_weights(tmp_path, change)
+    with pytest.raises(InputError, match=f"do not fit LlamaForCausalLM.*{message}") as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("extra", ["vision_tower.layer.weight", "v_head.weight", "model.rotary_emb.inv_freq"])
+def test_weights_of_something_beside_the_decoder_are_left_out(tmp_path, extra):
+    model = tiny_model()
+    saved(model, tmp_path)
+    changed_weights(tmp_path, lambda weights: weights | {extra: torch.ones(3)})
+    loaded, _ = load_model(str(tmp_path), device="cpu")
+    assert all(
+        torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
+
+
+def test_tied_weights_need_be_there_once(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    saved(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded, _ = load_model(str(tmp_path), device="cpu")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def write_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot load a causal"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "cannot load a causal"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "cannot load a causal",
+        ),
+        ({"model_type": "of tomorrow"}, "of tomorrow"),
+        ({"auto_map": {"AutoModelForCausalLM": "own_code.Own"}, "model_type": "own"}, "model type `own`"),
+        ({"num_hidden_layers": -1}, "do not fit LlamaForCausalLM"),
+        ({"hidden_size": "wide"}, "cannot load a causal"),
+    ],
+)
+def test_what_transformers_cannot_load_is_one_line(tmp_path, changes, message):
+    saved(tiny_model(), tmp_path)
+    write_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_remote_code_that_lacks_a_package_is_one_line(tmp_path):
+    saved(tiny_model(), tmp_path)
+    write_config(tmp_path, auto_map={"AutoModelForCausalLM": "own_code.Own"}, model_type="own")
+    (tmp_path / "own_code.py").write_text("import a_package_that_nobody_has\n\n\nclass Own: ...\n")
+    with pytest.raises(InputError, match="cannot load a causal language model"):
+        load_model(str(tmp_path), device="cpu", trust_remote_code=True)
+
+
+def test_a_model_of_images_is_called_what_it_is(tmp_path):
+    text = {"model_type": "llama", **tiny_model().config.to_diff_dict(), "num_hidden_layers": 1}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    with pytest.raises(InputError, match="it is a llava model of text and vision; save its language model"):
+        load_model(saved(model, tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit", "3bit"])
+def test_quantisation_that_cannot_be_done_here_is_refused(tmp_path, quantization):
+    message = "is unknown" if quantization == "3bit" else "needs a CUDA device and the package bitsandbytes"
+    with pytest.raises(InputError, match=message):
+        load_model(saved(tiny_model(), tmp_path), device="cpu", quantization=quantization)
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="revision 'main' is for hub ids"):
+        load_model(saved(tiny_model(), tmp_path), device="cpu", revision="main")
+
+
+# Adapters and other wrappings
+
+
+def with_lora(model):
+    """A LoRA adapter that is at work: PEFT's own beginning would change nothing."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    return peft.get_peft_model(model, config).eval()
+
+
+def test_a_wrapped_model_is_read_steered_and_scored_with_its_adapter(tokenizer):
+    wrapped, plain = with_lora(tiny_model()), tiny_model()
+    merged = with_lora(tiny_model()).merge_and_unload()
+    read = [
+        ActivationExtractor(model, tokenizer, 1).extract_batch(TEXTS) for model in (wrapped, merged, plain)
+    ]
+    assert torch.allclose(read[0], read[1], atol=1e-4)
+    assert not torch.allclose(read[0], read[2], atol=1e-2)
+    texts = []
+    for model in (wrapped, merged):
+        with SteeredGenerator(model, tokenizer) as generator:
+            generator.register_steering(1, torch.ones(D_MODEL), 2.0)
+            texts.append(generator.generate_batch(PROMPTS, 8))
+    assert texts[0] == texts[1]
+    scores = [continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS) for model in (wrapped, merged)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def test_the_folder_of_an_adapter_loads_with_its_base(tmp_path, tokenizer):
+    base = saved(tiny_model(), tmp_path / "base")
+    model, _ = load_model(base, device="cpu")
+    wrapped = with_lora(model)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model(str(tmp_path / "adapter"), device="cpu")
+    tokens = torch.tensor(encode(tokenizer, ["A text"]))
+    assert torch.allclose(loaded(tokens).logits, wrapped(tokens).logits, atol=1e-4)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(InputError, match="base"):
+        load_model(str(tmp_path / "adapter"), device="cpu")
+
+
+def test_an_adapter_of_the_prompt_is_refused(tokenizer):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    wrapped = peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(InputError, match="prompt-learning adapter"):
+        ActivationExtractor(wrapped, tokenizer, 1)
+
+
+def test_blocks_of_four_streams_are_refused_by_name(tokenizer):
+    config = Gemma3nTextConfig(
+        vocab_size=VOCAB_SIZE,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    model = Gemma3nForCausalLM(config).eval()
+    with pytest.raises(InputError, match="several streams, as Gemma 3n's do"):
+        ActivationExtractor(model, tokenizer, 1).extract("A text")
+
+
+# Tokenizers
+
+
+def ending(before="<bos> ", behind=" <eos>"):
+    tokenizer = tiny_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>", "<unk>")]
+    template = TemplateProcessing(single=f"{before}$A{behind}", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("behind", [" <eos>", " <unk> <eos>"])
+def test_a_tokenizer_that_ends_its_texts_gives_what_one_without_gives(llama, tokenizer, behind):
+    other = ending(behind=behind)
+    assert other("a").input_ids != tokenizer("a").input_ids
+    extractors = [ActivationExtractor(llama, each, 1) for each in (tokenizer, other)]
+    for position in ("last", "mean", -2):
+        read = [extractor.extract_batch(TEXTS, position) for extractor in extractors]
+        assert torch.equal(*read)
+    for positions in ("word_ends", "last"):
+        pairs = [
+            next(paired_activations(extractor, extractors[0], TEXTS, positions)) for extractor in extractors
+        ]
+        assert torch.equal(pairs[0].H_source[1], pairs[1].H_source[1])
+        assert torch.equal(pairs[0].end, pairs[1].end)
+    texts = [SteeredGenerator(llama, each).generate_batch(PROMPTS, 12) for each in (tokenizer, other)]
+    assert texts[0] == texts[1]
+    scores = [continuation_perplexities(llama, each, PROMPTS, OUTPUTS) for each in (tokenizer, other)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"), [("", ""), ("<bos> ", ""), ("<unk> <bos> ", " <eos>"), ("", " <eos>")]
+)
+def test_what_a_tokenizer_adds_is_found(before, behind):
+    ids = {"<bos>": 256, "<eos>": 257, "<unk>": 259}
+    expected = tuple([ids[token] for token in part.split()] for part in (before, behind))
+    assert added_tokens(ending(before, behind)) == expected
+
+
+@pytest.mark.parametrize("before", ["<bos> ", "<unk> <bos> "])
+def test_a_text_that_brings_its_bos_gets_no_second_one(before):
+    other = ending(before)
+    assert encode(other, ["<bos>Then"]) == encode(other, ["Then"])
+    assert encode(other, ["<bos><bos>Then"]) == encode(other, ["Then"])
+    assert encode(other, ["Then<bos>"])[0] == [*encode(other, ["Then"])[0], 256]
+
+
+def test_a_text_that_ends_with_eos_itself_keeps_it():
+    assert encode(ending(), ["Then<eos>"])[0] == [*encode(ending(), ["Then"])[0], 257]
+
+
+def test_a_bos_in_the_text_changes_nothing_that_is_read_written_or_scored(llama, tokenizer):
+    marked = [f"<bos>{text}" for text in TEXTS]
+    extractor = ActivationExtractor(llama, tokenizer, 1)
+    assert torch.equal(extractor.extract_batch(TEXTS), extractor.extract_batch(marked))
+    with_bos = [f"<bos>{prompt}" for prompt in PROMPTS]
+    generator = SteeredGenerator(llama, tokenizer)
+    greedy = [generator.generate_batch(prompts, 12, temperature=0) for prompts in (PROMPTS, with_bos)]
+    assert greedy[0] == greedy[1]
+    scores = [
+        continuation_perplexities(llama, tokenizer, prompts, OUTPUTS) for prompts in (PROMPTS, with_bos)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_a_pad_token_beyond_the_embeddings_pads_all_the_same(llama):
+    tokenizer = tiny_tokenizer(with_pad=False)
+    expected = SteeredGenerator(llama, tokenizer).generate_batch(PROMPTS, 8)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= VOCAB_SIZE
+    assert SteeredGenerator(llama, tokenizer).generate_batch(PROMPTS, 8) == expected
+
+
+def test_a_token_without_embedding_is_refused_by_name(llama):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[NEW]"])
+    message = rf"text 1 holds token {VOCAB_SIZE} \('\[NEW\]'\), but the model has {VOCAB_SIZE} embeddings"
+    with pytest.raises(InputError, match=message):
+        ActivationExtractor(llama, tokenizer, 1).extract_batch(["A text", "A [NEW] one"])
+    with pytest.raises(InputError, match=message):
+        SteeredGenerator(llama, tokenizer).generate_batch(["A text", "A [NEW] one"], 4)
+    with pytest.raises(InputError, match=message):
+        continuation_perplexities(llama, tokenizer, ["A text", "Then"], [" ends.", "[NEW]"])
+
+
+# Steering that is still on
+
+
+@pytest.fixture
+def model_and_vector():
+    return tiny_model(), torch.nn.functional.normalize(torch.randn(D_MODEL), dim=0)
+
+
+def test_scores_of_a_steered_model_are_those_of_the_unsteered_one(model_and_vector, tokenizer):
+    model, vector = model_and_vector
+    expected = continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS)
+    with SteeredGenerator(model, tokenizer) as generator:
+        generator.register_steering(1, vector, 20.0)
+        assert continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS) == expected
+        single = Evaluator(model, tokenizer).evaluate_single(PROMPTS[0], OUTPUTS[0], "check")
+        assert single.perplexity == pytest.approx(expected[0], rel=1e-5)
+        assert len(active_steering(model)) == 1
+        generator.set_alpha(0.0)
+        assert not active_steering(model)
+
+
+def test_steering_is_on_again_after_scoring_even_if_scoring_fails(model_and_vector, tokenizer):
+    model, vector = model_and_vector
+    with SteeredGenerator(model, tokenizer) as generator:
+        generator.register_steering(1, vector, 20.0)
+        with pytest.raises(TypeError):
+            continuation_perplexities(model, tokenizer, PROMPTS, [1, 2, 3])
+        assert len(active_steering(model)) == 1
+
+
+def test_reading_a_steered_model_is_refused_unless_it_is_asked_for(model_and_vector, tokenizer):
+    model, vector = model_and_vector
+    extractor = ActivationExtractor(model, tokenizer, 1)
+    expected = extractor.extract_batch(TEXTS)
+    with SteeredGenerator(model, tokenizer) as generator:
+        generator.register_steering(1, vector, 20.0)
+        with pytest.raises(InputError, match=r"steered at layer 1 \(alpha 20\).*read_steered=True"):
+            extractor.extract_batch(TEXTS)
+        asked = ActivationExtractor(model, tokenizer, 1, read_steered=True).extract_batch(TEXTS)
+        assert torch.allclose(asked - expected, (20 * vector).expand_as(asked), atol=1e-3)
+        generator.deactivate()
+        assert torch.equal(extractor.extract_batch(TEXTS), expected)
+    assert torch.equal(extractor.extract_batch(TEXTS), expected)
+
+
+def test_two_generators_on_one_model_know_of_each_other(model_and_vector, tokenizer):
+    model, vector = model_and_vector
+    first, second = SteeredGenerator(model, tokenizer), SteeredGenerator(model, tokenizer)
+    expected = second.generate_batch(PROMPTS, 8)
+    first.register_steering(2, vector, 5.0)
+    with pytest.raises(InputError, match=r"steered at layer 2 \(alpha 5\) by another SteeredGenerator"):
+        second.generate_batch(PROMPTS, 8)
+    assert first.generate_batch(PROMPTS, 8) != expected
+    first.clear_steering()
+    assert second.generate_batch(PROMPTS, 8) == expected
+
+
+# Decoders that count padding
+
+
+def bart():
+    return BartForCausalLM(
+        BartConfig(
+            vocab_size=VOCAB_SIZE,
+            d_model=32,
+            decoder_layers=4,
+            encoder_layers=3,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            max_position_embeddings=256,
+        )
+    )
+
+
+def blenderbot():
+    return BlenderbotForCausalLM(
+        BlenderbotConfig(
+            vocab_size=VOCAB_SIZE,
+            d_model=32,
+            decoder_layers=4,
+            encoder_layers=3,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            max_position_embeddings=256,
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [bart, blenderbot])
+def test_a_decoder_without_position_ids_writes_in_a_batch_what_it_writes_alone(make, tokenizer):
+    torch.manual_seed(0)
+    model = make().eval()
+    for name, parameter in model.named_parameters():
+        if "embed_positions" in name:
+            parameter.data *= 50  # so that a wrong position changes the text
+    generator = SteeredGenerator(model, tokenizer)
+    assert len(generator.blocks) == 4
+    alone = [generator.generate(prompt, 8) for prompt in PROMPTS]
+    assert generator.generate_batch(PROMPTS, 8) == alone
+    assert len(set(alone)) == 3
+
+
+# Lengths of vectors
+
+
+def test_a_mapped_direction_of_unit_length_is_there_by_name():
+    H_source = torch.randn(200, 8, dtype=torch.float64)
+    mapping = RidgeMapping(8, 12).fit(H_source, H_source @ torch.randn(8, 12, dtype=torch.float64), 0.1)
+    vector = torch.randn(8)
+    unit = mapping.unit_direction(vector)
+    assert unit.norm() == pytest.approx(1, abs=1e-6)
+    assert torch.allclose(unit * mapping.transform(vector).norm(), mapping.transform(vector), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.double])
+def test_a_vector_may_be_a_list_or_an_array(llama, tokenizer, form):
+    vector = torch.randn(D_MODEL)
+    texts = []
+    for given in (vector, form(vector)):
+        with SteeredGenerator(llama, tokenizer) as generator:
+            generator.register_steering(1, given, 3.0)
+            texts.append(generator.generate("Once", 12))
+            generator.clear_steering()
+            texts.append(
+                generator.generate_batch(["Once"], 12, layer_idx=1, steering_vectors=[given], alphas=[3.0])
+                if form is torch.Tensor.tolist
+                else [texts[-1]]
+            )
+    assert texts[0] == texts[2]
+
+
+@pytest.mark.parametrize("given", ["abc", [["a"]], None, [float("nan")] * D_MODEL, np.array(["x"] * D_MODEL)])
+def test_what_is_no_vector_is_refused(llama, tokenizer, given):
+    with SteeredGenerator(llama, tokenizer) as generator:
+        with pytest.raises(InputError, match="steering_vector"):
+            generator.register_steering(1, given, 3.0)
+        assert not active_steering(llama)
+
+
+def test_a_vector_that_is_not_of_unit_length_is_warned_of_under_residual_norm(llama, tokenizer, caplog):
+    unit = torch.nn.functional.normalize(torch.randn(D_MODEL), dim=0)
+    with SteeredGenerator(llama, tokenizer, alpha_unit="residual_norm", residual_norms={1: 3.0}) as generator:
+        generator.register_steering(1, unit, 0.5)
+        assert not caplog.records
+        generator.register_steering(1, 7.7 * unit, 0.5)
+    assert "has length 7.7" in caplog.text
+    assert "adds 3.85 residual norms" in caplog.text
