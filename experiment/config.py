@@ -6,7 +6,6 @@ the specification's, except where METHODOLOGY.md says why not.
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +21,7 @@ from pydantic import (
 
 from experiment.dose_search import MAX_EVALUATIONS
 from support.errors import InputError
+from support.text_files import parse_json, read_text
 from support.vocabulary import (
     METHODS,
     AlphaUnit,
@@ -273,12 +273,7 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"configuration {path} cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"configuration {path} is not JSON ({error})") from error
+    content = parse_json(read_text(path), f"configuration {path}")
     if not isinstance(content, dict):
         raise InputError(f"configuration {path} is a {type(content).__name__}, expected a JSON object")
     return content

@@ -115,7 +115,7 @@ def test_rows_without_document_id_are_numbered(kind, tmp_path):
         ("a.jsonl", b'{"body": "x"}', "row 1 has no string field 'text'"),
         ("a.jsonl", b'["x"]', "row 1 has no string field 'text'"),
         ("a.jsonl", b'{"text": 3}', "row 1 has no string field 'text'"),
-        ("a.txt", b"\xff\xfe\x00\xd8", "cannot be read as UTF-8"),
+        ("a.txt", b"\xff\xfe\x00\xd8", "UTF-16; save it as UTF-8"),
         ("a.parquet", b"not parquet", "cannot be read as parquet"),
         ("a.parquet", b"", "cannot be read as parquet"),
         ("a.csv", b"x", "is unknown; choose"),

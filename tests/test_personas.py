@@ -129,5 +129,5 @@ def test_definition_that_uses_shipped_labelled_texts_for_extraction_is_refused()
 def test_damaged_persona_file_is_named(content, tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text(content)
     monkeypatch.setattr(personas, "PERSONA_FOLDER", tmp_path)
-    with pytest.raises(InputError, match=r"broken\.json is not a persona file"):
+    with pytest.raises(InputError, match=r"broken\.json is not (a persona file|JSON)"):
         load_persona("broken")

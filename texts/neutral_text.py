@@ -23,6 +23,16 @@ from typing import Any
 
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files
+from support.text_files import parse_json, read_text
+from texts.scripts import (
+    CHARACTERS_IN_WORD,
+    SENTENCE_END,
+    SPACELESS,
+    begins_as_prose,
+    is_spaceless,
+    share_of_letters,
+    words_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +80,7 @@ def load_neutral_texts(
         raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
     rng = random.Random(seed)
     paragraphs = [
-        (paragraph.split(), document)
+        (words_of(paragraph), document)
         for document, text in read_documents(name_or_path)
         for paragraph in usable_paragraphs(text)
     ]
@@ -85,7 +95,7 @@ def load_neutral_texts(
             shortest, longest = WORDS_IN_PASSAGE
             # At least one word is left off, so that no passage ends with its paragraph.
             length = rng.randint(shortest, min(longest, len(words) - 1))
-            passage = " ".join(words[:length])
+            passage = "".join(words[:length]).rstrip()
             if overlaps.found_in(passage):
                 refused += 1
                 continue
@@ -110,7 +120,7 @@ def load_neutral_texts(
 def _after_sentence(words: list[str], start: int) -> list[str]:
     """Return the words after the sentence that words[start - 1] belongs to."""
     for index in range(start, len(words)):
-        if re.search(r"[.!?][\"'”)]*$", words[index - 1]):
+        if SENTENCE_END.search(words[index - 1].rstrip()):
             return words[index:]
     return []
 
@@ -119,8 +129,8 @@ def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
     """Yield (document id, text) with paragraphs separated by line breaks.
 
     `.txt`: paragraphs separated by blank lines, each a document of its own.
-    `.jsonl`, `.parquet`: a field `text`, and a document id in `document`, `id` or `title` if
-    there is one, else the row number.
+    `.jsonl`, `.parquet`: a field `text`, with a paragraph a line or hard-wrapped ones between blank lines,
+    and a document id in `document`, `id` or `title` if there is one, else the row number.
     Raises InputError: unknown name, a file that is missing or unreadable, or no `text` field.
     """
     if name_or_path == "wikitext-103":
@@ -136,24 +146,40 @@ def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
         )
     if not path.is_file():
         raise InputError(f"neutral_text file {name_or_path!r} does not exist")
-    return readers[path.suffix](path)
+    return ((document, unwrapped(text)) for document, text in readers[path.suffix](path))
+
+
+def unwrapped(text: str) -> str:
+    """Return a text with the lines of each hard-wrapped paragraph joined.
+
+    Lines between blank ones are of one paragraph if most of them end in the middle of a sentence, and all
+    but the last are of about the same width.
+    """
+    blocks = []
+    for block in re.split(r"\n\s*\n", text):
+        lines = [line.strip() for line in block.splitlines()]
+        inner = lines[:-1]
+        n_open = sum(not SENTENCE_END.search(line) for line in inner)
+        is_even = inner and min(map(len, inner)) >= 0.5 * max(map(len, lines))
+        joint = "" if is_spaceless(block) else " "
+        blocks.append(joint.join(lines) if is_even and n_open > len(inner) / 2 else block)
+    return "\n".join(blocks)
 
 
 def usable_paragraphs(text: str) -> Iterator[str]:
     """Yield the paragraphs (lines) of prose with at least MIN_WORDS words, white space folded.
 
     Lines that look like lists, headings, tables or formulas are left out, and those with gaps
-    where markup was: prose begins with a capital, a digit or a quotation mark, ends a sentence,
-    and is mostly lower-case letters.
+    where markup was: prose begins with a capital, a digit or a letter without case, perhaps in
+    quotation marks, ends a sentence, and is mostly letters that are no capitals. In scripts
+    without spaces, two characters count as a word.
     """
     for line in text.splitlines():
         paragraph = " ".join(line.split())
-        if len(paragraph.split()) < MIN_WORDS or not re.match(r"[\"'“(]?[A-Z0-9]", paragraph):
+        if not begins_as_prose(paragraph) or len(words_of(paragraph)) < MIN_WORDS:
             continue
-        letters = sum(character.islower() or character == " " for character in paragraph)
-        ends_a_sentence = re.search(r"[.!?][\"'”)]*$", paragraph)
         has_gaps = re.search(r"[(,;]\s*[,;]|\(\s|\s[,.)]", paragraph)
-        if letters / len(paragraph) > MIN_LETTERS and ends_a_sentence and not has_gaps:
+        if share_of_letters(paragraph) > MIN_LETTERS and SENTENCE_END.search(paragraph) and not has_gaps:
             yield paragraph
 
 
@@ -161,15 +187,16 @@ class OverlapCheck:
     """Tells whether a text shares a run of 8 words with any of the given texts.
 
     A given text of fewer words counts when it occurs whole, if it has 4 words or more;
-    shorter ones ("In my opinion") are ordinary language. Case and punctuation are ignored.
+    shorter ones ("In my opinion") are ordinary language. Case and punctuation are ignored. In
+    scripts without spaces, two characters count as a word.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.runs: dict[int, set[tuple[str, ...]]] = {}
         for text in texts:
-            words = _words(text)
-            length = min(len(words), OVERLAP_WORDS)
-            if length >= 4:
+            words, in_word = _words(text), CHARACTERS_IN_WORD if is_spaceless(text) else 1
+            length = min(len(words), OVERLAP_WORDS * in_word)
+            if length >= 4 * in_word:
                 self.runs.setdefault(length, set()).update(_runs(words, length))
 
     def found_in(self, text: str) -> bool:
@@ -179,7 +206,8 @@ class OverlapCheck:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    """Return the words of a text, and the single characters of scripts without spaces."""
+    return re.findall(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})\w)+", text.casefold())
 
 
 def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
@@ -284,19 +312,16 @@ _DROPPED_TAGS = {"ref", "table", "gallery", "math", "code", "pre", "source", "ti
 
 
 def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
-    paragraphs = re.split(r"\n\s*\n", _read_utf8(path))
-    return ((str(index), " ".join(text.split())) for index, text in enumerate(paragraphs))
+    paragraphs = re.split(r"\n\s*\n", read_text(path))
+    for index, text in enumerate(paragraphs):
+        yield str(index), ("" if is_spaceless(text) else " ").join(map(str.strip, text.splitlines()))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number} is not JSON ({error})") from error
-        yield _document_of(row, number, path)
+        yield _document_of(parse_json(line, f"{path} line {number}"), number, path)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
@@ -314,13 +339,6 @@ def _document_of(row: dict, number: int, path: Path) -> tuple[str, str]:
         raise InputError(f"{path} row {number} has no string field 'text'; each row needs one")
     names = (str(row[key]) for key in ("document", "id", "title") if row.get(key) is not None)
     return next(names, str(number)), row["text"]
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 
 def main() -> None:

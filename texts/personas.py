@@ -5,13 +5,13 @@ labelled pairs on other subjects, on which the trait classifier is trained. The 
 mix. A persona may also be given in the configuration, as lists of texts.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from support.errors import InputError
+from support.text_files import parse_json, read_text
 
 PERSONA_FOLDER = Path(__file__).parent.parent / "personas"
 PROMPT_FOLDER = Path(__file__).parent.parent / "prompts"
@@ -87,14 +87,14 @@ def _read_persona(name: str) -> Persona:
             "persona_datasets; define it there or correct the name"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path), str(path))
         sides = {
             (kind, side): tuple(pair[side] for pair in content[kind])
             for kind in ("extraction_pairs", "labelled_pairs")
             for side in ("positive", "negative")
         }
         return Persona(name, content["description"], *sides.values())
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a persona file ({error!r}); see personas/formal.json") from error
 
 
@@ -120,7 +120,7 @@ def _check_persona(persona: Persona) -> None:
 
 def load_prompts(name: str) -> list[str]:
     """Return the prompts of `prompts/<name>.txt`, one a line: `test` (30) or `development` (10)."""
-    lines = (PROMPT_FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_text(PROMPT_FOLDER / f"{name}.txt").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

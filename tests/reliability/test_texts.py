@@ -1,0 +1,150 @@
+"""Texts and files as users bring them: any script, hard-wrapped lines, marks that editors leave."""
+
+import json
+import random
+
+import pytest
+
+from experiment.config import load_config
+from support.errors import InputError
+from texts import personas
+from texts.neutral_text import OverlapCheck, load_neutral_texts, unwrapped
+from texts.personas import load_persona
+
+# A sentence of about 30 words a language; what varies is a number in it, so that none is there twice.
+SENTENCES = {
+    "Russian": "Река номер {} течёт мимо старого города, где люди продают хлеб и рыбу почти каждый день, а зимой "
+    "они сидят дома у огня и рассказывают детям длинные истории о море и о далёких странах.",
+    "French": "Élevée près de la rivière numéro {}, elle vendait du pain et du poisson presque tous les jours de "
+    "l'année, et l'hiver elle restait chez elle à raconter aux enfants de longues histoires de mer.",
+    "Greek": "Το ποτάμι με αριθμό {} περνά δίπλα από την παλιά πόλη όπου οι άνθρωποι πουλούν ψωμί και ψάρια σχεδόν "
+    "κάθε μέρα του χρόνου, και τον χειμώνα κάθονται στο σπίτι και λένε ιστορίες για τη θάλασσα.",
+    "Chinese": "第{}条河流过一座古老的小城，人们几乎每天都在那里卖面包和鱼，到了冬天他们就坐在家里的火炉旁边，"
+    "给孩子们讲关于大海和遥远国家的漫长故事，一直讲到深夜才去睡觉。",
+    "Japanese": "川の{}番は古い小さな町のそばを流れていて、人々はほとんど毎日そこでパンや魚を売り、冬になると家の"
+    "火のそばに座って、子供たちに海や遠い国についての長い話を夜遅くまで聞かせている。",
+    "Arabic": "يمر النهر رقم {} بجانب المدينة القديمة حيث يبيع الناس الخبز والسمك كل يوم تقريبا وفي الشتاء يجلسون "
+    "في بيوتهم قرب النار ويحكون للأطفال قصصا طويلة عن البحر وعن البلاد البعيدة حتى منتصف الليل؟",
+    "Hebrew": "הנהר מספר {} זורם ליד העיר העתיקה שבה אנשים מוכרים לחם ודגים כמעט בכל יום של השנה ובחורף הם יושבים "
+    "בבית ליד האש ומספרים לילדים סיפורים ארוכים על הים ועל ארצות רחוקות עד שעה מאוחרת.",
+    "Hindi": "नदी संख्या {} पुराने शहर के पास से बहती है जहाँ लोग लगभग हर दिन रोटी और मछली बेचते हैं और सर्दियों में वे घर पर "
+    "आग के पास बैठकर बच्चों को समुद्र और दूर के देशों की लंबी कहानियाँ सुनाते हैं।",
+    "Thai": "แม่น้ำสายที่{}ไหลผ่านเมืองเล็กเก่าแก่ที่ผู้คนขายขนมปังและปลาเกือบทุกวันและในฤดูหนาวพวกเขานั่งอยู่ที่บ้านข้างกองไฟ"
+    "และเล่าเรื่องยาวเกี่ยวกับทะเลและประเทศที่ห่างไกลให้เด็กฟังจนดึก.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_text_of_any_script_gives_passages(tmp_path, language, ending):
+    paragraphs = [SENTENCES[language].format(number) for number in range(100, 160)]
+    path = tmp_path / f"text.{ending}"
+    rows = [json.dumps({"text": paragraph}, ensure_ascii=False) for paragraph in paragraphs]
+    path.write_text("\n\n".join(paragraphs) if ending == "txt" else "\n".join(rows), encoding="utf-8")
+    texts = [item.text for item in load_neutral_texts(str(path), 60)]
+    assert len(set(texts)) == 60
+    for text in texts:
+        (whole,) = (paragraph for paragraph in paragraphs if paragraph.startswith(text))
+        assert 10 <= len(text) < len(whole)
+    lengths = sorted(map(len, texts))
+    assert lengths[-1] > 1.5 * lengths[0]  # they vary
+
+
+def wrapped(text, width, joint=" "):
+    parts = text.split(joint) if joint else list(text)
+    lines, line = [], parts[0]
+    for part in parts[1:]:
+        if len(line) + len(part) > width:
+            lines.append(line)
+            line = part
+        else:
+            line += joint + part
+    return "\n".join([*lines, line])
+
+
+@pytest.mark.parametrize(("language", "joint"), [("French", " "), ("Chinese", "")])
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_hard_wrapped_lines_are_one_paragraph(tmp_path, ending, language, joint):
+    paragraphs = [SENTENCES[language].format(number) for number in range(40)]
+    text = "\n\n".join(wrapped(paragraph, 60 if joint else 25, joint) for paragraph in paragraphs)
+    path = tmp_path / f"text.{ending}"
+    path.write_text(text if ending == "txt" else json.dumps({"text": text}), encoding="utf-8")
+    for item in load_neutral_texts(str(path), 40):
+        assert any(paragraph.startswith(item.text) for paragraph in paragraphs)
+
+
+def test_lines_that_are_paragraphs_or_headings_are_not_joined():
+    first, second = (
+        "A first paragraph of some length that ends here.",
+        "A second one that is as long and ends, too.",
+    )
+    for text in (f"{first}\n{second}", f"History\n{first}", f"{first}\n{second}\n{first}", first, ""):
+        assert unwrapped(text) == text
+    assert unwrapped(f"{first}\n\n{second}") == f"{first}\n{second}"
+
+
+def test_a_text_of_a_script_without_spaces_is_refused_when_a_persona_has_it():
+    persona = "他们就坐在家里的火炉旁边，给孩子们讲故事"
+    check = OverlapCheck([persona, "我认为"])
+    assert check.found_in(SENTENCES["Chinese"].format(1))
+    assert not check.found_in(SENTENCES["Japanese"].format(1))
+    assert not check.found_in("我认为今天的天气非常好，我们应该去公园散步。")
+
+
+MARKS = {
+    "utf-8 with a mark": ("utf-8-sig", "\n"),
+    "Windows": ("utf-8-sig", "\r\n"),
+    "old Mac": ("utf-8", "\r"),
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_marks_of_editors_are_no_part_of_neutral_text(tmp_path, ending, mark):
+    encoding, line_end = MARKS[mark]
+    paragraphs = [SENTENCES["French"].format(number) for number in range(20)]
+    rows = [json.dumps({"text": paragraph}) for paragraph in paragraphs]
+    text = "\n\n".join(paragraphs) if ending == "txt" else "\n".join(rows)
+    path = tmp_path / f"text.{ending}"
+    path.write_bytes(text.replace("\n", line_end).encode(encoding))
+    assert len(load_neutral_texts(str(path), 20)) == 20
+
+
+def test_a_mark_before_configuration_and_persona_is_ignored(tmp_path, monkeypatch):
+    config = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    assert load_config(tmp_path / "config.json").source_model == "a"
+    content = (personas.PERSONA_FOLDER / "formal.json").read_text(encoding="utf-8")
+    (tmp_path / "formal.json").write_text(content, encoding="utf-8-sig")
+    expected = load_persona("formal")
+    monkeypatch.setattr(personas, "PERSONA_FOLDER", tmp_path)
+    assert load_persona("formal") == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_another_encoding_is_refused_by_name(tmp_path, encoding):
+    path = tmp_path / "text.txt"
+    path.write_bytes(("\ufeff" * (encoding == "utf-16-le") + SENTENCES["French"]).encode(encoding))
+    with pytest.raises(InputError, match="save it as UTF-8") as caught:
+        load_neutral_texts(str(path), 1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, "9" * 5_000, '{"text": 5}', "nonsense", '{"text": "a"', "[]", "null"],
+    ids=str.__len__,
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, line):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": SENTENCES["French"]}) + "\n" + line)
+    with pytest.raises(InputError, match=r"text\.jsonl.* 2") as caught:
+        load_neutral_texts(str(path), 1)
+    assert len(str(caught.value)) < 500
+
+
+def test_one_line_of_ten_megabytes_is_read(tmp_path):
+    rng = random.Random(0)
+    words = " ".join(rng.choices(SENTENCES["French"].split()[5:-1], k=1_500_000))
+    (tmp_path / "text.txt").write_text(f"Une {words} fin.", encoding="utf-8")
+    assert len(load_neutral_texts(str(tmp_path / "text.txt"), 1)) == 1

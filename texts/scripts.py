@@ -1,0 +1,82 @@
+"""Sentences and words of any script: capitals, letters without case, words without spaces between them."""
+
+import re
+import unicodedata
+
+# Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words.
+SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+# There, so many characters count as a word: Chinese words have one or two, Japanese ones two or three.
+CHARACTERS_IN_WORD = 2
+OPENINGS = "\"'“‘«„(¿¡「『《〈（"
+SENTENCE_END = re.compile("[.!?…。！？｡؟۔।॥።։།][\"'”’»)」』》〉）]*$")
+
+
+def is_spaceless(text: str) -> bool:
+    """Tell whether most letters of a text are of scripts without spaces between words."""
+    n_letters = sum(map(str.isalpha, text))
+    return 2 * len(SPACELESS.findall(text)) > n_letters
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, each with the space behind it; in scripts without spaces, two characters.
+
+    "".join puts the text together again. White space is expected to be folded.
+    """
+    if not is_spaceless(text):
+        return re.findall(r"\S+ ?", text)
+    words: list[str] = []
+    n_characters = 0
+    for character in text:
+        # Vowel signs and marks belong to the character before them.
+        is_counted = unicodedata.category(character)[0] in "LN"
+        if words and not (is_counted and n_characters == CHARACTERS_IN_WORD):
+            words[-1] += character
+        else:
+            words.append(character)
+            n_characters = 0
+        n_characters += is_counted
+    return words
+
+
+def begins_as_prose(text: str) -> bool:
+    """Tell whether a text begins with a capital, a digit or a letter without case, perhaps quoted.
+
+    A letter without case counts where most letters are such, and not as a word of another language.
+    """
+    first = text[1:2] if text[:1] in OPENINGS else text[:1]
+    if first.isalpha() and not first.isupper() and not first.islower():
+        letters = [character for character in text if character.isalpha()]
+        return 2 * sum(letter.isupper() or letter.islower() for letter in letters) < len(letters)
+    return first.isdigit() or first.isupper()
+
+
+def share_of_letters(text: str) -> float:
+    """Return the share of a text's characters that are small letters, letters without case, or spaces."""
+    kept = sum(
+        character == " "
+        or (character.isalpha() and not character.isupper())
+        or unicodedata.category(character) in ("Mn", "Mc")
+        for character in text
+    )
+    return kept / max(1, len(text))
+
+
+def main() -> None:
+    """Check on a sentence of each kind where it begins, ends, and what its words are."""
+    for text, n_words in (
+        ("Мы шли домой.", 3),
+        ("Élan vital, dit-on.", 3),
+        ("今天天气很好。", 3),
+        ("ذهبنا إلى البيت؟", 3),
+    ):
+        assert begins_as_prose(text), text
+        assert SENTENCE_END.search(text), text
+        assert len(words_of(text)) == n_words, text
+    print("scripts OK: sentences of four scripts are told by their ends, and cut into words")
+
+
+if __name__ == "__main__":
+    main()
