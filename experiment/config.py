@@ -6,10 +6,12 @@ the specification's, except where METHODOLOGY.md says why not.
 """
 
 import difflib
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,10 +37,38 @@ from support.vocabulary import (
 )
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
+
+def _one_line(value: str) -> str:
+    """Return a name or path that can stand in a log line, a table and a file system."""
+    odd = next((character for character in value if unicodedata.category(character) in UNPRINTABLE), None)
+    if odd is not None:
+        raise ValueError(f"it holds the character {odd!r}, which cannot be printed; leave it out")
+    return value
+
+
+def _name(value: str) -> str:
+    if value != value.strip() or not value:
+        raise ValueError("expected a name that neither is empty nor begins or ends with white space")
+    return _one_line(value)
+
+
+def _path(value: str) -> str:
+    return str(Path(_one_line(value)).expanduser()) if value.startswith("~") else _one_line(value)
+
+
+# Control characters, halves of surrogate pairs, line and paragraph separators.
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+# Far beyond any run, and small enough that a slip of the keyboard is told before memory is full.
+MOST = 1_000_000_000
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Layer = Annotated[int, Field(ge=0)]
+Lambda = Annotated[float, Field(ge=1e-12, le=1e15)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+SmallCount = Annotated[int, Field(ge=1, le=10_000)]
+SampleSize = Annotated[int, Field(ge=10, le=MOST)]
+Layer = Annotated[int, Field(ge=0, le=10_000)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
+Name = Annotated[str, Field(max_length=100), AfterValidator(_name)]
 Prompt = Annotated[str, Field(pattern=r"\S")]
 
 
@@ -79,7 +109,7 @@ class DoseConfig(_Strict):
     max_repetition_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
     n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 7
     bracket: tuple[Positive, Positive] = (0.05, 2.0)
-    n_seeds: Count = 1
+    n_seeds: SmallCount = 1
 
     @model_validator(mode="after")
     def _check_bracket(self) -> "DoseConfig":
@@ -97,7 +127,7 @@ class ExecutorConfig(_Strict):
 
     kind: Literal["local", "ray"] = "local"
     address: Text | None = None
-    n_workers: Count | None = None
+    n_workers: SmallCount | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> "ExecutorConfig":
@@ -112,8 +142,8 @@ class JudgeConfig(_Strict):
     model: Text = "gpt-4o"
     base_url: str | None = None
     api_key_env: Text = "OPENAI_API_KEY"
-    max_workers: Count = 4
-    usd_per_million_tokens: Annotated[float, Field(ge=0)] = 2.5
+    max_workers: SmallCount = 4
+    usd_per_million_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.5
 
 
 class ExperimentConfig(_Strict):
@@ -129,9 +159,9 @@ class ExperimentConfig(_Strict):
     searches a dose for each persona and method on the development prompts.
     """
 
-    source_model: Text
-    target_model: Text
-    output_dir: Text
+    source_model: PathText
+    target_model: PathText
+    output_dir: PathText
     layer_idx: Annotated[int | str | None, PlainValidator(_layer_or_auto)] = None
     source_layer_idx: Layer | None = None
     target_layer_idx: Layer | None = None
@@ -149,16 +179,16 @@ class ExperimentConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Quantization = "none"
 
-    neutral_text: Text = "wikitext-103"
-    n_training_samples: Annotated[int, Field(ge=10)] = 5000
+    neutral_text: PathText = "wikitext-103"
+    n_training_samples: SampleSize = 5000
     positions: PairPositions = "word_ends"
-    lambda_values: Annotated[list[Positive], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
+    lambda_values: Annotated[list[Lambda], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: LambdaUnit = "absolute"
     lambda_criterion: LambdaCriterion = "pooled"
-    n_folds: Annotated[int, Field(ge=2)] = 5
+    n_folds: Annotated[int, Field(ge=2, le=1000)] = 5
 
-    personas: list[Text] | None = None
-    persona_datasets: dict[str, PersonaDefinition] = {}
+    personas: list[Name] | None = None
+    persona_datasets: dict[Name, PersonaDefinition] = {}
     persona_position: PersonaPosition = "last"
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
@@ -170,15 +200,15 @@ class ExperimentConfig(_Strict):
     alpha_unit: AlphaUnit = "absolute"
     dose: DoseConfig = DoseConfig()
     steer_positions: SteerPositions = "all"
-    n_seeds: Count = 3
+    n_seeds: SmallCount = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_new_tokens: Count = 100
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 50
+    top_k: Annotated[int, Field(ge=0, le=MOST)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     ablation_layer_pairs: Annotated[list[tuple[Layer, Layer]], Field(min_length=1)] | None = None
-    ablation_samples: Annotated[list[Annotated[int, Field(ge=10)]], Field(min_length=2)] | None = None
+    ablation_samples: Annotated[list[SampleSize], Field(min_length=2)] | None = None
 
     use_gpt4: bool = False
     judge: JudgeConfig = JudgeConfig()
@@ -208,6 +238,11 @@ class ExperimentConfig(_Strict):
                 raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
         elif any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in self.alpha_values):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
+        names = {}
+        for name in self.persona_names:
+            twin = names.setdefault(unicodedata.normalize("NFKC", name), name)
+            if twin != name:
+                raise ValueError(f"personas {twin!a} and {name!a} look the same; rename one")
         if not self.persona_names:
             raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
         return self
@@ -261,9 +296,11 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
     if isinstance(config, ExperimentConfig):
         return config
     if not isinstance(config, dict):
-        config = _read_config(Path(config))
+        config = _read_config(Path(config).expanduser())
     try:
         return ExperimentConfig.model_validate(config)
+    except RecursionError as error:
+        raise InputError("the configuration is nested too deeply; see docs/configuration.md") from error
     except ValidationError as error:
         # Of "a list or auto", the complaint about the list is the one that helps.
         problems = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
@@ -291,7 +328,15 @@ def _explain(problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    return f"configuration key {key!r} is {str(problem['input'])[:80]!r}: {message}"
+    return f"configuration key {key[:120]!r} is {_shown(problem['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value as it may stand in one line."""
+    try:
+        return ascii(str(value)[:80]) if not isinstance(value, str) else ascii(value[:80])
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep lists
+        return f"a {type(value).__name__} too large to show"
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ were tried (phase 4), `figure1.png` coherence against trait strength (phase 5; s
 PNG files carry the fingerprint of their data.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -48,7 +49,9 @@ MARKERS = {
 
 def save_figure(figure: Figure, path: Path, fingerprint: str) -> None:
     """Write a PNG in one step, with its fingerprint in the metadata."""
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; tables and logs have it as it is.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=130, metadata={"Fingerprint": fingerprint})
 
 
@@ -60,6 +63,11 @@ def figure_fingerprint(path: Path) -> str | None:
             return image.info.get("Fingerprint")
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged PNG files
         return None
+
+
+def as_label(name: str) -> str:
+    """Return a name as matplotlib prints it: a $ begins no formula, and a _ hides nothing from a legend."""
+    return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
 
 
 def draw_once(
@@ -212,7 +220,7 @@ def energy_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     panel = figure.subplots()
     for name, curve in curves.items():
-        panel.plot(curve["r2"], curve["vector"], label=name)
+        panel.plot(curve["r2"], curve["vector"], label=as_label(name))
     first = next(iter(curves.values()))
     panel.plot(first["r2"], first["activations"], color="black", linestyle=":", label="activations' variance")
     panel.set(
@@ -263,7 +271,7 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
                 panel.set_yscale("log")
                 panel.invert_yaxis()
                 _number_plainly(panel.yaxis)
-        panels[0][column].set_title(persona, fontsize=10)
+        panels[0][column].set_title(as_label(persona), fontsize=10)
         panels[1][column].set_xlabel("layer pair, source → target")
     panels[0][0].set_ylabel(f"{coherence.replace('_', ' ')} (coherent ↑)")
     panels[1][0].set_ylabel(trait.replace("_", " "))
@@ -336,7 +344,7 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
         _draw_persona(panel, entries, coherence, trait)
         auc = entries[0]["classifier_auc"]
         note = f" (classifier AUC {auc:.3f})" if trait == "trait_probability" and auc is not None else ""
-        panel.set_title(f"{persona}{note}", fontsize=10)
+        panel.set_title(f"{as_label(persona)}{note}", fontsize=10)
     judged = coherence == "gpt4_coherence_score"
     label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
     figure.supxlabel(label, fontsize=10)
@@ -369,7 +377,7 @@ def dose_figure(content: Mapping[str, Any]) -> Figure:
         for entry in content["doses"]:
             if entry["persona"] == persona:
                 drawn |= _draw_dose(panel, entry)
-        panel.set_title(persona, fontsize=10)
+        panel.set_title(as_label(persona), fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         _number_by_width(panel.xaxis)
         _number_by_width(panel.yaxis)
