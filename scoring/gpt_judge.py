@@ -2,23 +2,30 @@
 
 Works with any server that speaks OpenAI's chat API. The score is the mean of the digits 1
 to 5 weighted by their token probabilities where the server returns them (arXiv 2507.21509),
-else the digit it wrote. A judgement that fails is missing, with the reason; there is no
-default score.
+else the digit it wrote; `judge_answers` says how it is read. A judgement that fails is missing,
+with the reason; there is no default score, and no answer raises.
+
+A server may refuse what it is asked with (`max_tokens`, temperature 0, log-probabilities). What it
+refuses is replaced or left out from then on, once a run, and logged.
 """
 
-import math
+import json
+import logging
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from typing import Any
 
 import openai
-from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
+from scoring.judge_answers import Judgement, excerpt, redacted, score_answer
 from support.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 COHERENCE_PROMPT = """Rate how fluent and coherent the continuation below is, from 1 to 5:
 1 = gibberish or endless repetition, 3 = understandable with clear faults, 5 = fluent and sensible.
@@ -39,24 +46,41 @@ Continuation: {output}
 
 Answer with one digit."""
 
-MIN_DIGIT_MASS = 0.5
-TOKENS_PER_JUDGEMENT = 200
+TOKENS_PER_JUDGEMENT = 200  # with an answer of one token
+ERROR_EXCERPT, ERROR_LENGTH = 200, 4000  # characters of an error that are shown, and read
+MAX_CHANGES = 10  # of what one judgement is asked with; the longest way down is 6
+FEWER_TOP_LOGPROBS = 5
+HIGHEST_MINIMUM = 256  # tokens of an answer
 
+TRANSPORT_LOGGERS = (
+    "openai openai._base_client openai._response openai._legacy_response httpx httpx2 "
+    "httpcore.connection httpcore.http11 httpcore.http2 httpcore.proxy "
+    "httpcore2.connection httpcore2.http11 httpcore2.http2 httpcore2.proxy"
+).split()
+# Words by which a server refuses; the parameter nearest to one of them is meant.
+REFUSING = re.compile(
+    r"unsupported|\bnot\b|n't\b|cannot|unknown|unrecogni[sz]ed|unexpected|invalid|illegal|extra|forbidden|"
+    r"disallowed|deprecated|must|should|only|remove|instead|greater|less|exceed|range|too (?:large|small)",
+    re.I,
+)
+# The request itself is at fault, or the answer; a parameter that is named too is not refused.
+OF_ANOTHER_KIND = re.compile(
+    r"context (?:length|window|size)|content (?:policy|management|filter)|could not finish|limit was reached",
+    re.I,
+)
+UNFINISHED = re.compile(r"could not finish|limit was reached", re.I)
+MINIMUM = re.compile(r"(?:>=|≥|at least|equal to|minimum(?: value)?(?: is| of)?)\s*(\d{1,4})(?!\d)", re.I)
 
-@dataclass(frozen=True)
-class Judgement:
-    """A score from 1 to 5, or None with the reason why it is missing."""
-
-    score: float | None
-    failure: str | None = None
+Options = Mapping[str, Any]  # what a judgement is asked with beside model and messages; never modified
 
 
 class GPTJudge:
     """A chat model as judge.
 
     model: name at the server. base_url: None means OpenAI's own.
-    api_key_env: environment variable that holds the key.
-    Raises InputError if that variable is not set.
+    api_key_env: environment variable that holds the key, which comes into no message and no log.
+    max_answer_tokens: 1 for a digit with its probabilities; a model that reasons first needs thousands.
+    Raises InputError if that variable is not set or holds no key, or base_url is no address.
     """
 
     def __init__(
@@ -65,72 +89,248 @@ class GPTJudge:
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         max_workers: int = 4,
+        max_answer_tokens: int = 1,
     ) -> None:
-        key = os.environ.get(api_key_env)
-        if not key:
-            raise InputError(
-                f"use_gpt4 is true but {api_key_env} is not set; export it, or set use_gpt4 to false "
-                "(a local server needs any non-empty value)"
-            )
+        self._key = _read_key(api_key_env)
         self.model = model
-        self.client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=4, timeout=60)
         self.max_workers = max_workers
+        try:
+            # Ten tokens a second are slow.
+            timeout = 60 + max_answer_tokens / 10
+            self.client = openai.OpenAI(api_key=self._key, base_url=base_url, max_retries=4, timeout=timeout)
+        except Exception as error:
+            raise InputError(f"judge.base_url cannot be used: {excerpt(error, self._key)}") from None
+        _hide_from_logs(self._key)
+        self._options: Options = {
+            "max_tokens": max_answer_tokens,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        self._lock = threading.Lock()
+        self._was_answered = False
+        self._has_tried = False
 
     def judge(self, prompts: Sequence[str]) -> list[Judgement]:
         """Return a judgement for each complete judging prompt, several at a time, in order."""
-        with ThreadPoolExecutor(self.max_workers) as pool:
-            judgements = pool.map(self._judge_one, prompts)
-            return list(tqdm(judgements, total=len(prompts), desc="judging", unit="text", disable=None))
+        answered = self.judge_each(prompts)
+        found = dict(tqdm(answered, total=len(prompts), desc="judging", unit="text", disable=None))
+        return [found[index] for index in range(len(prompts))]
+
+    def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
+        """Yield the index of a prompt and its judgement as they come, asking in order and several at a time.
+
+        When the caller stops early, prompts that were not asked yet never are.
+        """
+        pool = ThreadPoolExecutor(self.max_workers)
+        try:
+            futures = {pool.submit(self._judge_one, prompt): index for index, prompt in enumerate(prompts)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _judge_one(self, prompt: str) -> Judgement:
         try:
-            completion = self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=1,
-                temperature=0,
-                logprobs=True,
-                top_logprobs=20,
+            answer, is_refused = self._ask(prompt)
+            if is_refused:
+                return Judgement(None, self._refusal(answer))
+            return score_answer(answer, self._key)
+        except Exception as error:  # whatever a server can send: one judgement is missing, not the run
+            cause = f" ({error.__cause__})" if error.__cause__ and str(error.__cause__) else ""
+            return Judgement(
+                None, f"{type(error).__name__}: {excerpt(f'{error}{cause}', self._key, ERROR_EXCERPT)}"
             )
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: half of a JSON answer
-            return Judgement(None, f"{type(error).__name__}: {str(error)[:200]}")
-        return score_completion(completion)
+
+    def _ask(self, prompt: str) -> tuple[Any, bool]:
+        """Return the decoded answer, and whether the server refuses the request however it is made."""
+        for _ in range(MAX_CHANGES):
+            options = self._options
+            answer, is_refused = self._send(prompt, options)
+            if not is_refused:
+                self._was_answered = True
+                return answer, False
+            if not self._adapt(prompt, options, answer):
+                break
+        return answer, True
+
+    def _send(self, prompt: str, options: Options) -> tuple[Any, bool]:
+        """Return what the server sends, decoded, and whether it refuses the request.
+
+        Raises openai.OpenAIError for other errors, ValueError where an answer is not JSON.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        ask = self.client.chat.completions.with_raw_response.create
+        try:
+            response = ask(model=self.model, messages=messages, **options)
+        except openai.APIStatusError as error:
+            if error.status_code not in (400, 422):
+                raise
+            return _decoded(error.response.content), True
+        answer = _decoded(response.content)
+        # Some proxies send an error with status 200.
+        is_error = isinstance(answer, dict) and answer.get("error") and not answer.get("choices")
+        return answer, bool(is_error)
+
+    def _adapt(self, prompt: str, options: Options, refusal: Any) -> bool:
+        """Change what every judgement is asked with after a refusal; return whether to ask again."""
+        with self._lock:
+            if self._options is not options:  # another thread has changed them meanwhile
+                return True
+            text = _error_text(refusal, prompt)
+            named = _named_fields(refusal)
+            refused = None if OF_ANOTHER_KIND.search(text) else _refused_option(text, named, options)
+            changed = None
+            if refused:
+                changed = _without(options, refused, text)
+            elif not (named or self._was_answered or self._has_tried or OF_ANOTHER_KIND.search(text)):
+                changed = self._try_fewer(prompt, options)
+            if changed is None:
+                return False
+            self._options = changed
+            told = ", ".join(f"{name}={value}" for name, value in changed.items()) or "no options"
+            logger.warning(
+                "the judge's server refuses %s ('%s'); it is asked with %s from now on",
+                refused or "the request",
+                excerpt(text, self._key, ERROR_EXCERPT),
+                told,
+            )
+            return True
+
+    def _try_fewer(self, prompt: str, options: Options) -> Options | None:
+        """Return options that the server accepts for this prompt, None if it accepts none of those tried.
+
+        For a server that does not say what it refuses. Each is left out alone, then all of them.
+        """
+        tried = [
+            _without(options, name, "")
+            for name in ("top_logprobs", "logprobs", "temperature", "max_tokens")
+            if name in options
+        ]
+        limits = {name: value for name, value in options.items() if name.startswith("max_")}
+        tried += [limits, _without(limits, "max_tokens", "") if "max_tokens" in limits else {}, {}]
+        for fewer in tried:
+            if not self._send(prompt, fewer)[1]:
+                return fewer
+        self._has_tried = True
+        return None
+
+    def _refusal(self, answer: Any) -> str:
+        text = _error_text(answer)
+        hint = "; raise judge.max_answer_tokens" if UNFINISHED.search(text) else ""
+        return f"the server refuses the request: '{excerpt(text, self._key, ERROR_EXCERPT)}'{hint}"
 
 
-def score_completion(completion: Any) -> Judgement:
-    """Return the probability-weighted digit of a chat completion, or the digit it wrote."""
-    if not isinstance(completion, ChatCompletion):
-        return Judgement(None, f"the server did not send a chat completion but {str(completion)[:60]!r}")
-    if not completion.choices:
-        return Judgement(None, "the answer has no choices")
-    choice = completion.choices[0]
-    if choice.logprobs and choice.logprobs.content:
-        weights: dict[int, float] = {}
-        for entry in choice.logprobs.content[0].top_logprobs or []:
-            if re.fullmatch(r"\s*[1-5]\s*", entry.token):
-                digit = int(entry.token)
-                weights[digit] = weights.get(digit, 0.0) + math.exp(entry.logprob)
-        mass = sum(weights.values())
-        if mass >= MIN_DIGIT_MASS:
-            return Judgement(sum(digit * weight for digit, weight in weights.items()) / mass)
-    answer = (choice.message.content or "" if choice.message else "").strip()
-    if re.fullmatch(r"[1-5]\.?", answer):
-        return Judgement(float(answer[0]))
-    return Judgement(None, f"the answer is not a digit from 1 to 5: {answer[:40]!r}")
+def _read_key(api_key_env: str) -> str:
+    key = os.environ.get(api_key_env, "").strip()
+    if not key:
+        raise InputError(
+            f"use_gpt4 is true but {api_key_env} is not set; export it, or set use_gpt4 to false "
+            "(a local server needs any non-empty value)"
+        )
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"{api_key_env} holds characters that no header can carry; export the key again")
+    return key
+
+
+@cache
+def _hide_from_logs(key: str) -> None:
+    """Keep the key out of what the client's own loggers say of requests and answers; once a key."""
+
+    def hide(record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage(), key), None
+        return True
+
+    for name in TRANSPORT_LOGGERS:
+        logging.getLogger(name).addFilter(hide)
+
+
+def _decoded(content: bytes) -> Any:
+    """Return JSON decoded, other text as it is."""
+    text = content.decode("utf-8-sig", "replace")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _items(body: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of all objects in decoded JSON, outer ones first; items of a list under its key."""
+    left: list[tuple[str, Any]] = [("", body)]
+    for key, value in left:
+        yield key, value
+        if isinstance(value, Mapping):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]
+
+
+def _error_text(body: Any, prompt: str = "") -> str:
+    """Return what an error says, without what it repeats of the request and of the prompt."""
+    repeated = ("input", "messages", "body", "request", "param", "loc")
+    texts = [value for key, value in _items(body) if isinstance(value, str) and key not in repeated]
+    return ". ".join(texts).replace(prompt, "")[:ERROR_LENGTH]
+
+
+def _named_fields(body: Any) -> list[str]:
+    """Return the parts of the request that an error names in a field of its own, such as `param` or `loc`."""
+    named = [value for key, value in _items(body) if key in ("param", "loc") and isinstance(value, str)]
+    return [name for name in named if name and name != "body"]
+
+
+def _refused_option(text: str, named: Sequence[str], options: Options) -> str | None:
+    """Return the option that an error is about: named in a field, else nearest to a word of refusal."""
+    patterns = {name: re.compile(_name_pattern(name), re.I) for name in options}
+    for name, pattern in patterns.items():
+        if any(pattern.search(field) for field in named):
+            return name
+    if named:
+        return None
+    words = [found.span() for found in REFUSING.finditer(text)]
+    distances = {
+        (min((_distance(text, found.span(), word) for word in words), default=0), found.start()): name
+        for name, pattern in patterns.items()
+        for found in pattern.finditer(text)
+    }
+    return distances[min(distances)] if distances else None
+
+
+def _distance(text: str, one: tuple[int, int], other: tuple[int, int]) -> int:
+    """Return the characters between two places of a text; another sentence is further than any of them."""
+    start, end = min(one[1], other[1]), max(one[0], other[0])
+    return max(end - start, 0) + len(text) * bool(re.search(r"[.;]\s", text[start:end]))
+
+
+def _name_pattern(name: str) -> str:
+    pattern = name.replace("_", "[_ ]?").replace("logprobs", "log_?probs")
+    limit = r"max[_ ]?(?:output|new|completion)[_ ]?tokens"  # as servers that stand behind others call it
+    return rf"(?<![A-Za-z_])(?:{pattern}{f'|{limit}' if name.startswith('max_') else ''})(?![A-Za-z_])"
+
+
+def _without(options: Options, name: str, text: str) -> Options:
+    """Return options without `name`, or with what may stand for it; text: what the server says of it."""
+    rest = {other: value for other, value in options.items() if other != name}
+    least = MINIMUM.search(text)
+    if name.startswith("max_") and least and options[name] < int(least[1]) <= HIGHEST_MINIMUM:
+        return {**options, name: int(least[1])}
+    if name == "max_tokens":
+        return {**rest, "max_completion_tokens": options[name]}
+    if name == "top_logprobs" and options[name] > FEWER_TOP_LOGPROBS:
+        return {**rest, name: FEWER_TOP_LOGPROBS}
+    if name == "logprobs":
+        rest.pop("top_logprobs", None)
+    return rest
 
 
 def main() -> None:
-    """Check how an answer made here is read; no server is asked."""
-    from openai.types.chat import ChatCompletion, ChatCompletionMessage
-    from openai.types.chat.chat_completion import Choice
-
-    scores = []
-    for text in ("4", "four", "9"):
-        message = ChatCompletionMessage(role="assistant", content=text)
-        choice = Choice.model_construct(message=message, logprobs=None)
-        scores.append(score_completion(ChatCompletion.model_construct(choices=[choice])).score)
-    assert scores == [4.0, None, None]
-    print("gpt_judge OK: digits of the scale are scored, other answers are missing")
+    """Check what is asked for after a refusal; no server is asked."""
+    options = {"max_tokens": 1, "temperature": 0, "logprobs": True}
+    said = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    refused = _refused_option(said, [], options)
+    assert refused == "max_tokens"
+    assert _without(options, refused, said)["max_completion_tokens"] == 1
+    assert _refused_option("Known: temperature. Unknown field logprobs", [], options) == "logprobs"
+    print("gpt_judge OK: what a server refuses is replaced or left out")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""Read the score in a chat model's answer, whatever form the server gave it (phase 5).
+
+An answer is decoded JSON of any type. Its score is a digit from 1 to 5 that it states as one: alone on a
+line, after a label ("Score: 4", "I would rate it a 4"), at the start before an explanation or as the last
+sentence. Markup around it and "/5" behind it don't matter, and reasoning in tags is not read. An answer that
+states two scores, a range, half a point or another scale has none, and none is guessed.
+
+Everything that a server sends may hold the key it was given: `excerpt` is how it comes into a message.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+MIN_DIGIT_MASS = 0.5
+EXCERPT = 60
+HIDDEN = "[key]"
+SECRET_LENGTH = 8  # a shorter key is hidden where it is a word; part of a longer one is hidden too
+
+REASONING_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.I)
+ELEMENT_TAG = re.compile(r"</?[A-Za-z_]{1,20}>")
+OPENING_MARKUP, CLOSING_MARKUP = " \t*_`\"'#>()[]{}$|“”‘’«»•:", " \t*_`\"'#.!()[]{}$|“”‘’«»:"
+
+SCORE = (
+    r"(?<![\d.,/+~≈≥≤<\-−–])([1-5])(?:\.00?)?(?:\s?\(?(?:/|out of)\s?5\)?)?"
+    r"(?:\s(?:stars?|points?))?(?![\d%½])"
+)
+# What may follow a score within a text; a second number close behind makes a range or a choice of it.
+FOLLOWING = (
+    r"(?!\.\d)(?![^.\n]{0,25}\d)(?!\W{0,3}(?:or|to|and|of|out of)\b)"
+    r"(?=\s{0,3}(?:\Z|[\n.,;:!?)\]}*_`\"'<|(—\\$]|[-–]\s|because\b|since\b|as\b|for\b))"
+)
+LABEL = (
+    r"(?:scor(?:e|ed|ing)|rat(?:e|ed|ing)|grade|answer|verdict|judge?ment|result|give|given|assign|assigned|"
+    r"coherence|fluency|strength|trait)"
+)
+LINK = (
+    r"(?:\W{1,6}(?:is|as|a|an|it|this|that|the|my|would|be|i|of|at|for|final|overall|score|rating|number|"
+    r"continuation|output|text|coherence|fluency|trait|strength|solid|mathbf|textbf)(?!\w)){0,6}\W{1,8}"
+)
+FINAL = re.compile(
+    r"(?:\bboxed|\bfinal\W{1,4}(?:score|rating|grade|answer|verdict|judge?ment)\b)"
+    + LINK
+    + SCORE
+    + FOLLOWING,
+    re.I,
+)
+LABELLED = re.compile(rf"(?<![^\W_]){LABEL}(?![^\W_]){LINK}{SCORE}{FOLLOWING}", re.I)
+BARE = re.compile(rf"(?:[-•]\s+)?{SCORE}", re.I)
+EXPLAINED = re.compile(rf"{SCORE}(?:\s[-–—=]\s|[:,.;]\s|\s\()[^\d]{{3,400}}", re.I)
+LAST_SENTENCE = re.compile(rf"[^\W\d]\W{{0,3}}[.!?;]\s{{1,6}}{SCORE}\W{{0,6}}\Z", re.I)
+SPELLED = re.compile(r"\b(?:or|half|one|two|three|four|five|plus|minus)\b", re.I)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A score from 1 to 5, or None with the reason why it is missing."""
+
+    score: float | None
+    failure: str | None = None
+
+
+def redacted(text: str, key: str) -> str:
+    """Return text with `[key]` for the key: as it is, URL-encoded, in any case, or only its beginning."""
+    if not key:
+        return text
+    forms = "|".join(re.escape(form) for form in sorted({key, quote(key, safe=""), quote_plus(key)}, key=len))
+    if len(key) < SECRET_LENGTH:
+        return re.sub(rf"(?<!\w)(?:{forms})(?!\w)", HIDDEN, text, flags=re.I)
+    # Servers shorten keys, and so does a message that is cut; the rest of the word goes with the beginning.
+    begins = re.escape(key[:SECRET_LENGTH]) + r"[\w.*…%+/=~-]*"
+    return re.sub(f"(?:{forms})|{begins}", HIDDEN, text, flags=re.I)
+
+
+def excerpt(text: Any, key: str, limit: int = EXCERPT) -> str:
+    """Return the first `limit` characters of what a server sent: on one line, control characters escaped.
+
+    key: is not in it.
+    """
+    whole = redacted(text if isinstance(text, str) else str(text), key)
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in whole[:limit])
+    return shown + ("…" if len(whole) > limit else "")
+
+
+def score_answer(body: Any, key: str = "") -> Judgement:
+    """Return the score of a decoded chat completion: its digit, weighted where the server allows it.
+
+    Where the whole answer is one digit and its token's log-probabilities give the digits 1 to 5 at least
+    MIN_DIGIT_MASS, the score is their mean. With anything before the digit it counts as written: the first
+    token is not the score's then. key: is kept out of the reason why a score is missing.
+    """
+    choices = body.get("choices") if isinstance(body, Mapping) else None
+    if not isinstance(body, Mapping):
+        return Judgement(None, f"the server did not send a chat completion but '{excerpt(body, key)}'")
+    if not isinstance(choices, list) or not choices:
+        return Judgement(None, f"the answer has no choices: '{excerpt(body, key)}'")
+    choice = choices[0] if isinstance(choices[0], Mapping) else {}
+    message = choice.get("message") if isinstance(choice.get("message"), Mapping) else {}
+    text = _text(message.get("content")) or _text(choice.get("text"))
+    written = re.fullmatch(r"([1-5])\.?", text.strip())
+    if written:
+        return Judgement(_weighted(choice.get("logprobs"), int(written[1])) or float(written[1]))
+    is_cut = choice.get("finish_reason") in ("length", "max_tokens")
+    scores = stated_scores(text, is_cut)
+    if len(scores) == 1:
+        return Judgement(float(scores.pop()))
+    problem = "states more than one score" if scores else "is not a digit from 1 to 5"
+    return Judgement(
+        None, f"the answer {problem}: '{excerpt(text.strip(), key)}'" + _why(choice, message, key)
+    )
+
+
+def _why(choice: Mapping[str, Any], message: Mapping[str, Any], key: str) -> str:
+    """Return what else the server says of an answer without a score."""
+    reason = choice.get("finish_reason")
+    reasoned = any(message.get(name) for name in ("reasoning", "reasoning_content"))
+    if reason in ("length", "max_tokens") or reasoned:
+        return (
+            "; it was cut or is reasoning alone: raise judge.max_answer_tokens for a model that reasons first"
+        )
+    if message.get("refusal"):
+        return f"; the model refuses: '{excerpt(message['refusal'], key)}'"
+    if reason not in (None, "stop"):
+        return f"; finish_reason '{excerpt(reason, key)}'"
+    return ""
+
+
+def stated_scores(text: str, is_cut: bool = False) -> set[int]:
+    """Return the different digits from 1 to 5 that a text states as its score.
+
+    is_cut: the text ends where its length limit was, so what follows its last digit is unknown.
+    """
+    text = _without_reasoning(_plain(text)).replace("**", "").strip()
+    lines = [_unmarked(line) for line in text.splitlines()]
+    if is_cut:  # only the whole answer can be trusted
+        return {int(found[1]) for found in [BARE.fullmatch(_unmarked(text))] if found}
+    if finals := {int(found[1]) for found in FINAL.finditer(text)}:
+        return finals
+    matches = [*LABELLED.finditer(text), *filter(None, map(BARE.fullmatch, lines))]
+    matches += filter(None, [LAST_SENTENCE.search(text[-200:])])
+    if len(lines) == 1 and not SPELLED.search(lines[0]):
+        matches += filter(None, [EXPLAINED.fullmatch(lines[0])])
+    return {int(found[1]) for found in matches}
+
+
+def _unmarked(line: str) -> str:
+    return ELEMENT_TAG.sub("", line).lstrip(OPENING_MARKUP).rstrip(CLOSING_MARKUP)
+
+
+def _plain(text: str) -> str:
+    """Return text with ASCII decimal digits and without combining and invisible characters."""
+    if text.isascii():
+        return text
+    visible = (char for char in text if unicodedata.category(char) not in ("Cf", "Mn", "Me"))
+    return "".join(str(unicodedata.decimal(char, char)) for char in visible)
+
+
+def _without_reasoning(text: str) -> str:
+    """Return what stands outside <think>...</think>; nothing of what precedes a lone closing tag."""
+    kept: list[str] = []
+    start, is_inside = 0, False
+    for tag in REASONING_TAG.finditer(text):
+        if not is_inside:
+            kept = [] if tag[1] else [*kept[-8:], text[start : tag.start()]]
+        is_inside, start = not tag[1], tag.end()
+    return " ".join(kept if is_inside else [*kept, text[start:]])
+
+
+def _text(content: Any) -> str:
+    """Return the text of a message's content: a string, a number, or a list of parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        return str(content)
+    parts = [content] if isinstance(content, Mapping) else content if isinstance(content, list) else []
+    return "".join(_part_texts(parts))
+
+
+def _part_texts(parts: list[Any]) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping) and part.get("type", "text") in ("text", "output_text"):
+            yield part["text"] if isinstance(part.get("text"), str) else ""
+
+
+def _weighted(logprobs: Any, written: int) -> float | None:
+    """Return the mean digit by the first token's probabilities, None where the server gave no usable ones."""
+    entries = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    first = entries[0] if isinstance(entries, list) and entries else None
+    if not isinstance(first, Mapping) or not isinstance(first.get("top_logprobs"), list):
+        return None
+    weights: dict[int, float] = {}
+    for entry in first["top_logprobs"]:
+        token, logprob = (
+            (entry.get("token"), entry.get("logprob")) if isinstance(entry, Mapping) else (None, 0)
+        )
+        found = re.fullmatch(r"[\s▁Ġ]*([1-5])\s*", token) if isinstance(token, str) else None
+        # Rounding can make a probability a little larger than 1.
+        if found and type(logprob) in (int, float) and -math.inf < logprob < 0.01:
+            digit = int(found[1])
+            weights[digit] = weights.get(digit, 0.0) + math.exp(logprob)
+    mass = sum(weights.values())
+    if mass < MIN_DIGIT_MASS or written not in weights:
+        return None
+    return sum(digit * weight for digit, weight in weights.items()) / mass
+
+
+def main() -> None:
+    """Check which answers have a score, and that no key comes into a message."""
+    texts = ("4", "**4**/5", "<think>3?</think>Score: 4", "3 or 4", "45", "four")
+    found = [score_answer({"choices": [{"message": {"content": text}}]}).score for text in texts]
+    assert found == [4, 4, 4, None, None, None], found
+    assert excerpt("Bearer sk-1234567890 is wrong\n", "sk-1234567890") == r"Bearer [key] is wrong\n"
+    print("judge_answers OK: digits of the scale are read, other answers are missing")
+
+
+if __name__ == "__main__":
+    main()
