@@ -11,8 +11,10 @@ import logging
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -134,28 +136,42 @@ class Evaluator:
         independent: Sequence[float | None],
     ) -> list[EvaluationResult]:
         """Return the metrics of each row whose perplexities are known; see `evaluate_batch`."""
+        scored = dict(chain.from_iterable(self.score_each(rows, perplexities, independent)))
+        return [scored[index] for index in range(len(rows))]
+
+    def score_each(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        perplexities: Sequence[float | None],
+        independent: Sequence[float | None],
+    ) -> Iterator[list[tuple[int, EvaluationResult]]]:
+        """Yield (index of the row, metrics) in groups: as they are judged; without a judge, one group."""
         traits = self._trait_probabilities(rows)
-        coherence, trait_judgements = self._judgements(rows)
-        results = []
-        for index, row in enumerate(rows):
+
+        def result(index: int, coherence: Judgement, trait: Judgement) -> EvaluationResult:
+            row = rows[index]
             classifier = self.classifiers.get(row.get("persona"))
-            results.append(
-                EvaluationResult(
-                    condition=row["condition"],
-                    persona=row.get("persona"),
-                    alpha=row.get("alpha"),
-                    perplexity=perplexities[index],
-                    independent_perplexity=independent[index],
-                    **repetition_metrics(row["output"]),
-                    n_characters=len(row["output"].strip()),
-                    trait_probability=traits[index],
-                    classifier_auc=classifier.auc if classifier else None,
-                    gpt4_coherence_score=coherence[index].score,
-                    gpt4_trait_score=trait_judgements[index].score,
-                    gpt4_failure=coherence[index].failure or trait_judgements[index].failure,
-                )
+            return EvaluationResult(
+                condition=row["condition"],
+                persona=row.get("persona"),
+                alpha=row.get("alpha"),
+                perplexity=perplexities[index],
+                independent_perplexity=independent[index],
+                **repetition_metrics(row["output"]),
+                n_characters=len(row["output"].strip()),
+                trait_probability=traits[index],
+                classifier_auc=classifier.auc if classifier else None,
+                gpt4_coherence_score=coherence.score,
+                gpt4_trait_score=trait.score,
+                gpt4_failure=coherence.failure or trait.failure,
             )
-        return results
+
+        if self.judge is None:
+            yield [(index, result(index, Judgement(None), Judgement(None))) for index in range(len(rows))]
+            return
+        with closing(self._judged(rows)) as judged:
+            for group in judged:
+                yield [(index, result(index, *both)) for index, both in group]
 
     def aggregate(self, results: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
         """Return metrics by condition, persona and alpha; see `aggregate`."""
@@ -180,28 +196,37 @@ class Evaluator:
                 scores[index] = score
         return scores
 
-    def _judgements(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Judgement], list[Judgement]]:
-        if self.judge is None:
-            return [Judgement(None)] * len(rows), [Judgement(None)] * len(rows)
-        texts = [COHERENCE_PROMPT.format(prompt=row["prompt"], output=row["output"]) for row in rows]
-        coherence = _once_each(self.judge.judge, texts)
-        with_persona = [index for index, row in enumerate(rows) if row.get("persona")]
-        asked = [
-            TRAIT_PROMPT.format(
-                name=rows[index]["persona"],
-                description=self.descriptions.get(rows[index]["persona"], ""),
-                prompt=rows[index]["prompt"],
-                output=rows[index]["output"],
-            )
-            for index in with_persona
-        ]
-        traits = [Judgement(None)] * len(rows)
-        for index, judgement in zip(with_persona, _once_each(self.judge.judge, asked), strict=True):
-            traits[index] = judgement
-        failed = sum(judgement.failure is not None for judgement in [*coherence, *traits])
+    def _judged(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, list[Judgement]]]]:
+        """Yield (index of the row, judgements of coherence and trait) of the rows that an answer completes.
+
+        A row's prompts are asked one after the other, and those that are equal once.
+        """
+        asked = [self._judging_prompts(row) for row in rows]
+        waiting: dict[str, list[int]] = {}
+        for index, texts in enumerate(asked):
+            for text in texts:
+                waiting.setdefault(text, []).append(index)
+        prompts, known, failed = list(waiting), {}, 0
+        with closing(self.judge.judge_each(prompts)) as answers:
+            for number, judgement in answers:
+                text = prompts[number]
+                known[text] = judgement
+                failed += len(waiting[text]) * (judgement.failure is not None)
+                complete = [index for index in waiting[text] if known.keys() >= set(asked[index])]
+                both = [[*(known[text] for text in asked[index]), Judgement(None)][:2] for index in complete]
+                if complete:
+                    yield list(zip(complete, both, strict=True))
         if failed:
             logger.warning("%d judgements failed and are missing", failed)
-        return coherence, traits
+
+    def _judging_prompts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the prompts for coherence and, with a persona, its trait."""
+        texts = {"prompt": row["prompt"], "output": row["output"]}
+        prompts = [COHERENCE_PROMPT.format(**texts)]
+        if persona := row.get("persona"):
+            description = self.descriptions.get(persona, "")
+            prompts.append(TRAIT_PROMPT.format(name=persona, description=description, **texts))
+        return prompts
 
 
 def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence[Item]) -> list[Value]:

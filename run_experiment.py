@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in ("httpx", "openai", "filelock", "urllib3"):
+    for name in ("httpx", "httpx2", "openai", "filelock", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     quiet_transformers()
     try:

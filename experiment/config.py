@@ -137,12 +137,16 @@ class ExecutorConfig(_Strict):
 
 
 class JudgeConfig(_Strict):
-    """The chat model that judges when `use_gpt4` is true."""
+    """The chat model that judges when `use_gpt4` is true; see `gpt_judge`.
+
+    max_answer_tokens: 1 for a digit with its probabilities, thousands for a model that reasons first.
+    """
 
     model: Text = "gpt-4o"
     base_url: str | None = None
     api_key_env: Text = "OPENAI_API_KEY"
     max_workers: SmallCount = 4
+    max_answer_tokens: Annotated[int, Field(ge=1, le=100_000)] = 1
     usd_per_million_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.5
 
 

@@ -49,7 +49,8 @@ def describe_run(inputs: Inputs) -> str:
         )
     n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
     price = config.judge.usd_per_million_tokens
-    cost = n_judgements * TOKENS_PER_JUDGEMENT * price / 1e6
+    n_tokens = TOKENS_PER_JUDGEMENT + config.judge.max_answer_tokens - 1
+    cost = n_judgements * n_tokens * price / 1e6
     return "\n".join(
         [
             *search,
@@ -60,7 +61,7 @@ def describe_run(inputs: Inputs) -> str:
             f"{n_generations * config.max_new_tokens} tokens, about {minutes[1]:.1f} min",
             f"evaluations: {n_evaluations}, about {minutes[2]:.1f} min",
             f"judgements: {n_judgements}, about {cost:.2f} USD at {price:g} USD per million tokens and "
-            f"{TOKENS_PER_JUDGEMENT} tokens each",
+            f"{n_tokens} tokens each",
             f"total: about {sum(minutes):.0f} min on {inputs.target.model.device}, beside loading and "
             "preflight",
         ]

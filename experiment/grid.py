@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from experiment.config import JudgeConfig
 from experiment.dose_search import Dose
 from experiment.inputs import Inputs
 from scoring.trait_classifier import classifier_fingerprint
@@ -85,7 +86,7 @@ def grid_texts(inputs: Inputs, alphas: Sequence[float | None] | Doses) -> list[R
 
 def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
     """Return a row for each text and persona; the unsteered text is scored for every persona."""
-    judge = [inputs.config.judge.model, inputs.config.judge.base_url] if inputs.judge else None
+    judge = _judge(inputs.config.judge) if inputs.judge else None
     planned = []
     for text in texts:
         names = [text["persona"]] if text["persona"] else inputs.config.persona_names
@@ -93,10 +94,16 @@ def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
     return planned
 
 
-def evaluation_rows(inputs: Inputs, texts: Sequence[Row], judge: list[str | None] | None) -> list[Row]:
+def _judge(settings: JudgeConfig) -> list[Any]:
+    """Return what a judgement depends on; the default length of an answer is left out, as it always was."""
+    long = [settings.max_answer_tokens] if settings.max_answer_tokens != 1 else []
+    return [settings.model, settings.base_url, *long]
+
+
+def evaluation_rows(inputs: Inputs, texts: Sequence[Row], judge: list[Any] | None) -> list[Row]:
     """Return the rows of texts that have a persona, with the key of their evaluation.
 
-    judge: its model and address; None if none is asked.
+    judge: what `planned_evaluations` says of it; None if none is asked.
     """
     descriptions = {persona.name: persona.description for persona in inputs.personas} if judge else {}
     scorers = [classifier_fingerprint(inputs.labelled_personas), _independent(inputs), judge]

@@ -167,11 +167,8 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
     Raises InputError for whatever cannot be used; of texts before a model is loaded.
     """
     personas, prompts = read_personas_and_prompts(config)
-    settings = config.judge
     judge = (
-        GPTJudge(settings.model, settings.base_url, settings.api_key_env, settings.max_workers)
-        if config.use_gpt4
-        else None
+        GPTJudge(**config.judge.model_dump(exclude={"usd_per_million_tokens"})) if config.use_gpt4 else None
     )
     texts = tuple(_neutral_texts(config, personas, prompts, config.n_training_samples))
     n_documents = len({item.document for item in texts})

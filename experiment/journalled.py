@@ -1,4 +1,4 @@
-"""Write and evaluate rows of the grid: each once, and journalled as soon as its batch is done."""
+"""Write and evaluate rows of the grid: each once, and journalled as soon as it or its batch is done."""
 
 import logging
 import time
@@ -128,9 +128,10 @@ def _evaluate_missing(
         for number, perplexities in results:
             part = parts[number]
             independent = perplexities.get("source", [None] * len(part))
-            scores = evaluator.score(part, perplexities["target"], independent)
-            journal.append([{**row, **asdict(score)} for row, score in zip(part, scores, strict=True)])
-            progress.update(len(part))
+            with closing(evaluator.score_each(part, perplexities["target"], independent)) as groups:
+                for scored in groups:
+                    journal.append([{**part[index], **asdict(score)} for index, score in scored])
+                    progress.update(len(scored))
 
 
 def missing_notes(rows: Sequence[Row]) -> list[str]:
