@@ -269,7 +269,9 @@ def _error_text(body: Any, prompt: str = "") -> str:
     """Return what an error says, without what it repeats of the request and of the prompt."""
     repeated = ("input", "messages", "body", "request", "param", "loc")
     texts = [value for key, value in _items(body) if isinstance(value, str) and key not in repeated]
-    return ". ".join(texts).replace(prompt, "")[:ERROR_LENGTH]
+    said = ". ".join(texts)
+    # A word of a prompt is also a word of an error.
+    return (said.replace(prompt, "") if len(prompt) > 20 else said)[:ERROR_LENGTH]
 
 
 def _named_fields(body: Any) -> list[str]:

@@ -12,10 +12,11 @@ JSON = "application/json"
 
 @dataclass
 class ChatServer:
-    """Where the server listens and the user messages that it has received."""
+    """Where the server listens, and the requests and their user messages that it has received."""
 
     base_url: str
     prompts: list[str] = field(default_factory=list)
+    requests: list[dict] = field(default_factory=list)
 
 
 def completion(content, top_probabilities=None):
@@ -31,12 +32,21 @@ def completion(content, top_probabilities=None):
     return {**common, "choices": [choice]}
 
 
+def error(message, status=400, **fields):
+    """Return an answer that refuses, as OpenAI words it; fields: such as `param`."""
+    return status, JSON, {"error": {"message": message, "type": "invalid_request_error", **fields}}
+
+
+def _encoded(body):
+    return (body if isinstance(body, str) else json.dumps(body)).encode()
+
+
 @contextmanager
-def chat_server(answer):
+def chat_server(answer, reads="prompt"):
     """Serve until the body ends.
 
-    answer: user message -> body, or (status, content type, body); a body that is not a string is
-    sent as JSON.
+    answer: user message (or the whole request, if `reads` is "request") -> body, or (status, content type,
+    body), or (status, content type, body, headers); bytes and strings are sent as they are, others as JSON.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -44,12 +54,13 @@ def chat_server(answer):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = request["messages"][-1]["content"]
             server.prompts.append(prompt)
-            found = answer(prompt)
-            status, kind, body = found if isinstance(found, tuple) else (200, JSON, found)
-            sent = (body if isinstance(body, str) else json.dumps(body)).encode()
+            server.requests.append(request)
+            found = answer(request if reads == "request" else prompt)
+            status, kind, body, *headers = found if isinstance(found, tuple) else (200, JSON, found)
+            sent = body if isinstance(body, bytes) else _encoded(body)
             self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(sent)))
+            for name, value in {"Content-Type": kind, "Content-Length": len(sent), **dict(*headers)}.items():
+                self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(sent)
 

@@ -1,5 +1,7 @@
+import threading
+
 import pytest
-from chat_server import JSON, chat_server, completion
+from chat_server import JSON, chat_server, completion, error
 
 from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge
 from support.errors import InputError
@@ -104,6 +106,200 @@ def test_judgements_keep_the_order_and_one_failure_costs_one(max_workers, ask):
     judgements = ask(answer, [str(index) for index in range(20)], max_workers)
     expected = [None if index == 7 else index % 5 + 1 for index in range(20)]
     assert [judgement.score for judgement in judgements] == expected
+
+
+UNSUPPORTED = "Unsupported parameter: '{}' is not supported with this model."
+LOGPROBS, TEMPERATURE = {"logprobs": True, "top_logprobs": 20}, {"temperature": 0}
+DEFAULT = {"max_tokens": 1, **TEMPERATURE, **LOGPROBS}
+FORBIDDEN = {"type": "extra_forbidden", "msg": "Extra inputs are not permitted", "input": DEFAULT}
+
+
+def asked_with(request):
+    return {name: value for name, value in request.items() if name not in ("model", "messages")}
+
+
+def picky(says, *refused, accepts=lambda request: True):
+    """Return a server's answers: `says` for a request with one of the refused options, else 4."""
+
+    def answer(request):
+        is_refused = any(name in request for name in refused) or not accepts(request)
+        return says if is_refused else completion("4")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        (
+            picky(
+                error(UNSUPPORTED.format("max_tokens") + " Use 'max_completion_tokens' instead."),
+                "max_tokens",
+            ),
+            {"max_completion_tokens": 1, **TEMPERATURE, **LOGPROBS},
+        ),
+        (
+            picky(
+                error("Unsupported value: 'temperature' does not support 0 with this model."), "temperature"
+            ),
+            {"max_tokens": 1, **LOGPROBS},
+        ),
+        (
+            picky(error("Not for this model.", param="temperature"), "temperature"),
+            {"max_tokens": 1, **LOGPROBS},
+        ),
+        (
+            picky((422, JSON, {"detail": [{**FORBIDDEN, "loc": ["body", "logprobs"]}]}), "logprobs"),
+            {"max_tokens": 1, **TEMPERATURE},
+        ),
+        (
+            picky((400, "text/plain", "Known: temperature, model. unknown field logprobs"), "logprobs"),
+            {"max_tokens": 1, **TEMPERATURE},
+        ),
+        (
+            picky(
+                error("top_logprobs must be at most 5"), accepts=lambda request: request["top_logprobs"] <= 5
+            ),
+            {**DEFAULT, "top_logprobs": 5},
+        ),
+        (
+            picky(
+                error("Invalid 'max_output_tokens': Expected a value >= 16, but got 1 instead."),
+                accepts=lambda request: request["max_tokens"] >= 16,
+            ),
+            {**DEFAULT, "max_tokens": 16},
+        ),
+        (
+            picky((200, JSON, {"error": {"message": "temperature is unsupported"}}), "temperature"),
+            {"max_tokens": 1, **LOGPROBS},
+        ),
+        (picky(error("Bad request."), "temperature"), {"max_tokens": 1, **LOGPROBS}),
+        (picky((400, "text/html", "<h1>No</h1>"), "max_tokens", "logprobs"), {"max_completion_tokens": 1}),
+        (picky((400, JSON, ""), *DEFAULT, "max_completion_tokens"), {}),
+    ],
+    ids=[
+        "replaced",
+        "value",
+        "param",
+        "extra_forbidden",
+        "unknown field",
+        "fewer",
+        "minimum",
+        "status 200",
+        "unnamed",
+        "unnamed two",
+        "unnamed all",
+    ],
+)
+def test_what_a_server_refuses_is_left_out_once_a_run(answer, accepted, monkeypatch, caplog):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    prompts = [f"Rate {index}." for index in range(12)]
+    with chat_server(answer, reads="request") as server:
+        judge = GPTJudge("local", server.base_url, "LOCAL_KEY")
+        assert [judgement.score for judgement in judge.judge(prompts)] == [4.0] * 12
+        n_asked = len(server.requests)
+        judge.judge(prompts)
+    assert [asked_with(request) for request in server.requests[n_asked:]] == [accepted] * 12
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the judge's server refuses" in caplog.text
+
+
+def test_refusals_of_several_options_are_learned_one_after_the_other(monkeypatch, caplog):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+
+    def answer(request):
+        refused = next((name for name in DEFAULT if name in request), None)
+        return error(UNSUPPORTED.format(refused)) if refused else completion("4")
+
+    with chat_server(answer, reads="request") as server:
+        judge = GPTJudge("local", server.base_url, "LOCAL_KEY", max_workers=1)
+        assert [judgement.score for judgement in judge.judge(["a", "b"])] == [4.0, 4.0]
+    assert asked_with(server.requests[-1]) == {"max_completion_tokens": 1}
+    assert len(server.requests) == 5
+    assert len(caplog.records) == 3
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        error("'max_tokens' is too large: this model's maximum context length is 10 tokens."),
+        error("The prompt triggers the content management policy.", param="prompt"),
+        error("Could not finish the message because max_tokens or model output limit was reached."),
+        error("This text is refused: temperature must rise."),
+    ],
+    ids=["context", "content", "unfinished", "echo"],
+)
+def test_a_refused_text_changes_nothing_for_the_others(says, monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    echoed = "temperature must rise."
+    with chat_server(lambda prompt: says if prompt == echoed else completion("4")) as server:
+        judge = GPTJudge("local", server.base_url, "LOCAL_KEY", max_workers=1)
+        judgements = judge.judge(["first", echoed, "last"])
+    assert [judgement.score for judgement in judgements] == [4.0, None, 4.0]
+    assert "the server refuses the request" in judgements[1].failure
+    assert [asked_with(request) for request in server.requests] == [DEFAULT] * 3
+
+
+def test_answers_of_a_model_that_reasons_are_longer(monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    cut = completion("")
+    cut["choices"][0]["finish_reason"] = "length"
+
+    def answer(request):
+        return completion("<think>2? 3?</think>**4**") if request["max_tokens"] > 100 else cut
+
+    with chat_server(answer, reads="request") as server:
+        short, long = (
+            GPTJudge("local", server.base_url, "LOCAL_KEY", max_answer_tokens=n).judge(["a"])[0]
+            for n in (1, 500)
+        )
+    assert "raise judge.max_answer_tokens" in short.failure
+    assert long.score == 4
+
+
+def test_judgements_come_as_they_are_answered_and_stopping_asks_no_more(monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    is_read = threading.Event()
+
+    def answer(prompt):
+        if prompt != "0":
+            is_read.wait(10)
+        return completion("4")
+
+    with chat_server(answer) as server:
+        answers = GPTJudge("local", server.base_url, "LOCAL_KEY", max_workers=2).judge_each(
+            list("0123456789")
+        )
+        assert next(answers)[0] == 0
+        is_read.set()
+        answers.close()
+    assert len(server.prompts) < 10
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
+def test_a_stop_of_the_program_is_no_judgement(raised, monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    judge = GPTJudge("local", "http://127.0.0.1:9", "LOCAL_KEY")
+
+    def stop(prompt):
+        raise raised
+
+    monkeypatch.setattr(judge, "_ask", stop)
+    with pytest.raises(raised):
+        judge.judge(["a"])
+
+
+def test_a_key_that_no_header_can_carry_is_refused_without_naming_it(monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "sécret")
+    with pytest.raises(InputError, match="LOCAL_KEY holds characters") as caught:
+        GPTJudge(api_key_env="LOCAL_KEY")
+    assert "sécret" not in str(caught.value)
+
+
+def test_an_address_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    with pytest.raises(InputError, match="base_url cannot be used"):
+        GPTJudge("local", "http://local:port", "LOCAL_KEY")
 
 
 def test_no_prompts_give_no_judgements(ask):

@@ -1,0 +1,133 @@
+"""Which texts state a score, and what of a server's words is shown."""
+
+import time
+
+import pytest
+from chat_server import completion
+
+from scoring.judge_answers import excerpt, redacted, score_answer, stated_scores
+
+KEY = "sk-proj-4f/9a+Zq=="
+FOUR = [
+    *(
+        "4",
+        "4.",
+        "(4)",
+        "**4**",
+        "`4`",
+        "# 4",
+        "- 4",
+        "4/5",
+        "4 / 5",
+        "**4**/5",
+        "4 out of 5",
+        "4.0",
+        "4 stars",
+    ),
+    *("Score: 4", "Rating: 4.", "**Rating:** 4/5", "Score = 4", "Answer: **4**", "Score:\n4", '{"score": 4}'),
+    *(r"\boxed{4}", r"$\boxed{\text{4}}$", "<score>4</score>", "[[4]]", '```json\n{"rating": 4}\n```'),
+    *("<think>2? 3.</think>4", "2 or 3?</think>\n4", "<think>a</think>Score: 4", "4<think>why</think>"),
+    *("It has 2 faults.\n\n4", "It is fluent. 4", "I would rate it a 4.", "I give this a 4 out of 5."),
+    *("4\n\nIt has 2 faults.", "4 - fluent and sensible", "First score: 3\nFinal score: 4"),
+    *("４", "Score：４/５", "4️⃣", "\u200b4", "٤"),
+]
+NONE = [
+    *(
+        "between 3 and 4",
+        "3 or 4",
+        "3-4",
+        "3–4",
+        "3, 4",
+        "4 to 5",
+        "4, maybe 5",
+        "4 or five",
+        "4\n5",
+        "4 (maybe 5)",
+    ),
+    *("Score: 3 or 4", "Score: 3-4", "Score: between 3 and 4", "Score: 4, perhaps 5", "Score: 3\nScore: 4"),
+    *(
+        "9",
+        "45",
+        "0",
+        "6",
+        "16",
+        "-4",
+        "Score: -4",
+        "4.5",
+        "4,5",
+        "4½",
+        "Score: 4.5",
+        ".4",
+        "~4",
+        "≥4",
+        "4+",
+        "4%",
+    ),
+    *("4/10", "4 out of 10", "Score: 4/10", "4/50", "four", "4th", "4ish", "not a 4", "The score is not 4"),
+    *("", " ", "1 to 5", "Rating: 1 = gibberish, 5 = fluent", "1 = bad\n3 = fair\n5 = good", "1\n2\n3\n4\n5"),
+    *("<think>4", "I counted 4 of them", "Number of errors: 4", "②", "4²", "IV"),
+]
+
+
+@pytest.mark.parametrize("text", FOUR)
+def test_a_score_that_is_stated_once_is_read(text):
+    assert stated_scores(text) == {4}
+    assert score_answer(completion(text)).score == 4
+
+
+@pytest.mark.parametrize("text", NONE)
+def test_a_score_that_is_not_stated_once_is_missing(text):
+    judgement = score_answer(completion(text))
+    assert judgement.score is None
+    assert "answer" in judgement.failure
+
+
+def test_an_answer_that_was_cut_counts_only_as_a_whole():
+    assert stated_scores("4", is_cut=True) == {4}
+    assert stated_scores("It is fluent. 4", is_cut=True) == set()
+
+
+@pytest.mark.parametrize("text", ["**4**", "Score: 4", "<think>5</think>4"])
+def test_probabilities_count_where_the_first_token_is_the_score(text):
+    probabilities = {"5": 0.9, "4": 0.1}
+    assert score_answer(completion(text, probabilities)).score == 4
+    assert score_answer(completion("4", probabilities)).score == pytest.approx(4.9)
+
+
+@pytest.mark.parametrize(
+    "text", ["4" * 10**6, "Score: " * 150_000, "<think>" * 150_000, "a. " * 300_000, " 4\n5" * 200_000]
+)
+def test_a_huge_answer_is_read_in_seconds_and_shown_in_one_line(text):
+    started = time.perf_counter()
+    judgement = score_answer(completion(text), KEY)
+    assert time.perf_counter() - started < 5
+    assert judgement.score is None
+    assert len(judgement.failure) < 150
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"wrong key {KEY}",
+        f"Bearer {KEY}.",
+        f"http://x/?key={KEY}&b=1",
+        "http://x/?key=sk-proj-4f%2F9a%2BZq%3D%3D",
+        f"WRONG {KEY.upper()}",
+        "starts with sk-proj-4f/9***",
+    ],
+)
+def test_no_form_of_the_key_is_left(said):
+    left = redacted(said, KEY)
+    assert "[key]" in left
+    assert "sk-proj" not in left.lower()
+    assert "4f" not in left.lower()
+
+
+def test_a_short_key_is_hidden_where_it_is_a_word():
+    assert redacted("Bearer any; company", "any") == "Bearer [key]; company"
+
+
+def test_excerpt_is_cut_after_the_key_is_hidden_and_shows_no_control_characters():
+    assert excerpt(f"\x1b[31m\n{KEY}", KEY, 20) == r"\x1b[31m\n[key]"
+    assert excerpt("x" * 50 + KEY, KEY, 60) == "x" * 50 + "[key]"
+    assert excerpt("\ud800", KEY) == r"\ud800"
