@@ -26,6 +26,7 @@ from experiment.ablations import _SampleRun, ablate_samples
 from experiment.comparison_maps import KINDS
 from experiment.ray_executor import RayExecutor
 from run_experiment import PersonaTransferExperiment, main
+from scoring.gpt_judge import GPTJudge
 from steered_generation import SteeredGenerator
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError
@@ -928,10 +929,12 @@ def test_failed_judgements_are_asked_for_again(settings, out):
     [
         ({"persona_datasets": {"loud": {**LOUD, "description": "Shouts."}, "numeric": NUMERIC}}, {}, True),
         ({}, {"model": "other"}, True),
+        ({}, {"max_answer_tokens": 500}, True),
+        ({}, {"max_answer_tokens": 1}, False),
         ({}, {"max_workers": 2}, False),
         ({}, {"usd_per_million_tokens": 9.0}, False),
     ],
-    ids=["description", "model", "workers", "price"],
+    ids=["description", "model", "length", "default length", "workers", "price"],
 )
 def test_judge_is_asked_again_when_its_answer_may_change(change, judge, is_asked, settings, out):
     with chat_server(lambda prompt: completion("4")) as server:
@@ -939,6 +942,27 @@ def test_judge_is_asked_again_when_its_answer_may_change(change, judge, is_asked
         asked = len(server.prompts)
         assert run(out, judged({**settings, **change}, server, **judge), "--phase", "5") == 0
         assert (len(server.prompts) > asked) is is_asked
+
+
+@pytest.mark.usefixtures("local_key")
+def test_a_kill_loses_no_judgement_but_those_in_flight(settings, out, monkeypatch):
+    ask, n_answered = GPTJudge._ask, 41
+
+    def interrupted(judge, prompt):
+        if len(server.prompts) == n_answered:
+            raise KeyboardInterrupt
+        return ask(judge, prompt)
+
+    with chat_server(lambda prompt: completion("4")) as server:
+        config = judged(settings, server, max_workers=1)
+        monkeypatch.setattr(GPTJudge, "_ask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, config, "--phase", "5")
+        monkeypatch.setattr(GPTJudge, "_ask", ask)
+        assert len(server.prompts) == n_answered
+        assert run(out, config, "--phase", "5") == 0
+    assert len(server.prompts) - len(set(server.prompts)) <= 2
+    assert {row["gpt4_coherence_score"] for row in rows(out, "eval_results.json")} == {4}
 
 
 # Bad input
