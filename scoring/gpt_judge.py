@@ -47,7 +47,7 @@ Continuation: {output}
 Answer with one digit."""
 
 TOKENS_PER_JUDGEMENT = 200  # with an answer of one token
-ERROR_EXCERPT, ERROR_LENGTH = 200, 4000  # characters of an error that are shown, and read
+ERROR_EXCERPT, ERROR_LENGTH = 200, 2000  # characters of an error that are shown, and read
 MAX_CHANGES = 10  # of what one judgement is asked with; the longest way down is 6
 FEWER_TOP_LOGPROBS = 5
 HIGHEST_MINIMUM = 256  # tokens of an answer
@@ -157,7 +157,7 @@ class GPTJudge:
     def _send(self, prompt: str, options: Options) -> tuple[Any, bool]:
         """Return what the server sends, decoded, and whether it refuses the request.
 
-        Raises openai.OpenAIError for other errors, ValueError where an answer is not JSON.
+        Raises openai.OpenAIError for other errors.
         """
         messages = [{"role": "user", "content": prompt}]
         ask = self.client.chat.completions.with_raw_response.create
@@ -168,9 +168,13 @@ class GPTJudge:
                 raise
             return _decoded(error.response.content), True
         answer = _decoded(response.content)
-        # Some proxies send an error with status 200.
-        is_error = isinstance(answer, dict) and answer.get("error") and not answer.get("choices")
-        return answer, bool(is_error)
+        if not isinstance(answer, dict) or not answer.get("error") or answer.get("choices"):
+            return answer, False
+        # Some proxies send an error with status 200. One of another kind may be gone a moment later.
+        code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
+        if str(code).isdigit() and str(code) not in ("400", "422"):
+            raise openai.OpenAIError(f"error {code} with status 200: {_error_text(answer)}")
+        return answer, True
 
     def _adapt(self, prompt: str, options: Options, refusal: Any) -> bool:
         """Change what every judgement is asked with after a refusal; return whether to ask again."""
@@ -218,7 +222,8 @@ class GPTJudge:
     def _refusal(self, answer: Any) -> str:
         text = _error_text(answer)
         hint = "; raise judge.max_answer_tokens" if UNFINISHED.search(text) else ""
-        return f"the server refuses the request: '{excerpt(text, self._key, ERROR_EXCERPT)}'{hint}"
+        said = f"'{excerpt(text, self._key, ERROR_EXCERPT)}'" if text else "it does not say why"
+        return f"the server refuses the request: {said}{hint}"
 
 
 def _read_key(api_key_env: str) -> str:
@@ -255,20 +260,22 @@ def _decoded(content: bytes) -> Any:
 
 
 def _items(body: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) of all objects in decoded JSON, outer ones first; items of a list under its key."""
+    """Yield (key, value) of all objects in an error, outer ones first; items of a list under its key.
+
+    What it repeats of the request is left out, for that names every option.
+    """
     left: list[tuple[str, Any]] = [("", body)]
     for key, value in left:
         yield key, value
         if isinstance(value, Mapping):
-            left += value.items()
+            left += [item for item in value.items() if item[0] not in ("input", "messages", "request")]
         elif isinstance(value, list):
             left += [(key, item) for item in value]
 
 
 def _error_text(body: Any, prompt: str = "") -> str:
-    """Return what an error says, without what it repeats of the request and of the prompt."""
-    repeated = ("input", "messages", "body", "request", "param", "loc")
-    texts = [value for key, value in _items(body) if isinstance(value, str) and key not in repeated]
+    """Return what an error says, without the prompt, which it may repeat."""
+    texts = [value for key, value in _items(body) if isinstance(value, str) and key not in ("param", "loc")]
     said = ". ".join(texts)
     # A word of a prompt is also a word of an error.
     return (said.replace(prompt, "") if len(prompt) > 20 else said)[:ERROR_LENGTH]

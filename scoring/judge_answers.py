@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, quote_plus
 
 MIN_DIGIT_MASS = 0.5
 EXCERPT = 60
@@ -65,15 +64,15 @@ class Judgement:
 
 
 def redacted(text: str, key: str) -> str:
-    """Return text with `[key]` for the key: as it is, URL-encoded, in any case, or only its beginning."""
+    """Return text with `[key]` for the key: as it is, URL-encoded, escaped, in any case, or its beginning."""
     if not key:
         return text
-    forms = "|".join(re.escape(form) for form in sorted({key, quote(key, safe=""), quote_plus(key)}, key=len))
+    characters = [rf"(?:\\?{re.escape(char)}|%{ord(char):02x}|\\u{ord(char):04x})" for char in key]
+    whole, begins = "".join(characters), "".join(characters[:SECRET_LENGTH])
     if len(key) < SECRET_LENGTH:
-        return re.sub(rf"(?<!\w)(?:{forms})(?!\w)", HIDDEN, text, flags=re.I)
+        return re.sub(rf"(?<!\w){whole}(?!\w)", HIDDEN, text, flags=re.I)
     # Servers shorten keys, and so does a message that is cut; the rest of the word goes with the beginning.
-    begins = re.escape(key[:SECRET_LENGTH]) + r"[\w.*…%+/=~-]*"
-    return re.sub(f"(?:{forms})|{begins}", HIDDEN, text, flags=re.I)
+    return re.sub(rf"{whole}|{begins}[\w.*…%+/=~-]*", HIDDEN, text, flags=re.I)
 
 
 def excerpt(text: Any, key: str, limit: int = EXCERPT) -> str:

@@ -226,8 +226,9 @@ def test_refusals_of_several_options_are_learned_one_after_the_other(monkeypatch
         error("The prompt triggers the content management policy.", param="prompt"),
         error("Could not finish the message because max_tokens or model output limit was reached."),
         error("This text is refused: temperature must rise."),
+        error("No."),
     ],
-    ids=["context", "content", "unfinished", "echo"],
+    ids=["context", "content", "unfinished", "echo", "no word"],
 )
 def test_a_refused_text_changes_nothing_for_the_others(says, monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", "any")

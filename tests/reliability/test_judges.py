@@ -90,6 +90,7 @@ MISSING = {
     "error a string": (400, JSON, {"error": "no"}),
     "error of lists": (422, JSON, {"detail": [{"loc": [None, 1, {}], "msg": ["x", 3]}]}),
     "error in a success": {"error": {"message": f"key {KEY} is not known", "code": 401}},
+    "too many requests in a success": {"error": {"message": "slow down, temperature must fall", "code": 429}},
     "key in an error": error(f"Incorrect API key provided: {KEY}.", 401),
     "key in a refusal": error(f"Bearer {KEY} may not ask this", 400),
     "key URL-encoded in a page": (500, "text/html", f"<a href='/?k={KEY.replace('-', '%2D')}&k={KEY}'>" * 9),
