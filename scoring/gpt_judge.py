@@ -48,7 +48,7 @@ Answer with one digit."""
 
 TOKENS_PER_JUDGEMENT = 200  # with an answer of one token
 ERROR_EXCERPT, ERROR_LENGTH = 200, 2000  # characters of an error that are shown, and read
-MAX_CHANGES = 10  # of what one judgement is asked with; the longest way down is 6
+MAX_CHANGES = 10  # of what is asked with, for one judgement; every option has at most three
 FEWER_TOP_LOGPROBS = 5
 HIGHEST_MINIMUM = 256  # tokens of an answer
 
@@ -70,6 +70,8 @@ OF_ANOTHER_KIND = re.compile(
 )
 UNFINISHED = re.compile(r"could not finish|limit was reached", re.I)
 MINIMUM = re.compile(r"(?:>=|≥|at least|equal to|minimum(?: value)?(?: is| of)?)\s*(\d{1,4})(?!\d)", re.I)
+
+OTHER_STATUSES = (401, 408, 409, 429)  # below 500, that say nothing of the options
 
 Options = Mapping[str, Any]  # what a judgement is asked with beside model and messages; never modified
 
@@ -132,9 +134,9 @@ class GPTJudge:
 
     def _judge_one(self, prompt: str) -> Judgement:
         try:
-            answer, is_refused = self._ask(prompt)
-            if is_refused:
-                return Judgement(None, self._refusal(answer))
+            answer, status = self._ask(prompt)
+            if status:
+                return Judgement(None, self._refusal(answer, status))
             return score_answer(answer, self._key)
         except Exception as error:  # whatever a server can send: one judgement is missing, not the run
             cause = f" ({error.__cause__})" if error.__cause__ and str(error.__cause__) else ""
@@ -142,20 +144,20 @@ class GPTJudge:
                 None, f"{type(error).__name__}: {excerpt(f'{error}{cause}', self._key, ERROR_EXCERPT)}"
             )
 
-    def _ask(self, prompt: str) -> tuple[Any, bool]:
-        """Return the decoded answer, and whether the server refuses the request however it is made."""
+    def _ask(self, prompt: str) -> tuple[Any, int]:
+        """Return the decoded answer, and a status if the server refuses the request however it is made."""
         for _ in range(MAX_CHANGES):
             options = self._options
-            answer, is_refused = self._send(prompt, options)
-            if not is_refused:
+            answer, status = self._send(prompt, options)
+            if not status:
                 self._was_answered = True
-                return answer, False
-            if not self._adapt(prompt, options, answer):
                 break
-        return answer, True
+            if not self._adapt(prompt, options, answer, status):
+                break
+        return answer, status
 
-    def _send(self, prompt: str, options: Options) -> tuple[Any, bool]:
-        """Return what the server sends, decoded, and whether it refuses the request.
+    def _send(self, prompt: str, options: Options) -> tuple[Any, int]:
+        """Return what the server sends, decoded, and the status with which it refuses the request, or 0.
 
         Raises openai.OpenAIError for other errors.
         """
@@ -164,19 +166,19 @@ class GPTJudge:
         try:
             response = ask(model=self.model, messages=messages, **options)
         except openai.APIStatusError as error:
-            if error.status_code not in (400, 422):
+            if error.status_code >= 500 or error.status_code in OTHER_STATUSES:
                 raise
-            return _decoded(error.response.content), True
+            return _decoded(error.response.content), error.status_code
         answer = _decoded(response.content)
         if not isinstance(answer, dict) or not answer.get("error") or answer.get("choices"):
-            return answer, False
+            return answer, 0
         # Some proxies send an error with status 200. One of another kind may be gone a moment later.
         code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
         if str(code).isdigit() and str(code) not in ("400", "422"):
             raise openai.OpenAIError(f"error {code} with status 200: {_error_text(answer)}")
-        return answer, True
+        return answer, 400
 
-    def _adapt(self, prompt: str, options: Options, refusal: Any) -> bool:
+    def _adapt(self, prompt: str, options: Options, refusal: Any, status: int) -> bool:
         """Change what every judgement is asked with after a refusal; return whether to ask again."""
         with self._lock:
             if self._options is not options:  # another thread has changed them meanwhile
@@ -187,7 +189,7 @@ class GPTJudge:
             changed = None
             if refused:
                 changed = _without(options, refused, text)
-            elif not (named or self._was_answered or self._has_tried or OF_ANOTHER_KIND.search(text)):
+            elif status in (400, 422) and not (named or self._was_answered or OF_ANOTHER_KIND.search(text)):
                 changed = self._try_fewer(prompt, options)
             if changed is None:
                 return False
@@ -204,8 +206,10 @@ class GPTJudge:
     def _try_fewer(self, prompt: str, options: Options) -> Options | None:
         """Return options that the server accepts for this prompt, None if it accepts none of those tried.
 
-        For a server that does not say what it refuses. Each is left out alone, then all of them.
+        For a server that does not say what it refuses. Each is left out alone, then all of them; once a run.
         """
+        if self._has_tried:
+            return None
         tried = [
             _without(options, name, "")
             for name in ("top_logprobs", "logprobs", "temperature", "max_tokens")
@@ -219,11 +223,11 @@ class GPTJudge:
         self._has_tried = True
         return None
 
-    def _refusal(self, answer: Any) -> str:
+    def _refusal(self, answer: Any, status: int) -> str:
         text = _error_text(answer)
         hint = "; raise judge.max_answer_tokens" if UNFINISHED.search(text) else ""
         said = f"'{excerpt(text, self._key, ERROR_EXCERPT)}'" if text else "it does not say why"
-        return f"the server refuses the request: {said}{hint}"
+        return f"the server refuses the request with status {status}: {said}{hint}"
 
 
 def _read_key(api_key_env: str) -> str:

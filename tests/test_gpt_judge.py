@@ -173,6 +173,10 @@ def picky(says, *refused, accepts=lambda request: True):
             picky((200, JSON, {"error": {"message": "temperature is unsupported"}}), "temperature"),
             {"max_tokens": 1, **LOGPROBS},
         ),
+        (
+            picky(error("You are not allowed to request logprobs from this model.", 403), "logprobs"),
+            {"max_tokens": 1, **TEMPERATURE},
+        ),
         (picky(error("Bad request."), "temperature"), {"max_tokens": 1, **LOGPROBS}),
         (picky((400, "text/html", "<h1>No</h1>"), "max_tokens", "logprobs"), {"max_completion_tokens": 1}),
         (picky((400, JSON, ""), *DEFAULT, "max_completion_tokens"), {}),
@@ -186,6 +190,7 @@ def picky(says, *refused, accepts=lambda request: True):
         "fewer",
         "minimum",
         "status 200",
+        "status 403",
         "unnamed",
         "unnamed two",
         "unnamed all",
