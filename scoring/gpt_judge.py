@@ -279,7 +279,8 @@ def _items(body: Any) -> Iterator[tuple[str, Any]]:
 
 def _error_text(body: Any, prompt: str = "") -> str:
     """Return what an error says, without the prompt, which it may repeat."""
-    texts = [value for key, value in _items(body) if isinstance(value, str) and key not in ("param", "loc")]
+    unsaid = ("param", "loc", "type", "object")
+    texts = [value for key, value in _items(body) if isinstance(value, str) and key not in unsaid]
     said = ". ".join(texts)
     # A word of a prompt is also a word of an error.
     return (said.replace(prompt, "") if len(prompt) > 20 else said)[:ERROR_LENGTH]
