@@ -263,7 +263,18 @@ class ActivationExtractor:
         negative_texts: Sequence[str],
         position: Position = "last",
     ) -> PersonaVector:
-        """Return the persona vector with its raw norm and split-half cosine.
+        """Return the persona vector at the extractor's layer; see `measure_persona_vectors`."""
+        measured = self.measure_persona_vectors(positive_texts, negative_texts, [self.layer_idx], position)
+        return measured[self.layer_idx]
+
+    def measure_persona_vectors(
+        self,
+        positive_texts: Sequence[str],
+        negative_texts: Sequence[str],
+        layers: Sequence[int],
+        position: Position = "last",
+    ) -> dict[int, PersonaVector]:
+        """Return layer -> persona vector with its raw norm and split-half cosine, from one pass.
 
         With as many positive as negative texts, text i of both sides stays in the same half.
         Raises InputError: a side is empty, or both sides have the same mean.
@@ -274,19 +285,22 @@ class ActivationExtractor:
             if not side_texts:
                 raise InputError(f"the persona has no {side} texts; it needs texts on both sides")
         n_positive = len(positive_texts)
-        activations = self.extract_batch([*positive_texts, *negative_texts], position)
-        positive, negative = activations[:n_positive], activations[n_positive:]
-        difference = positive.mean(0) - negative.mean(0)
-        raw_norm = difference.norm().item()
-        if raw_norm <= 1e-6 * activations.norm(dim=1).mean().item():
-            raise InputError("positive and negative texts have the same mean activation; are they equal?")
-        return PersonaVector(
-            vector=difference / raw_norm,
-            raw_norm=raw_norm,
-            split_half_cosine=split_half_cosine(positive, negative),
-            n_positive=n_positive,
-            n_negative=len(negative_texts),
-        )
+        by_layer = self.extract_layers([*positive_texts, *negative_texts], layers, position)
+        measured = {}
+        for layer, activations in by_layer.items():
+            positive, negative = activations[:n_positive], activations[n_positive:]
+            difference = positive.mean(0) - negative.mean(0)
+            raw_norm = difference.norm().item()
+            if raw_norm <= 1e-6 * activations.norm(dim=1).mean().item():
+                raise InputError("positive and negative texts have the same mean activation; are they equal?")
+            measured[layer] = PersonaVector(
+                vector=difference / raw_norm,
+                raw_norm=raw_norm,
+                split_half_cosine=split_half_cosine(positive, negative),
+                n_positive=n_positive,
+                n_negative=len(negative_texts),
+            )
+        return measured
 
     def _check_texts(self, texts: Sequence[str], first_index: int) -> None:
         for index, text in enumerate(texts, start=first_index):

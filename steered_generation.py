@@ -13,7 +13,7 @@ order changes them, and two conditions of one prompt and seed share them.
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral
 from types import TracebackType
@@ -41,6 +41,8 @@ from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
 from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
+
+RowVectors = Tensor | np.ndarray | Sequence[Sequence[float]]  # (rows, d)
 
 
 def _remove_hooks(steering: dict[int, Steering]) -> None:
@@ -199,7 +201,7 @@ class SteeredGenerator:
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         layer_idx: int | Sequence[int | Collection[int]] | None = None,
-        steering_vectors: Tensor | np.ndarray | Sequence[Sequence[float]] | None = None,
+        steering_vectors: RowVectors | Mapping[int, RowVectors] | None = None,
         alphas: Sequence[float] | None = None,
     ) -> list[str]:
         """Return a continuation, without its prompt, for each prompt, in their order.
@@ -210,7 +212,8 @@ class SteeredGenerator:
         layer_idx, steering_vectors (rows, d), alphas (rows,): a vector and strength for each
             prompt, added beside what is registered, so that many conditions share a batch.
             layer_idx is one layer for all, or for each prompt its layer or its set of layers.
-            Alpha 0 leaves a row unsteered.
+            steering_vectors may also be layer -> (rows, d), a vector for each prompt and layer; layer_idx
+            is left out then. Alpha 0 leaves a row unsteered.
         Raises InputError: no prompts, an empty one, one too long for the context, an option
         out of range, row vectors that don't fit prompts and model, or a model that another
         generator steers.
@@ -256,29 +259,40 @@ class SteeredGenerator:
         self,
         n_rows: int,
         layer_idx: int | Sequence[int | Collection[int]] | None,
-        steering_vectors: Tensor | np.ndarray | Sequence[Sequence[float]] | None,
+        steering_vectors: RowVectors | Mapping[int, RowVectors] | None,
         alphas: Sequence[float] | None,
     ) -> dict[int, Tensor]:
         """Return what is added to each row, layer -> (rows, d) float32, on the CPU."""
+        by_layer = isinstance(steering_vectors, Mapping)
         given = [value is not None for value in (layer_idx, steering_vectors, alphas)]
         if not any(given):
             return {}
-        if not all(given):
-            raise InputError("row steering needs layer_idx, steering_vectors and alphas together")
-        row_layers = self._row_layers(n_rows, layer_idx)
-        vectors = _as_tensor(steering_vectors, "steering_vectors").cpu()
-        shape = (n_rows, d_model(self.model))
-        if vectors.shape != shape or len(alphas) != n_rows:
+        if given != [not by_layer, True, True]:
             raise InputError(
-                f"got steering_vectors {tuple(vectors.shape)} and {len(alphas)} alphas for "
-                f"{n_rows} prompts; expected {shape} and one alpha for each prompt"
+                "row steering needs layer_idx, steering_vectors and alphas together; steering_vectors of "
+                "layer -> vectors stand without layer_idx"
             )
+        row_layers = self._row_layers(n_rows, [set(steering_vectors)] * n_rows if by_layer else layer_idx)
+        layers = sorted(set().union(*row_layers))
+        if by_layer:
+            vectors = {
+                layer: _as_tensor(steering_vectors[layer], "steering_vectors").cpu() for layer in layers
+            }
+        else:
+            vectors = dict.fromkeys(layers, _as_tensor(steering_vectors, "steering_vectors").cpu())
+        shape = (n_rows, d_model(self.model))
+        for of_layer in vectors.values():
+            if of_layer.shape != shape or len(alphas) != n_rows:
+                raise InputError(
+                    f"got steering_vectors {tuple(of_layer.shape)} and {len(alphas)} alphas for "
+                    f"{n_rows} prompts; expected {shape} and one alpha for each prompt"
+                )
         strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas])
         added = {}
-        for layer in sorted(set().union(*row_layers)):
-            here = torch.tensor([layer in layers for layers in row_layers])
+        for layer in layers:
+            here = torch.tensor([layer in chosen for chosen in row_layers])
             # Plus 0 makes -0 a 0, so that all unsteered rows are alike.
-            added[layer] = (strengths * here * self.alpha_scale(layer))[:, None] * vectors + 0.0
+            added[layer] = (strengths * here * self.alpha_scale(layer))[:, None] * vectors[layer] + 0.0
         return added
 
     def _row_layers(self, n_rows: int, layer_idx: int | Sequence[int | Collection[int]]) -> list[set[int]]:

@@ -118,16 +118,16 @@ class SideSettings:
 class WritingSettings:
     """Sampling and steering of a grid; see `SteeredGenerator` and its `generate_batch`.
 
-    layer_idx: where all rows are steered. residual_norm: there, for alpha_unit `residual_norm`.
+    layers: where all rows are steered. residual_norms: at each of these, for alpha_unit `residual_norm`.
     """
 
-    layer_idx: int
+    layers: tuple[int, ...]
     max_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
     alpha_unit: str
-    residual_norm: float
+    residual_norms: tuple[float, ...]
     steer_positions: str
     batch_size: int
 
@@ -137,7 +137,7 @@ class WritingSettings:
             target.model,
             target.tokenizer,
             alpha_unit=self.alpha_unit,
-            residual_norms={self.layer_idx: self.residual_norm},
+            residual_norms=dict(zip(self.layers, self.residual_norms, strict=True)),
             batch_size=self.batch_size,
             block_path=target.extractor.block_path,
             steer_positions=self.steer_positions,
@@ -174,7 +174,7 @@ class Worker:
     ) -> tuple[list[str], int]:
         """Return the continuations of rows, and how many tokens they have.
 
-        rows: with `prompt`, `seed` and `alpha` (None for unsteered). vectors: (rows, d_target).
+        rows: with `prompt`, `seed` and `alpha` (None for unsteered). vectors: (rows, layers, d_target).
         """
         generator = self._generator(settings)
         n_before = generator.n_tokens
@@ -185,8 +185,7 @@ class Worker:
             settings.top_k,
             settings.top_p,
             [row["seed"] for row in rows],
-            layer_idx=settings.layer_idx,
-            steering_vectors=vectors,
+            steering_vectors={layer: vectors[:, index] for index, layer in enumerate(settings.layers)},
             alphas=[row["alpha"] or 0.0 for row in rows],
         )
         return texts, generator.n_tokens - n_before
@@ -258,14 +257,14 @@ def main() -> None:
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
     target = Side("target", model, tokenizer, ActivationExtractor(model, tokenizer, 1), "target")
-    settings = WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", batch_size=4)
+    settings = WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", batch_size=4)
     rows, worker = (
         [{"prompt": f"Text {n}", "seed": n, "alpha": n} for n in (1, 2, 3)],
         Worker({"target": target}),
     )
-    parts = [([row], torch.ones(1, D_MODEL), settings) for row in rows]
+    parts = [([row], torch.ones(1, 1, D_MODEL), settings) for row in rows]
     written = [text for _, (texts, _) in LocalExecutor(worker).run("write", parts) for text in texts]
-    assert written == worker.write(rows, torch.ones(3, D_MODEL), settings)[0]
+    assert written == worker.write(rows, torch.ones(3, 1, D_MODEL), settings)[0]
     print(f"workers OK: {len(written)} texts in 3 chunks are the same as in one")
 
 

@@ -26,7 +26,7 @@ ROWS = [
     for number, prompt in enumerate(("Once upon a time", "Then"))
     for alpha in (None, 0.0, 1.0, 3.0)
 ]
-WRITING = WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", batch_size=4)
+WRITING = WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", batch_size=4)
 
 
 def loaded_side(name, model, tokenizer, max_length=None):
@@ -50,7 +50,7 @@ def worker(llama, tokenizer):
 
 @pytest.fixture(scope="module")
 def vectors():
-    return torch.randn(len(ROWS), D_MODEL, generator=torch.Generator().manual_seed(0))
+    return torch.randn(len(ROWS), 1, D_MODEL, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_side_is_loaded_when_first_used_and_then_kept(model_folders, loads):
 
 def test_writing_loads_the_target_alone(model_folders, loads):
     worker = Worker(settings_of(model_folders))
-    worker.write(ROWS[:1], torch.zeros(1, 48), WRITING)
+    worker.write(ROWS[:1], torch.zeros(1, 1, 48), WRITING)
     assert loads == [model_folders["target"]]
 
 
@@ -181,7 +181,7 @@ def test_settings_survive_pickling(model_folders):
 
 def test_a_worker_of_pickled_settings_writes_the_same(model_folders):
     settings = settings_of(model_folders)
-    vectors = torch.randn(len(ROWS), 48)
+    vectors = torch.randn(len(ROWS), 1, 48)
     written = [
         Worker(sides).write(ROWS, vectors, WRITING)
         for sides in (settings, pickle.loads(pickle.dumps(settings)))
@@ -251,10 +251,10 @@ def test_text_in_chunks_equals_text_in_one(worker, vectors, size):
 def test_rows_are_written_as_registered_steering_writes_them(
     worker, llama, tokenizer, vectors, alpha_unit, scale, steer_positions
 ):
-    settings = WritingSettings(2, 8, 0.9, 40, 0.95, alpha_unit, 2.5, steer_positions, batch_size=3)
+    settings = WritingSettings((2,), 8, 0.9, 40, 0.95, alpha_unit, (2.5,), steer_positions, batch_size=3)
     texts, n_tokens = worker.write(ROWS, vectors, settings)
     with SteeredGenerator(llama, tokenizer, steer_positions=steer_positions) as generator:
-        for row, vector, text in zip(ROWS, vectors, texts, strict=True):
+        for row, (vector,), text in zip(ROWS, vectors, texts, strict=True):
             generator.register_steering(2, vector, scale * (row["alpha"] or 0.0))
             assert generator.generate(row["prompt"], 8, 0.9, 40, 0.95, row["seed"]) == text
         assert generator.n_tokens == n_tokens
@@ -274,7 +274,7 @@ def test_the_generator_of_equal_settings_is_kept_with_its_batch_size(tokenizer, 
 
     side = loaded_side("target", model, tokenizer)
     worker = Worker({"target": side})
-    expected = worker.write(ROWS, vectors, WritingSettings(1, 8, 1.0, 50, 1.0, "absolute", 1.0, "all", 2))
+    expected = worker.write(ROWS, vectors, WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", 2))
     model.forward = small
     assert worker.write(ROWS, vectors, WRITING) == expected
     assert max(sizes) == 3  # of a batch of 4, whose two unsteered rows pass their prompt once
@@ -287,7 +287,7 @@ def test_the_generator_of_equal_settings_is_kept_with_its_batch_size(tokenizer, 
 
 def test_other_settings_have_a_generator_of_their_own(worker, vectors):
     first = worker.write(ROWS, vectors, WRITING)
-    for name, value in (("temperature", 0.0), ("layer_idx", 3), ("steer_positions", "generated")):
+    for name, value in (("temperature", 0.0), ("layers", (3,)), ("steer_positions", "generated")):
         assert worker.write(ROWS, vectors, WritingSettings(**{**vars(WRITING), name: value})) != first
     assert worker.write(ROWS, vectors, WRITING) == first
 
