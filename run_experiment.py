@@ -29,7 +29,6 @@ import torch
 import transformers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from activation_extractor import ResidualNorm
 from evaluation import aggregate
 from experiment import grid, preflight
 from experiment.ablations import ablate_layers, ablate_samples
@@ -48,17 +47,15 @@ from experiment.figures import (
 from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, start_executor
 from experiment.journalled import evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
-from experiment.learned_maps import LearnedMaps, current_maps, fit_maps, load_maps, save_training_data
-from experiment.pair_collection import PairSettings, collection_notes, statistics_content
+from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
 from experiment.ray_executor import RayExecutor
 from experiment.tables import format_cosines, format_maps, format_table
-from experiment.transfers import transfer_personas
-from experiment.workers import LocalExecutor, collect_in_chunks
+from experiment.transfers import SteeringVectors, transfer_all
+from experiment.workers import LocalExecutor
 from model_loading import quiet_transformers
 from scoring.trait_classifier import auc_notes
 from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
-from support.pair_statistics import PairStatistics
 from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -116,7 +113,8 @@ class PersonaTransferExperiment:
         chosen = range(1, 6) if phase is None else (phase,)
         with self._running():
             self.inputs = self.choose_layers(may_search=1 in chosen)
-            logger.info("source layer %d, target layer %d", *self.inputs.layers)
+            for pair in self.inputs.layer_pairs:
+                logger.info("source layer %d, target layer %d", *pair)
             maps = vectors = texts = None
             if 1 in chosen:
                 _timed(1, self.setup)
@@ -154,7 +152,7 @@ class PersonaTransferExperiment:
         may_search: else a search of an earlier run is required.
         """
         inputs, config, folder = self.inputs, self.config, self.folder
-        if config.layers is not None:
+        if config.layer_idx != "auto":
             return inputs
         name, made_from = "layer_search.json", grid.search_fingerprint(inputs)
         search = folder.current(name, made_from) if may_search else folder.required(name, made_from, 1)
@@ -189,35 +187,31 @@ class PersonaTransferExperiment:
         passed = sum(check["status"] == "pass" for check in done["checks"])
         return None, f"{passed} of {len(done['checks'])} preflight checks passed, {folder.path / name}"
 
-    def learn_mapping(self, sums: dict[str, Any] | None = None) -> tuple[LearnedMaps, str]:
-        """Phase 2: sum up paired activations, choose lambda and fit the maps.
+    def learn_mapping(self, sums: dict[str, Any] | None = None) -> tuple[tuple[LearnedMaps, ...], str]:
+        """Phase 2: sum up paired activations, choose lambda and fit the maps of every layer pair.
 
         sums: what `pair_statistics.pt` holds, if it was collected elsewhere; else that of an earlier run.
         """
         inputs, folder, config = self.inputs, self.folder, self.config
-        made_from = grid.pairs_fingerprint(inputs)
-        sums = sums or folder.current("pair_statistics.pt", made_from)
-        if sums is None:
-            settings = PairSettings((inputs.layers,), config.positions, config.n_folds, config.seed)
-            pairs = collect_in_chunks(self.executor, inputs.neutral_texts, settings)
-            sums = folder.save("pair_statistics.pt", made_from, statistics_content(pairs, inputs.layers))
-        statistics = PairStatistics.from_content(sums["statistics"], "pair_statistics.pt")
-        folder.notes += collection_notes(sums["report"])
-        save_training_data(inputs, folder, sums, statistics)
-        maps = current_maps(inputs, folder) or fit_maps(inputs, folder, statistics, sums["report"])
-        cv, table = maps.ridge.cv, maps.results["maps"]
+        maps = learn_maps(inputs, folder, self.executor, sums)
+        middle = maps[len(maps) // 2]
+        cv, table = middle.ridge.cv, middle.results["maps"]
         made_from = grid.mapping_fingerprint(inputs)
-        draw_once(folder, "mapping_analysis.png", made_from, mapping_figure, maps.ridge.analyze(), cv, table)
+        draw_once(
+            folder, "mapping_analysis.png", made_from, mapping_figure, middle.ridge.analyze(), cv, table
+        )
         preflight.report([preflight.check_lambda(config.lambda_values, cv)])
         logger.info("held-out R2 of the maps\n%s", format_maps(table))
+        band = f"{len(maps)} layer pairs, of the middle one " if inputs.band else ""
+        aligned = middle.results["pairs"]["fraction_aligned"]
         return maps, (
-            f"{cv['n_rows']} pairs ({sums['report']['fraction_aligned']:.0%} of the tokens) from "
-            f"{cv['n_groups']} documents, lambda {cv['best_lambda']:g} ({cv['lambda_unit']}), held-out R2 "
-            f"{cv['best_r2']:.3f} (median dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs "
-            f"{cv['shuffled_r2']:.3f}), {folder.path / 'ridge_mapping.pt'}"
+            f"{band}{cv['n_rows']} pairs ({aligned:.0%} of the tokens) from {cv['n_groups']} documents, "
+            f"lambda {cv['best_lambda']:g} ({cv['lambda_unit']}), held-out R2 {cv['best_r2']:.3f} (median "
+            f"dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs {cv['shuffled_r2']:.3f}), "
+            f"{folder.path / ('layers' if inputs.band else 'ridge_mapping.pt')}"
         )
 
-    def extract_personas(self, maps: LearnedMaps | None = None) -> tuple[dict[str, Any], str]:
+    def extract_personas(self, maps: tuple[LearnedMaps, ...] | None = None) -> tuple[dict[str, Any], str]:
         """Phase 3: extract each persona from both models and carry it over in every way.
 
         maps: of phase 2; else those that an earlier run left. Returns what `persona_vectors.pt` holds.
@@ -227,13 +221,14 @@ class PersonaTransferExperiment:
         content = folder.current(name, made_from)
         if content is None:
             maps = maps or load_maps(inputs, folder)
-            transferred = transfer_personas(inputs.native_vectors(), maps, self.config.seed)
+            transferred = transfer_all(inputs.layer_pairs, inputs.native_vectors(), maps, self.config.seed)
             content = folder.save(name, made_from, transferred)
         report = {key: content[key] for key in ("personas", "residual_norm")}
         folder.save("persona_similarities.json", made_from, report)
         draw_once(folder, "persona_energy.png", made_from, energy_figure, content["energy_curves"])
         logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
-        norm = ResidualNorm(**content["residual_norm"])
+        steering = SteeringVectors.from_content(content)
+        norm = steering.middle_norm
         logger.info(
             "median block-output norm of the target %.4g, %.4g without the massive dimensions %s; "
             "alpha 1 (%s) adds a norm of %.4g",
@@ -241,7 +236,7 @@ class PersonaTransferExperiment:
             norm.median,
             norm.massive_dimensions,
             self.config.alpha_unit,
-            inputs.generator(norm.median).alpha_scale(inputs.layers[1]),
+            inputs.generator(steering.medians).alpha_scale(inputs.layers[1]),
         )
         return content, f"{len(content['personas'])} personas, {folder.path / name}"
 
@@ -253,12 +248,12 @@ class PersonaTransferExperiment:
         inputs, folder, name = self.inputs, self.folder, "generation_results.json"
         if personas is None:
             personas = folder.required("persona_vectors.pt", grid.personas_fingerprint(inputs), 3)
-        vectors, norm = personas["vectors"], ResidualNorm(**personas["residual_norm"])
+        steering = SteeringVectors.from_content(personas)
         alphas = self.config.alpha_values
         if alphas == "auto":
-            alphas = searched_doses(inputs, folder, self.executor, vectors, norm)
+            alphas = searched_doses(inputs, folder, self.executor, steering)
         planned = grid.grid_texts(inputs, alphas)
-        rows, made = write_texts(inputs, folder, self.executor, planned, vectors, norm.median)
+        rows, made = write_texts(inputs, folder, self.executor, planned, steering.vectors, steering.medians)
         save_rows(folder, name, rows)
         return rows, f"{made}, {len(rows)} in all, {folder.path / name}"
 
@@ -304,7 +299,7 @@ class PersonaTransferExperiment:
             name: entry["cosine_without_massive"]["ridge_mapped"]
             for name, entry in personas["personas"].items()
         }
-        numbers = {name: maps.ridge.cv[name] for name in names}
+        numbers = {name: maps[0].ridge.cv[name] for name in names}
         return {**numbers, "cosine_without_massive": cosines, **table}
 
     @contextmanager

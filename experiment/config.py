@@ -66,6 +66,7 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 SmallCount = Annotated[int, Field(ge=1, le=10_000)]
 SampleSize = Annotated[int, Field(ge=10, le=MOST)]
 Layer = Annotated[int, Field(ge=0, le=10_000)]
+LayerOrList = Layer | Annotated[list[Layer], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
 Name = Annotated[str, Field(max_length=100), AfterValidator(_name)]
@@ -154,7 +155,8 @@ class ExperimentConfig(_Strict):
     """All settings of a run.
 
     Models: `source_model` and `target_model` are what `model_loading.load_model` takes.
-    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart;
+    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
+        equal length, a band: pairs of blocks, all of which are steered; `"layers": "band"` chooses one;
         `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
     Pairs: `positions` as in `activation_extractor.paired_activations`.
@@ -167,8 +169,9 @@ class ExperimentConfig(_Strict):
     target_model: PathText
     output_dir: PathText
     layer_idx: Annotated[int | str | None, PlainValidator(_layer_or_auto)] = None
-    source_layer_idx: Layer | None = None
-    target_layer_idx: Layer | None = None
+    source_layer_idx: LayerOrList | None = None
+    target_layer_idx: LayerOrList | None = None
+    layers: Literal["band"] | None = None
     search_source_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
     search_target_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
     search_tokens: Count = 50_000
@@ -230,9 +233,13 @@ class ExperimentConfig(_Strict):
         for name in ("search_source_layers", "search_target_layers"):
             if self.layer_idx != "auto" and getattr(self, name) is not None:
                 raise ValueError(f'{name} is of use with "layer_idx": "auto" alone; leave it out')
+        if self.layers == "band" and (given or self.layer_idx is not None):
+            name = [*given, "layer_idx"][0]
+            raise ValueError(f'"layers": "band" chooses the blocks of both models; leave out {name}')
         for side in ("source", "target"):
-            if self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
+            if self.layers is None and self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
+        self._check_band()
         for name in ("alpha_values", "lambda_values", "methods"):
             values = getattr(self, name)
             if values != "auto" and len(set(values)) != len(values):
@@ -251,13 +258,28 @@ class ExperimentConfig(_Strict):
             raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
         return self
 
+    def _check_band(self) -> None:
+        source, target = self.source_layer_idx, self.target_layer_idx
+        if not (isinstance(source, list) or isinstance(target, list)):
+            return
+        if not (isinstance(source, list) and isinstance(target, list)) or len(source) != len(target):
+            sizes = [len(layers) if isinstance(layers, list) else "one layer" for layers in (source, target)]
+            raise ValueError(
+                f"source_layer_idx and target_layer_idx are a band of {sizes[0]} and {sizes[1]}; give two "
+                "lists of equal length, a source block for each target block"
+            )
+        if len(set(target)) < len(target):
+            raise ValueError(f"target_layer_idx names a block twice: {target}; each is steered once")
+
     @property
-    def layers(self) -> tuple[int, int] | None:
-        """Decoder blocks of source and target whose outputs are read; None if they are searched for."""
-        if self.layer_idx == "auto":
+    def layer_pairs(self) -> tuple[tuple[int, int], ...] | None:
+        """Blocks of source and target that are read and steered; None if they are yet to be chosen."""
+        if self.layer_idx == "auto" or self.layers == "band":
             return None
-        chosen = (self.source_layer_idx, self.target_layer_idx)
-        return tuple(self.layer_idx if layer is None else layer for layer in chosen)
+        sides = (self.source_layer_idx, self.target_layer_idx)
+        source, target = (self.layer_idx if layers is None else layers for layers in sides)
+        lists = [layers if isinstance(layers, list) else [layers] for layers in (source, target)]
+        return tuple(zip(*lists, strict=True))
 
     @property
     def persona_names(self) -> list[str]:

@@ -5,8 +5,11 @@ What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment import preflight
@@ -31,8 +34,9 @@ from experiment.grid import (
     planned_texts,
     vector_fingerprint,
 )
-from experiment.inputs import Inputs, NativeVectors
+from experiment.inputs import Inputs
 from experiment.journalled import Vectors, evaluate_texts, write_texts
+from experiment.transfers import SteeringVectors
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
@@ -49,20 +53,21 @@ def write_development(
     executor: Any,
     cells: Sequence[Cell],
     vectors: Vectors,
-    residual_norm: float,
+    residual_norms: Sequence[float],
     n_seeds: int = 1,
 ) -> list[list[Row]]:
     """Return the rows of each cell with their texts: prompts, seeds within them."""
     seeds = range(inputs.config.seed, inputs.config.seed + n_seeds)
     planned = planned_texts(inputs, cells, inputs.development_prompts, seeds)
-    rows, _ = write_texts(inputs, folder, executor, planned, vectors, residual_norm)
+    rows, _ = write_texts(inputs, folder, executor, planned, vectors, residual_norms)
     size = len(inputs.development_prompts) * len(seeds)
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def run_preflight(inputs: Inputs, folder: RunFolder, executor: Any) -> list[preflight.Check]:
     """Run the checklist: technical checks, and if they pass, whether the experiment's premises hold."""
-    natives = inputs.native_vectors()
+    by_pair = inputs.native_vectors()
+    natives = by_pair[len(by_pair) // 2]
     checks = [
         check for side in inputs.sides for check in preflight.check_extraction(side.name, side.extractor)
     ]
@@ -73,24 +78,32 @@ def run_preflight(inputs: Inputs, folder: RunFolder, executor: Any) -> list[pref
     checks += [check for name in natives for check in preflight.check_vectors(name, natives[name])]
     if any(check.technical and check.status == "fail" for check in checks):
         return checks
-    unsteered, steered = _oracle_texts(inputs, folder, executor, natives)
+    oracles = {
+        persona.name: torch.stack([of_pair["target"][persona.name].vector for of_pair in by_pair])
+        for persona in inputs.personas
+    }
+    unsteered, steered = _oracle_texts(inputs, folder, executor, oracles)
     checks.append(preflight.check_baseline(inputs.perplexity_scorer, inputs.development_prompts, unsteered))
     return [*checks, *preflight.check_oracle(inputs.classifiers, unsteered, steered)]
 
 
 def _oracle_texts(
-    inputs: Inputs, folder: RunFolder, executor: Any, natives: NativeVectors
+    inputs: Inputs, folder: RunFolder, executor: Any, oracles: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, dict[float, list[str]]]]:
-    """Return unsteered texts, and persona -> alpha -> texts that the target's own vector steered."""
-    norm = measure_residual_norm(inputs.neutral_activations(N_NORM_TEXTS))
-    alphas = preflight_alphas(inputs, norm)
+    """Return unsteered texts, and persona -> alpha -> texts that the target's own vectors steered.
+
+    oracles: persona -> (blocks, d_target), each row of unit norm.
+    """
+    norms = tuple(map(measure_residual_norm, inputs.neutral_activations(N_NORM_TEXTS)))
+    steering = SteeringVectors({name: {"oracle": rows} for name, rows in oracles.items()}, norms)
+    alphas = preflight_alphas(inputs, steering.middle_norm)
+    of_norms = steering.medians if inputs.band else norms[0].median
     cells = [UNSTEERED]
     for persona in inputs.personas:
         # The map's norm, alpha's unit later, is not measured yet: these texts are no other phase's.
-        made_from = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", norm.median)
+        made_from = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", of_norms)
         cells += [Cell("oracle", persona.name, alpha, made_from) for alpha in alphas]
-    vectors = {name: {"oracle": native.vector} for name, native in natives["target"].items()}
-    by_cell = write_development(inputs, folder, executor, cells, vectors, norm.median)
+    by_cell = write_development(inputs, folder, executor, cells, steering.vectors, steering.medians)
     texts = [[row["output"] for row in rows] for rows in by_cell]
     steered: dict[str, dict[float, list[str]]] = {persona.name: {} for persona in inputs.personas}
     for cell, outputs in zip(cells[1:], texts[1:], strict=True):
@@ -116,13 +129,13 @@ def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
 
 
 def searched_doses(
-    inputs: Inputs, folder: RunFolder, executor: Any, vectors: Vectors, norm: ResidualNorm
+    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors
 ) -> dict[DoseKey, Dose]:
     """Return the dose of each persona and method, searched for unless an earlier run has; drawn, logged."""
     name, made_from = "dose_search.json", doses_fingerprint(inputs)
     content = folder.current(name, made_from)
     if content is None:
-        doses, bound = find_doses(inputs, folder, executor, vectors, norm)
+        doses, bound = find_doses(inputs, folder, executor, steering)
         content = folder.save(name, made_from, doses_content(doses, bound))
     doses = doses_from_content(content, str(folder.path / name))
     logger.info("doses\n\n%s\n", format_doses(doses))
@@ -142,7 +155,7 @@ def searched_doses(
 
 
 def find_doses(
-    inputs: Inputs, folder: RunFolder, executor: Any, vectors: Vectors, norm: ResidualNorm
+    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors
 ) -> tuple[dict[DoseKey, Dose], DoseBound]:
     """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
     config = inputs.config
@@ -150,7 +163,7 @@ def find_doses(
 
     def texts_of(cells: Sequence[Cell]) -> list[list[DevelopmentText]]:
         by_cell = write_development(
-            inputs, folder, executor, cells, vectors, norm.median, config.dose.n_seeds
+            inputs, folder, executor, cells, steering.vectors, steering.medians, config.dose.n_seeds
         )
         # The unsteered text is scored for its fluency alone, so for any persona.
         written = [
@@ -168,7 +181,8 @@ def find_doses(
     bound = DoseBound(config.dose.max_perplexity_ratio, config.dose.max_repetition_increase)
     keys = [(name, method) for name in config.persona_names for method in config.methods]
     n_evaluations = config.dose.n_evaluations
-    return search_doses(keys, measure, unsteered, bracket(inputs, norm), bound, n_evaluations), bound
+    ends = bracket(inputs, steering.middle_norm)
+    return search_doses(keys, measure, unsteered, ends, bound, n_evaluations), bound
 
 
 def _development_text(row: Row) -> DevelopmentText:

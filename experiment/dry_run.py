@@ -38,7 +38,7 @@ def describe_run(inputs: Inputs) -> str:
     pairs, generation = _time_generation(inputs, min(config.generation_batch_size, n_generations))
     evaluation = _time_evaluation(inputs, pairs)
     minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
-    search = _describe_search(inputs) if config.layers is None else []
+    search = _describe_search(inputs) if config.layer_idx == "auto" else []
     if is_auto:
         n_texts = len(inputs.development_prompts) * config.dose.n_seeds
         n_dose = n_texts * (1 + n_conditions * config.dose.n_evaluations)

@@ -4,9 +4,9 @@ Pure functions of the inputs. A fingerprint holds just what an artifact depends 
 the configuration makes anew what it touches and nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from experiment.config import JudgeConfig
@@ -127,6 +127,19 @@ def sampling(inputs: Inputs) -> list[Any]:
     return [*settings, config.steer_positions]
 
 
+def by_pair(of_pair: Callable[..., str]) -> Callable[..., str]:
+    """Return a fingerprint of inputs at a band, given one of inputs at a layer pair."""
+
+    @wraps(of_pair)
+    def of_inputs(inputs: Inputs, *arguments: Any) -> str:
+        if not inputs.band:
+            return of_pair(inputs, *arguments)
+        return fingerprint("band", [of_pair(inputs.at_layers(*pair), *arguments) for pair in inputs.band])
+
+    return of_inputs
+
+
+@by_pair
 def read_fingerprint(inputs: Inputs) -> str:
     """Of the activations that the map learns from."""
     sides = inputs.source.fingerprint, inputs.target.fingerprint
@@ -147,11 +160,13 @@ def _read_fingerprint(
     return fingerprint(FORMAT_VERSION, source, target, [layers, positions, seed], texts)
 
 
+@by_pair
 def pairs_fingerprint(inputs: Inputs) -> str:
     """Of `pair_statistics.pt` and `training_data.pt`."""
     return fingerprint(read_fingerprint(inputs), inputs.config.n_folds)
 
 
+@by_pair
 def mapping_fingerprint(inputs: Inputs) -> str:
     """Of the maps and `cv_results.json`."""
     config = inputs.config
@@ -159,12 +174,14 @@ def mapping_fingerprint(inputs: Inputs) -> str:
     return fingerprint(pairs_fingerprint(inputs), settings)
 
 
+@by_pair
 def personas_fingerprint(inputs: Inputs) -> str:
     """Of `persona_vectors.pt`."""
     texts = [[persona.name, persona.positive_texts, persona.negative_texts] for persona in inputs.personas]
     return fingerprint(mapping_fingerprint(inputs), texts, inputs.config.persona_position)
 
 
+@by_pair
 def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
     """Of one transferred vector and its unit.
 

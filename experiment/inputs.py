@@ -31,6 +31,8 @@ from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 logger = logging.getLogger(__name__)
 
+LayerPair = tuple[int, int]
+BAND_DEPTHS, BAND_SIZE = (0.25, 0.75), 9
 NativeVectors = dict[str, dict[str, PersonaVector]]
 
 
@@ -40,7 +42,8 @@ class Inputs:
 
     labelled_personas: those to run and every other shipped one, whose texts are negatives.
     neutral_texts: for the map; none overlaps a persona text or a prompt.
-    source, target: their extractors read the layers of the run.
+    source, target: their extractors read the layers of the run, of a band those of its middle pair.
+    band: (source layer, target layer) of each pair, if the run steers several blocks; in order of the target.
     train: returns the trait classifiers, trained at the first call.
     """
 
@@ -54,11 +57,17 @@ class Inputs:
     target: Side
     judge: GPTJudge | None
     train: Callable[[], dict[str, TraitClassifier]]
+    band: tuple[LayerPair, ...] = ()
 
     @property
-    def layers(self) -> tuple[int, int]:
-        """(source layer, target layer)."""
+    def layers(self) -> LayerPair:
+        """(source layer, target layer), of a band those of its middle pair."""
         return self.source.extractor.layer_idx, self.target.extractor.layer_idx
+
+    @property
+    def layer_pairs(self) -> tuple[LayerPair, ...]:
+        """(source layer, target layer) of everything that is steered: one pair, or those of a band."""
+        return self.band or (self.layers,)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -82,10 +91,21 @@ class Inputs:
         return self.independent or (self.target.model, self.target.tokenizer)
 
     def at_layers(self, source_layer: int, target_layer: int) -> "Inputs":
-        """Return the same inputs, read at other layers."""
-        return replace(
-            self, source=self.source.at_layer(source_layer), target=self.target.at_layer(target_layer)
-        )
+        """Return the same inputs, read and steered at one pair of layers."""
+        source, target = self.source.at_layer(source_layer), self.target.at_layer(target_layer)
+        return replace(self, source=source, target=target, band=())
+
+    def at_band(self, pairs: Sequence[LayerPair]) -> "Inputs":
+        """Return the same inputs, read and steered at several pairs; at one, it is no band.
+
+        Raises InputError: a layer that a model lacks.
+        """
+        for source_layer, target_layer in pairs:
+            self.source.extractor.check_layers([source_layer])
+            self.target.extractor.check_layers([target_layer])
+        ordered = sorted(pairs, key=lambda pair: pair[1])
+        middle = self.at_layers(*ordered[len(ordered) // 2])
+        return replace(middle, band=tuple(ordered)) if len(ordered) > 1 else middle
 
     def more_texts(self, n_texts: int) -> list[NeutralText]:
         """Return n_texts passages of neutral text; the first ones are `neutral_texts`."""
@@ -101,45 +121,54 @@ class Inputs:
                 break
         return texts
 
-    def native_vectors(self) -> NativeVectors:
-        """Measure each side's own vector of each persona; side name -> persona -> vector."""
+    def native_vectors(self) -> list[NativeVectors]:
+        """Measure each side's own vectors; for each layer pair, side name -> persona -> vector."""
         position = self.config.persona_position
-        return {
-            side.name: {
-                persona.name: side.extractor.measure_persona_vector(
-                    persona.positive_texts, persona.negative_texts, position
-                )
-                for persona in self.personas
+        measured = {}
+        for number, side in enumerate(self.sides):
+            wanted = [pair[number] for pair in self.layer_pairs]
+            for persona in self.personas:
+                texts = (persona.positive_texts, persona.negative_texts)
+                vectors = side.extractor.measure_persona_vectors(*texts, wanted, position)
+                measured[side.name, persona.name] = [vectors[layer] for layer in wanted]
+        return [
+            {
+                side.name: {
+                    persona.name: measured[side.name, persona.name][index] for persona in self.personas
+                }
+                for side in self.sides
             }
-            for side in self.sides
-        }
+            for index in range(len(self.layer_pairs))
+        ]
 
-    def neutral_activations(self, n_texts: int) -> Tensor:
-        """Return the target's activations at the positions from which the map learns, (n, d_target)."""
-        extractor = self.target.extractor
+    def neutral_activations(self, n_texts: int) -> list[Tensor]:
+        """Return the target's activations where the map learns, (n, d_target) for each layer pair."""
+        extractor, layers = self.target.extractor, [pair[1] for pair in self.layer_pairs]
         texts = [item.text for item in self.neutral_texts[:n_texts]]
         tokens, ends = extractor.token_ends(texts, self.config.positions)
         positions = [list(by_character.values()) for by_character in ends]
-        return extractor.extract_tokens(tokens, positions, [extractor.layer_idx])[extractor.layer_idx]
+        by_layer = extractor.extract_tokens(tokens, positions, layers)
+        return [by_layer[layer] for layer in layers]
 
-    def writing_settings(self, residual_norm: float) -> WritingSettings:
-        """Return how the target writes and is steered; residual_norm: at its layer."""
+    def writing_settings(self, residual_norms: Sequence[float]) -> WritingSettings:
+        """Return how the target writes and is steered; residual_norms: at each of its layers."""
         config = self.config
         return WritingSettings(
-            layer_idx=self.layers[1],
+            layers=tuple(pair[1] for pair in self.layer_pairs),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             alpha_unit=config.alpha_unit,
-            residual_norm=residual_norm,
+            residual_norms=tuple(residual_norms),
             steer_positions=config.steer_positions,
             batch_size=config.generation_batch_size,
         )
 
-    def generator(self, residual_norm: float = 1.0) -> SteeredGenerator:
-        """Return a generator on the target with the run's settings."""
-        return self.writing_settings(residual_norm).generator(self.target)
+    def generator(self, residual_norms: Sequence[float] | None = None) -> SteeredGenerator:
+        """Return a generator on the target with the run's settings; residual_norms: 1 if not given."""
+        norms = [1.0] * len(self.layer_pairs) if residual_norms is None else residual_norms
+        return self.writing_settings(norms).generator(self.target)
 
 
 def read_personas_and_prompts(config: ExperimentConfig) -> tuple[tuple[Persona, ...], tuple[str, ...]]:
@@ -183,6 +212,10 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
     train = cache(partial(_train_classifiers, config.persona_names, labelled))
     development = tuple(load_prompts("development"))
     inputs = Inputs(config, personas, labelled, prompts, development, texts, source, target, judge, train)
+    if config.layers == "band":
+        inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
+    elif config.layer_pairs is not None:
+        inputs = inputs.at_band(config.layer_pairs)
     _check_models(inputs)
     return inputs
 
@@ -194,7 +227,7 @@ def _check_models(inputs: Inputs) -> None:
         logger.debug("%s: %s", side.name, side.fingerprint)
         if config.positions == "word_ends":
             check_offsets(side.tokenizer, side.name)
-        if config.layers is None:
+        if config.layer_idx == "auto":
             extractor = side.extractor
             wanted = getattr(config, f"search_{side.name}_layers") or range(len(extractor.blocks))
             widths.append(dict.fromkeys(extractor.check_layers(wanted), extractor.d_model))
@@ -226,6 +259,24 @@ def _train_classifiers(names: list[str], labelled: Sequence[Persona]) -> dict[st
     return classifiers
 
 
+def band_of(n_source: int, n_target: int) -> list[LayerPair]:
+    """Return the blocks of a band: up to nine of the target's middle half, each with the source's as deep.
+
+    Depth counts the blocks that a residual stream has passed: of block t, (t + 1) / n_target.
+    Raises InputError: a model with fewer than four blocks.
+    """
+    if min(n_source, n_target) < 4:
+        raise InputError(
+            f"a band needs models of four blocks or more, the source has {n_source} and the target "
+            f"{n_target}; name layer_idx"
+        )
+    low, high = BAND_DEPTHS
+    inside = [layer for layer in range(n_target) if low <= (layer + 1) / n_target <= high]
+    n = min(len(inside), BAND_SIZE)
+    chosen = [inside[round(index * (len(inside) - 1) / max(1, n - 1))] for index in range(n)]
+    return [(max(0, round((layer + 1) * n_source / n_target) - 1), layer) for layer in chosen]
+
+
 def side_settings(config: ExperimentConfig, name: str) -> SideSettings:
     """Return how to load a side, `source` or `target`."""
     return SideSettings(
@@ -238,7 +289,7 @@ def side_settings(config: ExperimentConfig, name: str) -> SideSettings:
         getattr(config, f"{name}_block_path"),
         getattr(config, f"{name}_revision"),
         config.quantization,
-        config.layers[name == "target"] if config.layers else None,
+        config.layer_pairs[0][name == "target"] if config.layer_pairs else None,
         config.extraction_batch_size,
     )
 

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_CHUNK = 60
 
-Vectors = Mapping[str, Mapping[str, Tensor]]  # persona -> method -> (d_target,) of unit norm
+# What a row adds: persona -> method -> (blocks, d_target), each row of unit norm.
+Vectors = Mapping[str, Mapping[str, Tensor]]
 
 
 def write_texts(
@@ -37,17 +38,18 @@ def write_texts(
     executor: Any,
     planned: Sequence[Row],
     vectors: Vectors,
-    residual_norm: float,
+    residual_norms: Sequence[float],
 ) -> tuple[list[Row], str]:
     """Return the planned rows with their `output`, and a word on how many are new and how fast they came.
 
-    Rows that the journal holds are not written again. residual_norm: the unit of alpha, if it has one.
+    Rows that the journal holds are not written again. residual_norms: of each block that is steered, the unit
+    of alpha, if it has one.
     """
     with folder.journal("generation", texts_journal_fingerprint(inputs)) as journal:
         # Equal vectors under two names share their texts.
         new = list({row["key"]: row for row in planned if row["key"] not in journal.rows}.values())
         logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
-        speed = _write_missing(inputs, executor, new, vectors, residual_norm, journal) if new else ""
+        speed = _write_missing(inputs, executor, new, vectors, residual_norms, journal) if new else ""
         return _from_journal(planned, journal), f"{len(new)} new texts{speed}"
 
 
@@ -56,12 +58,12 @@ def _write_missing(
     executor: Any,
     rows: Sequence[Row],
     vectors: Vectors,
-    residual_norm: float,
+    residual_norms: Sequence[float],
     journal: Journal,
 ) -> str:
     """Write rows of all conditions, packed by length into full batches, which is what makes them fast."""
-    settings = inputs.writing_settings(residual_norm)
-    unsteered = torch.zeros(inputs.target.extractor.d_model)
+    settings = inputs.writing_settings(residual_norms)
+    unsteered = torch.zeros(len(settings.layers), inputs.target.extractor.d_model)
     tokens = inputs.generator().tokenise_prompts([row["prompt"] for row in rows], settings.max_new_tokens)
     batches = [
         [rows[index] for index in batch]

@@ -1,6 +1,6 @@
 """The ridge map and those to compare it with, as phase 2 fits and keeps them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,9 @@ from torch import Tensor
 from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment.comparison_maps import KINDS, ComparisonMap, maps_table
 from experiment.grid import mapping_fingerprint, pairs_fingerprint
-from experiment.inputs import Inputs
+from experiment.inputs import Inputs, LayerPair
+from experiment.pair_collection import CollectedPairs, PairSettings, collection_notes, statistics_content
+from experiment.workers import collect_in_chunks
 from ridge_mapping import RidgeMapping
 from support.pair_statistics import PairStatistics
 from support.run_folder import RunFolder
@@ -34,6 +36,53 @@ class LearnedMaps:
     def transforms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """How each comparison map carries a direction over."""
         return {kind: other.transform for kind, other in self.others.items()}
+
+
+def learn_maps(
+    inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None = None
+) -> tuple[LearnedMaps, ...]:
+    """Return the maps of every layer pair: those of an earlier run, or made from one pass over the texts.
+
+    sums: what `pair_statistics.pt` holds of the only pair, if it was collected elsewhere.
+    """
+    return (
+        _learn_band(inputs, folder, executor)
+        if inputs.band
+        else (_learn_pair(inputs, folder, executor, sums),)
+    )
+
+
+def _learn_pair(inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None) -> LearnedMaps:
+    made_from = pairs_fingerprint(inputs)
+    sums = sums or folder.current("pair_statistics.pt", made_from)
+    if sums is None:
+        pairs = _collect(inputs, executor, [inputs.layers])
+        sums = folder.save("pair_statistics.pt", made_from, statistics_content(pairs, inputs.layers))
+    statistics = PairStatistics.from_content(sums["statistics"], "pair_statistics.pt")
+    folder.notes += collection_notes(sums["report"])
+    save_training_data(inputs, folder, sums, statistics)
+    return current_maps(inputs, folder) or fit_maps(inputs, folder, statistics, sums["report"])
+
+
+def _learn_band(inputs: Inputs, folder: RunFolder, executor: Any) -> tuple[LearnedMaps, ...]:
+    """Keep the maps of each pair in a folder of its own; the sums of many pairs would fill a disk."""
+    parts = _pair_folders(inputs, folder)
+    learned = [current_maps(*part) for part in parts]
+    missing = [pair for pair, maps in zip(inputs.band, learned, strict=True) if maps is None]
+    if missing:
+        pairs = _collect(inputs, executor, missing)
+        report = pairs.report()
+        folder.notes += collection_notes(report)
+        for index, (at_pair, own) in enumerate(parts):
+            if learned[index] is None:
+                learned[index] = fit_maps(at_pair, own, pairs.statistics.pop(at_pair.layers), report)
+    return tuple(learned)
+
+
+def _collect(inputs: Inputs, executor: Any, layer_pairs: Sequence[LayerPair]) -> CollectedPairs:
+    config = inputs.config
+    settings = PairSettings(tuple(layer_pairs), config.positions, config.n_folds, config.seed)
+    return collect_in_chunks(executor, inputs.neutral_texts, settings)
 
 
 def save_training_data(
@@ -78,7 +127,7 @@ def fit_maps(
         "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
     }
     folder.save(RESULTS, made_from, results)
-    return load_maps(inputs, folder)
+    return _load_pair(inputs, folder)
 
 
 def current_maps(inputs: Inputs, folder: RunFolder) -> LearnedMaps | None:
@@ -88,8 +137,23 @@ def current_maps(inputs: Inputs, folder: RunFolder) -> LearnedMaps | None:
     return None if any(content is None for content in files) else _read(folder, *files)
 
 
-def load_maps(inputs: Inputs, folder: RunFolder) -> LearnedMaps:
-    """Return what phase 2 left. Raises InputError that names the phase to run first."""
+def load_maps(inputs: Inputs, folder: RunFolder) -> tuple[LearnedMaps, ...]:
+    """Return what phase 2 left of every layer pair. Raises InputError that names the phase to run first."""
+    return tuple(_load_pair(*part) for part in _pair_folders(inputs, folder))
+
+
+def _pair_folders(inputs: Inputs, folder: RunFolder) -> list[tuple[Inputs, RunFolder]]:
+    """Return the inputs at each layer pair with the folder of its maps: of a band, one for each."""
+    if not inputs.band:
+        return [(inputs, folder)]
+    names = {pair: "{}_{}".format(*pair) for pair in inputs.band}
+    return [
+        (inputs.at_layers(*pair), RunFolder(folder.path / "layers" / name, folder.fresh))
+        for pair, name in names.items()
+    ]
+
+
+def _load_pair(inputs: Inputs, folder: RunFolder) -> LearnedMaps:
     made_from = mapping_fingerprint(inputs)
     return _read(folder, *(folder.required(name, made_from, 2) for name in (RESULTS, RIDGE, OTHERS)))
 

@@ -1,16 +1,86 @@
 """Carry every persona from source to target in every way, and compare with the oracle (phase 3)."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from activation_extractor import PersonaVector
+from activation_extractor import PersonaVector, ResidualNorm
 from baseline_methods import BaselineTransfer
-from experiment.inputs import NativeVectors
+from experiment.inputs import LayerPair, NativeVectors
 from experiment.learned_maps import LearnedMaps
+
+
+@dataclass(frozen=True)
+class SteeringVectors:
+    """What is added at each block that is steered, and in what unit.
+
+    vectors: persona -> method -> (blocks, d_target), each row of unit norm. norms: of these blocks' outputs.
+    """
+
+    vectors: dict[str, dict[str, Tensor]]
+    norms: tuple[ResidualNorm, ...]
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> "SteeringVectors":
+        """Read what `persona_vectors.pt` holds, of one block or of a band."""
+        norms = content.get("residual_norms", {"": content["residual_norm"]})
+        vectors = {
+            name: {method: _rows(found) for method, found in by_method.items()}
+            for name, by_method in content["vectors"].items()
+        }
+        return cls(vectors, tuple(ResidualNorm(**norm) for norm in norms.values()))
+
+    @property
+    def middle_norm(self) -> ResidualNorm:
+        """Of the block in the middle of the band; where alpha has no unit, doses are sought around it."""
+        return self.norms[len(self.norms) // 2]
+
+    @property
+    def medians(self) -> list[float]:
+        """The unit of alpha at each block, if it has one."""
+        return [norm.median for norm in self.norms]
+
+
+def _rows(found: Tensor | Mapping[int, Tensor]) -> Tensor:
+    return torch.stack(list(found.values())) if isinstance(found, Mapping) else found[None]
+
+
+def transfer_all(
+    pairs: Sequence[LayerPair], natives: Sequence[NativeVectors], maps: Sequence[LearnedMaps], seed: int
+) -> dict[str, Any]:
+    """Return what `persona_vectors.pt` holds, given natives and maps of every layer pair."""
+    contents = [transfer_personas(*of_pair, seed) for of_pair in zip(natives, maps, strict=True)]
+    return contents[0] if len(contents) == 1 else _combine_band(pairs, contents)
+
+
+def _combine_band(pairs: Sequence[LayerPair], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `persona_vectors.pt` holds of a band, given what `transfer_personas` returned of each pair.
+
+    Vectors are then layer -> (d,). What describes one pair is the middle one's; `by_layer` has all of them.
+    """
+    middle = contents[len(contents) // 2]
+    names, methods = list(middle["vectors"]), list(next(iter(middle["vectors"].values())))
+    by_layer = list(zip(pairs, contents, strict=True))
+    return {
+        **middle,
+        "source_vectors": {
+            name: {source: content["source_vectors"][name] for (source, _), content in by_layer}
+            for name in names
+        },
+        "vectors": {
+            name: {
+                method: {target: content["vectors"][name][method] for (_, target), content in by_layer}
+                for method in methods
+            }
+            for name in names
+        },
+        "residual_norms": {target: content["residual_norm"] for (_, target), content in by_layer},
+        "by_layer": {target: content["personas"] for (_, target), content in by_layer},
+        "layer_pairs": [list(pair) for pair in pairs],
+    }
 
 
 def transfer_personas(natives: NativeVectors, maps: LearnedMaps, seed: int) -> dict[str, Any]:

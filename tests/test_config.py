@@ -15,7 +15,7 @@ PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
 SPECIFICATION = {
     "source_model": "Qwen/Qwen-7B",
     "target_model": "meta-llama/Llama-2-7b-hf",
-    "layers": (16, 16),
+    "layer_pairs": ((16, 16),),
     "output_dir": "./results/qwen_to_llama",
     "neutral_text": "wikitext-103",
     "n_training_samples": 5000,
@@ -71,15 +71,39 @@ def test_shipped_configuration_is_usable(path):
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ({"layer_idx": 7}, (7, 7)),
-        ({"source_layer_idx": 5, "target_layer_idx": 9}, (5, 9)),
-        ({"layer_idx": 7, "target_layer_idx": 9}, (7, 9)),
-        ({"layer_idx": 7, "source_layer_idx": 0}, (0, 7)),
+        ({"layer_idx": 7}, ((7, 7),)),
+        ({"source_layer_idx": 5, "target_layer_idx": 9}, ((5, 9),)),
+        ({"layer_idx": 7, "target_layer_idx": 9}, ((7, 9),)),
+        ({"layer_idx": 7, "source_layer_idx": 0}, ((0, 7),)),
+        ({"source_layer_idx": [5, 5, 6], "target_layer_idx": [2, 3, 4]}, ((5, 2), (5, 3), (6, 4))),
+        ({"source_layer_idx": [5], "target_layer_idx": [2]}, ((5, 2),)),
+        ({"layers": "band"}, None),
     ],
 )
 def test_layers_are_set_together_or_apart(layers, expected):
     config = load_config({**SMALL, "layer_idx": None, **layers})
-    assert config.layers == expected
+    assert config.layer_pairs == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            {"source_layer_idx": [1, 2], "target_layer_idx": [1]},
+            "a band of 2 and 1; give two lists",
+        ),
+        ({"source_layer_idx": [1, 2], "target_layer_idx": 3}, "a band of 2 and one layer"),
+        ({"layer_idx": 3, "target_layer_idx": [1, 2]}, "a band of one layer and 2"),
+        ({"source_layer_idx": [1, 2], "target_layer_idx": [4, 4]}, "names a block twice"),
+        ({"source_layer_idx": [], "target_layer_idx": []}, "at least 1 item"),
+        ({"layers": "band", "layer_idx": 3}, "leave out layer_idx"),
+        ({"layers": "band", "target_layer_idx": 3}, "leave out target_layer_idx"),
+        ({"layers": "all"}, "should be 'band'"),
+    ],
+)
+def test_layers_that_are_no_band_are_refused(layers, message):
+    with pytest.raises(InputError, match=message):
+        load_config({**SMALL, "layer_idx": None, **layers})
 
 
 def test_personas_are_the_named_ones_then_those_defined_here():

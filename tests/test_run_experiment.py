@@ -25,6 +25,7 @@ from experiment import preflight
 from experiment.ablations import _SampleRun, ablate_samples
 from experiment.comparison_maps import KINDS
 from experiment.ray_executor import RayExecutor
+from model_loading import load_model
 from run_experiment import PersonaTransferExperiment, main
 from scoring.gpt_judge import GPTJudge
 from steered_generation import SteeredGenerator
@@ -1203,3 +1204,76 @@ def test_real_texts_differ_between_conditions(real):
     assert set(by_condition) == {"baseline", *METHODS}
     assert all(a != b for a, b in pairwise(by_condition.values()))
     assert all(output.strip() for output in by_condition["baseline"])
+
+
+BAND = {
+    "source_layer_idx": [0, 2],
+    "target_layer_idx": [1, 3],
+    "methods": ["ridge_mapped", "shuffled", "oracle"],
+}
+
+
+@pytest.fixture(scope="module")
+def band(settings, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("band") / "out"
+    assert run(output_dir, {**settings, **BAND}) == 0
+    return output_dir
+
+
+def test_a_band_has_the_vectors_of_its_layer_pairs(band, settings, tmp_path):
+    content = load_tensors(band / "persona_vectors.pt")
+    assert content["layer_pairs"] == [[0, 1], [2, 3]]
+    for source, target in ((0, 1), (2, 3)):
+        alone = {**settings, **BAND, "source_layer_idx": source, "target_layer_idx": target}
+        for phase in ("1", "2", "3"):
+            assert run(tmp_path / f"{target}", alone, "--phase", phase) == 0
+        single = load_tensors(tmp_path / f"{target}" / "persona_vectors.pt")
+        for name, by_method in single["vectors"].items():
+            for method, vector in by_method.items():
+                assert torch.allclose(content["vectors"][name][method][target], vector, atol=1e-5)
+            assert torch.allclose(content["source_vectors"][name][source], single["source_vectors"][name])
+        norm = content["residual_norms"][target]["median"]
+        assert norm == pytest.approx(single["residual_norm"]["median"], rel=1e-5)
+
+
+def test_texts_of_a_band_are_steered_at_all_its_blocks(band, settings):
+    content, seen = load_tensors(band / "persona_vectors.pt"), 0
+    model, tokenizer = load_model(settings["target_model"])
+    with SteeredGenerator(model, tokenizer) as generator:
+        for row in rows(band):
+            if row["condition"] == "baseline" or row["seed"]:
+                continue
+            for layer, vector in content["vectors"][row["persona"]][row["condition"]].items():
+                generator.register_steering(layer, vector, row["alpha"])
+            assert generator.generate(row["prompt"], settings["max_new_tokens"]) == row["output"]
+            seen += 1
+    assert seen == 3 * N_PERSONAS * N_ALPHAS * N_PROMPTS
+
+
+def test_a_band_is_made_once_and_a_lost_map_alone_is_made_again(band, settings, tmp_path, caplog):
+    shutil.copytree(band, tmp_path / "out")
+    before = (tmp_path / "out" / "aggregated_results.json").read_bytes()
+    changed = tmp_path / "out" / "layers" / "0_1" / "ridge_mapping.pt"
+    kept = (tmp_path / "out" / "layers" / "2_3" / "ridge_mapping.pt").stat().st_mtime_ns
+    changed.unlink()
+    (tmp_path / "out" / "persona_vectors.pt").unlink()
+    assert run(tmp_path / "out", {**settings, **BAND}) == 0
+    assert changed.exists()
+    assert (tmp_path / "out" / "layers" / "2_3" / "ridge_mapping.pt").stat().st_mtime_ns == kept
+    assert "0 new texts" in (tmp_path / "out" / "experiment.log").read_text()
+    assert (tmp_path / "out" / "aggregated_results.json").read_bytes() == before
+
+
+def test_a_chosen_band_needs_enough_blocks_and_a_searched_dose_serves_all_of_it(settings, tmp_path):
+    chosen = {name: value for name, value in settings.items() if not name.endswith("layer_idx")}
+    auto = {
+        **chosen,
+        "layers": "band",
+        "alpha_values": "auto",
+        "methods": ["oracle"],
+        "dose": {"n_evaluations": 2},
+    }
+    assert run(tmp_path / "out", {**auto, "alpha_unit": "residual_norm"}) == 0
+    content = load_tensors(tmp_path / "out" / "persona_vectors.pt")
+    assert content["layer_pairs"] == [[0, 0], [1, 1], [2, 2]]
+    assert {row["condition"] for row in rows(tmp_path / "out")} == {"baseline", "oracle"}

@@ -173,6 +173,40 @@ def test_rows_with_vectors_of_their_own_equal_one_condition_at_a_time(llama, tok
     assert len(set(together)) > len(PROMPTS)
 
 
+def test_rows_with_a_vector_for_each_layer_equal_registered_ones(llama, tokenizer):
+    by_layer = {layer: torch.randn(len(PROMPTS), D_MODEL) for layer in (2, 0, 1)}
+    alphas = [2.0, 0.0, -1.0]
+    with SteeredGenerator(llama, tokenizer) as generator:
+        together = generator.generate_batch(PROMPTS, 12, steering_vectors=by_layer, alphas=alphas)
+        apart = []
+        for row, (prompt, alpha) in enumerate(zip(PROMPTS, alphas, strict=True)):
+            for layer, vectors in by_layer.items():
+                generator.register_steering(layer, vectors[row], alpha)
+            apart.append(generator.generate(prompt, 12))
+        generator.clear_steering()
+        assert together == apart
+        assert together[1] == generator.generate(PROMPTS[1], 12)
+        assert together[0] != generator.generate(PROMPTS[0], 12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"steering_vectors": {1: torch.ones(1, D_MODEL)}, "alphas": [1.0], "layer_idx": 1},
+            "without layer_idx",
+        ),
+        ({"steering_vectors": {9: torch.ones(1, D_MODEL)}, "alphas": [1.0]}, "layer_idx 9 is out of range"),
+        ({"steering_vectors": {1: torch.ones(2, D_MODEL)}, "alphas": [1.0]}, r"steering_vectors \(2, 32\)"),
+        ({"steering_vectors": {1: torch.ones(1, D_MODEL)}}, "together"),
+    ],
+)
+def test_vectors_by_layer_that_do_not_fit_are_refused(llama, generator, rows, message):
+    with pytest.raises(InputError, match=message):
+        generator.generate_batch(["Then"], 4, **rows)
+    assert n_hooks(llama) == 0
+
+
 @pytest.mark.parametrize("layer_idx", [np.int64(1), [np.int64(1)], [{np.int64(1)}]])
 def test_layers_may_be_numpy_integers(generator, vector, layer_idx):
     rows = {"steering_vectors": vector[None], "alphas": [3.0]}

@@ -274,7 +274,9 @@ def test_the_generator_of_equal_settings_is_kept_with_its_batch_size(tokenizer, 
 
     side = loaded_side("target", model, tokenizer)
     worker = Worker({"target": side})
-    expected = worker.write(ROWS, vectors, WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", 2))
+    expected = worker.write(
+        ROWS, vectors, WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", 2)
+    )
     model.forward = small
     assert worker.write(ROWS, vectors, WRITING) == expected
     assert max(sizes) == 3  # of a batch of 4, whose two unsteered rows pass their prompt once
