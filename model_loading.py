@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from support.artifacts import file_sha256
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.text_files import local_path
 from support.vocabulary import QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ def _resolve_name(name_or_path: str | PackagedFile) -> str:
         return str(_converted_package(name_or_path))
     if name_or_path in PACKAGED_MODELS:
         return str(_converted_package(PACKAGED_MODELS[name_or_path]))
-    path = Path(name_or_path).expanduser()
+    path = local_path(name_or_path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {name_or_path!r}: no such GGUF file")

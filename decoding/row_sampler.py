@@ -13,8 +13,8 @@ from torch import Tensor
 
 from decoding.output_head import total_weight
 from support.errors import InputError
+from support.vocabulary import LOWEST_TEMPERATURE
 
-LOWEST_TEMPERATURE = 1e-6  # below, logits / temperature can overflow
 BLOCK = 64
 FIRST_SIZES = (256, 4096)
 MARGIN = 14  # for ties with the k-th logit, which transformers keeps all

@@ -35,7 +35,7 @@ def read_config(options: argparse.Namespace) -> ExperimentConfig:
     """Return the configuration that the options name. Raises InputError for one that cannot be used."""
     config = load_config(Path(options.config))
     if options.output_dir:
-        config = load_config({**config.model_dump(exclude_unset=True), "output_dir": options.output_dir})
+        config = load_config({**config.model_dump(), "output_dir": options.output_dir})
     return config
 
 

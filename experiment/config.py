@@ -6,7 +6,7 @@ the specification's, except where METHODOLOGY.md says why not.
 """
 
 import difflib
-import unicodedata
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,10 @@ from pydantic import (
 )
 
 from experiment.dose_search import MAX_EVALUATIONS
-from support.errors import InputError
-from support.text_files import parse_json, read_text
+from support.errors import InputError, shown
+from support.text_files import check_characters, local_path, parse_json, read_text
 from support.vocabulary import (
+    LOWEST_TEMPERATURE,
     METHODS,
     AlphaUnit,
     LambdaCriterion,
@@ -35,48 +36,61 @@ from support.vocabulary import (
     Quantization,
     SteerPositions,
 )
-from texts.personas import Persona, load_persona, load_prompts, shipped_personas
+from texts.personas import (
+    Persona,
+    check_name,
+    check_names_differ,
+    load_persona,
+    load_prompts,
+    shipped_personas,
+)
+
+LAST_LAYER = 10_000
+MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
+MOST_TEXTS = 10_000_000  # of a grid; at ten a second, they take eleven days
 
 
-def _one_line(value: str) -> str:
-    """Return a name or path that can stand in a log line, a table and a file system."""
-    odd = next((character for character in value if unicodedata.category(character) in UNPRINTABLE), None)
-    if odd is not None:
-        raise ValueError(f"it holds the character {odd!r}, which cannot be printed; leave it out")
-    return value
+def _text_if_string(value: Any) -> Any:
+    return check_characters(value, "it") if isinstance(value, str) else value
 
 
-def _name(value: str) -> str:
-    if value != value.strip() or not value:
-        raise ValueError("expected a name that neither is empty nor begins or ends with white space")
-    return _one_line(value)
+def _usable_path(value: str) -> str:
+    local_path(value)
+    return value  # as given: it is part of what artifacts were made from
 
 
-def _path(value: str) -> str:
-    return str(Path(_one_line(value)).expanduser()) if value.startswith("~") else _one_line(value)
-
-
-# Control characters, halves of surrogate pairs, line and paragraph separators.
-UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
-# Far beyond any run, and small enough that a slip of the keyboard is told before memory is full.
-MOST = 1_000_000_000
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Lambda = Annotated[float, Field(ge=1e-12, le=1e15)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
-SmallCount = Annotated[int, Field(ge=1, le=10_000)]
-SampleSize = Annotated[int, Field(ge=10, le=MOST)]
-Layer = Annotated[int, Field(ge=0, le=10_000)]
-LayerOrList = Layer | Annotated[list[Layer], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
-Name = Annotated[str, Field(max_length=100), AfterValidator(_name)]
-Prompt = Annotated[str, Field(pattern=r"\S")]
+# Upper bounds are where a run could never end, or where float32 and float64 would overflow.
+Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+Lambda = Annotated[float, Field(ge=1e-12, le=1e12, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+LargeCount = Annotated[int, Field(ge=1, le=1_000_000)]
+Samples = Annotated[int, Field(ge=10, le=10_000_000)]
+Layer = Annotated[int, Field(ge=0, le=LAST_LAYER)]
+Layers = Annotated[list[Layer], Field(min_length=1, max_length=1000)]
+String = Annotated[str, BeforeValidator(_text_if_string)]
+Text = Annotated[String, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(max_length=100_000)]
+Prompt = Annotated[String, Field(pattern=r"\S")]
+LocalPath = Annotated[Text, AfterValidator(_usable_path)]
+Name = Annotated[str, BeforeValidator(lambda value: check_name(value) if isinstance(value, str) else value)]
 
 
 def _layer_or_auto(value: Any) -> int | str | None:
-    if value is None or value == "auto" or (type(value) is int and value >= 0):
+    if value is None or value == "auto" or (type(value) is int and 0 <= value <= LAST_LAYER):
         return value
-    raise ValueError("expected a decoder block, 0 or more, or 'auto'")
+    raise ValueError(f"expected a decoder block, 0 to {LAST_LAYER}, or 'auto'")
+
+
+def _device_map(value: Any) -> str | dict[str, int | str] | None:
+    if value is None or (isinstance(value, str) and value):
+        return _text_if_string(value)
+    places = value.items() if isinstance(value, dict) else [(None, None)]
+    for module, place in places:
+        is_place = isinstance(place, str) or (type(place) is int and 0 <= place <= 1000)
+        if not isinstance(module, str) or not is_place:
+            raise ValueError("expected 'auto' or the like, or an object from module names to devices")
+        check_characters(module, "it"), _text_if_string(place)
+    return value
 
 
 class _Strict(BaseModel):
@@ -86,11 +100,11 @@ class _Strict(BaseModel):
 class PersonaDefinition(_Strict):
     """A persona given in the configuration; see `personas.load_persona`."""
 
-    description: str = ""
-    positive_texts: list[Text]
-    negative_texts: list[Text]
-    labelled_positive_texts: list[Text] = []
-    labelled_negative_texts: list[Text] = []
+    description: String = ""
+    positive_texts: Texts
+    negative_texts: Texts
+    labelled_positive_texts: Texts = []
+    labelled_negative_texts: Texts = []
 
 
 def _list_or_auto(value: Any) -> Any:
@@ -106,11 +120,11 @@ class DoseConfig(_Strict):
         massive dimensions, whatever `alpha_unit` is. n_seeds: texts a development prompt.
     """
 
-    max_perplexity_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
+    max_perplexity_ratio: Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)] = 1.5
     max_repetition_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
     n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 7
     bracket: tuple[Positive, Positive] = (0.05, 2.0)
-    n_seeds: SmallCount = 1
+    n_seeds: Count = 1
 
     @model_validator(mode="after")
     def _check_bracket(self) -> "DoseConfig":
@@ -128,7 +142,7 @@ class ExecutorConfig(_Strict):
 
     kind: Literal["local", "ray"] = "local"
     address: Text | None = None
-    n_workers: SmallCount | None = None
+    n_workers: Count | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> "ExecutorConfig":
@@ -138,17 +152,14 @@ class ExecutorConfig(_Strict):
 
 
 class JudgeConfig(_Strict):
-    """The chat model that judges when `use_gpt4` is true; see `gpt_judge`.
-
-    max_answer_tokens: 1 for a digit with its probabilities, thousands for a model that reasons first.
-    """
+    """The chat model that judges when `use_gpt4` is true."""
 
     model: Text = "gpt-4o"
-    base_url: str | None = None
+    base_url: String | None = None
     api_key_env: Text = "OPENAI_API_KEY"
-    max_workers: SmallCount = 4
+    max_workers: Count = 4
     max_answer_tokens: Annotated[int, Field(ge=1, le=100_000)] = 1
-    usd_per_million_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.5
+    usd_per_million_tokens: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 2.5
 
 
 class ExperimentConfig(_Strict):
@@ -165,31 +176,37 @@ class ExperimentConfig(_Strict):
     searches a dose for each persona and method on the development prompts.
     """
 
-    source_model: PathText
-    target_model: PathText
-    output_dir: PathText
+    source_model: LocalPath
+    target_model: LocalPath
+    output_dir: LocalPath
     layer_idx: Annotated[int | str | None, PlainValidator(_layer_or_auto)] = None
-    source_layer_idx: LayerOrList | None = None
-    target_layer_idx: LayerOrList | None = None
+    source_layer_idx: Layer | Layers | None = None
+    target_layer_idx: Layer | Layers | None = None
     layers: Literal["band"] | None = None
-    search_source_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
-    search_target_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
-    search_tokens: Count = 50_000
-    source_block_path: str | None = None
-    target_block_path: str | None = None
+    search_source_layers: Layers | None = None
+    search_target_layers: Layers | None = None
+    search_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] = 50_000
+    source_block_path: String | None = None
+    target_block_path: String | None = None
     source_revision: Text | None = None
     target_revision: Text | None = None
     trust_remote_code: bool = False
     device: Text = "auto"
-    device_map: Text | dict[str, int | str] | None = None
+    device_map: Annotated[str | dict[str, int | str] | None, PlainValidator(_device_map)] = None
     executor: ExecutorConfig = ExecutorConfig()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Quantization = "none"
 
-    neutral_text: PathText = "wikitext-103"
-    n_training_samples: SampleSize = 5000
+    neutral_text: LocalPath = "wikitext-103"
+    n_training_samples: Samples = 5000
     positions: PairPositions = "word_ends"
-    lambda_values: Annotated[list[Lambda], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
+    lambda_values: Annotated[list[Lambda], Field(min_length=1, max_length=1000)] = [
+        0.01,
+        0.1,
+        1.0,
+        10.0,
+        100.0,
+    ]
     lambda_unit: LambdaUnit = "absolute"
     lambda_criterion: LambdaCriterion = "pooled"
     n_folds: Annotated[int, Field(ge=2, le=1000)] = 5
@@ -199,31 +216,34 @@ class ExperimentConfig(_Strict):
     persona_position: PersonaPosition = "last"
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
-    n_test_prompts: Count = 30
-    test_prompts: Annotated[list[Prompt], Field(min_length=1)] | None = None
+    n_test_prompts: LargeCount = 30
+    test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
     alpha_values: Annotated[
-        Annotated[list[float], Field(min_length=1)] | Literal["auto"], BeforeValidator(_list_or_auto)
+        Annotated[list[float], Field(min_length=1, max_length=1000)] | Literal["auto"],
+        BeforeValidator(_list_or_auto),
     ] = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
     dose: DoseConfig = DoseConfig()
     steer_positions: SteerPositions = "all"
-    n_seeds: SmallCount = 3
+    n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    max_new_tokens: Count = 100
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=MOST)] = 50
+    max_new_tokens: LargeCount = 100
+    temperature: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=10_000_000)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
-    ablation_layer_pairs: Annotated[list[tuple[Layer, Layer]], Field(min_length=1)] | None = None
-    ablation_samples: Annotated[list[SampleSize], Field(min_length=2)] | None = None
+    ablation_layer_pairs: (
+        Annotated[list[tuple[Layer, Layer]], Field(min_length=1, max_length=1000)] | None
+    ) = None
+    ablation_samples: Annotated[list[Samples], Field(min_length=2, max_length=100)] | None = None
 
     use_gpt4: bool = False
     judge: JudgeConfig = JudgeConfig()
     independent_perplexity: bool = True
 
-    extraction_batch_size: Count = 8
-    generation_batch_size: Count = 32
-    evaluation_batch_size: Count = 8
+    extraction_batch_size: LargeCount = 8
+    generation_batch_size: LargeCount = 32
+    evaluation_batch_size: LargeCount = 8
 
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
@@ -243,20 +263,40 @@ class ExperimentConfig(_Strict):
         for name in ("alpha_values", "lambda_values", "methods"):
             values = getattr(self, name)
             if values != "auto" and len(set(values)) != len(values):
-                raise ValueError(f"{name} holds a value twice: {values}")
+                raise ValueError(f"{name} holds a value twice: {shown(values)}")
         if self.alpha_values == "auto":
             if not self.independent_perplexity:
                 raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
         elif any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in self.alpha_values):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
-        names = {}
-        for name in self.persona_names:
-            twin = names.setdefault(unicodedata.normalize("NFKC", name), name)
-            if twin != name:
-                raise ValueError(f"personas {twin!a} and {name!a} look the same; rename one")
+        elif any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in self.alpha_values):
+            raise ValueError(
+                "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
+            )
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"
+            )
         if not self.persona_names:
             raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
+        if len(self.persona_names) > MOST_PERSONAS:
+            raise ValueError(
+                f"{len(self.persona_names)} personas, expected at most {MOST_PERSONAS}; split the run"
+            )
+        check_names_differ(self.persona_names)
+        self._check_size()
         return self
+
+    def _check_size(self) -> None:
+        n_alphas = 1 if self.alpha_values == "auto" else len(self.alpha_values)
+        n_cells = 1 + len(self.persona_names) * len(self.methods) * n_alphas
+        n_texts = n_cells * self.n_test_prompts * self.n_seeds
+        if n_texts > MOST_TEXTS:
+            raise ValueError(
+                f"the grid has {n_texts:,} texts ({n_cells} cells, {self.n_test_prompts} prompts, "
+                f"{self.n_seeds} seeds), expected at most {MOST_TEXTS:,}; lower n_seeds or n_test_prompts, "
+                "or name fewer alphas"
+            )
 
     def _check_band(self) -> None:
         source, target = self.source_layer_idx, self.target_layer_idx
@@ -322,20 +362,20 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
     if isinstance(config, ExperimentConfig):
         return config
     if not isinstance(config, dict):
-        config = _read_config(Path(config).expanduser())
+        config = _read_config(Path(config))
     try:
         return ExperimentConfig.model_validate(config)
-    except RecursionError as error:
-        raise InputError("the configuration is nested too deeply; see docs/configuration.md") from error
     except ValidationError as error:
         # Of "a list or auto", the complaint about the list is the one that helps.
         problems = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
-        problems = [_explain(problem) for problem in problems]
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
-        raise InputError("; ".join(problems[:2]) + more) from error
+        raise InputError("; ".join(map(_explain, problems[:2])) + more) from error
+    except ValueError as error:  # what pydantic leaves to Python: a number of thousands of digits
+        raise InputError(f"the configuration cannot be read ({str(error)[:100]})") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    path = local_path(str(path))
     content = parse_json(read_text(path), f"configuration {path}")
     if not isinstance(content, dict):
         raise InputError(f"configuration {path} is a {type(content).__name__}, expected a JSON object")
@@ -343,26 +383,25 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part != "list[float]")
+    # What pydantic adds between the keys, as `list[float]`, is left out.
+    parts = [str(part)[:120] for part in problem["loc"] if not re.match(r"list\[|constrained-", str(part))]
+    if parts[-1:] == ["[key]"]:
+        parts = parts[:-2]  # the key itself is what is wrong, and shown as the input
+    key = shown(".".join(parts), 120)
     if problem["type"] == "extra_forbidden":
-        known = list(ExperimentConfig.model_fields) if len(problem["loc"]) == 1 else []
-        near = difflib.get_close_matches(key, known, n=1)
+        known = list(ExperimentConfig.model_fields) if len(parts) == 1 else []
+        near = difflib.get_close_matches(parts[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see docs/configuration.md for the known keys"
-        return f"configuration key {key!r} is unknown; {hint}"
+        return f"configuration key {key} is unknown; {hint}"
     if problem["type"] == "missing":
-        return f"configuration key {key!r} is missing"
+        return f"configuration key {key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    if not key:
+    if problem["type"] == "string_unicode":
+        message = "a key holds a lone surrogate, which is no text; remove it"
+    if not parts:
         return message
-    return f"configuration key {key[:120]!r} is {_shown(problem['input'])}: {message}"
-
-
-def _shown(value: Any) -> str:
-    """Return the beginning of a value as it may stand in one line."""
-    try:
-        return ascii(str(value)[:80]) if not isinstance(value, str) else ascii(value[:80])
-    except (ValueError, RecursionError):  # integers of thousands of digits, deep lists
-        return f"a {type(value).__name__} too large to show"
+    remedy = {"less_than_equal": "; lower it", "greater_than_equal": "; raise it"}.get(problem["type"], "")
+    return f"configuration key {key} is {shown(problem['input'])}: {message}{remedy}"
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ were tried (phase 4), `figure1.png` coherence against trait strength (phase 5; s
 PNG files carry the fingerprint of their data.
 """
 
+import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -23,6 +25,9 @@ from PIL import Image
 from support.artifacts import replacing
 from support.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
+NAME_WIDTH = 40  # characters of a persona's name in a line of a title or legend
 COLOURS = {
     "baseline": "#000000",
     "zero_pad": "#999999",
@@ -48,11 +53,24 @@ MARKERS = {
 
 
 def save_figure(figure: Figure, path: Path, fingerprint: str) -> None:
-    """Write a PNG in one step, with its fingerprint in the metadata."""
-    with replacing(path) as file, warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; tables and logs have it as it is.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    """Write a PNG in one step, with its fingerprint in the metadata.
+
+    Characters that the font lacks are drawn as boxes, and warned of in one line a figure.
+    """
+    with replacing(path) as file, warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message="Glyph .* missing")
         figure.savefig(file, format="png", dpi=130, metadata={"Fingerprint": fingerprint})
+    lacking = {str(warning.message) for warning in caught if str(warning.message).startswith("Glyph ")}
+    if lacking:
+        logger.warning("%s: the font lacks %d characters, drawn as boxes", path.name, len(lacking))
+    for warning in caught:
+        if str(warning.message) not in lacking:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def as_label(name: str) -> str:
+    """Return a name as text of a figure: in lines of 40 characters, and `$` begins no formula."""
+    return "\n".join(textwrap.wrap(name, NAME_WIDTH) or [""]).replace("$", r"\$")
 
 
 def figure_fingerprint(path: Path) -> str | None:
@@ -63,11 +81,6 @@ def figure_fingerprint(path: Path) -> str | None:
             return image.info.get("Fingerprint")
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged PNG files
         return None
-
-
-def as_label(name: str) -> str:
-    """Return a name as matplotlib prints it: a $ begins no formula, and a _ hides nothing from a legend."""
-    return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
 
 
 def draw_once(
@@ -231,7 +244,8 @@ def energy_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure
     )
     panel.title.set_size(10)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8)
+    # Listed, since a legend leaves out labels that begin with an underscore.
+    panel.legend(panel.lines[:], [line.get_label() for line in panel.lines], fontsize=8)
     return figure
 
 

@@ -100,9 +100,10 @@ def markdown_table(
     """Return a Markdown table in columns of equal width.
 
     left: names of the columns that are aligned to the left; the first by default.
+    A `|` or backslash in a cell is escaped.
     """
     left = header[:1] if left is None else left
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rows = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in rows]
     # A rule needs three marks to be one.
     widths = [max(3, *(len(row[column]) for row in [header, *rows])) for column in range(len(header))]
     columns = [("<" if name in left else ">", width) for name, width in zip(header, widths, strict=True)]

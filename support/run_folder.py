@@ -19,7 +19,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.fresh = fresh
         self.notes: list[str] = []
         self._opened: set[str] = set()

@@ -16,6 +16,7 @@ PersonaPosition = Literal["last", "mean"]
 # and where the vector is added while the target writes: also to the prompt, or from its last token on.
 SteerPositions = Literal["all", "generated"]
 
+LOWEST_TEMPERATURE = 1e-6  # of sampling; below, logits / temperature can overflow
 METHODS: tuple[str, ...] = get_args(Transfer)
 MAP_KINDS: tuple[str, ...] = get_args(MapKind)
 LAMBDA_UNITS: tuple[str, ...] = get_args(LambdaUnit)

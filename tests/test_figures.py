@@ -1,3 +1,5 @@
+import warnings
+
 import matplotlib.figure
 import numpy as np
 import pytest
@@ -173,6 +175,50 @@ def test_energy_figure_draws_a_curve_for_each_persona(mapping):
     (panel,) = energy_figure({"loud": curve, "calm": curve}).axes
     assert [line.get_label() for line in panel.lines] == ["loud", "calm", "activations' variance"]
     assert list(panel.lines[0].get_ydata()) == curve["vector"]
+
+
+NAMES = [
+    "$x_1$ costs $5",
+    "_hidden",
+    r"\alpha|",
+    r"\$",
+    "快乐的人 \U0001f3f4",
+    "W" * 100,
+    "two words " * 10,
+    "{0} %s",
+]
+
+
+def texts(artists):
+    """Return the texts as they are drawn, which are no formulas."""
+    assert not any(artist._preprocess_math(artist.get_text())[1] for artist in artists)
+    return [artist._preprocess_math(artist.get_text())[0] for artist in artists]
+
+
+def test_any_name_is_drawn_as_it_is(mapping, tmp_path, caplog):
+    curve = mapping.energy_curve(torch.ones(14))
+    made = [row for name in NAMES for row in rows(name)]
+    figures = [
+        coherence_trait_figure(aggregate(made)),
+        energy_figure(dict.fromkeys(NAMES, curve)),
+        dose_figure(searched_doses(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
+    ]
+    energy = figures[1].axes[0].get_legend()
+    for found in (
+        [text.partition(" (")[0] for text in texts([panel.title for panel in figures[0].axes])],
+        texts(energy.get_texts())[:-1],
+        texts([panel.title for panel in figures[2].axes]),
+    ):
+        joined = ["".join(text.split()) for text in found]
+        assert joined == ["".join(name.split()) for name in NAMES]
+        assert max(len(line) for text in found for line in text.split("\n")) <= 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number, figure in enumerate(figures):
+            save_figure(figure, tmp_path / f"{number}.png", "made")
+    assert [record.message for record in caplog.records] == [
+        f"{number}.png: the font lacks 5 characters, drawn as boxes" for number in range(3)
+    ]
 
 
 def searched_doses(ratio, personas=("loud", "calm"), methods=("oracle", "zero_pad"), bracket=(0.5, 10.0)):

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from evaluation import METRICS, aggregate
-from experiment.tables import format_table
+from experiment.tables import format_table, markdown_table
 
 
 def rows(condition, persona, alpha, n=12, auc=0.97, **values):
@@ -82,3 +82,12 @@ def test_table_is_valid_markdown(n):
     rule = [cell.strip() for cell in lines[1].strip("|").split("|")]
     assert len(rule) == lines[0].count("|") - 1
     assert all(re.fullmatch(r":?-+:?", cell) for cell in rule), rule
+
+
+@pytest.mark.parametrize("name", ["a|b", "|", "a\\|b", "a\\", "$x$", "_a_"])
+def test_a_name_stays_in_its_cell(name):
+    header, _, row = markdown_table(("persona", "n"), [(name, "1")]).split("\n")
+    assert len(header) == len(row)
+    # As Markdown reads a row: a backslash takes the bars and backslashes behind it out of the count.
+    cells = re.findall(r"(?:\\[|\\]|[^|\\])+", row)
+    assert [re.sub(r"\\([|\\])", r"\1", cell).strip() for cell in cells] == [name, "1"]

@@ -21,16 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.errors import InputError
+from support.errors import InputError, shown
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files
-from support.text_files import parse_json, read_text
+from support.text_files import local_path, parse_json, read_text
 from texts.scripts import (
     CHARACTERS_IN_WORD,
     SENTENCE_END,
     SPACELESS,
     begins_as_prose,
+    ends_as_prose,
     is_spaceless,
     share_of_letters,
+    without_marks,
     words_of,
 )
 
@@ -53,6 +55,7 @@ WORDS_IN_PASSAGE = (12, 48)
 MIN_WORDS = 25
 MIN_LETTERS = 0.75
 OVERLAP_WORDS = 8
+NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,19 @@ def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
         return _wikitext()
     if name_or_path == "wikipedia-sample":
         return _wikipedia_sample()
-    path = Path(name_or_path).expanduser()
+    path = local_path(name_or_path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    ending = path.suffix.lower()
+    if ending not in readers:
         raise InputError(
-            f"neutral_text {name_or_path!r} is unknown; choose 'wikitext-103', 'wikipedia-sample' or a "
+            f"neutral_text {shown(name_or_path)} is unknown; choose 'wikitext-103', 'wikipedia-sample' or a "
             f"{', '.join(readers)} file"
         )
     if not path.is_file():
-        raise InputError(f"neutral_text file {name_or_path!r} does not exist")
-    return ((document, unwrapped(text)) for document, text in readers[path.suffix](path))
+        raise InputError(
+            f"neutral_text file {name_or_path!r} {'is no file' if path.exists() else 'does not exist'}"
+        )
+    return ((document, unwrapped(text)) for document, text in readers[ending](path))
 
 
 def unwrapped(text: str) -> str:
@@ -172,14 +178,17 @@ def usable_paragraphs(text: str) -> Iterator[str]:
     Lines that look like lists, headings, tables or formulas are left out, and those with gaps
     where markup was: prose begins with a capital, a digit or a letter without case, perhaps in
     quotation marks, ends a sentence, and is mostly letters that are no capitals. In scripts
-    without spaces, two characters count as a word.
+    without spaces, two characters count as a word. Paragraphs with control characters or lone
+    surrogates are left out; byte-order marks are no part of a text.
     """
     for line in text.splitlines():
-        paragraph = " ".join(line.split())
+        paragraph = " ".join(line.replace("\ufeff", "").split())
         if not begins_as_prose(paragraph) or len(words_of(paragraph)) < MIN_WORDS:
             continue
+        if NO_TEXT.search(paragraph):
+            continue
         has_gaps = re.search(r"[(,;]\s*[,;]|\(\s|\s[,.)]", paragraph)
-        if share_of_letters(paragraph) > MIN_LETTERS and SENTENCE_END.search(paragraph) and not has_gaps:
+        if share_of_letters(paragraph) > MIN_LETTERS and ends_as_prose(paragraph) and not has_gaps:
             yield paragraph
 
 
@@ -187,8 +196,8 @@ class OverlapCheck:
     """Tells whether a text shares a run of 8 words with any of the given texts.
 
     A given text of fewer words counts when it occurs whole, if it has 4 words or more;
-    shorter ones ("In my opinion") are ordinary language. Case and punctuation are ignored. In
-    scripts without spaces, two characters count as a word.
+    shorter ones ("In my opinion") are ordinary language. Case, punctuation, accents and vowel
+    signs are ignored. In scripts without spaces, two characters count as a word.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -205,9 +214,12 @@ class OverlapCheck:
         return any(not known.isdisjoint(_runs(words, length)) for length, known in self.runs.items())
 
 
+_WORD = re.compile(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})\w)+")
+
+
 def _words(text: str) -> list[str]:
     """Return the words of a text, and the single characters of scripts without spaces."""
-    return re.findall(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})\w)+", text.casefold())
+    return _WORD.findall(without_marks(text.casefold()))
 
 
 def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
@@ -338,7 +350,8 @@ def _document_of(row: dict, number: int, path: Path) -> tuple[str, str]:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputError(f"{path} row {number} has no string field 'text'; each row needs one")
     names = (str(row[key]) for key in ("document", "id", "title") if row.get(key) is not None)
-    return next(names, str(number)), row["text"]
+    # A name is part of fingerprints, so that half a surrogate pair in it has to be spelled out.
+    return next(names, str(number)).encode("utf-8", "backslashreplace").decode(), row["text"]
 
 
 def main() -> None:

@@ -5,16 +5,20 @@ labelled pairs on other subjects, on which the trait classifier is trained. The 
 mix. A persona may also be given in the configuration, as lists of texts.
 """
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from support.errors import InputError
-from support.text_files import parse_json, read_text
+from support.errors import InputError, shown
+from support.text_files import check_characters, parse_json, read_text
 
 PERSONA_FOLDER = Path(__file__).parent.parent / "personas"
 PROMPT_FOLDER = Path(__file__).parent.parent / "prompts"
+LONGEST_NAME = 100  # characters
+# They turn around the rest of a line: overrides and isolates of the direction of writing.
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,36 @@ class Persona:
 def shipped_personas() -> list[str]:
     """Return the names of the personas in `personas/`."""
     return sorted(path.stem for path in PERSONA_FOLDER.glob("*.json"))
+
+
+def check_name(name: str) -> str:
+    """Return a persona's name that can stand in a log line, a table and a figure.
+
+    Raises InputError: nothing to see, more than 100 characters, or a character that breaks a line.
+    """
+    expected = f"expected a persona's name of 1 to {LONGEST_NAME} characters in one line"
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"{expected}; it has {len(name)}, shorten it")
+    for place, character in enumerate(name, start=1):
+        # Control characters, surrogates, line and paragraph separators.
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS:
+            raise InputError(f"{expected}; character {place} is {character!a}, leave it out")
+    if all(unicodedata.category(character)[0] in "CMZ" for character in name):
+        raise InputError(f"{expected}; nothing in it can be seen, name the trait")
+    return name
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Raise InputError for two names that a reader of tables and figures would take for one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        other = seen.setdefault(" ".join(folded.split()), name)
+        if other != name:
+            raise InputError(
+                f"personas {other!a} and {name!a} differ in capitals, spaces or the spelling of accents "
+                "alone; rename one"
+            )
 
 
 def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Persona:
@@ -83,7 +117,7 @@ def _read_persona(name: str) -> Persona:
     path = PERSONA_FOLDER / f"{name}.json"
     if name not in shipped_personas():
         raise InputError(
-            f"persona {name!r} is neither shipped ({', '.join(shipped_personas())}) nor defined in "
+            f"persona {shown(name)} is neither shipped ({', '.join(shipped_personas())}) nor defined in "
             "persona_datasets; define it there or correct the name"
         )
     try:
@@ -109,6 +143,8 @@ def _check_persona(persona: Persona) -> None:
     empty = [text for text in persona.all_texts if not isinstance(text, str) or not text.strip()]
     if empty:
         raise InputError(f"persona {persona.name!r} has {len(empty)} empty texts; remove them")
+    for number, text in enumerate(persona.all_texts, start=1):
+        check_characters(text, f"persona {persona.name!r}: text {number} of {len(persona.all_texts)}")
     used = set(persona.positive_texts + persona.negative_texts)
     shared = used & set(persona.labelled_positive + persona.labelled_negative)
     if shared:

@@ -3,9 +3,9 @@
 import re
 import unicodedata
 
-# Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words.
+# Chinese, Japanese, Thai, Lao, Tibetan, Khmer and Burmese put no spaces between words.
 SPACELESS = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
 # There, so many characters count as a word: Chinese words have one or two, Japanese ones two or three.
@@ -47,16 +47,35 @@ def begins_as_prose(text: str) -> bool:
     A letter without case counts where most letters are such, and not as a word of another language.
     """
     first = text[1:2] if text[:1] in OPENINGS else text[:1]
-    if first.isalpha() and not first.isupper() and not first.islower():
+    if first.isalpha() and not _has_case(first):
         letters = [character for character in text if character.isalpha()]
-        return 2 * sum(letter.isupper() or letter.islower() for letter in letters) < len(letters)
+        return 2 * sum(map(_has_case, letters)) < len(letters)
     return first.isdigit() or first.isupper()
+
+
+def ends_as_prose(text: str) -> bool:
+    """Tell whether a text ends a sentence; Thai and Lao ones end without a mark."""
+    last = text.rstrip("\"'”’)")[-1:]
+    return bool(SENTENCE_END.search(text)) or "\u0e00" <= last <= "\u0eff"
+
+
+def _has_case(letter: str) -> bool:
+    """Tell whether a letter is a capital or a small one; Georgian is written without capitals."""
+    return (letter.isupper() or letter.islower()) and not "\u10d0" <= letter <= "\u10ff"
+
+
+def without_marks(text: str) -> str:
+    """Return a text without accents, vowel signs and other combining marks, however they are written."""
+    if text.isascii():
+        return text
+    parts = unicodedata.normalize("NFKD", text)
+    return "".join(character for character in parts if unicodedata.category(character)[0] != "M")
 
 
 def share_of_letters(text: str) -> float:
     """Return the share of a text's characters that are small letters, letters without case, or spaces."""
     kept = sum(
-        character == " "
+        character in " \u0f0b"  # the mark between Tibetan syllables
         or (character.isalpha() and not character.isupper())
         or unicodedata.category(character) in ("Mn", "Mc")
         for character in text

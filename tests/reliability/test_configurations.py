@@ -1,151 +1,270 @@
-"""Whatever stands in a configuration: it is valid, or refused in a line or two before anything is loaded."""
+"""Any configuration ends in a valid one or in an InputError of one or two lines, never in a traceback."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from experiment.config import ExperimentConfig, load_config
-from experiment.figures import dose_figure, energy_figure, save_figure
-from experiment.tables import markdown_table
-from run_experiment import main
+from experiment.config import (
+    MOST_PERSONAS,
+    DoseConfig,
+    ExecutorConfig,
+    ExperimentConfig,
+    JudgeConfig,
+    PersonaDefinition,
+    load_config,
+)
 from support.errors import InputError
+from texts import personas
+from texts.personas import load_persona
 
-BASE = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 1}
-TEXTS = {"positive_texts": ["a"], "negative_texts": ["b"]}
-KEYS = [*ExperimentConfig.model_fields, "of tomorrow"]
-NESTED = ["model", "max_workers", "bracket", "kind", "n_workers", "positive_texts", "description"]
+ROOT = Path(__file__).parent.parent.parent
+SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
+PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
+NESTED = {
+    "dose": DoseConfig,
+    "executor": ExecutorConfig,
+    "judge": JudgeConfig,
+    "persona_datasets": PersonaDefinition,
+}
 
-odd_numbers = st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, 1e308, 1e-300, float("nan"), float("inf")])
-odd_texts = st.sampled_from(
-    ["", " ", "auto", "~", "~/x", "a\0b", "\ud800", "$x^2$", "a\\b", "a\nb", "\u2028", "x" * 100_000, "none"]
+# Every character there is, surrogates, NUL and other control characters among them.
+TEXT = st.text(st.characters(exclude_categories=()), max_size=30) | st.sampled_from(
+    [
+        "",
+        "auto",
+        "~",
+        "~nobody-of-that-name/x",
+        "a" * 300,
+        "x" * 100_000,
+        "\0",
+        "\ud800",
+        "a\nb",
+        "ridge_mapped",
+    ]
 )
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-values = st.recursive(
-    scalars | odd_numbers | odd_texts,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(NESTED) | st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=5,
+HUGE = [2**31, 2**32, 2**53, 2**63, 2**64, -(2**63) - 1, 10**400]
+NUMBER = (
+    st.integers(-3, 40)
+    | st.integers()
+    | st.sampled_from(HUGE)
+    | st.floats()
+    | st.sampled_from([1e308, 1e-300, 5e-324, -0.0, float("nan"), float("inf"), float("-inf")])
+)
+SCALAR = st.none() | st.booleans() | NUMBER | TEXT
+VALUE = st.recursive(
+    SCALAR,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
 )
 
 
-@settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.dictionaries(st.sampled_from(KEYS), values, min_size=1, max_size=3))
-def test_any_configuration_is_valid_or_refused_in_two_lines(changes):
+def known_or_any_key(model):
+    return st.sampled_from(sorted(model.model_fields)) | TEXT
+
+
+@st.composite
+def configurations(draw, values=VALUE):
+    """A small valid configuration with one to four keys changed, at the top or inside an object."""
+    config = dict(SMALL)
+    for _ in range(draw(st.integers(1, 4))):
+        inside = draw(st.none() | st.sampled_from(sorted(NESTED)))
+        if inside is None:
+            config[draw(known_or_any_key(ExperimentConfig))] = draw(values)
+            continue
+        content = {draw(known_or_any_key(NESTED[inside])): draw(values)}
+        config[inside] = {draw(TEXT): {**PAIR, **content}} if inside == "persona_datasets" else content
+    return config
+
+
+def outcome(config):
+    """Return the configuration, or what the InputError says; anything else that is raised fails the test."""
     try:
-        config = load_config(BASE | changes)
+        loaded = load_config(config)
+        loaded.load_personas()
+        loaded.load_test_prompts()
     except InputError as error:
         message = str(error)
-        assert len(message.splitlines()) <= 2
-        assert len(message) < 1_000
+        assert message.strip()
+        assert len(message.splitlines()) <= 2, message
+        assert len(message) < 2000, message
         message.encode()
-    else:
-        json.dumps(config.model_dump(), allow_nan=False).encode()
-        assert load_config(config.model_dump()) == config
+        return message
+    return loaded
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_seeds": 2**31}, "'n_seeds' is '2147483648': Input should be less than or equal to 10000"),
-        ({"n_seeds": 10**5000}, "'n_seeds' is a int too large to show"),
-        ({"n_training_samples": 10**12}, "less than or equal to 1000000000"),
-        ({"lambda_values": [1e308]}, "less than or equal to 1000000000000000"),
-        ({"lambda_values": [1e-300]}, "greater than or equal to 0.000000000001"),
-        ({"lambda_values": [float("nan")]}, "lambda_values"),
-        ({"output_dir": "a\0b"}, r"it holds the character '\\x00', which cannot be printed"),
-        ({"neutral_text": "x" * 5000}, "at most 4096 characters"),
-        ({"test_prompts": ["Good", "\ud800"]}, "test_prompts.1"),
-        ({"personas": [""]}, "'personas.0' is '': expected a name"),
-        ({"personas": ["formal", " "]}, "expected a name"),
-        ({"personas": ["a\x07"]}, "cannot be printed"),
-        ({"personas": ["a\nb"]}, "cannot be printed"),
-        ({"personas": ["\ud800"]}, "personas.0"),
-        ({"personas": ["x" * 100_000]}, "at most 100 characters"),
-        (
-            {"persona_datasets": {"\u2028x": {"positive_texts": ["a"], "negative_texts": ["b"]}}},
-            "persona_datasets",
-        ),
-        ({"personas": ["é", "e\u0301"]}, "look the same; rename one"),
-    ],
-)
-def test_a_slip_is_told_by_its_key(changes, message):
-    with pytest.raises(InputError, match=message) as caught:
-        load_config(BASE | changes)
-    assert len(str(caught.value)) < 600
+def check(config, tmp_path):
+    found = outcome(config)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert isinstance(outcome(path), type(found))
+    if isinstance(found, ExperimentConfig):
+        written = json.dumps(found.model_dump(), ensure_ascii=False, allow_nan=False)
+        path.write_text(written, encoding="utf-8")
+        assert load_config(path) == found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("configurations")
+
+
+@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+@given(config=configurations())
+@example(config={**SMALL, "personas": ["\ud800"]})
+@example(config={**SMALL, "alpha_values": {"a": []}})
+def test_any_value_for_any_key_is_valid_or_refused(config, folder):
+    check(config, folder)
+
+
+@settings(max_examples=700, derandomize=True, deadline=None, database=None)
+@given(config=configurations(NUMBER | st.lists(NUMBER, min_size=1, max_size=3)))
+def test_any_number_for_any_key_is_valid_or_refused(config, folder):
+    check(config, folder)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(content=st.binary(max_size=60) | TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_file_is_a_configuration_or_refused(content, folder):
+    (folder / "any.json").write_bytes(content)
+    assert isinstance(outcome(folder / "any.json"), str)
+
+
+DEEP = '{"personas": ' + "[" * 100_000 + "]" * 100_000 + "}"
+START = json.dumps(SMALL)[:-1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[" * 100_000, "nested too deeply"),
-        ('{"a": ' * 50_000, "nested too deeply"),
-        ('{"n_seeds": ' + "9" * 5_000 + "}", "is not JSON"),
+        (f'{START}, "n_seeds": {2**31}}}', "'n_seeds' is 2147483648: .*10000; lower it"),
         (
-            '{"source_model": "a", "target_model": "b", "output_dir": "c", "n_seeds": NaN, "layer_idx": 1}',
-            "n_seeds",
+            f'{START}, "n_seeds": 10000}}',
+            "the grid has 22,800,000 texts .* at most 10,000,000; lower n_seeds",
         ),
-        ("", "is not JSON"),
-        ("null", "expected a JSON object"),
+        (f'{START}, "n_seeds": {"9" * 5000}}}', "number of thousands of digits"),
+        (f'{START}, "max_new_tokens": 1e300}}', "'max_new_tokens' is 1e\\+300"),
+        (f'{START}, "lambda_values": [1e308]}}', "'lambda_values.0' is 1e\\+308: .*; lower it"),
+        (f'{START}, "lambda_values": [1e-300]}}', "'lambda_values.0' is 1e-300: .*; raise it"),
+        (f'{START}, "lambda_values": [NaN]}}', "'lambda_values.0' is nan"),
+        (f'{START}, "temperature": Infinity}}', "'temperature' is inf"),
+        (f'{START}, "temperature": 1e-300}}', "temperature is 1e-300, expected 0 .greedy. or 1e-06 or more"),
+        (f'{START}, "alpha_values": [1e308]}}', "alpha_values must be 1e-9 to 1e9"),
+        (f'{START}, "output_dir": "a\\u0000b"}}', "'output_dir' .*holds a NUL"),
+        (f'{START}, "output_dir": "~nobody-of-that-name/x"}}', "'output_dir' .*cannot be used"),
+        (f'{START}, "source_model": "{"a" * 5000}"}}', "'source_model' .*File name too long"),
+        (f'{START}, "test_prompts": ["Fine", "Cut \\ud83d"]}}', "'test_prompts.1' .*lone surrogate"),
+        (DEEP, "nested too deeply"),
     ],
-    ids=["brackets", "braces", "digits", "NaN", "empty", "null"],
+    ids=lambda value: value[-40:],
 )
-def test_a_file_that_cannot_be_used_ends_with_status_2(tmp_path, capsys, content, message):
-    (tmp_path / "config.json").write_text(content)
-    assert main(["--config", str(tmp_path / "config.json")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) <= 2
+def test_absurd_values_are_refused_before_anything_is_loaded(content, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "value", [10**5000, [10**5000], [[]] * 10**6], ids=["number", "in a list", "long list"]
+)
+@pytest.mark.parametrize("key", ["n_seeds", "layer_idx", "lambda_values", "personas", "device_map"])
+def test_values_that_cannot_be_printed_are_refused_from_a_dictionary(key, value):
+    assert isinstance(outcome({**SMALL, key: value}), str)
+
+
+def test_values_within_each_other_are_refused_from_a_dictionary():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for key in ExperimentConfig.model_fields:
+        assert isinstance(outcome({**SMALL, key: deep}), str)
+
+
+BAD_NAMES = {
+    "": "nothing in it can be seen",
+    " \u3000": "nothing in it can be seen",
+    "\u200b": "nothing in it can be seen",
+    "x" * 101: "it has 101, shorten it",
+    "x" * 100_000: "it has 100000, shorten it",
+    "a\nb": r"character 2 is '\\n', leave it out",
+    "a\0": r"character 2 is '\\x00'",
+    "\x1b[2J": r"character 1 is '\\x1b'",
+    "a\u2028b": r"character 2 is '\\u2028'",
+    "a\u202eb": r"character 2 is '\\u202e'",
+    "cut \ud83d": r"character 5 is '\\ud83d'",
+}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: ascii(name)[:20])
+@pytest.mark.parametrize("where", ["personas", "persona_datasets"])
+def test_a_name_that_breaks_a_line_is_refused(name, where):
+    value = [name] if where == "personas" else {name: PAIR}
+    with pytest.raises(InputError, match=BAD_NAMES[name]) as caught:
+        load_config({**SMALL, where: value})
+    message = str(caught.value)
+    assert where in message
+    assert message.isascii()
+    assert len(message.splitlines()) == 1
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["$x_1$", "back\\slash", "_hidden", "a|b", "весёлый", "快乐", "\U0001f3f4\u200d\u2620\ufe0f", "{0} %s"],
+)
+def test_other_names_are_allowed(name):
+    config = load_config({**SMALL, "personas": [], "persona_datasets": {name: PAIR}})
+    assert config.persona_names == [name]
+
+
+@pytest.mark.parametrize("pair", [("loud", "Loud"), ("\xe9", "e\u0301"), ("a b", " a  b")], ids=ascii)
+def test_names_that_look_alike_are_refused(pair):
+    with pytest.raises(InputError, match="rename one") as caught:
+        load_config({**SMALL, "persona_datasets": dict.fromkeys(pair, PAIR)})
+    assert all(ascii(name) in str(caught.value) for name in pair)
+
+
+def test_more_personas_than_a_figure_holds_are_refused():
+    names = [f"p{number}" for number in range(MOST_PERSONAS + 1)]
+    with pytest.raises(InputError, match="101 personas, expected at most 100"):
+        load_config({**SMALL, "personas": names})
+
+
+def test_a_cut_emoji_in_a_persona_file_is_named_by_its_text(tmp_path, monkeypatch):
+    content = json.loads((personas.PERSONA_FOLDER / "formal.json").read_text(encoding="utf-8"))
+    content["extraction_pairs"][2]["positive"] += " \ud83d"
+    (tmp_path / "formal.json").write_text(json.dumps(content))
+    monkeypatch.setattr(personas, "PERSONA_FOLDER", tmp_path)
+    with pytest.raises(InputError, match=r"'formal': text 3 of .* holds a lone surrogate"):
+        load_persona("formal")
+
+
+def test_home_is_understood_for_the_configuration_and_the_folder_of_a_run(tmp_path, monkeypatch):
+    from support.run_folder import RunFolder
+
     monkeypatch.setenv("HOME", str(tmp_path))
-    paths = {"source_model": "~/a", "target_model": "~/b", "output_dir": "~/c", "neutral_text": "~/d.txt"}
-    config = load_config(BASE | paths)
-    assert [getattr(config, key) for key in paths] == [
-        str(tmp_path / name) for name in ("a", "b", "c", "d.txt")
-    ]
-    (tmp_path / "config.json").write_text(json.dumps(BASE))
-    assert load_config("~/config.json") == load_config(BASE)
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "output_dir": "~/run"}))
+    config = load_config("~/config.json")
+    assert RunFolder(config.output_dir).path == tmp_path / "run"
 
 
-NAMES = [
-    "$x^2$",
-    "a\\b",
-    "_hidden",
-    "a|b",
-    "100 %",
-    "{curly}",
-    "活泼",
-    "🙂",
-    "\\frac{1}{0}$",
-    "é ü",
-    "#",
-    "<b>",
-]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_drawn_and_written_as_it_is(tmp_path, name):
-    assert load_config(BASE | {"personas": [name]}).personas == [name]
-    figure = energy_figure({name: {"r2": [0, 1], "vector": [1, 0.5], "activations": [1, 0.8]}})
-    save_figure(figure, tmp_path / "energy.png", "check")
-    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert shown[0].strip().replace(r"\$", "$") == name
-    point = {"perplexity_ratio": 1.2, "is_coherent": True}
-    dose = {"persona": name, "method": "oracle", "alpha": 0.2, "curve": [{**point, "alpha": 0.1}]}
-    save_figure(
-        dose_figure({"bound": {"max_perplexity_ratio": 1.5}, "doses": [dose]}), tmp_path / "d.png", ""
+@pytest.mark.parametrize(
+    "content", [DEEP, f'{START}, "n_seeds": {"9" * 5000}}}', f'{START}, "personas": [""]}}']
+)
+def test_the_command_line_ends_with_status_2_and_one_line(content, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    command = [sys.executable, "run_experiment.py", "--config", str(path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "LC_ALL": "C"}
     )
-    table = markdown_table(("persona", "n"), [(name, "1")])
-    assert table.splitlines()[2].replace(r"\|", "").count("|") == 3
-
-
-def test_integers_are_limited_by_python_itself():
-    """Else a number of thousands of digits would be read, and fill a page of the error."""
-    assert sys.get_int_max_str_digits() <= 4300
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 
 import pytest
 
@@ -29,8 +30,12 @@ SENTENCES = {
     "בבית ליד האש ומספרים לילדים סיפורים ארוכים על הים ועל ארצות רחוקות עד שעה מאוחרת.",
     "Hindi": "नदी संख्या {} पुराने शहर के पास से बहती है जहाँ लोग लगभग हर दिन रोटी और मछली बेचते हैं और सर्दियों में वे घर पर "
     "आग के पास बैठकर बच्चों को समुद्र और दूर के देशों की लंबी कहानियाँ सुनाते हैं।",
+    "Georgian": "მდინარე ნომერი {} მიედინება ძველი პატარა ქალაქის გვერდით სადაც ხალხი თითქმის ყოველ დღე ყიდის პურსა და თევზს "
+    "ხოლო ზამთარში ისინი სახლში ცეცხლთან სხედან და ბავშვებს გრძელ ამბებს უყვებიან ზღვაზე და შორეულ ქვეყნებზე.",
+    "Tibetan": "གཙང་པོ་{}ནི་གྲོང་ཁྱེར་རྙིང་པའི་འགྲམ་ནས་རྒྱུག་ཅིང་མི་རྣམས་ཀྱིས་ཉིན་ལྟར་བག་ལེབ་དང་ཉ་འཚོང་ཞིང་དགུན་ཁར་ཁྱིམ་དུ་མེའི་འགྲམ་ལ་བསྡད་ནས་"
+    "ཕྲུ་གུ་རྣམས་ལ་རྒྱ་མཚོ་དང་ཡུལ་ཐག་རིང་གི་སྒྲུང་རིང་པོ་བཤད་ཀྱི་ཡོད།",
     "Thai": "แม่น้ำสายที่{}ไหลผ่านเมืองเล็กเก่าแก่ที่ผู้คนขายขนมปังและปลาเกือบทุกวันและในฤดูหนาวพวกเขานั่งอยู่ที่บ้านข้างกองไฟ"
-    "และเล่าเรื่องยาวเกี่ยวกับทะเลและประเทศที่ห่างไกลให้เด็กฟังจนดึก.",
+    "และเล่าเรื่องยาวเกี่ยวกับทะเลและประเทศที่ห่างไกลให้เด็กฟังจนดึก",
 }
 
 
@@ -148,3 +153,69 @@ def test_one_line_of_ten_megabytes_is_read(tmp_path):
     words = " ".join(rng.choices(SENTENCES["French"].split()[5:-1], k=1_500_000))
     (tmp_path / "text.txt").write_text(f"Une {words} fin.", encoding="utf-8")
     assert len(load_neutral_texts(str(tmp_path / "text.txt"), 1)) == 1
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_persona_text_inside_a_paragraph_is_found_in_every_script(language, form):
+    persona = SENTENCES[language].format(7)[10:]
+    paragraph = f"{SENTENCES[language].format(8)[:-1]} {SENTENCES[language].format(9)}"
+    check = OverlapCheck([unicodedata.normalize(form, persona)])
+    assert check.found_in(paragraph)
+    others = [text.format(8) for name, text in SENTENCES.items() if name != language]
+    assert not any(map(check.found_in, others))
+
+
+def test_words_with_vowel_signs_are_whole_words():
+    """Six words are shared, fewer than eight; their syllables would be more."""
+    shared = "पुराने शहर के पास से बहती"
+    check = OverlapCheck([f"{shared} नदी हमेशा शांत रहती है।"])
+    assert not check.found_in(f"वह सड़क {shared} हवा की तरह थी।")
+
+
+def test_paragraphs_that_are_no_text_are_left_out(tmp_path):
+    good = [SENTENCES["French"].format(number) for number in range(3)]
+    bad = [SENTENCES["French"].format(mark) for mark in ("\0", "\x1b[2J", "\ud83d", "\x7f")]
+    rows = [{"text": "\ufeff" + text, "id": "\ud83d"} for text in good] + [{"text": text} for text in bad]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_neutral_texts(str(tmp_path / "text.jsonl"), 3)
+    assert all(any(text.startswith(item.text) for text in good) for item in found)
+    assert {item.document for item in found} == {"\\ud83d"}
+    with pytest.raises(InputError, match="gives 3 passages"):
+        load_neutral_texts(str(tmp_path / "text.jsonl"), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.txt", "Text without a mark.".encode("utf-16-le"), "holds a NUL at byte 2"),
+        ("text.txt", "Text".encode("utf-32"), "save it as UTF-8"),
+        ("text.txt", b"", "gives 0 passages"),
+        ("text.jsonl", b"\n\n", "gives 0 passages"),
+        ("text.txt.gz", b"\x1f\x8b", "is unknown; choose"),
+        ("text", b"", "is unknown; choose"),
+        ("text.txt", None, "is no file"),
+    ],
+    ids=["no mark", "utf-32", "empty", "blank", "compressed", "no ending", "folder"],
+)
+def test_a_file_without_usable_text_is_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_neutral_texts(str(path), 1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0.txt", "~nobody-of-that-name/a.txt", f"{'a' * 300}.txt", "a" * 100_000], ids=str.__len__
+)
+def test_a_path_that_no_file_system_takes_is_one_line(name):
+    with pytest.raises(InputError, match=r"neutral_text|cannot be used") as caught:
+        load_neutral_texts(name, 1)
+    assert len(str(caught.value)) < 400
+
+
+def test_home_and_capital_endings_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.TXT").write_text(SENTENCES["Russian"], encoding="utf-8")
+    assert len(load_neutral_texts("~/text.TXT", 1)) == 1
