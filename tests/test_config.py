@@ -151,7 +151,7 @@ def test_configuration_cannot_be_changed():
         ({"layer_ix": 3}, "'layer_ix' is unknown; did you mean 'layer_idx'"),
         ({"alphas": [1]}, "'alphas' is unknown"),
         ({"judge": {"modle": "x"}}, "'judge.modle' is unknown"),
-        ({"judge": {"max_answer_tokens": 0}}, "'judge.max_answer_tokens' is '0'"),
+        ({"judge": {"max_answer_tokens": 0}}, "'judge.max_answer_tokens' is 0"),
         (
             {"persona_datasets": {"x": {**PAIR, "positive": ["a"]}}},
             "'persona_datasets.x.positive' is unknown",
