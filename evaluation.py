@@ -144,8 +144,14 @@ class Evaluator:
         rows: Sequence[Mapping[str, Any]],
         perplexities: Sequence[float | None],
         independent: Sequence[float | None],
+        wanted: Sequence[int] | None = None,
     ) -> Iterator[list[tuple[int, EvaluationResult]]]:
-        """Yield (index of the row, metrics) in groups: as they are judged; without a judge, one group."""
+        """Yield (index of the row, metrics) in groups: as they are judged; without a judge, one group.
+
+        wanted: indices of the rows to yield, and to ask a judge about; all by default. The others are the
+        company in which the trait is scored.
+        """
+        wanted = range(len(rows)) if wanted is None else wanted
         traits = self._trait_probabilities(rows)
 
         def result(index: int, coherence: Judgement, trait: Judgement) -> EvaluationResult:
@@ -167,11 +173,11 @@ class Evaluator:
             )
 
         if self.judge is None:
-            yield [(index, result(index, Judgement(None), Judgement(None))) for index in range(len(rows))]
+            yield [(index, result(index, Judgement(None), Judgement(None))) for index in wanted]
             return
-        with closing(self._judged(rows)) as judged:
+        with closing(self._judged([rows[index] for index in wanted])) as judged:
             for group in judged:
-                yield [(index, result(index, *both)) for index, both in group]
+                yield [(wanted[index], result(wanted[index], *both)) for index, both in group]
 
     def aggregate(self, results: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
         """Return metrics by condition, persona and alpha; see `aggregate`."""

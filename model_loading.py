@@ -15,11 +15,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -243,13 +245,26 @@ def _reason(error: Exception, name_or_path: str | PackagedFile) -> str:
 def _new_offload_folder() -> str:
     """Return a folder for the blocks that a device_map puts on disk; removed when the program ends.
 
-    Two models may not share one: their files have the same names.
+    Two models may not share one: their files have the same names. Its owner holds a lock as long as it
+    lives, so that those of processes that were killed can be told, and are removed here.
     """
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="offload-", dir=root)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    with FileLock(root / "offload.lock"):
+        for left in root.glob("offload-*.lock"):
+            _remove_offload_folder(left.with_suffix(""), FileLock(left, timeout=0))
+        folder = Path(tempfile.mkdtemp(prefix="offload-", dir=root))
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, thread_local=False)
+        lock.acquire()
+    atexit.register(_remove_offload_folder, folder, lock)
+    return str(folder)
+
+
+def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
+    """Remove a folder and its lock, unless another process holds that."""
+    with suppress(Timeout), lock:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def resolve_device(device: str) -> torch.device:

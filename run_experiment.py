@@ -5,10 +5,16 @@
 Five phases run in sequence and leave artifacts in the output directory: setup, mapping,
 personas, generation, evaluation. A second run makes only what is missing or was made from
 other inputs, down to the single generated text. Bad input ends with a message of one or two
-lines and exit status 2; a failed preflight with exit status 1.
+lines and exit status 2; a failed preflight with exit status 1; Ctrl-C and SIGTERM with a line that says
+how to go on.
 """
 
 import sys
+
+from support.stopping import end_on_signals, unwinding
+
+if __name__ == "__main__":
+    end_on_signals()
 
 from experiment.command_line import parse_arguments, read_config, refusal, refuse_early
 
@@ -16,7 +22,6 @@ if __name__ == "__main__":
     refuse_early()  # torch and transformers, imported next, take seconds
 
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -25,16 +30,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation import aggregate
 from experiment import grid, preflight
 from experiment.ablations import ablate_layers, ablate_samples
 from experiment.config import ExperimentConfig, load_config
-from experiment.development import run_preflight, searched_doses
-from experiment.dose_search import doses_from_content
+from experiment.development import required_doses, run_preflight, searched_doses
 from experiment.dry_run import describe_run
 from experiment.figures import (
     coherence_trait_figure,
@@ -45,16 +47,17 @@ from experiment.figures import (
     save_figure,
 )
 from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, start_executor
-from experiment.journalled import evaluate_texts, missing_notes, save_rows, write_texts
+from experiment.journalled import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
 from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
 from experiment.ray_executor import RayExecutor
+from experiment.structures import expected
 from experiment.tables import format_cosines, format_maps, format_table
 from experiment.transfers import SteeringVectors, transfer_all
 from experiment.workers import LocalExecutor
 from model_loading import quiet_transformers
 from scoring.trait_classifier import auc_notes
-from support.artifacts import check_writable, load_json, save_json
+from support.artifacts import check_writable, save_json
 from support.errors import InputError
 from support.run_folder import RunFolder
 
@@ -99,7 +102,8 @@ class PersonaTransferExperiment:
         return start_executor(self.inputs)
 
     def close(self) -> None:
-        """Let the executor's workers go; the next phase starts them again."""
+        """Let the executor's workers and the folder go; the next phase takes them again."""
+        self.folder.close()
         if "executor" in self.__dict__:
             self.__dict__.pop("executor").close()
 
@@ -155,7 +159,10 @@ class PersonaTransferExperiment:
         if config.layer_idx != "auto":
             return inputs
         name, made_from = "layer_search.json", grid.search_fingerprint(inputs)
-        search = folder.current(name, made_from) if may_search else folder.required(name, made_from, 1)
+        structure = expected(name, inputs)
+        search = folder.current(name, made_from, structure)
+        if search is None and not may_search:
+            search = folder.required(name, made_from, 1, structure)
         if search is None:
             layers = search_layers(
                 inputs.source.extractor,
@@ -177,12 +184,13 @@ class PersonaTransferExperiment:
     def setup(self) -> tuple[None, str]:
         """Phase 1: write config.json and run the preflight."""
         inputs, folder, name = self.inputs, self.folder, "preflight.json"
+        folder.lock()
         save_json(folder.path / "config.json", self.config.model_dump())
         made_from = grid.preflight_fingerprint(inputs)
-        done = folder.current(name, made_from)
+        done = folder.current(name, made_from, expected(name, inputs))
         if done is None or preflight.technical_failures(done["checks"]):
             checks = preflight.report(run_preflight(inputs, folder, self.executor))
-            done = folder.save(name, made_from, {"environment": _environment(), "checks": checks})
+            done = folder.save(name, made_from, {"environment": preflight.environment(), "checks": checks})
         preflight.raise_on_technical_failure(done["checks"])
         passed = sum(check["status"] == "pass" for check in done["checks"])
         return None, f"{passed} of {len(done['checks'])} preflight checks passed, {folder.path / name}"
@@ -218,7 +226,7 @@ class PersonaTransferExperiment:
         """
         inputs, folder, name = self.inputs, self.folder, "persona_vectors.pt"
         made_from = grid.personas_fingerprint(inputs)
-        content = folder.current(name, made_from)
+        content = folder.current(name, made_from, expected(name, inputs))
         if content is None:
             maps = maps or load_maps(inputs, folder)
             transferred = transfer_all(inputs.layer_pairs, inputs.native_vectors(), maps, self.config.seed)
@@ -247,7 +255,9 @@ class PersonaTransferExperiment:
         """
         inputs, folder, name = self.inputs, self.folder, "generation_results.json"
         if personas is None:
-            personas = folder.required("persona_vectors.pt", grid.personas_fingerprint(inputs), 3)
+            source = "persona_vectors.pt"
+            made_from = grid.personas_fingerprint(inputs)
+            personas = folder.required(source, made_from, 3, expected(source, inputs))
         steering = SteeringVectors.from_content(personas)
         alphas = self.config.alpha_values
         if alphas == "auto":
@@ -274,16 +284,20 @@ class PersonaTransferExperiment:
         return table, f"{len(rows)} texts, {n_new} of them new, {folder.path / name}"
 
     def _written_texts(self) -> list[dict[str, Any]]:
-        alphas = self.config.alpha_values
+        inputs, alphas, name = self.inputs, self.config.alpha_values, "generation_results.json"
         if alphas == "auto":
-            content = self.folder.required("dose_search.json", grid.doses_fingerprint(self.inputs), 4)
-            alphas = doses_from_content(content)
-        made_from = grid.rows_fingerprint(grid.grid_texts(self.inputs, alphas))
-        return self.folder.required("generation_results.json", made_from, 4)["rows"]
+            alphas = required_doses(inputs, self.folder)
+        made_from = grid.rows_fingerprint(grid.grid_texts(inputs, alphas))
+        rows = self.folder.required(name, made_from, 4, expected(name, inputs))["rows"]
+        return check_rows(rows, made_from, self.folder.path / name)
 
     def _run_layers(self, inputs: Inputs, sums: dict[str, Any]) -> dict[str, Any]:
         """Run phases 2 to 5 on other inputs, and return the numbers that the layer ablation compares."""
         other = PersonaTransferExperiment(inputs.config, self.fresh, inputs, self.executor)
+        with closing(other.folder):
+            return self._compared(other, sums)
+
+    def _compared(self, other: "PersonaTransferExperiment", sums: dict[str, Any]) -> dict[str, Any]:
         maps, said = other.learn_mapping(sums)
         logger.info("%s", said)
         personas, said = other.extract_personas(maps)
@@ -292,7 +306,7 @@ class PersonaTransferExperiment:
         logger.info("%s", said)
         table, said = other.evaluate(texts)
         logger.info("%s", said)
-        layers = "layers {} -> {}".format(*inputs.layers)
+        layers = "layers {} -> {}".format(*other.inputs.layers)
         self.folder.notes += [f"{layers}: {note}" for note in other.folder.notes]
         names = ("best_r2", "best_r2_standardised", "best_r2_median_dimension", "retrieval_accuracy")
         cosines = {
@@ -305,28 +319,22 @@ class PersonaTransferExperiment:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Check everything before the first file is written; then log to a file until the run ends."""
-        self.inputs, self.executor  # noqa: B018 (refuses what cannot be had)
+        self.folder.close()
         self.folder = RunFolder(Path(self.config.output_dir), self.fresh)
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.folder.path / "experiment.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root = logging.getLogger()
-        level = root.level
-        root.addHandler(handler)
-        root.setLevel(min(level, logging.INFO))
-        try:
-            with closing(self):
+        with closing(self):
+            if self.folder.path.is_dir():  # who is too late need not wait for the models
+                self.folder.lock()
+            self.inputs, self.executor  # noqa: B018 (refuses what cannot be had)
+            with self.folder.logged():
                 yield
-        finally:
-            root.setLevel(level)
-            root.removeHandler(handler)
-            handler.close()
 
     def _log_closing(self, table: Sequence[dict[str, Any]]) -> None:
         folder = self.folder
-        path = folder.path / "preflight.json"
-        checks = load_json(path)["checks"] if path.is_file() else []
-        results = folder.left("cv_results.json", grid.mapping_fingerprint(self.inputs))
+        inputs, name = self.inputs, "preflight.json"
+        done = folder.left(name, grid.preflight_fingerprint(inputs), expected(name, inputs))
+        checks = done["checks"] if done else []
+        name = "cv_results.json"
+        results = folder.left(name, grid.mapping_fingerprint(inputs), expected(name, inputs))
         checks = [*checks, asdict(preflight.check_lambda(self.config.lambda_values, results))]
         aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
         _log_notes([*preflight.failures(checks), *auc_notes(aucs), *folder.notes])
@@ -349,15 +357,6 @@ def _log_notes(notes: Sequence[str]) -> None:
         logger.warning("note: %s", note)
 
 
-def _environment() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     options = parse_arguments(arguments)
@@ -366,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     quiet_transformers()
     try:
-        with logging_redirect_tqdm():
+        with unwinding(), logging_redirect_tqdm():
             experiment = PersonaTransferExperiment(read_config(options), fresh=options.fresh)
             if options.dry_run:
                 print(describe_run(experiment.inputs))
@@ -374,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 experiment.ablate(options.ablate)
             else:
                 experiment.run(options.phase)
-    except InputError as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         return refusal(error)
     except preflight.PreflightError as error:
         print(f"error: {error}", file=sys.stderr)

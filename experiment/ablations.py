@@ -11,6 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from experiment.figures import layer_ablation_figure, sample_ablation_figure, sa
 from experiment.grid import pairs_fingerprint
 from experiment.inputs import Inputs
 from experiment.pair_collection import LayerPair, PairSettings, statistics_content
+from experiment.structures import expected
 from experiment.workers import collect_in_chunks
 from ridge_mapping import RidgeMapping, residual_squares, target_weights
-from support.artifacts import fingerprint, save_json, save_tensors
+from support.artifacts import fingerprint
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
 from support.run_folder import RunFolder
@@ -39,6 +41,7 @@ DEFAULT_SAMPLES = (25, 50, 100, 200, 500, 1000, 2000, 4000, 8000)
 DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75)  # the specification's layers 8, 12, 16, 20, 24 of 32
 N_HELD_OUT = 500
 STEP = 500
+SUMS = "pair_statistics.pt"
 
 
 LayerRun = Callable[[Inputs, dict[str, Any]], dict[str, Any]]
@@ -55,16 +58,16 @@ def ablate_layers(inputs: Inputs, folder: RunFolder, executor: Any, run_layers: 
     sums = {}
     for pair, at_layers in runs.items():
         own = RunFolder(Path(at_layers.config.output_dir), folder.fresh)
-        sums[pair] = own.current("pair_statistics.pt", pairs_fingerprint(at_layers))
+        sums[pair] = own.current(SUMS, pairs_fingerprint(at_layers), expected(SUMS, at_layers))
     missing = [pair for pair, content in sums.items() if content is None]
     if missing:
         config = inputs.config
         settings = PairSettings(tuple(missing), config.positions, config.n_folds, config.seed)
         pairs = collect_in_chunks(executor, inputs.neutral_texts, settings)
         for pair in missing:
-            own = RunFolder(Path(runs[pair].config.output_dir), folder.fresh)
             made_from = pairs_fingerprint(runs[pair])
-            sums[pair] = own.save("pair_statistics.pt", made_from, statistics_content(pairs, pair))
+            with closing(RunFolder(Path(runs[pair].config.output_dir), folder.fresh)) as own:
+                sums[pair] = own.save(SUMS, made_from, statistics_content(pairs, pair))
     results, tables = [], []
     for pair, at_layers in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=None):
         logger.info("layer pair %d -> %d", *pair)
@@ -140,13 +143,12 @@ def ablate_samples(inputs: Inputs, folder: RunFolder) -> str:
                 progress.update(following - n_texts)
             run.save(state)
     content = {
-        "fingerprint": run.fingerprint,
         "layers": list(inputs.layers),
         "n_held_out_texts": len(held_out),
         "points": state["points"],
         "equal_r2": {tested: texts_for_equal_r2(state["points"], tested) for tested in POSITIONS},
     }
-    save_json(path, content)
+    content = folder.save(path.name, run.fingerprint, content)
     save_figure(sample_ablation_figure(content), folder.path / "figure3.png", run.fingerprint)
     lines = [
         f"R2 {row['r2']:.3f} on held-out {tested}: last tokens of {row['n_texts']} texts, every position of "
@@ -213,7 +215,8 @@ class _SampleRun:
 
     def load(self) -> dict[str, Any] | None:
         """Return the state that an earlier run left, if it is of the same ablation."""
-        found = self.folder.current(self.path.name, self.fingerprint)
+        name = self.path.name
+        found = self.folder.current(name, self.fingerprint, expected(name, self.inputs))
         if found is None:
             return None
         for part in ("training", "held_out"):
@@ -226,7 +229,7 @@ class _SampleRun:
             part: {key: found.content() for key, found in state[part].items()}
             for part in ("training", "held_out")
         }
-        save_tensors(self.path, {**state, **sums, "fingerprint": self.fingerprint})
+        self.folder.save(self.path.name, self.fingerprint, {**state, **sums})
 
     def add(self, sums: dict[str, PairStatistics], texts: Sequence[NeutralText]) -> None:
         """Read texts with both models and add their pairs."""

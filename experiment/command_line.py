@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.config import ExperimentConfig, load_config
-from support.errors import InputError
+from support.errors import InputError, file_error
+from support.stopping import say_stopped
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,13 +44,21 @@ def refuse_early() -> None:
     """End the process for --help (status 0) and for what cannot be used (status 2)."""
     try:
         read_config(parse_arguments())
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(refusal(error))
 
 
-def refusal(error: InputError) -> int:
-    """Say what cannot be used; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
+def refusal(error: InputError | OSError | KeyboardInterrupt) -> int:
+    """Say in one line what cannot be used, read or written, or that the run was stopped; returns the status.
+
+    Raises an OSError again that is about no file: a defect of ours.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return say_stopped(error)
+    told = file_error(error) if isinstance(error, OSError) else error
+    if told is None:
+        raise error
+    print(f"error: {told}", file=sys.stderr)
     return 2
 
 

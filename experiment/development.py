@@ -36,9 +36,11 @@ from experiment.grid import (
 )
 from experiment.inputs import Inputs
 from experiment.journalled import Vectors, evaluate_texts, write_texts
+from experiment.structures import expected
 from experiment.transfers import SteeringVectors
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
+from support.errors import InputError
 from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -133,11 +135,11 @@ def searched_doses(
 ) -> dict[DoseKey, Dose]:
     """Return the dose of each persona and method, searched for unless an earlier run has; drawn, logged."""
     name, made_from = "dose_search.json", doses_fingerprint(inputs)
-    content = folder.current(name, made_from)
+    content = folder.current(name, made_from, expected(name, inputs))
     if content is None:
         doses, bound = find_doses(inputs, folder, executor, steering)
         content = folder.save(name, made_from, doses_content(doses, bound))
-    doses = doses_from_content(content, str(folder.path / name))
+    doses = _read_doses(inputs, folder, content)
     logger.info("doses\n\n%s\n", format_doses(doses))
     draw_once(folder, "dose_search.png", made_from, dose_figure, content)
     for (persona, method), dose in doses.items():
@@ -150,6 +152,24 @@ def searched_doses(
             folder.notes.append(
                 f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
                 "raise dose.bracket"
+            )
+    return doses
+
+
+def required_doses(inputs: Inputs, folder: RunFolder) -> dict[DoseKey, Dose]:
+    """Return the doses that phase 4 has found. Raises InputError if they are missing or not whole."""
+    name = "dose_search.json"
+    content = folder.required(name, doses_fingerprint(inputs), 4, expected(name, inputs))
+    return _read_doses(inputs, folder, content)
+
+
+def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> dict[DoseKey, Dose]:
+    path = folder.path / "dose_search.json"
+    doses = doses_from_content(content, str(path))
+    for cell in grid(inputs, [None]):
+        if cell.persona is not None and (cell.persona, cell.method) not in doses:
+            raise InputError(
+                f"{path} has no dose for {cell.persona}, {cell.method}; delete it to search for them again"
             )
     return doses
 

@@ -89,6 +89,7 @@ def draw_once(
     """Draw a figure of a run unless it is there, made from the same."""
     path = folder.path / name
     if folder.fresh or figure_fingerprint(path) != made_from:
+        folder.lock()
         save_figure(draw(*arguments), path, made_from)
 
 

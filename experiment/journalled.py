@@ -4,7 +4,8 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from decoding.batching import length_sorted_batches
-from evaluation import Evaluator
+from evaluation import EvaluationResult, Evaluator
 from experiment.grid import (
     Row,
     evaluations_journal_fingerprint,
@@ -21,12 +22,14 @@ from experiment.grid import (
 )
 from experiment.inputs import Inputs
 from scoring.gpt_judge import GPTJudge
+from support.errors import InputError
 from support.journal import Journal
 from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_CHUNK = 60
+METRIC_NAMES = {field.name for field in fields(EvaluationResult)}
 
 # What a row adds: persona -> method -> (blocks, d_target), each row of unit norm.
 Vectors = Mapping[str, Mapping[str, Tensor]]
@@ -46,8 +49,9 @@ def write_texts(
     of alpha, if it has one.
     """
     with folder.journal("generation", texts_journal_fingerprint(inputs)) as journal:
+        done = {key for key, row in journal.rows.items() if isinstance(row.get("output"), str)}
         # Equal vectors under two names share their texts.
-        new = list({row["key"]: row for row in planned if row["key"] not in journal.rows}.values())
+        new = list({row["key"]: row for row in planned if row["key"] not in done}.values())
         logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
         speed = _write_missing(inputs, executor, new, vectors, residual_norms, journal) if new else ""
         return _from_journal(planned, journal), f"{len(new)} new texts{speed}"
@@ -92,19 +96,48 @@ def evaluate_texts(
     """Return the planned rows with their metrics, and how many of these are new.
 
     planned: what `grid.evaluation_rows` returned. A judgement that failed is asked for again.
+
+    The last digits of a perplexity depend on the texts that share its batch. So texts are scored in the
+    company of their cell (condition, persona and alpha), whichever of them are missing: after damage or a
+    kill every number comes back to the last bit. (Rounding would not do: batches differ by more than the
+    sixth digit, and a number at the edge of a step would still flip.) What the journal holds is never
+    replaced, so these are not the same to the last bit: numbers on another machine or with another number
+    of threads or another batch size, also one that was halved for want of memory, and a number that is lost
+    after prompts or seeds were added to its cell.
     """
     with folder.journal("evaluation", evaluations_journal_fingerprint(inputs)) as journal:
-        done = {key for key, row in journal.rows.items() if not row.get("gpt4_failure")}
+        done = {
+            key for key, row in journal.rows.items() if row.keys() >= METRIC_NAMES and not row["gpt4_failure"]
+        }
         new = list({row["key"]: row for row in planned if row["key"] not in done}.values())
         logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
         if new:
-            _evaluate_missing(inputs, executor, new, judge, journal)
+            parts = _parts_with(planned, {row["key"] for row in new})
+            _evaluate_missing(inputs, executor, parts, {row["key"] for row in new}, judge, journal)
         return _from_journal(planned, journal), len(new)
 
 
+def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
+    """Return the parts of cells that hold a wanted row, each with all its rows, in the planned order."""
+    cells: dict[tuple, dict[str, Row]] = {}
+    for row in planned:
+        cells.setdefault((row["condition"], row["persona"], row["alpha"]), {}).setdefault(row["key"], row)
+    parts = []
+    for cell in cells.values():
+        rows = list(cell.values())
+        parts += [rows[start : start + EVALUATION_CHUNK] for start in range(0, len(rows), EVALUATION_CHUNK)]
+    return [part for part in parts if any(row["key"] in wanted for row in part)]
+
+
 def _evaluate_missing(
-    inputs: Inputs, executor: Any, rows: list[Row], judge: GPTJudge | None, journal: Journal
+    inputs: Inputs,
+    executor: Any,
+    parts: Sequence[Sequence[Row]],
+    wanted: set[str],
+    judge: GPTJudge | None,
+    journal: Journal,
 ) -> None:
+    """Score whole parts, and journal the wanted rows; the judge is asked about these alone."""
     evaluator = Evaluator(
         inputs.target.model,
         inputs.target.tokenizer,
@@ -114,26 +147,29 @@ def _evaluate_missing(
         descriptions={persona.name: persona.description for persona in inputs.personas},
     )
     scorers = ["target", "source"] if inputs.config.independent_perplexity else ["target"]
-    # Texts of similar length share a chunk, and equal ones, which are scored once, stand together.
-    rows = sorted(
-        rows, key=lambda row: (len(row["prompt"]) + len(row["output"]), row["prompt"], row["output"])
-    )
-    parts = [rows[start : start + EVALUATION_CHUNK] for start in range(0, len(rows), EVALUATION_CHUNK)]
     size = inputs.config.evaluation_batch_size
     chunks = [
         ([row["prompt"] for row in part], [row["output"] for row in part], scorers, size) for part in parts
     ]
+    journalled: set[str] = set()  # a row may stand in two cells
     with (
-        tqdm(total=len(rows), desc="evaluating", unit="text", disable=None) as progress,
+        tqdm(total=len(wanted), desc="evaluating", unit="text", disable=None) as progress,
         closing(executor.run("perplexities", chunks)) as results,
     ):
         for number, perplexities in results:
             part = parts[number]
             independent = perplexities.get("source", [None] * len(part))
-            with closing(evaluator.score_each(part, perplexities["target"], independent)) as groups:
+            missing = [
+                index
+                for index, row in enumerate(part)
+                if row["key"] in wanted and row["key"] not in journalled
+            ]
+            scores = evaluator.score_each(part, perplexities["target"], independent, missing)
+            with closing(scores) as groups:
                 for scored in groups:
                     journal.append([{**part[index], **asdict(score)} for index, score in scored])
                     progress.update(len(scored))
+            journalled |= {part[index]["key"] for index in missing}
 
 
 def missing_notes(rows: Sequence[Row]) -> list[str]:
@@ -147,6 +183,13 @@ def missing_notes(rows: Sequence[Row]) -> list[str]:
         reason = f"first reason: {failed[0]}"
         notes.append(f"{len(failed)} texts lack a judgement ({reason}); run again to retry them")
     return notes
+
+
+def check_rows(rows: list[Row], made_from: str, path: Path) -> list[Row]:
+    """Return the rows of a result file. Raises InputError unless they are those that it was made from."""
+    if rows_fingerprint(rows) != made_from:
+        raise InputError(f"{path} holds other rows than it says; delete it and run phase 4 again")
+    return rows
 
 
 def save_rows(folder: RunFolder, name: str, rows: Sequence[Row]) -> None:

@@ -11,6 +11,7 @@ from experiment.comparison_maps import KINDS, ComparisonMap, maps_table
 from experiment.grid import mapping_fingerprint, pairs_fingerprint
 from experiment.inputs import Inputs, LayerPair
 from experiment.pair_collection import CollectedPairs, PairSettings, collection_notes, statistics_content
+from experiment.structures import expected
 from experiment.workers import collect_in_chunks
 from ridge_mapping import RidgeMapping
 from support.pair_statistics import PairStatistics
@@ -54,11 +55,12 @@ def learn_maps(
 
 def _learn_pair(inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None) -> LearnedMaps:
     made_from = pairs_fingerprint(inputs)
-    sums = sums or folder.current("pair_statistics.pt", made_from)
+    name = "pair_statistics.pt"
+    sums = sums or folder.current(name, made_from, expected(name, inputs))
     if sums is None:
         pairs = _collect(inputs, executor, [inputs.layers])
-        sums = folder.save("pair_statistics.pt", made_from, statistics_content(pairs, inputs.layers))
-    statistics = PairStatistics.from_content(sums["statistics"], "pair_statistics.pt")
+        sums = folder.save(name, made_from, statistics_content(pairs, inputs.layers))
+    statistics = PairStatistics.from_content(sums["statistics"], name)
     folder.notes += collection_notes(sums["report"])
     save_training_data(inputs, folder, sums, statistics)
     return current_maps(inputs, folder) or fit_maps(inputs, folder, statistics, sums["report"])
@@ -93,7 +95,7 @@ def save_training_data(
     sums: what `pair_statistics.pt` holds.
     """
     name, made_from = "training_data.pt", pairs_fingerprint(inputs)
-    if folder.current(name, made_from) is not None:
+    if folder.current(name, made_from, expected(name, inputs)) is not None:
         return
     texts, sample = inputs.neutral_texts, statistics.sample
     ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
@@ -133,7 +135,7 @@ def fit_maps(
 def current_maps(inputs: Inputs, folder: RunFolder) -> LearnedMaps | None:
     """Return the maps of an earlier run; None if one of the three files is not current."""
     made_from = mapping_fingerprint(inputs)
-    files = [folder.current(name, made_from) for name in (RESULTS, RIDGE, OTHERS)]
+    files = [folder.current(name, made_from, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
     return None if any(content is None for content in files) else _read(folder, *files)
 
 
@@ -155,7 +157,8 @@ def _pair_folders(inputs: Inputs, folder: RunFolder) -> list[tuple[Inputs, RunFo
 
 def _load_pair(inputs: Inputs, folder: RunFolder) -> LearnedMaps:
     made_from = mapping_fingerprint(inputs)
-    return _read(folder, *(folder.required(name, made_from, 2) for name in (RESULTS, RIDGE, OTHERS)))
+    files = [folder.required(name, made_from, 2, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
+    return _read(folder, *files)
 
 
 def _read(

@@ -6,6 +6,7 @@ is repeated in the summary: what follows may be true, and a negative result is o
 """
 
 import logging
+import platform
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from activation_extractor import ActivationExtractor, PersonaVector, block_output
@@ -250,6 +252,16 @@ def check_lambda(lambda_values: Sequence[float], cv: Mapping[str, Any] | None) -
         return _check(name, False, f"{detail}: at the edge of the grid", widen)
     better = cv["best_r2"] > max(0.0, cv["shuffled_r2"])
     return _check(name, better, detail, "check that both models read the same texts; try more samples")
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def report(checks: Sequence[Check]) -> list[dict[str, Any]]:

@@ -21,13 +21,16 @@ import logging.handlers
 import os
 import pickle
 import queue
+import signal
 import socket
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +114,8 @@ class RayExecutor:
         self._started_ray = not self._ray.is_initialized()
         self._sends_code = self._started_ray and address is not None
         if self._started_ray:
-            _connect(self._ray, address)
+            with _own_sigterm():
+                _connect(self._ray, address)
         try:
             self._start_workers(n_workers)
         except BaseException:
@@ -440,6 +444,15 @@ def _connect(ray: ModuleType, address: str | None) -> None:
             f"cannot use a Ray cluster at the address {address}: {error}; start one with "
             "`ray start --head` or correct the address"
         ) from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Undo that Ray makes SIGTERM an ordinary exit."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_reachable(address: str) -> None:

@@ -130,7 +130,8 @@ class GPTJudge:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            # Who stops the run need not wait for a slow server.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _judge_one(self, prompt: str) -> Judgement:
         try:

@@ -5,7 +5,25 @@ text must say what was given, what was expected and what to do. Everything else
 that escapes is a defect of ours and keeps its traceback.
 """
 
+import errno
 from typing import Any
+
+ELSEWHERE = "choose another folder with --output-dir"
+AGAIN = "; then run again: what was written is kept"
+REMEDIES = {
+    errno.ENOSPC: f"free some space, or {ELSEWHERE}{AGAIN}",
+    errno.EDQUOT: f"free some space, or {ELSEWHERE}{AGAIN}",
+    errno.EISDIR: f"a file should be there: move the folder away, or {ELSEWHERE}",
+    errno.ENOTEMPTY: f"move it away, or {ELSEWHERE}",
+    errno.ENOTDIR: f"a folder should be there: move the file away, or {ELSEWHERE}",
+    errno.EEXIST: f"a folder should be there: move the file or link away, or {ELSEWHERE}",
+    errno.EACCES: f"give this user the right to read and write it, or {ELSEWHERE}",
+    errno.EPERM: f"make it changeable for this user, or {ELSEWHERE}",
+    errno.EROFS: ELSEWHERE,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link",
+}
+REMEDY = f"check the path and the disk{AGAIN}"
 
 
 class InputError(ValueError):
@@ -21,3 +39,15 @@ def shown(value: Any, length: int = 80) -> str:
     except (RecursionError, ValueError):  # hundreds of brackets in each other, thousands of digits
         text = f"of type {type(value).__name__} and too large to show"
     return text if len(text) <= length + 2 else f"{text[:length]}..."
+
+
+def file_error(error: OSError) -> InputError | None:
+    """Return what a user is told of a file that cannot be read or written; None if it is about no file."""
+    if error.errno is None or error.strerror is None:
+        return None
+    # Of a file that is moved to its name, the name is what the user knows.
+    path = error.filename2 or error.filename
+    if path is None and error.errno not in REMEDIES:
+        return None
+    named = f"{path}: " if path is not None else ""
+    return InputError(f"{named}{error.strerror}; {REMEDIES.get(error.errno, REMEDY)}")

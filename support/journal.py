@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from support.artifacts import fingerprint, nan_to_none, replacing
+from support.artifacts import fingerprint, named_in_errors, nan_to_none, replacing
 from support.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,10 @@ class Journal:
         try:
             # The file is unbuffered: a buffer would keep the lines that failed and write them later.
             left = memoryview(lines)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            with named_in_errors(self.path):
+                while left:
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
         except BaseException:
             self._file.truncate(self._size)
             raise
@@ -236,7 +237,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -52,7 +52,8 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """Return cache_folder()/name, made by `build` unless it is there already.
 
     build: fills the empty folder it is given. The folder takes its final name only when
-    `build` returns, so a crash leaves nothing that looks finished.
+    `build` returns, so a crash leaves nothing that looks finished; what a killed process has left of
+    this entry is removed.
     Raises InputError if the cache cannot be written.
     """
     final = cache_folder() / name
@@ -61,12 +62,18 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(final.with_name(f"{final.name}.lock"))
-        with lock, _temporary_folder(final.parent) as folder:
-            if not final.is_dir():
-                build(folder)
-                folder.chmod(0o755)
-                os.replace(folder, final)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        with lock:
+            prefix = f".building-{final.name}-"
+            for left in final.parent.glob(f"{prefix}*"):  # whoever holds the lock is the only builder
+                shutil.rmtree(left, ignore_errors=True)
+            with _temporary_folder(final.parent, prefix) as folder:
+                if not final.is_dir():
+                    build(folder)
+                    folder.chmod(0o755)
+                    os.replace(folder, final)
+    except OSError as error:
+        if error.strerror is None:  # a library's, about something else
+            raise
         raise InputError(
             f"the cache {cache_folder()} cannot be written ({error.strerror}); "
             f"set {CACHE_VARIABLE} to a folder that can"
@@ -75,8 +82,8 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))
+def _temporary_folder(parent: Path, prefix: str = ".building-") -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
         yield folder
     finally:

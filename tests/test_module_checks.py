@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "decoding", "experiment", "scoring", "support", "texts")
 # Those that put others together are tested whole, by tests/test_run_experiment.py.
-ASSEMBLING = ("development", "grid", "inputs", "journalled", "learned_maps", "transfers")
+ASSEMBLING = ("development", "grid", "inputs", "journalled", "learned_maps", "structures", "transfers")
 WITHOUT_CHECK = ("__init__", "run_experiment", "errors", "vocabulary", *ASSEMBLING)
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")

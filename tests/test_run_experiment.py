@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,6 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import chat_server, completion
+from tiny_runs import (
+    ARTIFACTS,
+    LOUD,
+    N_PROMPTS,
+    N_SEEDS,
+    NUMERIC,
+    content,
+    error_lines,
+    run,
+    tiny_settings,
+    visible_files,
+)
 from transformers import BertConfig, BertLMHeadModel
 
 from baseline_methods import METHODS
@@ -36,73 +47,17 @@ from support.tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
 from texts.personas import load_prompts
 
 ROOT = Path(__file__).parent.parent
-EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
-LOUD = {"positive_texts": [text.upper() for text in EVENTS], "negative_texts": list(EVENTS)}
-NUMERIC = {
-    "positive_texts": ["12 and 30 is 42.", "we saw 17 ships.", "room 204 is on floor 2.", "99 or 100 it is."],
-    "negative_texts": ["some and more is much.", "we saw ships.", "that room is up.", "so much it is."],
-}
-N_PERSONAS, N_PROMPTS, N_ALPHAS, N_SEEDS = 2, 3, 2, 2
+N_PERSONAS, N_ALPHAS = 2, 2
 N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
 N_TEXTS = N_CELLS * N_PER_CELL
 N_DEVELOPMENT = 10 * (1 + N_PERSONAS * N_ALPHAS)  # texts of the preflight
 N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
-ARTIFACTS = {
-    "config.json",
-    "preflight.json",
-    "pair_statistics.pt",
-    "training_data.pt",
-    "ridge_mapping.pt",
-    "comparison_maps.pt",
-    "cv_results.json",
-    "mapping_analysis.png",
-    "persona_vectors.pt",
-    "persona_similarities.json",
-    "persona_energy.png",
-    "generation_journal.jsonl",
-    "generation_results.json",
-    "evaluation_journal.jsonl",
-    "eval_results.json",
-    "aggregated_results.json",
-    "figure1.png",
-    "experiment.log",
-}
 
 
 @pytest.fixture(scope="module")
 def settings(model_folders, tmp_path_factory):
-    """The configuration of a run of two seconds, without output_dir."""
-    generator = random.Random(0)
-    words = ["".join(generator.choices("aeiounrstlm", k=generator.randint(2, 5))) for _ in range(300)]
-    paragraphs = [" ".join(generator.choices(words, k=30)).capitalize() + "." for _ in range(300)]
-    neutral = tmp_path_factory.mktemp("text") / "neutral.txt"
-    neutral.write_text("\n\n".join(paragraphs))
-    return {
-        "source_model": model_folders["source"],
-        "target_model": model_folders["target"],
-        "source_layer_idx": 1,
-        "target_layer_idx": 2,
-        "neutral_text": str(neutral),
-        "n_training_samples": 60,
-        "lambda_values": [0.1, 1.0, 10.0],
-        "lambda_unit": "relative",
-        "n_folds": 3,
-        "personas": [],
-        "persona_datasets": {"loud": LOUD, "numeric": NUMERIC},
-        "n_test_prompts": N_PROMPTS,
-        "alpha_values": [1.0, 4.0],
-        "n_seeds": N_SEEDS,
-        "max_new_tokens": 6,
-    }
-
-
-def run(output_dir, settings, *flags):
-    """Run from the command line, with the configuration in a file beside the output."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    path = output_dir.parent / f"{output_dir.name}_config.json"
-    path.write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
-    return main(["--config", str(path), *flags])
+    return tiny_settings(model_folders, tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +76,6 @@ def out(finished, tmp_path):
     return tmp_path / "out"
 
 
-def visible_files(folder):
-    """Names of a folder's files; a lock stands beside each journal."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-
-
 def rows(output_dir, name="generation_results.json"):
     return load_json(output_dir / name)["rows"]
 
@@ -140,34 +90,6 @@ def n_new(output_dir, phase=4):
     log = (output_dir / "experiment.log").read_text()
     pattern = {4: r"phase 4 done.*: (\d+) new texts", 5: r"phase 5 done.* texts, (\d+) of them new"}[phase]
     return [int(number) for number in re.findall(pattern, log)]
-
-
-def error_lines(capsys):
-    """Return what standard error ends with, from `error:` on; the log goes there too."""
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    return printed[printed.index("error: ") :].splitlines()
-
-
-def content(path):
-    """Return what an artifact holds, in a form that can be compared."""
-    if path.suffix == ".json":
-        return load_json(path)
-    if path.suffix == ".pt":
-        return comparable(load_tensors(path))
-    if path.suffix == ".jsonl":  # rows stand in the order in which they were made
-        rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
-        # Development texts are not written again as long as what came of them is there.
-        return {row["key"]: row for row in rows if row["prompt"] not in load_prompts("development")}
-    return path.read_bytes()
-
-
-def comparable(value):
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: comparable(item) for key, item in value.items()}
-    return value
 
 
 def is_close(value, other):
@@ -643,8 +565,7 @@ def test_sample_ablation_resumes_to_the_same_numbers(settings, tmp_path, monkeyp
 
     saved = _SampleRun.save
     monkeypatch.setattr(_SampleRun, "save", lambda self, state: saved(self, state) or _stop_at(state, 60))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", ablation, "--ablate", "samples")
+    assert run(tmp_path / "stopped", ablation, "--ablate", "samples") == 130
     monkeypatch.setattr(_SampleRun, "save", saved)
     monkeypatch.setattr(_SampleRun, "start", None)
     assert run(tmp_path / "stopped", ablation, "--ablate", "samples") == 0
@@ -842,11 +763,7 @@ def test_failed_technical_preflight_stops_the_run(settings, tmp_path, monkeypatc
     assert run(tmp_path / "out", settings) == 1
     (line,) = error_lines(capsys)
     assert line.startswith("error: preflight failed: source_extraction")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json",
-        "preflight.json",
-        "experiment.log",
-    }
+    assert visible_files(tmp_path / "out") == {"config.json", "preflight.json", "experiment.log"}
 
 
 def test_failed_technical_preflight_is_checked_again(settings, tmp_path, monkeypatch):

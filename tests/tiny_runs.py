@@ -1,0 +1,104 @@
+"""A run of seconds on two tiny models: its configuration, how it is started, and how its files compare."""
+
+import json
+import random
+
+import torch
+
+from run_experiment import main
+from support.artifacts import load_json, load_tensors
+from texts.personas import load_prompts
+
+EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
+LOUD = {"positive_texts": [text.upper() for text in EVENTS], "negative_texts": list(EVENTS)}
+NUMERIC = {
+    "positive_texts": ["12 and 30 is 42.", "we saw 17 ships.", "room 204 is on floor 2.", "99 or 100 it is."],
+    "negative_texts": ["some and more is much.", "we saw ships.", "that room is up.", "so much it is."],
+}
+N_PROMPTS, N_SEEDS = 3, 2
+ARTIFACTS = {
+    "config.json",
+    "preflight.json",
+    "pair_statistics.pt",
+    "training_data.pt",
+    "ridge_mapping.pt",
+    "comparison_maps.pt",
+    "cv_results.json",
+    "mapping_analysis.png",
+    "persona_vectors.pt",
+    "persona_similarities.json",
+    "persona_energy.png",
+    "generation_journal.jsonl",
+    "generation_results.json",
+    "evaluation_journal.jsonl",
+    "eval_results.json",
+    "aggregated_results.json",
+    "figure1.png",
+    "experiment.log",
+}
+
+
+def tiny_settings(model_folders, folder):
+    """Return the configuration of a run of two seconds, without output_dir; its text is written to folder."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("aeiounrstlm", k=generator.randint(2, 5))) for _ in range(300)]
+    paragraphs = [" ".join(generator.choices(words, k=30)).capitalize() + "." for _ in range(300)]
+    (folder / "neutral.txt").write_text("\n\n".join(paragraphs))
+    return {
+        "source_model": model_folders["source"],
+        "target_model": model_folders["target"],
+        "source_layer_idx": 1,
+        "target_layer_idx": 2,
+        "neutral_text": str(folder / "neutral.txt"),
+        "n_training_samples": 60,
+        "lambda_values": [0.1, 1.0, 10.0],
+        "lambda_unit": "relative",
+        "n_folds": 3,
+        "personas": [],
+        "persona_datasets": {"loud": LOUD, "numeric": NUMERIC},
+        "n_test_prompts": N_PROMPTS,
+        "alpha_values": [1.0, 4.0],
+        "n_seeds": N_SEEDS,
+        "max_new_tokens": 6,
+    }
+
+
+def run(output_dir, settings, *flags):
+    """Run from the command line, with the configuration in a file beside the output."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = output_dir.parent / f"{output_dir.name}_config.json"
+    path.write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
+    return main(["--config", str(path), *flags])
+
+
+def visible_files(folder):
+    """Names of a folder's files; a lock stands beside each journal."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def error_lines(capsys):
+    """Return what standard error ends with, from `error:` on; the log goes there too."""
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed[printed.index("error: ") :].splitlines()
+
+
+def content(path):
+    """Return what an artifact holds, in a form that can be compared."""
+    if path.suffix == ".json":
+        return load_json(path)
+    if path.suffix == ".pt":
+        return comparable(load_tensors(path))
+    if path.suffix == ".jsonl":  # rows stand in the order in which they were made
+        rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
+        # Development texts are not written again as long as what came of them is there.
+        return {row["key"]: row for row in rows if row["prompt"] not in load_prompts("development")}
+    return path.read_bytes()
+
+
+def comparable(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items()}
+    return value
