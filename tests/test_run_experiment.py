@@ -918,7 +918,7 @@ PROMPT = "The first thing I do is"
     [
         ({"layer_ix": 3}, "did you mean 'layer_idx'"),
         ({"layer_idx": "auto"}, "leave out source_layer_idx"),
-        ({"layer_idx": "deep"}, "0 or more, or 'auto'"),
+        ({"layer_idx": "deep"}, "0 to 10000, or 'auto'"),
         ({"search_target_layers": [1]}, 'of use with "layer_idx": "auto" alone'),
         ({"source_layer_idx": 4}, "layer_idx 4 is out of range: the model has 4 decoder blocks"),
         ({"target_layer_idx": 99}, "layer_idx 99 is out of range"),
