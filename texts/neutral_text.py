@@ -83,7 +83,7 @@ def load_neutral_texts(
         raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
     rng = random.Random(seed)
     paragraphs = [
-        (words_of(paragraph), document)
+        (words_of(paragraph), 0, document)
         for document, text in read_documents(name_or_path)
         for paragraph in usable_paragraphs(text)
     ]
@@ -92,19 +92,19 @@ def load_neutral_texts(
     refused, chosen, seen = 0, [], set()
     while paragraphs and len(chosen) < n_texts:
         rests = []
-        for words, document in paragraphs:
+        for words, start, document in paragraphs:
             if len(chosen) == n_texts:
                 break
             shortest, longest = WORDS_IN_PASSAGE
             # At least one word is left off, so that no passage ends with its paragraph.
-            length = rng.randint(shortest, min(longest, len(words) - 1))
-            passage = "".join(words[:length]).rstrip()
+            end = start + rng.randint(shortest, min(longest, len(words) - start - 1))
+            passage = "".join(words[start:end]).rstrip()
             if overlaps.found_in(passage):
                 refused += 1
                 continue
-            rest = _after_sentence(words, length)
-            if len(rest) > shortest:
-                rests.append((rest, document))
+            rest = _after_sentence(words, end)
+            if len(words) - rest > shortest:
+                rests.append((words, rest, document))
             if passage not in seen:
                 seen.add(passage)
                 chosen.append(NeutralText(passage, document))
@@ -120,12 +120,12 @@ def load_neutral_texts(
     return chosen
 
 
-def _after_sentence(words: list[str], start: int) -> list[str]:
-    """Return the words after the sentence that words[start - 1] belongs to."""
+def _after_sentence(words: list[str], start: int) -> int:
+    """Return the index of the word after the sentence that words[start - 1] belongs to."""
     for index in range(start, len(words)):
         if SENTENCE_END.search(words[index - 1].rstrip()):
-            return words[index:]
-    return []
+            return index
+    return len(words)
 
 
 def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:

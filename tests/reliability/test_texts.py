@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import unicodedata
 
 import pytest
@@ -153,6 +154,15 @@ def test_one_line_of_ten_megabytes_is_read(tmp_path):
     words = " ".join(rng.choices(SENTENCES["French"].split()[5:-1], k=1_500_000))
     (tmp_path / "text.txt").write_text(f"Une {words} fin.", encoding="utf-8")
     assert len(load_neutral_texts(str(tmp_path / "text.txt"), 1)) == 1
+
+
+def test_thousands_of_passages_of_one_paragraph_take_seconds(tmp_path):
+    """Sentence by sentence; to copy what is left of the paragraph for each would take minutes."""
+    sentences = [SENTENCES["French"].format(number) for number in range(20_000)]
+    (tmp_path / "text.txt").write_text(" ".join(sentences), encoding="utf-8")
+    started = time.perf_counter()
+    assert len(load_neutral_texts(str(tmp_path / "text.txt"), 5000)) == 5000
+    assert time.perf_counter() - started < 30
 
 
 @pytest.mark.parametrize("language", SENTENCES)
