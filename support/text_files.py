@@ -65,10 +65,13 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, name: str) -> Any:
     """Return what a JSON text holds; name: what errors call it.
 
-    Raises InputError: no JSON, numbers of thousands of digits, or hundreds of brackets in each other.
+    Raises InputError: no JSON, numbers of thousands of digits, hundreds of brackets in each other, or a key
+    that an object has twice, of which JSON would keep the last.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except InputError as error:
+        raise InputError(f"{name} {error}") from error
     except RecursionError as error:
         raise InputError(f"{name} is not JSON that can be read: it is nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -77,6 +80,15 @@ def parse_json(text: str, name: str) -> Any:
         raise InputError(
             f"{name} is not JSON that can be read: it has a number of thousands of digits"
         ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in content if keys.count(key) > 1)
+        raise InputError(f"has the key {shown(twice)} twice in one object; remove or rename one")
+    return content
 
 
 def main() -> None:
