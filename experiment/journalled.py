@@ -121,7 +121,9 @@ def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
     """Return the parts of cells that hold a wanted row, each with all its rows, in the planned order."""
     cells: dict[tuple, dict[str, Row]] = {}
     for row in planned:
-        cells.setdefault((row["condition"], row["persona"], row["alpha"]), {}).setdefault(row["key"], row)
+        # An unsteered text is scored for every persona; together, what they share is computed and asked once.
+        persona = None if row["alpha"] is None else row["persona"]
+        cells.setdefault((row["condition"], persona, row["alpha"]), {}).setdefault(row["key"], row)
     parts = []
     for cell in cells.values():
         rows = list(cell.values())
