@@ -51,7 +51,7 @@ def expected(name: str, inputs: Inputs) -> Any:
     names, methods = tuple(inputs.config.persona_names), tuple(inputs.config.methods)
     structures = {
         "layer_search.json": SEARCH,
-        "preflight.json": {"checks": [CHECK]},
+        "preflight.json": {"checks": [CHECK, ...]},
         "pair_statistics.pt": {
             "statistics": sums,
             "report": {**dict.fromkeys(COUNTS, int), "fraction_aligned": float, "n_truncated": Each(int)},
@@ -76,7 +76,7 @@ def expected(name: str, inputs: Inputs) -> Any:
         "comparison_maps.pt": {"maps": Each({"kind": str, "cv": dict, **fitted}, MAP_KINDS)},
         "cv_results.json": {
             **CHOSEN,
-            "maps": [MAP_ROW],
+            "maps": [MAP_ROW, ...],
             "target_residual_norm": NORM,
             "pairs": {"fraction_aligned": float},
         },
@@ -88,8 +88,8 @@ def expected(name: str, inputs: Inputs) -> Any:
             "residual_norm": NORM,
             **of_band,
         },
-        "generation_results.json": {"n": int, "rows": [ROW]},
-        "dose_search.json": {"bound": Each(float), "doses": [DOSE]},
+        "generation_results.json": {"n": int, "rows": [ROW, ...]},
+        "dose_search.json": {"bound": Each(float), "doses": [DOSE, ...]},
         "ablation_samples.pt": {
             "n_texts": int,
             "points": [POINT],

@@ -141,7 +141,13 @@ def _checksum(content: dict[str, Any]) -> str:
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """Write a dictionary of tensors, numbers, strings, lists and dictionaries of these."""
     with replacing(Path(path)) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch ends its archive also after a write that failed, and complains of that instead.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A structure is written as an example:
 
 a type; `float` takes an int too, `int` no bool;
 a tuple: one of these;
-a list with one structure: of all its items; with several: of just these items;
+a list with one structure: of all its items, and of one or more with `...` behind it; with several: of just
+these items;
 a dictionary: of some keys, others being allowed; `Each(structure)` of all values of any keys;
 `Shape((5, None))`: a tensor of finite numbers, None being any size.
 """
@@ -52,9 +53,12 @@ def _problem(content: Any, structure: Any, where: str) -> str | None:
     if isinstance(structure, list):
         if not isinstance(content, list):
             return f"{where or 'it'} is a {type(content).__name__}, expected a list"
+        if structure[1:] == [...] and content:
+            structure = structure[:1]
         expected = structure * len(content) if len(structure) == 1 else structure
         if len(expected) != len(content):
-            return f"{where or 'it'} has {len(content)} items, expected {len(expected)}"
+            wanted = "one or more" if ... in expected else len(expected)
+            return f"{where or 'it'} has {len(content)} items, expected {wanted}"
         pairs = enumerate(zip(content, expected, strict=True))
         found = (_problem(item, wanted, f"{where}[{index}]") for index, (item, wanted) in pairs)
         return next((problem for problem in found if problem is not None), None)
