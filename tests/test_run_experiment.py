@@ -309,19 +309,6 @@ def test_change_touches_only_the_methods_that_depend_on_it(change, touched, sett
     assert all(row["output"] == before[row["key"]] for row in rows(out) if row["condition"] not in touched)
 
 
-@pytest.mark.parametrize("damage", ["halved", "deleted"])
-@pytest.mark.parametrize("name", sorted(ARTIFACTS - {"experiment.log"}))
-def test_damaged_artifact_is_made_again(name, damage, settings, finished, out):
-    path = out / name
-    whole = path.read_bytes()
-    path.unlink()
-    if damage == "halved":
-        path.write_bytes(whole[: len(whole) // 2])
-    assert run(out, settings) == 0
-    assert_equal_artifacts(out, finished)
-    assert load_json(out / "config.json") == {**load_json(finished / "config.json"), "output_dir": str(out)}
-
-
 @pytest.mark.parametrize("name", ["ridge_mapping.pt", "training_data.pt"])
 def test_persona_can_be_changed_after_an_earlier_artifact_is_lost(name, settings, out):
     (out / name).unlink()
