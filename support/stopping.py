@@ -1,9 +1,9 @@
 """End a program on Ctrl-C and SIGTERM within two seconds, with one line that says how to go on.
 
 A signal becomes a KeyboardInterrupt where Python can raise one. Where it cannot, because the main thread
-computes, waits for a thread or ends, a second thread ends the process after a second: whatever was written
-is whole, as after any kill. While modules are imported there is nothing to unwind, and the process ends at
-once. What stands in its way then is the loading of a shared library alone.
+computes, waits for a thread or ends, a second thread ends the process in less than a second: whatever was
+written is whole, as after any kill. While modules are imported there is nothing to unwind, and the process
+ends at once. Only the loading of a shared library delays that.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 0.8
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
