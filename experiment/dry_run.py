@@ -15,6 +15,7 @@ import torch
 from evaluation import Evaluator
 from experiment.inputs import Inputs
 from scoring.gpt_judge import TOKENS_PER_JUDGEMENT
+from support.pair_statistics import DEFAULT_SAMPLE
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.encoding import encode
 
@@ -39,6 +40,13 @@ def describe_run(inputs: Inputs) -> str:
     evaluation = _time_evaluation(inputs, pairs)
     minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
     search = _describe_search(inputs) if config.layer_idx == "auto" else []
+    if inputs.band:
+        width = sum(side.extractor.d_model for side in inputs.sides)
+        of_pair = (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
+        search.append(
+            f"band: {len(inputs.band)} layer pairs from one pass over the texts, whose sums take "
+            f"{of_pair * len(inputs.band):.1f} GiB while the maps are learnt"
+        )
     if is_auto:
         n_texts = len(inputs.development_prompts) * config.dose.n_seeds
         n_dose = n_texts * (1 + n_conditions * config.dose.n_evaluations)
