@@ -1,7 +1,7 @@
 """End a program on Ctrl-C and SIGTERM within two seconds, with one line that says how to go on.
 
 A signal becomes a KeyboardInterrupt where Python can raise one. Where it cannot, because the main thread
-computes, waits for a thread or ends, a second thread ends the process in less than a second: whatever was
+computes, waits for a thread or ends, a second thread ends the process after 0.4 seconds: whatever was
 written is whole, as after any kill. While modules are imported there is nothing to unwind, and the process
 ends at once. Only the loading of a shared library delays that.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-GRACE_SECONDS = 0.8
+GRACE_SECONDS = 0.4
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
