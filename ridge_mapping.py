@@ -274,7 +274,9 @@ class RidgeMapping:
     def transform(self, v_source: Tensor) -> Tensor:
         """Map directions, (d_source,) or (n, d_source), to the target, without intercept.
 
-        Keeps device and floating dtype. Raises InputError: a wrong width, or a map that is not fitted.
+        A unit vector comes out as long as the map makes it, often several times as long: steer with
+        `unit_direction`, or alpha means another dose. Keeps device and floating dtype.
+        Raises InputError: a wrong width, or a map that is not fitted.
         """
         return map_directions(self._fitted_W(), v_source)
 
