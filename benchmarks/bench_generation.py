@@ -92,6 +92,7 @@ class Sizes:
     target: str = "gemma-3-270m"
     independent: str = "smollm2-135m-instruct"
     layer: int = 8
+    band: tuple[int, ...] = tuple(range(4, 13))
     rows: int = 128
     new_tokens: int = 40
     vectors: int = 64
@@ -114,6 +115,7 @@ QUICK = Sizes(
     target="gemma3_text",
     independent="llama",
     layer=2,
+    band=(1, 2),
     rows=8,
     new_tokens=6,
     vectors=4,
@@ -267,8 +269,16 @@ def counted_rows(block: nn.Module) -> Iterator[list[int]]:
 def write_ours(
     work: Work, setting: dict[str, float], steering: str, rows: Sequence[int], batch_size: int
 ) -> Written:
-    """Write rows with our generator. steering: `none`, `one` registered vector, or `rows` of their own."""
-    options = work.row_steering(rows) if steering == "rows" else {}
+    """Write rows with our generator.
+
+    steering: `none`, `one` registered vector, `rows` of their own, or `band`: these at several blocks.
+    """
+    options = work.row_steering(rows) if steering in ("rows", "band") else {}
+    if steering == "band":
+        options = {
+            "steering_vectors": dict.fromkeys(work.sizes.band, options["steering_vectors"]),
+            "alphas": [alpha / len(work.sizes.band) for alpha in options["alphas"]],
+        }
     with (
         SteeredGenerator(work.model, work.tokenizer, batch_size=batch_size) as generator,
         counted_rows(work.block) as counts,
@@ -422,7 +432,12 @@ def steered_differences(work: Work, steers: dict[str, Steer]) -> dict[str, float
 
 # Part 1: speed
 
-OURS = {"none": "ours, unsteered", "one": "ours, one vector", "rows": "ours, {} vectors"}
+OURS = {
+    "none": "ours, unsteered",
+    "one": "ours, one vector",
+    "rows": "ours, {} vectors",
+    "band": "ours, {} vectors at several blocks",
+}
 ALONE = "model.generate, one prompt at a time, hook"
 BATCH = "model.generate, one batch, hook"
 
@@ -526,7 +541,7 @@ def speed_rows(work: Work, skip_peers: bool) -> list[Row]:
         others = other_methods(work, setting, timed_steps, peers)
         found = take_turns(case, ours, others)
         if setting is TOP_K:
-            work.together = found[ours[-1].name][0]
+            work.together = found[OURS["rows"].format(work.sizes.vectors)][0]
         one = found[ours[1].name]
         mean_length = statistics.fmean(run.n_tokens / run.n_texts for run in one)
         speeds = {
