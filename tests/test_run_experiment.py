@@ -1123,6 +1123,11 @@ def band(settings, tmp_path_factory):
     return output_dir
 
 
+def test_the_dry_run_of_a_band_says_what_its_sums_take(settings, tmp_path, capsys):
+    assert run(tmp_path / "out", {**settings, **BAND}, "--dry-run") == 0
+    assert "band: 2 layer pairs from one pass over the texts" in capsys.readouterr().out
+
+
 def test_a_band_has_the_vectors_of_its_layer_pairs(band, settings, tmp_path):
     content = load_tensors(band / "persona_vectors.pt")
     assert content["layer_pairs"] == [[0, 1], [2, 3]]
