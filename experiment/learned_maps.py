@@ -1,6 +1,7 @@
 """The ridge map and those to compare it with, as phase 2 fits and keeps them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,11 +47,9 @@ def learn_maps(
 
     sums: what `pair_statistics.pt` holds of the only pair, if it was collected elsewhere.
     """
-    return (
-        _learn_band(inputs, folder, executor)
-        if inputs.band
-        else (_learn_pair(inputs, folder, executor, sums),)
-    )
+    if inputs.band:
+        return _learn_band(inputs, folder, executor)
+    return (_learn_pair(inputs, folder, executor, sums),)
 
 
 def _learn_pair(inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None) -> LearnedMaps:
@@ -77,7 +76,8 @@ def _learn_band(inputs: Inputs, folder: RunFolder, executor: Any) -> tuple[Learn
         folder.notes += collection_notes(report)
         for index, (at_pair, own) in enumerate(parts):
             if learned[index] is None:
-                learned[index] = fit_maps(at_pair, own, pairs.statistics.pop(at_pair.layers), report)
+                with closing(own):
+                    learned[index] = fit_maps(at_pair, own, pairs.statistics.pop(at_pair.layers), report)
     return tuple(learned)
 
 

@@ -382,38 +382,25 @@ def test_two_generators_on_one_model_know_of_each_other(model_and_vector, tokeni
 # Decoders that count padding
 
 
-def bart():
-    return BartForCausalLM(
-        BartConfig(
-            vocab_size=VOCAB_SIZE,
-            d_model=32,
-            decoder_layers=4,
-            encoder_layers=3,
-            decoder_attention_heads=4,
-            decoder_ffn_dim=64,
-            max_position_embeddings=256,
-        )
-    )
+DECODER = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 256,
+}
 
 
-def blenderbot():
-    return BlenderbotForCausalLM(
-        BlenderbotConfig(
-            vocab_size=VOCAB_SIZE,
-            d_model=32,
-            decoder_layers=4,
-            encoder_layers=3,
-            decoder_attention_heads=4,
-            decoder_ffn_dim=64,
-            max_position_embeddings=256,
-        )
-    )
-
-
-@pytest.mark.parametrize("make", [bart, blenderbot])
-def test_a_decoder_without_position_ids_writes_in_a_batch_what_it_writes_alone(make, tokenizer):
+@pytest.mark.parametrize(
+    ("config", "model_class"), [(BartConfig, BartForCausalLM), (BlenderbotConfig, BlenderbotForCausalLM)]
+)
+def test_a_decoder_without_position_ids_writes_in_a_batch_what_it_writes_alone(
+    config, model_class, tokenizer
+):
     torch.manual_seed(0)
-    model = make().eval()
+    model = model_class(config(**DECODER)).eval()
     for name, parameter in model.named_parameters():
         if "embed_positions" in name:
             parameter.data *= 50  # so that a wrong position changes the text
