@@ -338,9 +338,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     """
     logger.info("converting %s once; later loads take seconds", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    quantised = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-    )
+    quantised = _with_all_weights(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config)

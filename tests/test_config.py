@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from baseline_methods import METHODS
 from experiment.config import ExperimentConfig, load_config
 from support.errors import InputError
 
@@ -59,12 +60,18 @@ def test_defaults_are_the_specifications():
     assert n_generations(config) == 6840
 
 
+BAND_METHODS = {
+    "band.json": {"random_proj", "shuffled", "ridge_mapped", "oracle"},
+    "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
+}
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configuration_is_usable(path):
     config = load_config(str(path))
     assert len(config.load_test_prompts()) == config.n_test_prompts
     assert [persona.name for persona in config.load_personas()] == config.persona_names
-    assert {"ridge_mapped", "oracle"} <= set(config.methods)
+    assert set(config.methods) == BAND_METHODS.get(path.name, set(METHODS))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,12 @@ def test_personas_are_the_named_ones_then_those_defined_here():
 
 def test_seeds_count_up_from_seed():
     assert load_config({**SMALL, "seed": 7, "n_seeds": 3}).seeds == [7, 8, 9]
+
+
+BAND_METHODS = {
+    "band.json": {"random_proj", "shuffled", "ridge_mapped", "oracle"},
+    "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
