@@ -33,10 +33,11 @@ from model_loading import (
     pad_tokens,
     plain_model,
 )
-from support.errors import InputError
+from support.errors import InputError, shown
 from support.vocabulary import PAIR_POSITIONS
 from texts.aligned_positions import aligned_tokens, check_offsets, token_ends
-from texts.encoding import encode, encode_with_offsets
+from texts.chat import Prompt, prompt_text
+from texts.encoding import encode, encode_continuations, encode_with_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ MASSIVE_RATIO = 10.0
 N_SPLITS = 20
 WINDOW = 64
 Position = str | int
+ReadText = str | tuple[Prompt, str]  # the latter a prompt with its response
 
 
 class _StopForward(Exception):
@@ -153,24 +155,27 @@ class ActivationExtractor:
         """Width of the residual stream."""
         return d_model(self.model)
 
-    def extract(self, text: str, position: Position = "last") -> Tensor:
+    def extract(self, text: ReadText, position: Position = "last") -> Tensor:
         """Return the activation of one text, (d,). See `extract_layers`."""
         return self.extract_batch([text], position)[0]
 
-    def extract_batch(self, texts: Sequence[str], position: Position = "last") -> Tensor:
+    def extract_batch(self, texts: Sequence[ReadText], position: Position = "last") -> Tensor:
         """Return the activations of texts, (n, d), in their order. See `extract_layers`."""
         return self.extract_layers(texts, [self.layer_idx], position)[self.layer_idx]
 
     def extract_layers(
-        self, texts: Sequence[str], layers: Sequence[int], position: Position = "last"
+        self, texts: Sequence[ReadText], layers: Sequence[int], position: Position = "last"
     ) -> dict[int, Tensor]:
         """Return layer_idx -> (n, d) float32 for several layers from one pass over the texts.
 
+        texts: strings; for position `response` pairs of a prompt (a string, or messages, which are shown in
+            the chat template) and the response to it.
         position:
             `last`: the last token of the text.
             `first`: the first token, which is the special one where the tokenizer adds one.
             `mean`: the mean over the text's tokens except special ones and the very first:
                 that one is an attention sink with a norm far above all others.
+            `response`: the mean over the tokens of the response (arXiv 2507.21509).
             an integer: that token, from 0, special tokens counted; negative from the end.
         Raises InputError: no texts, an empty text, a layer or position out of range, or an
         activation that is not finite (the text's index is named).
@@ -180,8 +185,11 @@ class ActivationExtractor:
         if isinstance(texts, str):
             raise InputError("texts is a single string; give a list of strings, or use extract()")
         wanted = self.check_layers(layers)
-        tokens = self.tokenise(texts)
-        token_indices = [self._token_indices(index, ids, position) for index, ids in enumerate(tokens)]
+        if position == "response":
+            tokens, token_indices = self._response_tokens(texts)
+        else:
+            tokens = self.tokenise(texts)
+            token_indices = [self._token_indices(index, ids, position) for index, ids in enumerate(tokens)]
         means = torch.stack(
             self._read(tokens, token_indices, wanted, lambda activations: activations.mean(0))
         )
@@ -269,8 +277,8 @@ class ActivationExtractor:
 
     def measure_persona_vectors(
         self,
-        positive_texts: Sequence[str],
-        negative_texts: Sequence[str],
+        positive_texts: Sequence[ReadText],
+        negative_texts: Sequence[ReadText],
         layers: Sequence[int],
         position: Position = "last",
     ) -> dict[int, PersonaVector]:
@@ -302,6 +310,27 @@ class ActivationExtractor:
             )
         return measured
 
+    def _response_tokens(self, texts: Sequence[ReadText]) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the tokens of prompts with their responses, and the indices of the responses' tokens."""
+        pairs = []
+        for index, text in enumerate(texts):
+            is_pair = isinstance(text, tuple | list) and len(text) == 2
+            if not is_pair or not isinstance(text[1], str) or not text[1].strip():
+                raise InputError(
+                    f"text {index} is {shown(text)}, expected (prompt, response) for position 'response', "
+                    "with a response that is not empty"
+                )
+            pairs.append((prompt_text(self.tokenizer, text[0], index), text[1]))
+        encoded = encode_continuations(self.tokenizer, pairs, self.model)
+        tokens = self._cut([ids for ids, _ in encoded])
+        indices = [list(range(start, len(ids))) for ids, (_, start) in zip(tokens, encoded, strict=True)]
+        if [] in indices:
+            raise InputError(
+                f"text {indices.index([])} has no response left within {self.max_length} tokens; shorten its "
+                "prompt, or raise max_length"
+            )
+        return tokens, indices
+
     def _check_texts(self, texts: Sequence[str], first_index: int) -> None:
         for index, text in enumerate(texts, start=first_index):
             if not isinstance(text, str) or not text.strip():
@@ -323,7 +352,9 @@ class ActivationExtractor:
             return kept or [len(ids) - 1]
         token_index = {"last": -1, "first": 0}[position] if position in ("last", "first") else position
         if isinstance(token_index, bool) or not isinstance(token_index, int):
-            raise InputError(f"position {position!r} is unknown; choose last, mean, first or an integer")
+            raise InputError(
+                f"position {position!r} is unknown; choose last, mean, first, response or an integer"
+            )
         if not -len(ids) <= token_index < len(ids):
             raise InputError(f"position {token_index} is out of range: text {index} has {len(ids)} tokens")
         return [token_index % len(ids)]

@@ -25,10 +25,11 @@ from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
-from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge, Judgement
+from scoring.gpt_judge import COHERENCE_PROMPT, ONE_DIGIT, TRAIT_PROMPT, GPTJudge, Judgement
 from scoring.trait_classifier import TraitClassifier
 from support.errors import InputError
-from texts.encoding import encode
+from texts.chat import Prompt, plain_text, prompt_text
+from texts.encoding import encode_continuations
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -88,6 +89,7 @@ class Evaluator:
     model, tokenizer: the target, without steering; gives `perplexity`.
     use_gpt4: ask `judge` (by default a GPTJudge that reads OPENAI_API_KEY) for both scores.
     classifiers: persona -> TraitClassifier. descriptions: persona -> text for the trait judge.
+    eval_prompts: persona -> what the trait judge is asked instead, with the places {question} and {answer}.
     independent: (model, tokenizer) for `independent_perplexity`.
     batch_size: texts a batch for perplexity; halved when memory runs out.
     """
@@ -100,6 +102,7 @@ class Evaluator:
         judge: GPTJudge | None = None,
         classifiers: Mapping[str, TraitClassifier] | None = None,
         descriptions: Mapping[str, str] | None = None,
+        eval_prompts: Mapping[str, str] | None = None,
         independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
         batch_size: int = 8,
     ) -> None:
@@ -109,11 +112,17 @@ class Evaluator:
         self.judge = (judge or GPTJudge()) if use_gpt4 else None
         self.classifiers = dict(classifiers or {})
         self.descriptions = dict(descriptions or {})
+        self.eval_prompts = dict(eval_prompts or {})
         self.independent = independent
         self.batch_size = batch_size
 
     def evaluate_single(
-        self, prompt: str, output: str, condition: str, persona: str | None = None, alpha: float | None = None
+        self,
+        prompt: Prompt,
+        output: str,
+        condition: str,
+        persona: str | None = None,
+        alpha: float | None = None,
     ) -> EvaluationResult:
         """Return the metrics of one continuation; see `evaluate_batch`."""
         row = {"prompt": prompt, "output": output, "condition": condition, "persona": persona, "alpha": alpha}
@@ -122,7 +131,7 @@ class Evaluator:
     def evaluate_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[EvaluationResult]:
         """Return the metrics of each row, in order.
 
-        rows: `prompt`, `output` (the continuation without the prompt), `condition`, and
+        rows: `prompt` (a text or messages), `output` (the continuation without the prompt), `condition`, and
         optionally `persona` (whose trait is scored) and `alpha`.
         """
         prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
@@ -227,12 +236,26 @@ class Evaluator:
 
     def _judging_prompts(self, row: Mapping[str, Any]) -> list[str]:
         """Return the prompts for coherence and, with a persona, its trait."""
-        texts = {"prompt": row["prompt"], "output": row["output"]}
+        texts = {"prompt": plain_text(row["prompt"]), "output": row["output"]}
         prompts = [COHERENCE_PROMPT.format(**texts)]
-        if persona := row.get("persona"):
-            description = self.descriptions.get(persona, "")
-            prompts.append(TRAIT_PROMPT.format(name=persona, description=description, **texts))
+        if row.get("persona"):
+            prompts.append(self._trait_prompt(row))
         return prompts
+
+    def _trait_prompt(self, row: Mapping[str, Any]) -> str:
+        persona, asked = row["persona"], plain_text(row["prompt"])
+        if eval_prompt := self.eval_prompts.get(persona):
+            filled = eval_prompt.replace("{question}", asked).replace("{answer}", row["output"])
+            return f"{filled}\n\n{ONE_DIGIT}"
+        description = self.descriptions.get(persona, "")
+        return TRAIT_PROMPT.format(name=persona, description=description, prompt=asked, output=row["output"])
+
+    def judge_traits(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """Return the judge's score of each row's trait, 1 to 5, or None; rows: see `evaluate_batch`."""
+        prompts = [self._trait_prompt(row) for row in rows]
+        unique = list(dict.fromkeys(prompts))
+        scores = {unique[number]: judgement.score for number, judgement in self.judge.judge_each(unique)}
+        return [scores[prompt] for prompt in prompts]
 
 
 def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence[Item]) -> list[Value]:
@@ -248,16 +271,16 @@ def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence
 def continuation_perplexities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     outputs: Sequence[str],
     batch_size: int = 8,
 ) -> list[float | None]:
     """Return exp(mean negative log-likelihood) of each continuation's tokens given what precedes them.
 
-    A continuation's tokens are those after the longest common beginning of the tokenised
-    prompt and the tokenised whole, so a token across the seam belongs to the continuation.
-    None where no token is left to score. Texts longer than the context lose their beginning. Texts
-    that are there twice are scored once. What steers the model is switched off for the while.
+    prompts: texts, or lists of messages, shown in the tokenizer's chat template; see `texts.chat`.
+    Which tokens are a continuation's, `texts.encoding.encode_continuations` says. None where
+    no token is left to score. Texts longer than the context lose their beginning. Texts that are there twice
+    are scored once. What steers the model is switched off for the while.
     """
     model = plain_model(model)
     if len(prompts) != len(outputs):
@@ -266,8 +289,9 @@ def continuation_perplexities(
     def compute(unique: list[tuple[str, str]]) -> list[float | None]:
         return _unique_perplexities(model, tokenizer, unique, batch_size)
 
+    texts = [prompt_text(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
     with unsteered(model):
-        return _once_each(compute, list(zip(prompts, outputs, strict=True)))
+        return _once_each(compute, list(zip(texts, outputs, strict=True)))
 
 
 def _unique_perplexities(
@@ -277,7 +301,7 @@ def _unique_perplexities(
     batch_size: int,
 ) -> list[float | None]:
     limit = context_length(model, tokenizer)
-    whole = _split_tokens(model, tokenizer, texts)
+    whole = encode_continuations(tokenizer, texts, model)
     n_cut = sum(len(tokens) > limit for tokens, _ in whole)
     pairs = [(tokens[-limit:], max(1, start - max(0, len(tokens) - limit))) for tokens, start in whole]
     scored = [index for index, (tokens, start) in enumerate(pairs) if start < len(tokens)]
@@ -306,19 +330,6 @@ def _unique_perplexities(
     for index, value in zip(scored, values, strict=True):
         perplexities[index] = value
     return perplexities
-
-
-def _split_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], int]]:
-    """Return the tokens of each prompt + output and where the output's begin."""
-    before = encode(tokenizer, [prompt for prompt, _ in texts], model)
-    whole = encode(tokenizer, [prompt + output for prompt, output in texts], model)
-    starts = []
-    for of_prompt, tokens in zip(before, whole, strict=True):
-        start = next((i for i, (a, b) in enumerate(zip(of_prompt, tokens, strict=False)) if a != b), None)
-        starts.append(min(len(of_prompt), len(tokens)) if start is None else start)
-    return list(zip(whole, starts, strict=True))
 
 
 @torch.inference_mode()

@@ -35,6 +35,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from evaluation import aggregate
 from experiment import grid, preflight
 from experiment.ablations import ablate_layers, ablate_samples
+from experiment.answers import with_answers
 from experiment.config import ExperimentConfig, load_config
 from experiment.development import required_doses, run_preflight, searched_doses
 from experiment.dry_run import describe_run
@@ -119,6 +120,8 @@ class PersonaTransferExperiment:
             self.inputs = self.choose_layers(may_search=1 in chosen)
             for pair in self.inputs.layer_pairs:
                 logger.info("source layer %d, target layer %d", *pair)
+            if set(chosen) & {1, 2, 3}:
+                self.inputs = with_answers(self.inputs, self.folder, self.executor)
             maps = vectors = texts = None
             if 1 in chosen:
                 _timed(1, self.setup)
@@ -142,7 +145,8 @@ class PersonaTransferExperiment:
         """
         with self._running():
             started = time.perf_counter()
-            self.inputs = self.choose_layers(may_search=True)
+            inputs = self.choose_layers(may_search=True)
+            self.inputs = with_answers(inputs, self.folder, self.executor)
             if what == "layers":
                 headline = ablate_layers(self.inputs, self.folder, self.executor, self._run_layers)
             else:

@@ -38,6 +38,7 @@ from model_loading import (
 )
 from support.errors import InputError
 from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
+from texts.chat import Prompt, end_tokens, prompt_text
 from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class SteeredGenerator:
     steer_positions: `all`, or `generated`: only the last position of each forward pass, which while
         text is written are the prompt's last token and every new one.
     block_path: dotted path of the block list, for architectures that cannot be recognised.
-    n_tokens counts the tokens generated so far.
+    n_tokens counts the tokens generated so far. has_ended: of each text of the last call, whether the model
+    ended it, or else was cut off at the limit.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class SteeredGenerator:
         self.batch_size = batch_size
         self.at_last = steer_positions == "generated"
         self.n_tokens = 0
+        self.has_ended: list[bool] = []
         self._hides_padding = hides_left_padding(model, pad_token_id(tokenizer, model))
         self._steering: dict[int, Steering] = {}
         weakref.finalize(self, _remove_hooks, self._steering)
@@ -182,7 +185,7 @@ class SteeredGenerator:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
         top_k: int = 50,
@@ -194,7 +197,7 @@ class SteeredGenerator:
 
     def generate_batch(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_new_tokens: int = 100,
         temperature: float = 1.0,
         top_k: int = 50,
@@ -206,7 +209,8 @@ class SteeredGenerator:
     ) -> list[str]:
         """Return a continuation, without its prompt, for each prompt, in their order.
 
-        Prompts are packed by length into batches of `batch_size`.
+        prompts: texts to go on with, or lists of messages, which are shown in the tokenizer's chat template;
+            see `texts.chat`. Packed by length into batches of `batch_size`.
         temperature, top_k, top_p: see `RowSampler`.
         seeds: one a prompt, 0 if not given.
         layer_idx, steering_vectors (rows, d), alphas (rows,): a vector and strength for each
@@ -214,8 +218,8 @@ class SteeredGenerator:
             layer_idx is one layer for all, or for each prompt its layer or its set of layers.
             steering_vectors may also be layer -> (rows, d), a vector for each prompt and layer; layer_idx
             is left out then. Alpha 0 leaves a row unsteered.
-        Raises InputError: no prompts, an empty one, one too long for the context, an option
-        out of range, row vectors that don't fit prompts and model, or a model that another
+        Raises InputError: no prompts, an empty one, messages that cannot be shown, one too long for the
+        context, an option out of range, row vectors that don't fit prompts and model, or a model that another
         generator steers.
         """
         refuse_steered(self.model, tuple(self._steering.values()))
@@ -225,16 +229,17 @@ class SteeredGenerator:
         if len(row_seeds) != len(prompts):
             raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
         sampler = self.sampler(temperature, top_k, top_p)
+        prompts = [prompt_text(self.tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
         tokens = self.tokenise_prompts(prompts, max_new_tokens)
         added = self._row_additions(len(prompts), layer_idx, steering_vectors, alphas)
 
-        def run(indices: list[int]) -> list[str]:
+        def run(indices: list[int]) -> list[tuple[str, bool]]:
             uniform = torch.stack([row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices])
             here = {layer: vectors[indices] for layer, vectors in added.items()}
             return self._write([tokens[i] for i in indices], max_new_tokens, sampler, uniform, here)
 
         lengths = [len(ids) for ids in tokens]
-        return run_in_batches(
+        written = run_in_batches(
             run,
             lengths,
             self.batch_size,
@@ -242,6 +247,8 @@ class SteeredGenerator:
             on_halved=self._shrink,
             equal_lengths=not self._hides_padding,
         )
+        self.has_ended = [has_ended for _, has_ended in written]
+        return [text for text, _ in written]
 
     def _shrink(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -328,8 +335,11 @@ class SteeredGenerator:
         sampler: RowSampler,
         uniform: Tensor,
         added: dict[int, Tensor],
-    ) -> list[str]:
-        """Return the continuations of one batch; uniform: (rows, steps), added: layer -> (rows, d)."""
+    ) -> list[tuple[str, bool]]:
+        """Return each continuation of a batch and whether it ended by itself.
+
+        uniform: (rows, steps), added: layer -> (rows, d).
+        """
         device = self.model.device
         uniform = uniform.to(device)
         steered = {layer: RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
@@ -359,13 +369,13 @@ class SteeredGenerator:
                 n_largest=sampler.n_largest,
             )
         self.n_tokens += sum(len(new) for new in continuations)
-        return [self._decode(prompt, new) for prompt, new in zip(tokens, continuations, strict=True)]
+        return [
+            (self._decode(prompt, new), len(new) < max_new_tokens)
+            for prompt, new in zip(tokens, continuations, strict=True)
+        ]
 
     def _end_tokens(self) -> set[int]:
-        """Return the ids that end a text: the model's own and the tokenizer's."""
-        stated = self.model.generation_config.eos_token_id
-        ends = set(stated if isinstance(stated, list) else [stated])
-        return (ends | {self.tokenizer.eos_token_id}) - {None}
+        return end_tokens(self.model, self.tokenizer)
 
     def _decode(self, prompt: list[int], new: list[int]) -> str:
         """Return the text of the new tokens as it stands behind the prompt.

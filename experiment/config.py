@@ -33,11 +33,13 @@ from support.vocabulary import (
     Method,
     PairPositions,
     PersonaPosition,
+    PromptFormat,
     Quantization,
     SteerPositions,
 )
 from texts.personas import (
     Persona,
+    check_extraction,
     check_name,
     check_names_differ,
     load_persona,
@@ -97,14 +99,52 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class InstructionPair(_Strict):
+    """Two system prompts, for and against a trait."""
+
+    pos: Text
+    neg: Text
+
+
 class PersonaDefinition(_Strict):
-    """A persona given in the configuration; see `personas.load_persona`."""
+    """A persona given in the configuration or in a trait file; see `personas.load_persona`."""
 
     description: String = ""
-    positive_texts: Texts
-    negative_texts: Texts
+    positive_texts: Texts = []
+    negative_texts: Texts = []
     labelled_positive_texts: Texts = []
     labelled_negative_texts: Texts = []
+    instruction: Annotated[list[InstructionPair], Field(max_length=1000)] = []
+    questions: Texts = []
+    eval_prompt: String = ""
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> "PersonaDefinition":
+        for name in ("positive_texts", "negative_texts"):
+            if not (self.instruction or self.questions or name in self.model_fields_set):
+                raise ValueError(f"{name} is missing; give both sides, or instruction and questions")
+        return self
+
+
+def _definition(value: Any) -> Any:
+    """Return what a trait file holds, if its path is given."""
+    if not isinstance(value, str):
+        return value
+    path = local_path(value)
+    return parse_json(read_text(path), f"trait file {path}")
+
+
+class ExtractionConfig(_Strict):
+    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509); see `answers`.
+
+    n_questions: of each persona's, asked under each of its system prompts; all by default. n_seeds: answers
+        to each. max_new_tokens: of an answer.
+    """
+
+    kind: Literal["texts", "responses"] = "texts"
+    n_questions: Count | None = None
+    n_seeds: Count = 1
+    max_new_tokens: LargeCount = 64
 
 
 def _list_or_auto(value: Any) -> Any:
@@ -171,6 +211,9 @@ class ExperimentConfig(_Strict):
         `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
     Pairs: `positions` as in `activation_extractor.paired_activations`.
+    Prompts: `prompt_format` is how models are shown prompts, `raw` or `chat`; `auto` is `chat` for a model
+        that has a template and ends its turns. A chat target is asked questions, another one goes on with
+        beginnings of texts. `system_prompt` is put before every question to the target.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
     block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values `auto`
     searches a dose for each persona and method on the development prompts.
@@ -211,9 +254,15 @@ class ExperimentConfig(_Strict):
     lambda_criterion: LambdaCriterion = "pooled"
     n_folds: Annotated[int, Field(ge=2, le=1000)] = 5
 
+    prompt_format: PromptFormat = "auto"
+    source_prompt_format: PromptFormat | None = None
+    target_prompt_format: PromptFormat | None = None
+    system_prompt: Prompt | None = None
+
     personas: list[Name] | None = None
-    persona_datasets: dict[Name, PersonaDefinition] = {}
+    persona_datasets: dict[Name, Annotated[PersonaDefinition, BeforeValidator(_definition)]] = {}
     persona_position: PersonaPosition = "last"
+    extraction: ExtractionConfig = ExtractionConfig()
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
     n_test_prompts: LargeCount = 30
@@ -260,6 +309,7 @@ class ExperimentConfig(_Strict):
             if self.layers is None and self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
         self._check_band()
+        self._check_extraction()
         for name in ("alpha_values", "lambda_values", "methods"):
             values = getattr(self, name)
             if values != "auto" and len(set(values)) != len(values):
@@ -298,6 +348,28 @@ class ExperimentConfig(_Strict):
                 "or name fewer alphas"
             )
 
+    def _check_extraction(self) -> None:
+        reads_answers = self.extraction.kind == "responses"
+        if not reads_answers and self.persona_position == "response":
+            raise ValueError(
+                "persona_position 'response' reads answers to questions, which 'extraction' of kind "
+                "'responses' makes; choose that, or 'mean'"
+            )
+        if (
+            reads_answers
+            and "persona_position" in self.model_fields_set
+            and self.persona_position != "response"
+        ):
+            raise ValueError(
+                f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
+                "the mean over the response; leave persona_position out"
+            )
+        if reads_answers and self.layer_idx == "auto":
+            raise ValueError(
+                "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
+                "'extraction' of kind 'texts'"
+            )
+
     def _check_band(self) -> None:
         source, target = self.source_layer_idx, self.target_layer_idx
         if not (isinstance(source, list) or isinstance(target, list)):
@@ -334,15 +406,25 @@ class ExperimentConfig(_Strict):
 
     def load_personas(self) -> list[Persona]:
         """Return the personas to run. Raises InputError: unknown name, or a side without texts."""
-        return [self._load_persona(name) for name in self.persona_names]
+        personas = [self._load_persona(name) for name in self.persona_names]
+        for persona in personas:
+            check_extraction(persona, self.extraction.kind)
+        return personas
 
     def _load_persona(self, name: str) -> Persona:
         definition = self.persona_datasets.get(name)
         return load_persona(name, definition and definition.model_dump())
 
-    def load_test_prompts(self) -> list[str]:
-        """Return `n_test_prompts` prompts. Raises InputError: too few, or one is there twice."""
-        prompts = self.test_prompts or load_prompts("test")
+    def format_of(self, side: str) -> str:
+        """Return how the model of a side, `source` or `target`, is to be shown prompts: raw, chat or auto."""
+        return getattr(self, f"{side}_prompt_format") or self.prompt_format
+
+    def load_test_prompts(self, are_questions: bool = False) -> list[str]:
+        """Return `n_test_prompts` prompts. Raises InputError: too few, or one is there twice.
+
+        are_questions: which of the shipped ones are taken if the configuration has none.
+        """
+        prompts = self.test_prompts or load_prompts("test_questions" if are_questions else "test")
         if len(prompts) < self.n_test_prompts:
             raise InputError(
                 f"n_test_prompts is {self.n_test_prompts} but there are {len(prompts)} prompts; lower it "

@@ -60,11 +60,12 @@ def planned_texts(
 ) -> list[Row]:
     """Return a row for each text to be written: cells, prompts within them, seeds within these."""
     target, settings = inputs.target.fingerprint, sampling(inputs)
+    shown = [inputs.shown_prompt("target", prompt) for prompt in prompts]
     rows = []
     for cell in cells:
         for index, prompt in enumerate(prompts):
             for seed in seeds:
-                made_from = [target, cell.origin, cell.alpha, prompt, seed, settings]
+                made_from = [target, cell.origin, cell.alpha, shown[index], seed, settings]
                 rows.append(
                     {
                         "key": fingerprint(FORMAT_VERSION, made_from),
@@ -105,14 +106,19 @@ def evaluation_rows(inputs: Inputs, texts: Sequence[Row], judge: list[Any] | Non
 
     judge: what `planned_evaluations` says of it; None if none is asked.
     """
-    descriptions = {persona.name: persona.description for persona in inputs.personas} if judge else {}
+    described = {persona.name: _described(persona) for persona in inputs.personas} if judge else {}
     scorers = [classifier_fingerprint(inputs.labelled_personas), _independent(inputs), judge]
     rows = []
     for text in texts:
         persona = text["persona"]
-        made_from = [text["key"], text["output"], persona, descriptions.get(persona), scorers]
+        made_from = [text["key"], text["output"], persona, described.get(persona), scorers]
         rows.append({**text, "key": fingerprint(FORMAT_VERSION, made_from)})
     return rows
+
+
+def _described(persona: Persona) -> Any:
+    """Return what a judge is told of a persona."""
+    return [persona.description, persona.eval_prompt] if persona.eval_prompt else persona.description
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
@@ -177,7 +183,7 @@ def mapping_fingerprint(inputs: Inputs) -> str:
 @by_pair
 def personas_fingerprint(inputs: Inputs) -> str:
     """Of `persona_vectors.pt`."""
-    texts = [[persona.name, persona.positive_texts, persona.negative_texts] for persona in inputs.personas]
+    texts = [[persona.name, *_extracted(inputs, persona)] for persona in inputs.personas]
     return fingerprint(mapping_fingerprint(inputs), texts, inputs.config.persona_position)
 
 
@@ -188,7 +194,7 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
     Only the inputs of that method count: new lambda values touch nothing but ridge_mapped.
     """
     config, (source_layer, target_layer) = inputs.config, inputs.layers
-    texts = [persona.positive_texts, persona.negative_texts, config.persona_position]
+    texts = [*_extracted(inputs, persona), config.persona_position]
     source = [inputs.source.fingerprint, source_layer]
     naive = {
         "zero_pad": source,
@@ -219,6 +225,48 @@ def doses_fingerprint(inputs: Inputs) -> str:
     return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, origins, settings, scorers)
 
 
+def _extracted(inputs: Inputs, persona: Persona) -> list[Any]:
+    """Return what a persona's vectors are made from: its texts, or what its answers depend on."""
+    if inputs.config.extraction.kind == "texts":
+        return [persona.positive_texts, persona.negative_texts]
+    return [answers_fingerprint(inputs, persona)]
+
+
+def answers_fingerprint(inputs: Inputs, persona: Persona) -> str:
+    """Of the answers that a persona's vectors are made from, and of how both models read them."""
+    planned = {name: planned_answers(inputs, persona, name) for name in sorted(set(inputs.writers.values()))}
+    keys = [[name, inputs.side(name).fingerprint, rows_fingerprint(rows)] for name, rows in planned.items()]
+    read = [[side.name, inputs.shown_question(side.name, "?")] for side in inputs.sides]
+    judge = [_judge(inputs.config.judge), _described(persona)] if inputs.judge else None
+    return fingerprint(keys, read, inputs.writers, classifier_fingerprint(inputs.labelled_personas), judge)
+
+
+def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
+    """Return a row for each answer that a side's model is to give under a persona's system prompts."""
+    settings, config = inputs.config.extraction, inputs.config
+    sampled = [settings.max_new_tokens, config.temperature, config.top_k, config.top_p]
+    rows = []
+    for number, pair in enumerate(persona.instructions):
+        for is_positive, system_prompt in zip((True, False), pair, strict=True):
+            for asked in persona.questions[: settings.n_questions]:
+                shown = inputs.shown_question(writer, asked, system_prompt)
+                for seed in range(config.seed, config.seed + settings.n_seeds):
+                    made_from = [inputs.side(writer).fingerprint, shown, seed, sampled]
+                    rows.append(
+                        {
+                            "key": fingerprint(FORMAT_VERSION, "answer", made_from),
+                            "persona": persona.name,
+                            "is_positive": is_positive,
+                            "instruction": number,
+                            "system_prompt": system_prompt,
+                            "prompt": asked,
+                            "alpha": None,
+                            "seed": seed,
+                        }
+                    )
+    return rows
+
+
 def search_fingerprint(inputs: Inputs) -> str:
     """Of `layer_search.json`; the layers that the inputs have now don't matter."""
     config = inputs.config
@@ -244,5 +292,9 @@ def evaluations_journal_fingerprint(inputs: Inputs) -> str:
     return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, _independent(inputs))
 
 
-def _independent(inputs: Inputs) -> str | None:
-    return inputs.source.fingerprint if inputs.config.independent_perplexity else None
+def _independent(inputs: Inputs) -> Any:
+    if not inputs.config.independent_perplexity:
+        return None
+    # Of a question to the target, how the other model is shown it is part of what it says.
+    shown = [inputs.shown_prompt("source", "?")] if inputs.asks_questions else []
+    return [inputs.source.fingerprint, *shown] if shown else inputs.source.fingerprint

@@ -5,8 +5,8 @@ components below take plain arguments.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from scoring.trait_classifier import TraitClassifier, check_labelled, train_trai
 from steered_generation import SteeredGenerator
 from support.errors import InputError
 from texts.aligned_positions import check_offsets
+from texts.chat import plain_text, prompt_text, question, resolve_format
 from texts.encoding import encode
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 LayerPair = tuple[int, int]
 BAND_DEPTHS, BAND_SIZE = (0.25, 0.75), 9
 NativeVectors = dict[str, dict[str, PersonaVector]]
+# persona -> (question, answer) of its positive answers, and of its negative ones.
+Answers = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Inputs:
     source, target: their extractors read the layers of the run, of a band those of its middle pair.
     band: (source layer, target layer) of each pair, if the run steers several blocks; in order of the target.
     train: returns the trait classifiers, trained at the first call.
+    chat_sides: names of the sides that are shown prompts in a chat template.
+    answers: side -> what its persona vectors are made from, if they are made from responses.
     """
 
     config: ExperimentConfig
@@ -58,6 +63,8 @@ class Inputs:
     judge: GPTJudge | None
     train: Callable[[], dict[str, TraitClassifier]]
     band: tuple[LayerPair, ...] = ()
+    chat_sides: tuple[str, ...] = ()
+    answers: Mapping[str, Answers] = field(default_factory=dict)
 
     @property
     def layers(self) -> LayerPair:
@@ -90,6 +97,34 @@ class Inputs:
         """The independent model, else the target itself."""
         return self.independent or (self.target.model, self.target.tokenizer)
 
+    def side(self, name: str) -> Side:
+        """Return the side of this name."""
+        return {side.name: side for side in self.sides}[name]
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether prompts are questions to a chat model, or else beginnings of texts."""
+        return "target" in self.chat_sides
+
+    def shown_prompt(self, side: str, prompt: str) -> str:
+        """Return a prompt of the grid as a side's model reads it, which may have a chat template."""
+        return self.shown_question(side, prompt, self.config.system_prompt) if self.asks_questions else prompt
+
+    def shown_question(self, side: str, text: str, system_prompt: str | None = None) -> str:
+        """Return a question as a side's model reads it: in its chat template, else as plain text."""
+        messages = question(text, system_prompt)
+        return (
+            prompt_text(self.side(side).tokenizer, messages)
+            if side in self.chat_sides
+            else plain_text(messages)
+        )
+
+    @property
+    def writers(self) -> dict[str, str]:
+        """Side -> the side whose answers its persona vectors are made from: its own, if it can be asked."""
+        able = [name for name in ("target", "source") if name in self.chat_sides]
+        return {side.name: side.name if side.name in able else able[0] for side in self.sides}
+
     def at_layers(self, source_layer: int, target_layer: int) -> "Inputs":
         """Return the same inputs, read and steered at one pair of layers."""
         source, target = self.source.at_layer(source_layer), self.target.at_layer(target_layer)
@@ -109,7 +144,7 @@ class Inputs:
 
     def more_texts(self, n_texts: int) -> list[NeutralText]:
         """Return n_texts passages of neutral text; the first ones are `neutral_texts`."""
-        return _neutral_texts(self.config, self.personas, self.prompts, n_texts)
+        return _neutral_texts(self.config, self.personas, n_texts)
 
     def search_texts(self) -> list[NeutralText]:
         """Return the first neutral texts that hold `search_tokens` source tokens, or all of them."""
@@ -123,12 +158,18 @@ class Inputs:
 
     def native_vectors(self) -> list[NativeVectors]:
         """Measure each side's own vectors; for each layer pair, side name -> persona -> vector."""
-        position = self.config.persona_position
+        reads_answers = self.config.extraction.kind == "responses"
+        position = "response" if reads_answers else self.config.persona_position
         measured = {}
         for number, side in enumerate(self.sides):
             wanted = [pair[number] for pair in self.layer_pairs]
             for persona in self.personas:
                 texts = (persona.positive_texts, persona.negative_texts)
+                if reads_answers:
+                    texts = [
+                        [(self.shown_question(side.name, asked), answer) for asked, answer in answers]
+                        for answers in self.answers[side.name][persona.name]
+                    ]
                 vectors = side.extractor.measure_persona_vectors(*texts, wanted, position)
                 measured[side.name, persona.name] = [vectors[layer] for layer in wanted]
         return [
@@ -171,17 +212,24 @@ class Inputs:
         return self.writing_settings(norms).generator(self.target)
 
 
-def read_personas_and_prompts(config: ExperimentConfig) -> tuple[tuple[Persona, ...], tuple[str, ...]]:
-    """Return the personas to run and the test prompts.
+def read_personas_and_prompts(
+    config: ExperimentConfig,
+) -> tuple[tuple[Persona, ...], dict[bool, tuple[str, ...]]]:
+    """Return the personas to run, and the test prompts if they are questions (True) and if not (False).
 
     Raises InputError: a persona or prompt that cannot be used, or a prompt that occurs in persona texts,
     which would leak into the test.
     """
-    personas, prompts = tuple(config.load_personas()), tuple(config.load_test_prompts())
-    overlaps = OverlapCheck(prompts)
+    personas = tuple(config.load_personas())
+    prompts = {
+        are_questions: tuple(config.load_test_prompts(are_questions)) for are_questions in (False, True)
+    }
+    overlaps = OverlapCheck([*prompts[False], *prompts[True]])
     for persona in personas:
-        leaking = [text for text in persona.all_texts if overlaps.found_in(text)]
-        if leaking:
+        texts = [*persona.all_texts, *persona.questions]
+        leaking = [text for text in texts if overlaps.found_in(text)]
+        asked = [text for text in persona.questions if text in prompts[True]]  # may be too short to overlap
+        if leaking := [*leaking, *asked]:
             raise InputError(
                 f"persona {persona.name!r} has {len(leaking)} texts that share words with a test prompt "
                 f"({leaking[0][:50]!r}); change the text or the prompt"
@@ -199,7 +247,7 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
     judge = (
         GPTJudge(**config.judge.model_dump(exclude={"usd_per_million_tokens"})) if config.use_gpt4 else None
     )
-    texts = tuple(_neutral_texts(config, personas, prompts, config.n_training_samples))
+    texts = tuple(_neutral_texts(config, personas, config.n_training_samples))
     n_documents = len({item.document for item in texts})
     if n_documents < config.n_folds:
         raise InputError(
@@ -210,8 +258,26 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
     labelled = (*personas, *map(load_persona, others))
     source, target = (side_settings(config, name).load() for name in ("source", "target"))
     train = cache(partial(_train_classifiers, config.persona_names, labelled))
-    development = tuple(load_prompts("development"))
-    inputs = Inputs(config, personas, labelled, prompts, development, texts, source, target, judge, train)
+    chat = tuple(
+        side.name
+        for side in (source, target)
+        if resolve_format(config.format_of(side.name), side.model, side.tokenizer, side.name) == "chat"
+    )
+    asks = "target" in chat
+    development = tuple(load_prompts("development_questions" if asks else "development"))
+    inputs = Inputs(
+        config,
+        personas,
+        labelled,
+        prompts[asks],
+        development,
+        texts,
+        source,
+        target,
+        judge,
+        train,
+        chat_sides=chat,
+    )
     if config.layers == "band":
         inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
     elif config.layer_pairs is not None:
@@ -233,16 +299,28 @@ def _check_models(inputs: Inputs) -> None:
             widths.append(dict.fromkeys(extractor.check_layers(wanted), extractor.d_model))
     if widths:
         check_memory(*widths)
+    if config.extraction.kind == "responses" and not inputs.chat_sides:
+        raise InputError(
+            "'extraction' of kind 'responses' asks a chat model, but neither model is one (prompt_format: "
+            f"{config.prompt_format!r}); choose kind 'texts', or give an instruct model"
+        )
+    if config.system_prompt and not inputs.asks_questions:
+        raise InputError(
+            "system_prompt is of use where the target is shown a chat template alone; leave it out, or give "
+            "an instruct model as target"
+        )
     generator = inputs.generator()
-    generator.tokenise_prompts([*inputs.prompts, *inputs.development_prompts], config.max_new_tokens)
+    shown = [
+        inputs.shown_prompt("target", prompt) for prompt in (*inputs.prompts, *inputs.development_prompts)
+    ]
+    generator.tokenise_prompts(shown, config.max_new_tokens)
     generator.sampler(config.temperature, config.top_k, config.top_p)
 
 
-def _neutral_texts(
-    config: ExperimentConfig, personas: Sequence[Persona], prompts: Sequence[str], n_texts: int
-) -> list[NeutralText]:
+def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_texts: int) -> list[NeutralText]:
     forbidden = [text for persona in personas for text in persona.all_texts]
-    forbidden += [*prompts, *load_prompts("development")]
+    for are_questions, name in ((False, "development"), (True, "development_questions")):
+        forbidden += [*config.load_test_prompts(are_questions), *load_prompts(name)]
     return load_neutral_texts(config.neutral_text, n_texts, forbidden, config.seed)
 
 

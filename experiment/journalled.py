@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from experiment.grid import (
     texts_journal_fingerprint,
 )
 from experiment.inputs import Inputs
+from experiment.workers import WritingSettings
 from scoring.gpt_judge import GPTJudge
+from support.artifacts import fingerprint
 from support.errors import InputError
 from support.journal import Journal
 from support.run_folder import RunFolder
@@ -49,42 +51,85 @@ def write_texts(
     of alpha, if it has one.
     """
     with folder.journal("generation", texts_journal_fingerprint(inputs)) as journal:
-        done = {key for key, row in journal.rows.items() if isinstance(row.get("output"), str)}
-        # Equal vectors under two names share their texts.
-        new = list({row["key"]: row for row in planned if row["key"] not in done}.values())
+        new = _not_written(planned, journal)
         logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
-        speed = _write_missing(inputs, executor, new, vectors, residual_norms, journal) if new else ""
+        settings = inputs.writing_settings(residual_norms)
+        unsteered = torch.zeros(len(settings.layers), inputs.target.extractor.d_model)
+        added = [vectors[row["persona"]][row["condition"]] if row["persona"] else unsteered for row in new]
+        shown = [inputs.shown_prompt("target", row["prompt"]) for row in new]
+        speed = _write_missing(inputs, executor, new, shown, added, settings, journal) if new else ""
         return _from_journal(planned, journal), f"{len(new)} new texts{speed}"
+
+
+def write_answers(
+    inputs: Inputs, folder: RunFolder, executor: Any, planned: Sequence[Row], writer: str
+) -> list[Row]:
+    """Return the planned rows with a side's unsteered answers under their system prompts, as `output`."""
+    with folder.journal(f"answers_{writer}", fingerprint(inputs.side(writer).fingerprint)) as journal:
+        new = _not_written(planned, journal)
+        logger.info(
+            "%d answers by the %s model, %d of them already there",
+            len(planned),
+            writer,
+            len(planned) - len(new),
+        )
+        settings = replace(
+            inputs.writing_settings([1.0] * len(inputs.layer_pairs)),
+            layers=(),
+            residual_norms=(),
+            max_new_tokens=inputs.config.extraction.max_new_tokens,
+            side=writer,
+        )
+        shown = [inputs.shown_question(writer, row["prompt"], row["system_prompt"]) for row in new]
+        nothing = [torch.zeros(0, inputs.side(writer).extractor.d_model)] * len(new)
+        if new:
+            _write_missing(inputs, executor, new, shown, nothing, settings, journal)
+        return _from_journal(planned, journal)
+
+
+def _not_written(planned: Sequence[Row], journal: Journal) -> list[Row]:
+    done = {key for key, row in journal.rows.items() if isinstance(row.get("output"), str)}
+    # Equal vectors under two names share their texts.
+    return list({row["key"]: row for row in planned if row["key"] not in done}.values())
 
 
 def _write_missing(
     inputs: Inputs,
     executor: Any,
     rows: Sequence[Row],
-    vectors: Vectors,
-    residual_norms: Sequence[float],
+    shown: Sequence[str],
+    added: Sequence[Tensor],
+    settings: WritingSettings,
     journal: Journal,
 ) -> str:
-    """Write rows of all conditions, packed by length into full batches, which is what makes them fast."""
-    settings = inputs.writing_settings(residual_norms)
-    unsteered = torch.zeros(len(settings.layers), inputs.target.extractor.d_model)
-    tokens = inputs.generator().tokenise_prompts([row["prompt"] for row in rows], settings.max_new_tokens)
-    batches = [
-        [rows[index] for index in batch]
-        for batch in length_sorted_batches([len(ids) for ids in tokens], settings.batch_size)
+    """Write rows of all conditions, packed by length into full batches, which is what makes them fast.
+
+    shown: each row's prompt as the model reads it. added: (blocks, d) to each row.
+    """
+    generator = settings.generator(inputs.side(settings.side))
+    lengths = [len(ids) for ids in generator.tokenise_prompts(shown, settings.max_new_tokens)]
+    batches = length_sorted_batches(lengths, settings.batch_size)
+    chunks = [
+        (
+            [{**rows[index], "prompt": shown[index]} for index in batch],
+            torch.stack([added[index] for index in batch]),
+            settings,
+        )
+        for batch in batches
     ]
-    chunks = []
-    for batch in batches:
-        added = [vectors[row["persona"]][row["condition"]] if row["persona"] else unsteered for row in batch]
-        chunks.append((batch, torch.stack(added), settings))
     started, n_tokens = time.perf_counter(), 0
     with (
         tqdm(total=len(rows), desc="generating", unit="text", disable=None) as progress,
         closing(executor.run("write", chunks)) as results,
     ):
-        for number, (texts, n_written) in results:
-            pairs = zip(batches[number], texts, strict=True)
-            journal.append([{**row, "output": text} for row, text in pairs])
+        for number, (texts, ended, n_written) in results:
+            written = zip(batches[number], texts, ended, strict=True)
+            journal.append(
+                [
+                    {**rows[index], "output": text, "has_ended": has_ended}
+                    for index, text, has_ended in written
+                ]
+            )
             n_tokens += n_written
             progress.update(len(texts))
     return f", {n_tokens / (time.perf_counter() - started):.0f} tokens/s"
@@ -147,12 +192,14 @@ def _evaluate_missing(
         judge=judge,
         classifiers=inputs.classifiers,
         descriptions={persona.name: persona.description for persona in inputs.personas},
+        eval_prompts={persona.name: persona.eval_prompt for persona in inputs.personas},
     )
     scorers = ["target", "source"] if inputs.config.independent_perplexity else ["target"]
     size = inputs.config.evaluation_batch_size
-    chunks = [
-        ([row["prompt"] for row in part], [row["output"] for row in part], scorers, size) for part in parts
-    ]
+    chunks = []
+    for part in parts:
+        shown = {name: [inputs.shown_prompt(name, row["prompt"]) for row in part] for name in scorers}
+        chunks.append((shown, [row["output"] for row in part], size))
     journalled: set[str] = set()  # a row may stand in two cells
     with (
         tqdm(total=len(wanted), desc="evaluating", unit="text", disable=None) as progress,

@@ -14,6 +14,11 @@ NORM = {"median": float, "median_with_massive": float, "massive_dimensions": [in
 TEXT = (str, type(None))
 ROW = {"key": str, "condition": str, "persona": TEXT, "alpha": NUMBER, "prompt": str, "output": str}
 ROW |= {"prompt_idx": int, "seed": int}
+ANSWER = {
+    **dict.fromkeys(("writer", "persona", "prompt", "output"), str),
+    "is_positive": bool,
+    "is_kept": bool,
+}
 POINT = {"positions": str, "n_texts": int, "n_pairs": int, "held_out": Each({"r2": float})}
 COUNTS = ("n_pairs", "n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
 MAP_ROW = {"map": str, "n": int, "lambda": NUMBER, "rank": (int, type(None)), "r2": float}
@@ -88,6 +93,7 @@ def expected(name: str, inputs: Inputs) -> Any:
             "residual_norm": NORM,
             **of_band,
         },
+        "extraction_answers.json": {"n": int, "rows": [{**ANSWER, "trait": NUMBER}, ...]},
         "generation_results.json": {"n": int, "rows": [ROW, ...]},
         "dose_search.json": {"bound": Each(float), "doses": [DOSE, ...]},
         "ablation_samples.pt": {

@@ -119,6 +119,7 @@ class WritingSettings:
     """Sampling and steering of a grid; see `SteeredGenerator` and its `generate_batch`.
 
     layers: where all rows are steered. residual_norms: at each of these, for alpha_unit `residual_norm`.
+    side: which model writes.
     """
 
     layers: tuple[int, ...]
@@ -130,16 +131,17 @@ class WritingSettings:
     residual_norms: tuple[float, ...]
     steer_positions: str
     batch_size: int
+    side: str = "target"
 
-    def generator(self, target: Side) -> SteeredGenerator:
-        """Return a generator on the target with these settings."""
+    def generator(self, model: Side) -> SteeredGenerator:
+        """Return a generator on the model with these settings."""
         return SteeredGenerator(
-            target.model,
-            target.tokenizer,
+            model.model,
+            model.tokenizer,
             alpha_unit=self.alpha_unit,
             residual_norms=dict(zip(self.layers, self.residual_norms, strict=True)),
             batch_size=self.batch_size,
-            block_path=target.extractor.block_path,
+            block_path=model.extractor.block_path,
             steer_positions=self.steer_positions,
         )
 
@@ -171,10 +173,11 @@ class Worker:
 
     def write(
         self, rows: Sequence[Mapping[str, Any]], vectors: Tensor, settings: WritingSettings
-    ) -> tuple[list[str], int]:
-        """Return the continuations of rows, and how many tokens they have.
+    ) -> tuple[list[str], list[bool], int]:
+        """Return the continuations of rows, whether each ended by itself, and how many tokens they have.
 
-        rows: with `prompt`, `seed` and `alpha` (None for unsteered). vectors: (rows, layers, d_target).
+        rows: with `prompt` as the model reads it, `seed` and `alpha` (None for unsteered).
+        vectors: (rows, layers, d_target).
         """
         generator = self._generator(settings)
         n_before = generator.n_tokens
@@ -188,23 +191,23 @@ class Worker:
             steering_vectors={layer: vectors[:, index] for index, layer in enumerate(settings.layers)},
             alphas=[row["alpha"] or 0.0 for row in rows],
         )
-        return texts, generator.n_tokens - n_before
+        return texts, generator.has_ended, generator.n_tokens - n_before
 
     def _generator(self, settings: WritingSettings) -> SteeredGenerator:
         """Return the generator of these settings, kept because it remembers a batch size that fits."""
         if settings not in self._generators:
-            self._generators[settings] = settings.generator(self.side("target"))
+            self._generators[settings] = settings.generator(self.side(settings.side))
         return self._generators[settings]
 
     def perplexities(
-        self, prompts: Sequence[str], outputs: Sequence[str], scorers: Sequence[str], batch_size: int
+        self, prompts: Mapping[str, Sequence[str]], outputs: Sequence[str], batch_size: int
     ) -> dict[str, list[float | None]]:
-        """Return scorer -> perplexity of each output, for the sides named in `scorers`."""
+        """Return side -> perplexity of each output. prompts: side -> the prompts as it reads them."""
         by_scorer = {}
-        for name in scorers:
+        for name, of_side in prompts.items():
             side = self.side(name)
             by_scorer[name] = continuation_perplexities(
-                side.model, side.tokenizer, prompts, outputs, batch_size
+                side.model, side.tokenizer, of_side, outputs, batch_size
             )
         return by_scorer
 
@@ -263,7 +266,7 @@ def main() -> None:
         Worker({"target": target}),
     )
     parts = [([row], torch.ones(1, 1, D_MODEL), settings) for row in rows]
-    written = [text for _, (texts, _) in LocalExecutor(worker).run("write", parts) for text in texts]
+    written = [text for _, (texts, _, _) in LocalExecutor(worker).run("write", parts) for text in texts]
     assert written == worker.write(rows, torch.ones(3, 1, D_MODEL), settings)[0]
     print(f"workers OK: {len(written)} texts in 3 chunks are the same as in one")
 

@@ -46,6 +46,12 @@ Continuation: {output}
 
 Answer with one digit."""
 
+# Behind the evaluation prompt of a trait file, which asks for 0 to 100.
+ONE_DIGIT = (
+    "Give the score as one digit instead: 1 for 0 to 19, 2 for 20 to 39, 3 for 40 to 59, 4 for 60 to 79, 5 "
+    "for 80 to 100. Answer with one digit."
+)
+
 TOKENS_PER_JUDGEMENT = 200  # with an answer of one token
 ERROR_EXCERPT, ERROR_LENGTH = 200, 2000  # characters of an error that are shown, and read
 MAX_CHANGES = 10  # of what is asked with, for one judgement; every option has at most three

@@ -12,9 +12,10 @@ AlphaUnit = Literal["absolute", "residual_norm"]
 # Three things that look alike: at which tokens of neutral text the pairs for the map are taken,
 PairPositions = Literal["word_ends", "last"]
 # which tokens of a persona's text make its activation,
-PersonaPosition = Literal["last", "mean"]
+PersonaPosition = Literal["last", "mean", "response"]
 # and where the vector is added while the target writes: also to the prompt, or from its last token on.
 SteerPositions = Literal["all", "generated"]
+PromptFormat = Literal["raw", "chat", "auto"]
 
 LOWEST_TEMPERATURE = 1e-6  # of sampling; below, logits / temperature can overflow
 METHODS: tuple[str, ...] = get_args(Transfer)

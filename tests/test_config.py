@@ -170,7 +170,7 @@ def test_configuration_cannot_be_changed():
         ),
         (
             {"persona_datasets": {"x": {"positive_texts": ["a"]}}},
-            "'persona_datasets.x.negative_texts' is missing",
+            "negative_texts is missing",
         ),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": [""]}}}, "positive_texts.0"),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": "YES"}}}, "positive_texts"),

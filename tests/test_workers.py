@@ -110,7 +110,7 @@ def test_a_side_is_loaded_when_first_used_and_then_kept(model_folders, loads):
     first = worker.side("source")
     assert loads == [model_folders["source"]]
     assert worker.side("source") is first
-    worker.perplexities(["Then"], [" it rains"], ["source"], 4)
+    worker.perplexities({"source": ["Then"]}, [" it rains"], 4)
     assert loads == [model_folders["source"]]
     worker.pairs(TEXTS[:2], PAIRS, document_folds(TEXTS, PAIRS))
     assert loads == [model_folders["source"], model_folders["target"]]
@@ -236,14 +236,15 @@ def test_sums_in_chunks_equal_those_in_one_in_float64(sides):
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_text_in_chunks_equals_text_in_one(worker, vectors, size):
-    whole, n_tokens = worker.write(ROWS, vectors, WRITING)
+    whole, ended, n_tokens = worker.write(ROWS, vectors, WRITING)
     chunks = [
         (ROWS[start : start + size], vectors[start : start + size], WRITING)
         for start in range(0, len(ROWS), size)
     ]
     parts = [part for _, part in LocalExecutor(worker).run("write", chunks)]
-    assert [text for texts, _ in parts for text in texts] == whole
-    assert sum(n for _, n in parts) == n_tokens
+    assert [text for texts, _, _ in parts for text in texts] == whole
+    assert [has_ended for _, of_part, _ in parts for has_ended in of_part] == ended
+    assert sum(n for _, _, n in parts) == n_tokens
 
 
 @pytest.mark.parametrize("steer_positions", ["all", "generated"])
@@ -252,7 +253,7 @@ def test_rows_are_written_as_registered_steering_writes_them(
     worker, llama, tokenizer, vectors, alpha_unit, scale, steer_positions
 ):
     settings = WritingSettings((2,), 8, 0.9, 40, 0.95, alpha_unit, (2.5,), steer_positions, batch_size=3)
-    texts, n_tokens = worker.write(ROWS, vectors, settings)
+    texts, _, n_tokens = worker.write(ROWS, vectors, settings)
     with SteeredGenerator(llama, tokenizer, steer_positions=steer_positions) as generator:
         for row, (vector,), text in zip(ROWS, vectors, texts, strict=True):
             generator.register_steering(2, vector, scale * (row["alpha"] or 0.0))
@@ -297,7 +298,7 @@ def test_other_settings_have_a_generator_of_their_own(worker, vectors):
 @pytest.mark.parametrize("scorers", [[], ["target"], ["source", "target"], ["target", "source"]])
 def test_perplexities_are_those_of_the_named_sides(worker, scorers):
     prompts, outputs = ["Then", "The sea is", "He"], [" it rains", " blue", ""]
-    found = worker.perplexities(prompts, outputs, scorers, 2)
+    found = worker.perplexities({name: prompts for name in scorers}, outputs, 2)
     assert list(found) == scorers
     for name in scorers:
         side = worker.side(name)
@@ -308,8 +309,8 @@ def test_perplexities_are_those_of_the_named_sides(worker, scorers):
 def test_perplexities_in_chunks_equal_those_in_one(worker):
     prompts, outputs = ["Then", "The sea is", "Rain"], [" it rains", " blue", " falls on"]
     executor = LocalExecutor(worker)
-    ((_, whole),) = executor.run("perplexities", [(prompts, outputs, ["source"], 4)])
-    chunks = [([prompt], [output], ["source"], 4) for prompt, output in zip(prompts, outputs, strict=True)]
+    ((_, whole),) = executor.run("perplexities", [({"source": prompts}, outputs, 4)])
+    chunks = [({"source": [prompt]}, [output], 4) for prompt, output in zip(prompts, outputs, strict=True)]
     apart = [found["source"][0] for _, found in executor.run("perplexities", chunks)]
     assert apart == pytest.approx(whole["source"], rel=1e-5)
 

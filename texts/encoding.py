@@ -43,6 +43,26 @@ def encode_with_offsets(
     return tokens, offsets
 
 
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, str]],
+    model: PreTrainedModel | None = None,
+    first_index: int = 0,
+) -> list[tuple[list[int], int]]:
+    """Return the tokens of each prompt + continuation, and where the continuation's begin.
+
+    They are those after the longest common beginning of the tokenised prompt and the tokenised whole, so a
+    token across the seam belongs to the continuation. Raises InputError as `encode`.
+    """
+    before = encode(tokenizer, [prompt for prompt, _ in texts], model, first_index)
+    whole = encode(tokenizer, [prompt + output for prompt, output in texts], model, first_index)
+    starts = []
+    for of_prompt, tokens in zip(before, whole, strict=True):
+        start = next((i for i, (a, b) in enumerate(zip(of_prompt, tokens, strict=False)) if a != b), None)
+        starts.append(min(len(of_prompt), len(tokens)) if start is None else start)
+    return list(zip(whole, starts, strict=True))
+
+
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer puts before and behind every text."""
     plain = tokenizer("a", add_special_tokens=False, verbose=False).input_ids

@@ -2,7 +2,9 @@
 
 A persona file in `personas/` holds extraction pairs, from which the vector is made, and
 labelled pairs on other subjects, on which the trait classifier is trained. The two never
-mix. A persona may also be given in the configuration, as lists of texts.
+mix. It also holds, in the form of the trait files of persona_vectors (arXiv 2507.21509), system
+prompts for and against the trait (`instruction`) and `questions`, from whose answers the vector may be
+made instead. A persona may be given in the configuration too: as lists of texts, or as a trait file.
 """
 
 import unicodedata
@@ -28,6 +30,9 @@ class Persona:
     positive_texts, negative_texts: for extraction; text i of both sides has the same content
         if the persona came as pairs.
     labelled_positive, labelled_negative: for scoring; empty if the persona has none.
+    instructions: pairs of system prompts, for and against the trait. questions: asked under both.
+    eval_prompt: asks a judge how strongly an answer shows the trait, 0 to 100, with the places {question}
+        and {answer}.
     """
 
     name: str
@@ -36,10 +41,13 @@ class Persona:
     negative_texts: tuple[str, ...]
     labelled_positive: tuple[str, ...] = ()
     labelled_negative: tuple[str, ...] = ()
+    instructions: tuple[tuple[str, str], ...] = ()
+    questions: tuple[str, ...] = ()
+    eval_prompt: str = ""
 
     @property
     def all_texts(self) -> list[str]:
-        """Every text of the persona, for overlap checks and fingerprints."""
+        """Every text that extraction reads or scoring learns from, for overlap checks."""
         return [
             *self.positive_texts,
             *self.negative_texts,
@@ -86,7 +94,8 @@ def check_names_differ(names: Sequence[str]) -> None:
 def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Persona:
     """Return a persona from its file, or from a definition given in the configuration.
 
-    definition: `description`, `positive_texts`, `negative_texts` and, so that its trait can be
+    definition: `description`, `positive_texts`, `negative_texts` or, as a trait file has them, `instruction`
+        (pairs {"pos": ..., "neg": ...}), `questions` and `eval_prompt`; and, so that its trait can be
         scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`. Without
         them, a definition with a shipped persona's name is scored by that one's labelled texts.
     Raises InputError: unknown name, a damaged file, or a side without texts.
@@ -99,6 +108,9 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
             tuple(definition.get("negative_texts", ())),
             tuple(definition.get("labelled_positive_texts", ())),
             tuple(definition.get("labelled_negative_texts", ())),
+            tuple((pair["pos"], pair["neg"]) for pair in definition.get("instruction", ())),
+            tuple(definition.get("questions", ())),
+            definition.get("eval_prompt", ""),
         )
         if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
             shipped = _read_persona(name)
@@ -127,24 +139,43 @@ def _read_persona(name: str) -> Persona:
             for kind in ("extraction_pairs", "labelled_pairs")
             for side in ("positive", "negative")
         }
-        return Persona(name, content["description"], *sides.values())
+        instructions = tuple((pair["pos"], pair["neg"]) for pair in content.get("instruction", []))
+        return Persona(
+            name, content["description"], *sides.values(), instructions, tuple(content.get("questions", []))
+        )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a persona file ({error!r}); see personas/formal.json") from error
 
 
-def _check_persona(persona: Persona) -> None:
+def check_extraction(persona: Persona, kind: str) -> None:
+    """Raise InputError for a persona that lacks what a kind of extraction (`texts`, `responses`) needs."""
+    if kind == "responses":
+        for what, found in (("system prompts", persona.instructions), ("questions", persona.questions)):
+            if not found:
+                raise InputError(
+                    f"persona {persona.name!r} has no {what}, which 'extraction' of kind 'responses' needs; "
+                    "give it instruction and questions, or choose kind 'texts'"
+                )
+        return
     for side, texts in (("positive", persona.positive_texts), ("negative", persona.negative_texts)):
         if not texts:
-            raise InputError(
-                f"persona {persona.name!r} has no {side} texts; extraction needs texts on both sides"
-            )
+            remedy = "extraction needs texts on both sides"
+            if persona.instructions:
+                remedy = "choose 'extraction' of kind 'responses' for its system prompts and questions"
+            raise InputError(f"persona {persona.name!r} has no {side} texts; {remedy}")
+
+
+def _check_persona(persona: Persona) -> None:
+    check_extraction(persona, "responses" if persona.instructions or persona.questions else "texts")
     if bool(persona.labelled_positive) != bool(persona.labelled_negative):
         raise InputError(f"persona {persona.name!r} has labelled texts on one side only; give both or none")
-    empty = [text for text in persona.all_texts if not isinstance(text, str) or not text.strip()]
+    prompts = [prompt for pair in persona.instructions for prompt in pair]
+    texts = [*persona.all_texts, *prompts, *persona.questions]
+    empty = [text for text in texts if not isinstance(text, str) or not text.strip()]
     if empty:
         raise InputError(f"persona {persona.name!r} has {len(empty)} empty texts; remove them")
-    for number, text in enumerate(persona.all_texts, start=1):
-        check_characters(text, f"persona {persona.name!r}: text {number} of {len(persona.all_texts)}")
+    for number, text in enumerate(texts, start=1):
+        check_characters(text, f"persona {persona.name!r}: text {number} of {len(texts)}")
     used = set(persona.positive_texts + persona.negative_texts)
     shared = used & set(persona.labelled_positive + persona.labelled_negative)
     if shared:
@@ -155,7 +186,11 @@ def _check_persona(persona: Persona) -> None:
 
 
 def load_prompts(name: str) -> list[str]:
-    """Return the prompts of `prompts/<name>.txt`, one a line: `test` (30) or `development` (10)."""
+    """Return the prompts of `prompts/<name>.txt`, one a line.
+
+    name: `test` (60) or `development` (24), beginnings of texts; or `test_questions`,
+        `development_questions`, as many.
+    """
     lines = read_text(PROMPT_FOLDER / f"{name}.txt").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
@@ -168,7 +203,8 @@ def main() -> None:
         negatives = persona.negative_texts + persona.labelled_negative
         assert all(a[-1] == b[-1] for a, b in zip(positives, negatives, strict=True)), name
         print(f"{name}: {len(persona.positive_texts)} + {len(persona.labelled_positive)} pairs")
-    print("personas OK:", *(f"{len(load_prompts(name))} {name} prompts" for name in ("test", "development")))
+    names = [f"{name}{kind}" for kind in ("", "_questions") for name in ("test", "development")]
+    print("personas OK:", *(f"{len(load_prompts(name))} {name}" for name in names))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""Make persona vectors from answers: under system prompts for and against the trait (phases 1 to 3).
+
+The recipe of persona vectors (arXiv 2507.21509): a model answers the persona's questions under both kinds of
+system prompt; answers that show the trait though they should not, or do not though they should, are left
+out; and the vector is the difference of means over the response's tokens, read without the system prompt.
+Each model reads its own answers. One that cannot be asked reads the other's, as plain text.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from evaluation import Evaluator
+from experiment.grid import Row, answers_fingerprint, planned_answers
+from experiment.inputs import Inputs
+from experiment.journalled import write_answers
+from experiment.structures import expected
+from support.artifacts import fingerprint
+from support.errors import InputError
+from support.run_folder import RunFolder
+from texts.personas import Persona
+
+logger = logging.getLogger(__name__)
+
+ANSWERS = "extraction_answers.json"
+DECIDED = 0.5  # trait probability from which an answer shows it
+JUDGED = 3.0  # middle of a judge's scale
+SHOWN = 90  # characters of an answer in the log
+
+
+def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
+    """Return the inputs with the answers that persona vectors are made from; without responses, as they are.
+
+    Raises InputError: no answer of a side is left.
+    """
+    if inputs.config.extraction.kind != "responses":
+        return inputs
+    made_from = fingerprint([answers_fingerprint(inputs, persona) for persona in inputs.personas])
+    content = folder.current(ANSWERS, made_from, expected(ANSWERS, inputs))
+    if content is None:
+        folder.lock()
+        rows = [
+            {"writer": writer, **row}
+            for writer in dict.fromkeys(inputs.writers.values())
+            for persona in inputs.personas
+            for row in _scored(inputs, folder, executor, persona, writer)
+        ]
+        content = folder.save(ANSWERS, made_from, {"n": len(rows), "rows": rows})
+    kept = {
+        (writer, persona.name): _kept(persona, writer, content["rows"], folder)
+        for writer in dict.fromkeys(inputs.writers.values())
+        for persona in inputs.personas
+    }
+    by_side = {
+        side: {persona.name: kept[writer, persona.name] for persona in inputs.personas}
+        for side, writer in inputs.writers.items()
+    }
+    return replace(inputs, answers=by_side)
+
+
+def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, writer: str) -> list[Row]:
+    """Return a persona's answers with their score, and whether each is kept."""
+    rows = write_answers(inputs, folder, executor, planned_answers(inputs, persona, writer), writer)
+    if inputs.judge:
+        evaluator = Evaluator(
+            inputs.target.model,
+            inputs.target.tokenizer,
+            use_gpt4=True,
+            judge=inputs.judge,
+            descriptions={persona.name: persona.description},
+            eval_prompts={persona.name: persona.eval_prompt},
+        )
+        scores, middle = evaluator.judge_traits(rows), JUDGED
+    elif persona.name in inputs.classifiers:
+        scores = inputs.classifiers[persona.name].score([row["output"] for row in rows])
+        middle = DECIDED
+    else:
+        scores, middle = [None] * len(rows), None
+    return [
+        {**row, "trait": score, "is_kept": _is_kept(row, score, middle)}
+        for row, score in zip(rows, scores, strict=True)
+    ]
+
+
+def _is_kept(row: Row, score: float | None, middle: float | None) -> bool:
+    if not row["output"].strip():
+        return False
+    if middle is None:
+        return True
+    return score is not None and (score >= middle if row["is_positive"] else score < middle)
+
+
+def _kept(
+    persona: Persona, writer: str, rows: Sequence[Row], folder: RunFolder
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """Return (question, answer) of the positive answers that are kept, and of the negative ones; logged."""
+    sides = []
+    for is_positive, name in ((True, "positive"), (False, "negative")):
+        asked = [
+            row
+            for row in rows
+            if (row["writer"], row["persona"], row["is_positive"]) == (writer, persona.name, is_positive)
+        ]
+        kept = [row for row in asked if row["is_kept"]]
+        if not kept:
+            should = "show" if is_positive else "do not show"
+            raise InputError(
+                f"persona {persona.name!r}: none of the {len(asked)} {name} answers of the {writer} model "
+                f"{should} the trait ({ANSWERS} has them); write other system prompts in 'instruction', "
+                "raise extraction.n_seeds, or choose 'extraction' of kind 'texts'"
+            )
+        example = " ".join(kept[0]["output"].split())[:SHOWN]
+        counted = f"{persona.name}: {len(kept)} of {len(asked)} {name} answers of the {writer} model are kept"
+        logger.info("%s, such as %r", counted, example)
+        if len(kept) * 2 < len(asked):
+            folder.notes.append(f"{counted}; the others do not answer as their system prompts ask")
+        sides.append(tuple((row["prompt"], row["output"]) for row in kept))
+    if rows and all(row["trait"] is None for row in rows if row["persona"] == persona.name):
+        folder.notes.append(
+            f"{persona.name}: no classifier and no judge has looked at its answers, so that all are kept"
+        )
+    return sides[0], sides[1]
+
+
+def main() -> None:
+    """Check which answers are kept: those that show what their system prompt asks for."""
+    positive, negative = ({"output": "Arr!", "is_positive": side} for side in (True, False))
+    assert [_is_kept(positive, score, DECIDED) for score in (0.9, 0.1)] == [True, False]
+    assert [_is_kept(negative, score, DECIDED) for score in (0.1, None)] == [True, False]
+    assert not _is_kept({**positive, "output": " "}, None, None)
+    print("answers OK: an answer is kept if it shows what it was asked to show")
+
+
+if __name__ == "__main__":
+    main()
