@@ -370,7 +370,8 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Group rows by condition, persona and alpha, in the order in which groups first appear.
 
     Each metric becomes {mean, std, median, n, missing}: the sample standard deviation (n - 1),
-    None with fewer than two values; n counts values and `missing` the rows without one.
+    None with fewer than two values; n counts values and `missing` the rows without one. `has_ended`, whether
+    the model ended the text before the limit, is known of rows that say so.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -380,6 +381,7 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry = {"condition": condition, "persona": persona, "alpha": alpha, "n": len(members)}
         entry["classifier_auc"] = members[0]["classifier_auc"]
         entry |= {metric: _summary([row[metric] for row in members]) for metric in METRICS}
+        entry["has_ended"] = _summary([row.get("has_ended") for row in members])
         table.append(entry)
     return table
 

@@ -158,13 +158,15 @@ class DoseConfig(_Strict):
 
     bracket: the weakest and the strongest dose to consider, times the median block-output norm without
         massive dimensions, whatever `alpha_unit` is. n_seeds: texts a development prompt.
+    bound: on the perplexity ratio's `excess` over what the persona's trait costs by itself, or `plain`.
     """
 
+    bound: Literal["excess", "plain"] = "excess"
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)] = 1.5
     max_repetition_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
     n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 7
     bracket: tuple[Positive, Positive] = (0.05, 2.0)
-    n_seeds: Count = 1
+    n_seeds: Count = 2
 
     @model_validator(mode="after")
     def _check_bracket(self) -> "DoseConfig":

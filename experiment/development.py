@@ -6,6 +6,8 @@ What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -85,7 +87,9 @@ def run_preflight(inputs: Inputs, folder: RunFolder, executor: Any) -> list[pref
         for persona in inputs.personas
     }
     unsteered, steered = _oracle_texts(inputs, folder, executor, oracles)
-    checks.append(preflight.check_baseline(inputs.perplexity_scorer, inputs.development_prompts, unsteered))
+    scorer = inputs.perplexity_scorer
+    shown = [inputs.shown_prompt(scorer.name, prompt) for prompt in inputs.development_prompts]
+    checks.append(preflight.check_baseline((scorer.model, scorer.tokenizer), shown, unsteered))
     return [*checks, *preflight.check_oracle(inputs.classifiers, unsteered, steered)]
 
 
@@ -137,9 +141,15 @@ def searched_doses(
     name, made_from = "dose_search.json", doses_fingerprint(inputs)
     content = folder.current(name, made_from, expected(name, inputs))
     if content is None:
-        doses, bound = find_doses(inputs, folder, executor, steering)
-        content = folder.save(name, made_from, doses_content(doses, bound))
+        costs = trait_costs(inputs, executor) if inputs.config.dose.bound == "excess" else {}
+        doses, bound = find_doses(inputs, folder, executor, steering, costs)
+        content = folder.save(name, made_from, doses_content(doses, bound, costs))
     doses = _read_doses(inputs, folder, content)
+    if costs := content.get("trait_costs"):
+        logger.info(
+            "what a trait costs by itself, in perplexity of its labelled texts: %s",
+            ", ".join(f"{name} x {cost:.2f}" for name, cost in costs.items()),
+        )
     logger.info("doses\n\n%s\n", format_doses(doses))
     draw_once(folder, "dose_search.png", made_from, dose_figure, content)
     for (persona, method), dose in doses.items():
@@ -174,10 +184,39 @@ def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> d
     return doses
 
 
+def trait_costs(inputs: Inputs, executor: Any) -> dict[str, float]:
+    """Return persona -> how many times as perplexing its labelled positive texts are as the negative.
+
+    Geometric means over the texts that have one, by the independent model; a persona without labelled texts
+    has no cost here.
+    """
+    personas = [persona for persona in inputs.personas if persona.labelled_positive]
+    sides = [
+        texts for persona in personas for texts in (persona.labelled_positive, persona.labelled_negative)
+    ]
+    size = inputs.config.evaluation_batch_size
+    chunks = [({"source": [""] * len(texts)}, list(texts), size) for texts in sides]
+    logs: dict[int, float] = {}
+    with closing(executor.run("perplexities", chunks)) as results:
+        for number, found in results:
+            logs[number] = fmean(math.log(value) for value in found["source"] if value is not None)
+    return {
+        persona.name: math.exp(logs[2 * index] - logs[2 * index + 1])
+        for index, persona in enumerate(personas)
+    }
+
+
 def find_doses(
-    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors
+    inputs: Inputs,
+    folder: RunFolder,
+    executor: Any,
+    steering: SteeringVectors,
+    costs: Mapping[str, float],
 ) -> tuple[dict[DoseKey, Dose], DoseBound]:
-    """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
+    """Find the strongest coherent alpha of every persona and method, and return the bound that was kept.
+
+    costs: persona -> what its trait costs by itself.
+    """
     config = inputs.config
     origins = {(cell.persona, cell.method): cell.origin for cell in grid(inputs, [None])}
 
@@ -202,7 +241,7 @@ def find_doses(
     keys = [(name, method) for name in config.persona_names for method in config.methods]
     n_evaluations = config.dose.n_evaluations
     ends = bracket(inputs, steering.middle_norm)
-    return search_doses(keys, measure, unsteered, ends, bound, n_evaluations), bound
+    return search_doses(keys, measure, unsteered, ends, bound, n_evaluations, costs), bound
 
 
 def _development_text(row: Row) -> DevelopmentText:

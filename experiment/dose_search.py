@@ -4,6 +4,9 @@ For each persona and method: the strongest alpha whose texts on the development 
 within a stated bound of the unsteered ones, by bisection on log alpha. All are searched side
 by side, so that a round is one batch of generations. The trait is reported and never used to choose.
 
+Some traits cost perplexity by being there: who talks like a pirate is less predictable than who does not. So
+the bound is on what exceeds the trait's own cost, if that is given.
+
 After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10
 come within 5 % of a threshold. Coherence need not fall steadily with alpha. What holds in any case: a dose
 called coherent was measured to be, and the next stronger alpha measured is not, unless the dose is the top
@@ -13,7 +16,7 @@ make a noisy ratio, and a dose chosen by it looks a little more coherent here th
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -76,6 +79,10 @@ class DoseBound:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
 
+    def of_trait(self, cost: float) -> "DoseBound":
+        """Return the bound of text that shows a trait which costs this many times the perplexity."""
+        return replace(self, max_perplexity_ratio=self.max_perplexity_ratio * max(1.0, cost))
+
 
 DEFAULT_BOUND = DoseBound()
 
@@ -133,6 +140,7 @@ def search_doses(
     bracket: tuple[float, float],
     bound: DoseBound = DEFAULT_BOUND,
     n_evaluations: int = 7,
+    trait_costs: Mapping[str, float] | None = None,
 ) -> dict[DoseKey, Dose]:
     """Return the strongest coherent alpha of each key.
 
@@ -141,6 +149,8 @@ def search_doses(
     bracket: (low, high), both above 0. The ends are measured only if all midpoints point to them:
         the last evaluation is of low if no midpoint was coherent, of high if all were.
     n_evaluations: for each key, 2 to 8.
+    trait_costs: persona -> how many times as perplexing a text is for showing the trait. A persona's bound is
+        this many times `max_perplexity_ratio`; a cost below 1, as 1, never makes it stricter.
     Raises InputError: a bracket or n_evaluations out of range, or unsteered texts without any finite
     perplexity or any repetition rate. ValueError: `measure` returned another number of texts.
     """
@@ -152,6 +162,7 @@ def search_doses(
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"keys are {list(keys)}, expected one or more, each once")
     _check_unsteered(unsteered)
+    bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
     curves: dict[DoseKey, list[DosePoint]] = {key: [] for key in keys}
     for round_idx in tqdm(range(n_evaluations), desc="dose search", unit="round", disable=None, leave=False):
         is_last = round_idx == n_evaluations - 1
@@ -159,7 +170,7 @@ def search_doses(
         measured = measure(asked)
         _check_measured(measured, asked, len(unsteered))
         for (key, alpha), texts in zip(asked, measured, strict=True):
-            curves[key].append(_compare(alpha, texts, unsteered, bound))
+            curves[key].append(_compare(alpha, texts, unsteered, bounds[key[0]]))
     return {key: _choose(curve, (low, high)) for key, curve in curves.items()}
 
 
@@ -258,12 +269,14 @@ def _choose(curve: Sequence[DosePoint], bracket: tuple[float, float]) -> Dose:
     return Dose(best.alpha, best.is_coherent, at, curve)
 
 
-def doses_content(doses: Mapping[DoseKey, Dose], bound: DoseBound) -> dict[str, Any]:
+def doses_content(
+    doses: Mapping[DoseKey, Dose], bound: DoseBound, trait_costs: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Return everything as numbers, strings, lists and dictionaries, as `dose_search.json` holds it."""
     entries = [
         {"persona": persona, "method": method, **asdict(dose)} for (persona, method), dose in doses.items()
     ]
-    return {"bound": asdict(bound), "doses": entries}
+    return {"bound": asdict(bound), "trait_costs": dict(trait_costs or {}), "doses": entries}
 
 
 def doses_from_content(content: Mapping[str, Any], name: str = "content") -> dict[DoseKey, Dose]:

@@ -380,7 +380,7 @@ def dose_figure(content: Mapping[str, Any]) -> Figure:
     content: what `dose_search.doses_content` returns. The chosen dose is drawn largest; a point that
     exceeds any bound is faint, so a faint one under the line fails another. One without ratio is not drawn.
     """
-    bound = content["bound"]["max_perplexity_ratio"]
+    plain, costs = content["bound"]["max_perplexity_ratio"], content.get("trait_costs", {})
     personas = list(dict.fromkeys(entry["persona"] for entry in content["doses"]))
     figure = Figure(figsize=(4.4 * len(personas) + 1.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(personas), squeeze=False)[0]
@@ -388,11 +388,14 @@ def dose_figure(content: Mapping[str, Any]) -> Figure:
     for panel, persona in zip(panels, personas, strict=True):
         panel.set(xscale="log", yscale="log")
         panel.axhline(1, color="grey", linewidth=0.8)
-        drawn["bound"] = panel.axhline(bound, color="black", linestyle=":", label=f"bound: {bound:g}")
+        bound = plain * max(1.0, costs.get(persona, 1.0))
+        label = "bound" if costs else f"bound: {plain:g}"
+        drawn["bound"] = panel.axhline(bound, color="black", linestyle=":", label=label)
         for entry in content["doses"]:
             if entry["persona"] == persona:
                 drawn |= _draw_dose(panel, entry)
-        panel.set_title(as_label(persona), fontsize=10)
+        suffix = f" (bound: {bound:.2g})" if costs else ""
+        panel.set_title(as_label(persona) + suffix, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         _number_by_width(panel.xaxis)
         _number_by_width(panel.yaxis)

@@ -93,9 +93,9 @@ class Inputs:
         return source if self.config.independent_perplexity else None
 
     @property
-    def perplexity_scorer(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The independent model, else the target itself."""
-        return self.independent or (self.target.model, self.target.tokenizer)
+    def perplexity_scorer(self) -> Side:
+        """The side whose model scores fluency: the independent one, else the target itself."""
+        return self.source if self.config.independent_perplexity else self.target
 
     def side(self, name: str) -> Side:
         """Return the side of this name."""

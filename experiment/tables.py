@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HEADER = ("condition", "alpha", "trait", "change", "ppl", "indep ppl", "repeat", "collapsed", "n", "missing")
+ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 
 
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
@@ -11,10 +12,12 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
 
     table: what `evaluation.aggregate` returns. trait and its change against the unsteered
     text are means; perplexities are medians; missing counts texts without a trait score.
-    A judge's scores come in two more columns if there are any.
+    A judge's scores come in two more columns if there are any; so do, where unsteered texts end, the mean
+    number of words and the share of texts that the model ended before the limit.
     """
     judged = any(entry["gpt4_coherence_score"]["n"] for entry in table)
-    header = (*HEADER, "judged coherence", "judged trait") if judged else HEADER
+    ending = any((entry["has_ended"]["mean"] or 0) >= ENDING for entry in table if entry["alpha"] is None)
+    header = HEADER + ("words", "ended") * ending + ("judged coherence", "judged trait") * judged
     blocks = []
     for persona in dict.fromkeys(entry["persona"] for entry in table):
         entries = [entry for entry in table if entry["persona"] == persona]
@@ -24,7 +27,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
             (entry["trait_probability"]["mean"] for entry in entries if entry["condition"] == "baseline"),
             None,
         )
-        rows = [_cells(entry, unsteered, judged) for entry in entries]
+        rows = [_cells(entry, unsteered, judged, ending) for entry in entries]
         blocks.append(f"{persona} ({note})\n\n{markdown_table(header, rows)}")
     return "\n\n".join(blocks)
 
@@ -68,7 +71,7 @@ def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(header, rows)
 
 
-def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool) -> tuple[str, ...]:
+def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool, ending: bool) -> tuple[str, ...]:
     trait = entry["trait_probability"]["mean"]
     known = None not in (trait, unsteered) and entry["condition"] != "baseline"
     change = trait - unsteered if known else None
@@ -84,6 +87,8 @@ def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool) -> t
         str(entry["n"]),
         str(entry["trait_probability"]["missing"]),
     )
+    if ending:
+        cells += (_number(entry["n_words"]["mean"], ".0f"), _number(entry["has_ended"]["mean"], ".0%"))
     if not judged:
         return cells
     scores = (entry["gpt4_coherence_score"]["mean"], entry["gpt4_trait_score"]["mean"])
@@ -121,7 +126,9 @@ def main() -> None:
     absent = {"mean": None, "median": None, "std": None, "n": 0, "missing": 3}
     common = {"persona": "check", "n": 3, "classifier_auc": 0.97}
     common |= dict.fromkeys(("perplexity", "repetition", "is_collapsed", "trait_probability"), number)
-    common |= dict.fromkeys(("independent_perplexity", "gpt4_coherence_score", "gpt4_trait_score"), absent)
+    common |= dict.fromkeys(
+        ("independent_perplexity", "gpt4_coherence_score", "gpt4_trait_score", "has_ended"), absent
+    )
     steered = {"condition": "oracle", "alpha": 2.0, "trait_probability": {**number, "mean": 0.75}}
     text = format_table([{**common, "condition": "baseline", "alpha": None}, {**common, **steered}])
     assert all(part in text for part in ("+0.50", "–", "AUC 0.970")), text

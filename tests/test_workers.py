@@ -298,7 +298,7 @@ def test_other_settings_have_a_generator_of_their_own(worker, vectors):
 @pytest.mark.parametrize("scorers", [[], ["target"], ["source", "target"], ["target", "source"]])
 def test_perplexities_are_those_of_the_named_sides(worker, scorers):
     prompts, outputs = ["Then", "The sea is", "He"], [" it rains", " blue", ""]
-    found = worker.perplexities({name: prompts for name in scorers}, outputs, 2)
+    found = worker.perplexities(dict.fromkeys(scorers, prompts), outputs, 2)
     assert list(found) == scorers
     for name in scorers:
         side = worker.side(name)
