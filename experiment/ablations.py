@@ -86,7 +86,11 @@ def _at_layers(inputs: Inputs, folder: RunFolder, pair: LayerPair) -> Inputs:
     Alpha is the middle one of `alpha_values` (of two, the lower), or searched for each pair; then the
     texts that are scored helped to choose it, and their coherence is within the bound.
     """
-    alphas, prompts = inputs.config.alpha_values, inputs.development_prompts
+    config, prompts = inputs.config, inputs.development_prompts
+    alphas = config.alpha_values
+    if alphas != "auto":
+        ordered = {name: sorted(config.alphas_of(name)) for name in config.persona_names}
+        alphas = {name: [values[(len(values) - 1) // 2]] for name, values in ordered.items()}
     changed = {
         "layer_idx": None,
         "source_layer_idx": pair[0],
@@ -94,10 +98,10 @@ def _at_layers(inputs: Inputs, folder: RunFolder, pair: LayerPair) -> Inputs:
         "output_dir": str(folder.path / "ablation_layers" / f"{pair[0]}_{pair[1]}"),
         "test_prompts": list(prompts),
         "n_test_prompts": len(prompts),
-        "alpha_values": alphas if alphas == "auto" else [sorted(alphas)[(len(alphas) - 1) // 2]],
+        "alpha_values": alphas,
     }
-    config = inputs.config.model_copy(update=changed)
-    return replace(inputs.at_layers(*pair), config=config, prompts=prompts)
+    changed_config = config.model_copy(update=changed)
+    return replace(inputs.at_layers(*pair), config=changed_config, prompts=prompts)
 
 
 def layer_pairs(inputs: Inputs) -> list[LayerPair]:

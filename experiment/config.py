@@ -15,8 +15,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -69,6 +71,7 @@ LargeCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Samples = Annotated[int, Field(ge=10, le=10_000_000)]
 Layer = Annotated[int, Field(ge=0, le=LAST_LAYER)]
 Layers = Annotated[list[Layer], Field(min_length=1, max_length=1000)]
+Alphas = Annotated[list[float], Field(min_length=1, max_length=1000)]
 String = Annotated[str, BeforeValidator(_text_if_string)]
 Text = Annotated[String, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(max_length=100_000)]
@@ -149,8 +152,12 @@ class ExtractionConfig(_Strict):
 
 def _list_or_auto(value: Any) -> Any:
     if isinstance(value, str) and value != "auto":
-        raise ValueError("expected a list of numbers, or 'auto'")
+        raise ValueError("expected a list of numbers, such a list for each persona, or 'auto'")
     return value
+
+
+def _form_of_alphas(value: Any) -> str:
+    return {str: "tag-auto", dict: "tag-personas"}.get(type(value), "tag-list")
 
 
 class DoseConfig(_Strict):
@@ -217,7 +224,8 @@ class ExperimentConfig(_Strict):
         that has a template and ends its turns. A chat target is asked questions, another one goes on with
         beginnings of texts. `system_prompt` is put before every question to the target.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
-    block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values `auto`
+    block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or
+    persona -> list; `auto`
     searches a dose for each persona and method on the development prompts.
     """
 
@@ -270,7 +278,10 @@ class ExperimentConfig(_Strict):
     n_test_prompts: LargeCount = 30
     test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
     alpha_values: Annotated[
-        Annotated[list[float], Field(min_length=1, max_length=1000)] | Literal["auto"],
+        Annotated[Alphas, Tag("tag-list")]
+        | Annotated[dict[Name, Alphas], Tag("tag-personas")]
+        | Annotated[Literal["auto"], Tag("tag-auto")],
+        Discriminator(_form_of_alphas),
         BeforeValidator(_list_or_auto),
     ] = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
@@ -312,16 +323,23 @@ class ExperimentConfig(_Strict):
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
         self._check_band()
         self._check_extraction()
-        for name in ("alpha_values", "lambda_values", "methods"):
-            values = getattr(self, name)
-            if values != "auto" and len(set(values)) != len(values):
+        if isinstance(self.alpha_values, dict) and (odd := set(self.persona_names) ^ set(self.alpha_values)):
+            raise ValueError(
+                f"alpha_values has a list for each persona, but {shown(sorted(odd)[0])} is in one of "
+                "alpha_values and personas alone; name the same ones in both"
+            )
+        lists = [] if self.alpha_values == "auto" else map(self.alphas_of, self.persona_names)
+        lists = [("alpha_values", values) for values in lists]
+        for name, values in [*lists, ("lambda_values", self.lambda_values), ("methods", self.methods)]:
+            if len(set(values)) != len(values):
                 raise ValueError(f"{name} holds a value twice: {shown(values)}")
+        alphas = [alpha for name, values in lists for alpha in values]
         if self.alpha_values == "auto":
             if not self.independent_perplexity:
                 raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
-        elif any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in self.alpha_values):
+        elif any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in alphas):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
-        elif any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in self.alpha_values):
+        elif any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in alphas):
             raise ValueError(
                 "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
             )
@@ -336,12 +354,13 @@ class ExperimentConfig(_Strict):
                 f"{len(self.persona_names)} personas, expected at most {MOST_PERSONAS}; split the run"
             )
         check_names_differ(self.persona_names)
+        if "wrong_persona" in self.methods and len(self.persona_names) < 2:
+            raise ValueError("methods has 'wrong_persona', another persona's vector; name a second persona")
         self._check_size()
         return self
 
     def _check_size(self) -> None:
-        n_alphas = 1 if self.alpha_values == "auto" else len(self.alpha_values)
-        n_cells = 1 + len(self.persona_names) * len(self.methods) * n_alphas
+        n_cells = self.n_cells
         n_texts = n_cells * self.n_test_prompts * self.n_seeds
         if n_texts > MOST_TEXTS:
             raise ValueError(
@@ -400,6 +419,17 @@ class ExperimentConfig(_Strict):
         """Personas to run: `personas` (the specification's three by default), then those defined here."""
         listed = ["silly", "formal", "concise"] if self.personas is None else self.personas
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
+
+    def alphas_of(self, persona: str) -> list[float]:
+        """Return the strengths of a persona, where they are given and not searched for."""
+        return self.alpha_values[persona] if isinstance(self.alpha_values, dict) else self.alpha_values
+
+    @property
+    def n_cells(self) -> int:
+        """Unsteered text, and each persona x method x alpha."""
+        is_auto = self.alpha_values == "auto"
+        n_alphas = sum(1 if is_auto else len(self.alphas_of(name)) for name in self.persona_names)
+        return 1 + len(self.methods) * n_alphas
 
     @property
     def seeds(self) -> list[int]:
@@ -468,7 +498,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _explain(problem: dict[str, Any]) -> str:
     # What pydantic adds between the keys, as `list[float]`, is left out.
-    parts = [str(part)[:120] for part in problem["loc"] if not re.match(r"list\[|constrained-", str(part))]
+    parts = [
+        str(part)[:120] for part in problem["loc"] if not re.match(r"list\[|constrained-|tag-", str(part))
+    ]
     if parts[-1:] == ["[key]"]:
         parts = parts[:-2]  # the key itself is what is wrong, and shown as the input
     key = shown(".".join(parts), 120)

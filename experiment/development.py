@@ -102,12 +102,12 @@ def _oracle_texts(
     """
     norms = tuple(map(measure_residual_norm, inputs.neutral_activations(N_NORM_TEXTS)))
     steering = SteeringVectors({name: {"oracle": rows} for name, rows in oracles.items()}, norms)
-    alphas = preflight_alphas(inputs, steering.middle_norm)
     of_norms = steering.medians if inputs.band else norms[0].median
     cells = [UNSTEERED]
     for persona in inputs.personas:
         # The map's norm, alpha's unit later, is not measured yet: these texts are no other phase's.
         made_from = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", of_norms)
+        alphas = preflight_alphas(inputs, steering.middle_norm, persona.name)
         cells += [Cell("oracle", persona.name, alpha, made_from) for alpha in alphas]
     by_cell = write_development(inputs, folder, executor, cells, steering.vectors, steering.medians)
     texts = [[row["output"] for row in rows] for rows in by_cell]
@@ -117,13 +117,12 @@ def _oracle_texts(
     return texts[0], steered
 
 
-def preflight_alphas(inputs: Inputs, norm: ResidualNorm) -> list[float]:
-    """Return three of the configured doses, or three between the ends of the bracket to be searched."""
-    alphas = inputs.config.alpha_values
-    if alphas == "auto":
+def preflight_alphas(inputs: Inputs, norm: ResidualNorm, persona: str) -> list[float]:
+    """Return three of a persona's doses, or three between the ends of the bracket to be searched."""
+    if inputs.config.alpha_values == "auto":
         low, high = bracket(inputs, norm)
         return [low * (high / low) ** depth for depth in AUTO_DEPTHS]
-    ordered = sorted(alphas)
+    ordered = sorted(inputs.config.alphas_of(persona))
     return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
 
 

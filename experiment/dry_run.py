@@ -13,6 +13,7 @@ from itertools import cycle, islice
 import torch
 
 from evaluation import Evaluator
+from experiment.grid import planned_answers
 from experiment.inputs import Inputs
 from scoring.gpt_judge import TOKENS_PER_JUDGEMENT
 from support.pair_statistics import DEFAULT_SAMPLE
@@ -31,7 +32,7 @@ def describe_run(inputs: Inputs) -> str:
     config = inputs.config
     n_conditions = len(inputs.personas) * len(config.methods)
     is_auto = config.alpha_values == "auto"
-    n_cells = 1 + n_conditions * (1 if is_auto else len(config.alpha_values))
+    n_cells = config.n_cells
     n_per_cell = len(inputs.prompts) * config.n_seeds
     n_generations = n_cells * n_per_cell
     n_evaluations = (n_cells - 1 + len(inputs.personas)) * n_per_cell
@@ -55,7 +56,14 @@ def describe_run(inputs: Inputs) -> str:
             f"dose search: {n_dose} generations and evaluations on development prompts, about "
             f"{minutes[-1]:.1f} min"
         )
-    n_judgements = n_generations + n_evaluations if config.use_gpt4 else 0
+    n_answers = 0
+    if config.extraction.kind == "responses":
+        writers = dict.fromkeys(inputs.writers.values())
+        planned = [planned_answers(inputs, persona, name) for persona in inputs.personas for name in writers]
+        n_answers = sum(map(len, planned))
+        minutes.append(n_answers * generation * config.extraction.max_new_tokens / config.max_new_tokens / 60)
+        search.append(f"answers that vectors are made from: {n_answers}, about {minutes[-1]:.1f} min")
+    n_judgements = n_generations + n_evaluations + n_answers if config.use_gpt4 else 0
     price = config.judge.usd_per_million_tokens
     n_tokens = TOKENS_PER_JUDGEMENT + config.judge.max_answer_tokens - 1
     cost = n_judgements * n_tokens * price / 1e6
@@ -115,7 +123,8 @@ def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
 def _time_generation(inputs: Inputs, n_rows: int) -> tuple[list[tuple[str, str]], float]:
     """Return (prompt, output) of one short batch and the seconds that a full-length text takes."""
     config = inputs.config
-    prompts = list(islice(cycle(inputs.prompts), n_rows))
+    shown = [inputs.shown_prompt("target", prompt) for prompt in inputs.prompts]
+    prompts = list(islice(cycle(shown), n_rows))
     n_tokens = min(N_TOKENS, config.max_new_tokens)
     outputs: list[str] = []
     generator = inputs.generator()

@@ -38,6 +38,7 @@ COLOURS = {
     "procrustes": "#0072b2",
     "reduced_rank": "#cc79a7",
     "shuffled": "#666666",
+    "wrong_persona": "#8c564b",
 }
 MARKERS = {
     "baseline": "*",
@@ -49,6 +50,7 @@ MARKERS = {
     "procrustes": "P",
     "reduced_rank": "v",
     "shuffled": "+",
+    "wrong_persona": "1",
 }
 
 

@@ -19,7 +19,7 @@ from texts.personas import Persona
 
 FORMAT_VERSION = 1
 
-Doses = Mapping[tuple[str, str], Dose]
+Alphas = Sequence[float | None] | Mapping[str, Sequence[float]] | Mapping[tuple[str, str], Dose]
 Row = dict[str, Any]
 
 
@@ -40,19 +40,24 @@ class Cell:
 UNSTEERED = Cell("baseline", None, None, "unsteered")
 
 
-def grid(inputs: Inputs, alphas: Sequence[float | None] | Doses) -> list[Cell]:
+def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
     """Return the unsteered baseline, once, and every persona x method x alpha.
 
-    alphas: for every condition, or the dose that a search has found for each.
+    alphas: for every condition, or for those of each persona, or the dose that a search has found for each.
     """
     cells = [UNSTEERED]
     for persona in inputs.personas:
         for method in inputs.config.methods:
             made_from = vector_fingerprint(inputs, persona, method)
-            is_searched = isinstance(alphas, Mapping)
-            chosen = [alphas[persona.name, method].alpha] if is_searched else alphas
+            chosen = _alphas(alphas, persona.name, method)
             cells += [Cell(method, persona.name, alpha, made_from) for alpha in chosen]
     return cells
+
+
+def _alphas(alphas: Alphas, persona: str, method: str) -> Sequence[float | None]:
+    if not isinstance(alphas, Mapping):
+        return alphas
+    return alphas[persona] if persona in alphas else [alphas[persona, method].alpha]
 
 
 def planned_texts(
@@ -80,7 +85,7 @@ def planned_texts(
     return rows
 
 
-def grid_texts(inputs: Inputs, alphas: Sequence[float | None] | Doses) -> list[Row]:
+def grid_texts(inputs: Inputs, alphas: Alphas) -> list[Row]:
     """Return the rows of phase 4."""
     return planned_texts(inputs, grid(inputs, alphas), inputs.prompts, inputs.config.seeds)
 
@@ -124,6 +129,11 @@ def _described(persona: Persona) -> Any:
 def rows_fingerprint(rows: Sequence[Row]) -> str:
     """Of a result file: the keys of its rows, in order."""
     return fingerprint([row["key"] for row in rows])
+
+
+def other_personas(names: Sequence[str]) -> dict[str, str]:
+    """Return persona -> the one whose mapped vector is its control: the next, if there are two or more."""
+    return {name: names[(index + 1) % len(names)] for index, name in enumerate(names) if len(names) > 1}
 
 
 def sampling(inputs: Inputs) -> list[Any]:
@@ -194,6 +204,9 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
     Only the inputs of that method count: new lambda values touch nothing but ridge_mapped.
     """
     config, (source_layer, target_layer) = inputs.config, inputs.layers
+    if method == "wrong_persona":
+        other = other_personas(config.persona_names)[persona.name]
+        (persona,) = [each for each in inputs.personas if each.name == other]
     texts = [*_extracted(inputs, persona), config.persona_position]
     source = [inputs.source.fingerprint, source_layer]
     naive = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from activation_extractor import PersonaVector, ResidualNorm
 from baseline_methods import BaselineTransfer
+from experiment.grid import other_personas
 from experiment.inputs import LayerPair, NativeVectors
 from experiment.learned_maps import LearnedMaps
 
@@ -103,6 +104,8 @@ def transfer_personas(natives: NativeVectors, maps: LearnedMaps, seed: int) -> d
                 *arguments, other_maps=maps.transforms, left_out=norm.massive_dimensions
             ),
         }
+    for name, other in other_personas(list(vectors)).items():
+        vectors[name]["wrong_persona"] = vectors[other]["ridge_mapped"]
     for name, by_method in vectors.items():
         oracle = by_method["oracle"]
         others = [vectors[other]["oracle"] for other in vectors if other != name]

@@ -4,7 +4,8 @@ from typing import Literal, get_args
 
 Transfer = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
 MapKind = Literal["procrustes", "reduced_rank", "shuffled"]
-Method = Literal[Transfer, MapKind]
+# Another persona's mapped vector: what steering by any such vector does to a trait that is not its own.
+Method = Literal[Transfer, MapKind, "wrong_persona"]
 LambdaUnit = Literal["absolute", "relative"]
 LambdaCriterion = Literal["pooled", "standardised"]
 Quantization = Literal["none", "8bit", "4bit"]

@@ -61,6 +61,7 @@ def test_defaults_are_the_specifications():
 
 
 BAND_METHODS = {
+    "example_config.json": {"shuffled", "wrong_persona", "ridge_mapped", "oracle"},
     "band.json": {"random_proj", "shuffled", "ridge_mapped", "oracle"},
     "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
 }
@@ -127,12 +128,6 @@ def test_personas_are_the_named_ones_then_those_defined_here():
 
 def test_seeds_count_up_from_seed():
     assert load_config({**SMALL, "seed": 7, "n_seeds": 3}).seeds == [7, 8, 9]
-
-
-BAND_METHODS = {
-    "band.json": {"random_proj", "shuffled", "ridge_mapped", "oracle"},
-    "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
-}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -261,7 +256,7 @@ def test_unreadable_file_is_refused_by_name(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_test_prompts": 31}, "n_test_prompts is 31 but there are 30 prompts"),
+        ({"n_test_prompts": 61}, "n_test_prompts is 61 but there are 60 prompts"),
         ({"n_test_prompts": 2, "test_prompts": ["One"]}, "n_test_prompts is 2 but there are 1"),
         ({"n_test_prompts": 2, "test_prompts": ["One", "One"]}, "holds a prompt twice"),
     ],
@@ -278,3 +273,36 @@ def test_given_prompts_replace_the_shipped_ones():
 
 def test_every_field_is_listed_in_the_dump():
     assert set(load_config(SMALL).model_dump()) == set(ExperimentConfig.model_fields)
+
+
+def test_alphas_may_be_given_for_each_persona():
+    by_persona = {"silly": [1.0], "formal": [2.0, 3.0], "concise": [4.0]}
+    config = load_config({**SMALL, "alpha_values": by_persona})
+    assert [config.alphas_of(name) for name in config.persona_names] == [[1.0], [2.0, 3.0], [4.0]]
+    assert config.n_cells == 1 + len(METHODS) * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"alpha_values": {"silly": [1.0], "formal": [2.0]}},
+            "'concise' is in one of alpha_values and personas",
+        ),
+        ({"alpha_values": {"silly": [1.0, 1.0], "formal": [2.0], "concise": [1.0]}}, "holds a value twice"),
+        ({"alpha_values": {"silly": [0.0], "formal": [2.0], "concise": [1.0]}}, "must be finite and not 0"),
+        ({"alpha_values": {"silly": []}}, "'alpha_values.silly'"),
+        ({"alpha_values": {"silly": "auto"}}, "'alpha_values.silly'"),
+        ({"personas": ["silly"], "methods": ["wrong_persona"]}, "name a second persona"),
+        ({"prompt_format": "xml"}, "'prompt_format'"),
+        ({"system_prompt": " "}, "'system_prompt'"),
+        ({"extraction": {"kind": "answers"}}, "'extraction.kind'"),
+        ({"extraction": {"n_questions": 0}}, "'extraction.n_questions'"),
+        ({"dose": {"bound": "none"}}, "'dose.bound'"),
+    ],
+    ids=str,
+)
+def test_bad_alphas_formats_and_controls_are_refused(change, named):
+    with pytest.raises(InputError) as caught:
+        load_config({**SMALL, **change})
+    assert named in str(caught.value)

@@ -69,7 +69,7 @@ def maps(mapping):
 
 
 def test_every_condition_has_its_own_colour_and_marker():
-    assert set(COLOURS) == set(MARKERS) == {"baseline", *METHODS, *KINDS}
+    assert set(COLOURS) == set(MARKERS) == {"baseline", *METHODS, *KINDS, "wrong_persona"}
     assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(COLOURS)
 
 

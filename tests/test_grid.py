@@ -10,13 +10,14 @@ from experiment.config import load_config
 from experiment.inputs import load_inputs
 
 ROOT = Path(__file__).parent.parent
-# Of runs made before the grid had a module of its own; `texts` is of all row keys, in order.
+# Of runs made before the grid had a module of its own; `texts` is of all row keys, in order. `preflight` and
+# `doses` are newer: they hold the development prompts.
 TINY = {
     "pairs": "5b4580ebfcfb54ebde09d7333ee2adfea25903560a1b98ac557bbe8be58c7657",
     "mapping": "b55c35fab9b8c428c3d9c7fbfb8a971815ecfc80b74165488d539ba863a4adea",
     "personas": "28c79521b456ca1c84fb5845f9db86fd3e814465a3b31cb915450656e2cdb430",
-    "preflight": "c60ef5e629f5bfced78ba571d3dc9b83310dee66db272cbbbd62d6eb3f3a4751",
-    "doses": "a77be0071e3e483ea11c9142e90bef66ef541ce079070c7a3d0fb4b8248b0508",
+    "preflight": "f01ab5a8e97f2e4992cd27809e6effd450675f35c9633fa0e1258e49a8bef68c",
+    "doses": "6d59b84621371d265ebbebab1ea2903fc912d4be3e4d8fb15c4309b8f742392c",
     "search": "0763a835a7b585181d0b6012763c378f42b8f2b209cb743bed8436eb25350c01",
     "texts": "f43a0d056023704db6b2f407e853d81470adb609f0c6093b942e5ecd79190f27",
 }
@@ -24,7 +25,7 @@ DEFAULT = {
     "pairs": "a7af33c23228bb465cf17ff34d2d4af3dee93298c3d4311108cee0064ec62fa7",
     "mapping": "6961d6777bc5944ea78f98e8c378f0332d5af83c8da2324d0f5605062236e76c",
     "personas": "e61c3a6ed84d7143bef46fdc85f1165d16e8de227b8514e4b6e076b5f7009bad",
-    "preflight": "7f68dcf8e7f2f0aaff3e92f96f1081711f9ebc4d1e195a6a6fe75f957bbb6e76",
+    "preflight": "4fc39ae58b2a9ea31a442b0055a087ef4551359f3959656036ed52a7a8248a10",
     "texts": "483863e037be8debab5ab45f57290ca0df2079eb251ae7bda475665d7febbe62",
 }
 
@@ -73,5 +74,5 @@ def test_layers_of_the_inputs_are_part_of_every_fingerprint_but_the_searchs(tiny
 
 @pytest.mark.real_models
 def test_fingerprints_of_the_default_run_are_pinned():
-    inputs = load_inputs(load_config(ROOT / "example_config.json"))
+    inputs = load_inputs(load_config(ROOT / "configs/smol_to_gemma.json"))
     assert fingerprints(inputs, DEFAULT) == DEFAULT

@@ -56,9 +56,28 @@ def test_no_positive_text_belongs_to_two_shipped_personas():
 
 
 def test_test_and_development_prompts_are_distinct():
-    test, development = load_prompts("test"), load_prompts("development")
-    assert (len(set(test)), len(set(development))) == (30, 10)
-    assert not set(test) & set(development)
+    sets = {
+        name: {prompt.casefold() for prompt in load_prompts(name)}
+        for name in ("test", "development", "test_questions", "development_questions")
+    }
+    assert [len(prompts) for prompts in sets.values()] == [60, 24, 60, 24]
+    asked = [text.casefold() for name in shipped_personas() for text in load_persona(name).questions]
+    assert len({*asked, *(prompt for prompts in sets.values() for prompt in prompts)}) == len(asked) + 168
+
+
+@pytest.mark.parametrize("name", shipped_personas())
+def test_shipped_personas_have_system_prompts_and_questions_that_share_no_words_with_tests(name):
+    persona = load_persona(name)
+    assert len({prompt for pair in persona.instructions for prompt in pair}) == 10
+    assert len(persona.questions) == 24
+    names = ("test", "development", "test_questions", "development_questions")
+    prompts = OverlapCheck([prompt for each in names for prompt in load_prompts(each)])
+    texts = [
+        *persona.all_texts,
+        *persona.questions,
+        *(text for pair in persona.instructions for text in pair),
+    ]
+    assert [text for text in texts if prompts.found_in(text)] == []
 
 
 def test_the_specifications_pirate_is_scored_by_the_shipped_labelled_texts():

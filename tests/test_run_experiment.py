@@ -51,7 +51,7 @@ N_PERSONAS, N_ALPHAS = 2, 2
 N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
 N_TEXTS = N_CELLS * N_PER_CELL
-N_DEVELOPMENT = 10 * (1 + N_PERSONAS * N_ALPHAS)  # texts of the preflight
+N_DEVELOPMENT = len(load_prompts("development")) * (1 + N_PERSONAS * N_ALPHAS)  # texts of the preflight
 N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
 
 
@@ -919,7 +919,7 @@ PROMPT = "The first thing I do is"
         ({"neutral_text": "/no/such/file.txt"}, "/no/such/file.txt"),
         ({"neutral_text": "{short.txt}"}, "gives 0 passages"),
         ({"n_training_samples": 1301}, "1301 are wanted; lower n_training_samples"),
-        ({"n_test_prompts": 31}, "there are 30 prompts"),
+        ({"n_test_prompts": 61}, "there are 60 prompts"),
         ({"test_prompts": [PROMPT] * 3}, "holds a prompt twice"),
         (
             {
