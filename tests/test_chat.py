@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tiny_runs import error_lines, run, tiny_settings
 
 from activation_extractor import ActivationExtractor
 from evaluation import Evaluator, continuation_perplexities
@@ -16,7 +17,6 @@ from steered_generation import SteeredGenerator
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError
 from support.tiny_models import tiny_model, tiny_tokenizer
-from tests.tiny_runs import error_lines, run, tiny_settings
 from texts.chat import (
     is_for_instructions,
     prompt_text,

@@ -234,6 +234,22 @@ def test_bounds_are_those_given(bound, is_coherent):
     assert point_of(times(2.0, 0.3), bound=bound).is_coherent is is_coherent
 
 
+@pytest.mark.parametrize(("cost", "is_coherent"), [(3.0, True), (1.4, True), (1.3, False), (0.2, False)])
+def test_bound_is_on_what_exceeds_the_traits_own_cost(cost, is_coherent):
+    def measure(asked):
+        return [times(2.0) for _ in asked]
+
+    dose = search(measure, n_evaluations=2, trait_costs={CONDITION[0]: cost, "other": 9.0})
+    assert dose.is_coherent is is_coherent
+    assert dose.curve[0].perplexity_ratio == pytest.approx(2.0)
+    assert not search(measure, n_evaluations=2, trait_costs={"other": 9.0}).is_coherent
+
+
+def test_a_cost_below_1_makes_no_bound_stricter():
+    dose = search(lambda asked: [times(1.4) for _ in asked], n_evaluations=2, trait_costs={CONDITION[0]: 0.5})
+    assert dose.is_coherent
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.9, None])
 def test_trait_is_reported_and_never_chosen_by(probability):
     def rule(_, alpha):

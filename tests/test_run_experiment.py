@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -32,9 +33,11 @@ from transformers import BertConfig, BertLMHeadModel
 from baseline_methods import METHODS
 from decoding import loop as decoding
 from decoding import output_head
+from evaluation import continuation_perplexities
 from experiment import preflight
 from experiment.ablations import _SampleRun, ablate_samples
 from experiment.comparison_maps import KINDS
+from experiment.development import trait_costs
 from experiment.ray_executor import RayExecutor
 from model_loading import load_model
 from run_experiment import PersonaTransferExperiment, main
@@ -599,6 +602,62 @@ def test_steering_generated_positions_alone_writes_other_texts(settings, finishe
     everywhere, generated = ([row["output"] for row in rows(folder)] for folder in (finished, out))
     assert generated[:N_PER_CELL] == everywhere[:N_PER_CELL]
     assert generated != everywhere
+
+
+def test_wrong_persona_is_steered_with_the_others_mapped_vector(settings, tmp_path):
+    methods = ["wrong_persona", "ridge_mapped"]
+    assert (
+        run(
+            tmp_path / "out",
+            {**settings, "methods": methods, "alpha_values": {"loud": [4.0], "numeric": [1.0, 4.0]}},
+        )
+        == 0
+    )
+    vectors = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]
+    for name, other in (("loud", "numeric"), ("numeric", "loud")):
+        assert torch.equal(vectors[name]["wrong_persona"], vectors[other]["ridge_mapped"])
+    cells = {}
+    for row in rows(tmp_path / "out"):
+        cells.setdefault((row["persona"], row["condition"], row["alpha"]), []).append(row["output"])
+    assert set(cells) == {
+        (None, "baseline", None),
+        *(
+            (name, method, alpha)
+            for method in methods
+            for name, alpha in (("loud", 4.0), ("numeric", 1.0), ("numeric", 4.0))
+        ),
+    }
+    for name, other in (("loud", "numeric"), ("numeric", "loud")):
+        assert cells[name, "wrong_persona", 4.0] == cells[other, "ridge_mapped", 4.0]
+    assert cells["loud", "wrong_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
+
+
+def test_what_a_trait_costs_is_the_perplexity_of_its_labelled_texts(settings, tmp_path):
+    labelled = {
+        "labelled_positive_texts": [
+            f"{number} {text}" for number in range(5) for text in LOUD["positive_texts"]
+        ],
+        "labelled_negative_texts": [
+            f"{number} {text}" for number in range(5) for text in LOUD["negative_texts"]
+        ],
+    }
+    datasets = {"loud": {**LOUD, **labelled}, "numeric": NUMERIC}
+    experiment = PersonaTransferExperiment(
+        {**settings, "persona_datasets": datasets, "output_dir": str(tmp_path / "out")}
+    )
+    inputs = experiment.inputs
+    found = trait_costs(inputs, experiment.executor)
+    assert set(found) == {"loud"}
+    means = [
+        fmean(
+            math.log(value)
+            for value in continuation_perplexities(
+                inputs.source.model, inputs.source.tokenizer, [""] * 20, texts
+            )
+        )
+        for texts in labelled.values()
+    ]
+    assert found["loud"] == pytest.approx(math.exp(means[0] - means[1]), rel=1e-4)
 
 
 # A dose for each condition
