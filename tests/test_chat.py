@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from evaluation import Evaluator, continuation_perplexities
 from experiment.config import load_config
 from experiment.grid import grid_texts
 from experiment.inputs import load_inputs
+from run_experiment import PersonaTransferExperiment
 from steered_generation import SteeredGenerator
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError
@@ -27,6 +29,7 @@ from texts.chat import (
 from texts.encoding import encode
 from texts.personas import load_prompts
 
+ROOT = Path(__file__).parent.parent
 OPEN = "{% if add_generation_prompt %}<bos>a: {% endif %}"
 TURNS = "{% for m in messages %}<bos>{{ m.role[0] }}: {{ m.content }}<eos>{% endfor %}"
 TEMPLATE = TURNS + OPEN
@@ -361,3 +364,46 @@ def test_answers_that_are_all_left_out_are_counted(responses, tmp_path, capsys, 
     (line,) = error_lines(capsys)
     assert "none of the 4 positive answers of the target model show the trait" in line
     assert "extraction.n_seeds" in line
+
+
+# Real models
+
+
+@pytest.fixture(scope="module")
+def packaged(all_threads, tmp_path_factory):
+    """The example run, reduced to two blocks and two personas, and its inputs."""
+    reduced = {
+        "layers": None,
+        "source_layer_idx": [6, 8],
+        "target_layer_idx": [11, 14],
+        "n_training_samples": 60,
+        "personas": ["formal", "pirate"],
+        "n_test_prompts": 6,
+        "alpha_values": [0.12],
+        "max_new_tokens": 16,
+        "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),
+    }
+    experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
+    return experiment.inputs, experiment.run()
+
+
+@pytest.mark.real_models
+def test_of_the_packaged_pair_the_instruct_model_is_shown_a_template(packaged):
+    inputs, _ = packaged
+    assert inputs.chat_sides == ("target",)
+    generator = inputs.generator()
+    assert "Paris" in generator.generate(question("What is the capital of France?"), 24, temperature=0)
+    shown = inputs.shown_prompt("target", "Why?")
+    (ids,) = encode(inputs.target.tokenizer, [shown])
+    assert inputs.target.tokenizer.decode(ids) == shown
+    assert shown.count("assistant") == 2  # the name in its own system prompt, and the open turn
+    assert inputs.shown_prompt("source", "Why?") == "Why?\n\n"
+
+
+@pytest.mark.real_models
+def test_a_mapped_persona_shows_in_a_chat_models_answers(packaged):
+    _, table = packaged
+    trait = {(entry["persona"], entry["condition"]): entry["trait_probability"]["mean"] for entry in table}
+    for condition in ("ridge_mapped", "oracle"):
+        assert trait["formal", condition] > trait["formal", "baseline"] + 0.2
+        assert trait["formal", condition] > trait["formal", "wrong_persona"] + 0.2

@@ -1069,7 +1069,7 @@ def test_unusable_configuration_file_is_refused(content, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def real(all_threads, tmp_path_factory):
-    """The example configuration, much reduced, run on the packaged models."""
+    """A base model that goes on with texts, much reduced, on the packaged models."""
     reduced = {
         "n_training_samples": 60,
         "personas": ["formal", "cheerful"],
@@ -1078,12 +1078,12 @@ def real(all_threads, tmp_path_factory):
         "max_new_tokens": 8,
         "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
     }
-    experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
+    experiment = PersonaTransferExperiment({**load_json(ROOT / "configs/smol_to_gemma.json"), **reduced})
     return experiment.folder.path, experiment.run(), experiment
 
 
 @pytest.mark.real_models
-def test_example_experiment_runs_on_the_packaged_models(real):
+def test_experiment_runs_on_the_packaged_models(real):
     output_dir, table, _ = real
     assert visible_files(output_dir) == ARTIFACTS
     checks = load_json(output_dir / "preflight.json")["checks"]
