@@ -36,6 +36,7 @@ from evaluation import aggregate
 from experiment import grid, preflight
 from experiment.ablations import ablate_layers, ablate_samples
 from experiment.answers import with_answers
+from experiment.block_ablation import ablate_blocks
 from experiment.config import ExperimentConfig, load_config
 from experiment.development import required_doses, run_preflight, searched_doses
 from experiment.dry_run import describe_run
@@ -139,9 +140,9 @@ class PersonaTransferExperiment:
         return table
 
     def ablate(self, what: str) -> None:
-        """Repeat parts of the experiment with other layers or amounts of text; see `experiment.ablations`.
+        """Repeat parts of the experiment with other layers, text or numbers of blocks; see `ablations`.
 
-        what: `layers` or `samples`.
+        what: `layers`, `samples` or `blocks`.
         """
         with self._running():
             started = time.perf_counter()
@@ -149,6 +150,8 @@ class PersonaTransferExperiment:
             self.inputs = with_answers(inputs, self.folder, self.executor)
             if what == "layers":
                 headline = ablate_layers(self.inputs, self.folder, self.executor, self._run_layers)
+            elif what == "blocks":
+                headline = ablate_blocks(self.inputs, self.folder, self.executor)
             else:
                 headline = ablate_samples(self.inputs, self.folder)
             logger.info("ablation of %s done in %.0f s: %s", what, time.perf_counter() - started, headline)

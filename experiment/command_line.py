@@ -22,7 +22,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--output-dir", help="write there instead of the configuration's output_dir")
     parser.add_argument("--phase", type=int, choices=range(1, 6), help="run this phase alone")
     parser.add_argument(
-        "--ablate", choices=("layers", "samples"), help="instead of the phases: vary the layers or the text"
+        "--ablate",
+        choices=("layers", "samples", "blocks"),
+        help="instead of the phases: vary the layers, the amount of text, or how many blocks are steered",
     )
     parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")

@@ -164,7 +164,8 @@ class DoseConfig(_Strict):
     """The search for doses when `alpha_values` is `auto`; see `dose_search`.
 
     bracket: the weakest and the strongest dose to consider, times the median block-output norm without
-        massive dimensions, whatever `alpha_unit` is. n_seeds: texts a development prompt.
+        massive dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
+    n_seeds: texts a development prompt.
     bound: on the perplexity ratio's `excess` over what the persona's trait costs by itself, or `plain`.
     """
 

@@ -127,8 +127,9 @@ def preflight_alphas(inputs: Inputs, norm: ResidualNorm, persona: str) -> list[f
 
 
 def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
-    """Return the weakest and strongest dose to search, in units of alpha."""
+    """Return the weakest and strongest dose to search, in units of alpha, at each block that is steered."""
     unit = 1.0 if inputs.config.alpha_unit == "residual_norm" else norm.median
+    unit /= len(inputs.layer_pairs)
     low, high = inputs.config.dose.bracket
     return low * unit, high * unit
 

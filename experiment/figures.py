@@ -297,6 +297,43 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw how far the trait moves, and at what perplexity, over the number of blocks that are steered.
+
+    points: what `block_ablation.ablate_blocks` collects; a column of panels for each persona. Hollow points
+    were coherent at no dose.
+    """
+    personas = list(dict.fromkeys(point["persona"] for point in points))
+    sizes = sorted({len(point["target_layers"]) for point in points})
+    figure = Figure(figsize=(2.9 * len(personas) + 1.6, 5.2), layout="constrained")
+    panels = figure.subplots(2, len(personas), squeeze=False, sharex=True, sharey="row")
+    drawn = {}
+    for column, persona in enumerate(personas):
+        for row, metric in enumerate(("trait_change", "perplexity_ratio")):
+            panel = panels[row][column]
+            panel.axhline(row, color="grey", linewidth=0.8)
+            for method in dict.fromkeys(point["method"] for point in points):
+                own = [p for p in points if (p["persona"], p["method"]) == (persona, method)]
+                own = [point for point in own if point[metric] is not None]
+                x = [sizes.index(len(point["target_layers"])) for point in own]
+                y = [point[metric] for point in own]
+                style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5}
+                (drawn[method],) = panel.plot(x, y, label=method, linewidth=1, **style)
+                for place, point in zip(x, own, strict=True):
+                    if not point["is_coherent"]:
+                        panel.plot(place, point[metric], **style, markerfacecolor="white")
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0][column].set_title(as_label(persona), fontsize=10)
+        panels[1][column].set_xticks(range(len(sizes)), [*map(str, sizes[:-1]), f"all {sizes[-1]}"])
+        panels[1][column].set_yscale("log")
+        _number_plainly(panels[1][column].yaxis)
+    figure.supxlabel("blocks of the target that are steered", fontsize=10)
+    panels[0][0].set_ylabel("trait probability, change")
+    panels[1][0].set_ylabel("perplexity ratio (fluent ↓)")
+    figure.legend(handles=list(drawn.values()), loc="outside right upper", fontsize=8)
+    return figure
+
+
 def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
     """Draw held-out error over pairs (specification, "Figure 3"), and R2 over texts read.
 

@@ -234,6 +234,7 @@ def doses_fingerprint(inputs: Inputs) -> str:
     origins = [[cell.persona, cell.method, cell.origin] for cell in grid(inputs, [None])]
     settings = [inputs.config.dose.model_dump(), inputs.config.seed, sampling(inputs)]
     settings += [inputs.development_prompts, read_fingerprint(inputs)]  # the latter is the bracket's unit
+    settings += ["bracket of the whole band"] if inputs.band else []
     scorers = [classifier_fingerprint(inputs.labelled_personas), inputs.source.fingerprint]
     return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, origins, settings, scorers)
 

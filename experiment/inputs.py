@@ -352,7 +352,12 @@ def band_of(n_source: int, n_target: int) -> list[LayerPair]:
     inside = [layer for layer in range(n_target) if low <= (layer + 1) / n_target <= high]
     n = min(len(inside), BAND_SIZE)
     chosen = [inside[round(index * (len(inside) - 1) / max(1, n - 1))] for index in range(n)]
-    return [(max(0, round((layer + 1) * n_source / n_target) - 1), layer) for layer in chosen]
+    return [pair_by_depth(layer, n_source, n_target) for layer in chosen]
+
+
+def pair_by_depth(target_layer: int, n_source: int, n_target: int) -> LayerPair:
+    """Return a target block with the source's block that is as deep, relative to the number of blocks."""
+    return max(0, round((target_layer + 1) * n_source / n_target) - 1), target_layer
 
 
 def side_settings(config: ExperimentConfig, name: str) -> SideSettings:

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import re
@@ -658,6 +659,33 @@ def test_what_a_trait_costs_is_the_perplexity_of_its_labelled_texts(settings, tm
         for texts in labelled.values()
     ]
     assert found["loud"] == pytest.approx(math.exp(means[0] - means[1]), rel=1e-4)
+
+
+def test_ablation_of_blocks_searches_a_dose_for_each_band(settings, tmp_path, caplog):
+    ablation = {
+        **settings,
+        "methods": ["shuffled", "oracle"],
+        "alpha_unit": "residual_norm",
+        "dose": {"n_evaluations": 2, "n_seeds": 1, "max_perplexity_ratio": 1e6, "max_repetition_increase": 1},
+    }
+    caplog.set_level(logging.INFO)
+    assert run(tmp_path / "out", ablation, "--ablate", "blocks") == 0
+    points = load_json(tmp_path / "out" / "ablation_blocks.json")["points"]
+    bands = [[1], [0, 1, 2], [0, 1, 2, 3]]
+    cells = [(name, method) for name in ("loud", "numeric") for method in ("shuffled", "oracle")]
+    assert [(p["persona"], p["method"], p["target_layers"]) for p in points] == [
+        (*cell, band) for band in bands for cell in cells
+    ]
+    # No bound is broken, so that every dose is the strongest: that of one block, shared among the band.
+    for point in points:
+        assert point["alpha"] == pytest.approx(2.0 / len(point["target_layers"]))
+        assert point["perplexity_ratio"] > 0
+    assert (tmp_path / "out" / "figure4.png").stat().st_size > 10_000
+    before = (tmp_path / "out" / "ablation_blocks.json").read_bytes()
+    caplog.clear()
+    assert run(tmp_path / "out", ablation, "--ablate", "blocks") == 0
+    assert "24 generations, 24 of them already there" in caplog.text
+    assert (tmp_path / "out" / "ablation_blocks.json").read_bytes() == before
 
 
 # A dose for each condition
