@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def read_personas_and_prompts(
     }
     overlaps = OverlapCheck([*prompts[False], *prompts[True]])
     for persona in personas:
-        texts = [*persona.all_texts, *persona.questions]
+        texts = [*persona.all_texts, *persona.questions, *chain.from_iterable(persona.instructions)]
         leaking = [text for text in texts if overlaps.found_in(text)]
         asked = [text for text in persona.questions if text in prompts[True]]  # may be too short to overlap
         if leaking := [*leaking, *asked]:
