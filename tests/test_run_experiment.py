@@ -162,7 +162,7 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     content = load_tensors(finished / "persona_vectors.pt")
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for name, vectors in content["vectors"].items():
-        assert list(vectors) == [*METHODS, *KINDS]
+        assert list(vectors) == [*METHODS, *KINDS, "wrong_persona"]
         assert content["source_vectors"][name].shape == (32,)
         for vector in [*vectors.values(), content["source_vectors"][name]]:
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)
@@ -202,7 +202,8 @@ def test_texts_of_the_preflight_are_journalled(finished):
     ]
     cells = Counter((row["condition"], row["persona"], row["alpha"]) for row in development)
     steered = [("oracle", name, alpha) for name in ("loud", "numeric") for alpha in (1.0, 4.0)]
-    assert cells == dict.fromkeys([("baseline", None, None), *steered], 10)
+    n_prompts = len(load_prompts("development"))
+    assert cells == dict.fromkeys([("baseline", None, None), *steered], n_prompts)
     assert not {row["key"] for row in development} & texts(finished).keys()
 
 
@@ -738,17 +739,18 @@ def test_ratio_of_a_dose_is_that_of_its_texts(finished_auto):
     for line in (finished_auto / "evaluation_journal.jsonl").read_text().splitlines()[1:]:
         row = json.loads(line)["row"]
         if row["prompt"] in load_prompts("development"):
-            evaluated[row["condition"], row["persona"], row["alpha"], row["prompt"]] = row
+            text = (row["prompt"], row["seed"])
+            evaluated[row["condition"], row["persona"], row["alpha"], text] = row
     unsteered = {
         key[3]: row["independent_perplexity"] for key, row in evaluated.items() if key[0] == "baseline"
     }
     entry = load_json(finished_auto / "dose_search.json")["doses"][0]
     for point in entry["curve"]:
         logs = [
-            math.log(row["independent_perplexity"] / unsteered[prompt])
-            for (method, persona, alpha, prompt), row in evaluated.items()
+            math.log(row["independent_perplexity"] / unsteered[text])
+            for (method, persona, alpha, text), row in evaluated.items()
             if (method, persona, alpha) == (entry["method"], entry["persona"], point["alpha"])
-            and None not in (row["independent_perplexity"], unsteered[prompt])
+            and None not in (row["independent_perplexity"], unsteered[text])
         ]
         assert len(logs) == point["n_pairs"] > 0
         assert math.exp(sum(logs) / len(logs)) == pytest.approx(point["perplexity_ratio"])
@@ -783,7 +785,7 @@ def test_doses_at_the_ends_of_the_bracket_are_noted(auto, tmp_path):
 
 def test_dry_run_counts_the_texts_of_a_dose_search(auto, tmp_path, capsys):
     assert run(tmp_path / "out", auto, "--dry-run") == 0
-    n_texts = len(load_prompts("development")) * (1 + N_PERSONAS * len(METHODS) * 3)
+    n_texts = 2 * len(load_prompts("development")) * (1 + N_PERSONAS * len(METHODS) * 3)  # two seeds
     shown = capsys.readouterr().out
     assert f"dose search: {n_texts} generations" in shown
     assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * len(METHODS))} " in shown
