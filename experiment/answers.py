@@ -34,26 +34,27 @@ def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
 
     Raises InputError: no answer of a side is left.
     """
-    if inputs.config.extraction.kind != "responses":
+    personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
+    if not personas:
         return inputs
-    made_from = fingerprint([answers_fingerprint(inputs, persona) for persona in inputs.personas])
+    made_from = fingerprint([answers_fingerprint(inputs, persona) for persona in personas])
     content = folder.current(ANSWERS, made_from, expected(ANSWERS, inputs))
     if content is None:
         folder.lock()
         rows = [
             {"writer": writer, **row}
             for writer in dict.fromkeys(inputs.writers.values())
-            for persona in inputs.personas
+            for persona in personas
             for row in _scored(inputs, folder, executor, persona, writer)
         ]
         content = folder.save(ANSWERS, made_from, {"n": len(rows), "rows": rows})
     kept = {
         (writer, persona.name): _kept(persona, writer, content["rows"], folder)
         for writer in dict.fromkeys(inputs.writers.values())
-        for persona in inputs.personas
+        for persona in personas
     }
     by_side = {
-        side: {persona.name: kept[writer, persona.name] for persona in inputs.personas}
+        side: {persona.name: kept[writer, persona.name] for persona in personas}
         for side, writer in inputs.writers.items()
     }
     return replace(inputs, answers=by_side)

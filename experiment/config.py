@@ -140,11 +140,13 @@ def _definition(value: Any) -> Any:
 class ExtractionConfig(_Strict):
     """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509); see `answers`.
 
+    from_texts: personas that are made from texts, where the kind is `responses`.
     n_questions: of each persona's, asked under each of its system prompts; all by default. n_seeds: answers
         to each. max_new_tokens: of an answer.
     """
 
     kind: Literal["texts", "responses"] = "texts"
+    from_texts: list[Name] = []
     n_questions: Count | None = None
     n_seeds: Count = 1
     max_new_tokens: LargeCount = 64
@@ -371,26 +373,32 @@ class ExperimentConfig(_Strict):
             )
 
     def _check_extraction(self) -> None:
-        reads_answers = self.extraction.kind == "responses"
-        if not reads_answers and self.persona_position == "response":
+        answering = [name for name in self.persona_names if self.kind_of(name) == "responses"]
+        if unknown := [name for name in self.extraction.from_texts if name not in self.persona_names]:
+            raise ValueError(f"extraction.from_texts names {unknown[0]!r}, which is no persona of this run")
+        if self.persona_position == "response":
             raise ValueError(
-                "persona_position 'response' reads answers to questions, which 'extraction' of kind "
-                "'responses' makes; choose that, or 'mean'"
+                "persona_position says how texts are read; answers are always read at the response's tokens: "
+                "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        if (
-            reads_answers
-            and "persona_position" in self.model_fields_set
-            and self.persona_position != "response"
-        ):
+        if answering and len(answering) == len(self.persona_names) and self._names("persona_position"):
             raise ValueError(
                 f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
                 "the mean over the response; leave persona_position out"
             )
-        if reads_answers and self.layer_idx == "auto":
+        if answering and self.layer_idx == "auto":
             raise ValueError(
                 "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
                 "'extraction' of kind 'texts'"
             )
+
+    def _names(self, key: str) -> bool:
+        """Return whether the configuration has another value than the default for a key."""
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    def kind_of(self, persona: str) -> str:
+        """Return what a persona's vectors are made from, `texts` or `responses`."""
+        return "texts" if persona in self.extraction.from_texts else self.extraction.kind
 
     def _check_band(self) -> None:
         source, target = self.source_layer_idx, self.target_layer_idx
@@ -441,7 +449,7 @@ class ExperimentConfig(_Strict):
         """Return the personas to run. Raises InputError: unknown name, or a side without texts."""
         personas = [self._load_persona(name) for name in self.persona_names]
         for persona in personas:
-            check_extraction(persona, self.extraction.kind)
+            check_extraction(persona, self.kind_of(persona.name))
         return personas
 
     def _load_persona(self, name: str) -> Persona:

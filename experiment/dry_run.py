@@ -57,9 +57,9 @@ def describe_run(inputs: Inputs) -> str:
             f"{minutes[-1]:.1f} min"
         )
     n_answers = 0
-    if config.extraction.kind == "responses":
+    if asked := [persona for persona in inputs.personas if persona.name in inputs.answering]:
         writers = dict.fromkeys(inputs.writers.values())
-        planned = [planned_answers(inputs, persona, name) for persona in inputs.personas for name in writers]
+        planned = [planned_answers(inputs, persona, name) for persona in asked for name in writers]
         n_answers = sum(map(len, planned))
         minutes.append(n_answers * generation * config.extraction.max_new_tokens / config.max_new_tokens / 60)
         search.append(f"answers that vectors are made from: {n_answers}, about {minutes[-1]:.1f} min")

@@ -241,7 +241,7 @@ def doses_fingerprint(inputs: Inputs) -> str:
 
 def _extracted(inputs: Inputs, persona: Persona) -> list[Any]:
     """Return what a persona's vectors are made from: its texts, or what its answers depend on."""
-    if inputs.config.extraction.kind == "texts":
+    if persona.name not in inputs.answering:
         return [persona.positive_texts, persona.negative_texts]
     return [answers_fingerprint(inputs, persona)]
 

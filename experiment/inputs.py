@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activation_extractor import PersonaVector
+from activation_extractor import PersonaVector, ReadText
 from experiment.config import ExperimentConfig
 from experiment.layer_search import check_memory
 from experiment.ray_executor import RayExecutor
@@ -121,6 +121,11 @@ class Inputs:
         )
 
     @property
+    def answering(self) -> list[str]:
+        """Names of the personas whose vectors are made from answers."""
+        return [name for name in self.config.persona_names if self.config.kind_of(name) == "responses"]
+
+    @property
     def writers(self) -> dict[str, str]:
         """Side -> the side whose answers its persona vectors are made from: its own, if it can be asked."""
         able = [name for name in ("target", "source") if name in self.chat_sides]
@@ -159,18 +164,11 @@ class Inputs:
 
     def native_vectors(self) -> list[NativeVectors]:
         """Measure each side's own vectors; for each layer pair, side name -> persona -> vector."""
-        reads_answers = self.config.extraction.kind == "responses"
-        position = "response" if reads_answers else self.config.persona_position
         measured = {}
         for number, side in enumerate(self.sides):
             wanted = [pair[number] for pair in self.layer_pairs]
             for persona in self.personas:
-                texts = (persona.positive_texts, persona.negative_texts)
-                if reads_answers:
-                    texts = [
-                        [(self.shown_question(side.name, asked), answer) for asked, answer in answers]
-                        for answers in self.answers[side.name][persona.name]
-                    ]
+                texts, position = self._extracted(side.name, persona)
                 vectors = side.extractor.measure_persona_vectors(*texts, wanted, position)
                 measured[side.name, persona.name] = [vectors[layer] for layer in wanted]
         return [
@@ -182,6 +180,14 @@ class Inputs:
             }
             for index in range(len(self.layer_pairs))
         ]
+
+    def _extracted(self, side: str, persona: Persona) -> tuple[Sequence[Sequence[ReadText]], str]:
+        """Return the positive and negative texts or answers of a persona, and where they are read."""
+        if persona.name not in self.answering:
+            return (persona.positive_texts, persona.negative_texts), self.config.persona_position
+        by_sign = self.answers[side][persona.name]
+        read = [[(self.shown_question(side, asked), answer) for asked, answer in found] for found in by_sign]
+        return read, "response"
 
     def neutral_activations(self, n_texts: int) -> list[Tensor]:
         """Return the target's activations where the map learns, (n, d_target) for each layer pair."""
@@ -300,7 +306,7 @@ def _check_models(inputs: Inputs) -> None:
             widths.append(dict.fromkeys(extractor.check_layers(wanted), extractor.d_model))
     if widths:
         check_memory(*widths)
-    if config.extraction.kind == "responses" and not inputs.chat_sides:
+    if inputs.answering and not inputs.chat_sides:
         raise InputError(
             "'extraction' of kind 'responses' asks a chat model, but neither model is one (prompt_format: "
             f"{config.prompt_format!r}); choose kind 'texts', or give an instruct model"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import error_lines, run, tiny_settings
+from tiny_runs import NUMERIC, error_lines, run, tiny_settings
 
 from activation_extractor import ActivationExtractor
 from evaluation import Evaluator, continuation_perplexities
@@ -336,9 +336,14 @@ def test_other_questions_make_other_vectors_and_texts(responses):
             "searches with text pairs",
         ),
         ({"prompt_format": "raw"}, "neither model is one"),
+        ({"extraction": {"kind": "responses", "from_texts": ["loud"]}}, "has no positive texts"),
+        ({"extraction": {"kind": "responses", "from_texts": ["shy"]}}, "names 'shy', which is no persona"),
         ({"source_prompt_format": "chat"}, "tokenizer of the source model has no chat template"),
         ({"prompt_format": "raw", "extraction": {}, "system_prompt": "Hm."}, "system_prompt is of use"),
-        ({"extraction": {"kind": "texts"}, "persona_position": "response"}, "reads answers to questions"),
+        (
+            {"extraction": {"kind": "texts"}, "persona_position": "response"},
+            "always read at the response's tokens",
+        ),
         ({"persona_datasets": {"loud": "no/such/file.json"}}, "no/such/file.json"),
         ({"persona_datasets": {"loud": {**TRAIT, "instruction": [{"pos": "Shout."}]}}}, "instruction.0.neg"),
     ],
@@ -364,6 +369,21 @@ def test_answers_that_are_all_left_out_are_counted(responses, tmp_path, capsys, 
     (line,) = error_lines(capsys)
     assert "none of the 4 positive answers of the target model show the trait" in line
     assert "extraction.n_seeds" in line
+
+
+def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses, tmp_path):
+    _, changed = responses
+    both = {"loud": changed["persona_datasets"]["loud"], "numeric": NUMERIC}
+    extraction = {**changed["extraction"], "from_texts": ["numeric"]}
+    settings = {**changed, "persona_datasets": both, "extraction": extraction, "persona_position": "mean"}
+    assert run(tmp_path / "out", settings) == 0
+    rows = load_json(tmp_path / "out" / "extraction_answers.json")["rows"]
+    assert {row["persona"] for row in rows} == {"loud"}
+    inputs = load_inputs(load_config({**settings, "output_dir": str(tmp_path / "out")}))
+    texts = (NUMERIC["positive_texts"], NUMERIC["negative_texts"])
+    expected = inputs.target.extractor.extract_persona_vector(*texts, "mean")
+    found = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]["numeric"]["oracle"]
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 # Real models
