@@ -236,7 +236,7 @@ class PersonaTransferExperiment:
         content = folder.current(name, made_from, expected(name, inputs))
         if content is None:
             maps = maps or load_maps(inputs, folder)
-            transferred = transfer_all(inputs.layer_pairs, inputs.native_vectors(), maps, self.config.seed)
+            transferred = transfer_all(inputs.layer_pairs, inputs.native_vectors, maps, self.config.seed)
             content = folder.save(name, made_from, transferred)
         report = {key: content[key] for key in ("personas", "residual_norm")}
         folder.save("persona_similarities.json", made_from, report)

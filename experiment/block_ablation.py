@@ -40,7 +40,7 @@ def ablate_blocks(inputs: Inputs, folder: RunFolder, executor: Any) -> str:
     everything = inputs.at_band(bands[-1])
     pairs = everything.layer_pairs
     maps = dict(zip(pairs, learn_maps(everything, folder, executor), strict=True))
-    natives = dict(zip(pairs, everything.native_vectors(), strict=True))
+    natives = dict(zip(pairs, everything.native_vectors, strict=True))
     costs = trait_costs(inputs, executor) if inputs.config.dose.bound == "excess" else {}
     points, made_from = [], []
     for band in bands:

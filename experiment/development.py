@@ -70,7 +70,7 @@ def write_development(
 
 def run_preflight(inputs: Inputs, folder: RunFolder, executor: Any) -> list[preflight.Check]:
     """Run the checklist: technical checks, and if they pass, whether the experiment's premises hold."""
-    by_pair = inputs.native_vectors()
+    by_pair = inputs.native_vectors
     natives = by_pair[len(by_pair) // 2]
     checks = [
         check for side in inputs.sides for check in preflight.check_extraction(side.name, side.extractor)

@@ -248,17 +248,26 @@ def _extracted(inputs: Inputs, persona: Persona) -> list[Any]:
 
 def answers_fingerprint(inputs: Inputs, persona: Persona) -> str:
     """Of the answers that a persona's vectors are made from, and of how both models read them."""
-    planned = {name: planned_answers(inputs, persona, name) for name in sorted(set(inputs.writers.values()))}
-    keys = [[name, inputs.side(name).fingerprint, rows_fingerprint(rows)] for name, rows in planned.items()]
-    read = [[side.name, inputs.shown_question(side.name, "?")] for side in inputs.sides]
+    settings, seed = inputs.config.extraction, inputs.config.seed
+    asked = [persona.instructions, persona.questions[: settings.n_questions], settings.n_seeds, seed]
+    writers = [
+        [side, name, inputs.side(name).fingerprint, inputs.shown_question(name, "?", "!")]
+        for side, name in inputs.writers.items()
+    ]
+    read = [inputs.shown_question(side.name, "?") for side in inputs.sides]
     judge = [_judge(inputs.config.judge), _described(persona)] if inputs.judge else None
-    return fingerprint(keys, read, inputs.writers, classifier_fingerprint(inputs.labelled_personas), judge)
+    scorer = classifier_fingerprint(inputs.labelled_personas)
+    return fingerprint(asked, _answer_sampling(inputs), writers, read, scorer, judge)
+
+
+def _answer_sampling(inputs: Inputs) -> list[Any]:
+    config = inputs.config
+    return [config.extraction.max_new_tokens, config.temperature, config.top_k, config.top_p]
 
 
 def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
     """Return a row for each answer that a side's model is to give under a persona's system prompts."""
-    settings, config = inputs.config.extraction, inputs.config
-    sampled = [settings.max_new_tokens, config.temperature, config.top_k, config.top_p]
+    settings, config, sampled = inputs.config.extraction, inputs.config, _answer_sampling(inputs)
     rows = []
     for number, pair in enumerate(persona.instructions):
         for is_positive, system_prompt in zip((True, False), pair, strict=True):

@@ -7,7 +7,7 @@ components below take plain arguments.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,9 @@ class Inputs:
                 break
         return texts
 
+    @cached_property
     def native_vectors(self) -> list[NativeVectors]:
-        """Measure each side's own vectors; for each layer pair, side name -> persona -> vector."""
+        """Each side's own vectors, measured on first use; for each layer pair, side name -> persona -> vector."""
         measured = {}
         for number, side in enumerate(self.sides):
             wanted = [pair[number] for pair in self.layer_pairs]
