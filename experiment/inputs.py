@@ -164,7 +164,7 @@ class Inputs:
 
     @cached_property
     def native_vectors(self) -> list[NativeVectors]:
-        """Each side's own vectors, measured on first use; for each layer pair, side name -> persona -> vector."""
+        """For each layer pair, side name -> persona -> its own vector; measured on first use."""
         measured = {}
         for number, side in enumerate(self.sides):
             wanted = [pair[number] for pair in self.layer_pairs]
