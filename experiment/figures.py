@@ -7,6 +7,7 @@ PNG files carry the fingerprint of their data.
 """
 
 import logging
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -383,7 +384,7 @@ def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw a panel a persona: coherence (better to the right) against trait strength (stronger up).
+    """Draw a panel a persona, three in a row: coherence (better to the right) against trait strength (up).
 
     table: what `evaluation.aggregate` returns. A line joins a condition's alphas, the largest
     drawn largest. Bars are one standard error of the mean. Without a judge, coherence is the
@@ -391,8 +392,15 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """
     coherence, trait = choose_axes(table)
     personas = list(dict.fromkeys(entry["persona"] for entry in table))
-    figure = Figure(figsize=(4.4 * len(personas) + 1.2, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(personas), squeeze=False)[0]
+    n_columns = min(3, len(personas))
+    n_rows = math.ceil(len(personas) / n_columns)
+    figure = Figure(figsize=(4.4 * n_columns + 1.2, 3.6 * n_rows + 0.6), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False)
+    left = panels[:, 0]
+    panels = panels.flatten()
+    for panel in panels[len(personas) :]:
+        panel.remove()
+    panels = panels[: len(personas)]
     for panel, persona in zip(panels, personas, strict=True):
         entries = [entry for entry in table if entry["persona"] == persona]
         _draw_persona(panel, entries, coherence, trait)
@@ -402,7 +410,8 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     judged = coherence == "gpt4_coherence_score"
     label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
     figure.supxlabel(label, fontsize=10)
-    panels[0].set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean ± s.e.")
+    for panel in left:
+        panel.set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean ± s.e.")
     drawn = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
