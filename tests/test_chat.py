@@ -398,6 +398,7 @@ def packaged(all_threads, tmp_path_factory):
         "target_layer_idx": [11, 14],
         "n_training_samples": 60,
         "personas": ["formal", "pirate"],
+        "extraction": {"kind": "responses", "from_texts": ["formal"], "n_questions": 4, "max_new_tokens": 32},
         "n_test_prompts": 6,
         "alpha_values": [0.12],
         "max_new_tokens": 16,
@@ -418,6 +419,21 @@ def test_of_the_packaged_pair_the_instruct_model_is_shown_a_template(packaged):
     assert inputs.target.tokenizer.decode(ids) == shown
     assert shown.count("assistant") == 2  # the name in its own system prompt, and the open turn
     assert inputs.shown_prompt("source", "Why?") == "Why?\n\n"
+
+
+@pytest.mark.real_models
+def test_answers_that_do_not_show_the_trait_they_were_asked_for_are_left_out(packaged):
+    inputs, _ = packaged
+    rows = load_json(Path(inputs.config.output_dir) / "extraction_answers.json")["rows"]
+    assert len(rows) == 2 * 5 * 4
+    assert {row["persona"] for row in rows} == {"pirate"}
+    scores = inputs.classifiers["pirate"].score([row["output"] for row in rows])
+    for row, score in zip(rows, scores, strict=True):
+        assert row["trait"] == pytest.approx(score, abs=1e-4)
+        assert row["is_kept"] is ((score >= 0.5) is row["is_positive"])
+    kept = {sign: sum(row["is_kept"] for row in rows if row["is_positive"] is sign) for sign in (True, False)}
+    assert 0 < kept[True] < 20
+    assert kept[False] > 10
 
 
 @pytest.mark.real_models
