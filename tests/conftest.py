@@ -1,5 +1,7 @@
 """Shared fixtures: tiny seeded models on disk and in memory."""
 
+import os
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -7,7 +9,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from support.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
-N_THREADS = torch.get_num_threads()
+N_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 SENTENCES = [
     "the cat sat on the mat",
     "a dog ran in the park",
@@ -29,7 +31,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def all_threads():
-    """For the real models."""
+    """For the real models: a share of the cores, since processes that fight for them are slower than one."""
     torch.set_num_threads(N_THREADS)
     yield
     torch.set_num_threads(1)
