@@ -239,23 +239,17 @@ class Evaluator:
         texts = {"prompt": plain_text(row["prompt"]), "output": row["output"]}
         prompts = [COHERENCE_PROMPT.format(**texts)]
         if row.get("persona"):
-            prompts.append(self._trait_prompt(row))
+            prompts.append(self.trait_prompt(row))
         return prompts
 
-    def _trait_prompt(self, row: Mapping[str, Any]) -> str:
+    def trait_prompt(self, row: Mapping[str, Any]) -> str:
+        """Return what the judge is asked about a row's trait; rows: see `evaluate_batch`."""
         persona, asked = row["persona"], plain_text(row["prompt"])
         if eval_prompt := self.eval_prompts.get(persona):
             filled = eval_prompt.replace("{question}", asked).replace("{answer}", row["output"])
             return f"{filled}\n\n{ONE_DIGIT}"
         description = self.descriptions.get(persona, "")
         return TRAIT_PROMPT.format(name=persona, description=description, prompt=asked, output=row["output"])
-
-    def judge_traits(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-        """Return the judge's score of each row's trait, 1 to 5, or None; rows: see `evaluate_batch`."""
-        prompts = [self._trait_prompt(row) for row in rows]
-        unique = list(dict.fromkeys(prompts))
-        scores = {unique[number]: judgement.score for number, judgement in self.judge.judge_each(unique)}
-        return [scores[prompt] for prompt in prompts]
 
 
 def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence[Item]) -> list[Value]:

@@ -8,14 +8,16 @@ Each model reads its own answers. One that cannot be asked reads the other's, as
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from evaluation import Evaluator
-from experiment.grid import Row, answers_fingerprint, planned_answers
+from experiment.grid import Row, answers_fingerprint, judge_settings, planned_answers
 from experiment.inputs import Inputs
 from experiment.journalled import write_answers
 from experiment.structures import expected
+from scoring.judge_answers import Judgement
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.run_folder import RunFolder
@@ -26,13 +28,14 @@ logger = logging.getLogger(__name__)
 ANSWERS = "extraction_answers.json"
 DECIDED = 0.5  # trait probability from which an answer shows it
 JUDGED = 3.0  # middle of a judge's scale
+MOST_UNJUDGED = 0.05  # share of a persona's answers without a judgement that a vector may go without
 SHOWN = 90  # characters of an answer in the log
 
 
 def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
     """Return the inputs with the answers that persona vectors are made from; without responses, as they are.
 
-    Raises InputError: no answer of a side is left.
+    Raises InputError: no answer of a side is left, or a judge has failed on more than one in twenty.
     """
     personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
     if not personas:
@@ -61,27 +64,55 @@ def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
 
 
 def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, writer: str) -> list[Row]:
-    """Return a persona's answers with their score, and whether each is kept."""
+    """Return a persona's answers with their score, or why a judge gave none, and whether each is kept."""
     rows = write_answers(inputs, folder, executor, planned_answers(inputs, persona, writer), writer)
+    middle = None
+    judgements = [Judgement(None)] * len(rows)
     if inputs.judge:
-        evaluator = Evaluator(
-            inputs.target.model,
-            inputs.target.tokenizer,
-            use_gpt4=True,
-            judge=inputs.judge,
-            descriptions={persona.name: persona.description},
-            eval_prompts={persona.name: persona.eval_prompt},
-        )
-        scores, middle = evaluator.judge_traits(rows), JUDGED
+        judgements, middle = _judged(inputs, folder, persona, rows), JUDGED
+        failed = [judged.failure for judged in judgements if judged.failure]
+        if len(failed) > MOST_UNJUDGED * len(rows):
+            raise InputError(
+                f"persona {persona.name!r}: {len(failed)} of {len(rows)} answers of the {writer} model lack "
+                f"a judgement (first reason: {failed[0]}); run again to ask for these again"
+            )
     elif persona.name in inputs.classifiers:
         scores = inputs.classifiers[persona.name].score([row["output"] for row in rows])
-        middle = DECIDED
-    else:
-        scores, middle = [None] * len(rows), None
+        judgements, middle = list(map(Judgement, scores)), DECIDED
     return [
-        {**row, "trait": score, "is_kept": _is_kept(row, score, middle)}
-        for row, score in zip(rows, scores, strict=True)
+        {
+            **row,
+            "trait": judged.score,
+            "failure": judged.failure,
+            "is_kept": _is_kept(row, judged.score, middle),
+        }
+        for row, judged in zip(rows, judgements, strict=True)
     ]
+
+
+def _judged(inputs: Inputs, folder: RunFolder, persona: Persona, rows: Sequence[Row]) -> list[Judgement]:
+    """Return the judge's judgement of each answer; those that the journal holds are not asked for again."""
+    evaluator = Evaluator(
+        inputs.target.model,
+        inputs.target.tokenizer,
+        descriptions={persona.name: persona.description},
+        eval_prompts={persona.name: persona.eval_prompt},
+    )
+    prompts = [evaluator.trait_prompt(row) for row in rows]
+    failures: dict[str, str] = {}
+    with folder.journal("answer_judgements", fingerprint(judge_settings(inputs.config.judge))) as journal:
+        new = {fingerprint(prompt): prompt for prompt in prompts}
+        new = {key: prompt for key, prompt in new.items() if key not in journal.rows}
+        keys = list(new)
+        with closing(inputs.judge.judge_each(list(new.values()))) as answers:
+            for number, judgement in answers:
+                if judgement.failure:
+                    failures[keys[number]] = judgement.failure
+                else:
+                    journal.append([{"key": keys[number], "score": judgement.score}])
+        known = {key: row["score"] for key, row in journal.rows.items()}
+    asked = map(fingerprint, prompts)
+    return [Judgement(known.get(key), failures.get(key)) for key in asked]
 
 
 def _is_kept(row: Row, score: float | None, middle: float | None) -> bool:
@@ -114,10 +145,16 @@ def _kept(
         example = " ".join(kept[0]["output"].split())[:SHOWN]
         counted = f"{persona.name}: {len(kept)} of {len(asked)} {name} answers of the {writer} model are kept"
         logger.info("%s, such as %r", counted, example)
+        if failed := [row["failure"] for row in asked if row["failure"]]:
+            folder.notes.append(
+                f"{persona.name}: {len(failed)} {name} answers of the {writer} model lack a judgement and "
+                f"are left out; first reason: {failed[0]}"
+            )
         if len(kept) * 2 < len(asked):
             folder.notes.append(f"{counted}; the others do not answer as their system prompts ask")
         sides.append(tuple((row["prompt"], row["output"]) for row in kept))
-    if rows and all(row["trait"] is None for row in rows if row["persona"] == persona.name):
+    of_persona = [row for row in rows if row["persona"] == persona.name]
+    if all(row["trait"] is None and not row["failure"] for row in of_persona):
         folder.notes.append(
             f"{persona.name}: no classifier and no judge has looked at its answers, so that all are kept"
         )

@@ -381,7 +381,7 @@ class ExperimentConfig(_Strict):
                 "persona_position says how texts are read; answers are always read at the response's tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        if answering and len(answering) == len(self.persona_names) and self._names("persona_position"):
+        if answering and len(answering) == len(self.persona_names) and self.persona_position != "last":
             raise ValueError(
                 f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
                 "the mean over the response; leave persona_position out"
@@ -391,10 +391,6 @@ class ExperimentConfig(_Strict):
                 "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
                 "'extraction' of kind 'texts'"
             )
-
-    def _names(self, key: str) -> bool:
-        """Return whether the configuration has another value than the default for a key."""
-        return getattr(self, key) != type(self).model_fields[key].default
 
     def kind_of(self, persona: str) -> str:
         """Return what a persona's vectors are made from, `texts` or `responses`."""

@@ -92,7 +92,7 @@ def grid_texts(inputs: Inputs, alphas: Alphas) -> list[Row]:
 
 def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
     """Return a row for each text and persona; the unsteered text is scored for every persona."""
-    judge = _judge(inputs.config.judge) if inputs.judge else None
+    judge = judge_settings(inputs.config.judge) if inputs.judge else None
     planned = []
     for text in texts:
         names = [text["persona"]] if text["persona"] else inputs.config.persona_names
@@ -100,7 +100,7 @@ def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
     return planned
 
 
-def _judge(settings: JudgeConfig) -> list[Any]:
+def judge_settings(settings: JudgeConfig) -> list[Any]:
     """Return what a judgement depends on; the default length of an answer is left out, as it always was."""
     long = [settings.max_answer_tokens] if settings.max_answer_tokens != 1 else []
     return [settings.model, settings.base_url, *long]
@@ -255,7 +255,7 @@ def answers_fingerprint(inputs: Inputs, persona: Persona) -> str:
         for side, name in inputs.writers.items()
     ]
     read = [inputs.shown_question(side.name, "?") for side in inputs.sides]
-    judge = [_judge(inputs.config.judge), _described(persona)] if inputs.judge else None
+    judge = [judge_settings(inputs.config.judge), _described(persona)] if inputs.judge else None
     scorer = classifier_fingerprint(inputs.labelled_personas)
     return fingerprint(asked, _answer_sampling(inputs), writers, read, scorer, judge)
 

@@ -93,7 +93,7 @@ def expected(name: str, inputs: Inputs) -> Any:
             "residual_norm": NORM,
             **of_band,
         },
-        "extraction_answers.json": {"n": int, "rows": [{**ANSWER, "trait": NUMBER}, ...]},
+        "extraction_answers.json": {"n": int, "rows": [{**ANSWER, "trait": NUMBER, "failure": TEXT}, ...]},
         "generation_results.json": {"n": int, "rows": [ROW, ...]},
         "dose_search.json": {"bound": Each(float), "doses": [DOSE, ...]},
         "ablation_samples.pt": {

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_server import chat_server, completion, error
 from tiny_runs import NUMERIC, error_lines, run, tiny_settings
 
 from activation_extractor import ActivationExtractor
 from evaluation import Evaluator, continuation_perplexities
+from experiment.answers import with_answers
 from experiment.config import load_config
 from experiment.grid import grid_texts
-from experiment.inputs import load_inputs
+from experiment.inputs import load_inputs, start_executor
 from run_experiment import PersonaTransferExperiment
+from scoring.gpt_judge import ONE_DIGIT
 from steered_generation import SteeredGenerator
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError
+from support.run_folder import RunFolder
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.chat import (
     is_for_instructions,
@@ -369,6 +373,40 @@ def test_answers_that_are_all_left_out_are_counted(responses, tmp_path, capsys, 
     (line,) = error_lines(capsys)
     assert "none of the 4 positive answers of the target model show the trait" in line
     assert "extraction.n_seeds" in line
+
+
+def test_a_judge_is_asked_a_trait_files_question_and_once(responses, tmp_path, capsys, monkeypatch, caplog):
+    _, changed = responses
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-check")
+    rows, is_down = [], True
+
+    def judge(prompt):
+        if is_down and "hat?" in prompt:
+            return error("overloaded", 400, code="content_filter")
+        return completion("4" if any(row["output"] in prompt and row["is_positive"] for row in rows) else "1")
+
+    changed = {**changed, "extraction": {**changed["extraction"], "n_questions": 3}, "use_gpt4": True}
+    with chat_server(judge) as server:
+        changed["judge"] = {"base_url": server.base_url, "max_workers": 1}
+        planned_inputs = load_inputs(load_config({**changed, "output_dir": str(tmp_path / "out")}))
+        assert run(tmp_path / "out", changed) == 2
+        (line,) = error_lines(capsys)
+        assert "4 of 12 answers of the target model lack a judgement (first reason: " in line
+        assert "run again" in line
+        assert not (tmp_path / "out" / "extraction_answers.json").exists()
+        journal = (tmp_path / "out" / "answers_target_journal.jsonl").read_text().splitlines()[1:]
+        rows += [json.loads(line)["row"] for line in journal]
+        n_asked, is_down = len(server.prompts), False
+        inputs = with_answers(planned_inputs, RunFolder(tmp_path / "out"), start_executor(planned_inputs))
+        asked = server.prompts[n_asked:]
+        assert len(asked) == 4  # what was judged is not paid for again
+        assert all("How loud is it? Where is my hat?" in prompt for prompt in asked)
+        assert all(prompt.endswith(ONE_DIGIT) for prompt in asked)
+    content = load_json(tmp_path / "out" / "extraction_answers.json")["rows"]
+    later = [row for row in content if row["prompt"] == "Where is my hat?"]
+    assert [row["trait"] for row in later] == [4 if row["is_positive"] else 1 for row in later]
+    assert all(row["is_kept"] for row in later)
+    assert {asked for asked, _ in inputs.answers["target"]["loud"][1]} >= {"Where is my hat?"}
 
 
 def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses, tmp_path):
