@@ -9,7 +9,6 @@ the perplexity of an independent model.
 
 import logging
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -25,6 +24,7 @@ from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
+from scoring.broken_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units
 from scoring.gpt_judge import COHERENCE_PROMPT, ONE_DIGIT, TRAIT_PROMPT, GPTJudge, Judgement
 from scoring.trait_classifier import TraitClassifier
 from support.errors import InputError
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-REPETITION_N = 3
-COLLAPSE_THRESHOLD = 0.5
 METRICS = (
     "perplexity",
     "independent_perplexity",
@@ -344,20 +342,15 @@ def repetition_metrics(text: str) -> dict[str, Any]:
     Units are words and punctuation marks, lower case. A rate is None where the text has too
     few units for it.
     """
-    units = re.findall(r"\w+|[^\w\s]", text.casefold())
-    repetition = None if (ratio := _distinct(units, REPETITION_N)) is None else 1 - ratio
+    found = units(text)
+    repetition = None if (ratio := distinct_share(found, REPETITION_N)) is None else 1 - ratio
     return {
         "repetition": repetition,
         "is_collapsed": None if repetition is None else repetition > COLLAPSE_THRESHOLD,
-        "distinct_1": _distinct(units, 1),
-        "distinct_2": _distinct(units, 2),
-        "n_words": sum(unit[0].isalnum() for unit in units),
+        "distinct_1": distinct_share(found, 1),
+        "distinct_2": distinct_share(found, 2),
+        "n_words": sum(unit[0].isalnum() for unit in found),
     }
-
-
-def _distinct(units: list[str], n: int) -> float | None:
-    grams = list(zip(*(units[start:] for start in range(n)), strict=False))
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

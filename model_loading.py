@@ -281,6 +281,15 @@ def resolve_device(device: str) -> torch.device:
     return chosen
 
 
+def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which whole texts are scored fastest: bfloat16 on a CPU that multiplies in it.
+
+    Such a CPU takes a quarter of float32's time. Elsewhere, it is the model's own.
+    """
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and dtype == torch.float32 else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else dtype
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the torch dtype for a configured name. Raises InputError for an unknown name."""
     if dtype == "auto":

@@ -117,6 +117,7 @@ class PersonaDefinition(_Strict):
     negative_texts: Texts = []
     labelled_positive_texts: Texts = []
     labelled_negative_texts: Texts = []
+    examination_texts: Texts = []
     instruction: Annotated[list[InstructionPair], Field(max_length=1000)] = []
     questions: Texts = []
     eval_prompt: String = ""

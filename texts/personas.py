@@ -33,6 +33,8 @@ class Persona:
     instructions: pairs of system prompts, for and against the trait. questions: asked under both.
     eval_prompt: asks a judge how strongly an answer shows the trait, 0 to 100, with the places {question}
         and {answer}.
+    examination: texts that show the trait in other genres and lengths, on which scorers are examined and
+        nothing is trained.
     """
 
     name: str
@@ -44,15 +46,17 @@ class Persona:
     instructions: tuple[tuple[str, str], ...] = ()
     questions: tuple[str, ...] = ()
     eval_prompt: str = ""
+    examination: tuple[str, ...] = ()
 
     @property
     def all_texts(self) -> list[str]:
-        """Every text that extraction reads or scoring learns from, for overlap checks."""
+        """Every text that extraction reads or scoring knows, for overlap checks."""
         return [
             *self.positive_texts,
             *self.negative_texts,
             *self.labelled_positive,
             *self.labelled_negative,
+            *self.examination,
         ]
 
 
@@ -96,8 +100,9 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
 
     definition: `description`, `positive_texts`, `negative_texts` or, as a trait file has them, `instruction`
         (pairs {"pos": ..., "neg": ...}), `questions` and `eval_prompt`; and, so that its trait can be
-        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`. Without
-        them, a definition with a shipped persona's name is scored by that one's labelled texts.
+        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`, and to examine the
+        scorers, `examination_texts`. Without them, a definition with a shipped
+        persona's name is scored by that one's labelled texts.
     Raises InputError: unknown name, a damaged file, or a side without texts.
     """
     if definition is not None:
@@ -111,6 +116,7 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
             tuple((pair["pos"], pair["neg"]) for pair in definition.get("instruction", ())),
             tuple(definition.get("questions", ())),
             definition.get("eval_prompt", ""),
+            tuple(definition.get("examination_texts", ())),
         )
         if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
             shipped = _read_persona(name)
@@ -118,6 +124,7 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
                 persona,
                 labelled_positive=shipped.labelled_positive,
                 labelled_negative=shipped.labelled_negative,
+                examination=shipped.examination,
             )
     else:
         persona = _read_persona(name)
@@ -141,7 +148,12 @@ def _read_persona(name: str) -> Persona:
         }
         instructions = tuple((pair["pos"], pair["neg"]) for pair in content.get("instruction", []))
         return Persona(
-            name, content["description"], *sides.values(), instructions, tuple(content.get("questions", []))
+            name,
+            content["description"],
+            *sides.values(),
+            instructions,
+            tuple(content.get("questions", [])),
+            examination=tuple(content.get("examination_texts", [])),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a persona file ({error!r}); see personas/formal.json") from error
@@ -177,8 +189,13 @@ def _check_persona(persona: Persona) -> None:
     for number, text in enumerate(texts, start=1):
         check_characters(text, f"persona {persona.name!r}: text {number} of {len(texts)}")
     used = set(persona.positive_texts + persona.negative_texts)
-    shared = used & set(persona.labelled_positive + persona.labelled_negative)
-    if shared:
+    labelled = set(persona.labelled_positive + persona.labelled_negative)
+    if known := labelled & set(persona.examination):
+        raise InputError(
+            f"persona {persona.name!r}: {len(known)} texts serve training and examination of scorers both "
+            f"({min(known)[:40]!r}); an examination needs texts that the scorer does not know"
+        )
+    if shared := used & (labelled | set(persona.examination)):
         raise InputError(
             f"persona {persona.name!r}: {len(shared)} texts serve extraction and scoring both "
             f"({sorted(shared)[0][:40]!r}); scoring must not see extraction texts"
@@ -189,7 +206,8 @@ def load_prompts(name: str) -> list[str]:
     """Return the prompts of `prompts/<name>.txt`, one a line.
 
     name: `test` (60) or `development` (24), beginnings of texts; or `test_questions`,
-        `development_questions`, as many.
+        `development_questions`, as many; or `ordinary_training` and `ordinary_examination`, texts without
+        any trait, for scorers.
     """
     lines = read_text(PROMPT_FOLDER / f"{name}.txt").splitlines()
     return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,82 @@
+"""Break texts, as a language model does that is steered too hard: what a trait scorer must not be fooled by.
+
+Words are what whitespace separates. A `random.Random` decides, so that texts come back the same.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+
+REPETITION_N = 3
+COLLAPSE_THRESHOLD = 0.5
+FEWEST_WORDS = 4  # of a text that can be broken
+LONGEST = 60  # words
+
+
+def cut(text: str, n_words: int, start: int = 0) -> str:
+    """Return n_words words of a text, from the word of index `start` on."""
+    return " ".join(text.split()[start : start + n_words])
+
+
+def any_cut(text: str, generator: random.Random, fewest: int = 6, most: int = 25) -> str:
+    """Return a part of a text, one in three from its middle, as generation at a limit leaves it."""
+    n_words = generator.randint(fewest, most)
+    last = max(0, len(text.split()) - fewest)
+    return cut(text, n_words, generator.choice([0, 0, generator.randint(0, last)]))
+
+
+def shuffled(text: str, generator: random.Random) -> str:
+    """Return the words of a text in another order."""
+    words = text.split()
+    generator.shuffle(words)
+    return " ".join(words)
+
+
+def loop(text: str, generator: random.Random) -> str:
+    """Return a few words of a text, repeated."""
+    words = text.split()
+    size = min(len(words), generator.choice([1, 2, 3, 5]))
+    start = generator.randint(0, len(words) - size)
+    return " ".join((words[start : start + size] * LONGEST)[: generator.randint(10, LONGEST)])
+
+
+def word_salad(words: Sequence[str], generator: random.Random) -> str:
+    """Return words drawn from many texts."""
+    return " ".join(generator.choice(words) for _ in range(generator.randint(5, LONGEST)))
+
+
+def units(text: str) -> list[str]:
+    """Return the words and punctuation marks of a text, lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.casefold())
+
+
+def distinct_share(units: Sequence[str], n: int) -> float | None:
+    """Return the different n-grams / all of them (Li et al. 2016), None if there are none."""
+    grams = list(zip(*(units[start:] for start in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def has_collapsed(text: str) -> bool:
+    """Tell whether most 3-grams of a text were there before."""
+    distinct = distinct_share(units(text), REPETITION_N)
+    return distinct is not None and 1 - distinct > COLLAPSE_THRESHOLD
+
+
+def can_be_broken(text: str) -> bool:
+    """Tell whether a text has enough words to be broken."""
+    return len(set(text.split())) >= FEWEST_WORDS
+
+
+def main() -> None:
+    """Check that breaking keeps words and loses their order."""
+    text, generator = "The sea is blue and wide today.", random.Random(0)
+    assert sorted(shuffled(text, generator).split()) == sorted(text.split())
+    assert shuffled(text, generator) != text
+    assert set(loop(text, generator).split()) < set(text.split())
+    assert cut(text, 2, 1) == "sea is"
+    assert has_collapsed("no no no no no no") and not has_collapsed(text)
+    print("broken_text OK:", loop(text, generator))
+
+
+if __name__ == "__main__":
+    main()

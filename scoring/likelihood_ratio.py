@@ -1,0 +1,185 @@
+"""Score how strongly a text shows a trait by a second, independent measure: a likelihood ratio (phase 5).
+
+A language model reads labelled texts that show the trait, then the text; and texts that do not, then the
+text. The difference of the text's log-likelihoods, per token, says after which it is the more expected. A
+logistic regression, trained on labelled texts that the model has not read before, makes it a probability.
+Broken text is unlikely after both, so a second regression, on the greater of the two log-likelihoods, tells
+texts from their shuffled words, and a text's score is the product: p(style) x p(words in order), or 0 if it
+does nothing but repeat itself.
+
+The model is the packaged SmolLM2-135M-Instruct, whichever models the run is about, so that the scores of
+different runs mean the same. Nothing of it is the sentence encoder, and no steering vector is made from
+what is measured here.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decoding.batching import run_in_batches
+from decoding.output_head import token_log_likelihoods
+from model_loading import fastest_dtype, filler_token_id, load_model, pad_tokens
+from scoring.broken_text import any_cut, can_be_broken, has_collapsed, shuffled
+from scoring.trait_classifier import FALSE_POSITIVES, IN_ORDER
+from support.artifacts import fingerprint
+from texts.personas import Persona, load_prompts
+
+SCORING_MODEL = "smollm2-135m-instruct"
+N_EXAMPLES = 6  # labelled texts that are read before
+N_TRAINING = 30  # of each kind, from which the regression learns
+LONGEST = 160  # tokens of a text that are scored
+BATCH_SIZE = 16
+INTRODUCTION = "Texts in the same style:\n\n"
+
+Scorer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@cache
+def load_scoring_model() -> Scorer:
+    """Return the packaged language model, in the dtype in which this machine is fastest."""
+    model, tokenizer = load_model(SCORING_MODEL)
+    return model.to(fastest_dtype(model.device, model.dtype)), tokenizer
+
+
+@dataclass(frozen=True)
+class LikelihoodRatio:
+    """A persona's scorer.
+
+    examples: the texts read before: those that show the trait, and those that do not, as one text each.
+    decision_point: as of a `TraitClassifier`. style, order: the two regressions.
+    """
+
+    persona: str
+    examples: tuple[str, str] = field(repr=False)
+    decision_point: float
+    style: Pipeline = field(repr=False)
+    order: Pipeline = field(repr=False)
+    scorer: Scorer = field(repr=False)
+
+    def score(self, texts: Sequence[str]) -> list[float | None]:
+        """Return each text's probability of the trait, None for an empty text. Equal texts are read once."""
+        unique = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+        if not unique:
+            return [None] * len(texts)
+        features = likelihood_features(self.scorer, self.examples, unique)
+        probabilities = _probabilities(self.style, self.order, features)
+        probabilities[[has_collapsed(text) for text in unique]] = 0.0
+        known = dict(zip(unique, map(float, probabilities), strict=True))
+        return [known.get(text.strip()) for text in texts]
+
+
+def likelihood_features(scorer: Scorer, examples: tuple[str, str], texts: Sequence[str]) -> np.ndarray:
+    """Return (n, 2), in nats per token: the log-likelihood ratio, and the greater of the log-likelihoods."""
+    after = [_log_likelihoods(scorer, example, texts) for example in examples]
+    return np.stack([after[0] - after[1], np.maximum(*after)], axis=1)
+
+
+@torch.inference_mode()
+def _log_likelihoods(scorer: Scorer, before: str, texts: Sequence[str]) -> np.ndarray:
+    """Return the mean log-likelihood of each text's tokens after what stands before, which is read once."""
+    model, tokenizer = scorer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else filler_token_id(model)
+    read = [start, *tokenizer(before, add_special_tokens=False)["input_ids"]]
+    # The last token of it is read with each text, for what it says of the text's first.
+    prefix = torch.tensor([read[:-1]], device=model.device)
+    cached = model(input_ids=prefix, use_cache=True).past_key_values
+    tokens = [ids[:LONGEST] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def run(indices: list[int]) -> list[float]:
+        batch = [[read[-1], *tokens[index]] for index in indices]
+        padded, _ = pad_tokens(batch, filler_token_id(model), "right", model.device)
+        state = copy.deepcopy(cached)
+        state.batch_repeat_interleave(len(batch))
+        logits = model(input_ids=padded, past_key_values=state).logits
+        means = []
+        for row, ids in enumerate(batch):
+            following = torch.tensor(ids[1:], device=logits.device)
+            means.append(token_log_likelihoods(logits[row, : len(ids) - 1], following).mean().item())
+        return means
+
+    return np.array(run_in_batches(run, list(map(len, tokens)), BATCH_SIZE, "likelihood ratios", quiet=True))
+
+
+def train_likelihood_ratios(
+    names: Sequence[str], personas: Sequence[Persona], load: Callable[[], Scorer] = load_scoring_model
+) -> dict[str, LikelihoodRatio]:
+    """Train a scorer for each named persona that has labelled texts.
+
+    personas: everything whose labelled texts may serve as negatives. load: returns the language model.
+    """
+    wanted = [persona for persona in personas if persona.name in names and persona.labelled_positive]
+    return {persona.name: _train(persona, personas, load()) for persona in wanted}
+
+
+def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
+    """Return what the scorers made from these personas depend on."""
+    rows = [[each.name, each.labelled_positive, each.labelled_negative] for each in personas]
+    settings: list[Any] = [SCORING_MODEL, N_EXAMPLES, N_TRAINING, LONGEST, INTRODUCTION]
+    return fingerprint(
+        rows,
+        load_prompts("ordinary_training"),
+        settings,
+        str(fastest_dtype(torch.device("cpu"), torch.float32)),
+    )
+
+
+def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> LikelihoodRatio:
+    generator = random.Random(0)
+    sides = [list(persona.labelled_positive), list(persona.labelled_negative)]
+    for side in sides:
+        random.Random(1).shuffle(side)  # of paired sides, in the same order
+    n_read = min(N_EXAMPLES, min(map(len, sides)) // 2)
+    examples = tuple(INTRODUCTION + "\n\n".join(side[:n_read]) + "\n\n" for side in sides)
+    positive, negative = (side[n_read : n_read + N_TRAINING] for side in sides)
+    others = [text for each in personas if each.name != persona.name for text in each.labelled_positive]
+    others = generator.sample(others, min(N_TRAINING, len(others)))
+    ordinary = load_prompts("ordinary_training")[:N_TRAINING]
+    natural = [*positive, *(any_cut(text, generator) for text in positive), *negative, *others, *ordinary]
+    labels = np.arange(len(natural)) < 2 * len(positive)
+    long = [number for number, text in enumerate(natural) if can_be_broken(text)]
+    broken = [shuffled(natural[number], generator) for number in long]
+    features = likelihood_features(scorer, examples, [*natural, *broken])
+    of_natural, of_broken = features[: len(natural)], features[len(natural) :]
+    style = _regression().fit(of_natural[:, :1], labels)
+    order = _regression().fit(
+        np.concatenate([of_natural[long, 1:], of_broken[:, 1:]]), np.repeat([True, False], len(long))
+    )
+    others = _probabilities(style, order, of_natural[~labels])
+    decision_point = max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES)))
+    return LikelihoodRatio(persona.name, examples, decision_point, style, order, scorer)
+
+
+def _regression() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+
+
+def _probabilities(style: Pipeline, order: Pipeline, features: np.ndarray) -> np.ndarray:
+    in_order = expit(order.decision_function(features[:, 1:]) - IN_ORDER)
+    return style.predict_proba(features[:, :1])[:, 1] * in_order
+
+
+def main() -> None:
+    """Check on a tiny model that texts have the same features one by one as together."""
+    from support.tiny_models import tiny_model, tiny_tokenizer
+
+    scorer = (tiny_model(), tiny_tokenizer())
+    texts = ["The sea is blue.", "Rain falls on the hill and on the sea."]
+    together = likelihood_features(scorer, ("The sea is blue.\n\n", "Rain\n\n"), texts)
+    alone = [likelihood_features(scorer, ("The sea is blue.\n\n", "Rain\n\n"), [text])[0] for text in texts]
+    assert np.allclose(together, alone, atol=1e-4)
+    print(f"likelihood_ratio OK: {together[0, 0]:+.3f} nats a token")
+
+
+if __name__ == "__main__":
+    main()
