@@ -26,7 +26,8 @@ from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
 from scoring.broken_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units
 from scoring.gpt_judge import COHERENCE_PROMPT, ONE_DIGIT, TRAIT_PROMPT, GPTJudge, Judgement
-from scoring.trait_classifier import TraitClassifier
+from scoring.likelihood_ratio import LikelihoodRatio
+from scoring.trait_classifier import TraitClassifier, score_texts
 from support.errors import InputError
 from texts.chat import Prompt, plain_text, prompt_text
 from texts.encoding import encode_continuations
@@ -45,6 +46,7 @@ METRICS = (
     "n_words",
     "n_characters",
     "trait_probability",
+    "likelihood_probability",
     "gpt4_coherence_score",
     "gpt4_trait_score",
 )
@@ -60,6 +62,8 @@ class EvaluationResult:
     is_collapsed: repetition over 0.5.
     distinct_1, distinct_2: different uni- and bigrams / all of them (Li et al. 2016).
     trait_probability: by the persona's classifier; classifier_auc is its cross-validated AUC.
+    trait_probabilities: persona -> the same by the classifier of each, also of those not steered for.
+    likelihood_probability: of the persona's trait, by the likelihood ratio of a language model.
     gpt4_coherence_score, gpt4_trait_score: 1 to 5; gpt4_failure says why one is missing.
     """
 
@@ -75,6 +79,8 @@ class EvaluationResult:
     n_words: int
     n_characters: int
     trait_probability: float | None
+    trait_probabilities: dict[str, float | None]
+    likelihood_probability: float | None
     classifier_auc: float | None
     gpt4_coherence_score: float | None
     gpt4_trait_score: float | None
@@ -86,7 +92,8 @@ class Evaluator:
 
     model, tokenizer: the target, without steering; gives `perplexity`.
     use_gpt4: ask `judge` (by default a GPTJudge that reads OPENAI_API_KEY) for both scores.
-    classifiers: persona -> TraitClassifier. descriptions: persona -> text for the trait judge.
+    classifiers: persona -> TraitClassifier. likelihood_ratios: persona -> LikelihoodRatio.
+    descriptions: persona -> text for the trait judge.
     eval_prompts: persona -> what the trait judge is asked instead, with the places {question} and {answer}.
     independent: (model, tokenizer) for `independent_perplexity`.
     batch_size: texts a batch for perplexity; halved when memory runs out.
@@ -102,6 +109,7 @@ class Evaluator:
         descriptions: Mapping[str, str] | None = None,
         eval_prompts: Mapping[str, str] | None = None,
         independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        likelihood_ratios: Mapping[str, LikelihoodRatio] | None = None,
         batch_size: int = 8,
     ) -> None:
         """Raises InputError: use_gpt4 without a judge and without a key."""
@@ -112,6 +120,7 @@ class Evaluator:
         self.descriptions = dict(descriptions or {})
         self.eval_prompts = dict(eval_prompts or {})
         self.independent = independent
+        self.likelihood_ratios = dict(likelihood_ratios or {})
         self.batch_size = batch_size
 
     def evaluate_single(
@@ -160,6 +169,7 @@ class Evaluator:
         """
         wanted = range(len(rows)) if wanted is None else wanted
         traits = self._trait_probabilities(rows)
+        likelihoods = self._likelihood_probabilities(rows, set(wanted))
 
         def result(index: int, coherence: Judgement, trait: Judgement) -> EvaluationResult:
             row = rows[index]
@@ -172,7 +182,9 @@ class Evaluator:
                 independent_perplexity=independent[index],
                 **repetition_metrics(row["output"]),
                 n_characters=len(row["output"].strip()),
-                trait_probability=traits[index],
+                trait_probability=traits[index].get(row.get("persona")),
+                trait_probabilities=traits[index],
+                likelihood_probability=likelihoods[index],
                 classifier_auc=classifier.auc if classifier else None,
                 gpt4_coherence_score=coherence.score,
                 gpt4_trait_score=trait.score,
@@ -200,11 +212,21 @@ class Evaluator:
             return [None] * len(prompts)
         return continuation_perplexities(*scorer, prompts, outputs, self.batch_size)
 
-    def _trait_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    def _trait_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+        """Return persona -> score of each row's text, by the classifiers of all personas."""
+        scores = score_texts(list(self.classifiers.values()), [row["output"] for row in rows])
+        return [
+            {name: found[index] for name, found in zip(self.classifiers, scores, strict=True)}
+            for index in range(len(rows))
+        ]
+
+    def _likelihood_probabilities(
+        self, rows: Sequence[Mapping[str, Any]], wanted: set[int]
+    ) -> list[float | None]:
         scores: list[float | None] = [None] * len(rows)
-        for persona, classifier in self.classifiers.items():
-            indices = [index for index, row in enumerate(rows) if row.get("persona") == persona]
-            of_persona = classifier.score([rows[index]["output"] for index in indices])
+        for persona, scorer in self.likelihood_ratios.items():
+            indices = [index for index in sorted(wanted) if rows[index].get("persona") == persona]
+            of_persona = scorer.score([rows[index]["output"] for index in indices])
             for index, score in zip(indices, of_persona, strict=True):
                 scores[index] = score
         return scores

@@ -43,7 +43,6 @@ from experiment.dry_run import describe_run
 from experiment.figures import (
     coherence_trait_figure,
     draw_once,
-    energy_figure,
     layer_search_figure,
     mapping_figure,
     save_figure,
@@ -52,6 +51,7 @@ from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, st
 from experiment.journalled import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
 from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
+from experiment.outcome import conclude
 from experiment.ray_executor import RayExecutor
 from experiment.structures import expected
 from experiment.tables import format_cosines, format_maps, format_table
@@ -240,7 +240,6 @@ class PersonaTransferExperiment:
             content = folder.save(name, made_from, transferred)
         report = {key: content[key] for key in ("personas", "residual_norm")}
         folder.save("persona_similarities.json", made_from, report)
-        draw_once(folder, "persona_energy.png", made_from, energy_figure, content["energy_curves"])
         logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
         steering = SteeringVectors.from_content(content)
         norm = steering.middle_norm
@@ -282,12 +281,15 @@ class PersonaTransferExperiment:
         """
         inputs, folder, name = self.inputs, self.folder, "aggregated_results.json"
         planned = grid.planned_evaluations(inputs, texts or self._written_texts())
-        rows, n_new = evaluate_texts(inputs, folder, self.executor, planned, inputs.judge)
+        rows, n_new = evaluate_texts(
+            inputs, folder, self.executor, planned, inputs.judge, inputs.config.likelihood_ratio
+        )
         save_rows(folder, "eval_results.json", rows)
         folder.notes += missing_notes(rows)
         made_from = grid.rows_fingerprint(planned)
         table = folder.save(name, made_from, {"conditions": aggregate(rows)})
         save_figure(coherence_trait_figure(table["conditions"]), folder.path / "figure1.png", made_from)
+        self.verdict = conclude(inputs, folder, self.executor, rows, made_from)
         return table, f"{len(rows)} texts, {n_new} of them new, {folder.path / name}"
 
     def _written_texts(self) -> list[dict[str, Any]]:

@@ -306,6 +306,8 @@ class ExperimentConfig(_Strict):
     use_gpt4: bool = False
     judge: JudgeConfig = JudgeConfig()
     independent_perplexity: bool = True
+    likelihood_ratio: bool = True
+    evaluation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     extraction_batch_size: LargeCount = 8
     generation_batch_size: LargeCount = 32
@@ -431,11 +433,17 @@ class ExperimentConfig(_Strict):
         return self.alpha_values[persona] if isinstance(self.alpha_values, dict) else self.alpha_values
 
     @property
+    def steering_methods(self) -> list[str]:
+        """The methods that add a vector: all but `prompted`."""
+        return [method for method in self.methods if method != "prompted"]
+
+    @property
     def n_cells(self) -> int:
-        """Unsteered text, and each persona x method x alpha."""
+        """Unsteered text, each persona x method x alpha, and each persona asked for in words."""
         is_auto = self.alpha_values == "auto"
         n_alphas = sum(1 if is_auto else len(self.alphas_of(name)) for name in self.persona_names)
-        return 1 + len(self.methods) * n_alphas
+        n_prompted = len(self.persona_names) * ("prompted" in self.methods)
+        return 1 + len(self.steering_methods) * n_alphas + n_prompted
 
     @property
     def seeds(self) -> list[int]:

@@ -177,7 +177,7 @@ def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> d
     path = folder.path / "dose_search.json"
     doses = doses_from_content(content, str(path))
     for cell in grid(inputs, [None]):
-        if cell.persona is not None and (cell.persona, cell.method) not in doses:
+        if cell.method not in ("baseline", "prompted") and (cell.persona, cell.method) not in doses:
             raise InputError(
                 f"{path} has no dose for {cell.persona}, {cell.method}; delete it to search for them again"
             )
@@ -238,7 +238,7 @@ def find_doses(
 
     (unsteered,) = texts_of([UNSTEERED])
     bound = DoseBound(config.dose.max_perplexity_ratio, config.dose.max_repetition_increase)
-    keys = [(name, method) for name in config.persona_names for method in config.methods]
+    keys = [(name, method) for name in config.persona_names for method in config.steering_methods]
     n_evaluations = config.dose.n_evaluations
     ends = bracket(inputs, steering.middle_norm)
     return search_doses(keys, measure, unsteered, ends, bound, n_evaluations, costs), bound

@@ -30,7 +30,7 @@ def describe_run(inputs: Inputs) -> str:
     What a run would refuse, `experiment.inputs.load_inputs` has refused before.
     """
     config = inputs.config
-    n_conditions = len(inputs.personas) * len(config.methods)
+    n_conditions = len(inputs.personas) * len(config.steering_methods)
     is_auto = config.alpha_values == "auto"
     n_cells = config.n_cells
     n_per_cell = len(inputs.prompts) * config.n_seeds

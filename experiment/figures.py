@@ -1,8 +1,9 @@
 """Draw the figures of a run.
 
 `layer_search.png` shows R2 and agreement of all layer pairs, `mapping_analysis.png` the fitted map (phase
-2), `persona_energy.png` what of the persona vectors it can reach (phase 3), `dose_search.png` the doses that
-were tried (phase 4), `figure1.png` coherence against trait strength (phase 5; specification, "Figure 1").
+2), `dose_search.png` the doses that were tried (phase 4), `figure1.png` coherence against trait strength
+(specification, "Figure 1"), `recovery.png` how much of the native effect the mapped vectors recover, and
+`off_target.png` what else a vector moves (phase 5).
 PNG files carry the fingerprint of their data.
 """
 
@@ -40,6 +41,8 @@ COLOURS = {
     "reduced_rank": "#cc79a7",
     "shuffled": "#666666",
     "wrong_persona": "#8c564b",
+    "random": "#bcbd22",
+    "prompted": "#17becf",
 }
 MARKERS = {
     "baseline": "*",
@@ -52,7 +55,11 @@ MARKERS = {
     "reduced_rank": "v",
     "shuffled": "+",
     "wrong_persona": "1",
+    "random": "2",
+    "prompted": "p",
 }
+
+SCORER_COLOURS = {"classifier": "#0072b2", "likelihood_ratio": "#d55e00", "brevity": "#009e73"}
 
 
 def save_figure(figure: Figure, path: Path, fingerprint: str) -> None:
@@ -229,30 +236,6 @@ def layer_search_figure(search: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def energy_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Draw how much of each persona vector of the target lies on axes that the map predicts well.
-
-    curves: persona -> what `RidgeMapping.energy_curve` returns.
-    """
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    panel = figure.subplots()
-    for name, curve in curves.items():
-        panel.plot(curve["r2"], curve["vector"], label=as_label(name))
-    first = next(iter(curves.values()))
-    panel.plot(first["r2"], first["activations"], color="black", linestyle=":", label="activations' variance")
-    panel.set(
-        xlabel="held-out R² of a principal axis of the target",
-        ylabel="share of energy on axes at least so well predicted",
-        ylim=(0, 1.02),
-        title="How much of the oracle vectors the map can reach",
-    )
-    panel.title.set_size(10)
-    panel.spines[["top", "right"]].set_visible(False)
-    # Listed, since a legend leaves out labels that begin with an underscore.
-    panel.legend(panel.lines[:], [line.get_label() for line in panel.lines], fontsize=8)
-    return figure
-
-
 def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw coherence and trait strength of every method over the layer pairs (specification, "Figure 2").
 
@@ -371,6 +354,68 @@ def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
         panel.title.set_size(10)
         panel.legend(fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def recovery_figure(found: Mapping[str, Any]) -> Figure:
+    """Draw how much of the native effect each persona's mapped vector recovers, by scorer, with intervals.
+
+    found: what `verdict.verdicts` returns. Hollow: a scorer without licence. Who has no native effect to
+    recover, or no bound, has no bar.
+    """
+    names = list(found)
+    figure = Figure(figsize=(6.5, 0.7 * len(names) + 1.5), layout="constrained")
+    panel = figure.subplots()
+    for value, style in ((0, "-"), (0.5, ":"), (1, "--")):
+        panel.axvline(value, color="grey", linewidth=0.8, linestyle=style)
+    drawn = {}
+    for row, name in enumerate(names):
+        for number, (scorer, decided) in enumerate(found[name]["scorers"].items()):
+            ratio = decided.get("recovery")
+            if not ratio or not all(map(math.isfinite, (ratio["low"], ratio["high"]))):
+                continue
+            colour = SCORER_COLOURS[scorer]
+            ends = [[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]]
+            drawn[scorer] = panel.errorbar(
+                [ratio["estimate"]],
+                [row + 0.2 * number],
+                xerr=ends,
+                fmt="o",
+                color=colour,
+                markerfacecolor=colour if decided["is_licensed"] else "white",
+                capsize=3,
+            )
+    labels = [f"{as_label(name)}: {found[name]['verdict']}" for name in names]
+    panel.set_yticks(range(len(names)), labels)
+    panel.invert_yaxis()
+    panel.set_xlabel("recovery: effect of the mapped vector / of the target's own (95 %)")
+    panel.spines[["top", "right"]].set_visible(False)
+    if drawn:
+        panel.legend(drawn.values(), [name.replace("_", " ") for name in drawn], fontsize=8)
+    return figure
+
+
+def off_target_figure(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Draw, for each method, the change of each persona's score (columns) under each one's vector (rows).
+
+    matrix: what `outcome.off_target` returns.
+    """
+    size = max(len(rows) for rows in matrix.values())
+    shape = ((0.7 * size + 2.2) * len(matrix) + 1, 0.6 * size + 2)
+    figure = Figure(figsize=shape, layout="constrained")
+    panels = figure.subplots(1, len(matrix), squeeze=False)[0]
+    for panel, (method, by_persona) in zip(panels, matrix.items(), strict=True):
+        names = list(by_persona)
+        scored = list(dict.fromkeys(name for row in by_persona.values() for name in row))
+        values = [[by_persona[name].get(other, math.nan) for other in scored] for name in names]
+        image = panel.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+        for row, of_row in enumerate(values):
+            for column, value in enumerate(of_row):
+                panel.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8)
+        panel.set_xticks(range(len(scored)), list(map(as_label, scored)), rotation=40, ha="right")
+        panel.set_yticks(range(len(names)), list(map(as_label, names)))
+        panel.set(title=method, xlabel="scored as", ylabel="steered for")
+    figure.colorbar(image, ax=panels, label="change of trait probability")
     return figure
 
 
@@ -515,9 +560,8 @@ def main() -> None:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "energy.png"
-        shares = {"check": {"r2": [0, 1], "vector": [1, 0.5], "activations": [1, 0.8]}}
-        save_figure(energy_figure(shares), path, "check")
+        path = Path(folder) / "off_target.png"
+        save_figure(off_target_figure({"oracle": {"check": {"check": 0.5}}}), path, "check")
         assert figure_fingerprint(path) == "check"
         assert path.stat().st_size > 10_000
     print("figures OK: a figure is drawn and carries its fingerprint")

@@ -12,10 +12,12 @@ from typing import Any
 from experiment.config import JudgeConfig
 from experiment.dose_search import Dose
 from experiment.inputs import Inputs
+from scoring.likelihood_ratio import likelihood_ratio_fingerprint
 from scoring.trait_classifier import classifier_fingerprint
 from support.artifacts import fingerprint
+from support.vocabulary import RANDOM_DRAWS
 from texts.neutral_text import NeutralText
-from texts.personas import Persona
+from texts.personas import Persona, load_prompts
 
 FORMAT_VERSION = 1
 
@@ -41,13 +43,15 @@ UNSTEERED = Cell("baseline", None, None, "unsteered")
 
 
 def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
-    """Return the unsteered baseline, once, and every persona x method x alpha.
+    """Return the unsteered baseline, once, and every persona asked for in words, and x method x alpha.
 
     alphas: for every condition, or for those of each persona, or the dose that a search has found for each.
     """
     cells = [UNSTEERED]
     for persona in inputs.personas:
-        for method in inputs.config.methods:
+        if "prompted" in inputs.config.methods:
+            cells.append(Cell("prompted", persona.name, None, "unsteered"))
+        for method in inputs.config.steering_methods:
             made_from = vector_fingerprint(inputs, persona, method)
             chosen = _alphas(alphas, persona.name, method)
             cells += [Cell(method, persona.name, alpha, made_from) for alpha in chosen]
@@ -65,9 +69,9 @@ def planned_texts(
 ) -> list[Row]:
     """Return a row for each text to be written: cells, prompts within them, seeds within these."""
     target, settings = inputs.target.fingerprint, sampling(inputs)
-    shown = [inputs.shown_prompt("target", prompt) for prompt in prompts]
     rows = []
     for cell in cells:
+        shown = [inputs.shown_for("target", prompt, cell.method, cell.persona) for prompt in prompts]
         for index, prompt in enumerate(prompts):
             for seed in seeds:
                 made_from = [target, cell.origin, cell.alpha, shown[index], seed, settings]
@@ -96,7 +100,9 @@ def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
     planned = []
     for text in texts:
         names = [text["persona"]] if text["persona"] else inputs.config.persona_names
-        planned += evaluation_rows(inputs, [{**text, "persona": name} for name in names], judge)
+        planned += evaluation_rows(
+            inputs, [{**text, "persona": name} for name in names], judge, inputs.config.likelihood_ratio
+        )
     return planned
 
 
@@ -106,13 +112,19 @@ def judge_settings(settings: JudgeConfig) -> list[Any]:
     return [settings.model, settings.base_url, *long]
 
 
-def evaluation_rows(inputs: Inputs, texts: Sequence[Row], judge: list[Any] | None) -> list[Row]:
+def evaluation_rows(
+    inputs: Inputs, texts: Sequence[Row], judge: list[Any] | None, has_ratios: bool = False
+) -> list[Row]:
     """Return the rows of texts that have a persona, with the key of their evaluation.
 
-    judge: what `planned_evaluations` says of it; None if none is asked.
+    judge: what `planned_evaluations` says of it; None if none is asked. has_ratios: whether the second
+        scorer is asked too.
     """
     described = {persona.name: _described(persona) for persona in inputs.personas} if judge else {}
     scorers = [classifier_fingerprint(inputs.labelled_personas), _independent(inputs), judge]
+    scorers += [inputs.evaluation_dtype] if inputs.evaluation_dtype else []
+    if has_ratios:
+        scorers.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
     rows = []
     for text in texts:
         persona = text["persona"]
@@ -214,7 +226,9 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
         "interpolate": source,
         "random_proj": [*source, config.seed],
         "oracle": [],
+        "random": [config.seed, RANDOM_DRAWS],
     }
+    texts = [] if method == "random" else texts
     parts = naive[method] if method in naive else [*source, mapping_fingerprint(inputs)]
     unit = read_fingerprint(inputs) if config.alpha_unit == "residual_norm" else "absolute"
     return fingerprint(method, texts, parts, target_layer, unit)
@@ -290,6 +304,16 @@ def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
     return rows
 
 
+def licences_fingerprint(inputs: Inputs) -> str:
+    """Of `scorer_licences.json`."""
+    config = inputs.config
+    scorers = [classifier_fingerprint(inputs.labelled_personas), config.likelihood_ratio]
+    scorers.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
+    examined = [[persona.name, persona.examination] for persona in inputs.labelled_personas]
+    texts = [load_prompts("ordinary_examination"), inputs.development_prompts, sampling(inputs)]
+    return fingerprint(inputs.target.fingerprint, scorers, examined, texts, config.seed)
+
+
 def search_fingerprint(inputs: Inputs) -> str:
     """Of `layer_search.json`; the layers that the inputs have now don't matter."""
     config = inputs.config
@@ -312,7 +336,8 @@ def texts_journal_fingerprint(inputs: Inputs) -> str:
 
 def evaluations_journal_fingerprint(inputs: Inputs) -> str:
     """Of `evaluation_journal.jsonl`, beside the keys of its rows."""
-    return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, _independent(inputs))
+    in_dtype = [inputs.evaluation_dtype] if inputs.evaluation_dtype else []
+    return fingerprint(FORMAT_VERSION, inputs.target.fingerprint, _independent(inputs), *in_dtype)
 
 
 def _independent(inputs: Inputs) -> Any:

@@ -20,9 +20,10 @@ from experiment.config import ExperimentConfig
 from experiment.layer_search import check_memory
 from experiment.ray_executor import RayExecutor
 from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
-from model_loading import PACKAGED_MODELS
+from model_loading import PACKAGED_MODELS, fastest_dtype
 from scoring.gpt_judge import GPTJudge
-from scoring.trait_classifier import TraitClassifier, check_labelled, train_trait_classifiers
+from scoring.likelihood_ratio import LikelihoodRatio, train_likelihood_ratios
+from scoring.trait_classifier import TraitClassifier, check_labelled, load_trait_classifiers
 from steered_generation import SteeredGenerator
 from support.errors import InputError
 from texts.aligned_positions import check_offsets
@@ -48,7 +49,7 @@ class Inputs:
     neutral_texts: for the map; none overlaps a persona text or a prompt.
     source, target: their extractors read the layers of the run, of a band those of its middle pair.
     band: (source layer, target layer) of each pair, if the run steers several blocks; in order of the target.
-    train: returns the trait classifiers, trained at the first call.
+    train, train_ratios: return the scorers of traits, trained at the first call.
     chat_sides: names of the sides that are shown prompts in a chat template.
     answers: side -> what its persona vectors are made from, if they are made from responses.
     """
@@ -66,6 +67,7 @@ class Inputs:
     band: tuple[LayerPair, ...] = ()
     chat_sides: tuple[str, ...] = ()
     answers: Mapping[str, Answers] = field(default_factory=dict)
+    train_ratios: Callable[[], dict[str, LikelihoodRatio]] = dict
 
     @property
     def layers(self) -> LayerPair:
@@ -88,10 +90,25 @@ class Inputs:
         return self.train()
 
     @property
+    def likelihood_ratios(self) -> dict[str, LikelihoodRatio]:
+        """The second scorer of each persona with labelled texts, unless the configuration leaves it out."""
+        return self.train_ratios()
+
+    @property
     def independent(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
         """The model that scores the target's text, if one is wanted."""
         source = (self.source.model, self.source.tokenizer)
         return source if self.config.independent_perplexity else None
+
+    @property
+    def evaluation_dtype(self) -> str | None:
+        """The dtype in which texts are scored, None for the models' own; `auto` is this machine's fastest."""
+        wanted = self.config.evaluation_dtype
+        if wanted != "auto":
+            return wanted
+        model = self.target.model
+        fastest = fastest_dtype(model.device, model.dtype)
+        return None if fastest == model.dtype else str(fastest).removeprefix("torch.")
 
     @property
     def perplexity_scorer(self) -> Side:
@@ -110,6 +127,22 @@ class Inputs:
     def shown_prompt(self, side: str, prompt: str) -> str:
         """Return a prompt of the grid as a side's model reads it, which may have a chat template."""
         return self.shown_question(side, prompt, self.config.system_prompt) if self.asks_questions else prompt
+
+    def shown_for(self, side: str, prompt: str, method: str, persona: str | None) -> str:
+        """Return a prompt as it is shown under a method: `prompted` asks for the persona in words."""
+        if method != "prompted":
+            return self.shown_prompt(side, prompt)
+        (asked,) = [each for each in self.personas if each.name == persona]
+        if not self.asks_questions:
+            return f"{asked.description or f'The text is {asked.name}.'}\n\n{prompt}"
+        instruction = (
+            asked.instructions[0][0]
+            if asked.instructions
+            else f"Answer in this style. {asked.description or asked.name}"
+        )
+        return self.shown_question(
+            side, prompt, "\n\n".join(filter(None, [self.config.system_prompt, instruction]))
+        )
 
     def shown_question(self, side: str, text: str, system_prompt: str | None = None) -> str:
         """Return a question as a side's model reads it: in its chat template, else as plain text."""
@@ -285,6 +318,7 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
         judge,
         train,
         chat_sides=chat,
+        train_ratios=cache(partial(_train_ratios, config, labelled)),
     )
     if config.layers == "band":
         inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
@@ -333,7 +367,7 @@ def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_text
 
 
 def _train_classifiers(names: list[str], labelled: Sequence[Persona]) -> dict[str, TraitClassifier]:
-    classifiers = train_trait_classifiers(names, list(labelled))
+    classifiers = load_trait_classifiers(names, list(labelled))
     for name, classifier in classifiers.items():
         logger.info(
             "trait classifier %s: AUC %.3f (%d positive, %d negative texts)",
@@ -343,6 +377,10 @@ def _train_classifiers(names: list[str], labelled: Sequence[Persona]) -> dict[st
             classifier.n_negative,
         )
     return classifiers
+
+
+def _train_ratios(config: ExperimentConfig, labelled: Sequence[Persona]) -> dict[str, LikelihoodRatio]:
+    return train_likelihood_ratios(config.persona_names, labelled) if config.likelihood_ratio else {}
 
 
 def band_of(n_source: int, n_target: int) -> list[LayerPair]:

@@ -27,6 +27,7 @@ from support.artifacts import fingerprint
 from support.errors import InputError
 from support.journal import Journal
 from support.run_folder import RunFolder
+from support.vocabulary import RANDOM_DRAWS, random_name
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,20 @@ def write_texts(
         logger.info("%d generations, %d of them already there", len(planned), len(planned) - len(new))
         settings = inputs.writing_settings(residual_norms)
         unsteered = torch.zeros(len(settings.layers), inputs.target.extractor.d_model)
-        added = [vectors[row["persona"]][row["condition"]] if row["persona"] else unsteered for row in new]
-        shown = [inputs.shown_prompt("target", row["prompt"]) for row in new]
+        added = [_added(vectors, row, unsteered) for row in new]
+        shown = [inputs.shown_for("target", row["prompt"], row["condition"], row["persona"]) for row in new]
         speed = _write_missing(inputs, executor, new, shown, added, settings, journal) if new else ""
         return _from_journal(planned, journal), f"{len(new)} new texts{speed}"
+
+
+def _added(vectors: Vectors, row: Row, unsteered: Tensor) -> Tensor:
+    """Return what a row adds, (blocks, d_target); the random directions take turns, prompt by prompt."""
+    if row["alpha"] is None:
+        return unsteered
+    method = row["condition"]
+    if method == "random":
+        method = random_name(row["prompt_idx"] % RANDOM_DRAWS)
+    return vectors[row["persona"]][method]
 
 
 def write_answers(
@@ -136,11 +147,17 @@ def _write_missing(
 
 
 def evaluate_texts(
-    inputs: Inputs, folder: RunFolder, executor: Any, planned: Sequence[Row], judge: GPTJudge | None
+    inputs: Inputs,
+    folder: RunFolder,
+    executor: Any,
+    planned: Sequence[Row],
+    judge: GPTJudge | None,
+    has_ratios: bool = False,
 ) -> tuple[list[Row], int]:
     """Return the planned rows with their metrics, and how many of these are new.
 
-    planned: what `grid.evaluation_rows` returned. A judgement that failed is asked for again.
+    planned: what `grid.evaluation_rows` returned. has_ratios: as it was told. A failed judgement is asked
+    for again.
 
     The last digits of a perplexity depend on the texts that share its batch. So texts are scored in the
     company of their cell (condition, persona and alpha), whichever of them are missing: after damage or a
@@ -158,7 +175,9 @@ def evaluate_texts(
         logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
         if new:
             parts = _parts_with(planned, {row["key"] for row in new})
-            _evaluate_missing(inputs, executor, parts, {row["key"] for row in new}, judge, journal)
+            _evaluate_missing(
+                inputs, executor, parts, {row["key"] for row in new}, judge, has_ratios, journal
+            )
         return _from_journal(planned, journal), len(new)
 
 
@@ -182,6 +201,7 @@ def _evaluate_missing(
     parts: Sequence[Sequence[Row]],
     wanted: set[str],
     judge: GPTJudge | None,
+    has_ratios: bool,
     journal: Journal,
 ) -> None:
     """Score whole parts, and journal the wanted rows; the judge is asked about these alone."""
@@ -191,15 +211,17 @@ def _evaluate_missing(
         use_gpt4=judge is not None,
         judge=judge,
         classifiers=inputs.classifiers,
+        likelihood_ratios=inputs.likelihood_ratios if has_ratios else {},
         descriptions={persona.name: persona.description for persona in inputs.personas},
         eval_prompts={persona.name: persona.eval_prompt for persona in inputs.personas},
     )
     scorers = ["target", "source"] if inputs.config.independent_perplexity else ["target"]
     size = inputs.config.evaluation_batch_size
+    dtype = inputs.evaluation_dtype
     chunks = []
     for part in parts:
         shown = {name: [inputs.shown_prompt(name, row["prompt"]) for row in part] for name in scorers}
-        chunks.append((shown, [row["output"] for row in part], size))
+        chunks.append((shown, [row["output"] for row in part], size, dtype))
     journalled: set[str] = set()  # a row may stand in two cells
     with (
         tqdm(total=len(wanted), desc="evaluating", unit="text", disable=None) as progress,

@@ -3,11 +3,12 @@
 Only what is read is asked for, so that runs of earlier versions stay finished.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiment.inputs import Inputs
 from support.structure import NUMBER, Each, Shape
-from support.vocabulary import MAP_KINDS
+from support.vocabulary import MAP_KINDS, RANDOM_DRAWS, random_name
 
 CHECK = {"name": str, "technical": bool, "status": str, "detail": str, "remedy": str}
 NORM = {"median": float, "median_with_massive": float, "massive_dimensions": [int]}
@@ -41,6 +42,11 @@ SEARCH = {"source_layers": [int], "target_layers": [int], "best": [int, int]}
 SEARCH |= {"agreement": Each([[float]]), "r2_standardised": [[float]], "score": [[float]]}
 
 
+def _vector_names(methods: Sequence[str]) -> tuple[str, ...]:
+    draws = tuple(map(random_name, range(RANDOM_DRAWS)))
+    return tuple(name for method in methods for name in (draws if method == "random" else (method,)))
+
+
 def expected(name: str, inputs: Inputs) -> Any:
     """Return the structure of the artifact of this name. Raises KeyError for one that nobody reads."""
     source, target = (side.extractor.d_model for side in inputs.sides)
@@ -53,9 +59,10 @@ def expected(name: str, inputs: Inputs) -> Any:
         source_layers, target_layers = zip(*inputs.band, strict=True)
         of_source, of_target = Each(of_source, source_layers), Each(of_target, target_layers)
         of_band = {"residual_norms": Each(NORM, target_layers)}
-    names, methods = tuple(inputs.config.persona_names), tuple(inputs.config.methods)
+    names, methods = tuple(inputs.config.persona_names), _vector_names(inputs.config.steering_methods)
     structures = {
         "layer_search.json": SEARCH,
+        "scorer_licences.json": {"personas": Each(dict)},
         "preflight.json": {"checks": [CHECK, ...]},
         "pair_statistics.pt": {
             "statistics": sums,

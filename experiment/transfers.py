@@ -12,6 +12,10 @@ from baseline_methods import BaselineTransfer
 from experiment.grid import other_personas
 from experiment.inputs import LayerPair, NativeVectors
 from experiment.learned_maps import LearnedMaps
+from support.vocabulary import RANDOM_DRAWS, random_name
+
+
+MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def transfer_all(
     pairs: Sequence[LayerPair], natives: Sequence[NativeVectors], maps: Sequence[LearnedMaps], seed: int
 ) -> dict[str, Any]:
     """Return what `persona_vectors.pt` holds, given natives and maps of every layer pair."""
-    contents = [transfer_personas(*of_pair, seed) for of_pair in zip(natives, maps, strict=True)]
+    contents = [transfer_personas(*of_pair, seed) for of_pair in zip(pairs, natives, maps, strict=True)]
     return contents[0] if len(contents) == 1 else _combine_band(pairs, contents)
 
 
@@ -84,7 +88,9 @@ def _combine_band(pairs: Sequence[LayerPair], contents: Sequence[dict[str, Any]]
     }
 
 
-def transfer_personas(natives: NativeVectors, maps: LearnedMaps, seed: int) -> dict[str, Any]:
+def transfer_personas(
+    pair: LayerPair, natives: NativeVectors, maps: LearnedMaps, seed: int
+) -> dict[str, Any]:
     """Return what `persona_vectors.pt` holds.
 
     source_vectors: persona -> (d_source,). vectors: persona -> method -> (d_target,), of unit norm.
@@ -106,6 +112,11 @@ def transfer_personas(natives: NativeVectors, maps: LearnedMaps, seed: int) -> d
         }
     for name, other in other_personas(list(vectors)).items():
         vectors[name]["wrong_persona"] = vectors[other]["ridge_mapped"]
+    generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
+    for draw in range(RANDOM_DRAWS):
+        direction = torch.randn(ridge.d_target, generator=generator)
+        for by_method in vectors.values():
+            by_method[random_name(draw)] = direction / direction.norm()
     for name, by_method in vectors.items():
         oracle = by_method["oracle"]
         others = [vectors[other]["oracle"] for other in vectors if other != name]

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from experiment.pair_collection import (
     merge_pairs,
     read_pairs,
 )
-from model_loading import decoder_blocks, load_model, model_fingerprint
+from model_loading import DTYPES, decoder_blocks, load_model, model_fingerprint, plain_model
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
 from support.errors import InputError
@@ -155,6 +155,7 @@ class Worker:
     def __init__(self, sides: Mapping[str, Side | SideSettings]) -> None:
         self._sides = dict(sides)
         self._generators: dict[WritingSettings, SteeredGenerator] = {}
+        self._copies: dict[tuple[str, str], PreTrainedModel] = {}
 
     def side(self, name: str) -> Side:
         """Return a side, loading it first if need be."""
@@ -200,16 +201,32 @@ class Worker:
         return self._generators[settings]
 
     def perplexities(
-        self, prompts: Mapping[str, Sequence[str]], outputs: Sequence[str], batch_size: int
+        self,
+        prompts: Mapping[str, Sequence[str]],
+        outputs: Sequence[str],
+        batch_size: int,
+        dtype: str | None = None,
     ) -> dict[str, list[float | None]]:
-        """Return side -> perplexity of each output. prompts: side -> the prompts as it reads them."""
+        """Return side -> perplexity of each output.
+
+        prompts: side -> the prompts as it reads them. dtype: in which to score; the model's own by default.
+        """
         by_scorer = {}
         for name, of_side in prompts.items():
             side = self.side(name)
             by_scorer[name] = continuation_perplexities(
-                side.model, side.tokenizer, of_side, outputs, batch_size
+                self._scoring_model(side, dtype), side.tokenizer, of_side, outputs, batch_size
             )
         return by_scorer
+
+    def _scoring_model(self, side: Side, dtype: str | None) -> PreTrainedModel:
+        """Return a side's model in a dtype; a copy that is kept, if it is another one."""
+        if dtype is None or DTYPES[dtype] == side.model.dtype:
+            return side.model
+        key = (side.name, dtype)
+        if key not in self._copies:
+            self._copies[key] = deepcopy(plain_model(side.model)).to(DTYPES[dtype])
+        return self._copies[key]
 
 
 class LocalExecutor:

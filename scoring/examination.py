@@ -45,6 +45,8 @@ def examination_sets(
     generator = random.Random(0)
     positive = list(persona.examination)
     fragments = [any_cut(text, generator, 5, 12) for text in positive]
+    if not positive:
+        return {}
     words = [word for text in ordinary for word in text.split()]
     of_others = [text for other in others for text in other.examination[:OTHERS_A_PERSONA]]
     half = ordinary[::2]

@@ -128,6 +128,12 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
         file.write(text.encode() + b"\n")
 
 
+def save_text(path: Path, text: str) -> None:
+    """Write a text in one step."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a JSON artifact with its checksum, which `load_json` checks and leaves out."""
     return {**content, CHECKSUM: _checksum(json.loads(json.dumps(nan_to_none(content))))}

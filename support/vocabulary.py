@@ -5,7 +5,8 @@ from typing import Literal, get_args
 Transfer = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
 MapKind = Literal["procrustes", "reduced_rank", "shuffled"]
 # Another persona's mapped vector: what steering by any such vector does to a trait that is not its own.
-Method = Literal[Transfer, MapKind, "wrong_persona"]
+# A random direction of the same norm; and no vector at all, but the persona asked for in words.
+Method = Literal[Transfer, MapKind, "wrong_persona", "random", "prompted"]
 LambdaUnit = Literal["absolute", "relative"]
 LambdaCriterion = Literal["pooled", "standardised"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -19,6 +20,7 @@ SteerPositions = Literal["all", "generated"]
 PromptFormat = Literal["raw", "chat", "auto"]
 
 LOWEST_TEMPERATURE = 1e-6  # of sampling; below, logits / temperature can overflow
+RANDOM_DRAWS = 3  # directions that the texts of `random` take in turn, prompt by prompt
 METHODS: tuple[str, ...] = get_args(Transfer)
 MAP_KINDS: tuple[str, ...] = get_args(MapKind)
 LAMBDA_UNITS: tuple[str, ...] = get_args(LambdaUnit)
@@ -28,3 +30,8 @@ ALPHA_UNITS: tuple[str, ...] = get_args(AlphaUnit)
 PAIR_POSITIONS: tuple[str, ...] = get_args(PairPositions)
 PERSONA_POSITIONS: tuple[str, ...] = get_args(PersonaPosition)
 STEER_POSITIONS: tuple[str, ...] = get_args(SteerPositions)
+
+
+def random_name(draw: int) -> str:
+    """Return what `persona_vectors.pt` calls a random direction, counted from 0."""
+    return f"random_{draw + 1}"

@@ -1,4 +1,6 @@
+import math
 import warnings
+from typing import get_args
 
 import matplotlib.figure
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 
 from baseline_methods import METHODS
 from evaluation import METRICS, aggregate
-from experiment.comparison_maps import KINDS, ComparisonMap, maps_table
+from experiment.comparison_maps import ComparisonMap, maps_table
 from experiment.dose_search import DevelopmentText, DoseBound, doses_content, search_doses
 from experiment.figures import (
     COLOURS,
@@ -15,13 +17,15 @@ from experiment.figures import (
     choose_axes,
     coherence_trait_figure,
     dose_figure,
-    energy_figure,
     figure_fingerprint,
     layer_search_figure,
     mapping_figure,
+    off_target_figure,
+    recovery_figure,
     save_figure,
 )
 from ridge_mapping import RidgeMapping
+from support.vocabulary import Method
 
 ALPHAS = (0.5, 2.0)
 
@@ -69,7 +73,7 @@ def maps(mapping):
 
 
 def test_every_condition_has_its_own_colour_and_marker():
-    assert set(COLOURS) == set(MARKERS) == {"baseline", *METHODS, *KINDS, "wrong_persona"}
+    assert set(COLOURS) == set(MARKERS) == set(get_args(Method)) | {"baseline"}
     assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(COLOURS)
 
 
@@ -170,11 +174,34 @@ def test_layer_search_figure_marks_the_best_pair():
     assert "0.90 at 5 → 4" in panels[2].get_title()
 
 
-def test_energy_figure_draws_a_curve_for_each_persona(mapping):
-    curve = mapping.energy_curve(torch.ones(14))
-    (panel,) = energy_figure({"loud": curve, "calm": curve}).axes
-    assert [line.get_label() for line in panel.lines] == ["loud", "calm", "activations' variance"]
-    assert list(panel.lines[0].get_ydata()) == curve["vector"]
+def decided(verdict, estimate, low, high, is_licensed=True):
+    ratio = {"estimate": estimate, "low": low, "high": high}
+    return {"verdict": verdict, "scorers": {"classifier": {"is_licensed": is_licensed, "recovery": ratio}}}
+
+
+def test_recovery_figure_draws_an_interval_for_each_persona_that_has_one():
+    found = {
+        "loud": decided("transferred", 0.8, 0.6, 1.1),
+        "calm": decided("can't tell", 0.8, -math.inf, math.inf),
+        "shy": {"verdict": "steering itself failed", "scorers": {"classifier": {"is_licensed": True}}},
+    }
+    (panel,) = recovery_figure(found).axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        "loud: transferred",
+        "calm: can't tell",
+        "shy: steering itself failed",
+    ]
+    (bar,) = panel.containers
+    assert bar[0].get_xydata().tolist() == [[0.8, 0.0]]
+    (segment,) = bar[2][0].get_segments()
+    assert segment[:, 0].tolist() == pytest.approx([0.6, 1.1])
+
+
+def test_off_target_figure_shows_who_is_steered_for_and_scored_as():
+    matrix = {"oracle": {"loud": {"loud": 0.5, "calm": -0.25}, "calm": {"loud": 0.0, "calm": 0.75}}}
+    panel = off_target_figure(matrix).axes[0]
+    assert panel.images[0].get_array().tolist() == [[0.5, -0.25], [0.0, 0.75]]
+    assert [text.get_text() for text in panel.texts] == ["+0.50", "-0.25", "+0.00", "+0.75"]
 
 
 NAMES = [
@@ -195,19 +222,21 @@ def texts(artists):
     return [artist._preprocess_math(artist.get_text())[0] for artist in artists]
 
 
-def test_any_name_is_drawn_as_it_is(mapping, tmp_path, caplog):
-    curve = mapping.energy_curve(torch.ones(14))
+def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
     made = [row for name in NAMES for row in rows(name)]
     figures = [
         coherence_trait_figure(aggregate(made)),
-        energy_figure(dict.fromkeys(NAMES, curve)),
+        recovery_figure({name: decided("transferred", 0.8, 0.6, 1.1) for name in NAMES}),
+        off_target_figure({"oracle": {name: dict.fromkeys(NAMES, 0.5) for name in NAMES}}),
         dose_figure(searched_doses(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
     ]
-    energy = figures[1].axes[0].get_legend()
+    recovered, matrix = figures[1].axes[0], figures[2].axes[0]
     for found in (
         [text.partition(" (")[0] for text in texts([panel.title for panel in figures[0].axes])],
-        texts(energy.get_texts())[:-1],
-        texts([panel.title for panel in figures[2].axes]),
+        [text.rpartition(":")[0] for text in texts(recovered.get_yticklabels())],
+        texts(matrix.get_xticklabels()),
+        texts(matrix.get_yticklabels()),
+        texts([panel.title for panel in figures[3].axes]),
     ):
         joined = ["".join(text.split()) for text in found]
         assert joined == ["".join(name.split()) for name in NAMES]
@@ -217,7 +246,7 @@ def test_any_name_is_drawn_as_it_is(mapping, tmp_path, caplog):
         for number, figure in enumerate(figures):
             save_figure(figure, tmp_path / f"{number}.png", "made")
     assert [record.message for record in caplog.records] == [
-        f"{number}.png: the font lacks 5 characters, drawn as boxes" for number in range(3)
+        f"{number}.png: the font lacks 5 characters, drawn as boxes" for number in range(4)
     ]
 
 

@@ -162,7 +162,7 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     content = load_tensors(finished / "persona_vectors.pt")
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for name, vectors in content["vectors"].items():
-        assert list(vectors) == [*METHODS, *KINDS, "wrong_persona"]
+        assert list(vectors) == [*METHODS, *KINDS, "wrong_persona", "random_1", "random_2", "random_3"]
         assert content["source_vectors"][name].shape == (32,)
         for vector in [*vectors.values(), content["source_vectors"][name]]:
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)

@@ -27,13 +27,17 @@ ARTIFACTS = {
     "mapping_analysis.png",
     "persona_vectors.pt",
     "persona_similarities.json",
-    "persona_energy.png",
     "generation_journal.jsonl",
     "generation_results.json",
     "evaluation_journal.jsonl",
     "eval_results.json",
     "aggregated_results.json",
     "figure1.png",
+    "scorer_licences.json",
+    "verdict.json",
+    "results.csv",
+    "effects.csv",
+    "recovery.png",
     "experiment.log",
 }
 

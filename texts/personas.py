@@ -35,6 +35,7 @@ class Persona:
         and {answer}.
     examination: texts that show the trait in other genres and lengths, on which scorers are examined and
         nothing is trained.
+    direct_measure: `brevity` if the trait is to end soon, which can be counted where texts end; else empty.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Persona:
     questions: tuple[str, ...] = ()
     eval_prompt: str = ""
     examination: tuple[str, ...] = ()
+    direct_measure: str = ""
 
     @property
     def all_texts(self) -> list[str]:
@@ -125,6 +127,7 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
                 labelled_positive=shipped.labelled_positive,
                 labelled_negative=shipped.labelled_negative,
                 examination=shipped.examination,
+                direct_measure=shipped.direct_measure,
             )
     else:
         persona = _read_persona(name)
@@ -154,6 +157,7 @@ def _read_persona(name: str) -> Persona:
             instructions,
             tuple(content.get("questions", [])),
             examination=tuple(content.get("examination_texts", [])),
+            direct_measure=content.get("direct_measure", ""),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a persona file ({error!r}); see personas/formal.json") from error
