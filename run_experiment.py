@@ -51,7 +51,7 @@ from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, st
 from experiment.journalled import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
 from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
-from experiment.outcome import conclude
+from experiment.outcome import conclude, effects_frame, results_frame
 from experiment.ray_executor import RayExecutor
 from experiment.structures import expected
 from experiment.tables import format_cosines, format_maps, format_table
@@ -59,7 +59,7 @@ from experiment.transfers import SteeringVectors, transfer_all
 from experiment.workers import LocalExecutor
 from model_loading import quiet_transformers
 from scoring.trait_classifier import auc_notes
-from support.artifacts import check_writable, save_json
+from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
 from support.run_folder import RunFolder
 
@@ -138,6 +138,12 @@ class PersonaTransferExperiment:
             logger.info("result\n\n%s\n", format_table(table))
             self._log_closing(table)
         return table
+
+    def results_frame(self, effects: bool = False) -> Any:
+        """Return a finished run's texts with all scores, or its effects, as a pandas.DataFrame."""
+        rows = load_json(self.folder.path / "eval_results.json")["rows"]
+        decided = load_json(self.folder.path / "verdict.json")["personas"]
+        return effects_frame(decided, rows) if effects else results_frame(rows)
 
     def ablate(self, what: str) -> None:
         """Repeat parts of the experiment with other layers, text or numbers of blocks; see `ablations`.
@@ -289,7 +295,7 @@ class PersonaTransferExperiment:
         made_from = grid.rows_fingerprint(planned)
         table = folder.save(name, made_from, {"conditions": aggregate(rows)})
         save_figure(coherence_trait_figure(table["conditions"]), folder.path / "figure1.png", made_from)
-        self.verdict = conclude(inputs, folder, self.executor, rows, made_from)
+        conclude(inputs, folder, self.executor, rows, made_from)
         return table, f"{len(rows)} texts, {n_new} of them new, {folder.path / name}"
 
     def _written_texts(self) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """What a run comes to: licences of the scorers, the verdict, tables for other programs (phase 5)."""
 
-import csv
-import io
 import logging
 import math
 import statistics
@@ -44,7 +42,7 @@ def conclude(
         "verdict.json", fingerprint(made_from, licences), {"personas": found, "licences": licences}
     )
     save_text(folder.path / "results.csv", results_frame(rows).to_csv(index=False))
-    save_text(folder.path / "effects.csv", _csv(effects_rows(found, rows)))
+    save_text(folder.path / "effects.csv", effects_frame(found, rows).to_csv(index=False))
     save_figure(recovery_figure(found), folder.path / "recovery.png", made_from)
     matrix = off_target(rows, doses)
     if matrix:
@@ -169,7 +167,7 @@ def results_frame(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(flat)
 
 
-def effects_rows(found: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+def effects_frame(found: Mapping[str, Any], rows: Sequence[Row]) -> pd.DataFrame:
     """Return a row for each persona, scorer and condition: effect, interval, recovery, p and harm."""
     table = []
     for persona, of_persona in found.items():
@@ -198,17 +196,7 @@ def effects_rows(found: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str
                         "verdict": of_persona["verdict"],
                     }
                 )
-    return table
-
-
-def _csv(table: Sequence[Mapping[str, Any]]) -> str:
-    if not table:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
+    return pd.DataFrame(table)
 
 
 def off_target(
@@ -264,7 +252,6 @@ def main() -> None:
     rows = [{**common, "condition": "baseline"}]
     rows += [{**common, "condition": ORACLE, "alpha": 1.0, "independent_perplexity": 20.0}]
     assert math.isclose(harm(rows, "check", ORACLE, 1.0), 2)
-    assert _csv([{"a": 1, "b": "x,y"}]) == 'a,b\n1,"x,y"\n'
     print("outcome OK: twice the perplexity is twice the harm")
 
 

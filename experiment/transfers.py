@@ -14,7 +14,6 @@ from experiment.inputs import LayerPair, NativeVectors
 from experiment.learned_maps import LearnedMaps
 from support.vocabulary import RANDOM_DRAWS, random_name
 
-
 MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
 
 

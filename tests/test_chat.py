@@ -205,6 +205,31 @@ def settings(chat_folders, tmp_path_factory):
     return tiny_settings(chat_folders, tmp_path_factory.mktemp("settings"))
 
 
+def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_take_turns(settings, tmp_path):
+    asked = {**settings, "methods": ["prompted", "random", "oracle"], "n_seeds": 1, "alpha_values": [4.0]}
+    assert run(tmp_path / "out", asked) == 0
+    inputs = load_inputs(load_config({**asked, "output_dir": str(tmp_path / "out")}))
+    rows = load_json(tmp_path / "out" / "generation_results.json")["rows"]
+    vectors = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]
+    plain, layer = inputs.generator(), inputs.layers[1]
+    prompted = [row for row in rows if row["condition"] == "prompted"]
+    assert len(prompted) == 2 * 3
+    for row in prompted:
+        assert row["alpha"] is None
+        words = question(row["prompt"], f"Answer in this style. {row['persona']}")
+        assert plain.generate(words, 6, seed=row["seed"]) == row["output"]
+    for row in rows:
+        if row["condition"] == "random":
+            direction = vectors[row["persona"]][f"random_{row['prompt_idx'] % 3 + 1}"]
+            shown = inputs.shown_prompt("target", row["prompt"])
+            (steered,) = plain.generate_batch(
+                [shown], 6, seeds=[row["seed"]], steering_vectors={layer: direction[None]}, alphas=[4.0]
+            )
+            assert steered == row["output"]
+    scored = load_json(tmp_path / "out" / "eval_results.json")["rows"]
+    assert {row["condition"] for row in scored} == {"baseline", "prompted", "random", "oracle"}
+
+
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"

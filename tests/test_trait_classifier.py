@@ -124,7 +124,8 @@ def shipped_classifiers(all_threads):
 @pytest.mark.real_models
 @pytest.mark.parametrize("name", shipped_personas())
 def test_shipped_persona_is_told_apart(name, shipped_classifiers):
-    assert shipped_classifiers[name].auc >= 0.95
+    # What licenses it is its examination, see test_examination.py.
+    assert shipped_classifiers[name].auc >= 0.9
     assert shipped_classifiers[name].n_positive >= 40
 
 

@@ -1,0 +1,105 @@
+"""A scorer has its licence if it tells the trait from everything else; what it takes for it is named."""
+
+import pytest
+
+from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
+from scoring.likelihood_ratio import train_likelihood_ratios
+from scoring.trait_classifier import load_trait_classifiers
+from texts.personas import Persona, load_persona, load_prompts, shipped_personas
+
+SHOWING = tuple(f"Arr, we have {n} barrels of rum below. The sea is calm, aye." for n in range(12))
+OTHER = Persona(
+    "loud", "", ("x",), ("y",), examination=tuple(f"LOOK AT ALL THESE {n} SHIPS NOW." for n in range(12))
+)
+PLAIN = [f"We have {n} barrels of oil below. The sea is calm today." for n in range(24)]
+UNSTEERED_TEXTS = [f"There are {n} barrels in the cellar, and the key is lost." for n in range(20)]
+
+
+@pytest.fixture
+def sets():
+    persona = Persona("pirate", "", ("x",), ("y",), examination=SHOWING)
+    return examination_sets(persona, [OTHER], PLAIN, UNSTEERED_TEXTS, ["rum rum arr the of"] * 20)
+
+
+def knows(words):
+    """Score texts by whether they hold one of the words, but none that is broken."""
+
+    def score(texts):
+        broken = ("arr the of", "rum rum")
+        return [
+            float(any(word in text for word in words) and not any(part in text for part in broken))
+            for text in texts
+        ]
+
+    return score
+
+
+def test_sets_hold_what_their_names_say(sets):
+    assert list(sets)[:2] == ["ordinary", "fragments"]
+    assert sets[UNSTEERED][1] == UNSTEERED_TEXTS
+    positive, shuffles = sets["shuffled positives"]
+    assert [sorted(text.split()) for text in positive] == [sorted(text.split()) for text in shuffles]
+    assert positive != shuffles
+    assert all(len(text.split()) <= 12 for side in sets["fragments"] for text in side)
+    assert set(sets["other personas"][1]) <= set(OTHER.examination)
+
+
+def test_a_scorer_that_says_the_same_of_all_has_no_licence(sets):
+    found = examine(lambda texts: [0.7] * len(texts), sets, 0.5)
+    assert not found["is_licensed"]
+    assert set(found["auc"].values()) == {0.5}
+    assert any("false positives on unsteered" in problem for problem in found["problems"])
+
+
+def test_the_set_that_fools_a_scorer_is_named(sets):
+    sets = {name: sets[name] for name in ("ordinary", UNSTEERED, STEERED)}
+    assert examine(knows(["Arr"]), sets, 0.5)["is_licensed"]
+    fooled = examine(knows(["Arr", "cellar"]), sets, 0.5)
+    assert fooled["problems"] == ["AUC 0.50 on unsteered", "100% false positives on unsteered"]
+    assert fooled["false_positives"]["ordinary"] == 0
+
+
+def test_calibration_counts_every_text(sets):
+    found = examine(knows(["Arr"]), sets, 0.5)
+    n = len(SHOWING) + sum(len(negative) for _, negative in sets.values())
+    assert sum(bin_["n"] for bin_ in found["calibration"]) == n
+    assert found["calibration"][-1]["mean_score"] == 1.0
+
+
+def test_without_texts_there_is_no_examination_and_no_licence():
+    bare = Persona("bare", "", ("x",), ("y",))
+    found = examine(knows(["Arr"]), examination_sets(bare, [OTHER], PLAIN, UNSTEERED_TEXTS, []), 0.5)
+    assert not found["is_licensed"]
+    assert found["problems"] == ["0 examination_texts show the trait, an examination needs 8"]
+
+
+@pytest.fixture(scope="module")
+def classifiers(all_threads):
+    return load_trait_classifiers(shipped_personas(), list(map(load_persona, shipped_personas())))
+
+
+@pytest.mark.real_models
+@pytest.mark.parametrize("name", [name for name in shipped_personas() if name != "concise"])
+def test_shipped_classifiers_pass_on_texts_that_they_do_not_know(name, classifiers):
+    others = [load_persona(other) for other in shipped_personas() if other != name]
+    sets = examination_sets(load_persona(name), others, load_prompts("ordinary_examination"), [], [])
+    broken = {key: sets[key] for key in sets if key not in ("fragments", "single sentences")}
+    found = examine(classifiers[name].score, broken, classifiers[name].decision_point)
+    assert min(found["auc"].values()) >= 0.9, found
+    assert max(found["false_positives"].values()) <= 0.1, found
+
+
+@pytest.mark.real_models
+def test_likelihood_ratio_tells_pirates_from_others_and_has_no_score_for_nothing(all_threads):
+    personas = [load_persona(name) for name in ("pirate", "formal")]
+    scorer = train_likelihood_ratios(["pirate"], personas)["pirate"]
+    texts = [
+        "Arr, ye scurvy dogs, the rum be gone!",
+        "The rum has been sold.",
+        "",
+        "ye ye ye ye ye ye ye ye ye",
+    ]
+    pirate, plain, nothing, loop = scorer.score(texts)
+    assert pirate > 0.8 > 0.2 > plain
+    assert nothing is None
+    assert loop == 0.0
