@@ -169,7 +169,7 @@ class Evaluator:
         """
         wanted = range(len(rows)) if wanted is None else wanted
         traits = self._trait_probabilities(rows)
-        likelihoods = self._likelihood_probabilities(rows, set(wanted))
+        likelihoods = self._likelihood_probabilities(rows)
 
         def result(index: int, coherence: Judgement, trait: Judgement) -> EvaluationResult:
             row = rows[index]
@@ -220,12 +220,10 @@ class Evaluator:
             for index in range(len(rows))
         ]
 
-    def _likelihood_probabilities(
-        self, rows: Sequence[Mapping[str, Any]], wanted: set[int]
-    ) -> list[float | None]:
+    def _likelihood_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         scores: list[float | None] = [None] * len(rows)
         for persona, scorer in self.likelihood_ratios.items():
-            indices = [index for index in sorted(wanted) if rows[index].get("persona") == persona]
+            indices = [index for index, row in enumerate(rows) if row.get("persona") == persona]
             of_persona = scorer.score([rows[index]["output"] for index in indices])
             for index, score in zip(indices, of_persona, strict=True):
                 scores[index] = score

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from evaluation import Evaluator
@@ -76,6 +77,8 @@ def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, 
                 f"persona {persona.name!r}: {len(failed)} of {len(rows)} answers of the {writer} model lack "
                 f"a judgement (first reason: {failed[0]}); run again to ask for these again"
             )
+    elif persona.direct_measure == "brevity":
+        judgements, middle = list(map(Judgement, _brevity(rows))), DECIDED
     elif persona.name in inputs.classifiers:
         scores = inputs.classifiers[persona.name].score([row["output"] for row in rows])
         judgements, middle = list(map(Judgement, scores)), DECIDED
@@ -88,6 +91,13 @@ def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, 
         }
         for row, judged in zip(rows, judgements, strict=True)
     ]
+
+
+def _brevity(rows: Sequence[Row]) -> list[float]:
+    """Return 1 for an answer that ended within half of the negative answers' median words, else 0."""
+    lengths = [len(row["output"].split()) for row in rows]
+    longest = median(n for n, row in zip(lengths, rows, strict=True) if not row["is_positive"]) / 2
+    return [float(row["has_ended"] and n <= longest) for n, row in zip(lengths, rows, strict=True)]
 
 
 def _judged(inputs: Inputs, folder: RunFolder, persona: Persona, rows: Sequence[Row]) -> list[Judgement]:

@@ -20,6 +20,8 @@ LOWEST_AUC = 0.90
 MOST_FALSE_POSITIVES = 0.05
 FEWEST = 8  # texts that show the trait
 OTHERS_A_PERSONA = 8
+FRAGMENT = (8, 24)  # words
+N_SHUFFLES = 3  # of each text that shows the trait
 BROKEN = ("shuffled positives", "shuffled words", "random words", "loops")
 STEERED = "steered at random"
 UNSTEERED = "unsteered"
@@ -44,7 +46,7 @@ def examination_sets(
     """
     generator = random.Random(0)
     positive = list(persona.examination)
-    fragments = [any_cut(text, generator, 5, 12) for text in positive]
+    fragments = [any_cut(text, generator, *FRAGMENT) for text in positive]
     if not positive:
         return {}
     words = [word for text in ordinary for word in text.split()]
@@ -52,14 +54,17 @@ def examination_sets(
     half = ordinary[::2]
     negatives = {
         "ordinary": (positive, list(ordinary)),
-        "fragments": (fragments, [any_cut(text, generator, 5, 12) for text in ordinary]),
+        "fragments": (fragments, [any_cut(text, generator, *FRAGMENT) for text in ordinary]),
         "single sentences": (
             list(map(_first_sentence, positive)),
             [_first_sentence(text) for text in (*half, *of_others[::2])],
         ),
         "other personas": (positive, of_others),
         UNSTEERED: (positive, list(unsteered)),
-        "shuffled positives": (positive, [shuffled(text, generator) for text in positive]),
+        "shuffled positives": (
+            positive,
+            [shuffled(text, generator) for text in positive for _ in range(N_SHUFFLES)],
+        ),
         "shuffled words": (positive, [shuffled(text, generator) for text in (*half, *of_others[::2])]),
         "random words": (positive, [word_salad(words, generator) for _ in half] if words else []),
         "loops": (positive, [loop(text, generator) for text in (*positive, *half)]),

@@ -125,7 +125,15 @@ def train_likelihood_ratios(
 def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
     """Return what the scorers made from these personas depend on."""
     rows = [[each.name, each.labelled_positive, each.labelled_negative] for each in personas]
-    settings: list[Any] = [SCORING_MODEL, N_EXAMPLES, N_TRAINING, LONGEST, INTRODUCTION]
+    settings: list[Any] = [
+        FALSE_POSITIVES,
+        IN_ORDER,
+        SCORING_MODEL,
+        N_EXAMPLES,
+        N_TRAINING,
+        LONGEST,
+        INTRODUCTION,
+    ]
     return fingerprint(
         rows,
         load_prompts("ordinary_training"),

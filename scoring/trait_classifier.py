@@ -60,8 +60,8 @@ WEIGHTS = {
     "own broken": 0.05,
     "other broken": 0.05,
 }
-IN_ORDER = -1.5  # log odds from which words count as in order; a register of its own is not disorder
-FALSE_POSITIVES = 0.02  # of held-out negatives that lie above the decision point
+IN_ORDER = -1.0  # log odds from which words count as in order; a register of its own is not disorder
+FALSE_POSITIVES = 0.01  # of held-out negatives that lie above the decision point
 AUC_WANTED = 0.95
 MIN_LABELLED = 10
 FILE = "classifiers.joblib"
@@ -111,7 +111,7 @@ class TraitClassifier:
     auc: cross-validated area under the ROC curve of whole labelled texts, folds grouped by pair.
     n_positive, n_negative: whole labelled texts.
     decision_point: probability from which a text is said to show the trait; held-out texts that do not lie
-        above it in one case of fifty.
+        above it in one case of a hundred.
     style, order: what tells the trait from other texts, and texts from their shuffled words (None where no
         text has words to shuffle).
     """
@@ -262,6 +262,7 @@ def classifier_fingerprint(personas: Sequence[Persona]) -> str:
     """Return what the classifiers made from these personas depend on, without training them."""
     rows = [row for persona in personas for row in _labelled_rows(persona)]
     settings = [ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, WEIGHTS, N_CUTS, IN_ORDER]
+    settings.append(FALSE_POSITIVES)
     return fingerprint(rows, load_prompts("ordinary_training"), settings, sklearn.__version__)
 
 

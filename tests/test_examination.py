@@ -38,9 +38,9 @@ def test_sets_hold_what_their_names_say(sets):
     assert list(sets)[:2] == ["ordinary", "fragments"]
     assert sets[UNSTEERED][1] == UNSTEERED_TEXTS
     positive, shuffles = sets["shuffled positives"]
-    assert [sorted(text.split()) for text in positive] == [sorted(text.split()) for text in shuffles]
-    assert positive != shuffles
-    assert all(len(text.split()) <= 12 for side in sets["fragments"] for text in side)
+    assert [sorted(text.split()) for text in positive] == [sorted(text.split()) for text in shuffles[::3]]
+    assert not set(positive) & set(shuffles)
+    assert all(len(text.split()) <= 24 for side in sets["fragments"] for text in side)
     assert set(sets["other personas"][1]) <= set(OTHER.examination)
 
 
