@@ -61,7 +61,7 @@ def test_defaults_are_the_specifications():
 
 
 BAND_METHODS = {
-    "example_config.json": {"shuffled", "wrong_persona", "ridge_mapped", "oracle"},
+    "example_config.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"},
     "band.json": {"random_proj", "shuffled", "ridge_mapped", "oracle"},
     "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
 }

@@ -1115,7 +1115,7 @@ def real(all_threads, tmp_path_factory):
 @pytest.mark.real_models
 def test_experiment_runs_on_the_packaged_models(real):
     output_dir, table, _ = real
-    assert visible_files(output_dir) == ARTIFACTS
+    assert visible_files(output_dir) == {*ARTIFACTS, "off_target.png"}
     checks = load_json(output_dir / "preflight.json")["checks"]
     technical = [check for check in checks if check["technical"]]
     assert len(technical) == 8
@@ -1127,9 +1127,17 @@ def test_experiment_runs_on_the_packaged_models(real):
     for entry in table:
         assert 0 <= entry["trait_probability"]["mean"] <= 1
         assert entry["trait_probability"]["n"] + entry["trait_probability"]["missing"] == entry["n"] == 4
-        assert entry["classifier_auc"] >= 0.95
+        assert entry["classifier_auc"] >= 0.9
         assert entry["perplexity"]["median"] > 1
         assert entry["independent_perplexity"]["median"] > 1
+    licences = load_json(output_dir / "scorer_licences.json")["personas"]
+    assert {name: set(found) for name, found in licences.items()} == dict.fromkeys(
+        ("formal", "cheerful"), {"classifier", "likelihood_ratio"}
+    )
+    assert licences["formal"]["classifier"]["is_licensed"], licences["formal"]["classifier"]["problems"]
+    verdict = load_json(output_dir / "verdict.json")["personas"]["formal"]
+    assert (verdict["verdict"], verdict["scorers"]["classifier"]["n_prompts"]) == ("can't tell", 4)
+    assert "4 prompts have scores, an interval needs 8" in verdict["why"]
 
 
 @pytest.mark.real_models

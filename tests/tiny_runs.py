@@ -64,6 +64,7 @@ def tiny_settings(model_folders, folder):
         "alpha_values": [1.0, 4.0],
         "n_seeds": N_SEEDS,
         "max_new_tokens": 6,
+        "evaluation_dtype": "float32",
     }
 
 
