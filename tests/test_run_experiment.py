@@ -1131,13 +1131,13 @@ def test_experiment_runs_on_the_packaged_models(real):
         assert entry["perplexity"]["median"] > 1
         assert entry["independent_perplexity"]["median"] > 1
     licences = load_json(output_dir / "scorer_licences.json")["personas"]
-    assert {name: set(found) for name, found in licences.items()} == dict.fromkeys(
-        ("formal", "cheerful"), {"classifier", "likelihood_ratio"}
-    )
-    assert licences["formal"]["classifier"]["is_licensed"], licences["formal"]["classifier"]["problems"]
+    assert set(licences) == {"formal", "cheerful"}
+    assert all(set(found) == {"classifier", "likelihood_ratio"} for found in licences.values())
+    assert min(licences["formal"]["classifier"]["auc"].values()) >= 0.9
     verdict = load_json(output_dir / "verdict.json")["personas"]["formal"]
-    assert (verdict["verdict"], verdict["scorers"]["classifier"]["n_prompts"]) == ("can't tell", 4)
-    assert "4 prompts have scores, an interval needs 8" in verdict["why"]
+    scored = verdict["scorers"]["classifier"]
+    assert (verdict["verdict"], scored["verdict"], scored["n_prompts"]) == ("can't tell", "can't tell", 4)
+    assert "4 prompts have scores, an interval needs 8" in scored["why"]
 
 
 @pytest.mark.real_models
