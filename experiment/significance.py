@@ -68,17 +68,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def recovery(mapped: Differences, oracle: Differences, seed: int = 0) -> Interval:
     """Return mean(mapped) / mean(oracle) with a bootstrap interval; prompts are resampled together.
 
-    Where the oracle's mean changes sign among the resamples, the interval is infinite.
+    A resample in which the oracle's mean has the other sign counts as an infinite ratio; where more than the
+    interval's tail are like that, the interval is infinite.
     """
     generator = np.random.default_rng(seed)
     chosen = generator.integers(0, len(mapped), size=(N_RESAMPLES, len(mapped)))
     above, below = mapped[chosen].mean(1), oracle[chosen].mean(1)
     estimate = float(mapped.mean() / oracle.mean()) if oracle.mean() else math.inf
-    if below.min() <= 0 <= below.max():
+    sign, tail = math.copysign(1, oracle.mean()), (1 - CONFIDENCE) / 2
+    is_sound = sign * below > 0
+    if np.mean(~is_sound) > tail:
         return Interval(estimate, -math.inf, math.inf)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(above / below, (tail, 1 - tail))
-    return Interval(estimate, float(low), float(high))
+    ratios = np.where(is_sound, above / np.where(is_sound, below, 1.0), np.copysign(math.inf, sign * above))
+    low, high = (float(np.quantile(ratios, q, method="nearest")) for q in (tail, 1 - tail))
+    return Interval(estimate, low, high)
 
 
 def fieller(mapped: Differences, oracle: Differences) -> Interval:
