@@ -22,7 +22,7 @@ from experiment.significance import (
     sign_flip_p,
 )
 
-MAPPED, ORACLE, UNSTEERED, ASKED = "ridge_mapped", "oracle", "baseline", "prompted"
+MAPPED, ORACLE, UNSTEERED = "ridge_mapped", "oracle", "baseline"
 CONTROLS = ("random", "shuffled", "wrong_persona", "zero_pad", "interpolate", "random_proj")
 WANTED_CONTROLS = ("random", "shuffled", "wrong_persona")  # without which nothing is said to have transferred
 FEWEST_PROMPTS = 8

@@ -124,8 +124,8 @@ def shipped_classifiers(all_threads):
 @pytest.mark.real_models
 @pytest.mark.parametrize("name", shipped_personas())
 def test_shipped_persona_is_told_apart(name, shipped_classifiers):
-    # What licenses it is its examination, see test_examination.py.
-    assert shipped_classifiers[name].auc >= 0.9
+    # Of these two, texts without the trait are the nearest. What licenses any is test_examination.py's.
+    assert shipped_classifiers[name].auc >= (0.92 if name in ("cheerful", "silly") else 0.95)
     assert shipped_classifiers[name].n_positive >= 40
 
 
