@@ -24,9 +24,12 @@ from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
-from scoring.broken_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units
-from scoring.gpt_judge import COHERENCE_PROMPT, ONE_DIGIT, TRAIT_PROMPT, GPTJudge, Judgement
+from scoring.broken_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
+from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
+from scoring.judge_answers import Judgement
 from scoring.likelihood_ratio import LikelihoodRatio
+from scoring.local_judge import LocalJudge
+from scoring.paid_once import PaidOnce
 from scoring.trait_classifier import TraitClassifier, score_texts
 from support.errors import InputError
 from texts.chat import Prompt, plain_text, prompt_text
@@ -104,7 +107,7 @@ class Evaluator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         use_gpt4: bool = False,
-        judge: GPTJudge | None = None,
+        judge: GPTJudge | LocalJudge | PaidOnce | None = None,
         classifiers: Mapping[str, TraitClassifier] | None = None,
         descriptions: Mapping[str, str] | None = None,
         eval_prompts: Mapping[str, str] | None = None,
@@ -164,8 +167,8 @@ class Evaluator:
     ) -> Iterator[list[tuple[int, EvaluationResult]]]:
         """Yield (index of the row, metrics) in groups: as they are judged; without a judge, one group.
 
-        wanted: indices of the rows to yield, and to ask a judge about; all by default. The others are the
-        company in which the trait is scored.
+        wanted: indices of the rows to yield; all by default. The others are the company in which the trait
+        is scored. A judge is asked about those of them whose `is_judged` is true or missing.
         """
         wanted = range(len(rows)) if wanted is None else wanted
         traits = self._trait_probabilities(rows)
@@ -191,12 +194,12 @@ class Evaluator:
                 gpt4_failure=coherence.failure or trait.failure,
             )
 
-        if self.judge is None:
-            yield [(index, result(index, Judgement(None), Judgement(None))) for index in wanted]
-            return
-        with closing(self._judged([rows[index] for index in wanted])) as judged:
+        asked = [index for index in wanted if self.judge and rows[index].get("is_judged", True)]
+        if others := [index for index in wanted if index not in set(asked)]:
+            yield [(index, result(index, Judgement(None), Judgement(None))) for index in others]
+        with closing(self._judged([rows[index] for index in asked])) as judged:
             for group in judged:
-                yield [(wanted[index], result(wanted[index], *both)) for index, both in group]
+                yield [(asked[index], result(asked[index], *both)) for index, both in group]
 
     def aggregate(self, results: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
         """Return metrics by condition, persona and alpha; see `aggregate`."""
@@ -239,6 +242,8 @@ class Evaluator:
         for index, texts in enumerate(asked):
             for text in texts:
                 waiting.setdefault(text, []).append(index)
+        if not asked:
+            return
         prompts, known, failed = list(waiting), {}, 0
         with closing(self.judge.judge_each(prompts)) as answers:
             for number, judgement in answers:
@@ -257,17 +262,10 @@ class Evaluator:
         texts = {"prompt": plain_text(row["prompt"]), "output": row["output"]}
         prompts = [COHERENCE_PROMPT.format(**texts)]
         if row.get("persona"):
-            prompts.append(self.trait_prompt(row))
+            name = row["persona"]
+            described = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
+            prompts.append(trait_prompt(name, *described, **texts))
         return prompts
-
-    def trait_prompt(self, row: Mapping[str, Any]) -> str:
-        """Return what the judge is asked about a row's trait; rows: see `evaluate_batch`."""
-        persona, asked = row["persona"], plain_text(row["prompt"])
-        if eval_prompt := self.eval_prompts.get(persona):
-            filled = eval_prompt.replace("{question}", asked).replace("{answer}", row["output"])
-            return f"{filled}\n\n{ONE_DIGIT}"
-        description = self.descriptions.get(persona, "")
-        return TRAIT_PROMPT.format(name=persona, description=description, prompt=asked, output=row["output"])
 
 
 def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence[Item]) -> list[Value]:
@@ -369,7 +367,7 @@ def repetition_metrics(text: str) -> dict[str, Any]:
         "is_collapsed": None if repetition is None else repetition > COLLAPSE_THRESHOLD,
         "distinct_1": distinct_share(found, 1),
         "distinct_2": distinct_share(found, 2),
-        "n_words": sum(unit[0].isalnum() for unit in found),
+        "n_words": word_count(text),
     }
 
 

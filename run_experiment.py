@@ -287,9 +287,7 @@ class PersonaTransferExperiment:
         """
         inputs, folder, name = self.inputs, self.folder, "aggregated_results.json"
         planned = grid.planned_evaluations(inputs, texts or self._written_texts())
-        rows, n_new = evaluate_texts(
-            inputs, folder, self.executor, planned, inputs.judge, inputs.config.likelihood_ratio
-        )
+        rows, n_new = evaluate_texts(inputs, folder, self.executor, planned, inputs.config.likelihood_ratio)
         save_rows(folder, "eval_results.json", rows)
         folder.notes += missing_notes(rows)
         made_from = grid.rows_fingerprint(planned)

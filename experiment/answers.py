@@ -8,16 +8,15 @@ Each model reads its own answers. One that cannot be asked reads the other's, as
 
 import logging
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
-from evaluation import Evaluator
-from experiment.grid import Row, answers_fingerprint, judge_settings, planned_answers
+from experiment.grid import Row, answers_fingerprint, planned_answers
 from experiment.inputs import Inputs
-from experiment.journalled import write_answers
+from experiment.journalled import asked_judge, write_answers
 from experiment.structures import expected
+from scoring.brevity import brevity
+from scoring.gpt_judge import trait_prompt
 from scoring.judge_answers import Judgement
 from support.artifacts import fingerprint
 from support.errors import InputError
@@ -69,8 +68,11 @@ def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, 
     rows = write_answers(inputs, folder, executor, planned_answers(inputs, persona, writer), writer)
     middle = None
     judgements = [Judgement(None)] * len(rows)
-    if inputs.judge:
-        judgements, middle = _judged(inputs, folder, persona, rows), JUDGED
+    judge = asked_judge(inputs, folder)
+    if judge:
+        described = persona.name, persona.description, persona.eval_prompt
+        prompts = [trait_prompt(*described, row["prompt"], row["output"]) for row in rows]
+        judgements, middle = judge.judge(prompts), JUDGED
         failed = [judged.failure for judged in judgements if judged.failure]
         if len(failed) > MOST_UNJUDGED * len(rows):
             raise InputError(
@@ -78,7 +80,9 @@ def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, 
                 f"a judgement (first reason: {failed[0]}); run again to ask for these again"
             )
     elif persona.direct_measure == "brevity":
-        judgements, middle = list(map(Judgement, _brevity(rows))), DECIDED
+        texts, have_ended = ([row[key] for row in rows] for key in ("output", "has_ended"))
+        negative = [row["output"] for row in rows if not row["is_positive"]]
+        judgements, middle = list(map(Judgement, brevity(texts, have_ended, negative))), DECIDED
     elif persona.name in inputs.classifiers:
         scores = inputs.classifiers[persona.name].score([row["output"] for row in rows])
         judgements, middle = list(map(Judgement, scores)), DECIDED
@@ -91,38 +95,6 @@ def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, 
         }
         for row, judged in zip(rows, judgements, strict=True)
     ]
-
-
-def _brevity(rows: Sequence[Row]) -> list[float]:
-    """Return 1 for an answer that ended within half of the negative answers' median words, else 0."""
-    lengths = [len(row["output"].split()) for row in rows]
-    longest = median(n for n, row in zip(lengths, rows, strict=True) if not row["is_positive"]) / 2
-    return [float(row["has_ended"] and n <= longest) for n, row in zip(lengths, rows, strict=True)]
-
-
-def _judged(inputs: Inputs, folder: RunFolder, persona: Persona, rows: Sequence[Row]) -> list[Judgement]:
-    """Return the judge's judgement of each answer; those that the journal holds are not asked for again."""
-    evaluator = Evaluator(
-        inputs.target.model,
-        inputs.target.tokenizer,
-        descriptions={persona.name: persona.description},
-        eval_prompts={persona.name: persona.eval_prompt},
-    )
-    prompts = [evaluator.trait_prompt(row) for row in rows]
-    failures: dict[str, str] = {}
-    with folder.journal("answer_judgements", fingerprint(judge_settings(inputs.config.judge))) as journal:
-        new = {fingerprint(prompt): prompt for prompt in prompts}
-        new = {key: prompt for key, prompt in new.items() if key not in journal.rows}
-        keys = list(new)
-        with closing(inputs.judge.judge_each(list(new.values()))) as answers:
-            for number, judgement in answers:
-                if judgement.failure:
-                    failures[keys[number]] = judgement.failure
-                else:
-                    journal.append([{"key": keys[number], "score": judgement.score}])
-        known = {key: row["score"] for key, row in journal.rows.items()}
-    asked = map(fingerprint, prompts)
-    return [Judgement(known.get(key), failures.get(key)) for key in asked]
 
 
 def _is_kept(row: Row, score: float | None, middle: float | None) -> bool:

@@ -205,14 +205,32 @@ class ExecutorConfig(_Strict):
 
 
 class JudgeConfig(_Strict):
-    """The chat model that judges when `use_gpt4` is true."""
+    """The chat model that judges when `use_gpt4` is true.
 
+    kind: `server` asks an OpenAI-compatible one, `local` loads `model`, an instruct model, as source and
+        target are loaded.
+    max_usd: what all judgements of a run may cost. texts_per_cell: how many texts of each cell are judged,
+        of the same prompts and seeds in every cell; all by default.
+    """
+
+    kind: Literal["server", "local"] = "server"
     model: Text = "gpt-4o"
     base_url: String | None = None
     api_key_env: Text = "OPENAI_API_KEY"
     max_workers: Count = 4
     max_answer_tokens: Annotated[int, Field(ge=1, le=100_000)] = 1
     usd_per_million_tokens: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 2.5
+    max_usd: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
+    texts_per_cell: Count | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "JudgeConfig":
+        of_server = {"base_url", "api_key_env", "max_workers", "max_answer_tokens", "max_usd"}
+        if self.kind == "local" and (odd := sorted(of_server & self.model_fields_set)):
+            raise ValueError(f'judge.{odd[0]} is of use with "kind": "server" alone; leave it out')
+        if self.kind == "local" and "model" not in self.model_fields_set:
+            raise ValueError("judge.model is not set; name the instruct model that judges")
+        return self
 
 
 class ExperimentConfig(_Strict):

@@ -228,8 +228,8 @@ def find_doses(
         written = [
             {**row, "persona": row["persona"] or config.persona_names[0]} for rows in by_cell for row in rows
         ]
-        planned = evaluation_rows(inputs, written, None)
-        rows, _ = evaluate_texts(inputs, folder, executor, planned, None)
+        planned = evaluation_rows(inputs, written)
+        rows, _ = evaluate_texts(inputs, folder, executor, planned)
         texts, size = [_development_text(row) for row in rows], len(by_cell[0])
         return [texts[start : start + size] for start in range(0, len(texts), size)]
 

@@ -15,7 +15,7 @@ import torch
 from evaluation import Evaluator
 from experiment.grid import planned_answers
 from experiment.inputs import Inputs
-from scoring.gpt_judge import TOKENS_PER_JUDGEMENT
+from scoring.paid_once import TOKENS_PER_JUDGEMENT
 from support.pair_statistics import DEFAULT_SAMPLE
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.encoding import encode

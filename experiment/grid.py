@@ -4,6 +4,7 @@ Pure functions of the inputs. A fingerprint holds just what an artifact depends 
 the configuration makes anew what it touches and nothing else.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -20,6 +21,7 @@ from texts.neutral_text import NeutralText
 from texts.personas import Persona, load_prompts
 
 FORMAT_VERSION = 1
+EXAMINATION_VERSION = 2  # of what is examined, and how
 
 Alphas = Sequence[float | None] | Mapping[str, Sequence[float]] | Mapping[tuple[str, str], Dose]
 Row = dict[str, Any]
@@ -96,39 +98,57 @@ def grid_texts(inputs: Inputs, alphas: Alphas) -> list[Row]:
 
 def planned_evaluations(inputs: Inputs, texts: Sequence[Row]) -> list[Row]:
     """Return a row for each text and persona; the unsteered text is scored for every persona."""
-    judge = judge_settings(inputs.config.judge) if inputs.judge else None
-    planned = []
-    for text in texts:
-        names = [text["persona"]] if text["persona"] else inputs.config.persona_names
-        planned += evaluation_rows(
-            inputs, [{**text, "persona": name} for name in names], judge, inputs.config.likelihood_ratio
-        )
-    return planned
+    judged = _judged_places(inputs, texts) if inputs.judge else set()
+    names = inputs.config.persona_names
+    rows = [
+        {**text, "persona": name}
+        for text in texts
+        for name in ([text["persona"]] if text["persona"] else names)
+    ]
+    if inputs.judge:
+        rows = [{**row, "is_judged": (row["prompt_idx"], row["seed"]) in judged} for row in rows]
+    return evaluation_rows(inputs, rows, inputs.config.likelihood_ratio)
+
+
+def _judged_places(inputs: Inputs, texts: Sequence[Row]) -> set[tuple[int, int]]:
+    """Return (prompt, seed) of the texts that are judged, the same in every cell, so that it stays paired.
+
+    With `judge.texts_per_cell`, as many prompts as it allows, drawn by the run's seed, before second seeds.
+    """
+    places = list(dict.fromkeys((text["prompt_idx"], text["seed"]) for text in texts))
+    prompts = sorted({prompt for prompt, _ in places})
+    random.Random(inputs.config.seed).shuffle(prompts)
+    rank = {prompt: number for number, prompt in enumerate(prompts)}
+    ordered = sorted(places, key=lambda place: (place[1], rank[place[0]]))
+    return set(ordered[: inputs.config.judge.texts_per_cell])
 
 
 def judge_settings(settings: JudgeConfig) -> list[Any]:
     """Return what a judgement depends on; the default length of an answer is left out, as it always was."""
+    if settings.kind == "local":
+        return ["local", settings.model]
     long = [settings.max_answer_tokens] if settings.max_answer_tokens != 1 else []
     return [settings.model, settings.base_url, *long]
 
 
-def evaluation_rows(
-    inputs: Inputs, texts: Sequence[Row], judge: list[Any] | None, has_ratios: bool = False
-) -> list[Row]:
+def evaluation_rows(inputs: Inputs, texts: Sequence[Row], has_ratios: bool = False) -> list[Row]:
     """Return the rows of texts that have a persona, with the key of their evaluation.
 
-    judge: what `planned_evaluations` says of it; None if none is asked. has_ratios: whether the second
-        scorer is asked too.
+    texts: those with a true `is_judged` are shown to the judge too. has_ratios: whether the second scorer is
+        asked too.
     """
-    described = {persona.name: _described(persona) for persona in inputs.personas} if judge else {}
-    scorers = [classifier_fingerprint(inputs.labelled_personas), _independent(inputs), judge]
-    scorers += [inputs.evaluation_dtype] if inputs.evaluation_dtype else []
+    described = {persona.name: _described(persona) for persona in inputs.personas}
+    classifiers, independent = classifier_fingerprint(inputs.labelled_personas), _independent(inputs)
+    more = [inputs.evaluation_dtype] if inputs.evaluation_dtype else []
     if has_ratios:
-        scorers.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
+        more.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
     rows = []
     for text in texts:
-        persona = text["persona"]
-        made_from = [text["key"], text["output"], persona, described.get(persona), scorers]
+        persona, judge, of_persona = text["persona"], None, None
+        if text.get("is_judged"):
+            judge, of_persona = judge_settings(inputs.config.judge), described[persona]
+        scorers = [classifiers, independent, judge, *more]
+        made_from = [text["key"], text["output"], persona, of_persona, scorers]
         rows.append({**text, "key": fingerprint(FORMAT_VERSION, made_from)})
     return rows
 
@@ -311,7 +331,9 @@ def licences_fingerprint(inputs: Inputs) -> str:
     scorers.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
     examined = [[persona.name, persona.examination] for persona in inputs.labelled_personas]
     texts = [load_prompts("ordinary_examination"), inputs.development_prompts, sampling(inputs)]
-    return fingerprint(inputs.target.fingerprint, scorers, examined, texts, config.seed)
+    if inputs.judge:
+        scorers += [judge_settings(config.judge), list(map(_described, inputs.personas))]
+    return fingerprint(EXAMINATION_VERSION, inputs.target.fingerprint, scorers, examined, texts, config.seed)
 
 
 def search_fingerprint(inputs: Inputs) -> str:

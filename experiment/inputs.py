@@ -23,6 +23,7 @@ from experiment.workers import LocalExecutor, Side, SideSettings, Worker, Writin
 from model_loading import PACKAGED_MODELS, fastest_dtype
 from scoring.gpt_judge import GPTJudge
 from scoring.likelihood_ratio import LikelihoodRatio, train_likelihood_ratios
+from scoring.local_judge import LocalJudge
 from scoring.trait_classifier import TraitClassifier, check_labelled, load_trait_classifiers
 from steered_generation import SteeredGenerator
 from support.errors import InputError
@@ -62,7 +63,7 @@ class Inputs:
     neutral_texts: tuple[NeutralText, ...]
     source: Side
     target: Side
-    judge: GPTJudge | None
+    judge: GPTJudge | LocalJudge | None
     train: Callable[[], dict[str, TraitClassifier]]
     band: tuple[LayerPair, ...] = ()
     chat_sides: tuple[str, ...] = ()
@@ -285,9 +286,7 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
     Raises InputError for whatever cannot be used; of texts before a model is loaded.
     """
     personas, prompts = read_personas_and_prompts(config)
-    judge = (
-        GPTJudge(**config.judge.model_dump(exclude={"usd_per_million_tokens"})) if config.use_gpt4 else None
-    )
+    judge = load_judge(config) if config.use_gpt4 else None
     texts = tuple(_neutral_texts(config, personas, config.n_training_samples))
     n_documents = len({item.document for item in texts})
     if n_documents < config.n_folds:
@@ -326,6 +325,20 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
         inputs = inputs.at_band(config.layer_pairs)
     _check_models(inputs)
     return inputs
+
+
+def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge:
+    """Return the judge that a configuration names. Raises InputError: no key, or no instruct model."""
+    settings = config.judge
+    if settings.kind == "local":
+        return LocalJudge(settings.model, config.device, config.dtype, config.evaluation_batch_size)
+    return GPTJudge(
+        settings.model,
+        settings.base_url,
+        settings.api_key_env,
+        settings.max_workers,
+        settings.max_answer_tokens,
+    )
 
 
 def _check_models(inputs: Inputs) -> None:

@@ -17,12 +17,13 @@ from evaluation import EvaluationResult, Evaluator
 from experiment.grid import (
     Row,
     evaluations_journal_fingerprint,
+    judge_settings,
     rows_fingerprint,
     texts_journal_fingerprint,
 )
 from experiment.inputs import Inputs
 from experiment.workers import WritingSettings
-from scoring.gpt_judge import GPTJudge
+from scoring.paid_once import PaidOnce
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.journal import Journal
@@ -151,13 +152,12 @@ def evaluate_texts(
     folder: RunFolder,
     executor: Any,
     planned: Sequence[Row],
-    judge: GPTJudge | None,
     has_ratios: bool = False,
 ) -> tuple[list[Row], int]:
     """Return the planned rows with their metrics, and how many of these are new.
 
-    planned: what `grid.evaluation_rows` returned. has_ratios: as it was told. A failed judgement is asked
-    for again.
+    planned: what `grid.evaluation_rows` returned. has_ratios: as it was told. The judge is asked about rows
+    with a true `is_judged`; a failed judgement is asked for again.
 
     The last digits of a perplexity depend on the texts that share its batch. So texts are scored in the
     company of their cell (condition, persona and alpha), whichever of them are missing: after damage or a
@@ -175,10 +175,21 @@ def evaluate_texts(
         logger.info("%d evaluations, %d of them already there", len(planned), len(planned) - len(new))
         if new:
             parts = _parts_with(planned, {row["key"] for row in new})
+            judge = asked_judge(inputs, folder) if any(row.get("is_judged") for row in new) else None
             _evaluate_missing(
                 inputs, executor, parts, {row["key"] for row in new}, judge, has_ratios, journal
             )
         return _from_journal(planned, journal), len(new)
+
+
+def asked_judge(inputs: Inputs, folder: RunFolder) -> PaidOnce | None:
+    """Return the judge of a run, which remembers what it has said and what it may cost; None without one."""
+    if inputs.judge is None:
+        return None
+    settings = inputs.config.judge
+    made_from = fingerprint(judge_settings(settings))
+    price = settings.usd_per_million_tokens if settings.kind == "server" else 0.0
+    return PaidOnce(inputs.judge, lambda: folder.journal("judgements", made_from), price, settings.max_usd)
 
 
 def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
@@ -200,7 +211,7 @@ def _evaluate_missing(
     executor: Any,
     parts: Sequence[Sequence[Row]],
     wanted: set[str],
-    judge: GPTJudge | None,
+    judge: PaidOnce | None,
     has_ratios: bool,
     journal: Journal,
 ) -> None:

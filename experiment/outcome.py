@@ -4,6 +4,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -12,19 +13,25 @@ from experiment.development import write_development
 from experiment.figures import off_target_figure, recovery_figure, save_figure
 from experiment.grid import UNSTEERED, Cell, Row, licences_fingerprint, personas_fingerprint
 from experiment.inputs import Inputs
+from experiment.journalled import asked_judge
 from experiment.structures import expected
+from experiment.success import format_success, success
 from experiment.transfers import SteeringVectors
 from experiment.verdict import ORACLE, format_verdicts, verdicts
-from scoring.examination import examination_sets, examine
+from scoring.examination import Sets, at_most, examination_sets, examine
+from scoring.gpt_judge import trait_prompt
+from scoring.paid_once import PaidOnce
 from support.artifacts import fingerprint, save_text
 from support.run_folder import RunFolder
 from support.vocabulary import RANDOM_DRAWS, random_name
-from texts.personas import load_prompts
+from texts.personas import Persona, load_prompts
 
 logger = logging.getLogger(__name__)
 
 BRIEF = {"is_licensed": True, "problems": [], "measure": "length, which needs no licence"}
 N_SEEDS = 2  # unsteered texts to a development prompt, for the examination
+JUDGED_A_SIDE = 24  # texts of a set that a judge is examined on
+JUDGE_DECIDES = 0.4999  # of its scale as 0 to 1: 3, "clearly present in parts", is the trait
 TOO_STRONG = 3.0  # times the strongest dose, at which random directions break text
 
 
@@ -38,9 +45,8 @@ def conclude(
     licences = examined_scorers(inputs, folder, executor, rows)
     doses = judged_doses(inputs, rows)
     found = verdicts(rows, doses, licences)
-    content = folder.save(
-        "verdict.json", fingerprint(made_from, licences), {"personas": found, "licences": licences}
-    )
+    content = {"personas": found, "licences": licences, "success": success(rows, doses)}
+    folder.save("verdict.json", fingerprint(made_from, licences), content)
     save_text(folder.path / "results.csv", results_frame(rows).to_csv(index=False))
     save_text(folder.path / "effects.csv", effects_frame(found, rows).to_csv(index=False))
     save_figure(recovery_figure(found), folder.path / "recovery.png", made_from)
@@ -48,6 +54,8 @@ def conclude(
     if matrix:
         save_figure(off_target_figure(matrix), folder.path / "off_target.png", made_from)
     logger.info("scorers\n\n%s\n", format_licences(licences))
+    if content["success"]:
+        logger.info("judged\n\n%s\n", format_success(content["success"]))
     logger.info("verdict\n\n%s\n", format_verdicts(found))
     return content
 
@@ -59,7 +67,8 @@ def examined_scorers(
     name, made_from = "scorer_licences.json", licences_fingerprint(inputs)
     content = folder.current(name, made_from, expected(name, inputs))
     if content is None:
-        has_scorers = inputs.classifiers or inputs.likelihood_ratios
+        judge = asked_judge(inputs, folder)
+        has_scorers = inputs.classifiers or inputs.likelihood_ratios or judge
         unsteered, steered = _development_texts(inputs, folder, executor, rows) if has_scorers else ([], [])
         ordinary = load_prompts("ordinary_examination")
         found: dict[str, dict[str, Any]] = {}
@@ -75,6 +84,8 @@ def examined_scorers(
                 for kind, scorer in scorers.items()
                 if scorer
             }
+            if judge:
+                found[persona.name]["judge"] = _examined_judge(judge, persona, at_most(sets, JUDGED_A_SIDE))
         content = folder.save(name, made_from, {"personas": found})
     licences = content["personas"]
     return {
@@ -84,6 +95,21 @@ def examined_scorers(
         }
         for persona in inputs.personas
     }
+
+
+def _examined_judge(judge: PaidOnce, persona: Persona, sets: Sets) -> dict[str, Any]:
+    """Return what a judge's examination found, and by how much its second word on a text differs."""
+
+    def asked(text: str) -> str:
+        return trait_prompt(persona.name, persona.description, persona.eval_prompt, "", text)
+
+    def score(texts: Sequence[str]) -> list[float | None]:
+        judged = judge.judge(list(map(asked, texts)))
+        return [None if each.score is None else (each.score - 1) / 4 for each in judged]
+
+    examined = examine(score, sets, JUDGE_DECIDES)
+    whole = [asked(text) for sides in islice(sets.values(), 1) for side in sides for text in side[:10]]
+    return {**examined, "repeat_noise": judge.repeat_noise(whole)}
 
 
 def _development_texts(
@@ -236,7 +262,11 @@ def format_licences(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
         for scorer, found in by_scorer.items():
             if found.get("auc"):
                 lowest = min(found["auc"], key=found["auc"].get)
-                detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest}), recall {found['recall']:.0%}"
+                rates = [found[name]["n_right"] / found[name]["n"] for name in ("sensitivity", "specificity")]
+                detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest}), sensitivity {rates[0]:.0%}, "
+                detail += f"specificity {rates[1]:.0%}"
+                if found.get("repeat_noise") is not None:
+                    detail += f", a second draw differs by {found['repeat_noise']:.2f} of 1 to 5"
             else:
                 detail = found.get("measure", "not examined")
             word = "licensed" if found["is_licensed"] else f"UNLICENSED ({'; '.join(found['problems'])})"

@@ -118,6 +118,37 @@ def one_sided_p(differences: Differences) -> float:
     return float(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue)
 
 
+def corrected_share(
+    share: float, n: int, sensitivity: tuple[int, int], specificity: tuple[int, int]
+) -> Interval | None:
+    """Return the share of texts that show a trait, given the share in which a scorer of known errors sees it.
+
+    share: over n independent texts. sensitivity, specificity: (right answers, texts) of the examination.
+    (share + q0 - 1) / (q0 + q1 - 1) of specificity q0 and sensitivity q1 (Rogan and Gladen 1978). The
+    interval counts what is unknown of all three (2511.21140): the delta method's variance, from shares
+    smoothed as if two more texts of each kind had been read, one right and one wrong (Agresti and Coull
+    1998). None if the scorer is no better than chance.
+    """
+    (right_1, m_1), (right_0, m_0) = sensitivity, specificity
+    q_1, q_0 = right_1 / m_1, right_0 / m_0
+    if q_1 + q_0 <= 1:
+        return None
+    estimate = (share + q_0 - 1) / (q_0 + q_1 - 1)
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    p = (share * n + z**2 / 2) / (n + z**2)
+    q_1, q_0 = (right_1 + 1) / (m_1 + 2), (right_0 + 1) / (m_0 + 2)
+    gain = q_0 + q_1 - 1
+    if gain <= 0:
+        return None
+    centre = min(1.0, max(0.0, (p + q_0 - 1) / gain))
+    variance = p * (1 - p) / (n + z**2)
+    variance += (1 - centre) ** 2 * q_0 * (1 - q_0) / (m_0 + 2) + centre**2 * q_1 * (1 - q_1) / (m_1 + 2)
+    half = z * math.sqrt(variance) / gain
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    estimate = min(1.0, max(0.0, estimate))
+    return Interval(estimate, min(low, estimate), max(high, estimate))
+
+
 def prompts_needed(contrast: Differences) -> int | None:
     """Return how many prompts settle the sign of a contrast like this one in four cases of five, or None.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiment.significance import (
     Interval,
+    corrected_share,
     equivalence_p,
     fieller,
     holm,
@@ -21,6 +22,7 @@ from experiment.significance import (
     recovery,
     sign_flip_p,
 )
+from scoring.brevity import brevity
 
 MAPPED, ORACLE, UNSTEERED = "ridge_mapped", "oracle", "baseline"
 CONTROLS = ("random", "shuffled", "wrong_persona", "zero_pad", "interpolate", "random_proj")
@@ -39,32 +41,28 @@ VERDICTS = (
     "not transferred",
     "steering itself failed",
 )
-# scorer -> what it is called in a row. `brevity` is computed here.
+# scorer -> what it is called in a row. The last two are computed here.
 SCORES = {
     "classifier": "trait_probability",
     "likelihood_ratio": "likelihood_probability",
+    "judge": "judged_trait",
     "brevity": "brevity",
 }
 
 Row = Mapping[str, Any]
 
 
-def with_brevity(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows with `brevity`: 1 for a text that ended by itself and is short, else 0.
-
-    Short is half of the median number of words of the unsteered texts; None where it is not known whether
-    a text ended.
-    """
-    lengths = [row["n_words"] for row in rows if row["condition"] == UNSTEERED and row["output"].strip()]
-    longest = statistics.median(lengths) / 2 if lengths else 0
+def with_computed(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows with `judged_trait`, a judge's 1 to 5 as 0 to 1, and `brevity` (`scoring.brevity`)."""
+    texts, have_ended = [row["output"] for row in rows], [row.get("has_ended") for row in rows]
+    ordinary = [row["output"] for row in rows if row["condition"] == UNSTEERED]
     return [
         {
             **row,
-            "brevity": None
-            if row.get("has_ended") is None or not row["output"].strip()
-            else float(row["has_ended"] and row["n_words"] <= longest),
+            "judged_trait": None if (judged := row.get("gpt4_trait_score")) is None else (judged - 1) / 4,
+            "brevity": is_brief,
         }
-        for row in rows
+        for row, is_brief in zip(rows, brevity(texts, have_ended, ordinary), strict=True)
     ]
 
 
@@ -176,7 +174,7 @@ def verdicts(
     rows: of `eval_results.json`. doses: persona -> condition -> the alpha at which it is judged.
     licences: persona -> scorer -> what `examination.examine` returned; `brevity` needs none.
     """
-    rows = with_brevity(rows)
+    rows = with_computed(rows)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     left_out: dict[tuple[str, str], int] = {}
     for persona, of_persona in doses.items():
@@ -196,6 +194,7 @@ def verdicts(
                 "n_left_out": left_out[key],
                 **decide(found[key], adjusted[key]),
                 "effects": _effects_table(found[key], adjusted[key]),
+                "shares": _shares(rows, persona, SCORES[scorer], doses[persona], licence),
             }
         content[persona] = {**_combined(persona, by_scorer), "scorers": by_scorer, "doses": doses[persona]}
     return content
@@ -231,6 +230,36 @@ def _effects_table(differences: Mapping[str, np.ndarray], adjusted: Mapping[str,
                 "wrong_way": wrong,
                 "p_mapped_over_it": adjusted.get(name),
             }
+    return table
+
+
+def _shares(
+    rows: Sequence[Row],
+    persona: str,
+    score: str,
+    doses: Mapping[str, float | None],
+    licence: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return condition -> the share of texts over the decision point, as seen and corrected for errors.
+
+    A prompt counts as one text, whatever its seeds; empty for a scorer that no examination knows.
+    """
+    known = [licence.get(kind) for kind in ("sensitivity", "specificity")]
+    if None in known:
+        return {}
+    rates = [(rate["n_right"], rate["n"]) for rate in known]
+    shown = [
+        {**row, score: None if row[score] is None else float(row[score] > licence["decision_point"])}
+        for row in rows
+        if row["persona"] == persona
+    ]
+    table = {}
+    for condition, alpha in {UNSTEERED: None, **doses}.items():
+        means = prompt_means(shown, persona, condition, alpha, score)
+        if means:
+            share = statistics.fmean(means.values())
+            corrected = corrected_share(share, len(means), *rates)
+            table[condition] = {"seen": share, "corrected": vars(corrected) if corrected else None}
     return table
 
 

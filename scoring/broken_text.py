@@ -50,6 +50,11 @@ def units(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.casefold())
 
 
+def word_count(text: str) -> int:
+    """Return the number of words of a text, without punctuation marks."""
+    return sum(unit[0].isalnum() for unit in units(text))
+
+
 def distinct_share(units: Sequence[str], n: int) -> float | None:
     """Return the different n-grams / all of them (Li et al. 2016), None if there are none."""
     grams = list(zip(*(units[start:] for start in range(n)), strict=False))

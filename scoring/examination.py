@@ -7,7 +7,7 @@ decision point among the target's own unsteered texts and among broken ones.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ N_SHUFFLES = 3  # of each text that shows the trait
 BROKEN = ("shuffled positives", "shuffled words", "random words", "loops")
 STEERED = "steered at random"
 UNSTEERED = "unsteered"
+WHOLE = ("ordinary", "other personas", UNSTEERED)  # as texts of a run are that are not broken
+MOST_UNSCORED = 0.05
 BINS = 5  # of the calibration
 
 Score = Callable[[Sequence[str]], Sequence[float | None]]
@@ -80,22 +82,44 @@ def _first_sentence(text: str) -> str:
     return text
 
 
+def at_most(sets: Sets, n: int) -> Sets:
+    """Return the sets with at most n texts a side, for a scorer that is paid by the text."""
+    generator = random.Random(0)
+    chosen = {}
+    for name, sides in sets.items():
+        positive, negative = (
+            side
+            if len(side) <= n
+            else [side[index] for index in sorted(generator.sample(range(len(side)), n))]
+            for side in sides
+        )
+        chosen[name] = (positive, negative)
+    return chosen
+
+
 def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
     """Return how a scorer does on each set, and whether it has its licence.
 
-    auc, false_positives: by set. recall: of whole positives at the decision point. calibration: for each bin
-    of scores, {n, mean score, share that shows the trait}, of all whole texts. problems: what costs the
-    licence, in words; empty for a licensed scorer.
+    auc, false_positives: by set. sensitivity: {n_right, n} of whole texts that show the trait, and
+    specificity of whole ones that do not, at the decision point. calibration: for each bin of scores, {n,
+    mean score, share that shows the trait}. n_unscored: texts without a score, which are left out.
+    problems: what costs the licence, in words; empty for a licensed scorer.
     """
-    if not sets or len(next(iter(sets.values()))[0]) < FEWEST:
-        n = len(next(iter(sets.values()))[0]) if sets else 0
-        problem = f"{n} examination_texts show the trait, an examination needs {FEWEST}"
-        return _examined({}, {}, None, [], [problem])
+    n_positive = len(next(iter(sets.values()))[0]) if sets else 0
+    if n_positive < FEWEST:
+        problem = f"{n_positive} examination_texts show the trait, an examination needs {FEWEST}"
+        return _examined([problem], decision_point)
     texts = list(dict.fromkeys(text for sides in sets.values() for side in sides for text in side))
-    known = dict(zip(texts, score(texts), strict=True))
-    auc, false_positives, problems = {}, {}, []
-    for name, (positive, negative) in sets.items():
-        found, wrong = ([known[text] or 0.0 for text in side] for side in (positive, negative))
+    known = {text: value for text, value in zip(texts, score(texts), strict=True) if value is not None}
+    problems = []
+    if (n_unscored := len(texts) - len(known)) > MOST_UNSCORED * len(texts):
+        problems.append(f"{n_unscored} of {len(texts)} texts have no score")
+    auc, false_positives = {}, {}
+    for name, sides in sets.items():
+        found, wrong = ([known[text] for text in side if text in known] for side in sides)
+        if not found or not wrong:
+            problems.append(f"no text of {name} has a score")
+            continue
         labels = [1] * len(found) + [0] * len(wrong)
         auc[name] = float(roc_auc_score(labels, [*found, *wrong]))
         false_positives[name] = float(np.mean([value > decision_point for value in wrong]))
@@ -103,28 +127,31 @@ def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
             problems.append(f"AUC {auc[name]:.2f} on {name}")
         if name in (UNSTEERED, STEERED, *BROKEN) and false_positives[name] > MOST_FALSE_POSITIVES:
             problems.append(f"{false_positives[name]:.0%} false positives on {name}")
-    positive = next(iter(sets.values()))[0]
-    recall = float(np.mean([(known[text] or 0.0) > decision_point for text in positive]))
-    shows = [(known[text] or 0.0, True) for text in positive]
-    shows += [(known[text] or 0.0, False) for _, side in sets.values() for text in side]
-    return _examined(auc, false_positives, recall, _calibration(shows), problems)
+    whole = [sides for name, sides in sets.items() if name in WHOLE]
+    showing = dict.fromkeys(text for positive, _ in whole for text in positive if text in known)
+    others = dict.fromkeys(text for _, negative in whole for text in negative if text in known)
+    shows = [(known[text], True) for text in showing]
+    shows += [(known[text], False) for _, side in sets.values() for text in side if text in known]
+    return _examined(
+        problems,
+        decision_point,
+        auc=auc,
+        false_positives=false_positives,
+        sensitivity=_rate([known[text] > decision_point for text in showing]),
+        specificity=_rate([known[text] <= decision_point for text in others]),
+        calibration=_calibration(shows),
+        n_unscored=n_unscored,
+    )
 
 
-def _examined(
-    auc: Mapping[str, float],
-    false_positives: Mapping[str, float],
-    recall: float | None,
-    calibration: list[dict[str, Any]],
-    problems: list[str],
-) -> dict[str, Any]:
-    return {
-        "auc": dict(auc),
-        "false_positives": dict(false_positives),
-        "recall": recall,
-        "calibration": calibration,
-        "problems": problems,
-        "is_licensed": not problems,
-    }
+def _examined(problems: list[str], decision_point: float, **found: Any) -> dict[str, Any]:
+    empty = {"auc": {}, "false_positives": {}, "sensitivity": None, "specificity": None, "calibration": []}
+    verdict = {"problems": problems, "is_licensed": not problems, "decision_point": decision_point}
+    return {**empty, "n_unscored": 0, **found, **verdict}
+
+
+def _rate(is_right: Sequence[bool]) -> dict[str, int] | None:
+    return {"n_right": sum(is_right), "n": len(is_right)} if is_right else None
 
 
 def _calibration(scored: Sequence[tuple[float, bool]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -52,7 +53,6 @@ ONE_DIGIT = (
     "for 80 to 100. Answer with one digit."
 )
 
-TOKENS_PER_JUDGEMENT = 200  # with an answer of one token
 ERROR_EXCERPT, ERROR_LENGTH = 200, 2000  # characters of an error that are shown, and read
 MAX_CHANGES = 10  # of what is asked with, for one judgement; every option has at most three
 FEWER_TOP_LOGPROBS = 5
@@ -80,6 +80,18 @@ MINIMUM = re.compile(r"(?:>=|≥|at least|equal to|minimum(?: value)?(?: is| of)
 OTHER_STATUSES = (401, 408, 409, 429)  # below 500, that say nothing of the options
 
 Options = Mapping[str, Any]  # what a judgement is asked with beside model and messages; never modified
+
+
+def trait_prompt(name: str, description: str, eval_prompt: str, prompt: str, output: str) -> str:
+    """Return what a judge is asked about a persona's trait in a text.
+
+    eval_prompt: of a trait file, with the places {question} and {answer}, which is asked instead if there is
+    one. prompt: what the text answers or goes on with; may be empty.
+    """
+    if eval_prompt:
+        filled = eval_prompt.replace("{question}", prompt).replace("{answer}", output)
+        return f"{filled}\n\n{ONE_DIGIT}"
+    return TRAIT_PROMPT.format(name=name, description=description, prompt=prompt, output=output)
 
 
 class GPTJudge:
@@ -144,7 +156,7 @@ class GPTJudge:
             answer, status = self._ask(prompt)
             if status:
                 return Judgement(None, self._refusal(answer, status))
-            return score_answer(answer, self._key)
+            return replace(score_answer(answer, self._key), tokens=_tokens_used(answer))
         except Exception as error:  # whatever a server can send: one judgement is missing, not the run
             cause = f" ({error.__cause__})" if error.__cause__ and str(error.__cause__) else ""
             return Judgement(
@@ -268,6 +280,13 @@ def _decoded(content: bytes) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _tokens_used(answer: Any) -> int | None:
+    """Return the tokens that a server counts for an answer, or None."""
+    usage = answer.get("usage") if isinstance(answer, Mapping) else None
+    total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
+    return total if type(total) is int and 0 < total < 10**9 else None
 
 
 def _items(body: Any) -> Iterator[tuple[str, Any]]:

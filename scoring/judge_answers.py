@@ -57,10 +57,11 @@ SPELLED = re.compile(r"\b(?:or|half|one|two|three|four|five|plus|minus)\b", re.I
 
 @dataclass(frozen=True)
 class Judgement:
-    """A score from 1 to 5, or None with the reason why it is missing."""
+    """A score from 1 to 5, or None with the reason why it is missing; tokens: what it cost, if known."""
 
     score: float | None
     failure: str | None = None
+    tokens: int | None = None
 
 
 def redacted(text: str, key: str) -> str:

@@ -12,7 +12,7 @@ from experiment.verdict import (
     effects,
     format_verdicts,
     verdicts,
-    with_brevity,
+    with_computed,
 )
 
 LICENSED = {"is_licensed": True, "problems": []}
@@ -140,7 +140,25 @@ def test_no_verdict_rests_on_a_scorer_without_licence():
 
 
 def test_brevity_counts_texts_that_end_soon():
-    made = [row("baseline", n, 0.1, n_words=80) for n in range(3)]
-    made += [row(ORACLE, 0, 0.1, n_words=30), row(ORACLE, 1, 0.1, n_words=30, has_ended=False)]
-    made += [row(ORACLE, 2, 0.1, n_words=60), row(ORACLE, 3, 0.1, n_words=0, output=" ")]
-    assert [each["brevity"] for each in with_brevity(made)[3:]] == [1.0, 0.0, 0.0, None]
+    made = [row("baseline", n, 0.1, output="word " * 80) for n in range(3)]
+    made += [row(ORACLE, 0, 0.1, output="word " * 30)]
+    made += [row(ORACLE, 1, 0.1, output="word " * 30, has_ended=False)]
+    made += [row(ORACLE, 2, 0.1, output="word " * 60), row(ORACLE, 3, 0.1, output=" ")]
+    assert [each["brevity"] for each in with_computed(made)[3:]] == [1.0, 0.0, 0.0, None]
+
+
+def test_a_judges_scale_becomes_a_share_of_it():
+    made = [row(ORACLE, n, 0.1, gpt4_trait_score=score) for n, score in enumerate((1.0, 4.0, None))]
+    assert [each["judged_trait"] for each in with_computed(made)] == [0.0, 0.75, None]
+
+
+def test_shares_are_corrected_for_the_errors_that_the_examination_found():
+    rates = {"sensitivity": {"n_right": 16, "n": 20}, "specificity": {"n_right": 90, "n": 100}}
+    licence = {**LICENSED, **rates, "decision_point": 0.5}
+    found = verdicts(rows(0.8, 0.8), DOSES, {"loud": {"classifier": licence}})["loud"]
+    shares = found["scorers"]["classifier"]["shares"]
+    for share in shares.values():
+        expected = min(1, max(0, (share["seen"] - 0.1) / 0.7))
+        assert share["corrected"]["estimate"] == pytest.approx(expected)
+        assert share["corrected"]["low"] <= expected <= share["corrected"]["high"]
+    assert shares[ORACLE]["corrected"]["low"] > shares["baseline"]["corrected"]["high"]

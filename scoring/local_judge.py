@@ -1,0 +1,129 @@
+"""Judge texts with an instruct model that is loaded here, instead of asking a server (phase 5, optional).
+
+The model reads the same judging prompts in its chat template. Its answer is one digit from 1 to 5 and
+nothing else: the score is the mean of the digits, weighted by their probabilities as the next token, these
+divided by their sum (arXiv 2507.21509 weights a server's digits in the same way). So every text has a score;
+how much probability the digits had before is logged, for a model that would rather say something else.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decoding.batching import run_in_batches
+from decoding.output_head import narrowed_head
+from model_loading import context_length, filler_token_id, load_model, pad_tokens
+from scoring.judge_answers import Judgement
+from support.errors import InputError
+from texts.chat import prompt_text, question
+from texts.encoding import encode
+
+logger = logging.getLogger(__name__)
+
+DIGITS = "12345"
+CHUNK = 64  # prompts whose judgements come together
+LOW_MASS = 0.5  # of the digits before they are divided by their sum, below which the log warns
+
+
+class LocalJudge:
+    """An instruct model as judge; see `GPTJudge` for the same on a server.
+
+    model_name, device, dtype: as `model_loading.load_model` takes them. batch_size: prompts at a time.
+    Raises InputError: a model without a chat template, or one whose digits are not single tokens.
+    """
+
+    def __init__(
+        self, model_name: str, device: str = "auto", dtype: str = "auto", batch_size: int = 8
+    ) -> None:
+        self.model_name = model_name
+        self.batch_size = batch_size
+        self._use(*load_model(model_name, device=device, dtype=dtype))
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+    ) -> "LocalJudge":
+        """Return a judge that is a model already loaded."""
+        judge = cls.__new__(cls)
+        judge.model_name, judge.batch_size = model.config.name_or_path or "a loaded model", batch_size
+        judge._use(model, tokenizer)
+        return judge
+
+    def _use(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"judge.model {self.model_name!r} has no chat template, so it cannot be asked; name an "
+                "instruct model"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        ids = [tokenizer(digit, add_special_tokens=False)["input_ids"][-1:] for digit in DIGITS]
+        self._digits = [token for tokens in ids for token in tokens]
+        if len(set(self._digits)) != len(DIGITS):
+            raise InputError(
+                f"judge.model {self.model_name!r} does not write 1 to 5 as a token each; name another model"
+            )
+
+    def judge(self, prompts: Sequence[str]) -> list[Judgement]:
+        """Return a judgement for each complete judging prompt, in order."""
+        found = dict(self.judge_each(prompts))
+        return [found[index] for index in range(len(prompts))]
+
+    def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
+        """Yield the index of a prompt and its judgement, prompts of similar length together."""
+        shown = [prompt_text(self.tokenizer, question(prompt)) for prompt in prompts]
+        lengths = list(map(len, tokens := encode(self.tokenizer, shown, self.model)))
+        limit, masses = context_length(self.model, self.tokenizer), []
+        order = sorted(range(len(prompts)), key=lambda index: -lengths[index])
+        for start in range(0, len(order), CHUNK):
+            chunk = order[start : start + CHUNK]
+            fitting = [index for index in chunk if lengths[index] <= limit]
+            found = self._probabilities([tokens[index] for index in fitting])
+            masses += map(sum, found)
+            for index in set(chunk) - set(fitting):
+                reason = f"{lengths[index]} tokens exceed the judge's context of {limit}"
+                yield index, Judgement(None, reason)
+            for index, of_digits in zip(fitting, found, strict=True):
+                mean = sum(digit * p for digit, p in enumerate(of_digits, 1)) / sum(of_digits)
+                yield index, Judgement(mean)
+        if masses:
+            level = logging.WARNING if fmean(masses) < LOW_MASS else logging.INFO
+            text = "the digits have %.0f%% of the probability of what the judge would say"
+            logger.log(level, text, 100 * fmean(masses))
+
+    def _probabilities(self, tokens: Sequence[list[int]]) -> list[list[float]]:
+        """Return the probabilities of the five digits as the token that follows each prompt."""
+
+        @torch.inference_mode()
+        def run(indices: list[int]) -> list[list[float]]:
+            batch = [tokens[index] for index in indices]
+            # Padding stands on the right, so that causality hides it and no mask is needed.
+            padded, _ = pad_tokens(batch, filler_token_id(self.model), "right", self.model.device)
+            rows, last = range(len(batch)), [len(ids) - 1 for ids in batch]
+            with narrowed_head(self.model, lambda hidden: hidden[rows, last][None]):
+                logits = self.model(input_ids=padded, use_cache=False).logits
+            # A model without a head of its own gives the logits of all tokens.
+            logits = logits[rows, last] if logits.shape[:2] == padded.shape else logits[0]
+            return logits.double().softmax(-1)[:, self._digits].clamp_min(1e-300).tolist()
+
+        return run_in_batches(run, list(map(len, tokens)), self.batch_size, "judging", quiet=True)
+
+
+def main() -> None:
+    """Check on a tiny model that a judgement alone equals the one in a batch, and lies on the scale."""
+    from support.tiny_models import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    judge = LocalJudge.of(tiny_model(), tokenizer)
+    together = [judgement.score for judgement in judge.judge(["Rate this.", "Rate that, if you please."])]
+    alone = judge.judge(["Rate this."])[0].score
+    assert abs(alone - together[0]) < 1e-4
+    assert all(1 <= score <= 5 for score in together)
+    print(f"local_judge OK: {alone:.2f} by a model that knows nothing")
+
+
+if __name__ == "__main__":
+    main()
