@@ -11,12 +11,13 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -284,13 +285,14 @@ def continuation_perplexities(
     prompts: Sequence[Prompt],
     outputs: Sequence[str],
     batch_size: int = 8,
+    is_steered: bool = False,
 ) -> list[float | None]:
     """Return exp(mean negative log-likelihood) of each continuation's tokens given what precedes them.
 
     prompts: texts, or lists of messages, shown in the tokenizer's chat template; see `texts.chat`.
     Which tokens are a continuation's, `texts.encoding.encode_continuations` says. None where
     no token is left to score. Texts longer than the context lose their beginning. Texts that are there twice
-    are scored once. What steers the model is switched off for the while.
+    are scored once. What steers the model is switched off for the while, unless `is_steered`.
     """
     model = plain_model(model)
     if len(prompts) != len(outputs):
@@ -300,7 +302,7 @@ def continuation_perplexities(
         return _unique_perplexities(model, tokenizer, unique, batch_size)
 
     texts = [prompt_text(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
-    with unsteered(model):
+    with nullcontext() if is_steered else unsteered(model):
         return _once_each(compute, list(zip(texts, outputs, strict=True)))
 
 
@@ -374,9 +376,12 @@ def repetition_metrics(text: str) -> dict[str, Any]:
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Group rows by condition, persona and alpha, in the order in which groups first appear.
 
-    Each metric becomes {mean, std, median, n, missing}: the sample standard deviation (n - 1),
-    None with fewer than two values; n counts values and `missing` the rows without one. `has_ended`, whether
-    the model ended the text before the limit, is known of rows that say so.
+    Each metric becomes {mean, std, median, n, missing, low, high}: the sample standard deviation (n - 1),
+    None with fewer than two values; n counts values and `missing` the rows without one; low and high are the
+    95 % interval of the mean, texts of a prompt (`prompt_idx`) counting as one, None with fewer than two.
+    `has_ended`, whether the model ended the text before the limit, is known of rows that say so.
+    `trait_change` is the difference of `trait_probability` to the unsteered text of the same prompt and
+    persona, {mean, low, high, n} over prompts; None where either is missing.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -385,21 +390,58 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (condition, persona, alpha), members in groups.items():
         entry = {"condition": condition, "persona": persona, "alpha": alpha, "n": len(members)}
         entry["classifier_auc"] = members[0]["classifier_auc"]
-        entry |= {metric: _summary([row[metric] for row in members]) for metric in METRICS}
-        entry["has_ended"] = _summary([row.get("has_ended") for row in members])
+        entry |= {metric: _summary(members, metric) for metric in METRICS}
+        entry["has_ended"] = _summary(members, "has_ended")
+        entry["trait_change"] = _change(members, groups.get(("baseline", persona, None), []))
         table.append(entry)
     return table
 
 
-def _summary(values: list[float | None]) -> dict[str, Any]:
+def _summary(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    values = [row.get(metric) for row in rows]
     present = [float(value) for value in values if value is not None and math.isfinite(value)]
+    low, high = _interval(list(_prompt_means(rows, metric).values()))
     return {
         "mean": statistics.fmean(present) if present else None,
         "std": statistics.stdev(present) if len(present) > 1 else None,
         "median": statistics.median(present) if present else None,
         "n": len(present),
         "missing": len(values) - len(present),
+        "low": low,
+        "high": high,
     }
+
+
+def _change(steered: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    with_vector, without = (_prompt_means(rows, "trait_probability") for rows in (steered, baseline))
+    if steered and steered[0]["condition"] == "baseline":
+        without = {}
+    changes = [with_vector[prompt] - without[prompt] for prompt in with_vector.keys() & without.keys()]
+    low, high = _interval(changes)
+    return {
+        "mean": statistics.fmean(changes) if changes else None,
+        "low": low,
+        "high": high,
+        "n": len(changes),
+    }
+
+
+def _prompt_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Return prompt -> mean over its texts; rows that do not say which prompt is theirs have one each."""
+    by_prompt: dict[int, list[float]] = {}
+    for index, row in enumerate(rows):
+        value = row.get(metric)
+        if value is not None and math.isfinite(value):
+            by_prompt.setdefault(row.get("prompt_idx", index), []).append(float(value))
+    return {prompt: statistics.fmean(values) for prompt, values in by_prompt.items()}
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Return Student's 95 % interval of the mean of independent values, None with fewer than two."""
+    if len(values) < 2:
+        return None, None
+    half = statistics.stdev(values) / len(values) ** 0.5 * float(stats.t.ppf(0.975, len(values) - 1))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def main() -> None:

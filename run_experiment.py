@@ -142,8 +142,8 @@ class PersonaTransferExperiment:
     def results_frame(self, effects: bool = False) -> Any:
         """Return a finished run's texts with all scores, or its effects, as a pandas.DataFrame."""
         rows = load_json(self.folder.path / "eval_results.json")["rows"]
-        decided = load_json(self.folder.path / "verdict.json")["personas"]
-        return effects_frame(decided, rows) if effects else results_frame(rows)
+        verdict = load_json(self.folder.path / "verdict.json")
+        return effects_frame(verdict, rows) if effects else results_frame(rows)
 
     def ablate(self, what: str) -> None:
         """Repeat parts of the experiment with other layers, text or numbers of blocks; see `ablations`.
@@ -381,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with unwinding(), logging_redirect_tqdm():
             experiment = PersonaTransferExperiment(read_config(options), fresh=options.fresh)
             if options.dry_run:
-                print(describe_run(experiment.inputs))
+                print(describe_run(experiment.inputs, experiment.folder))
             elif options.ablate:
                 experiment.ablate(options.ablate)
             else:

@@ -457,11 +457,16 @@ class ExperimentConfig(_Strict):
 
     @property
     def n_cells(self) -> int:
-        """Unsteered text, each persona x method x alpha, and each persona asked for in words."""
-        is_auto = self.alpha_values == "auto"
-        n_alphas = sum(1 if is_auto else len(self.alphas_of(name)) for name in self.persona_names)
+        """Unsteered text, each persona x method x alpha, and each persona asked for in words.
+
+        Of searched doses there are two: a method's own, and the oracle's.
+        """
         n_prompted = len(self.persona_names) * ("prompted" in self.methods)
-        return 1 + len(self.steering_methods) * n_alphas + n_prompted
+        methods = self.steering_methods
+        if self.alpha_values == "auto":
+            n_steered = len(methods) + (len(methods) - 1) * ("oracle" in methods)
+            return 1 + len(self.persona_names) * n_steered + n_prompted
+        return 1 + len(methods) * sum(len(self.alphas_of(name)) for name in self.persona_names) + n_prompted
 
     @property
     def seeds(self) -> list[int]:

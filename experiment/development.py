@@ -119,11 +119,19 @@ def _oracle_texts(
 
 def preflight_alphas(inputs: Inputs, norm: ResidualNorm, persona: str) -> list[float]:
     """Return three of a persona's doses, or three between the ends of the bracket to be searched."""
+    low, high = bracket(inputs, norm)
+    return [
+        low * (high / low) ** dose if searched else dose
+        for dose, searched in preflight_doses(inputs, persona)
+    ]
+
+
+def preflight_doses(inputs: Inputs, persona: str) -> list[tuple[float, bool]]:
+    """Return the doses that a preflight tries, and whether each is a depth of the bracket to be searched."""
     if inputs.config.alpha_values == "auto":
-        low, high = bracket(inputs, norm)
-        return [low * (high / low) ** depth for depth in AUTO_DEPTHS]
+        return [(depth, True) for depth in AUTO_DEPTHS]
     ordered = sorted(inputs.config.alphas_of(persona))
-    return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
+    return [(alpha, False) for alpha in sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})]
 
 
 def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:

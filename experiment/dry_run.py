@@ -1,87 +1,229 @@
 """Say what a run would do and cost, from counts and a short timing; writes nothing.
 
-The times are extrapolated from a few seconds of each kind of work in this process, without
-loading and preflight; a Ray cluster is not asked. A judge's cost is computed from a price and a
-length a judgement.
+What the journals and artifacts of the output directory hold already is counted and costs nothing. The times
+are extrapolated from a few seconds of each kind of work in this process, without loading; a Ray cluster is
+not asked. A judge's cost is computed from a price and a length a judgement. Texts that a model ends early
+cost less than is said here.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 
 import torch
 
 from evaluation import Evaluator
-from experiment.grid import planned_answers
+from experiment.answers import ANSWERS
+from experiment.development import preflight_doses
+from experiment.grid import (
+    Row,
+    evaluations_journal_fingerprint,
+    grid_texts,
+    licences_fingerprint,
+    mapping_fingerprint,
+    personas_fingerprint,
+    planned_answers,
+    planned_evaluations,
+    preflight_fingerprint,
+    texts_journal_fingerprint,
+)
 from experiment.inputs import Inputs
-from scoring.paid_once import TOKENS_PER_JUDGEMENT
+from experiment.licences import JUDGED_A_SIDE, N_SEEDS
+from scoring.examination import at_most, examination_sets
+from scoring.likelihood_ratio import N_EXAMPLES, N_TRAINING, likelihood_features, load_scoring_model
+from scoring.local_judge import LocalJudge
+from scoring.paid_once import N_REPEATED, TOKENS_PER_JUDGEMENT
+from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
+from support.run_folder import RunFolder
 from support.tiny_models import tiny_model, tiny_tokenizer
+from support.vocabulary import MAP_KINDS, RANDOM_DRAWS
 from texts.encoding import encode
+from texts.personas import load_prompts
 
-N_TEXTS = 16
-N_TOKENS = 8
+N_TEXTS = 8
+N_TOKENS = (4, 12)
+N_RATIO_TEXTS = 4
 
 
-def describe_run(inputs: Inputs) -> str:
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each kind of work: a neutral text in both models, a full-length text that is written, its
+    perplexities, its likelihood ratio, a training text's, a judgement here, and an eigendecomposition."""
+
+    neutral_text: float
+    writing: float
+    perplexities: float
+    ratio: float
+    judging: float
+    decomposition: float
+
+
+def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text.
 
-    What a run would refuse, `experiment.inputs.load_inputs` has refused before.
+    folder: whose journals and artifacts are counted. What a run would refuse, `experiment.inputs.load_inputs`
+    has refused before.
     """
     config = inputs.config
-    n_conditions = len(inputs.personas) * len(config.steering_methods)
-    is_auto = config.alpha_values == "auto"
-    n_cells = config.n_cells
     n_per_cell = len(inputs.prompts) * config.n_seeds
-    n_generations = n_cells * n_per_cell
-    n_evaluations = (n_cells - 1 + len(inputs.personas)) * n_per_cell
-    extraction, tokens = _time_extraction(inputs)
-    pairs, generation = _time_generation(inputs, min(config.generation_batch_size, n_generations))
-    evaluation = _time_evaluation(inputs, pairs)
-    minutes = [extraction / 60, generation * n_generations / 60, evaluation * n_generations / 60]
-    search = _describe_search(inputs) if config.layer_idx == "auto" else []
-    if inputs.band:
-        width = sum(side.extractor.d_model for side in inputs.sides)
-        of_pair = (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
-        search.append(
-            f"band: {len(inputs.band)} layer pairs from one pass over the texts, whose sums take "
-            f"{of_pair * len(inputs.band):.1f} GiB while the maps are learnt"
-        )
-    if is_auto:
-        n_texts = len(inputs.development_prompts) * config.dose.n_seeds
-        n_dose = n_texts * (1 + n_conditions * config.dose.n_evaluations)
-        minutes.append((generation + evaluation) * n_dose / 60)
-        search.append(
-            f"dose search: {n_dose} generations and evaluations on development prompts, about "
-            f"{minutes[-1]:.1f} min"
-        )
-    n_answers = 0
-    if asked := [persona for persona in inputs.personas if persona.name in inputs.answering]:
-        writers = dict.fromkeys(inputs.writers.values())
-        planned = [planned_answers(inputs, persona, name) for persona in asked for name in writers]
-        n_answers = sum(map(len, planned))
-        minutes.append(n_answers * generation * config.extraction.max_new_tokens / config.max_new_tokens / 60)
-        search.append(f"answers that vectors are made from: {n_answers}, about {minutes[-1]:.1f} min")
-    n_judgements = n_generations + n_evaluations + n_answers if config.use_gpt4 else 0
-    price = config.judge.usd_per_million_tokens
-    n_tokens = TOKENS_PER_JUDGEMENT + config.judge.max_answer_tokens - 1
-    cost = n_judgements * n_tokens * price / 1e6
-    return "\n".join(
-        [
-            *search,
-            f"neutral texts: {config.n_training_samples}, {tokens['source']} source and {tokens['target']} "
-            f"target tokens, about {minutes[0]:.1f} min",
-            f"generations: {n_generations} ({n_cells - 1} steered cells and 1 baseline, "
-            f"{len(inputs.prompts)} prompts x {config.n_seeds} seeds each), at most "
-            f"{n_generations * config.max_new_tokens} tokens, about {minutes[1]:.1f} min",
-            f"evaluations: {n_evaluations}, about {minutes[2]:.1f} min",
-            f"judgements: {n_judgements}, about {cost:.2f} USD at {price:g} USD per million tokens and "
-            f"{n_tokens} tokens each",
-            f"total: about {sum(minutes):.0f} min on {inputs.target.model.device}, beside loading and "
-            "preflight",
-        ]
+    n_generations = config.n_cells * n_per_cell
+    n_evaluations = (config.n_cells - 1 + len(inputs.personas)) * n_per_cell
+    written, evaluated = _already_there(inputs, folder)
+    costs, tokens = _measured(inputs, min(config.generation_batch_size, n_generations))
+    lines = _describe_search(inputs) if config.layer_idx == "auto" else []
+    lines += _describe_band(inputs)
+    minutes = {}
+
+    is_mapped = _has(inputs, folder, "persona_vectors.pt", personas_fingerprint)
+    is_mapped = is_mapped or _has(inputs, folder, "ridge_mapping.pt", mapping_fingerprint)
+    n_decompositions = len(inputs.layer_pairs) * (config.n_folds + 1) * (1 + len(MAP_KINDS))
+    minutes["map"] = (
+        0.0
+        if is_mapped
+        else (costs.neutral_text * config.n_training_samples + costs.decomposition * n_decompositions) / 60
     )
+    there = ", already mapped" if is_mapped else ""
+    lines.append(
+        f"neutral texts: {config.n_training_samples}, {tokens['source']} source and {tokens['target']} "
+        f"target tokens{there}, about {minutes['map']:.1f} min"
+    )
+
+    n_answers = 0
+    if inputs.answering and not (folder.path / ANSWERS).exists():
+        writers = dict.fromkeys(inputs.writers.values())
+        asked = [persona for persona in inputs.personas if persona.name in inputs.answering]
+        n_answers = sum(len(planned_answers(inputs, persona, name)) for persona in asked for name in writers)
+        share = config.extraction.max_new_tokens / config.max_new_tokens
+        minutes["answers"] = n_answers * costs.writing * share / 60
+        lines.append(f"answers that vectors are made from: {n_answers}, about {minutes['answers']:.1f} min")
+
+    n_development = len(inputs.development_prompts)
+    if not _has(inputs, folder, "preflight.json", preflight_fingerprint):
+        n_cells = 1 + sum(len(preflight_doses(inputs, persona.name)) for persona in inputs.personas)
+        minutes["preflight"] = n_cells * n_development * costs.writing / 60
+        lines.append(
+            f"preflight: {n_cells * n_development} generations, about {minutes['preflight']:.1f} min"
+        )
+    if config.alpha_values == "auto" and not (folder.path / "dose_search.json").exists():
+        n_conditions = len(inputs.personas) * len(config.steering_methods)
+        n_dose = n_development * config.dose.n_seeds * (1 + n_conditions * config.dose.n_evaluations)
+        minutes["doses"] = (costs.writing + costs.perplexities) * n_dose / 60
+        lines.append(
+            f"dose search: {n_dose} generations and evaluations on development prompts, about "
+            f"{minutes['doses']:.1f} min"
+        )
+    minutes["writing"] = costs.writing * (n_generations - written) / 60
+    lines.append(
+        f"generations: {n_generations} ({config.n_cells - 1} steered cells and 1 baseline, "
+        f"{len(inputs.prompts)} prompts x {config.n_seeds} seeds each), {_there(written)}at most "
+        f"{n_generations * config.max_new_tokens} tokens, about {minutes['writing']:.1f} min"
+    )
+    n_new = n_evaluations - evaluated
+    # An unsteered text is read once for all personas.
+    n_read = n_new * n_generations / n_evaluations
+    minutes["evaluation"] = (costs.perplexities * n_read + costs.ratio * n_new) / 60
+    lines.append(f"evaluations: {n_evaluations}, {_there(evaluated)}about {minutes['evaluation']:.1f} min")
+
+    n_examined, n_judged_examined = _examined(inputs)
+    is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
+    if not is_examined:
+        n_written = n_development * (N_SEEDS + RANDOM_DRAWS)
+        n_training = len(inputs.personas) * 10 * N_TRAINING
+        minutes["examination"] = (
+            n_written * costs.writing + (n_examined + n_training) * costs.ratio / 3  # shorter texts
+        ) / 60
+        lines.append(
+            f"examination of the scorers: {n_examined} texts, {n_written} generations, about "
+            f"{minutes['examination']:.1f} min"
+        )
+    if config.use_gpt4:
+        minutes["judge"] = _describe_judge(
+            inputs, lines, n_answers, written, 0 if is_examined else n_judged_examined, costs.judging
+        )
+    else:
+        lines.append("judgements: 0, about 0.00 USD")
+    lines.append(
+        f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading"
+    )
+    return "\n".join(lines)
+
+
+def _there(n: int) -> str:
+    return f"{n} of them already there, " if n else ""
+
+
+def _has(inputs: Inputs, folder: RunFolder, name: str, made_from: Callable[[Inputs], str]) -> bool:
+    try:
+        return folder.current(name, made_from(inputs)) is not None
+    except KeyError:  # it depends on answers that are not there yet
+        return False
+
+
+def _already_there(inputs: Inputs, folder: RunFolder) -> tuple[int, int]:
+    """Return how many texts and evaluations of the grid the journals hold; of searched doses, none."""
+    if inputs.config.alpha_values == "auto" or folder.fresh:
+        return 0, 0
+    texts = rows_of(folder.path / "generation_journal.jsonl", texts_journal_fingerprint(inputs))
+    planned = grid_texts(inputs, inputs.config.alpha_values)
+    written: list[Row] = [{**row, **texts[row["key"]]} for row in planned if row["key"] in texts]
+    done = rows_of(folder.path / "evaluation_journal.jsonl", evaluations_journal_fingerprint(inputs))
+    evaluations = planned_evaluations(inputs, written) if written and done else []
+    return len(written), sum(row["key"] in done for row in evaluations)
+
+
+def _describe_band(inputs: Inputs) -> list[str]:
+    if not inputs.band:
+        return []
+    width = sum(side.extractor.d_model for side in inputs.sides)
+    of_pair = (inputs.config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
+    return [
+        f"band: {len(inputs.band)} layer pairs from one pass over the texts, whose sums take "
+        f"{of_pair * len(inputs.band):.1f} GiB while the maps are learnt"
+    ]
+
+
+def _examined(inputs: Inputs) -> tuple[int, int]:
+    """Return how many texts the scorers of all personas, and a judge, are examined on."""
+    n_scored = n_judged = 0
+    made_up = [f"unsteered text {n}" for n in range(N_SEEDS * len(inputs.development_prompts))]
+    steered = [f"broken text {n}" for n in range(len(inputs.development_prompts))]
+    for persona in inputs.personas:
+        others = [other for other in inputs.labelled_personas if other.name != persona.name]
+        sets = examination_sets(persona, others, load_prompts("ordinary_examination"), made_up, steered)
+        if persona.labelled_positive:
+            n_scored += _n_texts(sets)
+        n_judged += _n_texts(at_most(sets, JUDGED_A_SIDE)) + N_REPEATED * bool(sets)
+    return n_scored, n_judged
+
+
+def _n_texts(sets: dict[str, tuple[list[str], list[str]]]) -> int:
+    return len({text for sides in sets.values() for side in sides for text in side})
+
+
+def _describe_judge(
+    inputs: Inputs, lines: list[str], n_answers: int, n_written: int, n_examined: int, seconds: float
+) -> float:
+    """Append what a judge is asked and costs, and return the minutes of one that runs here."""
+    config, settings = inputs.config, inputs.config.judge
+    n_cells = config.n_cells - 1 + len(inputs.personas)
+    n_per_cell = len(inputs.prompts) * config.n_seeds
+    n_judged = min(n_per_cell, settings.texts_per_cell or n_per_cell)
+    # The coherence of an unsteered text is asked once, its trait for each persona.
+    n_judgements = config.n_cells * n_judged + n_cells * n_judged + n_answers + n_examined
+    if settings.kind == "local":
+        lines.append(f"judgements: {n_judgements}, about {n_judgements * seconds / 60:.1f} min")
+        return n_judgements * seconds / 60
+    price = settings.usd_per_million_tokens
+    n_tokens = TOKENS_PER_JUDGEMENT + settings.max_answer_tokens - 1
+    cap = f", at most {settings.max_usd:g} USD" if settings.max_usd else ""
+    lines.append(
+        f"judgements: {n_judgements}, about {n_judgements * n_tokens * price / 1e6:.2f} USD at {price:g} USD "
+        f"per million tokens and {n_tokens} tokens each{cap}"
+    )
+    return 0.0
 
 
 def _describe_search(inputs: Inputs) -> list[str]:
@@ -107,39 +249,66 @@ def _describe_search(inputs: Inputs) -> list[str]:
     ]
 
 
+def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
+    """Return what each kind of work takes, and the tokens of the neutral texts in each model."""
+    extraction, tokens = _time_extraction(inputs)
+    pairs, writing = _time_generation(inputs, n_rows)
+    width = max(side.extractor.d_model for side in inputs.sides)
+    square = torch.randn(width, width, dtype=torch.float64)
+    judging = 0.0
+    if isinstance(inputs.judge, LocalJudge):
+        asked = ["Rate this. " * 60] * N_RATIO_TEXTS
+        judging = _seconds(lambda: inputs.judge.judge(asked)) / N_RATIO_TEXTS
+    costs = Costs(
+        extraction,
+        writing,
+        _time_evaluation(inputs, pairs),
+        _time_ratio(inputs),
+        judging,
+        _seconds(lambda: torch.linalg.eigh(square @ square.T)),
+    )
+    return costs, tokens
+
+
 def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
-    """Return the seconds for all neutral texts in both models, and the tokens in each."""
+    """Return the seconds that a neutral text takes in both models, and all tokens in each."""
     texts = [item.text for item in inputs.neutral_texts]
     sample = texts[:N_TEXTS]
     seconds, tokens = 0.0, {}
-    for side in inputs.sides:
+    for number, side in enumerate(inputs.sides):
         counts = [len(ids) for ids in encode(side.tokenizer, texts)]
         tokens[side.name] = sum(counts)
-        spent = _seconds(lambda side=side: side.extractor.extract_batch(sample))
+        layers = [pair[number] for pair in inputs.layer_pairs]
+        spent = _seconds(partial(side.extractor.extract_layers, sample, sorted(set(layers))))
         seconds += spent * sum(counts) / sum(counts[:N_TEXTS])
-    return seconds, tokens
+    return seconds / len(texts), tokens
 
 
 def _time_generation(inputs: Inputs, n_rows: int) -> tuple[list[tuple[str, str]], float]:
-    """Return (prompt, output) of one short batch and the seconds that a full-length text takes."""
-    config = inputs.config
+    """Return (prompt, output) of one short batch and the seconds that a full-length text takes.
+
+    Two lengths tell what the prompt takes from what a token takes.
+    """
+    config, generator = inputs.config, inputs.generator()
     shown = [inputs.shown_prompt("target", prompt) for prompt in inputs.prompts]
     prompts = list(islice(cycle(shown), n_rows))
-    n_tokens = min(N_TOKENS, config.max_new_tokens)
     outputs: list[str] = []
-    generator = inputs.generator()
-
-    def generate() -> None:
+    spent = []
+    lengths = [min(n, config.max_new_tokens) for n in N_TOKENS]
+    generator.generate_batch(prompts[:1], 1)
+    for n_tokens in lengths:
+        started = time.perf_counter()
         outputs[:] = generator.generate_batch(prompts, n_tokens)
-
-    spent = _seconds(generate)
-    pairs = list(zip(prompts, outputs, strict=True))
-    return pairs, spent / n_tokens * config.max_new_tokens / len(prompts)
+        spent.append(time.perf_counter() - started)
+    more = lengths[1] - lengths[0]
+    each = (spent[1] - spent[0]) / more if more and spent[1] > spent[0] else spent[1] / lengths[1]
+    whole = spent[1] + each * (config.max_new_tokens - lengths[1])
+    return list(zip(prompts, outputs, strict=True)), whole / len(prompts)
 
 
 def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
     """Return the seconds that the perplexities of a full-length text take."""
-    length = max(1, inputs.config.max_new_tokens // N_TOKENS)
+    length = max(1, inputs.config.max_new_tokens // N_TOKENS[1])
     # Numbered, since texts that are equal are evaluated once.
     pairs = pairs[:N_TEXTS]
     rows = [
@@ -149,6 +318,22 @@ def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
     model, tokenizer = inputs.target.model, inputs.target.tokenizer
     evaluator = Evaluator(model, tokenizer, independent=inputs.independent)
     return _seconds(lambda: evaluator.evaluate_batch(rows)) / len(rows)
+
+
+def _time_ratio(inputs: Inputs) -> float:
+    """Return the seconds that the likelihood ratio of a full-length text takes; 0 without that scorer."""
+    labelled = [persona for persona in inputs.personas if persona.labelled_positive]
+    if not inputs.config.likelihood_ratio or not labelled:
+        return 0.0
+    scorer = load_scoring_model()
+    examples = tuple(
+        "\n\n".join(side[:N_EXAMPLES])
+        for side in (labelled[0].labelled_positive, labelled[0].labelled_negative)
+    )
+    text = " ".join(inputs.neutral_texts[0].text.split() * 4)
+    n_words = max(4, round(inputs.config.max_new_tokens * 0.75))
+    texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(N_RATIO_TEXTS)]
+    return _seconds(partial(likelihood_features, scorer, examples, texts)) / len(texts)
 
 
 def _seconds(work: Callable[[], object]) -> float:

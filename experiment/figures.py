@@ -395,6 +395,46 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def harm_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Draw a panel a persona: what each condition does to the trait against what it does to perplexity.
+
+    curves: what `outcome.harm_curves` returns. A line joins a condition's doses, the strongest drawn largest.
+    """
+    n_columns = min(3, len(curves))
+    n_rows = math.ceil(len(curves) / n_columns)
+    figure = Figure(figsize=(4.2 * n_columns + 1.4, 3.4 * n_rows + 0.6), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
+    left = panels[:, 0]
+    panels = panels.flatten()
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    drawn = {}
+    for panel, (persona, by_condition) in zip(panels, curves.items(), strict=False):
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.axvline(1, color="grey", linewidth=0.8)
+        for condition, points in by_condition.items():
+            x, y = [point["harm"] for point in points], [point["effect"] for point in points]
+            style = {"color": COLOURS[condition], "marker": MARKERS[condition]}
+            ends = [
+                [point["effect"] if point[end] is None else point[end] for point in points]
+                for end in ("low", "high")
+            ]
+            error = [[abs(value - of) for value, of in zip(end, y, strict=True)] for end in ends]
+            drawn[condition] = panel.errorbar(x, y, yerr=error, **style, markersize=4, linewidth=1, capsize=2)
+            panel.plot(x[-1], y[-1], **style, markersize=9)
+        panel.set_xscale("log")
+        panel.set_title(as_label(persona), fontsize=10)
+        panel.tick_params(labelbottom=True)
+        panel.spines[["top", "right"]].set_visible(False)
+    _number_by_width(panels[0].xaxis)
+    figure.supxlabel("perplexity ratio to the unsteered text (harm →)", fontsize=10)
+    for panel in left:
+        panel.set_ylabel("change of trait probability (95 %)")
+    order = [condition for condition in COLOURS if condition in drawn]
+    figure.legend([drawn[name] for name in order], order, loc="outside right upper", fontsize=8)
+    return figure
+
+
 def off_target_figure(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
     """Draw, for each method, the change of each persona's score (columns) under each one's vector (rows).
 
@@ -431,40 +471,65 @@ def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel a persona, three in a row: coherence (better to the right) against trait strength (up).
 
-    table: what `evaluation.aggregate` returns. A line joins a condition's alphas, the largest
-    drawn largest. Bars are one standard error of the mean. Without a judge, coherence is the
-    median perplexity on a reversed logarithmic axis.
+    table: what `evaluation.aggregate` returns. A line joins a condition's alphas, the largest drawn largest.
+    Bars are 95 % intervals over prompts; dotted lines go through the unsteered text, and all panels have the
+    same axes. Without a judge, coherence is the median perplexity on a reversed logarithmic axis.
     """
     coherence, trait = choose_axes(table)
     personas = list(dict.fromkeys(entry["persona"] for entry in table))
     n_columns = min(3, len(personas))
     n_rows = math.ceil(len(personas) / n_columns)
-    figure = Figure(figsize=(4.4 * n_columns + 1.2, 3.6 * n_rows + 0.6), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False)
+    figure = Figure(figsize=(4.4 * n_columns + 1.4, 3.6 * n_rows + 0.6), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
     left = panels[:, 0]
     panels = panels.flatten()
     for panel in panels[len(personas) :]:
         panel.remove()
     panels = panels[: len(personas)]
+    if coherence.endswith("perplexity"):
+        panels[0].set_xscale("log")
+        panels[0].invert_xaxis()
     for panel, persona in zip(panels, personas, strict=True):
         entries = [entry for entry in table if entry["persona"] == persona]
         _draw_persona(panel, entries, coherence, trait)
         auc = entries[0]["classifier_auc"]
         note = f" (classifier AUC {auc:.3f})" if trait == "trait_probability" and auc is not None else ""
         panel.set_title(f"{as_label(persona)}{note}", fontsize=10)
+        panel.tick_params(labelbottom=True)
+        if coherence.endswith("perplexity"):
+            _number_by_width(panel.xaxis)
     judged = coherence == "gpt4_coherence_score"
     label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
     figure.supxlabel(label, fontsize=10)
     for panel in left:
-        panel.set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean ± s.e.")
+        panel.set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean (95 %)")
     drawn = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         drawn = dict(zip(labels, handles, strict=True)) | drawn
     if drawn:
         order = [condition for condition in COLOURS if condition in drawn]
-        figure.legend([drawn[name] for name in order], order, loc="outside right upper", fontsize=8)
+        legend = figure.legend([drawn[name] for name in order], order, loc="outside right upper", fontsize=8)
+        legend.set_title("\n".join(_alphas_by_persona(table)), {"size": 8})
     return figure
+
+
+def _alphas_by_persona(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines that say at which alphas each persona was steered; personas of the same share one."""
+    alphas: dict[str, list[float]] = {}
+    for entry in table:
+        found = alphas.setdefault(entry["persona"], [])
+        if entry["alpha"] is not None and entry["alpha"] not in found:
+            found.append(entry["alpha"])
+    shown: dict[str, list[str]] = {}
+    for persona, found in alphas.items():
+        found = sorted(found)
+        few = [f"{alpha:.3g}" for alpha in found]
+        text = ", ".join(few) if len(few) < 5 else f"{few[0]} to {few[-1]}"
+        shown.setdefault(text, []).append(persona)
+    if len(shown) == 1:
+        return [f"α {text}" for text in shown if text]
+    return ["α", *(f"{as_label(name)} {text}" for text, names in shown.items() for name in names)]
 
 
 def dose_figure(content: Mapping[str, Any]) -> Figure:
@@ -533,11 +598,7 @@ def _number_plainly(axis: Axis) -> None:
 
 
 def _draw_persona(panel: Axes, entries: list[Mapping[str, Any]], coherence: str, trait: str) -> None:
-    perplexity = coherence.endswith("perplexity")
-    if perplexity:
-        panel.set_xscale("log")
-        panel.invert_xaxis()
-        _number_plainly(panel.xaxis)
+    statistic = "median" if coherence.endswith("perplexity") else "mean"
     for condition in dict.fromkeys(entry["condition"] for entry in entries):
         points = sorted(
             (entry for entry in entries if entry["condition"] == condition),
@@ -546,13 +607,21 @@ def _draw_persona(panel: Axes, entries: list[Mapping[str, Any]], coherence: str,
         points = [entry for entry in points if entry[coherence]["n"] and entry[trait]["n"]]
         if not points:
             continue
-        x = [entry[coherence]["median" if perplexity else "mean"] for entry in points]
+        x = [entry[coherence][statistic] for entry in points]
         y = [entry[trait]["mean"] for entry in points]
-        error = [(entry[trait]["std"] or 0) / entry[trait]["n"] ** 0.5 for entry in points]
         style = {"color": COLOURS[condition], "marker": MARKERS[condition]}
+        error = [[_distance(entry[trait], end) for entry in points] for end in ("low", "high")]
         panel.errorbar(x, y, yerr=error, **style, markersize=5, linewidth=1, capsize=2, label=condition)
         panel.plot(x[-1], y[-1], color=COLOURS[condition], marker=MARKERS[condition], markersize=10)
+        if condition == "baseline":
+            panel.axvline(x[0], color="black", linestyle=":", linewidth=0.8)
+            panel.axhline(y[0], color="black", linestyle=":", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _distance(summary: Mapping[str, Any], end: str) -> float:
+    """Return how far an end of the interval lies from the mean, 0 where it has none."""
+    return 0.0 if summary.get(end) is None else abs(summary[end] - summary["mean"])
 
 
 def main() -> None:

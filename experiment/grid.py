@@ -47,7 +47,8 @@ UNSTEERED = Cell("baseline", None, None, "unsteered")
 def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
     """Return the unsteered baseline, once, and every persona asked for in words, and x method x alpha.
 
-    alphas: for every condition, or for those of each persona, or the dose that a search has found for each.
+    alphas: for every condition, or for those of each persona, or the dose that a search has found for each;
+        at the oracle's dose, every other condition is tried too.
     """
     cells = [UNSTEERED]
     for persona in inputs.personas:
@@ -63,7 +64,10 @@ def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
 def _alphas(alphas: Alphas, persona: str, method: str) -> Sequence[float | None]:
     if not isinstance(alphas, Mapping):
         return alphas
-    return alphas[persona] if persona in alphas else [alphas[persona, method].alpha]
+    if persona in alphas:
+        return alphas[persona]
+    doses = [alphas[persona, name].alpha for name in (method, "oracle") if (persona, name) in alphas]
+    return list(dict.fromkeys(doses))
 
 
 def planned_texts(

@@ -1,38 +1,27 @@
-"""What a run comes to: licences of the scorers, the verdict, tables for other programs (phase 5)."""
+"""What a run comes to: the verdict at comparable doses, tables for other programs, figures (phase 5)."""
 
 import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import pandas as pd
 
-from experiment.development import write_development
-from experiment.figures import off_target_figure, recovery_figure, save_figure
-from experiment.grid import UNSTEERED, Cell, Row, licences_fingerprint, personas_fingerprint
+from evaluation import aggregate
+from experiment.figures import harm_figure, off_target_figure, recovery_figure, save_figure
+from experiment.grid import Row, personas_fingerprint
 from experiment.inputs import Inputs
-from experiment.journalled import asked_judge
+from experiment.licences import examined_scorers, format_licences
+from experiment.plain_costs import plain_costs
 from experiment.structures import expected
 from experiment.success import format_success, success
 from experiment.transfers import SteeringVectors
 from experiment.verdict import ORACLE, format_verdicts, verdicts
-from scoring.examination import Sets, at_most, examination_sets, examine
-from scoring.gpt_judge import trait_prompt
-from scoring.paid_once import PaidOnce
 from support.artifacts import fingerprint, save_text
 from support.run_folder import RunFolder
-from support.vocabulary import RANDOM_DRAWS, random_name
-from texts.personas import Persona, load_prompts
 
 logger = logging.getLogger(__name__)
-
-BRIEF = {"is_licensed": True, "problems": [], "measure": "length, which needs no licence"}
-N_SEEDS = 2  # unsteered texts to a development prompt, for the examination
-JUDGED_A_SIDE = 24  # texts of a set that a judge is examined on
-JUDGE_DECIDES = 0.4999  # of its scale as 0 to 1: 3, "clearly present in parts", is the trait
-TOO_STRONG = 3.0  # times the strongest dose, at which random directions break text
 
 
 def conclude(
@@ -42,116 +31,76 @@ def conclude(
 
     rows: of `eval_results.json`. made_from: their fingerprint.
     """
-    licences = examined_scorers(inputs, folder, executor, rows)
-    doses = judged_doses(inputs, rows)
+    made_vectors = personas_fingerprint(inputs)
+    name = "persona_vectors.pt"
+    steering = SteeringVectors.from_content(folder.required(name, made_vectors, 3, expected(name, inputs)))
+    licences = examined_scorers(inputs, folder, executor, steering, rows)
+    doses, same = judged_doses(inputs, rows), equal_doses(inputs, rows)
     found = verdicts(rows, doses, licences)
-    content = {"personas": found, "licences": licences, "success": success(rows, doses)}
+    content = {
+        "personas": found,
+        "at_the_oracles_dose": verdicts(rows, same, licences),
+        "licences": licences,
+        "plain_costs": plain_costs(inputs, folder, executor, steering, doses),
+        "success": success(rows, doses),
+    }
     folder.save("verdict.json", fingerprint(made_from, licences), content)
     save_text(folder.path / "results.csv", results_frame(rows).to_csv(index=False))
-    save_text(folder.path / "effects.csv", effects_frame(found, rows).to_csv(index=False))
+    save_text(folder.path / "effects.csv", effects_frame(content, rows).to_csv(index=False))
     save_figure(recovery_figure(found), folder.path / "recovery.png", made_from)
-    matrix = off_target(rows, doses)
-    if matrix:
+    if matrix := off_target(rows, doses):
         save_figure(off_target_figure(matrix), folder.path / "off_target.png", made_from)
+    if curves := harm_curves(rows, inputs.config.persona_names):
+        save_figure(harm_figure(curves), folder.path / "effect_harm.png", made_from)
     logger.info("scorers\n\n%s\n", format_licences(licences))
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
+    if same:
+        logger.info("at the oracle's dose\n\n%s\n", format_verdicts(content["at_the_oracles_dose"]))
     logger.info("verdict\n\n%s\n", format_verdicts(found))
     return content
-
-
-def examined_scorers(
-    inputs: Inputs, folder: RunFolder, executor: Any, rows: Sequence[Row]
-) -> dict[str, dict[str, Any]]:
-    """Return persona -> scorer -> what its examination found, unless an earlier run has."""
-    name, made_from = "scorer_licences.json", licences_fingerprint(inputs)
-    content = folder.current(name, made_from, expected(name, inputs))
-    if content is None:
-        judge = asked_judge(inputs, folder)
-        has_scorers = inputs.classifiers or inputs.likelihood_ratios or judge
-        unsteered, steered = _development_texts(inputs, folder, executor, rows) if has_scorers else ([], [])
-        ordinary = load_prompts("ordinary_examination")
-        found: dict[str, dict[str, Any]] = {}
-        for persona in inputs.personas:
-            others = [other for other in inputs.labelled_personas if other.name != persona.name]
-            sets = examination_sets(persona, others, ordinary, unsteered, steered)
-            scorers = {
-                "classifier": inputs.classifiers.get(persona.name),
-                "likelihood_ratio": inputs.likelihood_ratios.get(persona.name),
-            }
-            found[persona.name] = {
-                kind: examine(scorer.score, sets, scorer.decision_point)
-                for kind, scorer in scorers.items()
-                if scorer
-            }
-            if judge:
-                found[persona.name]["judge"] = _examined_judge(judge, persona, at_most(sets, JUDGED_A_SIDE))
-        content = folder.save(name, made_from, {"personas": found})
-    licences = content["personas"]
-    return {
-        persona.name: {
-            **licences.get(persona.name, {}),
-            **({"brevity": BRIEF} if persona.direct_measure == "brevity" and inputs.asks_questions else {}),
-        }
-        for persona in inputs.personas
-    }
-
-
-def _examined_judge(judge: PaidOnce, persona: Persona, sets: Sets) -> dict[str, Any]:
-    """Return what a judge's examination found, and by how much its second word on a text differs."""
-
-    def asked(text: str) -> str:
-        return trait_prompt(persona.name, persona.description, persona.eval_prompt, "", text)
-
-    def score(texts: Sequence[str]) -> list[float | None]:
-        judged = judge.judge(list(map(asked, texts)))
-        return [None if each.score is None else (each.score - 1) / 4 for each in judged]
-
-    examined = examine(score, sets, JUDGE_DECIDES)
-    whole = [asked(text) for sides in islice(sets.values(), 1) for side in sides for text in side[:10]]
-    return {**examined, "repeat_noise": judge.repeat_noise(whole)}
-
-
-def _development_texts(
-    inputs: Inputs, folder: RunFolder, executor: Any, rows: Sequence[Row]
-) -> tuple[list[str], list[str]]:
-    """Return texts on development prompts: unsteered, and steered by random directions far too strong."""
-    name = "persona_vectors.pt"
-    made_from = personas_fingerprint(inputs)
-    steering = SteeringVectors.from_content(folder.required(name, made_from, 3, expected(name, inputs)))
-    alpha = TOO_STRONG * max((abs(row["alpha"]) for row in rows if row["alpha"] is not None), default=1.0)
-    persona = inputs.personas[0].name
-    cells = [
-        Cell(random_name(draw), persona, alpha, fingerprint("random", made_from, draw))
-        for draw in range(RANDOM_DRAWS)
-    ]
-    unsteered = write_development(
-        inputs, folder, executor, [UNSTEERED], steering.vectors, steering.medians, N_SEEDS
-    )[0]
-    by_cell = write_development(inputs, folder, executor, cells, steering.vectors, steering.medians)
-    steered = [row for number, rows in enumerate(by_cell) for row in rows[number::RANDOM_DRAWS]]
-    return [row["output"] for row in unsteered], [row["output"] for row in steered]
 
 
 def judged_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
     """Return persona -> condition -> the alpha at which the verdict compares.
 
-    Where doses were searched, each condition's own. Else the strongest one at which the oracle is within
-    the bound of `dose.max_perplexity_ratio`, by harm alone, or the weakest if none is.
+    Where doses were searched, each condition's own, matched in harm. Else the strongest one at which the
+    oracle is within the bound of `dose.max_perplexity_ratio`, by harm alone, or the weakest if none is.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for persona in inputs.config.persona_names:
-        alphas: dict[str, list[float | None]] = {}
-        for row in rows:
-            if row["persona"] == persona and row["condition"] != "baseline":
-                of_condition = alphas.setdefault(row["condition"], [])
-                if row["alpha"] not in of_condition:
-                    of_condition.append(row["alpha"])
+        alphas = _alphas(rows, persona)
+        if inputs.config.alpha_values == "auto":
+            chosen[persona] = {condition: values[0] for condition, values in alphas.items()}
+            continue
         common = _strongest_coherent(inputs, rows, persona, alphas.get(ORACLE, []))
         chosen[persona] = {
             condition: common if common in values else values[0] for condition, values in alphas.items()
         }
     return chosen
+
+
+def equal_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """Return the same with every condition at the oracle's dose; nothing unless doses were searched."""
+    if inputs.config.alpha_values != "auto" or "oracle" not in inputs.config.methods:
+        return {}
+    chosen = {}
+    for persona in inputs.config.persona_names:
+        alphas = _alphas(rows, persona)
+        chosen[persona] = {
+            condition: alphas[ORACLE][0] if alphas[ORACLE][0] in values else values[0]
+            for condition, values in alphas.items()
+        }
+    return chosen
+
+
+def _alphas(rows: Sequence[Row], persona: str) -> dict[str, list[float | None]]:
+    """Return condition -> its alphas, in the order of the rows."""
+    alphas: dict[str, dict[float | None, None]] = {}
+    for row in rows:
+        if row["persona"] == persona and row["condition"] != "baseline":
+            alphas.setdefault(row["condition"], {})[row["alpha"]] = None
+    return {condition: list(found) for condition, found in alphas.items()}
 
 
 def _strongest_coherent(
@@ -193,36 +142,78 @@ def results_frame(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(flat)
 
 
-def effects_frame(found: Mapping[str, Any], rows: Sequence[Row]) -> pd.DataFrame:
-    """Return a row for each persona, scorer and condition: effect, interval, recovery, p and harm."""
+def effects_frame(verdict: Mapping[str, Any], rows: Sequence[Row]) -> pd.DataFrame:
+    """Return a row for each persona, scorer and condition: effect, interval, recovery, p and harm.
+
+    verdict: what `verdict.json` holds. dose: `judged`, or `the oracle's` where it was tried beside it.
+    perplexity_ratio: harm to the texts. plain_perplexity_ratio: to reading plain text, see `plain_costs`.
+    share_seen, share, share_low, share_high: of texts that show the trait, as the scorer sees it, and
+    corrected for its errors.
+    """
     table = []
-    for persona, of_persona in found.items():
-        for scorer, decided in of_persona["scorers"].items():
-            recovered = decided.get("recovery") or {}
-            for condition, effect in decided["effects"].items():
-                alpha = of_persona["doses"][condition]
-                is_mapped = condition == "ridge_mapped"
-                table.append(
-                    {
-                        "persona": persona,
-                        "scorer": scorer,
-                        "is_licensed": decided["is_licensed"],
-                        "condition": condition,
-                        "alpha": alpha,
-                        "n_prompts": decided["n_prompts"],
-                        "effect": effect["estimate"],
-                        "low": effect["low"],
-                        "high": effect["high"],
-                        "wrong_way": effect["wrong_way"],
-                        "p_mapped_over_it": effect["p_mapped_over_it"],
-                        "recovery": recovered.get("estimate") if is_mapped else None,
-                        "recovery_low": recovered.get("low") if is_mapped else None,
-                        "recovery_high": recovered.get("high") if is_mapped else None,
-                        "perplexity_ratio": harm(rows, persona, condition, alpha),
-                        "verdict": of_persona["verdict"],
-                    }
-                )
+    for dose, key in (("judged", "personas"), ("the oracle's", "at_the_oracles_dose")):
+        for persona, of_persona in verdict.get(key, {}).items():
+            for scorer, decided in of_persona["scorers"].items():
+                for condition in decided["effects"]:
+                    plain = verdict.get("plain_costs", {}).get(persona, {}).get(condition)
+                    row = _effects_row(persona, of_persona, scorer, condition, rows)
+                    table.append(
+                        {**row, "dose": dose, "plain_perplexity_ratio": plain if dose == "judged" else None}
+                    )
     return pd.DataFrame(table)
+
+
+def _effects_row(
+    persona: str, of_persona: Mapping[str, Any], scorer: str, condition: str, rows: Sequence[Row]
+) -> dict[str, Any]:
+    decided, alpha = of_persona["scorers"][scorer], of_persona["doses"][condition]
+    effect = decided["effects"][condition]
+    recovered = (decided.get("recovery") or {}) if condition == "ridge_mapped" else {}
+    share = decided.get("shares", {}).get(condition, {})
+    corrected = share.get("corrected") or {}
+    return {
+        "persona": persona,
+        "scorer": scorer,
+        "is_licensed": decided["is_licensed"],
+        "condition": condition,
+        "alpha": alpha,
+        "n_prompts": decided["n_prompts"],
+        "effect": effect["estimate"],
+        "low": effect["low"],
+        "high": effect["high"],
+        "wrong_way": effect["wrong_way"],
+        "p_mapped_over_it": effect["p_mapped_over_it"],
+        "recovery": recovered.get("estimate"),
+        "recovery_low": recovered.get("low"),
+        "recovery_high": recovered.get("high"),
+        "share_seen": share.get("seen"),
+        "share": corrected.get("estimate"),
+        "share_low": corrected.get("low"),
+        "share_high": corrected.get("high"),
+        "perplexity_ratio": harm(rows, persona, condition, alpha),
+        "verdict": of_persona["verdict"],
+    }
+
+
+def harm_curves(rows: Sequence[Row], personas: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return persona -> condition -> points {alpha, harm, effect, low, high} by dose, by the classifier.
+
+    Only conditions that were steered at two doses or more, and points with both numbers.
+    """
+    by_cell = {(each["persona"], each["condition"], each["alpha"]): each for each in aggregate(rows)}
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for persona in personas:
+        for condition, alphas in _alphas(rows, persona).items():
+            points = []
+            for alpha in sorted(alphas, key=abs) if len(alphas) > 1 else ():
+                change = by_cell[persona, condition, alpha]["trait_change"]
+                cost = harm(rows, persona, condition, alpha)
+                if cost is not None and change["mean"] is not None:
+                    ends = {end: change[end] for end in ("low", "high")}
+                    points.append({"alpha": alpha, "harm": cost, "effect": change["mean"], **ends})
+            if points:
+                curves.setdefault(persona, {})[condition] = points
+    return curves
 
 
 def off_target(
@@ -253,27 +244,6 @@ def off_target(
                 if steered is not None and unsteered is not None:
                     table.setdefault(method, {}).setdefault(persona, {})[scored] = steered - unsteered
     return table
-
-
-def format_licences(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return a line for each scorer of each persona: its licence, or what costs it."""
-    lines = []
-    for persona, by_scorer in licences.items():
-        for scorer, found in by_scorer.items():
-            if found.get("auc"):
-                lowest = min(found["auc"], key=found["auc"].get)
-                rates = [found[name]["n_right"] / found[name]["n"] for name in ("sensitivity", "specificity")]
-                detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest}), sensitivity {rates[0]:.0%}, "
-                detail += f"specificity {rates[1]:.0%}"
-                if found.get("repeat_noise") is not None:
-                    detail += f", a second draw differs by {found['repeat_noise']:.2f} of 1 to 5"
-            else:
-                detail = found.get("measure", "not examined")
-            word = "licensed" if found["is_licensed"] else f"UNLICENSED ({'; '.join(found['problems'])})"
-            lines.append(f"{persona}, {scorer}: {word}; {detail}")
-        if not by_scorer:
-            lines.append(f"{persona}: no scorer")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table a persona, each under a heading with its classifier's AUC.
 
     table: what `evaluation.aggregate` returns. trait and its change against the unsteered
-    text are means; perplexities are medians; missing counts texts without a trait score.
+    text of the same prompt are means; perplexities are medians; missing counts texts without a trait score.
     A judge's scores come in two more columns if there are any; so do, where unsteered texts end, the mean
     number of words and the share of texts that the model ended before the limit.
     """
@@ -23,11 +23,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
         entries = [entry for entry in table if entry["persona"] == persona]
         auc = entries[0]["classifier_auc"]
         note = f"trait by a classifier with cross-validated AUC {auc:.3f}" if auc else "no trait classifier"
-        unsteered = next(
-            (entry["trait_probability"]["mean"] for entry in entries if entry["condition"] == "baseline"),
-            None,
-        )
-        rows = [_cells(entry, unsteered, judged, ending) for entry in entries]
+        rows = [_cells(entry, judged, ending) for entry in entries]
         blocks.append(f"{persona} ({note})\n\n{markdown_table(header, rows)}")
     return "\n\n".join(blocks)
 
@@ -71,15 +67,12 @@ def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(header, rows)
 
 
-def _cells(entry: Mapping[str, Any], unsteered: float | None, judged: bool, ending: bool) -> tuple[str, ...]:
-    trait = entry["trait_probability"]["mean"]
-    known = None not in (trait, unsteered) and entry["condition"] != "baseline"
-    change = trait - unsteered if known else None
+def _cells(entry: Mapping[str, Any], judged: bool, ending: bool) -> tuple[str, ...]:
     cells = (
         entry["condition"],
         "" if entry["alpha"] is None else f"{entry['alpha']:.4g}",
-        _number(trait, ".2f"),
-        _number(change, "+.2f"),
+        _number(entry["trait_probability"]["mean"], ".2f"),
+        _number(entry["trait_change"]["mean"], "+.2f"),
         _number(entry["perplexity"]["median"], ".1f"),
         _number(entry["independent_perplexity"]["median"], ".1f"),
         _number(entry["repetition"]["mean"], ".2f"),
@@ -126,10 +119,11 @@ def main() -> None:
     absent = {"mean": None, "median": None, "std": None, "n": 0, "missing": 3}
     common = {"persona": "check", "n": 3, "classifier_auc": 0.97}
     common |= dict.fromkeys(("perplexity", "repetition", "is_collapsed", "trait_probability"), number)
+    common["trait_change"] = {"mean": None}
     common |= dict.fromkeys(
         ("independent_perplexity", "gpt4_coherence_score", "gpt4_trait_score", "has_ended"), absent
     )
-    steered = {"condition": "oracle", "alpha": 2.0, "trait_probability": {**number, "mean": 0.75}}
+    steered = {"condition": "oracle", "alpha": 2.0, "trait_change": {"mean": 0.5}}
     text = format_table([{**common, "condition": "baseline", "alpha": None}, {**common, **steered}])
     assert all(part in text for part in ("+0.50", "–", "AUC 0.970")), text
     print(text, "tables OK: changes are against the baseline, missing is a dash", sep="\n")

@@ -219,6 +219,24 @@ class Worker:
             )
         return by_scorer
 
+    def plain_perplexities(
+        self, texts: Sequence[str], vectors: Tensor, alpha: float, settings: WritingSettings, batch_size: int
+    ) -> list[float | None]:
+        """Return the perplexity of texts to the target while it is steered.
+
+        vectors: (layers, d_target), each row of unit norm.
+        """
+        side, generator = self.side(settings.side), self._generator(settings)
+        for layer, vector in zip(settings.layers, vectors, strict=True):
+            generator.register_steering(layer, vector, alpha)
+        try:
+            nothing = [""] * len(texts)
+            return continuation_perplexities(
+                side.model, side.tokenizer, nothing, texts, batch_size, is_steered=True
+            )
+        finally:
+            generator.clear_steering()
+
     def _scoring_model(self, side: Side, dtype: str | None) -> PreTrainedModel:
         """Return a side's model in a dtype; a copy that is kept, if it is another one."""
         if dtype is None or DTYPES[dtype] == side.model.dtype:

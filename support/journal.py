@@ -130,6 +130,14 @@ class Journal:
         return size
 
 
+def rows_of(path: Path, made_from: str) -> dict[str, dict[str, Any]]:
+    """Return key -> row of a journal that was made from the same, without opening it; else nothing."""
+    if _made_from(path) != made_from:
+        return {}
+    rows = map(_decode_row, path.read_bytes().splitlines(keepends=True)[1:])
+    return {row["key"]: row for row in rows if row is not None}
+
+
 def _acquire_lock(path: Path) -> BaseFileLock:
     """Return the lock of `path`, held; the system takes it back from a process that is killed."""
     # Not per thread, so that any thread may close the journal.

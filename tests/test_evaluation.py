@@ -312,13 +312,30 @@ def test_aggregate_groups_by_condition_persona_and_alpha():
     entry = table["oracle", "loud", 2.0]
     assert entry["n"] == 4
     assert entry["classifier_auc"] == 0.9
-    assert entry["perplexity"] == pytest.approx(
-        {"mean": 6.0, "std": statistics.stdev(values), "median": 5.0, "n": 3, "missing": 1}
-    )
+    half = 4.302652729911275 * statistics.stdev(values) / 3**0.5  # Student's t with two degrees of freedom
+    expected = {"mean": 6.0, "std": statistics.stdev(values), "median": 5.0, "n": 3, "missing": 1}
+    assert entry["perplexity"] == pytest.approx({**expected, "low": 6 - half, "high": 6 + half})
     assert entry["is_collapsed"]["mean"] == 0.5
     assert table["oracle", "loud", 1.0]["perplexity"]["std"] is None
     assert table["oracle", "calm", 2.0]["perplexity"]["missing"] == 1
     assert table["baseline", "loud", None]["perplexity"]["mean"] is None
+
+
+def test_changes_are_paired_by_prompt_and_prompts_are_what_varies():
+    def scored(condition, alpha, prompt, score):
+        return {**measured(condition, "loud", alpha, 5.0), "prompt_idx": prompt, "trait_probability": score}
+
+    rows = [scored("baseline", None, prompt, score) for prompt, score in ((0, 0.1), (0, 0.3), (1, 0.5))]
+    rows += [
+        scored("oracle", 1.0, prompt, score) for prompt, score in ((0, 0.6), (1, 0.6), (2, 0.9), (1, None))
+    ]
+    baseline, oracle = aggregate(rows)
+    assert baseline["trait_change"] == {"mean": None, "low": None, "high": None, "n": 0}
+    half = 12.706204736 * statistics.stdev([0.4, 0.1]) / 2**0.5
+    expected = {"mean": 0.25, "low": 0.25 - half, "high": 0.25 + half, "n": 2}
+    assert oracle["trait_change"] == pytest.approx(expected)
+    assert baseline["trait_probability"]["mean"] == pytest.approx(0.3)
+    assert baseline["trait_probability"]["high"] == pytest.approx(0.35 + 12.706204736 * 0.15)
 
 
 def local_judge(server, monkeypatch):

@@ -6,6 +6,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from baseline_methods import METHODS
 from evaluation import METRICS, aggregate
@@ -97,14 +98,35 @@ def test_fluent_text_is_to_the_right():
     assert panel.get_xscale() == "log"
 
 
-def test_error_bars_are_one_standard_error():
+def test_error_bars_are_the_interval_of_the_mean():
     table = aggregate(rows("loud"))
     (panel,) = coherence_trait_figure(table).axes
     entry = next(entry for entry in table if entry["condition"] == "baseline")
     (container,) = (item for item in panel.containers if item.get_label() == "baseline")
     (segment,) = container.lines[2][0].get_segments()
     half = (segment[1][1] - segment[0][1]) / 2
-    assert half == pytest.approx(entry["trait_probability"]["std"] / 3**0.5)
+    assert half == pytest.approx(entry["trait_probability"]["std"] / 3**0.5 * stats.t.ppf(0.975, 2))
+    assert segment[0][1] == pytest.approx(entry["trait_probability"]["low"])
+
+
+def test_panels_share_their_axes_and_mark_the_unsteered_text():
+    table = aggregate(rows("loud") + rows("calm", perplexity=7.0))
+    panels = coherence_trait_figure(table).axes
+    assert panels[0].get_xlim() == panels[1].get_xlim()
+    assert panels[0].get_ylim() == panels[1].get_ylim()
+    for panel in panels:
+        x, y = points(panel)["baseline"]
+        dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
+        assert [list(dotted[0].get_xdata()), list(dotted[1].get_ydata())] == [[x[0]] * 2, [y[0]] * 2]
+
+
+@pytest.mark.parametrize(
+    ("alphas", "title"), [((0.5, 2.0), "α 0.5, 2"), ((0.5, 3.0), "α\nloud 0.5, 2\ncalm 0.5, 3")]
+)
+def test_legend_says_the_strengths(alphas, title):
+    calm = [{**row, "alpha": alphas[1] if row["alpha"] == 2.0 else row["alpha"]} for row in rows("calm")]
+    figure = coherence_trait_figure(aggregate(rows("loud") + calm))
+    assert figure.legends[0].get_title().get_text() == title
 
 
 def test_each_persona_has_a_panel_with_its_auc():

@@ -705,6 +705,18 @@ def finished_auto(auto, tmp_path_factory):
     return output_dir
 
 
+def test_reading_plain_text_costs_what_steering_adds(finished):
+    content = load_json(finished / "plain_costs.json")["personas"]
+    verdict = load_json(finished / "verdict.json")
+    assert content == verdict["plain_costs"]
+    assert {name: set(found) for name, found in content.items()} == {
+        name: set(METHODS) for name in ("loud", "numeric")
+    }
+    ratios = [ratio for found in content.values() for ratio in found.values()]
+    assert all(0.2 < ratio < 50 for ratio in ratios)
+    assert len({round(ratio, 6) for ratio in ratios}) == len(ratios)
+
+
 def test_every_condition_is_tested_at_the_dose_that_was_found(finished_auto):
     doses = {
         (entry["persona"], entry["method"]): entry
@@ -722,7 +734,12 @@ def test_every_condition_is_tested_at_the_dose_that_was_found(finished_auto):
     assert len({entry["alpha"] for entry in doses.values()}) > 1
     cells = {(row["persona"], row["condition"], row["alpha"]) for row in rows(finished_auto)}
     expected = {(*condition, entry["alpha"]) for condition, entry in doses.items()}
-    assert cells == {(None, "baseline", None), *expected}
+    beside = {(name, method, doses[name, "oracle"]["alpha"]) for name, method in doses}
+    assert cells == {(None, "baseline", None), *expected, *beside}
+    verdict = load_json(finished_auto / "verdict.json")
+    for name, method in doses:
+        assert verdict["personas"][name]["doses"][method] == doses[name, method]["alpha"]
+        assert verdict["at_the_oracles_dose"][name]["doses"][method] == doses[name, "oracle"]["alpha"]
     assert (finished_auto / "dose_search.png").stat().st_size > 10_000
 
 
@@ -788,7 +805,8 @@ def test_dry_run_counts_the_texts_of_a_dose_search(auto, tmp_path, capsys):
     n_texts = 2 * len(load_prompts("development")) * (1 + N_PERSONAS * len(METHODS) * 3)  # two seeds
     shown = capsys.readouterr().out
     assert f"dose search: {n_texts} generations" in shown
-    assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * len(METHODS))} " in shown
+    n_cells = 1 + N_PERSONAS * (2 * len(METHODS) - 1)  # each method's own dose, and the oracle's
+    assert f"generations: {N_PER_CELL * n_cells} " in shown
 
 
 # A Ray cluster
@@ -882,6 +900,19 @@ def test_dry_run_leaves_a_finished_run_alone(settings, out):
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert run(out, settings, "--dry-run") == 0
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_dry_run_counts_what_the_journals_hold(settings, out, capsys):
+    assert run(out, settings, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert f"3 prompts x 2 seeds each), {N_TEXTS} of them already there, " in shown
+    assert f"evaluations: {N_EVALUATIONS}, {N_EVALUATIONS} of them already there, about 0.0 min" in shown
+    assert "target tokens, already mapped, about 0.0 min" in shown
+    assert "preflight:" not in shown
+    assert run(out, {**settings, "alpha_values": [1.0, 4.0, 9.0]}, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert f"{N_TEXTS} of them already there" in shown
+    assert "preflight: 168 generations" in shown
 
 
 # A judge

@@ -35,6 +35,7 @@ ARTIFACTS = {
     "figure1.png",
     "scorer_licences.json",
     "verdict.json",
+    "plain_costs.json",
     "results.csv",
     "effects.csv",
     "recovery.png",
