@@ -25,7 +25,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,14 @@ from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, st
 from experiment.journalled import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
 from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
-from experiment.outcome import conclude, effects_frame, results_frame
+from experiment.outcome import closing_notes, conclude, effects_frame, results_frame
 from experiment.ray_executor import RayExecutor
+from experiment.report import write_report
 from experiment.structures import expected
 from experiment.tables import format_cosines, format_maps, format_table
 from experiment.transfers import SteeringVectors, transfer_all
 from experiment.workers import LocalExecutor
 from model_loading import quiet_transformers
-from scoring.trait_classifier import auc_notes
 from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
 from support.run_folder import RunFolder
@@ -136,6 +135,7 @@ class PersonaTransferExperiment:
                 return []
             table = _timed(5, self.evaluate, texts)["conditions"]
             logger.info("result\n\n%s\n", format_table(table))
+            logger.info("to read: %s", write_report(self.folder.path))
             self._log_closing(table)
         return table
 
@@ -342,17 +342,9 @@ class PersonaTransferExperiment:
                 yield
 
     def _log_closing(self, table: Sequence[dict[str, Any]]) -> None:
-        folder = self.folder
-        inputs, name = self.inputs, "preflight.json"
-        done = folder.left(name, grid.preflight_fingerprint(inputs), expected(name, inputs))
-        checks = done["checks"] if done else []
-        name = "cv_results.json"
-        results = folder.left(name, grid.mapping_fingerprint(inputs), expected(name, inputs))
-        checks = [*checks, asdict(preflight.check_lambda(self.config.lambda_values, results))]
-        aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
-        _log_notes([*preflight.failures(checks), *auc_notes(aucs), *folder.notes])
-        names = sorted(path.name for path in folder.path.iterdir() if path.is_file())
-        shown = [f"  {folder.path / name}" for name in names if not name.startswith(".")]
+        _log_notes([*closing_notes(self.inputs, self.folder, table), *self.folder.notes])
+        names = sorted(path.name for path in self.folder.path.iterdir() if path.is_file())
+        shown = [f"  {self.folder.path / name}" for name in names if not name.startswith(".")]
         logger.info("artifacts\n%s", "\n".join(shown))
 
 
@@ -379,6 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_transformers()
     try:
         with unwinding(), logging_redirect_tqdm():
+            if options.report:
+                print(write_report(Path(options.report)))
+                return 0
             experiment = PersonaTransferExperiment(read_config(options), fresh=options.fresh)
             if options.dry_run:
                 print(describe_run(experiment.inputs, experiment.folder))

@@ -18,7 +18,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description="Run the whole experiment: does a persona found in one model work in another?"
     )
-    parser.add_argument("--config", required=True, help="JSON file, for example example_config.json")
+    parser.add_argument("--config", help="JSON file, for example example_config.json")
     parser.add_argument("--output-dir", help="write there instead of the configuration's output_dir")
     parser.add_argument("--phase", type=int, choices=range(1, 6), help="run this phase alone")
     parser.add_argument(
@@ -28,7 +28,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
+    parser.add_argument(
+        "--report", metavar="FOLDER", help="write report.html of a finished run in this folder, and end"
+    )
     options = parser.parse_args(arguments)
+    if (options.config is None) is (options.report is None):
+        parser.error("give --config, for a run, or --report, for the page of a finished one")
     if options.ablate and (options.phase or options.dry_run):
         parser.error("--ablate runs instead of the phases; leave out --phase and --dry-run")
     return options
@@ -44,8 +49,10 @@ def read_config(options: argparse.Namespace) -> ExperimentConfig:
 
 def refuse_early() -> None:
     """End the process for --help (status 0) and for what cannot be used (status 2)."""
+    options = parse_arguments()
     try:
-        read_config(parse_arguments())
+        if options.config:
+            read_config(options)
     except (InputError, OSError) as error:
         sys.exit(refusal(error))
 

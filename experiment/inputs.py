@@ -22,7 +22,7 @@ from experiment.ray_executor import RayExecutor
 from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
 from model_loading import PACKAGED_MODELS, fastest_dtype
 from scoring.gpt_judge import GPTJudge
-from scoring.likelihood_ratio import LikelihoodRatio, train_likelihood_ratios
+from scoring.likelihood_ratio import LikelihoodRatio, load_likelihood_ratios
 from scoring.local_judge import LocalJudge
 from scoring.trait_classifier import TraitClassifier, check_labelled, load_trait_classifiers
 from steered_generation import SteeredGenerator
@@ -393,7 +393,7 @@ def _train_classifiers(names: list[str], labelled: Sequence[Persona]) -> dict[st
 
 
 def _train_ratios(config: ExperimentConfig, labelled: Sequence[Persona]) -> dict[str, LikelihoodRatio]:
-    return train_likelihood_ratios(config.persona_names, labelled) if config.likelihood_ratio else {}
+    return load_likelihood_ratios(config.persona_names, labelled) if config.likelihood_ratio else {}
 
 
 def band_of(n_source: int, n_target: int) -> list[LayerPair]:

@@ -4,13 +4,15 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
 from evaluation import aggregate
+from experiment import preflight
 from experiment.figures import harm_figure, off_target_figure, recovery_figure, save_figure
-from experiment.grid import Row, personas_fingerprint
+from experiment.grid import Row, mapping_fingerprint, personas_fingerprint, preflight_fingerprint
 from experiment.inputs import Inputs
 from experiment.licences import examined_scorers, format_licences
 from experiment.plain_costs import plain_costs
@@ -18,6 +20,7 @@ from experiment.structures import expected
 from experiment.success import format_success, success
 from experiment.transfers import SteeringVectors
 from experiment.verdict import ORACLE, format_verdicts, verdicts
+from scoring.trait_classifier import auc_notes
 from support.artifacts import fingerprint, save_text
 from support.run_folder import RunFolder
 
@@ -115,6 +118,21 @@ def _strongest_coherent(
     if coherent:
         return max(coherent, key=abs)
     return min(alphas, key=abs) if alphas else None
+
+
+def closing_notes(inputs: Inputs, folder: RunFolder, table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what a run is to end with: failed checks, a lambda at the edge, weak classifiers.
+
+    table: what `evaluation.aggregate` returns.
+    """
+    name = "preflight.json"
+    done = folder.left(name, preflight_fingerprint(inputs), expected(name, inputs))
+    checks = done["checks"] if done else []
+    name = "cv_results.json"
+    results = folder.left(name, mapping_fingerprint(inputs), expected(name, inputs))
+    checks = [*checks, asdict(preflight.check_lambda(inputs.config.lambda_values, results))]
+    aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
+    return [*preflight.failures(checks), *auc_notes(aucs)]
 
 
 def harm(rows: Sequence[Row], persona: str, condition: str, alpha: float | None) -> float | None:

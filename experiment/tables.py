@@ -33,6 +33,11 @@ def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
 
     table: what `comparison_maps.maps_table` returns.
     """
+    return markdown_table(*maps_rows(table))
+
+
+def maps_rows(table: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of the same table."""
     header = ("map", "pairs", "lambda", "rank", "R2", "standardised", "median dim", "retrieval")
     rows = [
         (
@@ -47,7 +52,7 @@ def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in table
     ]
-    return markdown_table(header, rows)
+    return header, rows
 
 
 def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:

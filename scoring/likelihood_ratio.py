@@ -15,11 +15,14 @@ what is measured here.
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
+import sklearn
 import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
@@ -33,6 +36,7 @@ from model_loading import fastest_dtype, filler_token_id, load_model, pad_tokens
 from scoring.broken_text import any_cut, can_be_broken, has_collapsed, shuffled
 from scoring.trait_classifier import FALSE_POSITIVES, IN_ORDER
 from support.artifacts import fingerprint
+from support.package_cache import build_once
 from texts.personas import Persona, load_prompts
 
 SCORING_MODEL = "smollm2-135m-instruct"
@@ -40,6 +44,7 @@ N_EXAMPLES = 6  # labelled texts that are read before
 N_TRAINING = 30  # of each kind, from which the regression learns
 LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
+FILE = "likelihood_ratio.joblib"
 INTRODUCTION = "Texts in the same style:\n\n"
 
 Scorer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -120,6 +125,21 @@ def train_likelihood_ratios(
     """
     wanted = [persona for persona in personas if persona.name in names and persona.labelled_positive]
     return {persona.name: _train(persona, personas, load()) for persona in wanted}
+
+
+def load_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, LikelihoodRatio]:
+    """Return what `train_likelihood_ratios` does, each trained once for the same texts (15 s a persona)."""
+    found = {}
+    for name in names:
+        made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
+
+        def build(folder: Path, name: str = name) -> None:
+            trained = train_likelihood_ratios([name], personas)
+            joblib.dump([replace(scorer, scorer=None) for scorer in trained.values()], folder / FILE)
+
+        for trained in joblib.load(build_once(f"likelihood_ratios/{made_from[:32]}", build) / FILE):
+            found[name] = replace(trained, scorer=load_scoring_model())
+    return found
 
 
 def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:

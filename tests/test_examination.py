@@ -3,7 +3,7 @@
 import pytest
 
 from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
-from scoring.likelihood_ratio import train_likelihood_ratios
+from scoring.likelihood_ratio import load_likelihood_ratios
 from scoring.trait_classifier import load_trait_classifiers
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
@@ -92,7 +92,7 @@ def test_shipped_classifiers_pass_on_texts_that_they_do_not_know(name, classifie
 @pytest.mark.real_models
 def test_likelihood_ratio_tells_pirates_from_others_and_has_no_score_for_nothing(all_threads):
     personas = [load_persona(name) for name in ("pirate", "formal")]
-    scorer = train_likelihood_ratios(["pirate"], personas)["pirate"]
+    scorer = load_likelihood_ratios(["pirate"], personas)["pirate"]
     texts = [
         "Arr, ye scurvy dogs, the rum be gone!",
         "The rum has been sold.",
