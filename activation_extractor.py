@@ -94,6 +94,13 @@ class PersonaVector:
     n_positive: int
     n_negative: int
 
+    def __repr__(self) -> str:
+        halves = "n/a" if self.split_half_cosine is None else f"{self.split_half_cosine:.2f}"
+        return (
+            f"PersonaVector({len(self.vector)} dimensions, raw norm {self.raw_norm:.4g}, split-half cosine "
+            f"{halves}, {self.n_positive} positive and {self.n_negative} negative texts)"
+        )
+
 
 @dataclass(frozen=True)
 class ResidualNorm:

@@ -476,10 +476,11 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the transformers model in a PEFT wrapper, with its adapter at work; any other as it is.
+    """Return the transformers model in a compiled or PEFT wrapper, with its adapter at work; any other as is.
 
     Raises InputError: an adapter that works on the prompt, which the model itself does not hold.
     """
+    model = getattr(model, "_orig_mod", model)
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):

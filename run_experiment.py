@@ -36,7 +36,7 @@ from experiment import grid, preflight
 from experiment.ablations import ablate_layers, ablate_samples
 from experiment.answers import with_answers
 from experiment.block_ablation import ablate_blocks
-from experiment.config import ExperimentConfig, load_config
+from experiment.config import ExperimentConfig
 from experiment.development import required_doses, run_preflight, searched_doses
 from experiment.dry_run import describe_run
 from experiment.figures import (
@@ -46,7 +46,7 @@ from experiment.figures import (
     mapping_figure,
     save_figure,
 )
-from experiment.inputs import Inputs, load_inputs, read_personas_and_prompts, start_executor
+from experiment.inputs import Inputs, configured, load_inputs, read_personas_and_prompts, start_executor
 from experiment.journalled import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
 from experiment.layer_search import search_layers
 from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
@@ -71,6 +71,8 @@ class PersonaTransferExperiment:
     config: a dictionary, a path to a JSON file, or an ExperimentConfig.
     fresh: ignore artifacts of earlier runs and replace them.
     inputs, executor: of another experiment with the same models; else loaded and started when needed.
+    source, target: (model, tokenizer) that are loaded already, also wrapped by PEFT or compiled; the
+        configuration's names of models are then what reports call them, and may be left out.
     Raises InputError for a configuration, persona, prompt or output directory that cannot be used.
     """
 
@@ -80,8 +82,10 @@ class PersonaTransferExperiment:
         fresh: bool = False,
         inputs: Inputs | None = None,
         executor: LocalExecutor | RayExecutor | None = None,
+        source: tuple[Any, Any] | None = None,
+        target: tuple[Any, Any] | None = None,
     ) -> None:
-        self.config = load_config(config)
+        self.config, self._loaded = configured(config, source, target)
         self.fresh = fresh
         if inputs is None:
             read_personas_and_prompts(self.config)
@@ -95,7 +99,7 @@ class PersonaTransferExperiment:
     @cached_property
     def inputs(self) -> Inputs:
         """Texts, personas, both models and scorers, loaded on first use."""
-        return load_inputs(self.config)
+        return load_inputs(self.config, self._loaded)
 
     @cached_property
     def executor(self) -> LocalExecutor | RayExecutor:
@@ -243,7 +247,7 @@ class PersonaTransferExperiment:
         if content is None:
             maps = maps or load_maps(inputs, folder)
             transferred = transfer_all(inputs.layer_pairs, inputs.native_vectors, maps, self.config.seed)
-            content = folder.save(name, made_from, transferred)
+            content = folder.save(name, made_from, {**transferred, "models": inputs.described_models})
         report = {key: content[key] for key in ("personas", "residual_norm")}
         folder.save("persona_similarities.json", made_from, report)
         logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))

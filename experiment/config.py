@@ -204,6 +204,24 @@ class ExecutorConfig(_Strict):
         return self
 
 
+class GivenVectors(_Strict):
+    """Files of a persona's own vectors in the source, in the target (the oracle), or both."""
+
+    source: LocalPath | None = None
+    target: LocalPath | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_is_the_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_any(self) -> "GivenVectors":
+        if self.source is None and self.target is None:
+            raise ValueError("it names no file; give a path, or source and target")
+        return self
+
+
 class JudgeConfig(_Strict):
     """The chat model that judges when `use_gpt4` is true.
 
@@ -245,6 +263,8 @@ class ExperimentConfig(_Strict):
     Prompts: `prompt_format` is how models are shown prompts, `raw` or `chat`; `auto` is `chat` for a model
         that has a template and ends its turns. A chat target is asked questions, another one goes on with
         beginnings of texts. `system_prompt` is put before every question to the target.
+    Vectors: `vectors` names files of vectors that are taken instead of being extracted, by persona; see
+        `support.vector_files` for their formats.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
     block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or
     persona -> list; `auto`
@@ -293,6 +313,7 @@ class ExperimentConfig(_Strict):
 
     personas: list[Name] | None = None
     persona_datasets: dict[Name, Annotated[PersonaDefinition, BeforeValidator(_definition)]] = {}
+    vectors: dict[Name, GivenVectors] = {}
     persona_position: PersonaPosition = "last"
     extraction: ExtractionConfig = ExtractionConfig()
 
@@ -395,6 +416,10 @@ class ExperimentConfig(_Strict):
 
     def _check_extraction(self) -> None:
         answering = [name for name in self.persona_names if self.kind_of(name) == "responses"]
+        if unknown := [name for name in self.vectors if name not in self.persona_names]:
+            raise ValueError(f"vectors names {unknown[0]!r}, which is no persona of this run")
+        if self.vectors and self.layer_idx == "auto":
+            raise ValueError("layer_idx 'auto' searches with text pairs; with 'vectors', name the layers")
         if unknown := [name for name in self.extraction.from_texts if name not in self.persona_names]:
             raise ValueError(f"extraction.from_texts names {unknown[0]!r}, which is no persona of this run")
         if self.persona_position == "response":

@@ -15,7 +15,7 @@ from experiment.dose_search import Dose
 from experiment.inputs import Inputs
 from scoring.likelihood_ratio import likelihood_ratio_fingerprint
 from scoring.trait_classifier import classifier_fingerprint
-from support.artifacts import fingerprint
+from support.artifacts import file_sha256, fingerprint
 from support.vocabulary import RANDOM_DRAWS
 from texts.neutral_text import NeutralText
 from texts.personas import Persona, load_prompts
@@ -279,9 +279,14 @@ def doses_fingerprint(inputs: Inputs) -> str:
 
 def _extracted(inputs: Inputs, persona: Persona) -> list[Any]:
     """Return what a persona's vectors are made from: its texts, or what its answers depend on."""
+    given = [
+        [side.name, file_sha256(inputs.given[side.name, persona.name].path)]
+        for side in inputs.sides
+        if (side.name, persona.name) in inputs.given
+    ]
     if persona.name not in inputs.answering:
-        return [persona.positive_texts, persona.negative_texts]
-    return [answers_fingerprint(inputs, persona)]
+        return [persona.positive_texts, persona.negative_texts, *given]
+    return [answers_fingerprint(inputs, persona), *given]
 
 
 def answers_fingerprint(inputs: Inputs, persona: Persona) -> str:

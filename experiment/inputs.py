@@ -16,17 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import PersonaVector, ReadText
-from experiment.config import ExperimentConfig
+from experiment.config import ExperimentConfig, load_config
 from experiment.layer_search import check_memory
 from experiment.ray_executor import RayExecutor
 from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
-from model_loading import PACKAGED_MODELS, fastest_dtype
+from model_loading import PACKAGED_MODELS, fastest_dtype, plain_model
 from scoring.gpt_judge import GPTJudge
 from scoring.likelihood_ratio import LikelihoodRatio, load_likelihood_ratios
 from scoring.local_judge import LocalJudge
 from scoring.trait_classifier import TraitClassifier, check_labelled, load_trait_classifiers
 from steered_generation import SteeredGenerator
 from support.errors import InputError
+from support.text_files import local_path
+from support.vector_files import VectorFile, read_vectors
 from texts.aligned_positions import check_offsets
 from texts.chat import plain_text, prompt_text, question, resolve_format
 from texts.encoding import encode
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LayerPair = tuple[int, int]
 BAND_DEPTHS, BAND_SIZE = (0.25, 0.75), 9
+LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 NativeVectors = dict[str, dict[str, PersonaVector]]
 # persona -> (question, answer) of its positive answers, and of its negative ones.
 Answers = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
@@ -53,6 +56,7 @@ class Inputs:
     train, train_ratios: return the scorers of traits, trained at the first call.
     chat_sides: names of the sides that are shown prompts in a chat template.
     answers: side -> what its persona vectors are made from, if they are made from responses.
+    given: (side, persona) -> file of vectors that are taken as they are.
     """
 
     config: ExperimentConfig
@@ -69,6 +73,7 @@ class Inputs:
     chat_sides: tuple[str, ...] = ()
     answers: Mapping[str, Answers] = field(default_factory=dict)
     train_ratios: Callable[[], dict[str, LikelihoodRatio]] = dict
+    given: Mapping[tuple[str, str], VectorFile] = field(default_factory=dict)
 
     @property
     def layers(self) -> LayerPair:
@@ -116,6 +121,20 @@ class Inputs:
         """The side whose model scores fluency: the independent one, else the target itself."""
         return self.source if self.config.independent_perplexity else self.target
 
+    @property
+    def described_models(self) -> dict[str, dict[str, Any]]:
+        """Side -> name, type, blocks, width and fingerprint of its model, for who meets a vector alone."""
+        return {
+            side.name: {
+                "name": getattr(self.config, f"{side.name}_model"),
+                "model_type": side.model.config.get_text_config().model_type.removesuffix("_text"),
+                "n_blocks": len(side.extractor.blocks),
+                "d_model": side.extractor.d_model,
+                "fingerprint": side.fingerprint,
+            }
+            for side in self.sides
+        }
+
     def side(self, name: str) -> Side:
         """Return the side of this name."""
         return {side.name: side for side in self.sides}[name]
@@ -157,7 +176,13 @@ class Inputs:
     @property
     def answering(self) -> list[str]:
         """Names of the personas whose vectors are made from answers."""
-        return [name for name in self.config.persona_names if self.config.kind_of(name) == "responses"]
+        sides = [side.name for side in self.sides]
+        return [
+            name
+            for name in self.config.persona_names
+            if self.config.kind_of(name) == "responses"
+            and any((side, name) not in self.given for side in sides)
+        ]
 
     @property
     def writers(self) -> dict[str, str]:
@@ -203,6 +228,11 @@ class Inputs:
         for number, side in enumerate(self.sides):
             wanted = [pair[number] for pair in self.layer_pairs]
             for persona in self.personas:
+                if file := self.given.get((side.name, persona.name)):
+                    measured[side.name, persona.name] = [
+                        self.given_vector(side, file, layer) for layer in wanted
+                    ]
+                    continue
                 texts, position = self._extracted(side.name, persona)
                 vectors = side.extractor.measure_persona_vectors(*texts, wanted, position)
                 measured[side.name, persona.name] = [vectors[layer] for layer in wanted]
@@ -215,6 +245,15 @@ class Inputs:
             }
             for index in range(len(self.layer_pairs))
         ]
+
+    def given_vector(self, side: Side, file: VectorFile, layer: int) -> PersonaVector:
+        """Return a file's vector for a side's layer. Raises InputError: one that does not fit the model."""
+        described = self.described_models[side.name]
+        vector = file.at(layer, described["n_blocks"], described["d_model"], described["model_type"])
+        norm = vector.norm().item()
+        if norm == 0:
+            raise InputError(f"{file.path} holds a vector of zeros for layer {layer}; it has no direction")
+        return PersonaVector(vector / norm, norm, None, 0, 0)
 
     def _extracted(self, side: str, persona: Persona) -> tuple[Sequence[Sequence[ReadText]], str]:
         """Return the positive and negative texts or answers of a persona, and where they are read."""
@@ -280,13 +319,20 @@ def read_personas_and_prompts(
     return personas, prompts
 
 
-def load_inputs(config: ExperimentConfig) -> Inputs:
+def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | None = None) -> Inputs:
     """Load texts, then models, and check what a later phase would refuse, before anything is written.
 
+    loaded: side -> model and tokenizer, of sides that need not be loaded.
     Raises InputError for whatever cannot be used; of texts before a model is loaded.
     """
     personas, prompts = read_personas_and_prompts(config)
     judge = load_judge(config) if config.use_gpt4 else None
+    given = {
+        (side, name): read_vectors(local_path(path))
+        for name, files in config.vectors.items()
+        for side, path in (("source", files.source), ("target", files.target))
+        if path is not None
+    }
     texts = tuple(_neutral_texts(config, personas, config.n_training_samples))
     n_documents = len({item.document for item in texts})
     if n_documents < config.n_folds:
@@ -296,7 +342,10 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
         )
     others = [name for name in shipped_personas() if name not in config.persona_names]
     labelled = (*personas, *map(load_persona, others))
-    source, target = (side_settings(config, name).load() for name in ("source", "target"))
+    source, target = (
+        replace(side_settings(config, name), loaded=(loaded or {}).get(name)).load()
+        for name in ("source", "target")
+    )
     train = cache(partial(_train_classifiers, config.persona_names, labelled))
     chat = tuple(
         side.name
@@ -318,6 +367,7 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
         train,
         chat_sides=chat,
         train_ratios=cache(partial(_train_ratios, config, labelled)),
+        given=given,
     )
     if config.layers == "band":
         inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
@@ -325,6 +375,29 @@ def load_inputs(config: ExperimentConfig) -> Inputs:
         inputs = inputs.at_band(config.layer_pairs)
     _check_models(inputs)
     return inputs
+
+
+def configured(
+    config: dict[str, Any] | str | Path | ExperimentConfig,
+    source: LoadedModel | None,
+    target: LoadedModel | None,
+) -> tuple[ExperimentConfig, dict[str, LoadedModel]]:
+    """Return a validated configuration, and side -> model and tokenizer of those that are loaded already.
+
+    These need no name in a configuration that is a dictionary. Raises InputError as `load_config`, and for an
+    executor on other machines, which do not have them.
+    """
+    loaded = {name: side for name, side in (("source", source), ("target", target)) if side is not None}
+    if isinstance(config, dict):
+        plain = {side: plain_model(model).config for side, (model, _) in loaded.items()}
+        names = {
+            f"{side}_model": of.name_or_path or f"a loaded {of.model_type}" for side, of in plain.items()
+        }
+        config = {**names, **config}
+    checked = load_config(config)
+    if loaded and checked.executor.kind == "ray":
+        raise InputError("models that are loaded already run in this process; leave out the executor 'ray'")
+    return checked, loaded
 
 
 def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge:
@@ -364,6 +437,9 @@ def _check_models(inputs: Inputs) -> None:
             "system_prompt is of use where the target is shown a chat template alone; leave it out, or give "
             "an instruct model as target"
         )
+    for (name, _), file in inputs.given.items():
+        for pair in inputs.layer_pairs:
+            inputs.given_vector(inputs.side(name), file, pair[name == "target"])
     generator = inputs.generator()
     shown = [
         inputs.shown_prompt("target", prompt) for prompt in (*inputs.prompts, *inputs.development_prompts)

@@ -57,7 +57,8 @@ def transfer_all(
 ) -> dict[str, Any]:
     """Return what `persona_vectors.pt` holds, given natives and maps of every layer pair."""
     contents = [transfer_personas(*of_pair, seed) for of_pair in zip(pairs, natives, maps, strict=True)]
-    return contents[0] if len(contents) == 1 else _combine_band(pairs, contents)
+    content = contents[0] if len(contents) == 1 else _combine_band(pairs, contents)
+    return {**content, "layer_pairs": [list(pair) for pair in pairs]}
 
 
 def _combine_band(pairs: Sequence[LayerPair], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -83,7 +84,6 @@ def _combine_band(pairs: Sequence[LayerPair], contents: Sequence[dict[str, Any]]
         },
         "residual_norms": {target: content["residual_norm"] for (_, target), content in by_layer},
         "by_layer": {target: content["personas"] for (_, target), content in by_layer},
-        "layer_pairs": [list(pair) for pair in pairs],
     }
 
 

@@ -59,7 +59,8 @@ class SideSettings:
 
     model_name: what `load_model` takes, a path too.
     layer_idx: the block that its extractor reads; None for the middle one, until a search has chosen.
-    expected_fingerprint: of the side as another process has loaded it.
+    expected_fingerprint: of the side as another process has loaded it. loaded: model and tokenizer that are
+        loaded already; the others then only say what they are called and where they are read.
     """
 
     name: str
@@ -74,22 +75,14 @@ class SideSettings:
     layer_idx: int | None = None
     batch_size: int = 8
     expected_fingerprint: str | None = None
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def load(self) -> Side:
         """Load model and tokenizer.
 
         Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
         """
-        logger.info("loading the %s model %s", self.name, self.model_name)
-        model, tokenizer = load_model(
-            self.model_name,
-            self.device,
-            self.dtype,
-            self.trust_remote_code,
-            self.device_map,
-            self.revision,
-            self.quantization,
-        )
+        model, tokenizer = self._loaded()
         middle = len(decoder_blocks(model, self.block_path)) // 2
         layer_idx = middle if self.layer_idx is None else self.layer_idx
         extractor = ActivationExtractor(
@@ -112,6 +105,21 @@ class SideSettings:
                 "give all of them the same files, library versions and dtype"
             )
         return Side(self.name, model, tokenizer, extractor, made_from)
+
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.loaded:
+            model, tokenizer = self.loaded
+            return plain_model(model).eval(), tokenizer
+        logger.info("loading the %s model %s", self.name, self.model_name)
+        return load_model(
+            self.model_name,
+            self.device,
+            self.dtype,
+            self.trust_remote_code,
+            self.device_map,
+            self.revision,
+            self.quantization,
+        )
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,8 @@ def test_a_reader_filters_searches_and_chooses(finished, tmp_path):
         + """
 const all = prompts().length, columns = document.querySelectorAll(".row")[0].querySelectorAll(".text").length;
 set("search", "ESREVER");
-const found = [prompts(), document.querySelectorAll("mark").length, document.getElementById("count").textContent];
-set("search", ""); set("prompt", "2");
+const found = [prompts(), document.querySelectorAll("mark").length,
+document.getElementById("count").textContent]; set("search", ""); set("prompt", "2");
 const filtered = prompts();
 set("prompt", "");
 document.querySelectorAll("#conditions input").forEach((box) => { if (box.checked) box.click(); });

@@ -1,0 +1,74 @@
+"""llama.cpp by way of its C library, as far as a control vector has to be tried: load, steer, read logits.
+
+The library is looked for in the folder that LLAMA_LIBRARY names. Its parameters are structures whose fields
+differ between versions; all stay as they are by default, so they are passed on as bytes.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import numpy as np
+
+ROOM = 1024  # bytes, more than any structure of parameters has
+
+
+class _Opaque(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_int64 * (ROOM // 8)),)
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (("n_tokens", ctypes.c_int32), *((name, ctypes.c_void_p) for name in "abcdef"))
+
+
+def library_folder():
+    """Return where the library lies, or None."""
+    named = os.environ.get("LLAMA_LIBRARY")
+    found = sorted(Path(named).rglob("libllama.*so*")) if named else []
+    return found[0].parent if found else None
+
+
+class Llama:
+    """A model in llama.cpp. path: a GGUF file."""
+
+    def __init__(self, path):
+        folder = library_folder()
+        mode = ctypes.RTLD_GLOBAL
+        ggml = ctypes.CDLL(next(iter(folder.glob("libggml.*so*"))), mode)
+        self.library = library = ctypes.CDLL(next(iter(folder.glob("libllama.*so*"))), mode)
+        ggml.ggml_backend_load_all_from_path(str(folder).encode())
+        library.llama_backend_init()
+        for name in ("llama_model_default_params", "llama_context_default_params"):
+            getattr(library, name).restype = _Opaque
+        for name in ("llama_model_load_from_file", "llama_init_from_model"):
+            getattr(library, name).restype = ctypes.c_void_p
+        library.llama_batch_get_one.restype = _Batch
+        library.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
+        library.llama_set_adapter_cvec.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t) + (
+            ctypes.c_int32,
+        ) * 3
+        self.model = ctypes.c_void_p(
+            library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+        )
+        self.n_layers = library.llama_model_n_layer(self.model)
+        self.width = library.llama_model_n_embd(self.model)
+
+    def logits(self, tokens, vocabulary, directions=None, strength=1.0):
+        """Return (vocabulary,) logits behind the tokens; directions: layer -> (d,), added by llama.cpp."""
+        library = self.library
+        context = ctypes.c_void_p(
+            library.llama_init_from_model(self.model, library.llama_context_default_params())
+        )
+        if directions:
+            # A control vector's file becomes one row for each layer from 1 on.
+            rows = np.zeros((self.n_layers - 1, self.width), dtype=np.float32)
+            for layer, direction in directions.items():
+                rows[layer - 1] += strength * np.asarray(direction)
+            where = rows.ctypes.data_as(ctypes.c_void_p)
+            done = library.llama_set_adapter_cvec(context, where, rows.size, self.width, 1, self.n_layers)
+            assert done == 0
+        held = (ctypes.c_int32 * len(tokens))(*tokens)
+        assert library.llama_decode(context, library.llama_batch_get_one(held, len(tokens))) == 0
+        found = np.ctypeslib.as_array(library.llama_get_logits_ith(context, -1), (vocabulary,)).copy()
+        library.llama_free(context)
+        return found
