@@ -111,7 +111,7 @@ class GPTJudge:
         max_workers: int = 4,
         max_answer_tokens: int = 1,
     ) -> None:
-        self._key = _read_key(api_key_env)
+        self._key = read_key(api_key_env)
         self.model = model
         self.max_workers = max_workers
         try:
@@ -249,7 +249,8 @@ class GPTJudge:
         return f"the server refuses the request with status {status}: {said}{hint}"
 
 
-def _read_key(api_key_env: str) -> str:
+def read_key(api_key_env: str) -> str:
+    """Return a server's key from an environment variable. Raises InputError: none that can be sent."""
     key = os.environ.get(api_key_env, "").strip()
     if not key:
         raise InputError(
