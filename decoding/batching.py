@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+
+from support.progress import HIDDEN, tqdm
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ def run_in_batches(
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     results: dict[int, Result] = {}
     # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
-    silent = True if quiet or len(lengths) <= batch_size else None
+    silent = True if quiet or len(lengths) <= batch_size else HIDDEN
     pending = length_sorted_batches(lengths, batch_size, equal_lengths)[::-1]
     with tqdm(total=len(lengths), desc=desc, unit=unit, disable=silent, leave=False) as progress:
         while pending:

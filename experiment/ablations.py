@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from activation_extractor import PairedBatch, paired_activations
 from experiment.figures import layer_ablation_figure, sample_ablation_figure, save_figure
@@ -30,6 +29,7 @@ from ridge_mapping import RidgeMapping, residual_squares, target_weights
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
+from support.progress import HIDDEN, tqdm
 from support.run_folder import RunFolder
 from support.vocabulary import PAIR_POSITIONS
 from texts.neutral_text import NeutralText
@@ -69,7 +69,7 @@ def ablate_layers(inputs: Inputs, folder: RunFolder, executor: Any, run_layers: 
             with closing(RunFolder(Path(runs[pair].config.output_dir), folder.fresh)) as own:
                 sums[pair] = own.save(SUMS, made_from, statistics_content(pairs, pair))
     results, tables = [], []
-    for pair, at_layers in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=None):
+    for pair, at_layers in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=HIDDEN):
         logger.info("layer pair %d -> %d", *pair)
         numbers = run_layers(at_layers, sums.pop(pair))
         tables.append(numbers.pop("fingerprint"))
@@ -134,7 +134,7 @@ def ablate_samples(inputs: Inputs, folder: RunFolder) -> str:
     run = _SampleRun(inputs, folder, training, held_out, samples)
     path = folder.path / "ablation_samples.json"
     state = run.load() or run.start()
-    with tqdm(total=samples[-1], desc="samples", unit="text", disable=None) as progress:
+    with tqdm(total=samples[-1], desc="samples", unit="text", disable=HIDDEN) as progress:
         progress.update(state["n_texts"])
         while len(state["points"]) < 2 * len(samples):
             n_texts = state["n_texts"]

@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from experiment.tables import markdown_table
 from support.errors import InputError
+from support.progress import HIDDEN, tqdm
 
 DoseKey = tuple[str, str]  # (persona, method)
 
@@ -164,7 +163,9 @@ def search_doses(
     _check_unsteered(unsteered)
     bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
     curves: dict[DoseKey, list[DosePoint]] = {key: [] for key in keys}
-    for round_idx in tqdm(range(n_evaluations), desc="dose search", unit="round", disable=None, leave=False):
+    for round_idx in tqdm(
+        range(n_evaluations), desc="dose search", unit="round", disable=HIDDEN, leave=False
+    ):
         is_last = round_idx == n_evaluations - 1
         asked = [(name, _next_alpha(curve, (low, high), is_last)) for name, curve in curves.items()]
         measured = measure(asked)

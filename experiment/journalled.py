@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from decoding.batching import length_sorted_batches
 from evaluation import EvaluationResult, Evaluator
@@ -27,6 +26,7 @@ from scoring.paid_once import PaidOnce
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.journal import Journal
+from support.progress import HIDDEN, tqdm
 from support.run_folder import RunFolder
 from support.vocabulary import RANDOM_DRAWS, random_name
 
@@ -131,7 +131,7 @@ def _write_missing(
     ]
     started, n_tokens = time.perf_counter(), 0
     with (
-        tqdm(total=len(rows), desc="generating", unit="text", disable=None) as progress,
+        tqdm(total=len(rows), desc="generating", unit="text", disable=HIDDEN) as progress,
         closing(executor.run("write", chunks)) as results,
     ):
         for number, (texts, ended, n_written) in results:
@@ -235,7 +235,7 @@ def _evaluate_missing(
         chunks.append((shown, [row["output"] for row in part], size, dtype))
     journalled: set[str] = set()  # a row may stand in two cells
     with (
-        tqdm(total=len(wanted), desc="evaluating", unit="text", disable=None) as progress,
+        tqdm(total=len(wanted), desc="evaluating", unit="text", disable=HIDDEN) as progress,
         closing(executor.run("perplexities", chunks)) as results,
     ):
         for number, perplexities in results:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from activation_extractor import (
     ActivationExtractor,
@@ -29,6 +28,7 @@ from experiment.pair_collection import counted
 from ridge_mapping import HeldOutFold, assign_folds, target_weights
 from support.errors import InputError
 from support.pair_statistics import Moments
+from support.progress import HIDDEN, tqdm
 from texts.neutral_text import NeutralText
 from texts.personas import Persona
 
@@ -196,7 +196,7 @@ def search_layers(
     parts = (assign_folds(len(texts), N_PARTS, [item.document for item in texts], seed) == 0).long()
     n_tokens = {"source": 0, "target": 0}
     with tqdm(
-        total=len(texts), desc="reading all layers", unit="text", disable=None, leave=False
+        total=len(texts), desc="reading all layers", unit="text", disable=HIDDEN, leave=False
     ) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
@@ -246,7 +246,7 @@ def _compare_layers(
     generator = torch.Generator().manual_seed(seed)
     massive = {layer: massive_by_scale(sums.target_scale(layer)) for layer in sums.target}
     for row, source_layer in enumerate(
-        tqdm(sums.source, desc="fitting", unit="layer", disable=None, leave=False)
+        tqdm(sums.source, desc="fitting", unit="layer", disable=HIDDEN, leave=False)
     ):
         decomposed: HeldOutFold | None = None
         vectors = torch.stack([source_vectors[name][source_layer] for name in names])

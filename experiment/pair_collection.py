@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from activation_extractor import ActivationExtractor, paired_activations
 from ridge_mapping import assign_folds
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
+from support.progress import HIDDEN, tqdm
 from texts.neutral_text import NeutralText
 
 LayerPair = tuple[int, int]
@@ -90,7 +90,7 @@ def read_pairs(
     layers = [[pair[side] for pair in statistics] for side in (0, 1)]
     text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
     cut_before = {"source": source.n_truncated, "target": target.n_truncated}
-    with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=None, leave=False) as progress:
+    with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=HIDDEN, leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, settings.positions, *layers):
             groups = [texts[index].document for index in batch.text_idx.tolist()]

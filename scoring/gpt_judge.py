@@ -21,10 +21,10 @@ from functools import cache
 from typing import Any
 
 import openai
-from tqdm import tqdm
 
 from scoring.judge_answers import Judgement, excerpt, redacted, score_answer
 from support.errors import InputError
+from support.progress import HIDDEN, tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class GPTJudge:
     def judge(self, prompts: Sequence[str]) -> list[Judgement]:
         """Return a judgement for each complete judging prompt, several at a time, in order."""
         answered = self.judge_each(prompts)
-        found = dict(tqdm(answered, total=len(prompts), desc="judging", unit="text", disable=None))
+        found = dict(tqdm(answered, total=len(prompts), desc="judging", unit="text", disable=HIDDEN))
         return [found[index] for index in range(len(prompts))]
 
     def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
