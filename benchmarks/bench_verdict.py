@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiment.significance import mean_interval
 from experiment.tables import markdown_table
 from experiment.verdict import (
+    CONTROLS,
     MAPPED,
     NATIVE_WORKS,
     ORACLE,
@@ -33,7 +34,8 @@ from experiment.verdict import (
 from support.artifacts import load_json
 
 SIZES = (30, 60, 120)
-TRUTHS = (None, 1.0, 0.6, 0.3)  # None: a null experiment
+# (true recovery, None for a null experiment; whether controls are moved to do nothing)
+TRUTHS = ((None, False), *((truth, is_moved) for truth in (1.0, 0.6, 0.3) for is_moved in (False, True)))
 
 
 def pool(folder: Path) -> list[dict[str, np.ndarray]]:
@@ -53,15 +55,17 @@ def pool(folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 def experiment(
-    real: dict[str, np.ndarray], truth: float | None, n: int, generator: np.random.Generator
+    real: dict[str, np.ndarray], truth: float | None, is_moved: bool, n: int, generator: np.random.Generator
 ) -> str:
-    """Return the verdict on one resampled experiment."""
+    """Return the verdict on one resampled experiment; is_moved: whether controls do nothing."""
     chosen = generator.integers(0, len(real[ORACLE]), n)
     made = {name: values[chosen] for name, values in real.items()}
     if truth is None:
         made[MAPPED], made["shuffled"] = made["shuffled"], made["random"]
     else:
         made[MAPPED] = made[MAPPED] - real[MAPPED].mean() + truth * real[ORACLE].mean()
+        if is_moved:
+            made |= {name: made[name] - real[name].mean() for name in CONTROLS if name in made}
     key = ("resampled", "scorer")
     return decide(made, adjusted_p({key: made})[key])["verdict"]
 
@@ -77,15 +81,17 @@ def main() -> None:
         parser.error(f"{options.run}: no persona has a native effect and all controls")
     generator = np.random.default_rng(0)
     table = []
-    for truth in TRUTHS:
+    for truth, is_moved in TRUTHS:
         for n in SIZES:
             words = Counter(
-                experiment(real[index % len(real)], truth, n, generator) for index in range(options.n)
+                experiment(real[index % len(real)], truth, is_moved, n, generator)
+                for index in range(options.n)
             )
             shares = [f"{words[word] / options.n:.1%}" for word in VERDICTS]
-            table.append(("null" if truth is None else f"{truth:.0%}", str(n), *shares))
+            kind = "null" if truth is None else f"{truth:.0%}"
+            table.append((kind, "do nothing" if is_moved else "as found", str(n), *shares))
     print(f"{len(real)} pairs of persona and scorer, {options.n} experiments a line\n")
-    print(markdown_table(("truth", "prompts", *VERDICTS), table))
+    print(markdown_table(("truth", "controls", "prompts", *VERDICTS), table))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ SIGNIFICANT = 0.05
 NATIVE_WORKS = 0.05  # lower bound of the oracle's effect
 NATIVE_FAILS = 0.15  # upper bound below which the oracle does not move the trait to speak of
 TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # of the native effect: bounds of the recovery
+NO_BETTER = 0.15  # of the native effect: what mapped is surely not above the best control by
 # From the most to the least that is claimed; of two scorers' words, the later stands.
 VERDICTS = (
     "equal to native",
@@ -147,7 +148,7 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
         return _said("equal to native" if is_equal else "transferred", why, **numbers)
     if beats and ratio.high < 1:
         return _said("partial", why, **numbers)
-    if not beats and mean_interval(over).high < NOT_TRANSFERRED * of_native.estimate:
+    if not beats and mean_interval(over).high < NO_BETTER * of_native.estimate:
         return _said("not transferred", why, **numbers)
     contrast = mapped - TRANSFERRED * native if beats else over
     return _said("can't tell", why, prompts_needed(contrast), **numbers)
