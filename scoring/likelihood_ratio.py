@@ -129,7 +129,7 @@ def train_likelihood_ratios(
 
 def load_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, LikelihoodRatio]:
     """Return what `train_likelihood_ratios` does, each trained once for the same texts (15 s a persona)."""
-    found = {}
+    personas, found = sorted(personas, key=lambda persona: persona.name), {}
     for name in names:
         made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
 
@@ -144,7 +144,8 @@ def load_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona]) ->
 
 def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
     """Return what the scorers made from these personas depend on."""
-    rows = [[each.name, each.labelled_positive, each.labelled_negative] for each in personas]
+    ordered = sorted(personas, key=lambda persona: persona.name)
+    rows = [[each.name, each.labelled_positive, each.labelled_negative] for each in ordered]
     settings: list[Any] = [
         FALSE_POSITIVES,
         IN_ORDER,

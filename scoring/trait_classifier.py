@@ -234,17 +234,25 @@ def _train_order(natural: np.ndarray, of_shuffles: np.ndarray) -> Pipeline:
 
 
 def load_trait_classifiers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, TraitClassifier]:
-    """Return what `train_trait_classifiers` does, which takes a minute, trained once for the same texts."""
-    made_from = fingerprint(sorted(names), classifier_fingerprint(personas))
+    """Return what `train_trait_classifiers` does, which takes a minute, trained once for the same texts.
+
+    All labelled personas are trained, so that runs of some of them share what is kept.
+    """
+    personas = sorted(personas, key=lambda persona: persona.name)
+    labelled = [persona.name for persona in personas if persona.labelled_positive]
+    made_from = classifier_fingerprint(personas)
 
     def build(folder: Path) -> None:
-        trained = train_trait_classifiers(names, personas)
+        trained = train_trait_classifiers(labelled, personas)
         joblib.dump([replace(classifier, encode=None) for classifier in trained.values()], folder / FILE)
 
     check_labelled([persona for persona in personas if persona.name in names])
+    if not set(names) & set(labelled):
+        return {}
     trained = joblib.load(build_once(f"classifiers/{made_from[:32]}", build) / FILE)
-    encode = load_sentence_encoder() if trained else None
-    return {classifier.persona: replace(classifier, encode=encode) for classifier in trained}
+    known = {classifier.persona: classifier for classifier in trained}
+    encode = load_sentence_encoder()
+    return {name: replace(known[name], encode=encode) for name in names if name in known}
 
 
 def check_labelled(personas: Sequence[Persona]) -> None:
@@ -260,7 +268,8 @@ def check_labelled(personas: Sequence[Persona]) -> None:
 
 def classifier_fingerprint(personas: Sequence[Persona]) -> str:
     """Return what the classifiers made from these personas depend on, without training them."""
-    rows = [row for persona in personas for row in _labelled_rows(persona)]
+    ordered = sorted(personas, key=lambda persona: persona.name)
+    rows = [row for persona in ordered for row in _labelled_rows(persona)]
     settings = [ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, WEIGHTS, N_CUTS, IN_ORDER]
     settings.append(FALSE_POSITIVES)
     return fingerprint(rows, load_prompts("ordinary_training"), settings, sklearn.__version__)

@@ -1,0 +1,37 @@
+"""The notebook runs from its first cell to its last, and its outputs are what a reader is to see."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.real_models
+def test_the_notebook_runs(tmp_path, all_threads, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", 4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("results/quickstart", str(tmp_path / "out"))
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    shown = [
+        output.get("data", {}).get("text/plain", output.get("text", ""))
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    ]
+    text = "\n".join(shown)
+    assert "PersonaVector(576 dimensions" in text
+    assert "tensor(" not in text
+    assert (tmp_path / "out" / "report.html").is_file()
+    frames = [output for output in shown if "perplexity_ratio" in output]
+    assert len(frames) == 1
+    assert (
+        sum(
+            "image/png" in output.get("data", {})
+            for cell in notebook.cells
+            for output in cell.get("outputs", [])
+        )
+        == 2
+    )
