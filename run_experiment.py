@@ -96,6 +96,9 @@ class PersonaTransferExperiment:
         self.folder = RunFolder(Path(self.config.output_dir), fresh)
         check_writable(self.folder.path)
 
+    def __repr__(self) -> str:
+        return f"PersonaTransferExperiment({self.config.source_model} -> {self.config.target_model})"
+
     @cached_property
     def inputs(self) -> Inputs:
         """Texts, personas, both models and scorers, loaded on first use."""

@@ -45,7 +45,7 @@ NativeVectors = dict[str, dict[str, PersonaVector]]
 Answers = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inputs:
     """Everything that the phases read; nothing in it changes.
 

@@ -21,7 +21,7 @@ from support.run_folder import RunFolder
 RIDGE, OTHERS, RESULTS = "ridge_mapping.pt", "comparison_maps.pt", "cv_results.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LearnedMaps:
     """What phase 2 hands to phase 3. results: what `cv_results.json` holds."""
 

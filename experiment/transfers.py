@@ -17,7 +17,7 @@ from support.vocabulary import RANDOM_DRAWS, random_name
 MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringVectors:
     """What is added at each block that is steered, and in what unit.
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 EXTRACTION_CHUNK = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Side:
     """One of the two models with what reads it."""
 

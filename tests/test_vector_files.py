@@ -200,6 +200,8 @@ def test_models_that_are_loaded_already_give_the_same_run(finished, settings, tm
     nameless = {key: value for key, value in settings.items() if not key.endswith("_model")}
     experiment = PersonaTransferExperiment({**nameless, "output_dir": str(tmp_path / "out")}, **loaded)
     experiment.run()
+    for described in (experiment, experiment.inputs, experiment.inputs.source):
+        assert len(repr(described)) < 200
     same, other = (load_json(folder / "eval_results.json") for folder in (tmp_path / "out", finished))
     assert same["rows"] == other["rows"]
     frame = experiment.results_frame()
