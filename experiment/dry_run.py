@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from experiment.grid import (
 from experiment.inputs import Inputs
 from experiment.licences import JUDGED_A_SIDE, N_SEEDS
 from scoring.examination import at_most, examination_sets
-from scoring.likelihood_ratio import N_EXAMPLES, N_TRAINING, likelihood_features, load_scoring_model
+from scoring.likelihood_ratio import N_EXAMPLES, likelihood_features, load_scoring_model
 from scoring.local_judge import LocalJudge
 from scoring.paid_once import N_REPEATED, TOKENS_PER_JUDGEMENT
 from support.journal import rows_of
@@ -44,8 +45,9 @@ from texts.encoding import encode
 from texts.personas import load_prompts
 
 N_TEXTS = 8
-N_TOKENS = (4, 12)
-N_RATIO_TEXTS = 4
+N_TOKENS = (2, 8)
+N_RATIO_TEXTS = 6
+SHORTER = 0.4  # of a full-length text's likelihood ratio, what one of an examination takes
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
     if not is_examined:
         n_written = n_development * (N_SEEDS + RANDOM_DRAWS)
-        n_training = len(inputs.personas) * 10 * N_TRAINING
-        minutes["examination"] = (
-            n_written * costs.writing + (n_examined + n_training) * costs.ratio / 3  # shorter texts
-        ) / 60
+        minutes["examination"] = (n_written * costs.writing + n_examined * costs.ratio * SHORTER) / 60
         lines.append(
             f"examination of the scorers: {n_examined} texts, {n_written} generations, about "
             f"{minutes['examination']:.1f} min"
@@ -146,7 +145,8 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     else:
         lines.append("judgements: 0, about 0.00 USD")
     lines.append(
-        f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading"
+        f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading and, "
+        "the first time, training the scorers (2 to 3 min)"
     )
     return "\n".join(lines)
 
@@ -239,10 +239,10 @@ def _describe_search(inputs: Inputs) -> list[str]:
         widths.append(len(wanted) * extractor.d_model)
         sample = [item.text for item in inputs.neutral_texts[:N_TEXTS]]
         n_tokens = sum(map(len, encode(side.tokenizer, sample)))
-        spent = _seconds(partial(extractor.extract_layers, sample, wanted))
+        spent = _seconds(partial(extractor.extract_layers, layers=wanted), sample[:1], sample)
         reading += spent / n_tokens * config.search_tokens
     square = torch.ones(1024, 1024)
-    products = _seconds(lambda: square @ square) / 1024**3 * config.search_tokens * widths[0] * widths[1]
+    products = _seconds(square.mm, square, square) / 1024**3 * config.search_tokens * widths[0] * widths[1]
     return [
         f"layer search: {widths[0]} x {widths[1]} dimensions on {config.search_tokens} tokens, about "
         f"{(reading + products) / 60:.1f} min, not in the total"
@@ -258,14 +258,14 @@ def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
     judging = 0.0
     if isinstance(inputs.judge, LocalJudge):
         asked = ["Rate this. " * 60] * N_RATIO_TEXTS
-        judging = _seconds(lambda: inputs.judge.judge(asked)) / N_RATIO_TEXTS
+        judging = _seconds(inputs.judge.judge, asked[:1], asked) / N_RATIO_TEXTS
     costs = Costs(
         extraction,
         writing,
         _time_evaluation(inputs, pairs),
         _time_ratio(inputs),
         judging,
-        _seconds(lambda: torch.linalg.eigh(square @ square.T)),
+        _seconds(torch.linalg.eigh, square[:9, :9] @ square[:9, :9].T, square @ square.T),
     )
     return costs, tokens
 
@@ -279,8 +279,8 @@ def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
         counts = [len(ids) for ids in encode(side.tokenizer, texts)]
         tokens[side.name] = sum(counts)
         layers = [pair[number] for pair in inputs.layer_pairs]
-        spent = _seconds(partial(side.extractor.extract_layers, sample, sorted(set(layers))))
-        seconds += spent * sum(counts) / sum(counts[:N_TEXTS])
+        read = partial(side.extractor.extract_layers, layers=sorted(set(layers)))
+        seconds += _seconds(read, sample[:1], sample) * sum(counts) / sum(counts[:N_TEXTS])
     return seconds / len(texts), tokens
 
 
@@ -317,7 +317,7 @@ def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
     ]
     model, tokenizer = inputs.target.model, inputs.target.tokenizer
     evaluator = Evaluator(model, tokenizer, independent=inputs.independent)
-    return _seconds(lambda: evaluator.evaluate_batch(rows)) / len(rows)
+    return _seconds(evaluator.evaluate_batch, rows[:1], rows) / len(rows)
 
 
 def _time_ratio(inputs: Inputs) -> float:
@@ -333,22 +333,26 @@ def _time_ratio(inputs: Inputs) -> float:
     text = " ".join(inputs.neutral_texts[0].text.split() * 4)
     n_words = max(4, round(inputs.config.max_new_tokens * 0.75))
     texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(N_RATIO_TEXTS)]
-    return _seconds(partial(likelihood_features, scorer, examples, texts)) / len(texts)
+    read = partial(likelihood_features, scorer, examples)
+    read(texts[:1])
+    # What is read before the texts is read once for many.
+    one, all_of_them = _seconds(read, texts[:1], texts[:1]), _seconds(read, texts[:1], texts)
+    return max(0.0, all_of_them - one) / (len(texts) - 1)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the seconds of a second call; the first one pays for weights that are paged in."""
-    work()
+def _seconds(work: Callable[[Any], object], little: Any, much: Any) -> float:
+    """Return the seconds of `work(much)`, after `work(little)`, which pays for weights that are paged in."""
+    work(little)
     started = time.perf_counter()
-    work()
+    work(much)
     return time.perf_counter() - started
 
 
 def main() -> None:
     """Check that the time of a forward pass is positive and sane."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    inputs = tokenizer("A short text.", return_tensors="pt")
-    assert 0 < _seconds(lambda: model(input_ids=inputs["input_ids"])) < 60
+    tokens = tokenizer("A short text.", return_tensors="pt")["input_ids"]
+    assert 0 < _seconds(model, tokens, tokens) < 60
     print("dry_run OK: work is timed; `run_experiment.py --dry-run` checks the rest")
 
 
