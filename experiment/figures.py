@@ -395,21 +395,25 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _shared_panels(n: int) -> tuple[Figure, Sequence[Axes], Sequence[Axes]]:
+    """Return a figure, n panels of the same axes, three in a row, and the leftmost of each row."""
+    n_columns = min(3, n)
+    n_rows = math.ceil(n / n_columns)
+    figure = Figure(figsize=(4.4 * n_columns + 1.4, 3.6 * n_rows + 0.6), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
+    for panel in panels.flatten()[n:]:
+        panel.remove()
+    return figure, list(panels.flatten()[:n]), list(panels[:, 0])
+
+
 def harm_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
     """Draw a panel a persona: what each condition does to the trait against what it does to perplexity.
 
     curves: what `outcome.harm_curves` returns. A line joins a condition's doses, the strongest drawn largest.
     """
-    n_columns = min(3, len(curves))
-    n_rows = math.ceil(len(curves) / n_columns)
-    figure = Figure(figsize=(4.2 * n_columns + 1.4, 3.4 * n_rows + 0.6), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
-    left = panels[:, 0]
-    panels = panels.flatten()
-    for panel in panels[len(curves) :]:
-        panel.remove()
+    figure, panels, left = _shared_panels(len(curves))
     drawn = {}
-    for panel, (persona, by_condition) in zip(panels, curves.items(), strict=False):
+    for panel, (persona, by_condition) in zip(panels, curves.items(), strict=True):
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.axvline(1, color="grey", linewidth=0.8)
         for condition, points in by_condition.items():
@@ -477,15 +481,7 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """
     coherence, trait = choose_axes(table)
     personas = list(dict.fromkeys(entry["persona"] for entry in table))
-    n_columns = min(3, len(personas))
-    n_rows = math.ceil(len(personas) / n_columns)
-    figure = Figure(figsize=(4.4 * n_columns + 1.4, 3.6 * n_rows + 0.6), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
-    left = panels[:, 0]
-    panels = panels.flatten()
-    for panel in panels[len(personas) :]:
-        panel.remove()
-    panels = panels[: len(personas)]
+    figure, panels, left = _shared_panels(len(personas))
     if coherence.endswith("perplexity"):
         panels[0].set_xscale("log")
         panels[0].invert_xaxis()

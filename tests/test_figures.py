@@ -19,6 +19,7 @@ from experiment.figures import (
     coherence_trait_figure,
     dose_figure,
     figure_fingerprint,
+    harm_figure,
     layer_search_figure,
     mapping_figure,
     off_target_figure,
@@ -171,6 +172,24 @@ def test_figure_without_any_score_can_still_be_saved(tmp_path):
     table = aggregate(rows("bare", auc=None, trait_probability=None))
     save_figure(coherence_trait_figure(table), tmp_path / "figure.png", "made")
     assert figure_fingerprint(tmp_path / "figure.png") == "made"
+
+
+def test_harm_figure_joins_a_conditions_doses_and_draws_the_strongest_largest():
+    def point(alpha, harm, effect):
+        return {"alpha": alpha, "harm": harm, "effect": effect, "low": effect - 0.1, "high": effect + 0.1}
+
+    curves = {
+        "loud": {"oracle": [point(1, 1.2, 0.3), point(2, 3.0, 0.5)]},
+        "calm": {"oracle": [point(1, 1.1, 0.0), point(2, 2.0, -0.2)]},
+    }
+    panels = harm_figure(curves).axes
+    assert [panel.get_title() for panel in panels] == ["loud", "calm"]
+    assert panels[0].get_xlim() == panels[1].get_xlim()
+    assert panels[0].get_xscale() == "log"
+    (joined,) = [line for line in panels[0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "D"]
+    assert list(zip(joined.get_xdata(), joined.get_ydata(), strict=True)) == [(1.2, 0.3), (3.0, 0.5)]
+    (largest,) = [line for line in panels[0].lines if line.get_markersize() == 9]
+    assert (largest.get_xdata()[0], largest.get_ydata()[0]) == (3.0, 0.5)
 
 
 def test_mapping_figure_draws_what_was_cross_validated(mapping, maps):
