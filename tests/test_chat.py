@@ -462,7 +462,7 @@ def packaged(all_threads, tmp_path_factory):
         "n_training_samples": 60,
         "personas": ["formal", "pirate"],
         "extraction": {"kind": "responses", "from_texts": ["formal"], "n_questions": 4, "max_new_tokens": 32},
-        "n_test_prompts": 6,
+        "n_test_prompts": 16,
         "alpha_values": [0.12],
         "max_new_tokens": 16,
         "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),

@@ -283,6 +283,8 @@ def test_empty_output_is_missing_and_counted(llama, tokenizer, loud_classifier):
         "median": None,
         "n": 0,
         "missing": 2,
+        "low": None,
+        "high": None,
     }
 
 

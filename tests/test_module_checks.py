@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "decoding", "experiment", "scoring", "support", "texts")
 # Those that put others together are tested whole, by tests/test_run_experiment.py.
 ASSEMBLING = ("development", "grid", "inputs", "journalled", "learned_maps", "structures", "transfers")
-WITHOUT_CHECK = ("__init__", "run_experiment", "errors", "vocabulary", *ASSEMBLING)
+PROGRAMS = ("run_experiment", "export_vectors", "apply_mapping", "make_persona")
+WITHOUT_CHECK = ("__init__", "errors", "vocabulary", *PROGRAMS, *ASSEMBLING)
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
     for folder in FOLDERS

@@ -39,6 +39,7 @@ ARTIFACTS = {
     "results.csv",
     "effects.csv",
     "recovery.png",
+    "report.html",
     "experiment.log",
 }
 

@@ -31,7 +31,7 @@ from support.errors import InputError
 from support.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent.parent
-KEPT = ARTIFACTS - {"experiment.log", "config.json"}
+KEPT = ARTIFACTS - {"experiment.log", "config.json", "report.html"}  # these show the configuration
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork a process")
 
 
@@ -46,7 +46,7 @@ def loaded(settings):
     """The inputs of every run here are loaded once."""
     with pytest.MonkeyPatch.context() as patch:
         inputs = load_inputs(PersonaTransferExperiment({**settings, "output_dir": "unused"}).config)
-        patch.setattr(run_experiment, "load_inputs", lambda config: replace(inputs, config=config))
+        patch.setattr(run_experiment, "load_inputs", lambda config, loaded: replace(inputs, config=config))
         yield inputs
 
 
@@ -528,7 +528,7 @@ def test_signal_ends_the_run_in_two_seconds(place, number, settings, finished, l
     assert printed.endswith(STOPPED)
     assert "Traceback" not in printed
     monkeypatch.undo()
-    monkeypatch.setattr(run_experiment, "load_inputs", lambda config: replace(loaded, config=config))
+    monkeypatch.setattr(run_experiment, "load_inputs", lambda config, _: replace(loaded, config=config))
     if place == "python" and number == signal.SIGINT:
         assert run(out, settings) == 0
         assert_same_bytes(out, finished)
