@@ -462,9 +462,9 @@ def packaged(all_threads, tmp_path_factory):
         "n_training_samples": 60,
         "personas": ["formal", "pirate"],
         "extraction": {"kind": "responses", "from_texts": ["formal"], "n_questions": 4, "max_new_tokens": 32},
-        "n_test_prompts": 16,
-        "alpha_values": [0.12],
-        "max_new_tokens": 16,
+        "n_test_prompts": 12,
+        "alpha_values": {"formal": [0.16], "pirate": [0.12]},
+        "max_new_tokens": 32,
         "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),
     }
     experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
@@ -504,5 +504,5 @@ def test_a_mapped_persona_shows_in_a_chat_models_answers(packaged):
     _, table = packaged
     trait = {(entry["persona"], entry["condition"]): entry["trait_probability"]["mean"] for entry in table}
     for condition in ("ridge_mapped", "oracle"):
-        assert trait["formal", condition] > trait["formal", "baseline"] + 0.2
+        assert trait["formal", condition] > trait["formal", "baseline"] + 0.2, trait
         assert trait["formal", condition] > trait["formal", "wrong_persona"] + 0.2
