@@ -17,7 +17,6 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +32,7 @@ from scoring.local_judge import LocalJudge
 from scoring.paid_once import PaidOnce
 from scoring.trait_classifier import TraitClassifier, score_texts
 from support.errors import InputError
+from support.intervals import student_interval
 from texts.chat import Prompt, plain_text, prompt_text
 from texts.encoding import encode_continuations
 
@@ -440,8 +440,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None
     """Return Student's 95 % interval of the mean of independent values, None with fewer than two."""
     if len(values) < 2:
         return None, None
-    half = statistics.stdev(values) / len(values) ** 0.5 * float(stats.t.ppf(0.975, len(values) - 1))
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
+    return student_interval(values)
 
 
 def main() -> None:

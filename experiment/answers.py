@@ -40,7 +40,7 @@ def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
     personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
     if not personas:
         return inputs
-    made_from = fingerprint([answers_fingerprint(inputs, persona) for persona in personas])
+    made_from = all_answers_fingerprint(inputs)
     content = folder.current(ANSWERS, made_from, expected(ANSWERS, inputs))
     if content is None:
         folder.lock()
@@ -61,6 +61,12 @@ def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
         for side, writer in inputs.writers.items()
     }
     return replace(inputs, answers=by_side)
+
+
+def all_answers_fingerprint(inputs: Inputs) -> str:
+    """Of `extraction_answers.json`."""
+    personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
+    return fingerprint([answers_fingerprint(inputs, persona) for persona in personas])
 
 
 def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, writer: str) -> list[Row]:

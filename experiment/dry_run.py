@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from evaluation import Evaluator
-from experiment.answers import ANSWERS
+from experiment.answers import ANSWERS, all_answers_fingerprint
 from experiment.development import preflight_doses
 from experiment.grid import (
     Row,
+    doses_fingerprint,
     evaluations_journal_fingerprint,
     grid_texts,
+    judge_settings,
     licences_fingerprint,
     mapping_fingerprint,
     personas_fingerprint,
@@ -36,6 +38,7 @@ from scoring.examination import at_most, examination_sets
 from scoring.likelihood_ratio import N_EXAMPLES, likelihood_features, load_scoring_model
 from scoring.local_judge import LocalJudge
 from scoring.paid_once import N_REPEATED, TOKENS_PER_JUDGEMENT
+from support.artifacts import fingerprint
 from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
 from support.run_folder import RunFolder
@@ -93,30 +96,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
         f"target tokens{there}, about {minutes['map']:.1f} min"
     )
 
-    n_answers = 0
-    if inputs.answering and not (folder.path / ANSWERS).exists():
-        writers = dict.fromkeys(inputs.writers.values())
-        asked = [persona for persona in inputs.personas if persona.name in inputs.answering]
-        n_answers = sum(len(planned_answers(inputs, persona, name)) for persona in asked for name in writers)
-        share = config.extraction.max_new_tokens / config.max_new_tokens
-        minutes["answers"] = n_answers * costs.writing * share / 60
-        lines.append(f"answers that vectors are made from: {n_answers}, about {minutes['answers']:.1f} min")
-
-    n_development = len(inputs.development_prompts)
-    if not _has(inputs, folder, "preflight.json", preflight_fingerprint):
-        n_cells = 1 + sum(len(preflight_doses(inputs, persona.name)) for persona in inputs.personas)
-        minutes["preflight"] = n_cells * n_development * costs.writing / 60
-        lines.append(
-            f"preflight: {n_cells * n_development} generations, about {minutes['preflight']:.1f} min"
-        )
-    if config.alpha_values == "auto" and not (folder.path / "dose_search.json").exists():
-        n_conditions = len(inputs.personas) * len(config.steering_methods)
-        n_dose = n_development * config.dose.n_seeds * (1 + n_conditions * config.dose.n_evaluations)
-        minutes["doses"] = (costs.writing + costs.perplexities) * n_dose / 60
-        lines.append(
-            f"dose search: {n_dose} generations and evaluations on development prompts, about "
-            f"{minutes['doses']:.1f} min"
-        )
+    n_answers = _describe_preparation(inputs, folder, costs, lines, minutes)
     minutes["writing"] = costs.writing * (n_generations - written) / 60
     lines.append(
         f"generations: {n_generations} ({config.n_cells - 1} steered cells and 1 baseline, "
@@ -129,6 +109,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     minutes["evaluation"] = (costs.perplexities * n_read + costs.ratio * n_new) / 60
     lines.append(f"evaluations: {n_evaluations}, {_there(evaluated)}about {minutes['evaluation']:.1f} min")
 
+    n_development = len(inputs.development_prompts)
     n_examined, n_judged_examined = _examined(inputs)
     is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
     if not is_examined:
@@ -140,7 +121,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
         )
     if config.use_gpt4:
         minutes["judge"] = _describe_judge(
-            inputs, lines, n_answers, written, 0 if is_examined else n_judged_examined, costs.judging
+            inputs, folder, lines, n_answers + (0 if is_examined else n_judged_examined), costs.judging
         )
     else:
         lines.append("judgements: 0, about 0.00 USD")
@@ -151,15 +132,41 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     return "\n".join(lines)
 
 
+def _describe_preparation(
+    inputs: Inputs, folder: RunFolder, costs: Costs, lines: list[str], minutes: dict[str, float]
+) -> int:
+    """Append what comes before the grid: answers, preflight and searched doses; return how many answers."""
+    config, n_development, n_answers = inputs.config, len(inputs.development_prompts), 0
+    if inputs.answering and not _has(inputs, folder, ANSWERS, all_answers_fingerprint):
+        writers = dict.fromkeys(inputs.writers.values())
+        asked = [persona for persona in inputs.personas if persona.name in inputs.answering]
+        n_answers = sum(len(planned_answers(inputs, persona, name)) for persona in asked for name in writers)
+        share = config.extraction.max_new_tokens / config.max_new_tokens
+        minutes["answers"] = n_answers * costs.writing * share / 60
+        lines.append(f"answers that vectors are made from: {n_answers}, about {minutes['answers']:.1f} min")
+    if not _has(inputs, folder, "preflight.json", preflight_fingerprint):
+        n_cells = 1 + sum(len(preflight_doses(inputs, persona.name)) for persona in inputs.personas)
+        minutes["preflight"] = n_cells * n_development * costs.writing / 60
+        lines.append(
+            f"preflight: {n_cells * n_development} generations, about {minutes['preflight']:.1f} min"
+        )
+    if config.alpha_values == "auto" and not _has(inputs, folder, "dose_search.json", doses_fingerprint):
+        n_conditions = len(inputs.personas) * len(config.steering_methods)
+        n_dose = n_development * config.dose.n_seeds * (1 + n_conditions * config.dose.n_evaluations)
+        minutes["doses"] = (costs.writing + costs.perplexities) * n_dose / 60
+        lines.append(
+            f"dose search: {n_dose} generations and evaluations on development prompts, about "
+            f"{minutes['doses']:.1f} min"
+        )
+    return n_answers
+
+
 def _there(n: int) -> str:
     return f"{n} of them already there, " if n else ""
 
 
 def _has(inputs: Inputs, folder: RunFolder, name: str, made_from: Callable[[Inputs], str]) -> bool:
-    try:
-        return folder.current(name, made_from(inputs)) is not None
-    except KeyError:  # it depends on answers that are not there yet
-        return False
+    return folder.current(name, made_from(inputs)) is not None
 
 
 def _already_there(inputs: Inputs, folder: RunFolder) -> tuple[int, int]:
@@ -204,24 +211,30 @@ def _n_texts(sets: dict[str, tuple[list[str], list[str]]]) -> int:
 
 
 def _describe_judge(
-    inputs: Inputs, lines: list[str], n_answers: int, n_written: int, n_examined: int, seconds: float
+    inputs: Inputs, folder: RunFolder, lines: list[str], n_others: int, seconds: float
 ) -> float:
-    """Append what a judge is asked and costs, and return the minutes of one that runs here."""
+    """Append what a judge is asked and costs, and return the minutes of one that runs here.
+
+    n_others: texts beside those of the grid. What the journal of judgements holds costs nothing again.
+    """
     config, settings = inputs.config, inputs.config.judge
     n_cells = config.n_cells - 1 + len(inputs.personas)
     n_per_cell = len(inputs.prompts) * config.n_seeds
     n_judged = min(n_per_cell, settings.texts_per_cell or n_per_cell)
     # The coherence of an unsteered text is asked once, its trait for each persona.
-    n_judgements = config.n_cells * n_judged + n_cells * n_judged + n_answers + n_examined
+    n_planned = config.n_cells * n_judged + n_cells * n_judged + n_others
+    held = rows_of(folder.path / "judgements_journal.jsonl", fingerprint(judge_settings(settings)))
+    n_known = 0 if folder.fresh else min(len(held), n_planned)
+    n_judgements = n_planned - n_known
     if settings.kind == "local":
-        lines.append(f"judgements: {n_judgements}, about {n_judgements * seconds / 60:.1f} min")
+        lines.append(f"judgements: {n_planned}, {_there(n_known)}about {n_judgements * seconds / 60:.1f} min")
         return n_judgements * seconds / 60
     price = settings.usd_per_million_tokens
     n_tokens = TOKENS_PER_JUDGEMENT + settings.max_answer_tokens - 1
     cap = f", at most {settings.max_usd:g} USD" if settings.max_usd else ""
     lines.append(
-        f"judgements: {n_judgements}, about {n_judgements * n_tokens * price / 1e6:.2f} USD at {price:g} USD "
-        f"per million tokens and {n_tokens} tokens each{cap}"
+        f"judgements: {n_planned}, {_there(n_known)}about {n_judgements * n_tokens * price / 1e6:.2f} USD "
+        f"at {price:g} USD per million tokens and {n_tokens} tokens each{cap}"
     )
     return 0.0
 

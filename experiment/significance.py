@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
+from support.intervals import CONFIDENCE, student_interval
+
 N_RESAMPLES = 4000
 EXACT_PROMPTS = 12  # up to which all sign flips are tried
 N_FLIPS = 10_000
@@ -35,9 +36,7 @@ class Interval:
 
 def mean_interval(differences: Differences) -> Interval:
     """Return the mean over prompts with Student's interval; of equal differences, it has no width."""
-    n, mean = len(differences), float(np.mean(differences))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half)
+    return Interval(float(np.mean(differences)), *student_interval(differences))
 
 
 def sign_flip_p(differences: Differences, seed: int = 0) -> float:
