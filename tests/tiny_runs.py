@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import torch
 
@@ -100,6 +101,10 @@ def content(path):
         rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
         # Development texts are not written again as long as what came of them is there.
         return {row["key"]: row for row in rows if row["prompt"] not in load_prompts("development")}
+    if path.suffix == ".html":  # the configuration that it shows is an artifact of its own
+        page = re.sub(r'<pre id="config">.*?</pre>', "", path.read_text(), flags=re.DOTALL)
+        before, texts, after = re.split(r'(?<=id="data">)(.*)(?=</script>)', page, maxsplit=1)
+        return {"page": before + after, "texts": json.loads(texts)}
     return path.read_bytes()
 
 

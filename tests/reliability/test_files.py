@@ -351,6 +351,10 @@ def test_lost_evaluations_come_back_to_the_last_bit(settings, finished, out):
     assert_same_bytes(out, finished)
 
 
+def cut_last_rows(journal, n_rows=2):
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-n_rows]))
+
+
 def test_judge_is_asked_about_missing_rows_alone(settings, loaded, out, monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", "any")
     with chat_server(lambda prompt: completion("4")) as server:
@@ -359,8 +363,11 @@ def test_judge_is_asked_about_missing_rows_alone(settings, loaded, out, monkeypa
         judged = {**settings, "use_gpt4": True, "judge": judge}
         assert run(out, judged) == 0
         asked = len(server.prompts)
-        journal = out / "evaluation_journal.jsonl"
-        journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
+        cut_last_rows(out / "evaluation_journal.jsonl")
+        assert run(out, judged) == 0
+        assert len(server.prompts) == asked  # what was judged is held by the judgements' own journal
+        cut_last_rows(out / "evaluation_journal.jsonl")
+        cut_last_rows(out / "judgements_journal.jsonl")
         assert run(out, judged) == 0
         assert asked < len(server.prompts) <= asked + 4
 
