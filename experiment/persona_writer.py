@@ -29,6 +29,8 @@ ROUNDS = 6  # of asking, until there is enough
 AT_ONCE = 8  # pairs or questions in one answer
 N_INSTRUCTIONS = 5
 MOST_TOKENS = 1200  # of an answer
+TEMPERATURE = 0.7  # of a model that is asked here
+QUOTES = ('""', "''", "“”")
 LENGTH_RATIO = 2.0  # of the words of a pair's texts, at most
 SAME_CONTENT = 0.35  # cosine of a pair's sentence embeddings, at least
 # Words of a sentence about a trait that do not name it.
@@ -85,7 +87,7 @@ def ask_local(name: str) -> Ask:
     def ask(prompt: str) -> str:
         nonlocal n_asked
         n_asked += 1  # another seed each time, or the answer would be the same
-        return generator.generate(question(prompt), max_new_tokens=MOST_TOKENS, seed=n_asked)
+        return generator.generate(question(prompt), MOST_TOKENS, TEMPERATURE, seed=n_asked)
 
     return ask
 
@@ -155,7 +157,8 @@ def _enough(
     overlaps = OverlapCheck([*test, *load_prompts("development_questions")])
     telling = _telling(trait)
     for _ in range(ROUNDS):
-        items = read(ask(prompt.format(n=min(AT_ONCE, n), trait=trait)))
+        answer = ask(prompt.format(n=min(AT_ONCE, n), trait=trait))
+        items = read(answer)
         problems = [
             _problem(item, what == "pairs", telling if what != "system prompts" else set(), overlaps)
             for item in items
@@ -176,7 +179,7 @@ def _enough(
     if len(kept) < n:
         why = (
             ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
-            or "nothing else was sent"
+            or f"nothing in the form asked for; the last begins {shown(answer)}"
         )
         raise InputError(
             f"the model wrote {len(kept)} of {n} {what} that are fit in {ROUNDS} answers ({why}); ask for "
@@ -209,15 +212,23 @@ def _telling(trait: str) -> set[str]:
 
 
 def _pairs_of(answer: str) -> list[tuple[str, ...]]:
-    """Return the pairs in an answer: a line after "+" and, next, one after "-"."""
-    lines = [found for line in answer.splitlines() if (found := re.match(r"\s*([+-])\s+(\S.*)", line))]
-    pairs = pairwise(lines)
-    return [(a[2].strip(), b[2].strip()) for a, b in pairs if (a[1], b[1]) == ("+", "-")]
+    """Return the pairs in an answer: a line after "+" and, next, one after "-", numbered or not."""
+    found = [re.match(r"\s*(?:\d+[.)]\s*)?([+-])\s*(\S.*)", line) for line in answer.splitlines()]
+    lines = [match for match in found if match]
+    return [(_unquoted(a[2]), _unquoted(b[2])) for a, b in pairwise(lines) if (a[1], b[1]) == ("+", "-")]
 
 
 def _questions_of(answer: str) -> list[tuple[str, ...]]:
-    found = [re.match(r"\s*\?\s+(\S.*\?)\s*$", line) for line in answer.splitlines()]
-    return [(match[1].strip(),) for match in found if match]
+    """Return the questions in an answer: lines after "?", or after the number or mark of a list."""
+    found = [re.match(r"\s*(?:\d+[.)]\s*\??|[?*-])\s*(\S.*)", line) for line in answer.splitlines()]
+    texts = [_unquoted(match[1]) for match in found if match]
+    return [(text,) for text in texts if text.endswith("?")]
+
+
+def _unquoted(text: str) -> str:
+    """Return a text without the quotation marks around the whole of it."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 2 and text[0] + text[-1] in QUOTES else text
 
 
 def _same_content(pairs: Sequence[tuple[str, ...]]) -> list[float]:

@@ -74,6 +74,20 @@ def test_what_is_not_fit_is_left_out_and_counted(bad, reason, tmp_path, caplog):
     assert f"that {reason}" in caplog.text
 
 
+def test_numbers_and_quotation_marks_around_a_line_are_not_of_the_text(tmp_path):
+    pairs = [f'{n}. + "Arr, the {each}!"\n   - "The {each}!"' for n, each in enumerate(SUBJECTS, 1)]
+    questions = [f"{n}) “Where are {each}?”" for n, each in enumerate(SUBJECTS, 1)]
+    content = json.loads(made(tmp_path, writing(pairs, [*questions, "Which ones?"])).read_text("utf-8"))
+    assert content["positive_texts"] == [f"Arr, the {each}!" for each in SUBJECTS[:10]]
+    assert content["negative_texts"] == [f"The {each}!" for each in SUBJECTS[:10]]
+    assert content["questions"] == [f"Where are {each}?" for each in SUBJECTS[:8]]
+
+
+def test_an_answer_of_another_form_is_quoted(tmp_path):
+    with pytest.raises(InputError, match=r"0 of 10 pairs.*the last begins 'Of course!.nSorry, "):
+        made(tmp_path, writing(["Sorry, I cannot."]))
+
+
 def test_pairs_of_different_content_are_left_out(tmp_path):
     def similarity(pairs):
         return [0.1 if "boats" in pair[0] else 0.9 for pair in pairs]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import peft
 import pytest
 import torch
 from llama_library import Llama, library_folder
@@ -208,7 +209,44 @@ def test_models_that_are_loaded_already_give_the_same_run(finished, settings, tm
     assert len(frame) == len(same["rows"])
 
 
-# What llama.cpp does with it
+def test_a_model_with_an_adapter_gives_the_vectors_of_the_merged_one(settings, finished, tmp_path):
+    nameless = {key: value for key, value in settings.items() if not key.endswith("_model")}
+    target = load_model(settings["target_model"])
+    vectors = {}
+    for name in ("wrapped", "merged"):
+        model, tokenizer = load_model(settings["source_model"])
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        )
+        model = peft.get_peft_model(model, lora).eval()
+        model = model.merge_and_unload() if name == "merged" else model
+        config = {**nameless, "output_dir": str(tmp_path / name)}
+        PersonaTransferExperiment(config, source=(model, tokenizer), target=target).run()
+        vectors[name] = load_tensors(tmp_path / name / "persona_vectors.pt")["vectors"]
+    plain = load_tensors(finished / "persona_vectors.pt")["vectors"]
+    for persona, by_method in vectors["wrapped"].items():
+        for method, vector in by_method.items():
+            assert torch.allclose(vector, vectors["merged"][persona][method], atol=1e-4)
+        assert not torch.allclose(by_method["ridge_mapped"], plain[persona]["ridge_mapped"], atol=1e-2)
+        assert torch.allclose(by_method["oracle"], plain[persona]["oracle"], atol=1e-6)
+
+
+# What other tools do with it
+
+
+def test_repeng_reads_and_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # an annotation of repeng's, gone in numpy 2
+    repeng = pytest.importorskip("repeng", reason="repeng is not installed: pip install --no-deps repeng")
+    write_vectors(tmp_path / "ours.gguf", "gguf", DIRECTIONS, "llama", {"persona": "loud"})
+    theirs = repeng.ControlVector.import_gguf(tmp_path / "ours.gguf")
+    assert theirs.model_type == "llama"
+    assert set(theirs.directions) == set(DIRECTIONS)
+    (-2 * theirs).export_gguf(tmp_path / "theirs.gguf")
+    found = read_vectors(tmp_path / "theirs.gguf")
+    for layer, direction in DIRECTIONS.items():
+        assert np.array_equal(theirs.directions[layer], direction.numpy())
+        assert torch.equal(found.at(layer, 8, 8, "llama"), -2 * direction)
 
 
 @pytest.mark.skipif(library_folder() is None, reason="LLAMA_LIBRARY names no folder with llama.cpp's library")
