@@ -400,7 +400,7 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _summary(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     values = [row.get(metric) for row in rows]
     present = [float(value) for value in values if value is not None and math.isfinite(value)]
-    low, high = _interval(list(_prompt_means(rows, metric).values()))
+    low, high = _interval(list(prompt_means(rows, metric).values()))
     return {
         "mean": statistics.fmean(present) if present else None,
         "std": statistics.stdev(present) if len(present) > 1 else None,
@@ -413,7 +413,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
 
 
 def _change(steered: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    with_vector, without = (_prompt_means(rows, "trait_probability") for rows in (steered, baseline))
+    with_vector, without = (prompt_means(rows, "trait_probability") for rows in (steered, baseline))
     if steered and steered[0]["condition"] == "baseline":
         without = {}
     changes = [with_vector[prompt] - without[prompt] for prompt in with_vector.keys() & without.keys()]
@@ -426,7 +426,7 @@ def _change(steered: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str
     }
 
 
-def _prompt_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+def prompt_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
     """Return prompt -> mean over its texts; rows that do not say which prompt is theirs have one each."""
     by_prompt: dict[int, list[float]] = {}
     for index, row in enumerate(rows):

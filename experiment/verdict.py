@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation import prompt_means
 from experiment.significance import (
     Interval,
     corrected_share,
@@ -67,16 +68,14 @@ def with_computed(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def prompt_means(
+def _cell_means(
     rows: Sequence[Row], persona: str, condition: str, alpha: float | None, score: str
 ) -> dict[int, float]:
     """Return prompt -> mean score over its seeds; prompts without a score are left out."""
-    by_prompt: dict[int, list[float]] = {}
-    for row in rows:
-        cell = (row["persona"], row["condition"], row["alpha"])
-        if cell == (persona, condition, alpha) and row[score] is not None:
-            by_prompt.setdefault(row["prompt_idx"], []).append(row[score])
-    return {prompt: statistics.fmean(scores) for prompt, scores in by_prompt.items()}
+    cell = (persona, condition, alpha)
+    return prompt_means(
+        [row for row in rows if (row["persona"], row["condition"], row["alpha"]) == cell], score
+    )
 
 
 def effects(
@@ -87,9 +86,9 @@ def effects(
     doses: condition -> its alpha. Prompts that lack a score under one of the conditions are left out under
     all, so that conditions stay paired; a condition without any score is left out.
     """
-    unsteered = prompt_means(rows, persona, UNSTEERED, None, score)
+    unsteered = _cell_means(rows, persona, UNSTEERED, None, score)
     means = {
-        condition: prompt_means(rows, persona, condition, alpha, score) for condition, alpha in doses.items()
+        condition: _cell_means(rows, persona, condition, alpha, score) for condition, alpha in doses.items()
     }
     means = {condition: found for condition, found in means.items() if found}
     shared = set(unsteered).intersection(*means.values()) if means else set()
@@ -256,7 +255,7 @@ def _shares(
     ]
     table = {}
     for condition, alpha in {UNSTEERED: None, **doses}.items():
-        means = prompt_means(shown, persona, condition, alpha, score)
+        means = _cell_means(shown, persona, condition, alpha, score)
         if means:
             share = statistics.fmean(means.values())
             corrected = corrected_share(share, len(means), *rates)
