@@ -387,7 +387,7 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
             )
     labels = [f"{as_label(name)}: {found[name]['verdict']}" for name in names]
     panel.set_yticks(range(len(names)), labels)
-    panel.invert_yaxis()
+    panel.set_ylim(len(names) - 0.4, -0.6)  # the first above
     panel.set_xlabel("recovery: effect of the mapped vector / of the target's own (95 %)")
     panel.spines[["top", "right"]].set_visible(False)
     if drawn:
