@@ -213,7 +213,7 @@ def _telling(trait: str) -> set[str]:
 
 def _pairs_of(answer: str) -> list[tuple[str, ...]]:
     """Return the pairs in an answer: a line after "+" and, next, one after "-", numbered or not."""
-    found = [re.match(r"\s*(?:\d+[.)]\s*)?([+-])\s*(\S.*)", line) for line in answer.splitlines()]
+    found = [re.match(r"\s*(?:\d+[.)]\s*)?([+-])\s*([^\s+-].*)", line) for line in answer.splitlines()]
     lines = [match for match in found if match]
     return [(_unquoted(a[2]), _unquoted(b[2])) for a, b in pairwise(lines) if (a[1], b[1]) == ("+", "-")]
 

@@ -75,7 +75,7 @@ def test_what_is_not_fit_is_left_out_and_counted(bad, reason, tmp_path, caplog):
 
 
 def test_numbers_and_quotation_marks_around_a_line_are_not_of_the_text(tmp_path):
-    pairs = [f'{n}. + "Arr, the {each}!"\n   - "The {each}!"' for n, each in enumerate(SUBJECTS, 1)]
+    pairs = [f'{n}. + "Arr, the {each}!"\n---\n   - "The {each}!"' for n, each in enumerate(SUBJECTS, 1)]
     questions = [f"{n}) “Where are {each}?”" for n, each in enumerate(SUBJECTS, 1)]
     content = json.loads(made(tmp_path, writing(pairs, [*questions, "Which ones?"])).read_text("utf-8"))
     assert content["positive_texts"] == [f"Arr, the {each}!" for each in SUBJECTS[:10]]
