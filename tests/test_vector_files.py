@@ -4,9 +4,9 @@ import json
 import shutil
 
 import numpy as np
-import peft
 import pytest
 import torch
+from adapters import with_lora
 from llama_library import Llama, library_folder
 from safetensors import safe_open
 from tiny_runs import error_lines, run, tiny_settings
@@ -215,11 +215,7 @@ def test_a_model_with_an_adapter_gives_the_vectors_of_the_merged_one(settings, f
     vectors = {}
     for name in ("wrapped", "merged"):
         model, tokenizer = load_model(settings["source_model"])
-        torch.manual_seed(1)
-        lora = peft.LoraConfig(
-            task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False
-        )
-        model = peft.get_peft_model(model, lora).eval()
+        model = with_lora(model)
         model = model.merge_and_unload() if name == "merged" else model
         config = {**nameless, "output_dir": str(tmp_path / name)}
         PersonaTransferExperiment(config, source=(model, tokenizer), target=target).run()

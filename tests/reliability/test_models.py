@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from adapters import with_lora
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -166,15 +167,6 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
 
 
 # Adapters and other wrappings
-
-
-def with_lora(model):
-    """A LoRA adapter that is at work: PEFT's own beginning would change nothing."""
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False
-    )
-    return peft.get_peft_model(model, config).eval()
 
 
 def test_a_wrapped_model_is_read_steered_and_scored_with_its_adapter(tokenizer):
