@@ -289,7 +289,7 @@ class ExperimentConfig(_Strict):
     device: Text = "auto"
     device_map: Annotated[str | dict[str, int | str] | None, PlainValidator(_device_map)] = None
     executor: ExecutorConfig = ExecutorConfig()
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = "auto"
     quantization: Quantization = "none"
 
     neutral_text: LocalPath = "wikitext-103"

@@ -16,7 +16,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
 from decoding.output_head import token_log_likelihoods
@@ -74,13 +74,12 @@ class LikelihoodRatio:
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
         """Return each text's probability of the trait, None for an empty text. Equal texts are read once."""
-        unique = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-        if not unique:
-            return [None] * len(texts)
-        features = likelihood_features(self.scorer, self.examples, unique)
-        probabilities = _probabilities(self.style, self.order, features)
-        probabilities[[has_collapsed(text) for text in unique]] = 0.0
-        known = dict(zip(unique, map(float, probabilities), strict=True))
+        unique = dict.fromkeys(text.strip() for text in texts if text.strip())
+        known = {text: 0.0 for text in unique if has_collapsed(text)}
+        if read := [text for text in unique if text not in known]:
+            features = likelihood_features(self.scorer, self.examples, read)
+            probabilities = _probabilities(self.style, self.order, features)
+            known |= zip(read, map(float, probabilities), strict=True)
         return [known.get(text.strip()) for text in texts]
 
 
@@ -90,19 +89,29 @@ def likelihood_features(scorer: Scorer, examples: tuple[str, str], texts: Sequen
     return np.stack([after[0] - after[1], np.maximum(*after)], axis=1)
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode()
+def _read_before(scorer: Scorer, before: str) -> tuple[Cache, int]:
+    """Return the keys and values of what stands before texts, but for its last token, and that token.
+
+    That one is read with each text, for what it says of the text's first.
+    """
+    model, tokenizer = scorer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else filler_token_id(model)
+    *read, last = start, *tokenizer(before, add_special_tokens=False)["input_ids"]
+    prefix = torch.tensor([read], device=model.device)
+    return model(input_ids=prefix, use_cache=True).past_key_values, last
+
+
 @torch.inference_mode()
 def _log_likelihoods(scorer: Scorer, before: str, texts: Sequence[str]) -> np.ndarray:
     """Return the mean log-likelihood of each text's tokens after what stands before, which is read once."""
     model, tokenizer = scorer
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else filler_token_id(model)
-    read = [start, *tokenizer(before, add_special_tokens=False)["input_ids"]]
-    # The last token of it is read with each text, for what it says of the text's first.
-    prefix = torch.tensor([read[:-1]], device=model.device)
-    cached = model(input_ids=prefix, use_cache=True).past_key_values
+    cached, last = _read_before(scorer, before)
     tokens = [ids[:LONGEST] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def run(indices: list[int]) -> list[float]:
-        batch = [[read[-1], *tokens[index]] for index in indices]
+        batch = [[last, *tokens[index]] for index in indices]
         padded, _ = pad_tokens(batch, filler_token_id(model), "right", model.device)
         state = copy.deepcopy(cached)
         state.batch_repeat_interleave(len(batch))

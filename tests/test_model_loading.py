@@ -254,7 +254,7 @@ def test_a_device_that_cannot_be_used_is_refused(model_folders, device):
 
 
 def test_unknown_dtype_is_refused(model_folders):
-    with pytest.raises(InputError, match="'int8' is unknown; choose auto, float32, bfloat16, float16"):
+    with pytest.raises(InputError, match="'int8' is unknown; choose auto, fastest, float32, bfloat16, "):
         load_model(model_folders["source"], device="cpu", dtype="int8")
 
 
@@ -262,6 +262,16 @@ def test_auto_dtype_follows_the_device():
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)],
+)
+def test_the_fastest_dtype_is_bfloat16_on_a_cpu_that_multiplies_in_it(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    assert resolve_dtype("fastest", torch.device("cpu")) == expected
+    assert resolve_dtype("fastest", torch.device("cuda")) == torch.bfloat16
 
 
 def test_auto_device_is_one_that_works():

@@ -25,6 +25,8 @@ def test_the_notebook_runs(tmp_path, all_threads, monkeypatch):
     text = "\n".join(shown)
     assert "PersonaVector(576 dimensions" in text
     assert "tensor(" not in text
+    assert "generating:" in text
+    assert "over all, of 2 personas" in text
     assert (tmp_path / "out" / "report.html").is_file()
     frames = [output for output in shown if "perplexity_ratio" in output]
     assert len(frames) == 1

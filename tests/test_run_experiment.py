@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -380,6 +381,32 @@ def test_killed_run_resumes_to_the_same_texts(n_batches, settings, finished, out
     assert run(out, settings) == 0
     assert n_new(out) == [N_TEXTS - n_batches * N_PER_CELL]
     assert_equal_artifacts(out, finished)
+
+
+def test_a_stopped_run_goes_on_with_the_batches_of_one_that_was_not(settings, tmp_path, monkeypatch):
+    """In bfloat16 a text depends on those that share its batch."""
+    settings = {**settings, "dtype": "bfloat16", "generation_batch_size": 7}
+    append, batches = Journal.append, []
+
+    def recorded(self, rows, stop_after=math.inf):
+        if self.path.name == "generation_journal.jsonl":
+            if len(batches) >= stop_after:
+                raise Killed
+            batches.append([row["key"] for row in rows])
+        append(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", recorded)
+        assert run(tmp_path / "whole", settings) == 0
+        whole, batches = batches, []
+        patch.setattr(Journal, "append", partialmethod(recorded, stop_after=len(whole) // 2))
+        with pytest.raises(Killed):
+            run(tmp_path / "stopped", settings)
+        patch.setattr(Journal, "append", recorded)
+        assert run(tmp_path / "stopped", settings) == 0
+    assert batches == whole
+    assert len(whole) > 4
+    assert texts(tmp_path / "stopped") == texts(tmp_path / "whole")
 
 
 KILLED_RUN = """
