@@ -62,6 +62,7 @@ def test_defaults_are_the_specifications():
 
 BAND_METHODS = {
     "example_config.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"},
+    "sixty_questions.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"},
     "band.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"} - {"zero_pad", "interpolate"},
     "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
 }
