@@ -196,7 +196,7 @@ def _examined(inputs: Inputs) -> tuple[int, int]:
     """Return how many texts the scorers of all personas, and a judge, are examined on."""
     n_scored = n_judged = 0
     made_up = [f"unsteered text {n}" for n in range(N_SEEDS * len(inputs.development_prompts))]
-    steered = [f"broken text {n}" for n in range(len(inputs.development_prompts))]
+    steered = [f"broken text {n}" for n in range(RANDOM_DRAWS * len(inputs.development_prompts))]
     for persona in inputs.personas:
         others = [other for other in inputs.labelled_personas if other.name != persona.name]
         sets = examination_sets(persona, others, load_prompts("ordinary_examination"), made_up, steered)

@@ -94,8 +94,7 @@ def _development_texts(
         inputs, folder, executor, [UNSTEERED], steering.vectors, steering.medians, N_SEEDS
     )[0]
     by_cell = write_development(inputs, folder, executor, cells, steering.vectors, steering.medians)
-    steered = [row for number, rows in enumerate(by_cell) for row in rows[number::RANDOM_DRAWS]]
-    return [row["output"] for row in unsteered], [row["output"] for row in steered]
+    return [row["output"] for row in unsteered], [row["output"] for rows in by_cell for row in rows]
 
 
 def format_licences(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
