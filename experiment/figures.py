@@ -482,9 +482,6 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     coherence, trait = choose_axes(table)
     personas = list(dict.fromkeys(entry["persona"] for entry in table))
     figure, panels, left = _shared_panels(len(personas))
-    if coherence.endswith("perplexity"):
-        panels[0].set_xscale("log")
-        panels[0].invert_xaxis()
     for panel, persona in zip(panels, personas, strict=True):
         entries = [entry for entry in table if entry["persona"] == persona]
         _draw_persona(panel, entries, coherence, trait)
@@ -492,7 +489,11 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
         note = f" (classifier AUC {auc:.3f})" if trait == "trait_probability" and auc is not None else ""
         panel.set_title(f"{as_label(persona)}{note}", fontsize=10)
         panel.tick_params(labelbottom=True)
-        if coherence.endswith("perplexity"):
+    if coherence.endswith("perplexity"):
+        # Last, since beside the first point alone a logarithmic axis can have no width at all.
+        panels[0].set_xscale("log")
+        panels[0].invert_xaxis()
+        for panel in panels:
             _number_by_width(panel.xaxis)
     judged = coherence == "gpt4_coherence_score"
     label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"

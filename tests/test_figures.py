@@ -110,6 +110,13 @@ def test_error_bars_are_the_interval_of_the_mean():
     assert segment[0][1] == pytest.approx(entry["trait_probability"]["low"])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_rows", [3, None])
+def test_a_logarithmic_axis_around_one_point_is_drawn_without_a_warning(n_rows, tmp_path):
+    table = aggregate(rows("loud", independent_perplexity=15.485344491674127)[:n_rows])
+    save_figure(coherence_trait_figure(table), tmp_path / "figure1.png", "x")
+
+
 def test_panels_share_their_axes_and_mark_the_unsteered_text():
     table = aggregate(rows("loud") + rows("calm", perplexity=7.0))
     panels = coherence_trait_figure(table).axes
