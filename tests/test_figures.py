@@ -115,6 +115,7 @@ def test_error_bars_are_the_interval_of_the_mean():
 def test_a_logarithmic_axis_around_one_point_is_drawn_without_a_warning(n_rows, tmp_path):
     table = aggregate(rows("loud", independent_perplexity=15.485344491674127)[:n_rows])
     save_figure(coherence_trait_figure(table), tmp_path / "figure1.png", "x")
+    assert figure_fingerprint(tmp_path / "figure1.png") == "x"
 
 
 def test_panels_share_their_axes_and_mark_the_unsteered_text():
