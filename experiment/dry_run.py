@@ -346,11 +346,8 @@ def _time_ratio(inputs: Inputs) -> float:
     text = " ".join(inputs.neutral_texts[0].text.split() * 4)
     n_words = max(4, round(inputs.config.max_new_tokens * 0.75))
     texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(N_RATIO_TEXTS)]
-    read = partial(likelihood_features, scorer, examples)
-    read(texts[:1])
-    # What is read before the texts is read once for many.
-    one, all_of_them = _seconds(read, texts[:1], texts[:1]), _seconds(read, texts[:1], texts)
-    return max(0.0, all_of_them - one) / (len(texts) - 1)
+    # What stands before the texts is read with the first, and kept.
+    return _seconds(partial(likelihood_features, scorer, examples), texts[:1], texts) / len(texts)
 
 
 def _seconds(work: Callable[[Any], object], little: Any, much: Any) -> float:
