@@ -46,6 +46,9 @@ N_SPLITS = 20
 WINDOW = 64
 Position = str | int
 ReadText = str | tuple[Prompt, str]  # the latter a prompt with its response
+PairedText = (
+    str | tuple[str, str, str]
+)  # the latter what the source and the target read before it, and a text
 
 
 class _StopForward(Exception):
@@ -239,23 +242,34 @@ class ActivationExtractor:
         return self._cut(encode(self.tokenizer, texts, self.model, first_index))
 
     def token_ends(
-        self, texts: Sequence[str], positions: str = "word_ends", first_index: int = 0
+        self,
+        texts: Sequence[str],
+        positions: str = "word_ends",
+        first_index: int = 0,
+        prompts: Sequence[str] | None = None,
     ) -> tuple[list[list[int]], list[dict[int, int]]]:
         """Return the tokens of texts, and for each text character end -> index of the token that may be read.
 
         positions: `word_ends`, see `aligned_positions.token_ends`; or `last`: the last token alone,
         and none of a text that is cut, since what is left of it ends elsewhere for other models.
+        prompts: what is read before each text, none by default. Its tokens are returned and its ends are
+        not; characters are counted from the text's first.
         Raises InputError as `tokenise`.
         """
         self._check_texts(texts, first_index)
+        before = [""] * len(texts) if prompts is None else prompts
+        whole = [prompt + text for prompt, text in zip(before, texts, strict=True)]
         if positions == "last":
-            tokens = encode(self.tokenizer, texts, self.model, first_index)
-            ends = [{len(text): len(ids) - 1} for text, ids in zip(texts, tokens, strict=True)]
+            tokens = encode(self.tokenizer, whole, self.model, first_index)
+            ends = [{len(text): len(ids) - 1} for text, ids in zip(whole, tokens, strict=True)]
         else:
-            tokens, offsets = encode_with_offsets(self.tokenizer, texts, self.model, first_index)
+            tokens, offsets = encode_with_offsets(self.tokenizer, whole, self.model, first_index)
             special = set(self.tokenizer.all_special_ids)
             ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
-        kept = [{end: i for end, i in of_text.items() if i < self.max_length} for of_text in ends]
+        kept = [
+            {end - len(prompt): i for end, i in of_text.items() if end > len(prompt) and i < self.max_length}
+            for prompt, of_text in zip(before, ends, strict=True)
+        ]
         return self._cut(tokens), kept
 
     def extract_persona_vector(
@@ -420,7 +434,8 @@ class PairedBatch:
     H_source, H_target: layer_idx -> (n, d) float32 on the CPU; row i of both is one pair.
     text_idx: (n,) int64, which text the pair is from, counted over all batches.
     end: (n,) int64, the number of characters that both models had read.
-    n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included.
+    n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included; of one with
+        something before it, its own.
     """
 
     H_source: dict[int, Tensor]
@@ -434,13 +449,15 @@ class PairedBatch:
 def paired_activations(
     source: ActivationExtractor,
     target: ActivationExtractor,
-    texts: Iterable[str],
+    texts: Iterable[PairedText],
     positions: str = "word_ends",
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
 ) -> Iterator[PairedBatch]:
     """Yield paired activations of both models on the same texts, 64 texts at a time.
 
+    texts: strings, or (what the source reads before it, what the target reads before it, text), whose pairs
+        are those of the text alone.
     positions:
         `word_ends`: every place where both tokenizers end a token on the same character, see
             `aligned_positions`. Special tokens and each side's very first token are left out.
@@ -462,8 +479,10 @@ def paired_activations(
     target_layers = target.check_layers([target.layer_idx] if target_layers is None else target_layers)
     remaining, first_index = iter(texts), 0
     while window := list(islice(remaining, WINDOW)):
-        source_tokens, source_ends = source.token_ends(window, positions, first_index)
-        target_tokens, target_ends = target.token_ends(window, positions, first_index)
+        parts = [("", "", item) if isinstance(item, str) else item for item in window]
+        *prompts, read = zip(*parts, strict=True)
+        source_tokens, source_ends = source.token_ends(read, positions, first_index, prompts[0])
+        target_tokens, target_ends = target.token_ends(read, positions, first_index, prompts[1])
         aligned = [aligned_tokens(*sides) for sides in zip(source_ends, target_ends, strict=True)]
         ends, source_indices, target_indices = zip(*aligned, strict=True)
         yield PairedBatch(
@@ -473,10 +492,19 @@ def paired_activations(
                 [first_index + row for row, of_text in enumerate(ends) for _ in of_text], dtype=torch.int64
             ),
             torch.tensor([end for of_text in ends for end in of_text], dtype=torch.int64),
-            sum(map(len, source_tokens)),
-            sum(map(len, target_tokens)),
+            _n_own_tokens(source_tokens, source_ends, prompts[0]),
+            _n_own_tokens(target_tokens, target_ends, prompts[1]),
         )
         first_index += len(window)
+
+
+def _n_own_tokens(tokens: Sequence[list[int]], ends: Sequence[dict[int, int]], prompts: Sequence[str]) -> int:
+    """Return how many tokens texts have, without those of what is read before them."""
+    starts = [
+        min(of_text.values(), default=len(ids)) if prompt else 0
+        for ids, of_text, prompt in zip(tokens, ends, prompts, strict=True)
+    ]
+    return sum(map(len, tokens)) - sum(starts)
 
 
 def split_half_cosine(positive: Tensor, negative: Tensor, n_splits: int = N_SPLITS) -> float | None:

@@ -127,7 +127,7 @@ class PersonaTransferExperiment:
             self.inputs = self.choose_layers(may_search=1 in chosen)
             for pair in self.inputs.layer_pairs:
                 logger.info("source layer %d, target layer %d", *pair)
-            if set(chosen) & {1, 3}:
+            if set(chosen) & {1, 2, 3}:
                 self.inputs = with_answers(self.inputs, self.folder, self.executor)
             maps = vectors = texts = None
             if 1 in chosen:

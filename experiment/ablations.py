@@ -63,7 +63,7 @@ def ablate_layers(inputs: Inputs, folder: RunFolder, executor: Any, run_layers: 
     if missing:
         config = inputs.config
         settings = PairSettings(tuple(missing), config.positions, config.n_folds, config.seed)
-        pairs = collect_in_chunks(executor, inputs.neutral_texts, settings)
+        pairs = collect_in_chunks(executor, inputs.map_texts, settings)
         for pair in missing:
             made_from = pairs_fingerprint(runs[pair])
             with closing(RunFolder(Path(runs[pair].config.output_dir), folder.fresh)) as own:
@@ -123,6 +123,8 @@ def ablate_samples(inputs: Inputs, folder: RunFolder) -> str:
     Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that
     was stopped goes on.
     """
+    if inputs.neutral_questions:
+        raise InputError("--ablate samples compares amounts of passages; choose map_text 'passages'")
     for side in inputs.sides:
         if not side.tokenizer.is_fast:
             raise InputError(

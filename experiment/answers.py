@@ -1,9 +1,12 @@
-"""Make persona vectors from answers: under system prompts for and against the trait (phases 1 to 3).
+"""Have answers written, for persona vectors and for the map (phases 1 to 3).
 
 The recipe of persona vectors (arXiv 2507.21509): a model answers the persona's questions under both kinds of
 system prompt; answers that show the trait though they should not, or do not though they should, are left
 out; and the vector is the difference of means over the response's tokens, read without the system prompt.
 Each model reads its own answers. One that cannot be asked reads the other's, as plain text.
+
+A map may be learnt from answers too, to questions that ask for no trait: asked as test prompts are, they have
+the tokens on which steering acts.
 """
 
 import logging
@@ -11,7 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiment.grid import Row, answers_fingerprint, planned_answers
+from experiment.grid import (
+    Row,
+    answers_fingerprint,
+    neutral_answers_fingerprint,
+    planned_answers,
+    planned_neutral_answers,
+)
 from experiment.inputs import Inputs
 from experiment.journalled import asked_judge, write_answers
 from experiment.structures import expected
@@ -21,11 +30,12 @@ from scoring.judge_answers import Judgement
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.run_folder import RunFolder
+from texts.neutral_text import NeutralText
 from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-ANSWERS = "extraction_answers.json"
+ANSWERS, NEUTRAL_ANSWERS = "extraction_answers.json", "neutral_answers.json"
 DECIDED = 0.5  # trait probability from which an answer shows it
 JUDGED = 3.0  # middle of a judge's scale
 MOST_UNJUDGED = 0.05  # share of a persona's answers without a judgement that a vector may go without
@@ -33,10 +43,11 @@ SHOWN = 90  # characters of an answer in the log
 
 
 def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
-    """Return the inputs with the answers that persona vectors are made from; without responses, as they are.
+    """Return the inputs with the answers that the map and persona vectors are made from, if they are.
 
     Raises InputError: no answer of a side is left, or a judge has failed on more than one in twenty.
     """
+    inputs = _with_neutral_answers(inputs, folder, executor)
     personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
     if not personas:
         return inputs
@@ -69,9 +80,37 @@ def all_answers_fingerprint(inputs: Inputs) -> str:
     return fingerprint([answers_fingerprint(inputs, persona) for persona in personas])
 
 
+def _with_neutral_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
+    """Return the inputs with the answers that the map is learnt from; learnt from passages, as they are.
+
+    Both models read them behind their question. An empty answer is left out, and counted.
+    """
+    if not inputs.neutral_questions:
+        return inputs
+    made_from, writer = neutral_answers_fingerprint(inputs), inputs.answer_writer
+    content = folder.current(NEUTRAL_ANSWERS, made_from, expected(NEUTRAL_ANSWERS, inputs))
+    if content is None:
+        folder.lock()
+        planned = planned_neutral_answers(inputs)
+        rows = write_answers(inputs, folder, executor, planned, writer, inputs.config.max_new_tokens)
+        content = folder.save(NEUTRAL_ANSWERS, made_from, {"writer": writer, "n": len(rows), "rows": rows})
+    rows = [row for row in content["rows"] if row["output"].strip()]
+    if n_empty := content["n"] - len(rows):
+        folder.notes.append(f"{n_empty} of {content['n']} neutral answers are empty and left out of the map")
+    shown = {
+        asked: tuple(
+            inputs.shown_question(side.name, asked, inputs.config.system_prompt) for side in inputs.sides
+        )
+        for asked in inputs.neutral_questions
+    }
+    answers = tuple(NeutralText(row["output"], row["prompt"], shown[row["prompt"]]) for row in rows)
+    return replace(inputs, neutral_answers=answers)
+
+
 def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, writer: str) -> list[Row]:
     """Return a persona's answers with their score, or why a judge gave none, and whether each is kept."""
-    rows = write_answers(inputs, folder, executor, planned_answers(inputs, persona, writer), writer)
+    planned, n_tokens = planned_answers(inputs, persona, writer), inputs.config.extraction.max_new_tokens
+    rows = write_answers(inputs, folder, executor, planned, writer, n_tokens)
     middle = None
     judgements = [Judgement(None)] * len(rows)
     judge = asked_judge(inputs, folder)

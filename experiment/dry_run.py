@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from evaluation import Evaluator
-from experiment.answers import ANSWERS, all_answers_fingerprint
+from experiment.answers import ANSWERS, NEUTRAL_ANSWERS, all_answers_fingerprint
 from experiment.development import preflight_doses
 from experiment.grid import (
     Row,
@@ -26,6 +26,7 @@ from experiment.grid import (
     judge_settings,
     licences_fingerprint,
     mapping_fingerprint,
+    neutral_answers_fingerprint,
     personas_fingerprint,
     planned_answers,
     planned_evaluations,
@@ -55,10 +56,10 @@ SHORTER = 0.4  # of a full-length text's likelihood ratio, what one of an examin
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each kind of work: a neutral text in both models, a full-length text that is written, its
-    perplexities, its likelihood ratio, a training text's, a judgement here, and an eigendecomposition."""
+    """Seconds of each kind of work: a text for the map in both models, a full-length text that is written,
+    its perplexities, its likelihood ratio, a judgement here, and an eigendecomposition."""
 
-    neutral_text: float
+    map_text: float
     writing: float
     perplexities: float
     ratio: float
@@ -88,12 +89,13 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     minutes["map"] = (
         0.0
         if is_mapped
-        else (costs.neutral_text * config.n_training_samples + costs.decomposition * n_decompositions) / 60
+        else (costs.map_text * config.n_training_samples + costs.decomposition * n_decompositions) / 60
     )
     there = ", already mapped" if is_mapped else ""
+    of_passages = f", {tokens['source']} source and {tokens['target']} target tokens"
     lines.append(
-        f"neutral texts: {config.n_training_samples}, {tokens['source']} source and {tokens['target']} "
-        f"target tokens{there}, about {minutes['map']:.1f} min"
+        f"texts for the map: {config.n_training_samples} {config.map_text}"
+        f"{'' if inputs.neutral_questions else of_passages}{there}, about {minutes['map']:.1f} min"
     )
 
     n_answers = _describe_preparation(inputs, folder, costs, lines, minutes)
@@ -137,6 +139,12 @@ def _describe_preparation(
 ) -> int:
     """Append what comes before the grid: answers, preflight and searched doses; return how many answers."""
     config, n_development, n_answers = inputs.config, len(inputs.development_prompts), 0
+    if inputs.neutral_questions and not _has(inputs, folder, NEUTRAL_ANSWERS, neutral_answers_fingerprint):
+        minutes["neutral answers"] = config.n_training_samples * costs.writing / 60
+        lines.append(
+            f"answers that the map is learnt from: {config.n_training_samples}, about "
+            f"{minutes['neutral answers']:.1f} min"
+        )
     if inputs.answering and not _has(inputs, folder, ANSWERS, all_answers_fingerprint):
         writers = dict.fromkeys(inputs.writers.values())
         asked = [persona for persona in inputs.personas if persona.name in inputs.answering]
@@ -284,7 +292,10 @@ def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
 
 
 def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
-    """Return the seconds that a neutral text takes in both models, and all tokens in each."""
+    """Return the seconds that a text for the map takes in both models, and the passages' tokens in each.
+
+    Answers are not written yet, and taken to be as long as they may be.
+    """
     texts = [item.text for item in inputs.neutral_texts]
     sample = texts[:N_TEXTS]
     seconds, tokens = 0.0, {}
@@ -293,7 +304,12 @@ def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
         tokens[side.name] = sum(counts)
         layers = [pair[number] for pair in inputs.layer_pairs]
         read = partial(side.extractor.extract_layers, layers=sorted(set(layers)))
-        seconds += _seconds(read, sample[:1], sample) * sum(counts) / sum(counts[:N_TEXTS])
+        n_read = sum(counts)
+        if inputs.neutral_questions:
+            asked = inputs.shown_question(side.name, inputs.neutral_questions[0], inputs.config.system_prompt)
+            (prompt,) = encode(side.tokenizer, [asked])
+            n_read = len(texts) * (len(prompt) + inputs.config.max_new_tokens)
+        seconds += _seconds(read, sample[:1], sample) * n_read / sum(counts[:N_TEXTS])
     return seconds / len(texts), tokens
 
 

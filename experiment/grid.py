@@ -196,6 +196,9 @@ def read_fingerprint(inputs: Inputs) -> str:
     """Of the activations that the map learns from."""
     sides = inputs.source.fingerprint, inputs.target.fingerprint
     config = inputs.config
+    if inputs.neutral_questions:
+        settings = [inputs.layers, config.positions, config.seed]
+        return fingerprint(FORMAT_VERSION, *sides, settings, neutral_answers_fingerprint(inputs))
     return _read_fingerprint(*sides, inputs.layers, config.positions, config.seed, inputs.neutral_texts)
 
 
@@ -330,6 +333,35 @@ def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
                             "seed": seed,
                         }
                     )
+    return rows
+
+
+def neutral_answers_fingerprint(inputs: Inputs) -> str:
+    """Of `neutral_answers.json`, and of how both models read it."""
+    config, writer = inputs.config, inputs.answer_writer
+    made_from = [inputs.side(writer).fingerprint, sampling(inputs)[:-1], config.seed]
+    shown = [inputs.shown_question(side.name, "?", config.system_prompt) for side in inputs.sides]
+    return fingerprint(FORMAT_VERSION, made_from, shown, inputs.neutral_questions, config.n_training_samples)
+
+
+def planned_neutral_answers(inputs: Inputs) -> list[Row]:
+    """Return a row for each answer that the map is learnt from: all questions, again with the next seed."""
+    config, writer = inputs.config, inputs.answer_writer
+    shown = [inputs.shown_question(writer, text, config.system_prompt) for text in inputs.neutral_questions]
+    rows = []
+    for number in range(config.n_training_samples):
+        turn, index = divmod(number, len(shown))
+        seed = config.seed + turn
+        made_from = [inputs.side(writer).fingerprint, shown[index], seed, sampling(inputs)[:-1]]
+        rows.append(
+            {
+                "key": fingerprint(FORMAT_VERSION, "answer", made_from),
+                "system_prompt": config.system_prompt,
+                "prompt": inputs.neutral_questions[index],
+                "alpha": None,
+                "seed": seed,
+            }
+        )
     return rows
 
 

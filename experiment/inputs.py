@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LayerPair = tuple[int, int]
 BAND_DEPTHS, BAND_SIZE = (0.25, 0.75), 9
+N_PLAIN_TEXTS = 16  # passages on which it is measured what steering costs in plain text
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 NativeVectors = dict[str, dict[str, PersonaVector]]
 # persona -> (question, answer) of its positive answers, and of its negative ones.
@@ -50,7 +51,10 @@ class Inputs:
     """Everything that the phases read; nothing in it changes.
 
     labelled_personas: those to run and every other shipped one, whose texts are negatives.
-    neutral_texts: for the map; none overlaps a persona text or a prompt.
+    neutral_texts: passages, for the map and for what plain text costs; none overlaps a persona text or a
+        prompt.
+    neutral_questions, neutral_answers: for the map, if it is learnt from answers to questions without any
+        trait; the answers are there once `answers.with_answers` has had them written.
     source, target: their extractors read the layers of the run, of a band those of its middle pair.
     band: (source layer, target layer) of each pair, if the run steers several blocks; in order of the target.
     train, train_ratios: return the scorers of traits, trained at the first call.
@@ -74,6 +78,13 @@ class Inputs:
     answers: Mapping[str, Answers] = field(default_factory=dict)
     train_ratios: Callable[[], dict[str, LikelihoodRatio]] = dict
     given: Mapping[tuple[str, str], VectorFile] = field(default_factory=dict)
+    neutral_questions: tuple[str, ...] = ()
+    neutral_answers: tuple[NeutralText, ...] = ()
+
+    @property
+    def map_texts(self) -> tuple[NeutralText, ...]:
+        """The texts that the map is learnt from, and the unit of alpha measured on."""
+        return self.neutral_answers if self.neutral_questions else self.neutral_texts
 
     @property
     def layers(self) -> LayerPair:
@@ -187,8 +198,15 @@ class Inputs:
     @property
     def writers(self) -> dict[str, str]:
         """Side -> the side whose answers its persona vectors are made from: its own, if it can be asked."""
-        able = [name for name in ("target", "source") if name in self.chat_sides]
-        return {side.name: side.name if side.name in able else able[0] for side in self.sides}
+        return {
+            side.name: side.name if side.name in self.chat_sides else self.answer_writer
+            for side in self.sides
+        }
+
+    @property
+    def answer_writer(self) -> str:
+        """The side that is asked for answers that both read: the target, if it can be asked."""
+        return "target" if "target" in self.chat_sides else "source"
 
     def at_layers(self, source_layer: int, target_layer: int) -> "Inputs":
         """Return the same inputs, read and steered at one pair of layers."""
@@ -266,8 +284,9 @@ class Inputs:
     def neutral_activations(self, n_texts: int) -> list[Tensor]:
         """Return the target's activations where the map learns, (n, d_target) for each layer pair."""
         extractor, layers = self.target.extractor, [pair[1] for pair in self.layer_pairs]
-        texts = [item.text for item in self.neutral_texts[:n_texts]]
-        tokens, ends = extractor.token_ends(texts, self.config.positions)
+        read = self.map_texts[:n_texts]
+        texts, prompts = [item.text for item in read], [item.prompts[1] for item in read]
+        tokens, ends = extractor.token_ends(texts, self.config.positions, prompts=prompts)
         positions = [list(by_character.values()) for by_character in ends]
         by_layer = extractor.extract_tokens(tokens, positions, layers)
         return [by_layer[layer] for layer in layers]
@@ -333,9 +352,11 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         for side, path in (("source", files.source), ("target", files.target))
         if path is not None
     }
-    texts = tuple(_neutral_texts(config, personas, config.n_training_samples))
+    needs_passages = config.map_text == "passages" or config.layer_idx == "auto"
+    n_passages = config.n_training_samples if needs_passages else N_PLAIN_TEXTS
+    texts = tuple(_neutral_texts(config, personas, n_passages))
     n_documents = len({item.document for item in texts})
-    if n_documents < config.n_folds:
+    if needs_passages and n_documents < config.n_folds:
         raise InputError(
             f"n_folds is {config.n_folds} but the neutral texts come from {n_documents} documents, "
             "which folds never split; lower n_folds or raise n_training_samples"
@@ -368,6 +389,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         chat_sides=chat,
         train_ratios=cache(partial(_train_ratios, config, labelled)),
         given=given,
+        neutral_questions=_neutral_questions(config, personas) if config.map_text == "answers" else (),
     )
     if config.layers == "band":
         inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
@@ -432,6 +454,11 @@ def _check_models(inputs: Inputs) -> None:
             "'extraction' of kind 'responses' asks a chat model, but neither model is one (prompt_format: "
             f"{config.prompt_format!r}); choose kind 'texts', or give an instruct model"
         )
+    if inputs.neutral_questions and not inputs.chat_sides:
+        raise InputError(
+            "map_text 'answers' asks a chat model, but neither model is one (prompt_format: "
+            f"{config.prompt_format!r}); choose 'passages', or give an instruct model"
+        )
     if config.system_prompt and not inputs.asks_questions:
         raise InputError(
             "system_prompt is of use where the target is shown a chat template alone; leave it out, or give "
@@ -446,6 +473,27 @@ def _check_models(inputs: Inputs) -> None:
     ]
     generator.tokenise_prompts(shown, config.max_new_tokens)
     generator.sampler(config.temperature, config.top_k, config.top_p)
+
+
+def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the questions of `prompts/neutral_questions.txt` that are in no prompt and no persona.
+
+    Raises InputError: fewer are left than there are folds, which never split the answers to one question.
+    """
+    others = [*config.load_test_prompts(True), *load_prompts("development_questions")]
+    others += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
+    overlaps, asked = OverlapCheck(others), load_prompts("neutral_questions")
+    kept = tuple(text for text in asked if text not in others and not overlaps.found_in(text))
+    if len(kept) < len(asked):
+        logger.warning(
+            "refused %d neutral questions that overlap personas or prompts", len(asked) - len(kept)
+        )
+    if len(kept) < config.n_folds:
+        raise InputError(
+            f"n_folds is {config.n_folds}, but {len(kept)} of {len(asked)} neutral questions are in no "
+            "prompt and no persona; lower n_folds, or choose map_text 'passages'"
+        )
+    return kept
 
 
 def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_texts: int) -> list[NeutralText]:

@@ -74,7 +74,7 @@ def _added(vectors: Vectors, row: Row, unsteered: Tensor) -> Tensor:
 
 
 def write_answers(
-    inputs: Inputs, folder: RunFolder, executor: Any, planned: Sequence[Row], writer: str
+    inputs: Inputs, folder: RunFolder, executor: Any, planned: Sequence[Row], writer: str, max_new_tokens: int
 ) -> list[Row]:
     """Return the planned rows with a side's unsteered answers under their system prompts, as `output`."""
     with folder.journal(f"answers_{writer}", fingerprint(inputs.side(writer).fingerprint)) as journal:
@@ -89,7 +89,7 @@ def write_answers(
             inputs.writing_settings([1.0] * len(inputs.layer_pairs)),
             layers=(),
             residual_norms=(),
-            max_new_tokens=inputs.config.extraction.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             side=writer,
         )
         shown = [inputs.shown_question(writer, row["prompt"], row["system_prompt"]) for row in new]

@@ -84,7 +84,7 @@ def _learn_band(inputs: Inputs, folder: RunFolder, executor: Any) -> tuple[Learn
 def _collect(inputs: Inputs, executor: Any, layer_pairs: Sequence[LayerPair]) -> CollectedPairs:
     config = inputs.config
     settings = PairSettings(tuple(layer_pairs), config.positions, config.n_folds, config.seed)
-    return collect_in_chunks(executor, inputs.neutral_texts, settings)
+    return collect_in_chunks(executor, inputs.map_texts, settings)
 
 
 def save_training_data(
@@ -97,7 +97,7 @@ def save_training_data(
     name, made_from = "training_data.pt", pairs_fingerprint(inputs)
     if folder.current(name, made_from, expected(name, inputs)) is not None:
         return
-    texts, sample = inputs.neutral_texts, statistics.sample
+    texts, sample = inputs.map_texts, statistics.sample
     ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
     data = {
         "n_pairs": statistics.n_pairs,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activation_extractor import ActivationExtractor, paired_activations
+from activation_extractor import ActivationExtractor, PairedText, paired_activations
 from ridge_mapping import assign_folds
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
@@ -170,10 +170,10 @@ def collection_notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[str]:
-    """Yield the passages, moving a progress bar on."""
+def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[PairedText]:
+    """Yield the texts, each with what stands before it, moving a progress bar on."""
     for item in texts:
-        yield item.text
+        yield (*item.prompts, item.text)
         progress.update()
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from experiment.grid import personas_fingerprint
-from experiment.inputs import Inputs
+from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.transfers import SteeringVectors
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
 from support.vocabulary import RANDOM_DRAWS, random_name
 
-N_TEXTS = 16
 NAME = "plain_costs.json"
 
 Doses = Mapping[str, Mapping[str, float | None]]
@@ -34,7 +33,7 @@ def plain_costs(
     doses: persona -> condition -> alpha; conditions without one are left out. Of `random`, the mean over its
     draws. The vector is added at every token, whatever `steer_positions` says.
     """
-    texts = [item.text for item in inputs.neutral_texts[:N_TEXTS]]
+    texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
     made_from = fingerprint(personas_fingerprint(inputs), doses, texts, inputs.config.alpha_unit)
     content = folder.current(NAME, made_from, {"personas": dict})
     if content is not None:

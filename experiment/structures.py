@@ -101,6 +101,7 @@ def expected(name: str, inputs: Inputs) -> Any:
             **of_band,
         },
         "extraction_answers.json": {"n": int, "rows": [{**ANSWER, "trait": NUMBER, "failure": TEXT}, ...]},
+        "neutral_answers.json": {"writer": str, "n": int, "rows": [{"prompt": str, "output": str}]},
         "generation_results.json": {"n": int, "rows": [ROW, ...]},
         "dose_search.json": {"bound": Each(float), "doses": [DOSE, ...]},
         "ablation_samples.pt": {

@@ -10,12 +10,13 @@ import torch
 from chat_server import chat_server, completion, error
 from tiny_runs import NUMERIC, error_lines, run, tiny_settings
 
-from activation_extractor import ActivationExtractor
+from activation_extractor import ActivationExtractor, paired_activations
 from evaluation import Evaluator, continuation_perplexities
 from experiment.answers import with_answers
 from experiment.config import load_config
 from experiment.grid import grid_texts
 from experiment.inputs import load_inputs, start_executor
+from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
 from scoring.gpt_judge import ONE_DIGIT
 from steered_generation import SteeredGenerator
@@ -447,6 +448,59 @@ def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses,
     expected = inputs.target.extractor.extract_persona_vector(*texts, "mean")
     found = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]["numeric"]["oracle"]
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp_path, caplog):
+    changed = {**settings, "map_text": "answers", "n_training_samples": 310, "system_prompt": "Be kind."}
+    caplog.set_level(logging.INFO)
+    assert run(tmp_path / "out", changed, "--phase", "1") == 0
+    assert run(tmp_path / "out", changed, "--phase", "2") == 0
+    assert caplog.text.count("310 answers by the target model, 0 of them already there") == 1
+    kept = load_json(tmp_path / "out" / "neutral_answers.json")
+    asked = load_prompts("neutral_questions")
+    assert [row["prompt"] for row in kept["rows"]] == [*asked, *asked[:10]]
+    assert [row["seed"] for row in kept["rows"]] == [0] * 300 + [1] * 10
+    inputs = load_inputs(load_config({**changed, "output_dir": str(tmp_path / "out")}))
+    generator = inputs.generator()
+    for row in kept["rows"][:3]:
+        said = question(row["prompt"], "Be kind.")
+        assert generator.generate(said, changed["max_new_tokens"], seed=row["seed"]) == row["output"]
+    texts = [
+        (row["prompt"] + "\n\n", prompt_text(inputs.target.tokenizer, said), row["output"])
+        for row in kept["rows"]
+        if row["output"].strip()
+        for said in [question(row["prompt"], "Be kind.")]
+    ]
+    batches = list(paired_activations(inputs.source.extractor, inputs.target.extractor, texts))
+    sides = [
+        torch.cat([batch.H_source[inputs.layers[0]] for batch in batches]),
+        torch.cat([batch.H_target[inputs.layers[1]] for batch in batches]),
+    ]
+    found = RidgeMapping.load(tmp_path / "out" / "ridge_mapping.pt")
+    expected = RidgeMapping(*(side.shape[1] for side in sides), "relative").fit(*sides, found.lambda_)
+    assert torch.allclose(found.W, expected.W, atol=1e-6)
+    assert load_json(tmp_path / "out" / "cv_results.json")["n_groups"] <= 300
+
+    (tmp_path / "out" / "neutral_answers.json").unlink()
+    assert run(tmp_path / "out", changed, "--phase", "1") == 0
+    assert "310 answers by the target model, 310 of them already there" in caplog.text
+
+
+def test_neutral_questions_that_a_test_asks_are_left_out(settings, tmp_path, caplog):
+    asked = load_prompts("neutral_questions")
+    changed = {**settings, "map_text": "answers", "test_prompts": asked[:7], "n_test_prompts": 7}
+    changed["output_dir"] = str(tmp_path)
+    inputs = load_inputs(load_config(changed))
+    assert inputs.neutral_questions == tuple(asked[7:])
+    assert "refused 7 neutral questions" in caplog.text
+
+
+def test_answers_for_the_map_need_a_model_that_can_be_asked(settings, tmp_path, capsys):
+    changed = {**settings, "map_text": "answers", "prompt_format": "raw"}
+    assert run(tmp_path / "out", changed) == 2
+    assert "map_text 'answers' asks a chat model, but neither model is one" in error_lines(capsys)[0]
+    assert run(tmp_path / "out", {**settings, "map_text": "answers"}, "--ablate", "samples") == 2
+    assert "choose map_text 'passages'" in error_lines(capsys)[0]
 
 
 # Real models

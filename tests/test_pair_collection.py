@@ -103,6 +103,31 @@ def test_last_gives_one_pair_for_each_text(sides):
     assert torch.allclose(found.statistics[1, 2].sample.H_target, expected, rtol=0, atol=1e-5)
 
 
+def test_pairs_behind_prompts_are_of_the_texts_tokens_as_both_models_read_them(sides):
+    prompts = ("asked: is the dog there?\n\n", "a cat said ")
+    texts = [NeutralText(item.text, item.document, prompts) for item in TEXTS[:40]]
+    (batch,) = paired_activations(
+        *sides, [(*item.prompts, item.text) for item in texts], "word_ends", [1], [2]
+    )
+    assert len(batch.end) > 40
+    for row, (index, end) in enumerate(zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)):
+        said = texts[index].text[:end]
+        for side, prompt, layer, found in zip(
+            sides, prompts, (1, 2), (batch.H_source[1], batch.H_target[2]), strict=True
+        ):
+            expected = side.extract_layers([prompt + said], [layer], "last")[layer][0]
+            assert torch.allclose(found[row], expected, rtol=0, atol=1e-5)
+    # Behind a prompt the first word counts too, being no longer the very first token; "zebra" is unknown.
+    assert len(batch.end) == sum(len(item.text.split()) for item in texts if item.text != "zebra")
+    assert (batch.n_source_tokens, batch.n_target_tokens) == (
+        sum(len(item.text.encode()) for item in texts),
+        len(batch.end),
+    )
+    collected = collect(sides, texts, SETTINGS)
+    assert collected.fraction_aligned == 1
+    assert collected.statistics[1, 2].n_pairs == len(batch.end)
+
+
 def test_the_seed_alone_decides_the_folds(sides):
     folds = [
         collect(sides, TEXTS, PairSettings(((1, 2),), n_folds=4, seed=seed)).statistics[1, 2].sample.folds

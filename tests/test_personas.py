@@ -60,11 +60,21 @@ def test_no_positive_text_belongs_to_two_shipped_personas():
 def test_test_and_development_prompts_are_distinct():
     sets = {
         name: {prompt.casefold() for prompt in load_prompts(name)}
-        for name in ("test", "development", "test_questions", "development_questions")
+        for name in ("test", "development", "test_questions", "development_questions", "neutral_questions")
     }
-    assert [len(prompts) for prompts in sets.values()] == [60, 24, 60, 24]
+    assert [len(prompts) for prompts in sets.values()] == [60, 24, 60, 24, 300]
     asked = [text.casefold() for name in shipped_personas() for text in load_persona(name).questions]
-    assert len({*asked, *(prompt for prompts in sets.values() for prompt in prompts)}) == len(asked) + 168
+    assert len({*asked, *(prompt for prompts in sets.values() for prompt in prompts)}) == len(asked) + 468
+
+
+def test_neutral_questions_share_no_words_with_prompts_or_personas():
+    names = ("test", "development", "test_questions", "development_questions")
+    personas = [load_persona(name) for name in shipped_personas()]
+    texts = [prompt for each in names for prompt in load_prompts(each)]
+    texts += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
+    texts += [text for persona in personas for pair in persona.instructions for text in pair]
+    overlaps = OverlapCheck(texts)
+    assert [text for text in load_prompts("neutral_questions") if overlaps.found_in(text)] == []
 
 
 @pytest.mark.parametrize("name", shipped_personas())

@@ -915,7 +915,7 @@ def test_dry_run_counts_and_writes_nothing(use_gpt4, settings, tmp_path, monkeyp
     assert run(tmp_path / "out", {**settings, "use_gpt4": use_gpt4, "judge": judge}, "--dry-run") == 0
     assert not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
-    assert "neutral texts: 60, " in shown
+    assert "texts for the map: 60 passages, " in shown
     assert f"generations: {N_TEXTS} ({N_CELLS - 1} steered cells and 1 baseline, 3 prompts x 2 seeds" in shown
     assert f"at most {N_TEXTS * 6} tokens" in shown
     assert f"evaluations: {N_EVALUATIONS}, " in shown

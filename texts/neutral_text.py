@@ -60,10 +60,14 @@ NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters an
 
 @dataclass(frozen=True)
 class NeutralText:
-    """One passage and the document that it was cut from."""
+    """One passage and the document that it was cut from, or an answer and its question.
+
+    prompts: what the source and the target read before it; pairs are of the text's own tokens alone.
+    """
 
     text: str
     document: str
+    prompts: tuple[str, str] = ("", "")
 
 
 def load_neutral_texts(
