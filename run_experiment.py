@@ -231,9 +231,9 @@ class PersonaTransferExperiment:
         preflight.report([preflight.check_lambda(config.lambda_values, cv)])
         logger.info("held-out R2 of the maps\n%s", format_maps(table))
         band = f"{len(maps)} layer pairs, of the middle one " if inputs.band else ""
-        aligned = middle.results["pairs"]["fraction_aligned"]
+        aligned, read = middle.results["pairs"]["fraction_aligned"], inputs.map_documents
         return maps, (
-            f"{band}{cv['n_rows']} pairs ({aligned:.0%} of the tokens) from {cv['n_groups']} documents, "
+            f"{band}{cv['n_rows']} pairs ({aligned:.0%} of the tokens) from {cv['n_groups']} {read}, "
             f"lambda {cv['best_lambda']:g} ({cv['lambda_unit']}), held-out R2 {cv['best_r2']:.3f} (median "
             f"dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs {cv['shuffled_r2']:.3f}), "
             f"{folder.path / ('layers' if inputs.band else 'ridge_mapping.pt')}"

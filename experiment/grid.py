@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
-from experiment.config import JudgeConfig
+from experiment.config import ExperimentConfig, JudgeConfig
 from experiment.dose_search import Dose
 from experiment.inputs import Inputs
 from scoring.likelihood_ratio import likelihood_ratio_fingerprint
@@ -303,17 +303,18 @@ def answers_fingerprint(inputs: Inputs, persona: Persona) -> str:
     read = [inputs.shown_question(side.name, "?") for side in inputs.sides]
     judge = [judge_settings(inputs.config.judge), _described(persona)] if inputs.judge else None
     scorer = classifier_fingerprint(inputs.labelled_personas)
-    return fingerprint(asked, _answer_sampling(inputs), writers, read, scorer, judge)
+    sampled = _answer_sampling(inputs.config, settings.max_new_tokens)
+    return fingerprint(asked, sampled, writers, read, scorer, judge)
 
 
-def _answer_sampling(inputs: Inputs) -> list[Any]:
-    config = inputs.config
-    return [config.extraction.max_new_tokens, config.temperature, config.top_k, config.top_p]
+def _answer_sampling(config: ExperimentConfig, max_new_tokens: int) -> list[Any]:
+    return [max_new_tokens, config.temperature, config.top_k, config.top_p]
 
 
 def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
     """Return a row for each answer that a side's model is to give under a persona's system prompts."""
-    settings, config, sampled = inputs.config.extraction, inputs.config, _answer_sampling(inputs)
+    settings, config = inputs.config.extraction, inputs.config
+    sampled = _answer_sampling(config, settings.max_new_tokens)
     rows = []
     for number, pair in enumerate(persona.instructions):
         for is_positive, system_prompt in zip((True, False), pair, strict=True):
@@ -339,7 +340,8 @@ def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
 def neutral_answers_fingerprint(inputs: Inputs) -> str:
     """Of `neutral_answers.json`, and of how both models read it."""
     config, writer = inputs.config, inputs.answer_writer
-    made_from = [inputs.side(writer).fingerprint, sampling(inputs)[:-1], config.seed]
+    sampled = _answer_sampling(config, config.max_new_tokens)
+    made_from = [inputs.side(writer).fingerprint, sampled, config.seed]
     shown = [inputs.shown_question(side.name, "?", config.system_prompt) for side in inputs.sides]
     return fingerprint(FORMAT_VERSION, made_from, shown, inputs.neutral_questions, config.n_training_samples)
 
@@ -348,11 +350,11 @@ def planned_neutral_answers(inputs: Inputs) -> list[Row]:
     """Return a row for each answer that the map is learnt from: all questions, again with the next seed."""
     config, writer = inputs.config, inputs.answer_writer
     shown = [inputs.shown_question(writer, text, config.system_prompt) for text in inputs.neutral_questions]
-    rows = []
+    rows, sampled = [], _answer_sampling(config, config.max_new_tokens)
     for number in range(config.n_training_samples):
         turn, index = divmod(number, len(shown))
         seed = config.seed + turn
-        made_from = [inputs.side(writer).fingerprint, shown[index], seed, sampling(inputs)[:-1]]
+        made_from = [inputs.side(writer).fingerprint, shown[index], seed, sampled]
         rows.append(
             {
                 "key": fingerprint(FORMAT_VERSION, "answer", made_from),

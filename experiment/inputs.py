@@ -87,6 +87,11 @@ class Inputs:
         return self.neutral_answers if self.neutral_questions else self.neutral_texts
 
     @property
+    def map_documents(self) -> str:
+        """What these come from, each of them in one fold."""
+        return "questions" if self.neutral_questions else "documents"
+
+    @property
     def layers(self) -> LayerPair:
         """(source layer, target layer), of a band those of its middle pair."""
         return self.source.extractor.layer_idx, self.target.extractor.layer_idx
