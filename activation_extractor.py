@@ -46,9 +46,7 @@ N_SPLITS = 20
 WINDOW = 64
 Position = str | int
 ReadText = str | tuple[Prompt, str]  # the latter a prompt with its response
-PairedText = (
-    str | tuple[str, str, str]
-)  # the latter what the source and the target read before it, and a text
+PairedText = str | tuple[str, str, str]  # the latter what source and target read before it, and a text
 
 
 class _StopForward(Exception):

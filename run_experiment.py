@@ -160,7 +160,7 @@ class PersonaTransferExperiment:
         with self._running():
             started = time.perf_counter()
             inputs = self.choose_layers(may_search=True)
-            self.inputs = with_answers(inputs, self.folder, self.executor)
+            self.inputs = inputs if what == "samples" else with_answers(inputs, self.folder, self.executor)
             if what == "layers":
                 headline = ablate_layers(self.inputs, self.folder, self.executor, self._run_layers)
             elif what == "blocks":

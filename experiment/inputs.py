@@ -483,7 +483,7 @@ def _check_models(inputs: Inputs) -> None:
 def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
     """Return the questions of `prompts/neutral_questions.txt` that are in no prompt and no persona.
 
-    Raises InputError: fewer are left than there are folds, which never split the answers to one question.
+    Raises InputError: fewer are asked than there are folds, which never split the answers to one question.
     """
     others = [*config.load_test_prompts(True), *load_prompts("development_questions")]
     others += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
@@ -493,10 +493,11 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
         logger.warning(
             "refused %d neutral questions that overlap personas or prompts", len(asked) - len(kept)
         )
-    if len(kept) < config.n_folds:
+    n_asked = min(len(kept), config.n_training_samples)
+    if n_asked < config.n_folds:
         raise InputError(
-            f"n_folds is {config.n_folds}, but {len(kept)} of {len(asked)} neutral questions are in no "
-            "prompt and no persona; lower n_folds, or choose map_text 'passages'"
+            f"n_folds is {config.n_folds}, but the map is learnt from answers to {n_asked} questions, which "
+            "folds never split; lower n_folds, raise n_training_samples, or choose map_text 'passages'"
         )
     return kept
 

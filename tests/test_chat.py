@@ -501,6 +501,11 @@ def test_answers_for_the_map_need_a_model_that_can_be_asked(settings, tmp_path, 
     assert "map_text 'answers' asks a chat model, but neither model is one" in error_lines(capsys)[0]
     assert run(tmp_path / "out", {**settings, "map_text": "answers"}, "--ablate", "samples") == 2
     assert "choose map_text 'passages'" in error_lines(capsys)[0]
+    few = {**settings, "map_text": "answers", "n_training_samples": 10, "n_folds": 11}
+    assert not list(tmp_path.glob("out/*journal*"))
+    assert run(tmp_path / "few", few) == 2
+    assert "n_folds is 11, but the map is learnt from answers to 10 questions" in error_lines(capsys)[0]
+    assert not (tmp_path / "few").exists()
 
 
 # Real models
