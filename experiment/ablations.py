@@ -89,7 +89,7 @@ def _at_layers(inputs: Inputs, folder: RunFolder, pair: LayerPair) -> Inputs:
     config, prompts = inputs.config, inputs.development_prompts
     alphas = config.alpha_values
     if alphas != "auto":
-        ordered = {name: sorted(config.alphas_of(name)) for name in config.persona_names}
+        ordered = {name: sorted(config.alphas_of(name, "oracle")) for name in config.persona_names}
         alphas = {name: [values[(len(values) - 1) // 2]] for name, values in ordered.items()}
     changed = {
         "layer_idx": None,

@@ -72,6 +72,7 @@ Samples = Annotated[int, Field(ge=10, le=10_000_000)]
 Layer = Annotated[int, Field(ge=0, le=LAST_LAYER)]
 Layers = Annotated[list[Layer], Field(min_length=1, max_length=1000)]
 Alphas = Annotated[list[float], Field(min_length=1, max_length=1000)]
+DosesByMethod = Annotated[dict[Method, float], Field(min_length=1)]
 String = Annotated[str, BeforeValidator(_text_if_string)]
 Text = Annotated[String, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(max_length=100_000)]
@@ -159,8 +160,24 @@ def _list_or_auto(value: Any) -> Any:
     return value
 
 
+def _check_differ(name: str, values: list[Any]) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name} holds a value twice: {shown(values)}")
+
+
 def _form_of_alphas(value: Any) -> str:
     return {str: "tag-auto", dict: "tag-personas"}.get(type(value), "tag-list")
+
+
+def _form_of_persona_alphas(value: Any) -> str:
+    return "tag-methods" if isinstance(value, dict) else "tag-list"
+
+
+def alphas_of_method(alphas: list[float] | dict[str, float], method: str) -> list[float]:
+    """Return the strengths at which a method is tried: those listed, or its own and the oracle's."""
+    if not isinstance(alphas, dict):
+        return alphas
+    return list(dict.fromkeys(alphas[name] for name in (method, "oracle") if name in alphas))
 
 
 class DoseConfig(_Strict):
@@ -267,8 +284,9 @@ class ExperimentConfig(_Strict):
         `support.vector_files` for their formats.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
     block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or
-    persona -> list; `auto`
-    searches a dose for each persona and method on the development prompts.
+    persona -> list, or persona -> method -> the dose of that method (methods that are not named take the
+    oracle's); `auto` searches a dose for each persona and method on the development prompts. Where methods
+    have doses of their own, each is tried at the oracle's too.
     """
 
     source_model: LocalPath
@@ -323,7 +341,16 @@ class ExperimentConfig(_Strict):
     test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
     alpha_values: Annotated[
         Annotated[Alphas, Tag("tag-list")]
-        | Annotated[dict[Name, Alphas], Tag("tag-personas")]
+        | Annotated[
+            dict[
+                Name,
+                Annotated[
+                    Annotated[Alphas, Tag("tag-list")] | Annotated[DosesByMethod, Tag("tag-methods")],
+                    Discriminator(_form_of_persona_alphas),
+                ],
+            ],
+            Tag("tag-personas"),
+        ]
         | Annotated[Literal["auto"], Tag("tag-auto")],
         Discriminator(_form_of_alphas),
         BeforeValidator(_list_or_auto),
@@ -369,26 +396,9 @@ class ExperimentConfig(_Strict):
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
         self._check_band()
         self._check_extraction()
-        if isinstance(self.alpha_values, dict) and (odd := set(self.persona_names) ^ set(self.alpha_values)):
-            raise ValueError(
-                f"alpha_values has a list for each persona, but {shown(sorted(odd)[0])} is in one of "
-                "alpha_values and personas alone; name the same ones in both"
-            )
-        lists = [] if self.alpha_values == "auto" else map(self.alphas_of, self.persona_names)
-        lists = [("alpha_values", values) for values in lists]
-        for name, values in [*lists, ("lambda_values", self.lambda_values), ("methods", self.methods)]:
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} holds a value twice: {shown(values)}")
-        alphas = [alpha for name, values in lists for alpha in values]
-        if self.alpha_values == "auto":
-            if not self.independent_perplexity:
-                raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
-        elif any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in alphas):
-            raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
-        elif any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in alphas):
-            raise ValueError(
-                "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
-            )
+        for name in ("lambda_values", "methods"):
+            _check_differ(name, getattr(self, name))
+        self._check_alphas()
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"
@@ -404,6 +414,44 @@ class ExperimentConfig(_Strict):
             raise ValueError("methods has 'wrong_persona', another persona's vector; name a second persona")
         self._check_size()
         return self
+
+    def _check_alphas(self) -> None:
+        given = self.alpha_values
+        if given == "auto":
+            if not self.independent_perplexity:
+                raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
+            return
+        if isinstance(given, dict) and (odd := set(self.persona_names) ^ set(given)):
+            raise ValueError(
+                f"alpha_values has strengths for each persona, but {shown(sorted(odd)[0])} is in one of "
+                "alpha_values and personas alone; name the same ones in both"
+            )
+        alphas = []
+        for persona, values in given.items() if isinstance(given, dict) else [("", given)]:
+            if isinstance(values, dict):
+                self._check_methods_of(persona, values)
+                alphas += values.values()
+            else:
+                _check_differ("alpha_values", values)
+                alphas += values
+        if any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in alphas):
+            raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
+        if any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in alphas):
+            raise ValueError(
+                "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
+            )
+
+    def _check_methods_of(self, persona: str, doses: dict[str, float]) -> None:
+        if "oracle" not in doses:
+            raise ValueError(
+                f"alpha_values of {persona} has doses by method, but none of 'oracle', at which the other "
+                "methods are tried too; add it"
+            )
+        if idle := [name for name in doses if name not in (*self.steering_methods, "oracle")]:
+            raise ValueError(
+                f"alpha_values of {persona} has a dose of {idle[0]!r}, which is not among the methods that "
+                f"add a vector here ({', '.join(self.steering_methods)}); leave it out, or add it to methods"
+            )
 
     def _check_size(self) -> None:
         n_cells = self.n_cells
@@ -472,9 +520,15 @@ class ExperimentConfig(_Strict):
         listed = ["silly", "formal", "concise"] if self.personas is None else self.personas
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
 
-    def alphas_of(self, persona: str) -> list[float]:
-        """Return the strengths of a persona, where they are given and not searched for."""
-        return self.alpha_values[persona] if isinstance(self.alpha_values, dict) else self.alpha_values
+    def alphas_of(self, persona: str, method: str) -> list[float]:
+        """Return the strengths of a persona's method, where they are given and not searched for."""
+        given = self.alpha_values
+        return alphas_of_method(given[persona] if isinstance(given, dict) else given, method)
+
+    def has_doses_by_method(self, persona: str) -> bool:
+        """Return whether each method has a dose of its own, searched for or given."""
+        given = self.alpha_values
+        return given == "auto" or (isinstance(given, dict) and isinstance(given[persona], dict))
 
     @property
     def steering_methods(self) -> list[str]:
@@ -487,12 +541,12 @@ class ExperimentConfig(_Strict):
 
         Of searched doses there are two: a method's own, and the oracle's.
         """
-        n_prompted = len(self.persona_names) * ("prompted" in self.methods)
-        methods = self.steering_methods
+        names, methods = self.persona_names, self.steering_methods
         if self.alpha_values == "auto":
-            n_steered = len(methods) + (len(methods) - 1) * ("oracle" in methods)
-            return 1 + len(self.persona_names) * n_steered + n_prompted
-        return 1 + len(methods) * sum(len(self.alphas_of(name)) for name in self.persona_names) + n_prompted
+            n_steered = len(names) * (len(methods) + (len(methods) - 1) * ("oracle" in methods))
+        else:
+            n_steered = sum(len(self.alphas_of(name, method)) for name in names for method in methods)
+        return 1 + n_steered + len(names) * ("prompted" in self.methods)
 
     @property
     def seeds(self) -> list[int]:

@@ -130,7 +130,7 @@ def preflight_doses(inputs: Inputs, persona: str) -> list[tuple[float, bool]]:
     """Return the doses that a preflight tries, and whether each is a depth of the bracket to be searched."""
     if inputs.config.alpha_values == "auto":
         return [(depth, True) for depth in AUTO_DEPTHS]
-    ordered = sorted(inputs.config.alphas_of(persona))
+    ordered = sorted(inputs.config.alphas_of(persona, "oracle"))
     return [(alpha, False) for alpha in sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
-from experiment.config import ExperimentConfig, JudgeConfig
+from experiment.config import ExperimentConfig, JudgeConfig, alphas_of_method
 from experiment.dose_search import Dose
 from experiment.inputs import Inputs
 from scoring.likelihood_ratio import likelihood_ratio_fingerprint
@@ -23,7 +23,9 @@ from texts.personas import Persona, load_prompts
 FORMAT_VERSION = 1
 EXAMINATION_VERSION = 3  # of what is examined, and how
 
-Alphas = Sequence[float | None] | Mapping[str, Sequence[float]] | Mapping[tuple[str, str], Dose]
+Alphas = (
+    Sequence[float | None] | Mapping[str, list[float] | dict[str, float]] | Mapping[tuple[str, str], Dose]
+)
 Row = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ UNSTEERED = Cell("baseline", None, None, "unsteered")
 def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
     """Return the unsteered baseline, once, and every persona asked for in words, and x method x alpha.
 
-    alphas: for every condition, or for those of each persona, or the dose that a search has found for each;
+    alphas: for every condition, or for those of each persona, or a dose for each, given or found by a search;
         at the oracle's dose, every other condition is tried too.
     """
     cells = [UNSTEERED]
@@ -65,9 +67,9 @@ def _alphas(alphas: Alphas, persona: str, method: str) -> Sequence[float | None]
     if not isinstance(alphas, Mapping):
         return alphas
     if persona in alphas:
-        return alphas[persona]
-    doses = [alphas[persona, name].alpha for name in (method, "oracle") if (persona, name) in alphas]
-    return list(dict.fromkeys(doses))
+        return alphas_of_method(alphas[persona], method)
+    found = {name: dose.alpha for (of_persona, name), dose in alphas.items() if of_persona == persona}
+    return alphas_of_method(found, method)
 
 
 def planned_texts(

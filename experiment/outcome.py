@@ -67,13 +67,13 @@ def conclude(
 def judged_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
     """Return persona -> condition -> the alpha at which the verdict compares.
 
-    Where doses were searched, each condition's own, matched in harm. Else the strongest one at which the
+    Where conditions have doses of their own, searched or given, that one. Else the strongest one at which the
     oracle is within the bound of `dose.max_perplexity_ratio`, by harm alone, or the weakest if none is.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for persona in inputs.config.persona_names:
         alphas = _alphas(rows, persona)
-        if inputs.config.alpha_values == "auto":
+        if inputs.config.has_doses_by_method(persona):
             chosen[persona] = {condition: values[0] for condition, values in alphas.items()}
             continue
         common = _strongest_coherent(inputs, rows, persona, alphas.get(ORACLE, []))
@@ -84,11 +84,11 @@ def judged_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, flo
 
 
 def equal_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
-    """Return the same with every condition at the oracle's dose; nothing unless doses were searched."""
-    if inputs.config.alpha_values != "auto" or "oracle" not in inputs.config.methods:
+    """Return the same with every condition at the oracle's dose, of personas whose methods have their own."""
+    if ORACLE not in inputs.config.methods:
         return {}
     chosen = {}
-    for persona in inputs.config.persona_names:
+    for persona in filter(inputs.config.has_doses_by_method, inputs.config.persona_names):
         alphas = _alphas(rows, persona)
         chosen[persona] = {
             condition: alphas[ORACLE][0] if alphas[ORACLE][0] in values else values[0]

@@ -279,8 +279,22 @@ def test_every_field_is_listed_in_the_dump():
 def test_alphas_may_be_given_for_each_persona():
     by_persona = {"silly": [1.0], "formal": [2.0, 3.0], "concise": [4.0]}
     config = load_config({**SMALL, "alpha_values": by_persona})
-    assert [config.alphas_of(name) for name in config.persona_names] == [[1.0], [2.0, 3.0], [4.0]]
+    for method in METHODS:
+        found = [config.alphas_of(name, method) for name in config.persona_names]
+        assert found == [[1.0], [2.0, 3.0], [4.0]]
     assert config.n_cells == 1 + len(METHODS) * 4
+
+
+def test_methods_may_have_doses_of_their_own_and_are_tried_at_the_oracles_too():
+    by_method = {"oracle": 1.0, "ridge_mapped": 1.5, "zero_pad": 1.0}
+    alphas = {"silly": by_method, "formal": [2.0, 3.0], "concise": {"oracle": 4.0}}
+    config = load_config({**SMALL, "alpha_values": alphas})
+    assert config.alphas_of("silly", "ridge_mapped") == [1.5, 1.0]
+    assert config.alphas_of("silly", "zero_pad") == config.alphas_of("silly", "interpolate") == [1.0]
+    assert config.alphas_of("formal", "ridge_mapped") == [2.0, 3.0]
+    assert config.alphas_of("concise", "ridge_mapped") == [4.0]
+    assert [config.has_doses_by_method(name) for name in config.persona_names] == [True, False, True]
+    assert config.n_cells == 1 + len(METHODS) * (1 + 2 + 1) + 1
 
 
 @pytest.mark.parametrize(
@@ -294,6 +308,20 @@ def test_alphas_may_be_given_for_each_persona():
         ({"alpha_values": {"silly": [0.0], "formal": [2.0], "concise": [1.0]}}, "must be finite and not 0"),
         ({"alpha_values": {"silly": []}}, "'alpha_values.silly'"),
         ({"alpha_values": {"silly": "auto"}}, "'alpha_values.silly'"),
+        ({"personas": ["silly"], "alpha_values": {"silly": {}}}, "'alpha_values.silly'"),
+        (
+            {"personas": ["silly"], "alpha_values": {"silly": {"ridge_mapped": 1.0}}},
+            "doses by method, but none of 'oracle'",
+        ),
+        (
+            {"personas": ["silly"], "alpha_values": {"silly": {"oracle": 1.0, "shuffled": 2.0}}},
+            "'shuffled', which is not among the methods",
+        ),
+        (
+            {"personas": ["silly"], "alpha_values": {"silly": {"oracle": math.inf}}},
+            "must be finite and not 0",
+        ),
+        ({"personas": ["silly"], "alpha_values": {"silly": {"orcle": 1.0}}}, "'alpha_values.silly'"),
         ({"personas": ["silly"], "methods": ["wrong_persona"]}, "name a second persona"),
         ({"prompt_format": "xml"}, "'prompt_format'"),
         ({"system_prompt": " "}, "'system_prompt'"),

@@ -661,6 +661,19 @@ def test_wrong_persona_is_steered_with_the_others_mapped_vector(settings, tmp_pa
     assert cells["loud", "wrong_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
 
 
+def test_doses_by_method_are_judged_each_at_its_own_and_all_at_the_oracles(settings, tmp_path):
+    alphas = {"loud": {"oracle": 4.0, "ridge_mapped": 2.0}, "numeric": [1.0, 4.0]}
+    methods = ["zero_pad", "ridge_mapped", "oracle"]
+    assert run(tmp_path / "out", {**settings, "methods": methods, "alpha_values": alphas}) == 0
+    cells = {(row["condition"], row["alpha"]) for row in rows(tmp_path / "out") if row["persona"] == "loud"}
+    assert cells == {("zero_pad", 4.0), ("ridge_mapped", 2.0), ("ridge_mapped", 4.0), ("oracle", 4.0)}
+    verdict = load_json(tmp_path / "out" / "verdict.json")
+    assert verdict["personas"]["loud"]["doses"] == {"zero_pad": 4.0, "ridge_mapped": 2.0, "oracle": 4.0}
+    assert set(verdict["at_the_oracles_dose"]) == {"loud"}
+    assert set(verdict["at_the_oracles_dose"]["loud"]["doses"].values()) == {4.0}
+    assert len(set(verdict["personas"]["numeric"]["doses"].values())) == 1
+
+
 def test_what_a_trait_costs_is_the_perplexity_of_its_labelled_texts(settings, tmp_path):
     labelled = {
         "labelled_positive_texts": [
