@@ -216,14 +216,19 @@ def _effects_row(
 def harm_curves(rows: Sequence[Row], personas: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return persona -> condition -> points {alpha, harm, effect, low, high} by dose, by the classifier.
 
-    Only conditions that were steered at two doses or more, and points with both numbers.
+    Only conditions that were steered at two doses or more, with the oracle to compare them with, and points
+    with both numbers.
     """
     by_cell = {(each["persona"], each["condition"], each["alpha"]): each for each in aggregate(rows)}
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for persona in personas:
-        for condition, alphas in _alphas(rows, persona).items():
+        by_condition = _alphas(rows, persona)
+        shown = {condition for condition, alphas in by_condition.items() if len(alphas) > 1}
+        for condition, alphas in by_condition.items():
+            if condition not in shown and not (shown and condition == ORACLE):
+                continue
             points = []
-            for alpha in sorted(alphas, key=abs) if len(alphas) > 1 else ():
+            for alpha in sorted(alphas, key=abs):
                 change = by_cell[persona, condition, alpha]["trait_change"]
                 cost = harm(rows, persona, condition, alpha)
                 if cost is not None and change["mean"] is not None:
