@@ -119,7 +119,8 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
     if of_native.low <= NATIVE_WORKS:
         if of_native.high < NATIVE_FAILS:
             return _said("steering itself failed", moved, native=of_native)
-        return _said("can't tell", moved, prompts_needed(native - NATIVE_WORKS), native=of_native)
+        needed = _fewest_needed(native - NATIVE_WORKS, native - NATIVE_FAILS)
+        return _said("can't tell", moved, needed, native=of_native)
     ratio = recovery(mapped, native)
     check = fieller(mapped, native)
     numbers = {
@@ -149,8 +150,16 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
         return _said("partial", why, **numbers)
     if not beats and mean_interval(over).high < NO_BETTER * of_native.estimate:
         return _said("not transferred", why, **numbers)
-    contrast = mapped - TRANSFERRED * native if beats else over
-    return _said("can't tell", why, prompts_needed(contrast), **numbers)
+    if beats:
+        needed = prompts_needed(mapped - TRANSFERRED * native)
+    else:
+        needed = _fewest_needed(over, over - NO_BETTER * of_native.estimate)
+    return _said("can't tell", why, needed, **numbers)
+
+
+def _fewest_needed(*contrasts: np.ndarray) -> int | None:
+    """Return the prompts that settle the first of these, each of which would decide the case in its way."""
+    return min(filter(None, map(prompts_needed, contrasts)), default=None)
 
 
 def _said(verdict: str, why: str, n_needed: int | None = None, **numbers: Any) -> dict[str, Any]:

@@ -54,6 +54,24 @@ def test_an_open_case_says_how_many_prompts_would_settle_it():
     assert f"about {found['prompts_needed']} prompts would settle it" in found["why"]
 
 
+def test_what_does_as_much_as_a_control_is_settled_by_showing_that_it_does_no_more():
+    generator = np.random.default_rng(5)
+    given = differences(0.3, 0.6, n=60, noise=0.3, seed=3)
+    noise = generator.normal(0, 0.45, 60)
+    given["shuffled"] = given["ridge_mapped"] - (noise - noise.mean()) - 1e-4
+    found = decided(given)
+    assert found["verdict"] == "can't tell"
+    assert 60 < found["prompts_needed"] < 300
+
+
+def test_a_small_native_effect_is_settled_by_showing_that_it_is_small():
+    given = differences(0.0, 0.0, n=10, noise=0.3, seed=3)
+    given["oracle"] += 0.0501 - given["oracle"].mean()
+    found = decided(given)
+    assert found["verdict"] == "can't tell"
+    assert 10 < found["prompts_needed"] < 300
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
