@@ -7,6 +7,7 @@ the specification's, except where METHODOLOGY.md says why not.
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,7 +174,7 @@ def _form_of_persona_alphas(value: Any) -> str:
     return "tag-methods" if isinstance(value, dict) else "tag-list"
 
 
-def alphas_of_method(alphas: list[float] | dict[str, float], method: str) -> list[float]:
+def alphas_of_method(alphas: Sequence[float] | dict[str, float], method: str) -> Sequence[float]:
     """Return the strengths at which a method is tried: those listed, or its own and the oracle's."""
     if not isinstance(alphas, dict):
         return alphas
@@ -520,7 +521,7 @@ class ExperimentConfig(_Strict):
         listed = ["silly", "formal", "concise"] if self.personas is None else self.personas
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
 
-    def alphas_of(self, persona: str, method: str) -> list[float]:
+    def alphas_of(self, persona: str, method: str) -> Sequence[float]:
         """Return the strengths of a persona's method, where they are given and not searched for."""
         given = self.alpha_values
         return alphas_of_method(given[persona] if isinstance(given, dict) else given, method)

@@ -144,8 +144,8 @@ def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
 
 def searched_doses(
     inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors
-) -> dict[DoseKey, Dose]:
-    """Return the dose of each persona and method, searched for unless an earlier run has; drawn, logged."""
+) -> dict[str, dict[str, float]]:
+    """Return persona -> method -> its dose, searched for unless an earlier run has; drawn, logged."""
     name, made_from = "dose_search.json", doses_fingerprint(inputs)
     content = folder.current(name, made_from, expected(name, inputs))
     if content is None:
@@ -171,14 +171,22 @@ def searched_doses(
                 f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
                 "raise dose.bracket"
             )
-    return doses
+    return _by_persona(doses)
 
 
-def required_doses(inputs: Inputs, folder: RunFolder) -> dict[DoseKey, Dose]:
+def required_doses(inputs: Inputs, folder: RunFolder) -> dict[str, dict[str, float]]:
     """Return the doses that phase 4 has found. Raises InputError if they are missing or not whole."""
     name = "dose_search.json"
     content = folder.required(name, doses_fingerprint(inputs), 4, expected(name, inputs))
-    return _read_doses(inputs, folder, content)
+    return _by_persona(_read_doses(inputs, folder, content))
+
+
+def _by_persona(doses: Mapping[DoseKey, Dose]) -> dict[str, dict[str, float]]:
+    """Return the doses in the form in which a configuration gives them."""
+    found: dict[str, dict[str, float]] = {}
+    for (persona, method), dose in doses.items():
+        found.setdefault(persona, {})[method] = dose.alpha
+    return found
 
 
 def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> dict[DoseKey, Dose]:

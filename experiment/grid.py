@@ -11,7 +11,6 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from experiment.config import ExperimentConfig, JudgeConfig, alphas_of_method
-from experiment.dose_search import Dose
 from experiment.inputs import Inputs
 from scoring.likelihood_ratio import likelihood_ratio_fingerprint
 from scoring.trait_classifier import classifier_fingerprint
@@ -23,9 +22,7 @@ from texts.personas import Persona, load_prompts
 FORMAT_VERSION = 1
 EXAMINATION_VERSION = 3  # of what is examined, and how
 
-Alphas = (
-    Sequence[float | None] | Mapping[str, list[float] | dict[str, float]] | Mapping[tuple[str, str], Dose]
-)
+Alphas = Sequence[float | None] | Mapping[str, list[float] | dict[str, float]]
 Row = dict[str, Any]
 
 
@@ -58,18 +55,10 @@ def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
             cells.append(Cell("prompted", persona.name, None, "unsteered"))
         for method in inputs.config.steering_methods:
             made_from = vector_fingerprint(inputs, persona, method)
-            chosen = _alphas(alphas, persona.name, method)
+            given = alphas[persona.name] if isinstance(alphas, Mapping) else alphas
+            chosen = alphas_of_method(given, method)
             cells += [Cell(method, persona.name, alpha, made_from) for alpha in chosen]
     return cells
-
-
-def _alphas(alphas: Alphas, persona: str, method: str) -> Sequence[float | None]:
-    if not isinstance(alphas, Mapping):
-        return alphas
-    if persona in alphas:
-        return alphas_of_method(alphas[persona], method)
-    found = {name: dose.alpha for (of_persona, name), dose in alphas.items() if of_persona == persona}
-    return alphas_of_method(found, method)
 
 
 def planned_texts(
