@@ -539,10 +539,15 @@ def _held_out_retrieval(
     return {"retrieval_accuracy": accuracy, "retrieval_n": len(order)}
 
 
-def shuffled_pairs(statistics: PairStatistics, seed: int = 0) -> PairStatistics:
-    """Return statistics of the sample with its target rows shuffled: the control that must know nothing."""
+def shuffled_pairs(statistics: PairStatistics, seed: int = 0, draw: int = 0) -> PairStatistics:
+    """Return statistics of the sample with its target rows shuffled: the control that must know nothing.
+
+    draw: which of the seed's shuffles, counted from 0.
+    """
     sample = statistics.sample
-    order = torch.randperm(len(sample.rows), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(draw + 1):
+        order = torch.randperm(len(sample.rows), generator=generator)
     n_folds = min(statistics.n_folds, len(order))
     shuffled = PairStatistics(statistics.d_source, statistics.d_target, n_folds, seed)
     return shuffled.add(sample.H_source, sample.H_target[order])

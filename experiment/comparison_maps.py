@@ -7,7 +7,8 @@ Three kinds, all with an intercept:
 `reduced_rank`: ridge regression with W of limited rank (Mukherjee & Zhu 2011). If a small rank
     does as well, the shared space is small.
 `shuffled`: ridge regression on pairs that don't belong together. It must know nothing; a
-    vector that it maps is a control for the steering.
+    vector that it maps is a control for the steering. One shuffle may look like a trait by
+    chance, so there are several draws.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from ridge_mapping import (
 )
 from support.errors import InputError
 from support.pair_statistics import Moments, PairStatistics
-from support.vocabulary import MAP_KINDS
+from support.vocabulary import MAP_KINDS, vector_names
 
 KINDS = MAP_KINDS
 
@@ -37,12 +38,14 @@ class ComparisonMap:
     After `cross_validate_from` or `from_content`: W (d_source, d_target), source_mean (d_source,) and
     target_mean (d_target,), all float64; rank, of `reduced_rank`; and cv, what
     `ridge_mapping.held_out_summary` returns with the kind, lambda, rank and number of pairs.
+    draw: which shuffle, counted from 0.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, draw: int = 0) -> None:
         if kind not in KINDS:
             raise InputError(f"kind {kind!r} is unknown; choose {', '.join(KINDS)}")
         self.kind = kind
+        self.draw = draw
         self.statistics: PairStatistics | None = None
         self.rank: int | None = None
         self.W: Tensor | None = None
@@ -51,29 +54,35 @@ class ComparisonMap:
         self.cv: dict[str, Any] | None = None
 
     @classmethod
-    def from_statistics(cls, kind: str, statistics: PairStatistics) -> "ComparisonMap":
+    def from_statistics(cls, kind: str, statistics: PairStatistics, draw: int = 0) -> "ComparisonMap":
         """Make a map, not fitted yet, on pairs that were summed before. The statistics are shared.
 
         Raises InputError: an unknown kind, or a shuffled map of statistics that keep no sample to shuffle.
         """
-        made = cls(kind)
+        made = cls(kind, draw)
         if kind == "shuffled" and len(statistics.sample.rows) < 2:
             raise InputError("a shuffled map needs a sample of the pairs; n_sample is too small")
         made.statistics = statistics
         return made
 
+    @property
+    def name(self) -> str:
+        """What its vectors are called: the kind, or of a shuffle `shuffled_1` and so on."""
+        return vector_names(self.kind)[self.draw]
+
     def cross_validate_from(self, ridge: RidgeMapping) -> "ComparisonMap":
         """Take ridge regression's lambda, choose the rank of `reduced_rank`, and fit; returns self.
 
         Lambda is the best one of `ridge`, cross-validated on the same pairs (for `shuffled`, its best one
-        on the shuffled pairs); the rank is the one with the least pooled held-out error.
+        on the first shuffle); the rank is the one with the least pooled held-out error.
         Raises InputError if `ridge` has not been cross-validated.
         """
         if ridge.cv is None:
             raise InputError("the ridge mapping was not cross-validated; call its cross_validate() first")
-        is_shuffled = self.kind == "shuffled"
-        statistics = shuffled_pairs(self.statistics, ridge.cv["seed"]) if is_shuffled else self.statistics
-        lambda_ = ridge.cv["shuffled_best_lambda"] if is_shuffled else ridge.lambda_
+        statistics, lambda_ = self.statistics, ridge.lambda_
+        if self.kind == "shuffled":
+            statistics = shuffled_pairs(statistics, ridge.cv["seed"], self.draw)
+            lambda_ = ridge.cv["shuffled_best_lambda"]
 
         def absolute(moments: Moments) -> float:
             return ridge.absolute_lambda(lambda_, moments.gram)
@@ -102,14 +111,14 @@ class ComparisonMap:
         """Return the fitted map as tensors and numbers."""
         d_source, d_target = self._fitted_W().shape
         fitted = {"W": self.W, "source_mean": self.source_mean, "target_mean": self.target_mean}
-        chosen = {"kind": self.kind, "rank": self.rank, "cv": self.cv}
+        chosen = {"kind": self.kind, "draw": self.draw, "rank": self.rank, "cv": self.cv}
         return {**chosen, "d_source": d_source, "d_target": d_target, **fitted}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], name: str = "content") -> "ComparisonMap":
         """Make a map from what `content` returned. Raises InputError if an entry is missing."""
         try:
-            made = cls(content["kind"])
+            made = cls(content["kind"], content["draw"])
             for key in ("W", "source_mean", "target_mean", "rank", "cv"):
                 setattr(made, key, content[key])
         except KeyError as error:
@@ -153,7 +162,7 @@ def maps_table(ridge: RidgeMapping, others: Iterable[ComparisonMap]) -> list[dic
         }
     ]
     names = [name for name in rows[0] if name != "map"]
-    return [*rows, *({"map": other.kind, **{name: other.cv[name] for name in names}} for other in others)]
+    return [*rows, *({"map": other.name, **{name: other.cv[name] for name in names}} for other in others)]
 
 
 def procrustes(moments: Moments) -> Tensor:

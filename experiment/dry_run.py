@@ -44,7 +44,7 @@ from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
 from support.run_folder import RunFolder
 from support.tiny_models import tiny_model, tiny_tokenizer
-from support.vocabulary import MAP_KINDS, RANDOM_DRAWS
+from support.vocabulary import DRAWS, MAP_KINDS, vector_names
 from texts.encoding import encode
 from texts.personas import load_prompts
 
@@ -85,7 +85,8 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
 
     is_mapped = _has(inputs, folder, "persona_vectors.pt", personas_fingerprint)
     is_mapped = is_mapped or _has(inputs, folder, "ridge_mapping.pt", mapping_fingerprint)
-    n_decompositions = len(inputs.layer_pairs) * (config.n_folds + 1) * (1 + len(MAP_KINDS))
+    n_maps = 1 + sum(len(vector_names(kind)) for kind in MAP_KINDS)
+    n_decompositions = len(inputs.layer_pairs) * (config.n_folds + 1) * n_maps
     minutes["map"] = (
         0.0
         if is_mapped
@@ -115,7 +116,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     n_examined, n_judged_examined = _examined(inputs)
     is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
     if not is_examined:
-        n_written = n_development * (N_SEEDS + RANDOM_DRAWS)
+        n_written = n_development * (N_SEEDS + DRAWS)
         minutes["examination"] = (n_written * costs.writing + n_examined * costs.ratio * SHORTER) / 60
         lines.append(
             f"examination of the scorers: {n_examined} texts, {n_written} generations, about "
@@ -204,7 +205,7 @@ def _examined(inputs: Inputs) -> tuple[int, int]:
     """Return how many texts the scorers of all personas, and a judge, are examined on."""
     n_scored = n_judged = 0
     made_up = [f"unsteered text {n}" for n in range(N_SEEDS * len(inputs.development_prompts))]
-    steered = [f"broken text {n}" for n in range(RANDOM_DRAWS * len(inputs.development_prompts))]
+    steered = [f"broken text {n}" for n in range(DRAWS * len(inputs.development_prompts))]
     for persona in inputs.personas:
         others = [other for other in inputs.labelled_personas if other.name != persona.name]
         sets = examination_sets(persona, others, load_prompts("ordinary_examination"), made_up, steered)

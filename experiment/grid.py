@@ -15,7 +15,7 @@ from experiment.inputs import Inputs
 from scoring.likelihood_ratio import likelihood_ratio_fingerprint
 from scoring.trait_classifier import classifier_fingerprint
 from support.artifacts import file_sha256, fingerprint
-from support.vocabulary import RANDOM_DRAWS
+from support.vocabulary import DRAWS
 from texts.neutral_text import NeutralText
 from texts.personas import Persona, load_prompts
 
@@ -244,10 +244,11 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
         "interpolate": source,
         "random_proj": [*source, config.seed],
         "oracle": [],
-        "random": [config.seed, RANDOM_DRAWS],
+        "random": [config.seed, DRAWS],
     }
     texts = [] if method == "random" else texts
     parts = naive[method] if method in naive else [*source, mapping_fingerprint(inputs)]
+    parts += [DRAWS] if method == "shuffled" else []
     unit = read_fingerprint(inputs) if config.alpha_unit == "residual_norm" else "absolute"
     return fingerprint(method, texts, parts, target_layer, unit)
 

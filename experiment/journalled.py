@@ -28,7 +28,7 @@ from support.errors import InputError
 from support.journal import Journal
 from support.progress import HIDDEN, tqdm
 from support.run_folder import RunFolder
-from support.vocabulary import RANDOM_DRAWS, random_name
+from support.vocabulary import vector_names
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +64,11 @@ def write_texts(
 
 
 def _added(vectors: Vectors, row: Row, unsteered: Tensor) -> Tensor:
-    """Return what a row adds, (blocks, d_target); the random directions take turns, prompt by prompt."""
+    """Return what a row adds, (blocks, d_target); vectors made by chance take turns, prompt by prompt."""
     if row["alpha"] is None:
         return unsteered
-    method = row["condition"]
-    if method == "random":
-        method = random_name(row["prompt_idx"] % RANDOM_DRAWS)
-    return vectors[row["persona"]][method]
+    names = vector_names(row["condition"])
+    return vectors[row["persona"]][names[row["prompt_idx"] % len(names)]]
 
 
 def write_answers(

@@ -17,6 +17,7 @@ from experiment.workers import collect_in_chunks
 from ridge_mapping import RidgeMapping
 from support.pair_statistics import PairStatistics
 from support.run_folder import RunFolder
+from support.vocabulary import vector_names
 
 RIDGE, OTHERS, RESULTS = "ridge_mapping.pt", "comparison_maps.pt", "cv_results.json"
 
@@ -37,7 +38,7 @@ class LearnedMaps:
     @property
     def transforms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """How each comparison map carries a direction over."""
-        return {kind: other.transform for kind, other in self.others.items()}
+        return {name: other.transform for name, other in self.others.items()}
 
 
 def learn_maps(
@@ -116,16 +117,18 @@ def fit_maps(
     config, made_from = inputs.config, mapping_fingerprint(inputs)
     ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
-    others = {
-        kind: ComparisonMap.from_statistics(kind, statistics).cross_validate_from(ridge) for kind in KINDS
-    }
-    folder.save(OTHERS, made_from, {"maps": {kind: other.content() for kind, other in others.items()}})
+    others = [
+        ComparisonMap.from_statistics(kind, statistics, draw).cross_validate_from(ridge)
+        for kind in KINDS
+        for draw in range(len(vector_names(kind)))
+    ]
+    folder.save(OTHERS, made_from, {"maps": {other.name: other.content() for other in others}})
     ridge.save(folder.path / RIDGE, made_from)
     results = {
         **ridge.cv,
         "pairs": report,
         "analysis": ridge.analyze(),
-        "maps": maps_table(ridge, others.values()),
+        "maps": maps_table(ridge, others),
         "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
     }
     folder.save(RESULTS, made_from, results)
@@ -165,5 +168,5 @@ def _read(
     folder: RunFolder, results: dict[str, Any], ridge: dict[str, Any], others: dict[str, Any]
 ) -> LearnedMaps:
     path = str(folder.path / OTHERS)
-    maps = {kind: ComparisonMap.from_content(entry, path) for kind, entry in others["maps"].items()}
+    maps = {name: ComparisonMap.from_content(entry, path) for name, entry in others["maps"].items()}
     return LearnedMaps(RidgeMapping.from_content(ridge, str(folder.path / RIDGE)), maps, results)

@@ -15,7 +15,7 @@ from scoring.gpt_judge import trait_prompt
 from scoring.paid_once import PaidOnce
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
-from support.vocabulary import RANDOM_DRAWS, random_name
+from support.vocabulary import vector_names
 from texts.personas import Persona, load_prompts
 
 BRIEF = {"is_licensed": True, "problems": [], "measure": "length, which needs no licence"}
@@ -87,8 +87,8 @@ def _development_texts(
     alpha = TOO_STRONG * max((abs(row["alpha"]) for row in rows if row["alpha"] is not None), default=1.0)
     persona = inputs.personas[0].name
     cells = [
-        Cell(random_name(draw), persona, alpha, fingerprint("random", made_from, draw))
-        for draw in range(RANDOM_DRAWS)
+        Cell(name, persona, alpha, fingerprint("random", made_from, draw))
+        for draw, name in enumerate(vector_names("random"))
     ]
     unsteered = write_development(
         inputs, folder, executor, [UNSTEERED], steering.vectors, steering.medians, N_SEEDS

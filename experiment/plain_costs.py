@@ -18,7 +18,7 @@ from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.transfers import SteeringVectors
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
-from support.vocabulary import RANDOM_DRAWS, random_name
+from support.vocabulary import DRAWS, vector_names
 
 NAME = "plain_costs.json"
 
@@ -30,11 +30,11 @@ def plain_costs(
 ) -> dict[str, dict[str, float]]:
     """Return persona -> condition -> perplexity of plain text steered / unsteered, a geometric mean.
 
-    doses: persona -> condition -> alpha; conditions without one are left out. Of `random`, the mean over its
-    draws. The vector is added at every token, whatever `steer_positions` says.
+    doses: persona -> condition -> alpha; conditions without one are left out. Where chance makes the vectors,
+    the mean over their draws. A vector is added at every token, whatever `steer_positions` says.
     """
     texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
-    made_from = fingerprint(personas_fingerprint(inputs), doses, texts, inputs.config.alpha_unit)
+    made_from = fingerprint(personas_fingerprint(inputs), doses, texts, inputs.config.alpha_unit, DRAWS)
     content = folder.current(NAME, made_from, {"personas": dict})
     if content is not None:
         return content["personas"]
@@ -44,7 +44,7 @@ def plain_costs(
         for persona, of_persona in doses.items()
         for condition, alpha in of_persona.items()
         if alpha is not None
-        for name in (map(random_name, range(RANDOM_DRAWS)) if condition == "random" else (condition,))
+        for name in vector_names(condition)
     ]
     size = inputs.config.evaluation_batch_size
     of_first = steering.vectors[inputs.personas[0].name]

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment.inputs import Inputs
 from support.structure import NUMBER, Each, Shape
-from support.vocabulary import MAP_KINDS, RANDOM_DRAWS, random_name
+from support.vocabulary import MAP_KINDS, vector_names
 
 CHECK = {"name": str, "technical": bool, "status": str, "detail": str, "remedy": str}
 NORM = {"median": float, "median_with_massive": float, "massive_dimensions": [int]}
@@ -43,8 +43,7 @@ SEARCH |= {"agreement": Each([[float]]), "r2_standardised": [[float]], "score": 
 
 
 def _vector_names(methods: Sequence[str]) -> tuple[str, ...]:
-    draws = tuple(map(random_name, range(RANDOM_DRAWS)))
-    return tuple(name for method in methods for name in (draws if method == "random" else (method,)))
+    return tuple(name for method in methods for name in vector_names(method))
 
 
 def expected(name: str, inputs: Inputs) -> Any:
@@ -85,7 +84,9 @@ def expected(name: str, inputs: Inputs) -> Any:
             "n": int,
             "cv": CV,
         },
-        "comparison_maps.pt": {"maps": Each({"kind": str, "cv": dict, **fitted}, MAP_KINDS)},
+        "comparison_maps.pt": {
+            "maps": Each({"kind": str, "draw": int, "cv": dict, **fitted}, _vector_names(MAP_KINDS))
+        },
         "cv_results.json": {
             **CHOSEN,
             "maps": [MAP_ROW, ...],

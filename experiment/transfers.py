@@ -12,7 +12,7 @@ from baseline_methods import BaselineTransfer
 from experiment.grid import other_personas
 from experiment.inputs import LayerPair, NativeVectors
 from experiment.learned_maps import LearnedMaps
-from support.vocabulary import RANDOM_DRAWS, random_name
+from support.vocabulary import vector_names
 
 MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
 
@@ -112,10 +112,10 @@ def transfer_personas(
     for name, other in other_personas(list(vectors)).items():
         vectors[name]["wrong_persona"] = vectors[other]["ridge_mapped"]
     generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
-    for draw in range(RANDOM_DRAWS):
+    for drawn in vector_names("random"):
         direction = torch.randn(ridge.d_target, generator=generator)
         for by_method in vectors.values():
-            by_method[random_name(draw)] = direction / direction.norm()
+            by_method[drawn] = direction / direction.norm()
     for name, by_method in vectors.items():
         oracle = by_method["oracle"]
         others = [vectors[other]["oracle"] for other in vectors if other != name]

@@ -9,7 +9,7 @@ from experiment.transfers import SteeringVectors
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
 from support.vector_files import FORMATS, write_vectors
-from support.vocabulary import RANDOM_DRAWS, random_name
+from support.vocabulary import method_of
 
 NEEDED = ("config.json", "persona_vectors.pt", "verdict.json")
 
@@ -39,9 +39,8 @@ def export_vector(
     vectors = content["vectors"]
     _check_has(folder, "persona", persona, list(vectors))
     _check_has(folder, "method", method, list(vectors[persona]))
-    condition = "random" if method in map(random_name, range(RANDOM_DRAWS)) else method
     judged = verdict["personas"].get(persona, {})
-    dose = alpha if alpha is not None else judged.get("doses", {}).get(condition)
+    dose = alpha if alpha is not None else judged.get("doses", {}).get(method_of(method))
     if dose is None:
         raise InputError(f"{folder} has no dose for {persona}, {method}; give one with --alpha")
     steering = SteeringVectors.from_content(content)

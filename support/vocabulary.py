@@ -20,9 +20,10 @@ SteerPositions = Literal["all", "generated"]
 PromptFormat = Literal["raw", "chat", "auto"]
 
 LOWEST_TEMPERATURE = 1e-6  # of sampling; below, logits / temperature can overflow
-RANDOM_DRAWS = 3  # directions that the texts of `random` take in turn, prompt by prompt
 METHODS: tuple[str, ...] = get_args(Transfer)
 MAP_KINDS: tuple[str, ...] = get_args(MapKind)
+DRAWS = 3  # vectors of a control that is made by chance; its texts take them in turn, prompt by prompt
+DRAWN: tuple[Method, ...] = ("random", "shuffled")
 LAMBDA_UNITS: tuple[str, ...] = get_args(LambdaUnit)
 LAMBDA_CRITERIA: tuple[str, ...] = get_args(LambdaCriterion)
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
@@ -32,6 +33,11 @@ PERSONA_POSITIONS: tuple[str, ...] = get_args(PersonaPosition)
 STEER_POSITIONS: tuple[str, ...] = get_args(SteerPositions)
 
 
-def random_name(draw: int) -> str:
-    """Return what `persona_vectors.pt` calls a random direction, counted from 0."""
-    return f"random_{draw + 1}"
+def vector_names(method: str) -> tuple[str, ...]:
+    """Return what `persona_vectors.pt` calls a method's vectors: one, or DRAWS of them made by chance."""
+    return tuple(f"{method}_{draw + 1}" for draw in range(DRAWS)) if method in DRAWN else (method,)
+
+
+def method_of(vector_name: str) -> str:
+    """Return the method that a vector of this name belongs to."""
+    return next((method for method in DRAWN if vector_name in vector_names(method)), vector_name)

@@ -184,6 +184,18 @@ def test_shuffled_is_the_control_that_ridge_reports(pairs, seed):
     assert shuffled.cv["r2"] == pytest.approx(ridge.cv["shuffled_r2"], rel=1e-9)
 
 
+def test_each_draw_is_another_shuffle(ridge):
+    draws = [
+        ComparisonMap.from_statistics("shuffled", ridge.statistics, draw).cross_validate_from(ridge)
+        for draw in range(3)
+    ]
+    assert [made.name for made in draws] == ["shuffled_1", "shuffled_2", "shuffled_3"]
+    unequal = [(draws[0].W - made.W).norm() / made.W.norm() for made in draws[1:]]
+    assert min(unequal) > 0.5
+    again = ComparisonMap.from_content(draws[2].content())
+    assert (again.name, torch.equal(again.W, draws[2].W)) == ("shuffled_3", True)
+
+
 def test_transform_maps_differences_and_keeps_the_dtype(pairs, made):
     assert not made.transform(torch.zeros(D_SOURCE)).any()
     difference = pairs[0][3] - pairs[0][8]

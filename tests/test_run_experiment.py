@@ -38,14 +38,13 @@ from decoding import output_head
 from evaluation import continuation_perplexities
 from experiment import preflight
 from experiment.ablations import _SampleRun, ablate_samples
-from experiment.comparison_maps import KINDS
 from experiment.development import trait_costs
 from experiment.ray_executor import RayExecutor
 from model_loading import load_model
 from run_experiment import PersonaTransferExperiment, main
 from scoring.gpt_judge import GPTJudge
 from steered_generation import SteeredGenerator
-from support.artifacts import load_json, load_tensors
+from support.artifacts import load_json, load_tensors, save_tensors
 from support.errors import InputError
 from support.journal import Journal
 from support.tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
@@ -57,6 +56,7 @@ N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
 N_TEXTS = N_CELLS * N_PER_CELL
 N_DEVELOPMENT = len(load_prompts("development")) * (1 + N_PERSONAS * N_ALPHAS)  # texts of the preflight
+MAPS = ("procrustes", "reduced_rank", "shuffled_1", "shuffled_2", "shuffled_3")
 N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
 
 
@@ -144,6 +144,24 @@ def test_every_condition_changes_some_text(finished):
         assert any(row["output"] != unsteered[row["prompt"], row["seed"]] for row in steered), method
 
 
+@pytest.mark.parametrize("method", ["random", "shuffled"])
+def test_vectors_made_by_chance_take_turns_from_prompt_to_prompt(method, settings, out):
+    content = load_tensors(out / "persona_vectors.pt")
+    for vectors in content["vectors"].values():
+        for draw in (1, 3):
+            vectors[f"{method}_{draw}"].zero_()
+    save_tensors(out / "persona_vectors.pt", content)
+    assert run(out, {**settings, "methods": [method, "oracle"], "alpha_values": [40.0]}, "--phase", "4") == 0
+    written = rows(out)
+    unsteered = {(row["prompt_idx"], row["seed"]): row["output"] for row in written[:N_PER_CELL]}
+    changed = {
+        row["prompt_idx"]
+        for row in written
+        if row["condition"] == method and row["output"] != unsteered[row["prompt_idx"], row["seed"]]
+    }
+    assert changed == {prompt for prompt in range(N_PROMPTS) if prompt % 3 == 1}
+
+
 def test_evaluation_covers_each_text_and_the_baseline_for_each_persona(finished):
     evaluated = rows(finished, "eval_results.json")
     assert len(evaluated) == N_EVALUATIONS
@@ -163,7 +181,7 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     content = load_tensors(finished / "persona_vectors.pt")
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for name, vectors in content["vectors"].items():
-        assert list(vectors) == [*METHODS, *KINDS, "wrong_persona", "random_1", "random_2", "random_3"]
+        assert list(vectors) == [*METHODS, *MAPS, "wrong_persona", "random_1", "random_2", "random_3"]
         assert content["source_vectors"][name].shape == (32,)
         for vector in [*vectors.values(), content["source_vectors"][name]]:
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)
@@ -1215,9 +1233,9 @@ def test_experiment_runs_on_the_packaged_models(real):
 @pytest.mark.parametrize("persona", ["formal", "cheerful"])
 def test_mapped_vector_is_nearer_to_its_oracle_than_naive_ones(persona, real):
     entry = load_json(real[0] / "persona_similarities.json")["personas"][persona]
-    controls = ("zero_pad", "interpolate", "random_proj", "shuffled")
+    controls = ("zero_pad", "interpolate", "random_proj", "shuffled_1", "shuffled_2", "shuffled_3")
     for cosines in (entry["cosine_to_oracle"], entry["cosine_without_massive"]):
-        assert set(cosines) == {*METHODS, *KINDS} - {"oracle"}
+        assert set(cosines) == {*METHODS, *MAPS} - {"oracle"}
     assert cosines["ridge_mapped"] > 0.3 + max(abs(cosines[control]) for control in controls)
     assert cosines["ridge_mapped"] > entry["highest_cosine_to_other_oracles"] + 0.3
 
@@ -1319,7 +1337,8 @@ def test_texts_of_a_band_are_steered_at_all_its_blocks(band, settings):
         for row in rows(band):
             if row["condition"] == "baseline" or row["seed"]:
                 continue
-            for layer, vector in content["vectors"][row["persona"]][row["condition"]].items():
+            turn = f"_{row['prompt_idx'] % 3 + 1}" if row["condition"] == "shuffled" else ""
+            for layer, vector in content["vectors"][row["persona"]][row["condition"] + turn].items():
                 generator.register_steering(layer, vector, row["alpha"])
             assert generator.generate(row["prompt"], settings["max_new_tokens"]) == row["output"]
             seen += 1
