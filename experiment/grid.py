@@ -15,7 +15,7 @@ from experiment.inputs import Inputs
 from scoring.likelihood_ratio import likelihood_ratio_fingerprint
 from scoring.trait_classifier import classifier_fingerprint
 from support.artifacts import file_sha256, fingerprint
-from support.vocabulary import DRAWS
+from support.vocabulary import DRAWN, DRAWS
 from texts.neutral_text import NeutralText
 from texts.personas import Persona, load_prompts
 
@@ -244,11 +244,11 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
         "interpolate": source,
         "random_proj": [*source, config.seed],
         "oracle": [],
-        "random": [config.seed, DRAWS],
+        "random": [config.seed],
     }
     texts = [] if method == "random" else texts
     parts = naive[method] if method in naive else [*source, mapping_fingerprint(inputs)]
-    parts += [DRAWS] if method == "shuffled" else []
+    parts += [DRAWS] if method in DRAWN else []
     unit = read_fingerprint(inputs) if config.alpha_unit == "residual_norm" else "absolute"
     return fingerprint(method, texts, parts, target_layer, unit)
 
