@@ -83,7 +83,8 @@ def all_answers_fingerprint(inputs: Inputs) -> str:
 def _with_neutral_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
     """Return the inputs with the answers that the map is learnt from; learnt from passages, as they are.
 
-    Both models read them behind their question. An empty answer is left out, and counted.
+    Both models read them behind their question, without the style that they may have been asked for. An empty
+    answer is left out, and counted.
     """
     if not inputs.neutral_questions:
         return inputs

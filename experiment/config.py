@@ -313,7 +313,7 @@ class ExperimentConfig(_Strict):
 
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
-    map_text: Literal["passages", "answers"] = "passages"
+    map_text: Literal["passages", "answers", "styled_answers"] = "passages"
     positions: PairPositions = "word_ends"
     lambda_values: Annotated[list[Lambda], Field(min_length=1, max_length=1000)] = [
         0.01,

@@ -95,7 +95,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     there = ", already mapped" if is_mapped else ""
     of_passages = f", {tokens['source']} source and {tokens['target']} target tokens"
     lines.append(
-        f"texts for the map: {config.n_training_samples} {config.map_text}"
+        f"texts for the map: {config.n_training_samples} {config.map_text.replace('_', ' ')}"
         f"{'' if inputs.neutral_questions else of_passages}{there}, about {minutes['map']:.1f} min"
     )
 

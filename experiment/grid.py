@@ -335,23 +335,30 @@ def neutral_answers_fingerprint(inputs: Inputs) -> str:
     sampled = _answer_sampling(config, config.max_new_tokens)
     made_from = [inputs.side(writer).fingerprint, sampled, config.seed]
     shown = [inputs.shown_question(side.name, "?", config.system_prompt) for side in inputs.sides]
-    return fingerprint(FORMAT_VERSION, made_from, shown, inputs.neutral_questions, config.n_training_samples)
+    styles = [inputs.neutral_styles] if inputs.neutral_styles else []
+    asked = inputs.neutral_questions, config.n_training_samples
+    return fingerprint(FORMAT_VERSION, made_from, shown, *asked, *styles)
 
 
 def planned_neutral_answers(inputs: Inputs) -> list[Row]:
-    """Return a row for each answer that the map is learnt from: all questions, again with the next seed."""
+    """Return a row for each answer that the map is learnt from: all questions, again with the next seed.
+
+    Styles take turns from question to question, and go on to the next for each seed.
+    """
     config, writer = inputs.config, inputs.answer_writer
-    shown = [inputs.shown_question(writer, text, config.system_prompt) for text in inputs.neutral_questions]
     rows, sampled = [], _answer_sampling(config, config.max_new_tokens)
+    styles = inputs.neutral_styles or (None,)
     for number in range(config.n_training_samples):
-        turn, index = divmod(number, len(shown))
-        seed = config.seed + turn
-        made_from = [inputs.side(writer).fingerprint, shown[index], seed, sampled]
+        turn, index = divmod(number, len(inputs.neutral_questions))
+        asked, seed = inputs.neutral_questions[index], config.seed + turn
+        system_prompt = inputs.also_told(styles[(index + turn) % len(styles)])
+        shown = inputs.shown_question(writer, asked, system_prompt)
+        made_from = [inputs.side(writer).fingerprint, shown, seed, sampled]
         rows.append(
             {
                 "key": fingerprint(FORMAT_VERSION, "answer", made_from),
-                "system_prompt": config.system_prompt,
-                "prompt": inputs.neutral_questions[index],
+                "system_prompt": system_prompt,
+                "prompt": asked,
                 "alpha": None,
                 "seed": seed,
             }

@@ -5,6 +5,7 @@ components below take plain arguments.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -55,6 +56,7 @@ class Inputs:
         prompt.
     neutral_questions, neutral_answers: for the map, if it is learnt from answers to questions without any
         trait; the answers are there once `answers.with_answers` has had them written.
+    neutral_styles: system prompts, none a persona's, under which these are written in turn, if they are.
     source, target: their extractors read the layers of the run, of a band those of its middle pair.
     band: (source layer, target layer) of each pair, if the run steers several blocks; in order of the target.
     train, train_ratios: return the scorers of traits, trained at the first call.
@@ -80,6 +82,7 @@ class Inputs:
     given: Mapping[tuple[str, str], VectorFile] = field(default_factory=dict)
     neutral_questions: tuple[str, ...] = ()
     neutral_answers: tuple[NeutralText, ...] = ()
+    neutral_styles: tuple[str, ...] = ()
 
     @property
     def map_texts(self) -> tuple[NeutralText, ...]:
@@ -176,9 +179,11 @@ class Inputs:
             if asked.instructions
             else f"Answer in this style. {asked.description or asked.name}"
         )
-        return self.shown_question(
-            side, prompt, "\n\n".join(filter(None, [self.config.system_prompt, instruction]))
-        )
+        return self.shown_question(side, prompt, self.also_told(instruction))
+
+    def also_told(self, instruction: str | None) -> str | None:
+        """Return the run's system prompt with an instruction after it."""
+        return "\n\n".join(filter(None, [self.config.system_prompt, instruction])) or None
 
     def shown_question(self, side: str, text: str, system_prompt: str | None = None) -> str:
         """Return a question as a side's model reads it: in its chat template, else as plain text."""
@@ -394,7 +399,8 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         chat_sides=chat,
         train_ratios=cache(partial(_train_ratios, config, labelled)),
         given=given,
-        neutral_questions=_neutral_questions(config, personas) if config.map_text == "answers" else (),
+        neutral_questions=() if config.map_text == "passages" else _neutral_questions(config, personas),
+        neutral_styles=_neutral_styles(personas) if config.map_text == "styled_answers" else (),
     )
     if config.layers == "band":
         inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
@@ -461,7 +467,7 @@ def _check_models(inputs: Inputs) -> None:
         )
     if inputs.neutral_questions and not inputs.chat_sides:
         raise InputError(
-            "map_text 'answers' asks a chat model, but neither model is one (prompt_format: "
+            f"map_text {config.map_text!r} asks a chat model, but neither model is one (prompt_format: "
             f"{config.prompt_format!r}); choose 'passages', or give an instruct model"
         )
     if config.system_prompt and not inputs.asks_questions:
@@ -500,6 +506,33 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
             "folds never split; lower n_folds, raise n_training_samples, or choose map_text 'passages'"
         )
     return kept
+
+
+def _neutral_styles(personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the system prompts of `prompts/neutral_styles.txt` that name no persona and overlap none's own.
+
+    Raises InputError: none is left.
+    """
+    overlaps = OverlapCheck(text for persona in personas for pair in persona.instructions for text in pair)
+    names = [words for persona in personas if (words := _words(persona.name))]
+    styles = load_prompts("neutral_styles")
+    kept = tuple(
+        style
+        for style in styles
+        if not overlaps.found_in(style) and not any(words <= _words(style) for words in names)
+    )
+    if len(kept) < len(styles):
+        logger.warning("refused %d neutral styles that are a persona's", len(styles) - len(kept))
+    if not kept:
+        raise InputError(
+            "map_text 'styled_answers': each style of prompts/neutral_styles.txt is a persona's; choose "
+            "'answers'"
+        )
+    return kept
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text.casefold()))
 
 
 def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_texts: int) -> list[NeutralText]:

@@ -14,7 +14,7 @@ from activation_extractor import ActivationExtractor, paired_activations
 from evaluation import Evaluator, continuation_perplexities
 from experiment.answers import with_answers
 from experiment.config import load_config
-from experiment.grid import grid_texts
+from experiment.grid import grid_texts, neutral_answers_fingerprint
 from experiment.inputs import load_inputs, start_executor
 from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
@@ -484,6 +484,40 @@ def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp
     (tmp_path / "out" / "neutral_answers.json").unlink()
     assert run(tmp_path / "out", changed, "--phase", "1") == 0
     assert "310 answers by the target model, 310 of them already there" in caplog.text
+
+
+def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(settings, tmp_path, caplog):
+    changed = {
+        **settings,
+        "map_text": "styled_answers",
+        "n_training_samples": 310,
+        "system_prompt": "Be kind.",
+    }
+    assert run(tmp_path / "out", changed, "--phase", "1") == 0
+    rows = load_json(tmp_path / "out" / "neutral_answers.json")["rows"]
+    asked, styles = load_prompts("neutral_questions"), load_prompts("neutral_styles")
+    assert [row["prompt"] for row in rows] == [*asked, *asked[:10]]
+    in_turn = [f"Be kind.\n\n{styles[number % len(styles)]}" for number in range(300)]
+    in_turn += [f"Be kind.\n\n{styles[number + 1]}" for number in range(10)]
+    assert [row["system_prompt"] for row in rows] == in_turn
+    inputs = load_inputs(load_config({**changed, "output_dir": str(tmp_path / "out")}))
+    generator = inputs.generator()
+    for row in rows[:3]:
+        said = question(row["prompt"], row["system_prompt"])
+        assert generator.generate(said, changed["max_new_tokens"], seed=row["seed"]) == row["output"]
+    read = with_answers(inputs, RunFolder(tmp_path / "out"), start_executor(inputs)).map_texts
+    shown = prompt_text(inputs.target.tokenizer, question(read[0].document, "Be kind."))
+    assert read[0].prompts == (read[0].document + "\n\n", shown)  # without the style
+
+    plain = {**changed, "map_text": "answers", "output_dir": str(tmp_path / "out")}
+    assert neutral_answers_fingerprint(load_inputs(load_config(plain))) != neutral_answers_fingerprint(inputs)
+
+    robot = {"loud": settings["persona_datasets"]["loud"], "robot": settings["persona_datasets"]["loud"]}
+    of_robot = {**changed, "persona_datasets": robot, "output_dir": str(tmp_path / "other")}
+    caplog.clear()
+    kept = load_inputs(load_config(of_robot)).neutral_styles
+    assert kept == tuple(style for style in styles if "robot" not in style)
+    assert "refused 1 neutral styles that are a persona's" in caplog.text
 
 
 def test_neutral_questions_that_a_test_asks_are_left_out(settings, tmp_path, caplog):

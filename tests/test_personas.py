@@ -67,14 +67,17 @@ def test_test_and_development_prompts_are_distinct():
     assert len({*asked, *(prompt for prompts in sets.values() for prompt in prompts)}) == len(asked) + 468
 
 
-def test_neutral_questions_share_no_words_with_prompts_or_personas():
+def test_neutral_questions_and_styles_share_no_words_with_prompts_or_personas():
     names = ("test", "development", "test_questions", "development_questions")
     personas = [load_persona(name) for name in shipped_personas()]
     texts = [prompt for each in names for prompt in load_prompts(each)]
     texts += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
     texts += [text for persona in personas for pair in persona.instructions for text in pair]
     overlaps = OverlapCheck(texts)
-    assert [text for text in load_prompts("neutral_questions") if overlaps.found_in(text)] == []
+    neutral = [*load_prompts("neutral_questions"), *load_prompts("neutral_styles")]
+    assert [text for text in neutral if overlaps.found_in(text)] == []
+    styles = " ".join(load_prompts("neutral_styles")).casefold()
+    assert [name for name in shipped_personas() if name in styles] == []
 
 
 @pytest.mark.parametrize("name", shipped_personas())

@@ -210,7 +210,8 @@ def load_prompts(name: str) -> list[str]:
     """Return the prompts of `prompts/<name>.txt`, one a line.
 
     name: `test` (60) or `development` (24), beginnings of texts; or `test_questions`,
-        `development_questions`, as many; or `ordinary_training` and `ordinary_examination`, texts without
+        `development_questions`, as many; `neutral_questions` and `neutral_styles` (20 system prompts), for
+        the map; or `ordinary_training` and `ordinary_examination`, texts without
         any trait, for scorers.
     """
     lines = read_text(PROMPT_FOLDER / f"{name}.txt").splitlines()
