@@ -19,7 +19,7 @@ from experiment.plain_costs import plain_costs
 from experiment.structures import expected
 from experiment.success import format_success, success
 from experiment.transfers import SteeringVectors
-from experiment.verdict import ORACLE, format_verdicts, verdicts
+from experiment.verdict import MAPPED, ORACLE, format_verdicts, verdicts
 from scoring.trait_classifier import auc_notes
 from support.artifacts import fingerprint, save_text
 from support.run_folder import RunFolder
@@ -186,7 +186,7 @@ def _effects_row(
 ) -> dict[str, Any]:
     decided, alpha = of_persona["scorers"][scorer], of_persona["doses"][condition]
     effect = decided["effects"][condition]
-    recovered = (decided.get("recovery") or {}) if condition == "ridge_mapped" else {}
+    recovered = (decided.get("recovery") or {}) if condition == MAPPED else {}
     share = decided.get("shares", {}).get(condition, {})
     corrected = share.get("corrected") or {}
     return {
@@ -216,8 +216,8 @@ def _effects_row(
 def harm_curves(rows: Sequence[Row], personas: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return persona -> condition -> points {alpha, harm, effect, low, high} by dose, by the classifier.
 
-    Only conditions that were steered at two doses or more, with the oracle to compare them with, and points
-    with both numbers.
+    Conditions that were steered at two doses or more, with the mapped vector and the oracle to compare them
+    with, and points with both numbers.
     """
     by_cell = {(each["persona"], each["condition"], each["alpha"]): each for each in aggregate(rows)}
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -225,7 +225,7 @@ def harm_curves(rows: Sequence[Row], personas: Sequence[str]) -> dict[str, dict[
         by_condition = _alphas(rows, persona)
         shown = {condition for condition, alphas in by_condition.items() if len(alphas) > 1}
         for condition, alphas in by_condition.items():
-            if condition not in shown and not (shown and condition == ORACLE):
+            if condition not in shown and not (shown and condition in (MAPPED, ORACLE)):
                 continue
             points = []
             for alpha in sorted(alphas, key=abs):
@@ -257,7 +257,7 @@ def off_target(
         return statistics.fmean(values) if values else None
 
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for method in ("ridge_mapped", ORACLE):
+    for method in (MAPPED, ORACLE):
         for persona, of_persona in doses.items():
             if method not in of_persona:
                 continue

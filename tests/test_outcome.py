@@ -40,5 +40,15 @@ def test_harm_curves_have_the_conditions_of_several_doses_and_the_oracle_beside_
     assert found == [pytest.approx((0.25, 0.25, 2**0.25)), pytest.approx((0.5, 0.5, 2**0.5))]
 
 
+def test_harm_curves_have_the_mapped_vector_whose_one_dose_is_the_oracles():
+    rows = rows_at({"ridge_mapped": [0.5], "oracle": [0.5], "shuffled": [0.5, 0.9], "zero_pad": [0.5]})
+    curves = harm_curves(rows, ["loud"])["loud"]
+    assert {name: len(points) for name, points in curves.items()} == {
+        "ridge_mapped": 1,
+        "oracle": 1,
+        "shuffled": 2,
+    }
+
+
 def test_conditions_of_one_dose_alone_make_no_curve():
     assert harm_curves(rows_at({"ridge_mapped": [0.5], "oracle": [0.5]}), ["loud"]) == {}
