@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PART = 8192
+TILE = 2**19  # logits, of all rows together
 BLOCK = 32
 WHOLE_FROM = 4  # a share of the vocabulary, 1 / this, from which all of it is as fast
 SCREENED_VOCABULARY = 2**16  # in a smaller one the product in bfloat16 saves little
@@ -207,20 +208,29 @@ _screens: WeakKeyDictionary[nn.Module, ScreenedProduct] = WeakKeyDictionary()
 def total_weight(logits: Tensor, highest: Tensor, temperature: float = 1.0) -> Tensor:
     """Return exp((logit - highest) / temperature) summed over the vocabulary, (rows,) float64.
 
-    logits: (rows, vocabulary); highest: (rows,) the largest of each row. Goes through the
-    vocabulary in parts, since temporaries as large as the logits cost more than the sum.
+    logits: (rows, vocabulary); highest: (rows,) the largest of each row.
     """
     total = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for part in logits.split(PART, dim=1):
-        total += ((part.float() - highest[:, None]) / temperature).exp_().sum(1)
+    for tile in _tiles(logits):
+        total += (tile.float() - highest[:, None]).div_(temperature).exp_().sum(1)
     return total
 
 
 def token_log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return log p(token) for each row, (rows,) float64, from logits (rows, vocabulary)."""
-    highest = logits.amax(1).float()
     chosen = logits.gather(1, tokens[:, None])[:, 0].double()
-    return chosen - highest - total_weight(logits, highest).log()
+    totals = []
+    for tile in _tiles(logits):
+        tile = tile.float()
+        highest = tile.amax(1).clamp(min=torch.finfo(tile.dtype).min)  # where all are -inf
+        totals.append(highest + (tile - highest[:, None]).exp_().sum(1).double().log())
+    return chosen - torch.stack(totals, 1).logsumexp(1)
+
+
+def _tiles(logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the logits in parts of the vocabulary, so small that what is made of one stays in the cache."""
+    size = TILE if logits.device.type == "cpu" else 2**7 * TILE
+    return logits.split(max(1, size // max(1, len(logits))), dim=1)
 
 
 @torch.inference_mode()

@@ -193,6 +193,15 @@ def test_token_log_likelihoods_of_half_precision_lose_nothing_more(dtype):
     assert torch.allclose(token_log_likelihoods(logits, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_token_log_likelihoods_leave_out_tokens_at_minus_infinity(monkeypatch):
+    """Also where a part of the vocabulary holds no other tokens."""
+    monkeypatch.setattr(output_head, "TILE", 9 * 64)
+    logits, tokens = torch.randn(9, 300), torch.randint(50, (9,))
+    logits[:, 60:200] = float("-inf")
+    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(token_log_likelihoods(logits, tokens), expected, rtol=1e-6, atol=1e-6)
+
+
 @every_pair(scale=[1.0, 1e4], temperature=[1e-3, 0.7, 1.0, 100.0], layout=LAYOUTS)
 def test_total_weight_is_the_sum_over_the_whole_vocabulary(scale, temperature, layout):
     logits = scale * torch.randn(9, 20_000)
