@@ -31,7 +31,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
-from decoding.output_head import token_log_likelihoods
+from decoding.output_head import narrowed_head, token_log_likelihoods
 from model_loading import fastest_dtype, filler_token_id, load_model, pad_tokens
 from scoring.broken_text import any_cut, can_be_broken, has_collapsed, shuffled
 from scoring.trait_classifier import FALSE_POSITIVES, IN_ORDER
@@ -44,6 +44,7 @@ N_EXAMPLES = 6  # labelled texts that are read before
 N_TRAINING = 30  # of each kind, from which the regression learns
 LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
+ROW = 192  # tokens of short texts that are read side by side
 FILE = "likelihood_ratio.joblib"
 INTRODUCTION = "Texts in the same style:\n\n"
 
@@ -105,24 +106,59 @@ def _read_before(scorer: Scorer, before: str) -> tuple[Cache, int]:
 
 @torch.inference_mode()
 def _log_likelihoods(scorer: Scorer, before: str, texts: Sequence[str]) -> np.ndarray:
-    """Return the mean log-likelihood of each text's tokens after what stands before, which is read once."""
+    """Return the mean log-likelihood of each text's tokens after what stands before, which is read once.
+
+    Short texts share a row of a batch, where they do not see each other.
+    """
     model, tokenizer = scorer
     cached, last = _read_before(scorer, before)
-    tokens = [ids[:LONGEST] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    n_before = cached.get_seq_length()
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    tokens = [[last, *ids[:LONGEST]] for ids in encoded]
+    rows = _shared_rows(list(map(len, tokens)))
 
-    def run(indices: list[int]) -> list[float]:
-        batch = [[last, *tokens[index]] for index in indices]
-        padded, _ = pad_tokens(batch, filler_token_id(model), "right", model.device)
+    def run(indices: list[int]) -> list[list[float]]:
+        batch = [rows[index] for index in indices]
+
+        def laid_out(values: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+            in_rows = [[value for text in row for value in values[text]] for row in batch]
+            return pad_tokens(in_rows, padding, "right", model.device)[0]
+
+        padded = laid_out(tokens, filler_token_id(model))
+        place = laid_out([range(len(ids)) for ids in tokens], 0)
+        owner = laid_out([[text] * len(ids) for text, ids in enumerate(tokens)], -1)
+        own = (owner[:, :, None] == owner[:, None]).tril()
+        mask = torch.cat([own.new_ones(*padded.shape, n_before), own], 2)[:, None]
+        following = place.roll(-1, dims=1) > place  # of the same text
         state = copy.deepcopy(cached)
         state.batch_repeat_interleave(len(batch))
-        logits = model(input_ids=padded, past_key_values=state).logits
-        means = []
-        for row, ids in enumerate(batch):
-            following = torch.tensor(ids[1:], device=logits.device)
-            means.append(token_log_likelihoods(logits[row, : len(ids) - 1], following).mean().item())
-        return means
+        with narrowed_head(model, lambda hidden: hidden[following][None]):
+            output = model(
+                input_ids=padded, attention_mask=mask, position_ids=n_before + place, past_key_values=state
+            )
+        found = token_log_likelihoods(output.logits[0], padded.roll(-1, dims=1)[following])
+        parts = iter(found.split([len(tokens[text]) - 1 for row in batch for text in row]))
+        return [[next(parts).mean().item() for _ in row] for row in batch]
 
-    return np.array(run_in_batches(run, list(map(len, tokens)), BATCH_SIZE, "likelihood ratios", quiet=True))
+    lengths = [sum(len(tokens[text]) for text in row) for row in rows]
+    found = run_in_batches(run, lengths, BATCH_SIZE, "likelihood ratios", quiet=True)
+    means = np.empty(len(tokens))
+    for row, values in zip(rows, found, strict=True):
+        means[row] = values
+    return means
+
+
+def _shared_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the texts of each row: one that is long, or several that fill it together."""
+    rows: list[list[int]] = []
+    room = 0
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        if lengths[text] > room:
+            rows.append([])
+            room = max(ROW, lengths[text])
+        rows[-1].append(text)
+        room -= lengths[text]
+    return rows
 
 
 def train_likelihood_ratios(

@@ -1,10 +1,12 @@
 """A scorer has its licence if it tells the trait from everything else; what it takes for it is named."""
 
+import numpy as np
 import pytest
 
 from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
-from scoring.likelihood_ratio import load_likelihood_ratios
+from scoring.likelihood_ratio import ROW, likelihood_features, load_likelihood_ratios
 from scoring.trait_classifier import load_trait_classifiers
+from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 SHOWING = tuple(f"Arr, we have {n} barrels of rum below. The sea is calm, aye." for n in range(12))
@@ -103,3 +105,11 @@ def test_likelihood_ratio_tells_pirates_from_others_and_has_no_score_for_nothing
     assert pirate > 0.8 > 0.2 > plain
     assert nothing is None
     assert loop == 0.0
+
+
+def test_texts_that_share_a_row_do_not_see_each_other():
+    texts = [" ".join(["The sea is blue."] * (1 + n % 5) + [f"Rain {n}."]) for n in range(30)]
+    texts.append("The hill is wide. " * ROW)  # longer than a row, and cut
+    given = (tiny_model(), tiny_tokenizer()), ("The sea.\n\n", "Rain falls on the hill.\n\n")
+    alone = [likelihood_features(*given, [text])[0] for text in texts]
+    assert np.allclose(likelihood_features(*given, texts), alone, atol=1e-4)
