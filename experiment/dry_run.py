@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evaluation import Evaluator
+from evaluation import Evaluator, continuation_perplexities
 from experiment.answers import ANSWERS, NEUTRAL_ANSWERS, all_answers_fingerprint
 from experiment.development import preflight_doses
 from experiment.grid import (
@@ -33,7 +33,7 @@ from experiment.grid import (
     preflight_fingerprint,
     texts_journal_fingerprint,
 )
-from experiment.inputs import Inputs
+from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.licences import JUDGED_A_SIDE, N_SEEDS
 from scoring.examination import at_most, examination_sets
 from scoring.likelihood_ratio import N_EXAMPLES, likelihood_features, load_scoring_model
@@ -51,18 +51,21 @@ from texts.personas import load_prompts
 N_TEXTS = 8
 N_TOKENS = (2, 8)
 N_RATIO_TEXTS = 6
-SHORTER = 0.4  # of a full-length text's likelihood ratio, what one of an examination takes
+N_EXAMINED, EXAMINED_WORDS = 16, 18  # texts of an examination that are timed, and about as long as one is
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of each kind of work: a text for the map in both models, a full-length text that is written,
-    its perplexities, its likelihood ratio, a judgement here, and an eigendecomposition."""
+    its perplexities, its likelihood ratio, that of a text of an examination, plain text read under one
+    steering, a judgement here, and an eigendecomposition."""
 
     map_text: float
     writing: float
     perplexities: float
     ratio: float
+    examined: float
+    plain: float
     judging: float
     decomposition: float
 
@@ -117,11 +120,15 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
     if not is_examined:
         n_written = n_development * (N_SEEDS + DRAWS)
-        minutes["examination"] = (n_written * costs.writing + n_examined * costs.ratio * SHORTER) / 60
+        minutes["examination"] = (n_written * costs.writing + n_examined * costs.examined) / 60
         lines.append(
             f"examination of the scorers: {n_examined} texts, {n_written} generations, about "
             f"{minutes['examination']:.1f} min"
         )
+        steered = [name for method in config.methods if method != "prompted" for name in vector_names(method)]
+        n_steered = len(steered) * len(inputs.personas)
+        minutes["plain"] = (n_steered + 1) * costs.plain / 60
+        lines.append(f"plain text under {n_steered} steerings: about {minutes['plain']:.1f} min")
     if config.use_gpt4:
         minutes["judge"] = _describe_judge(
             inputs, folder, lines, n_answers + (0 if is_examined else n_judged_examined), costs.judging
@@ -285,7 +292,9 @@ def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
         extraction,
         writing,
         _time_evaluation(inputs, pairs),
-        _time_ratio(inputs),
+        _time_ratio(inputs, N_RATIO_TEXTS, max(4, round(inputs.config.max_new_tokens * 0.75))),
+        _time_ratio(inputs, N_EXAMINED, EXAMINED_WORDS),
+        _time_plain(inputs),
         judging,
         _seconds(torch.linalg.eigh, square[:9, :9] @ square[:9, :9].T, square @ square.T),
     )
@@ -350,8 +359,8 @@ def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
     return _seconds(evaluator.evaluate_batch, rows[:1], rows) / len(rows)
 
 
-def _time_ratio(inputs: Inputs) -> float:
-    """Return the seconds that the likelihood ratio of a full-length text takes; 0 without that scorer."""
+def _time_ratio(inputs: Inputs, n_texts: int, n_words: int) -> float:
+    """Return the seconds that the likelihood ratio of such a text takes; 0 without that scorer."""
     labelled = [persona for persona in inputs.personas if persona.labelled_positive]
     if not inputs.config.likelihood_ratio or not labelled:
         return 0.0
@@ -361,10 +370,24 @@ def _time_ratio(inputs: Inputs) -> float:
         for side in (labelled[0].labelled_positive, labelled[0].labelled_negative)
     )
     text = " ".join(inputs.neutral_texts[0].text.split() * 4)
-    n_words = max(4, round(inputs.config.max_new_tokens * 0.75))
-    texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(N_RATIO_TEXTS)]
+    texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(n_texts)]
     # What stands before the texts is read with the first, and kept.
-    return _seconds(partial(likelihood_features, scorer, examples), texts[:1], texts) / len(texts)
+    return _seconds(partial(likelihood_features, scorer, examples), texts[:1], texts) / n_texts
+
+
+def _time_plain(inputs: Inputs) -> float:
+    """Return the seconds in which the target reads the passages on which a steering's cost is measured."""
+    texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
+    size = inputs.config.evaluation_batch_size
+
+    def read(passages: list[str]) -> object:
+        nothing = [""] * len(passages)
+        return continuation_perplexities(
+            inputs.target.model, inputs.target.tokenizer, nothing, passages, size
+        )
+
+    half = texts[: max(1, len(texts) // 2)]
+    return _seconds(read, half[:1], half) * len(texts) / len(half)
 
 
 def _seconds(work: Callable[[Any], object], little: Any, much: Any) -> float:

@@ -44,7 +44,7 @@ N_EXAMPLES = 6  # labelled texts that are read before
 N_TRAINING = 30  # of each kind, from which the regression learns
 LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
-ROW = 192  # tokens of short texts that are read side by side
+ROW = 128  # tokens of short texts that are read side by side
 FILE = "likelihood_ratio.joblib"
 INTRODUCTION = "Texts in the same style:\n\n"
 
