@@ -177,6 +177,13 @@ def test_logits_on_the_cpu_have_contiguous_columns_in_one_buffer(llama):
     assert first.data_ptr() == second.data_ptr()
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Parts of the vocabulary so small that these tests have several."""
+    monkeypatch.setattr(output_head, "TILE", 9 * PART)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @every_pair(size=[1, 7, PART, PART + 1, 20_000], scale=[0.0, 3.0, 1e4], layout=LAYOUTS)
 def test_token_log_likelihoods_are_log_softmax_in_float64(size, scale, layout):
     logits, tokens = scale * torch.randn(9, size), torch.randint(size, (9,))
@@ -186,6 +193,7 @@ def test_token_log_likelihoods_are_log_softmax_in_float64(size, scale, layout):
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_token_log_likelihoods_of_half_precision_lose_nothing_more(dtype):
     logits, tokens = (5 * torch.randn(9, 20_000)).to(dtype), torch.randint(20_000, (9,))
@@ -202,6 +210,7 @@ def test_token_log_likelihoods_leave_out_tokens_at_minus_infinity(monkeypatch):
     assert torch.allclose(token_log_likelihoods(logits, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @every_pair(scale=[1.0, 1e4], temperature=[1e-3, 0.7, 1.0, 100.0], layout=LAYOUTS)
 def test_total_weight_is_the_sum_over_the_whole_vocabulary(scale, temperature, layout):
     logits = scale * torch.randn(9, 20_000)
