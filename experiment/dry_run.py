@@ -365,10 +365,8 @@ def _time_ratio(inputs: Inputs, n_texts: int, n_words: int) -> float:
     if not inputs.config.likelihood_ratio or not labelled:
         return 0.0
     scorer = load_scoring_model()
-    examples = tuple(
-        "\n\n".join(side[:N_EXAMPLES])
-        for side in (labelled[0].labelled_positive, labelled[0].labelled_negative)
-    )
+    sides = (labelled[0].labelled_positive, labelled[0].labelled_negative, labelled[-1].labelled_positive)
+    examples = tuple("\n\n".join(side[:N_EXAMPLES]) for side in sides)
     text = " ".join(inputs.neutral_texts[0].text.split() * 4)
     texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(n_texts)]
     # What stands before the texts is read with the first, and kept.

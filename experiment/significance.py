@@ -6,6 +6,7 @@ intervals are as wide as prompts differ (2411.00640). Everything below takes suc
 float64, one condition beside the other in the order of the prompts.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -46,13 +47,18 @@ def sign_flip_p(differences: Differences, seed: int = 0) -> float:
     """
     differences = np.asarray(differences, dtype=np.float64)
     observed = differences.sum() - 1e-12 * np.abs(differences).sum()
-    n = len(differences)
+    is_at_least = _signs(len(differences), seed) @ differences >= observed
+    if len(differences) <= EXACT_PROMPTS:
+        return float(np.mean(is_at_least))
+    return float((1 + np.sum(is_at_least)) / (1 + N_FLIPS))
+
+
+@functools.lru_cache(maxsize=4)
+def _signs(n: int, seed: int) -> np.ndarray:
+    """Return rows of n signs each: all there are, or N_FLIPS that the seed draws."""
     if n <= EXACT_PROMPTS:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
-        return float(np.mean(signs @ differences >= observed))
-    generator = np.random.default_rng(seed)
-    signs = generator.choice((1.0, -1.0), size=(N_FLIPS, n))
-    return float((1 + np.sum(signs @ differences >= observed)) / (1 + N_FLIPS))
+        return np.array(list(itertools.product((1.0, -1.0), repeat=n)))
+    return np.random.default_rng(seed).choice((1.0, -1.0), size=(N_FLIPS, n))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

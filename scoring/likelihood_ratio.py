@@ -1,11 +1,12 @@
 """Score how strongly a text shows a trait by a second, independent measure: a likelihood ratio (phase 5).
 
-A language model reads labelled texts that show the trait, then the text; and texts that do not, then the
-text. The difference of the text's log-likelihoods, per token, says after which it is the more expected. A
-logistic regression, trained on labelled texts that the model has not read before, makes it a probability.
-Broken text is unlikely after both, so a second regression, on the greater of the two log-likelihoods, tells
-texts from their shuffled words, and a text's score is the product: p(style) x p(words in order), or 0 if it
-does nothing but repeat itself.
+A language model reads labelled texts that show the trait, then the text; texts that say the same without
+it, then the text; and texts that show other traits, then the text. The differences of the text's
+log-likelihoods, per token, say after which it is the more expected. A logistic regression on the two
+differences to the first, trained on labelled texts that the model has not read before, makes them a
+probability. Broken text is unlikely after all of them, so a second regression, on the greatest of the
+log-likelihoods, tells texts from their shuffled words, and a text's score is the product:
+p(style) x p(words in order), or 0 if it does nothing but repeat itself.
 
 The model is the packaged SmolLM2-135M-Instruct, whichever models the run is about, so that the scores of
 different runs mean the same. Nothing of it is the sentence encoder, and no steering vector is made from
@@ -17,6 +18,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ from support.package_cache import build_once
 from texts.personas import Persona, load_prompts
 
 SCORING_MODEL = "smollm2-135m-instruct"
-N_EXAMPLES = 6  # labelled texts that are read before
-N_TRAINING = 30  # of each kind, from which the regression learns
+N_EXAMPLES = 12  # labelled texts that are read before
+N_TRAINING = 30  # of each kind, from which the regression learns; of other traits, twice as many
 LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
 ROW = 128  # tokens of short texts that are read side by side
@@ -62,12 +64,13 @@ def load_scoring_model() -> Scorer:
 class LikelihoodRatio:
     """A persona's scorer.
 
-    examples: the texts read before: those that show the trait, and those that do not, as one text each.
+    examples: what is read before a text: texts that show the trait, such that do not, and such that show
+        other traits, each kind as one text; without other personas, the first two.
     decision_point: as of a `TraitClassifier`. style, order: the two regressions.
     """
 
     persona: str
-    examples: tuple[str, str] = field(repr=False)
+    examples: tuple[str, ...] = field(repr=False)
     decision_point: float
     style: Pipeline = field(repr=False)
     order: Pipeline = field(repr=False)
@@ -84,10 +87,12 @@ class LikelihoodRatio:
         return [known.get(text.strip()) for text in texts]
 
 
-def likelihood_features(scorer: Scorer, examples: tuple[str, str], texts: Sequence[str]) -> np.ndarray:
-    """Return (n, 2), in nats per token: the log-likelihood ratio, and the greater of the log-likelihoods."""
-    after = [_log_likelihoods(scorer, example, texts) for example in examples]
-    return np.stack([after[0] - after[1], np.maximum(*after)], axis=1)
+def likelihood_features(scorer: Scorer, examples: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+    """Return (n, examples), in nats per token: log-likelihoods after the first examples, less those after
+    each of the others; and, last, the greatest of them all.
+    """
+    shows, *lack = (_log_likelihoods(scorer, example, texts) for example in examples)
+    return np.stack([*(shows - each for each in lack), np.max([shows, *lack], axis=0)], axis=1)
 
 
 @lru_cache(maxsize=32)
@@ -214,10 +219,18 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
     for side in sides:
         random.Random(1).shuffle(side)  # of paired sides, in the same order
     n_read = min(N_EXAMPLES, min(map(len, sides)) // 2)
-    examples = tuple(INTRODUCTION + "\n\n".join(side[:n_read]) + "\n\n" for side in sides)
     positive, negative = (side[n_read : n_read + N_TRAINING] for side in sides)
-    others = [text for each in personas if each.name != persona.name for text in each.labelled_positive]
-    others = generator.sample(others, min(N_TRAINING, len(others)))
+    others = _in_turn(
+        [
+            generator.sample(each.labelled_positive, len(each.labelled_positive))
+            for each in personas
+            if each.name != persona.name
+        ]
+    )
+    n_others = min(N_EXAMPLES, len(others) // 2)
+    kinds = [side[:n_read] for side in sides] + ([others[:n_others]] if n_others else [])
+    examples = tuple(INTRODUCTION + "\n\n".join(texts) + "\n\n" for texts in kinds)
+    others = others[n_others : n_others + 2 * N_TRAINING]
     ordinary = load_prompts("ordinary_training")[:N_TRAINING]
     natural = [*positive, *(any_cut(text, generator) for text in positive), *negative, *others, *ordinary]
     labels = np.arange(len(natural)) < 2 * len(positive)
@@ -225,13 +238,18 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
     broken = [shuffled(natural[number], generator) for number in long]
     features = likelihood_features(scorer, examples, [*natural, *broken])
     of_natural, of_broken = features[: len(natural)], features[len(natural) :]
-    style = _regression().fit(of_natural[:, :1], labels)
+    style = _regression().fit(of_natural[:, :-1], labels)
     order = _regression().fit(
-        np.concatenate([of_natural[long, 1:], of_broken[:, 1:]]), np.repeat([True, False], len(long))
+        np.concatenate([of_natural[long, -1:], of_broken[:, -1:]]), np.repeat([True, False], len(long))
     )
-    others = _probabilities(style, order, of_natural[~labels])
-    decision_point = max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES)))
+    without = _probabilities(style, order, of_natural[~labels])
+    decision_point = max(0.5, float(np.quantile(without, 1 - FALSE_POSITIVES)))
     return LikelihoodRatio(persona.name, examples, decision_point, style, order, scorer)
+
+
+def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Return the first of each list, the second of each, and so on."""
+    return [text for texts in zip_longest(*lists) for text in texts if text is not None]
 
 
 def _regression() -> Pipeline:
@@ -239,8 +257,8 @@ def _regression() -> Pipeline:
 
 
 def _probabilities(style: Pipeline, order: Pipeline, features: np.ndarray) -> np.ndarray:
-    in_order = expit(order.decision_function(features[:, 1:]) - IN_ORDER)
-    return style.predict_proba(features[:, :1])[:, 1] * in_order
+    in_order = expit(order.decision_function(features[:, -1:]) - IN_ORDER)
+    return style.predict_proba(features[:, :-1])[:, 1] * in_order
 
 
 def main() -> None:
@@ -249,8 +267,9 @@ def main() -> None:
 
     scorer = (tiny_model(), tiny_tokenizer())
     texts = ["The sea is blue.", "Rain falls on the hill and on the sea."]
-    together = likelihood_features(scorer, ("The sea is blue.\n\n", "Rain\n\n"), texts)
-    alone = [likelihood_features(scorer, ("The sea is blue.\n\n", "Rain\n\n"), [text])[0] for text in texts]
+    examples = ("The sea is blue.\n\n", "Rain\n\n", "On the hill\n\n")
+    together = likelihood_features(scorer, examples, texts)
+    alone = [likelihood_features(scorer, examples, [text])[0] for text in texts]
     assert np.allclose(together, alone, atol=1e-4)
     print(f"likelihood_ratio OK: {together[0, 0]:+.3f} nats a token")
 

@@ -110,6 +110,7 @@ def test_likelihood_ratio_tells_pirates_from_others_and_has_no_score_for_nothing
 def test_texts_that_share_a_row_do_not_see_each_other():
     texts = [" ".join(["The sea is blue."] * (1 + n % 5) + [f"Rain {n}."]) for n in range(30)]
     texts.append("The hill is wide. " * ROW)  # longer than a row, and cut
-    given = (tiny_model(), tiny_tokenizer()), ("The sea.\n\n", "Rain falls on the hill.\n\n")
+    examples = ("The sea.\n\n", "Rain falls on the hill.\n\n", "The hill.\n\n")
+    given = (tiny_model(), tiny_tokenizer()), examples
     alone = [likelihood_features(*given, [text])[0] for text in texts]
     assert np.allclose(likelihood_features(*given, texts), alone, atol=1e-4)

@@ -1,0 +1,67 @@
+"""How well the trait scorers tell texts that neither their training nor their examination knows.
+
+    python benchmarks/bench_scorers.py --texts benchmarks/labelled_elsewhere.json
+
+The file holds kind -> texts. A kind that is called as a persona shows that trait; no other kind shows any.
+Each scorer is held against each kind but its own: the area under the ROC curve, and the share of texts above
+the decision point.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiment.tables import markdown_table
+from scoring.likelihood_ratio import load_likelihood_ratios
+from scoring.trait_classifier import load_trait_classifiers
+from support.artifacts import load_json
+from texts.personas import load_persona, shipped_personas
+
+Row = tuple[str, ...]
+
+
+def line(name: str, decision_point: float, scores: dict[str, np.ndarray]) -> Row:
+    """Return one scorer's line. scores: kind -> those of its texts."""
+    own = scores[name]
+    others = {kind: values for kind, values in scores.items() if kind != name}
+    auc = {
+        kind: roc_auc_score(np.repeat([1, 0], [len(own), len(values)]), np.concatenate([own, values]))
+        for kind, values in others.items()
+    }
+    wrong = {kind: np.mean(values > decision_point) for kind, values in others.items()}
+    lowest, worst = min(auc, key=auc.get), max(wrong, key=wrong.get)
+    return (
+        name,
+        f"{np.mean(own > decision_point):.0%}",
+        f"{np.mean(list(auc.values())):.2f}",
+        f"{auc[lowest]:.2f} ({lowest})",
+        f"{np.mean(list(wrong.values())):.1%}",
+        f"{wrong[worst]:.0%} ({worst})" if wrong[worst] else "0%",
+    )
+
+
+def main() -> None:
+    """Print a table for each kind of scorer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="JSON file of kind -> texts")
+    texts = load_json(parser.parse_args().texts)
+    names = [name for name in shipped_personas() if name in texts]
+    if not names:
+        parser.error(f"no kind of text is called as a persona: {', '.join(shipped_personas())}")
+    personas = list(map(load_persona, shipped_personas()))
+    header = ("persona", "sensitivity", "mean AUC", "lowest AUC", "false positives", "most false positives")
+    for title, load in (("classifier", load_trait_classifiers), ("likelihood ratio", load_likelihood_ratios)):
+        table = []
+        for name, scorer in load(names, personas).items():
+            scores = {kind: np.array(scorer.score(each), dtype=float) for kind, each in texts.items()}
+            table.append(line(name, scorer.decision_point, scores))
+        print(f"{title}\n\n{markdown_table(header, table)}\n")
+
+
+if __name__ == "__main__":
+    main()
