@@ -137,7 +137,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
         lines.append("judgements: 0, about 0.00 USD")
     lines.append(
         f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading and, "
-        "the first time, training the scorers (2 to 3 min)"
+        "the first time, training the scorers (4 to 5 min)"
     )
     return "\n".join(lines)
 

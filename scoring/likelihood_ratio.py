@@ -178,7 +178,7 @@ def train_likelihood_ratios(
 
 
 def load_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, LikelihoodRatio]:
-    """Return what `train_likelihood_ratios` does, each trained once for the same texts (15 s a persona)."""
+    """Return what `train_likelihood_ratios` does, each trained once for the same texts (40 s a persona)."""
     personas, found = sorted(personas, key=lambda persona: persona.name), {}
     for name in names:
         made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
@@ -220,13 +220,7 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
         random.Random(1).shuffle(side)  # of paired sides, in the same order
     n_read = min(N_EXAMPLES, min(map(len, sides)) // 2)
     positive, negative = (side[n_read : n_read + N_TRAINING] for side in sides)
-    others = _in_turn(
-        [
-            generator.sample(each.labelled_positive, len(each.labelled_positive))
-            for each in personas
-            if each.name != persona.name
-        ]
-    )
+    others = _of_others(persona, personas, generator)
     n_others = min(N_EXAMPLES, len(others) // 2)
     kinds = [side[:n_read] for side in sides] + ([others[:n_others]] if n_others else [])
     examples = tuple(INTRODUCTION + "\n\n".join(texts) + "\n\n" for texts in kinds)
@@ -247,9 +241,14 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
     return LikelihoodRatio(persona.name, examples, decision_point, style, order, scorer)
 
 
-def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Return the first of each list, the second of each, and so on."""
-    return [text for texts in zip_longest(*lists) for text in texts if text is not None]
+def _of_others(persona: Persona, personas: Sequence[Persona], generator: random.Random) -> list[str]:
+    """Return the labelled texts that show other traits: one of each in turn, in an order of chance."""
+    each_order = [
+        generator.sample(each.labelled_positive, len(each.labelled_positive))
+        for each in personas
+        if each.name != persona.name
+    ]
+    return [text for texts in zip_longest(*each_order) for text in texts if text is not None]
 
 
 def _regression() -> Pipeline:

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
-from scoring.likelihood_ratio import ROW, likelihood_features, load_likelihood_ratios
+from scoring.likelihood_ratio import (
+    ROW,
+    likelihood_features,
+    load_likelihood_ratios,
+    train_likelihood_ratios,
+)
 from scoring.trait_classifier import load_trait_classifiers
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
@@ -114,3 +119,28 @@ def test_texts_that_share_a_row_do_not_see_each_other():
     given = (tiny_model(), tiny_tokenizer()), examples
     alone = [likelihood_features(*given, [text])[0] for text in texts]
     assert np.allclose(likelihood_features(*given, texts), alone, atol=1e-4)
+
+
+def test_likelihood_ratio_reads_other_traits_in_turn_where_there_are_any():
+    names = ("pirate", "loud", "calm")
+    personas = [
+        Persona(
+            name,
+            "",
+            ("x",),
+            ("y",),
+            labelled_positive=tuple(f"{name} barrels of oil number {n} are here." for n in range(20)),
+            labelled_negative=tuple(f"Barrels of oil number {n} are here today." for n in range(20)),
+        )
+        for name in names
+    ]
+
+    def trained(given):
+        return train_likelihood_ratios(["pirate"], given, lambda: (tiny_model(), tiny_tokenizer()))["pirate"]
+
+    shows, lacks, others = trained(personas).examples
+    assert shows.count("pirate barrels") == 10 == lacks.count("Barrels of oil")
+    assert others.count("loud barrels") == others.count("calm barrels") == 6
+    alone = trained(personas[:1])
+    assert len(alone.examples) == 2
+    assert 0 <= alone.score(["pirate barrels of rum are here now."])[0] <= 1
