@@ -80,7 +80,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     n_per_cell = len(inputs.prompts) * config.n_seeds
     n_generations = config.n_cells * n_per_cell
     n_evaluations = (config.n_cells - 1 + len(inputs.personas)) * n_per_cell
-    written, evaluated = _already_there(inputs, folder)
+    written, evaluated, read = _already_there(inputs, folder)
     costs, tokens = _measured(inputs, min(config.generation_batch_size, n_generations))
     lines = _describe_search(inputs) if config.layer_idx == "auto" else []
     lines += _describe_band(inputs)
@@ -111,8 +111,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     )
     n_new = n_evaluations - evaluated
     # An unsteered text is read once for all personas.
-    n_read = n_new * n_generations / n_evaluations
-    minutes["evaluation"] = (costs.perplexities * n_read + costs.ratio * n_new) / 60
+    minutes["evaluation"] = (costs.perplexities * (n_generations - read) + costs.ratio * n_new) / 60
     lines.append(f"evaluations: {n_evaluations}, {_there(evaluated)}about {minutes['evaluation']:.1f} min")
 
     n_development = len(inputs.development_prompts)
@@ -185,16 +184,22 @@ def _has(inputs: Inputs, folder: RunFolder, name: str, made_from: Callable[[Inpu
     return folder.current(name, made_from(inputs)) is not None
 
 
-def _already_there(inputs: Inputs, folder: RunFolder) -> tuple[int, int]:
-    """Return how many texts and evaluations of the grid the journals hold; of searched doses, none."""
+def _already_there(inputs: Inputs, folder: RunFolder) -> tuple[int, int, int]:
+    """Return how many texts of the grid and evaluations the journals hold, and texts that are read no more.
+
+    Of searched doses, none.
+    """
     if inputs.config.alpha_values == "auto" or folder.fresh:
-        return 0, 0
+        return 0, 0, 0
     texts = rows_of(folder.path / "generation_journal.jsonl", texts_journal_fingerprint(inputs))
     planned = grid_texts(inputs, inputs.config.alpha_values)
     written: list[Row] = [{**row, **texts[row["key"]]} for row in planned if row["key"] in texts]
     done = rows_of(folder.path / "evaluation_journal.jsonl", evaluations_journal_fingerprint(inputs))
     evaluations = planned_evaluations(inputs, written) if written and done else []
-    return len(written), sum(row["key"] in done for row in evaluations)
+    new = [row for row in evaluations if row["key"] not in done]
+    unread = {row["perplexity_key"] for row in new} - {row.get("perplexity_key") for row in done.values()}
+    n_read = len(written) - len(unread) if evaluations else 0
+    return len(written), len(evaluations) - len(new), n_read
 
 
 def _describe_band(inputs: Inputs) -> list[str]:

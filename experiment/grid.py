@@ -127,7 +127,7 @@ def judge_settings(settings: JudgeConfig) -> list[Any]:
 
 
 def evaluation_rows(inputs: Inputs, texts: Sequence[Row], has_ratios: bool = False) -> list[Row]:
-    """Return the rows of texts that have a persona, with the key of their evaluation.
+    """Return the rows of texts that have a persona, with the keys of their evaluation and perplexities.
 
     texts: those with a true `is_judged` are shown to the judge too. has_ratios: whether the second scorer is
         asked too.
@@ -144,8 +144,20 @@ def evaluation_rows(inputs: Inputs, texts: Sequence[Row], has_ratios: bool = Fal
             judge, of_persona = judge_settings(inputs.config.judge), described[persona]
         scorers = [classifiers, independent, judge, *more]
         made_from = [text["key"], text["output"], persona, of_persona, scorers]
-        rows.append({**text, "key": fingerprint(FORMAT_VERSION, made_from)})
+        key = fingerprint(FORMAT_VERSION, made_from)
+        rows.append({**text, "key": key, "perplexity_key": _perplexity_key(inputs, text)})
     return rows
+
+
+def scoring_sides(inputs: Inputs) -> list[str]:
+    """Return the models that give perplexities."""
+    return ["target", "source"] if inputs.config.independent_perplexity else ["target"]
+
+
+def _perplexity_key(inputs: Inputs, text: Row) -> str:
+    """Of a text's perplexities, in a journal of `evaluations_journal_fingerprint`."""
+    shown = [inputs.shown_prompt(side, text["prompt"]) for side in scoring_sides(inputs)]
+    return fingerprint(FORMAT_VERSION, shown, text["output"])
 
 
 def _described(persona: Persona) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from experiment.grid import (
     evaluations_journal_fingerprint,
     judge_settings,
     rows_fingerprint,
+    scoring_sides,
     texts_journal_fingerprint,
 )
 from experiment.inputs import Inputs
@@ -174,9 +175,10 @@ def evaluate_texts(
         if new:
             parts = _parts_with(planned, {row["key"] for row in new})
             judge = asked_judge(inputs, folder) if any(row.get("is_judged") for row in new) else None
-            _evaluate_missing(
-                inputs, executor, parts, {row["key"] for row in new}, judge, has_ratios, journal
-            )
+            wanted = {row["key"] for row in new}
+            known = {row["perplexity_key"]: row for row in journal.rows.values() if "perplexity_key" in row}
+            perplexities = _perplexities(inputs, executor, parts, known)
+            _evaluate_missing(inputs, perplexities, parts, wanted, judge, has_ratios, journal)
         return _from_journal(planned, journal), len(new)
 
 
@@ -204,9 +206,36 @@ def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
     return [part for part in parts if any(row["key"] in wanted for row in part)]
 
 
+def _perplexities(
+    inputs: Inputs, executor: Any, parts: Sequence[Sequence[Row]], known: Mapping[str, Row]
+) -> Iterator[tuple[int, list[Any], list[Any]]]:
+    """Yield index of a part, perplexities of its texts, and those to the independent model.
+
+    known: evaluations, also by other scorers, by what their perplexities are made from. A part that they hold
+    is not read again, so that a scorer that is added later, or trained anew, costs no perplexity.
+    """
+    unread = []
+    for number, part in enumerate(parts):
+        if all(row["perplexity_key"] in known for row in part):
+            rows = [known[row["perplexity_key"]] for row in part]
+            yield number, *([row[name] for row in rows] for name in ("perplexity", "independent_perplexity"))
+        else:
+            unread.append(number)
+    sides = scoring_sides(inputs)
+    size, dtype = inputs.config.evaluation_batch_size, inputs.evaluation_dtype
+    chunks = []
+    for part in (parts[number] for number in unread):
+        shown = {name: [inputs.shown_prompt(name, row["prompt"]) for row in part] for name in sides}
+        chunks.append((shown, [row["output"] for row in part], size, dtype))
+    with closing(executor.run("perplexities", chunks)) as results:
+        for index, found in results:
+            nothing = [None] * len(found["target"])
+            yield unread[index], found["target"], found.get("source", nothing)
+
+
 def _evaluate_missing(
     inputs: Inputs,
-    executor: Any,
+    perplexities: Iterator[tuple[int, list[Any], list[Any]]],
     parts: Sequence[Sequence[Row]],
     wanted: set[str],
     judge: PaidOnce | None,
@@ -224,27 +253,19 @@ def _evaluate_missing(
         descriptions={persona.name: persona.description for persona in inputs.personas},
         eval_prompts={persona.name: persona.eval_prompt for persona in inputs.personas},
     )
-    scorers = ["target", "source"] if inputs.config.independent_perplexity else ["target"]
-    size = inputs.config.evaluation_batch_size
-    dtype = inputs.evaluation_dtype
-    chunks = []
-    for part in parts:
-        shown = {name: [inputs.shown_prompt(name, row["prompt"]) for row in part] for name in scorers}
-        chunks.append((shown, [row["output"] for row in part], size, dtype))
     journalled: set[str] = set()  # a row may stand in two cells
     with (
         tqdm(total=len(wanted), desc="evaluating", unit="text", disable=HIDDEN) as progress,
-        closing(executor.run("perplexities", chunks)) as results,
+        closing(perplexities) as results,
     ):
-        for number, perplexities in results:
+        for number, *of_both in results:
             part = parts[number]
-            independent = perplexities.get("source", [None] * len(part))
             missing = [
                 index
                 for index, row in enumerate(part)
                 if row["key"] in wanted and row["key"] not in journalled
             ]
-            scores = evaluator.score_each(part, perplexities["target"], independent, missing)
+            scores = evaluator.score_each(part, *of_both, missing)
             with closing(scores) as groups:
                 for scored in groups:
                     journal.append([{**part[index], **asdict(score)} for index, score in scored])

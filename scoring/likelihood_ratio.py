@@ -2,7 +2,9 @@
 
 A language model reads labelled texts that show the trait, then the text; texts that say the same without
 it, then the text; and texts that show other traits, then the text. The differences of the text's
-log-likelihoods, per token, say after which it is the more expected. A logistic regression on the two
+log-likelihoods, per token, say after which it is the more expected. After some thirty tokens a text
+itself says how it goes on, whatever stands before: so a longer one is read in windows of that length, each
+of them right behind the examples. A logistic regression on the two
 differences to the first, trained on labelled texts that the model has not read before, makes them a
 probability. Broken text is unlikely after all of them, so a second regression, on the greatest of the
 log-likelihoods, tells texts from their shuffled words, and a text's score is the product:
@@ -18,7 +20,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ N_EXAMPLES = 12  # labelled texts that are read before
 N_TRAINING = 30  # of each kind, from which the regression learns; of other traits, twice as many
 LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
-ROW = 128  # tokens of short texts that are read side by side
+WINDOW = 24  # tokens that are read in one go, about: as many as labelled texts have
+ROW = 128  # tokens of windows that are read side by side
 FILE = "likelihood_ratio.joblib"
 INTRODUCTION = "Texts in the same style:\n\n"
 
@@ -109,32 +112,47 @@ def _read_before(scorer: Scorer, before: str) -> tuple[Cache, int]:
     return model(input_ids=prefix, use_cache=True).past_key_values, last
 
 
-@torch.inference_mode()
 def _log_likelihoods(scorer: Scorer, before: str, texts: Sequence[str]) -> np.ndarray:
-    """Return the mean log-likelihood of each text's tokens after what stands before, which is read once.
+    """Return the mean log-likelihood of each text's tokens, each window right after what stands before.
 
-    Short texts share a row of a batch, where they do not see each other.
+    That is read once, and windows share the rows of a batch, where they do not see each other.
     """
-    model, tokenizer = scorer
+    encoded = scorer[1](list(texts), add_special_tokens=False)["input_ids"]
+    windows = [(text, window) for text, ids in enumerate(encoded) for window in _windows(ids[:LONGEST])]
+    sums = _window_sums(scorer, before, [window for _, window in windows])
+    text_of = [text for text, _ in windows]
+    return np.bincount(text_of, sums) / np.bincount(text_of, [len(window) for _, window in windows])
+
+
+def _windows(ids: Sequence[int]) -> list[Sequence[int]]:
+    """Return a text's tokens in parts of about WINDOW, none more than one longer than another."""
+    n_windows = max(1, round(len(ids) / WINDOW))
+    edges = [len(ids) * number // n_windows for number in range(n_windows + 1)]
+    return [ids[start:end] for start, end in pairwise(edges)]
+
+
+@torch.inference_mode()
+def _window_sums(scorer: Scorer, before: str, windows: Sequence[Sequence[int]]) -> list[float]:
+    """Return the log-likelihood of each window after what stands before."""
+    model = scorer[0]
     cached, last = _read_before(scorer, before)
     n_before = cached.get_seq_length()
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    tokens = [[last, *ids[:LONGEST]] for ids in encoded]
+    tokens = [[last, *window] for window in windows]
     rows = _shared_rows(list(map(len, tokens)))
 
     def run(indices: list[int]) -> list[list[float]]:
         batch = [rows[index] for index in indices]
 
         def laid_out(values: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
-            in_rows = [[value for text in row for value in values[text]] for row in batch]
+            in_rows = [[value for window in row for value in values[window]] for row in batch]
             return pad_tokens(in_rows, padding, "right", model.device)[0]
 
         padded = laid_out(tokens, filler_token_id(model))
         place = laid_out([range(len(ids)) for ids in tokens], 0)
-        owner = laid_out([[text] * len(ids) for text, ids in enumerate(tokens)], -1)
+        owner = laid_out([[window] * len(ids) for window, ids in enumerate(tokens)], -1)
         own = (owner[:, :, None] == owner[:, None]).tril()
         mask = torch.cat([own.new_ones(*padded.shape, n_before), own], 2)[:, None]
-        following = place.roll(-1, dims=1) > place  # of the same text
+        following = place.roll(-1, dims=1) > place  # of the same window
         state = copy.deepcopy(cached)
         state.batch_repeat_interleave(len(batch))
         with narrowed_head(model, lambda hidden: hidden[following][None]):
@@ -142,27 +160,25 @@ def _log_likelihoods(scorer: Scorer, before: str, texts: Sequence[str]) -> np.nd
                 input_ids=padded, attention_mask=mask, position_ids=n_before + place, past_key_values=state
             )
         found = token_log_likelihoods(output.logits[0], padded.roll(-1, dims=1)[following])
-        parts = iter(found.split([len(tokens[text]) - 1 for row in batch for text in row]))
-        return [[next(parts).mean().item() for _ in row] for row in batch]
+        parts = iter(found.split([len(windows[window]) for row in batch for window in row]))
+        return [[next(parts).sum().item() for _ in row] for row in batch]
 
-    lengths = [sum(len(tokens[text]) for text in row) for row in rows]
+    lengths = [sum(len(tokens[window]) for window in row) for row in rows]
     found = run_in_batches(run, lengths, BATCH_SIZE, "likelihood ratios", quiet=True)
-    means = np.empty(len(tokens))
-    for row, values in zip(rows, found, strict=True):
-        means[row] = values
-    return means
+    of_window = dict(zip(chain(*rows), chain(*found), strict=True))
+    return [of_window[window] for window in range(len(windows))]
 
 
 def _shared_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Return the texts of each row: one that is long, or several that fill it together."""
+    """Return the windows of each row, which they fill together."""
     rows: list[list[int]] = []
     room = 0
-    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        if lengths[text] > room:
+    for window in sorted(range(len(lengths)), key=lambda window: -lengths[window]):
+        if lengths[window] > room:
             rows.append([])
-            room = max(ROW, lengths[text])
-        rows[-1].append(text)
-        room -= lengths[text]
+            room = ROW
+        rows[-1].append(window)
+        room -= lengths[window]
     return rows
 
 
@@ -203,6 +219,7 @@ def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
         N_EXAMPLES,
         N_TRAINING,
         LONGEST,
+        WINDOW,
         INTRODUCTION,
     ]
     return fingerprint(
@@ -236,8 +253,8 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
     order = _regression().fit(
         np.concatenate([of_natural[long, -1:], of_broken[:, -1:]]), np.repeat([True, False], len(long))
     )
-    without = _probabilities(style, order, of_natural[~labels])
-    decision_point = max(0.5, float(np.quantile(without, 1 - FALSE_POSITIVES)))
+    without = [_probabilities(style, order, each) for each in (of_natural[~labels], of_broken)]
+    decision_point = max(0.5, *(float(np.quantile(each, 1 - FALSE_POSITIVES)) for each in without))
     return LikelihoodRatio(persona.name, examples, decision_point, style, order, scorer)
 
 

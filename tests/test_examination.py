@@ -5,7 +5,8 @@ import pytest
 
 from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
 from scoring.likelihood_ratio import (
-    ROW,
+    LONGEST,
+    WINDOW,
     likelihood_features,
     load_likelihood_ratios,
     train_likelihood_ratios,
@@ -112,9 +113,19 @@ def test_likelihood_ratio_tells_pirates_from_others_and_has_no_score_for_nothing
     assert loop == 0.0
 
 
+def test_each_window_of_a_text_is_read_right_behind_the_examples():
+    given = (tiny_model(), tiny_tokenizer()), ("The sea.\n\n", "Rain falls on the hill.\n\n")
+    whole = "The sea is blue and wide. Rain falls on the hill, and the river is near."[: 3 * WINDOW]
+    thirds = [whole[start : start + WINDOW] for start in range(0, 3 * WINDOW, WINDOW)]  # a token a character
+    (ratio, _), *of_thirds = likelihood_features(*given, [whole, *thirds])
+    assert ratio == pytest.approx(np.mean(of_thirds, axis=0)[0], abs=1e-5)
+    turned_round = likelihood_features(*given, ["".join(reversed(thirds))])[0]
+    assert turned_round[0] == pytest.approx(ratio, abs=1e-5)
+
+
 def test_texts_that_share_a_row_do_not_see_each_other():
     texts = [" ".join(["The sea is blue."] * (1 + n % 5) + [f"Rain {n}."]) for n in range(30)]
-    texts.append("The hill is wide. " * ROW)  # longer than a row, and cut
+    texts.append("The hill is wide. " * LONGEST)  # longer than is read
     examples = ("The sea.\n\n", "Rain falls on the hill.\n\n", "The hill.\n\n")
     given = (tiny_model(), tiny_tokenizer()), examples
     alone = [likelihood_features(*given, [text])[0] for text in texts]

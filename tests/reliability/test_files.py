@@ -24,6 +24,7 @@ from tiny_runs import ARTIFACTS, LOUD, content, error_lines, run, tiny_settings,
 import model_loading
 import run_experiment
 from experiment.inputs import load_inputs
+from experiment.workers import Worker
 from run_experiment import PersonaTransferExperiment
 from support import package_cache, stopping
 from support.artifacts import load_json, load_tensors, save_json, save_tensors, sealed
@@ -349,6 +350,18 @@ def test_lost_evaluations_come_back_to_the_last_bit(settings, finished, out):
     journal.write_bytes(lines[0] + b"".join(rows[: len(rows) // 2]))
     assert run(out, settings) == 0
     assert_same_bytes(out, finished)
+
+
+def test_judge_that_is_added_later_costs_no_perplexity(settings, finished, out, monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "any")
+    monkeypatch.setattr(Worker, "perplexities", None)
+    monkeypatch.setattr(run_experiment, "load_inputs", load_inputs)
+    with chat_server(lambda prompt: completion("4")) as server:
+        judge = {"model": "local", "base_url": server.base_url, "api_key_env": "LOCAL_KEY"}
+        assert run(out, {**settings, "use_gpt4": True, "judge": judge}) == 0
+    before, after = (load_json(folder / "eval_results.json")["rows"] for folder in (finished, out))
+    assert [row["perplexity"] for row in after] == [row["perplexity"] for row in before]
+    assert {row["gpt4_coherence_score"] for row in after} == {4}
 
 
 def cut_last_rows(journal, n_rows=2):
