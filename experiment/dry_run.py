@@ -36,7 +36,13 @@ from experiment.grid import (
 from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.licences import JUDGED_A_SIDE, N_SEEDS
 from scoring.examination import at_most, examination_sets
-from scoring.likelihood_ratio import N_EXAMPLES, likelihood_features, load_scoring_model
+from scoring.likelihood_ratio import (
+    N_EXAMPLES,
+    N_TRAINING,
+    likelihood_features,
+    load_scoring_model,
+    untrained_likelihood_ratios,
+)
 from scoring.local_judge import LocalJudge
 from scoring.paid_once import N_REPEATED, TOKENS_PER_JUDGEMENT
 from support.artifacts import fingerprint
@@ -52,6 +58,7 @@ N_TEXTS = 8
 N_TOKENS = (2, 8)
 N_RATIO_TEXTS = 6
 N_EXAMINED, EXAMINED_WORDS = 16, 18  # texts of an examination that are timed, and about as long as one is
+N_TRAINED_ON = 12 * N_TRAINING  # texts on which a likelihood ratio is trained, shuffled ones among them
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,11 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     minutes["evaluation"] = (costs.perplexities * (n_generations - read) + costs.ratio * n_new) / 60
     lines.append(f"evaluations: {n_evaluations}, {_there(evaluated)}about {minutes['evaluation']:.1f} min")
 
+    untrained = untrained_likelihood_ratios(config.persona_names, inputs.labelled_personas)
+    if config.likelihood_ratio and untrained:
+        minutes["training"] = len(untrained) * N_TRAINED_ON * costs.examined / 60
+        lines.append(f"likelihood ratios to train: {len(untrained)}, about {minutes['training']:.1f} min")
+
     n_development = len(inputs.development_prompts)
     n_examined, n_judged_examined = _examined(inputs)
     is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
@@ -135,8 +147,7 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     else:
         lines.append("judgements: 0, about 0.00 USD")
     lines.append(
-        f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading and, "
-        "the first time, training the scorers (4 to 5 min)"
+        f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading"
     )
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ from model_loading import fastest_dtype, filler_token_id, load_model, pad_tokens
 from scoring.broken_text import any_cut, can_be_broken, has_collapsed, shuffled
 from scoring.trait_classifier import FALSE_POSITIVES, IN_ORDER
 from support.artifacts import fingerprint
-from support.package_cache import build_once
+from support.package_cache import build_once, cache_folder
 from texts.personas import Persona, load_prompts
 
 SCORING_MODEL = "smollm2-135m-instruct"
@@ -197,15 +197,29 @@ def load_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona]) ->
     """Return what `train_likelihood_ratios` does, each trained once for the same texts (40 s a persona)."""
     personas, found = sorted(personas, key=lambda persona: persona.name), {}
     for name in names:
-        made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
 
         def build(folder: Path, name: str = name) -> None:
             trained = train_likelihood_ratios([name], personas)
             joblib.dump([replace(scorer, scorer=None) for scorer in trained.values()], folder / FILE)
 
-        for trained in joblib.load(build_once(f"likelihood_ratios/{made_from[:32]}", build) / FILE):
+        for trained in joblib.load(build_once(_cache_entry(name, personas), build) / FILE):
             found[name] = replace(trained, scorer=load_scoring_model())
     return found
+
+
+def untrained_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona]) -> list[str]:
+    """Return the names whose scorer `load_likelihood_ratios` would have to train."""
+    labelled = {persona.name for persona in personas if persona.labelled_positive}
+    return [
+        name
+        for name in names
+        if name in labelled and not (cache_folder() / _cache_entry(name, personas)).is_dir()
+    ]
+
+
+def _cache_entry(name: str, personas: Sequence[Persona]) -> str:
+    made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
+    return f"likelihood_ratios/{made_from[:32]}"
 
 
 def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:

@@ -1,8 +1,11 @@
 """A scorer has its licence if it tells the trait from everything else; what it takes for it is named."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from scoring import likelihood_ratio
 from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
 from scoring.likelihood_ratio import (
     LONGEST,
@@ -10,8 +13,10 @@ from scoring.likelihood_ratio import (
     likelihood_features,
     load_likelihood_ratios,
     train_likelihood_ratios,
+    untrained_likelihood_ratios,
 )
 from scoring.trait_classifier import load_trait_classifiers
+from support.package_cache import CACHE_VARIABLE
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
@@ -132,22 +137,38 @@ def test_texts_that_share_a_row_do_not_see_each_other():
     assert np.allclose(likelihood_features(*given, texts), alone, atol=1e-4)
 
 
+def labelled(name):
+    return Persona(
+        name,
+        "",
+        ("x",),
+        ("y",),
+        labelled_positive=tuple(f"{name} barrels of oil number {n} are here." for n in range(20)),
+        labelled_negative=tuple(f"Barrels of oil number {n} are here today." for n in range(20)),
+    )
+
+
+def tiny_scorer():
+    return tiny_model(), tiny_tokenizer()
+
+
+def test_what_remains_to_be_trained_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(likelihood_ratio, "load_scoring_model", tiny_scorer)
+    train = partial(train_likelihood_ratios, load=tiny_scorer)
+    monkeypatch.setattr(likelihood_ratio, "train_likelihood_ratios", train)
+    personas = [labelled("pirate"), labelled("calm"), Persona("bare", "", ("x",), ("y",))]
+    names = ["pirate", "calm", "bare"]
+    assert untrained_likelihood_ratios(names, personas) == ["pirate", "calm"]
+    assert set(load_likelihood_ratios(["calm"], personas)) == {"calm"}
+    assert untrained_likelihood_ratios(names, personas[::-1]) == ["pirate"]
+
+
 def test_likelihood_ratio_reads_other_traits_in_turn_where_there_are_any():
-    names = ("pirate", "loud", "calm")
-    personas = [
-        Persona(
-            name,
-            "",
-            ("x",),
-            ("y",),
-            labelled_positive=tuple(f"{name} barrels of oil number {n} are here." for n in range(20)),
-            labelled_negative=tuple(f"Barrels of oil number {n} are here today." for n in range(20)),
-        )
-        for name in names
-    ]
+    personas = list(map(labelled, ("pirate", "loud", "calm")))
 
     def trained(given):
-        return train_likelihood_ratios(["pirate"], given, lambda: (tiny_model(), tiny_tokenizer()))["pirate"]
+        return train_likelihood_ratios(["pirate"], given, tiny_scorer)["pirate"]
 
     shows, lacks, others = trained(personas).examples
     assert shows.count("pirate barrels") == 10 == lacks.count("Barrels of oil")
