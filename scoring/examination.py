@@ -1,9 +1,10 @@
 """Examine a trait scorer before it may score: on texts unlike those that it was trained on (phase 5).
 
 Each set of texts without the trait is held against texts that show it: in the words, genres and lengths of
-`Persona.examination`, whole or cut as generation cuts. A scorer has its licence if the area under the ROC
-curve is 0.90 or more on every set, and if at most one text in twenty is taken for the trait at the scorer's
-decision point among the target's own unsteered texts and among broken ones.
+`Persona.examination`, whole, cut as generation cuts, or several as one, as long as an answer. A scorer has
+its licence if the area under the ROC curve is 0.90 or more on every set, and if at most one text in twenty is
+taken for the trait at the scorer's decision point among the target's own unsteered texts and among broken
+ones.
 """
 
 import random
@@ -21,6 +22,7 @@ MOST_FALSE_POSITIVES = 0.05
 FEWEST = 8  # texts that show the trait
 OTHERS_A_PERSONA = 8
 FRAGMENT = (8, 24)  # words
+JOINED = 3  # texts in a long one
 N_SHUFFLES = 3  # of each text that shows the trait
 BROKEN = ("shuffled positives", "shuffled words", "random words", "loops")
 STEERED = "steered at random"
@@ -61,6 +63,10 @@ def examination_sets(
             list(map(_first_sentence, positive)),
             [_first_sentence(text) for text in (*half, *of_others[::2])],
         ),
+        "long texts": (
+            _joined([*positive, *positive[: JOINED - 1]]),
+            _joined([*half, *of_others[::2]]),
+        ),
         "other personas": (positive, of_others),
         UNSTEERED: (positive, list(unsteered)),
         "shuffled positives": (
@@ -73,6 +79,11 @@ def examination_sets(
         STEERED: (positive, list(steered)),
     }
     return {name: sides for name, sides in negatives.items() if all(sides)}
+
+
+def _joined(texts: Sequence[str]) -> list[str]:
+    """Return each text with those that follow it, about as long as an answer."""
+    return [" ".join(texts[start : start + JOINED]) for start in range(len(texts) - JOINED + 1)]
 
 
 def _first_sentence(text: str) -> str:

@@ -55,6 +55,9 @@ def test_sets_hold_what_their_names_say(sets):
     assert not set(positive) & set(shuffles)
     assert all(len(text.split()) <= 24 for side in sets["fragments"] for text in side)
     assert set(sets["other personas"][1]) <= set(OTHER.examination)
+    joined, _ = sets["long texts"]
+    assert joined[0] == " ".join(SHOWING[:3])
+    assert len(joined) == len(SHOWING)
 
 
 def test_a_scorer_that_says_the_same_of_all_has_no_licence(sets):
