@@ -23,6 +23,7 @@ FEWEST = 8  # texts that show the trait
 OTHERS_A_PERSONA = 8
 FRAGMENT = (8, 24)  # words
 JOINED = 3  # texts in a long one
+SHORT = 8  # words of a statement that has nothing about it but that
 N_SHUFFLES = 3  # of each text that shows the trait
 BROKEN = ("shuffled positives", "shuffled words", "random words", "loops")
 STEERED = "steered at random"
@@ -53,11 +54,14 @@ def examination_sets(
     fragments = [any_cut(text, generator, *FRAGMENT) for text in positive]
     if not positive:
         return {}
+    short = [text for text in ordinary if len(text.split()) <= SHORT]
+    ordinary = [text for text in ordinary if len(text.split()) > SHORT]
     words = [word for text in ordinary for word in text.split()]
     of_others = [text for other in others for text in other.examination[:OTHERS_A_PERSONA]]
     half = ordinary[::2]
     negatives = {
-        "ordinary": (positive, list(ordinary)),
+        "ordinary": (positive, ordinary),
+        "short statements": (positive, short),
         "fragments": (fragments, [any_cut(text, generator, *FRAGMENT) for text in ordinary]),
         "single sentences": (
             list(map(_first_sentence, positive)),

@@ -55,6 +55,11 @@ def test_sets_hold_what_their_names_say(sets):
     assert not set(positive) & set(shuffles)
     assert all(len(text.split()) <= 24 for side in sets["fragments"] for text in side)
     assert set(sets["other personas"][1]) <= set(OTHER.examination)
+    persona = Persona("pirate", "", ("x",), ("y",), examination=SHOWING)
+    short = ["The tap drips.", "He reads at home."]
+    mixed = examination_sets(persona, [OTHER], [*PLAIN, *short], [], [])
+    assert mixed["short statements"][1] == short
+    assert mixed["ordinary"] == sets["ordinary"]
     joined, _ = sets["long texts"]
     assert joined[0] == " ".join(SHOWING[:3])
     assert len(joined) == len(SHOWING)
