@@ -20,7 +20,6 @@ from texts.personas import Persona
 LOWEST_AUC = 0.90
 MOST_FALSE_POSITIVES = 0.05
 FEWEST = 8  # texts that show the trait
-OTHERS_A_PERSONA = 8
 FRAGMENT = (8, 24)  # words
 JOINED = 3  # texts in a long one
 SHORT = 8  # words of a statement that has nothing about it but that
@@ -28,7 +27,9 @@ N_SHUFFLES = 3  # of each text that shows the trait
 BROKEN = ("shuffled positives", "shuffled words", "random words", "loops")
 STEERED = "steered at random"
 UNSTEERED = "unsteered"
-WHOLE = ("ordinary", "other personas", UNSTEERED)  # as texts of a run are that are not broken
+OTHER = "texts of "  # and the name of another persona
+WHOLE = ("ordinary", UNSTEERED, OTHER)  # how sets begin of texts that are whole, as those of a run
+SOME = 5  # one text in so many of the other personas' is broken, too
 MOST_UNSCORED = 0.05
 BINS = 5  # of the calibration
 
@@ -57,29 +58,26 @@ def examination_sets(
     short = [text for text in ordinary if len(text.split()) <= SHORT]
     ordinary = [text for text in ordinary if len(text.split()) > SHORT]
     words = [word for text in ordinary for word in text.split()]
-    of_others = [text for other in others for text in other.examination[:OTHERS_A_PERSONA]]
-    half = ordinary[::2]
+    of_others = [text for other in others for text in other.examination]
+    whole = [*ordinary[::2], *of_others[::SOME]]
     negatives = {
         "ordinary": (positive, ordinary),
         "short statements": (positive, short),
         "fragments": (fragments, [any_cut(text, generator, *FRAGMENT) for text in ordinary]),
         "single sentences": (
             list(map(_first_sentence, positive)),
-            [_first_sentence(text) for text in (*half, *of_others[::2])],
+            list(map(_first_sentence, whole)),
         ),
-        "long texts": (
-            _joined([*positive, *positive[: JOINED - 1]]),
-            _joined([*half, *of_others[::2]]),
-        ),
-        "other personas": (positive, of_others),
+        "long texts": (_joined([*positive, *positive[: JOINED - 1]]), _joined(whole)),
+        **{f"{OTHER}{other.name}": (positive, list(other.examination)) for other in others},
         UNSTEERED: (positive, list(unsteered)),
         "shuffled positives": (
             positive,
             [shuffled(text, generator) for text in positive for _ in range(N_SHUFFLES)],
         ),
-        "shuffled words": (positive, [shuffled(text, generator) for text in (*half, *of_others[::2])]),
-        "random words": (positive, [word_salad(words, generator) for _ in half] if words else []),
-        "loops": (positive, [loop(text, generator) for text in (*positive, *half)]),
+        "shuffled words": (positive, [shuffled(text, generator) for text in whole]),
+        "random words": (positive, [word_salad(words, generator) for _ in ordinary[::2]] if words else []),
+        "loops": (positive, [loop(text, generator) for text in (*positive, *ordinary[::2])]),
         STEERED: (positive, list(steered)),
     }
     return {name: sides for name, sides in negatives.items() if all(sides)}
@@ -142,7 +140,7 @@ def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
             problems.append(f"AUC {auc[name]:.2f} on {name}")
         if name in (UNSTEERED, STEERED, *BROKEN) and false_positives[name] > MOST_FALSE_POSITIVES:
             problems.append(f"{false_positives[name]:.0%} false positives on {name}")
-    whole = [sides for name, sides in sets.items() if name in WHOLE]
+    whole = [sides for name, sides in sets.items() if name.startswith(WHOLE)]
     showing = dict.fromkeys(text for positive, _ in whole for text in positive if text in known)
     others = dict.fromkeys(text for _, negative in whole for text in negative if text in known)
     shows = [(known[text], True) for text in showing]

@@ -1,14 +1,14 @@
 """Score how strongly a text shows a trait by a second, independent measure: a likelihood ratio (phase 5).
 
 A language model reads labelled texts that show the trait, then the text; texts that say the same without
-it, then the text; and texts that show other traits, then the text. The differences of the text's
-log-likelihoods, per token, say after which it is the more expected. After some thirty tokens a text
-itself says how it goes on, whatever stands before: so a longer one is read in windows of that length, each
-of them right behind the examples. A logistic regression on the two
-differences to the first, trained on labelled texts that the model has not read before, makes them a
-probability. Broken text is unlikely after all of them, so a second regression, on the greatest of the
-log-likelihoods, tells texts from their shuffled words, and a text's score is the product:
-p(style) x p(words in order), or 0 if it does nothing but repeat itself.
+it, then the text; and texts that show other traits, those nearest to this one, then the text. The differences
+of the text's log-likelihoods, per token, say after which it is the more expected. After some thirty tokens a
+text itself says how it goes on, whatever stands before: so a longer one is read in windows of about that
+length, each of them right behind the examples. A logistic regression on the two differences to the first,
+trained on labelled texts that the model has not read before, makes them a probability. Broken text is
+unlikely after all of them, so a second regression, on the greatest of the log-likelihoods, tells texts from
+their shuffled words, and a text's score is the product: p(style) x p(words in order), or 0 if it does nothing
+but repeat itself.
 
 The model is the packaged SmolLM2-135M-Instruct, whichever models the run is about, so that the scores of
 different runs mean the same. Nothing of it is the sentence encoder, and no steering vector is made from
@@ -46,6 +46,7 @@ from texts.personas import Persona, load_prompts
 SCORING_MODEL = "smollm2-135m-instruct"
 N_EXAMPLES = 12  # labelled texts that are read before
 N_TRAINING = 30  # of each kind, from which the regression learns; of other traits, twice as many
+NEAREST_OF = 150  # texts of other traits, among which those are looked for that are the most like the trait
 LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
 WINDOW = 24  # tokens that are read in one go, about: as many as labelled texts have
@@ -232,6 +233,7 @@ def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
         SCORING_MODEL,
         N_EXAMPLES,
         N_TRAINING,
+        NEAREST_OF,
         LONGEST,
         WINDOW,
         INTRODUCTION,
@@ -251,11 +253,13 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
         random.Random(1).shuffle(side)  # of paired sides, in the same order
     n_read = min(N_EXAMPLES, min(map(len, sides)) // 2)
     positive, negative = (side[n_read : n_read + N_TRAINING] for side in sides)
+    examples = [_as_examples(side[:n_read]) for side in sides]
     others = _of_others(persona, personas, generator)
-    n_others = min(N_EXAMPLES, len(others) // 2)
-    kinds = [side[:n_read] for side in sides] + ([others[:n_others]] if n_others else [])
-    examples = tuple(INTRODUCTION + "\n\n".join(texts) + "\n\n" for texts in kinds)
-    others = others[n_others : n_others + 2 * N_TRAINING]
+    if n_others := min(N_EXAMPLES, len(others) // 2):
+        near = _nearest(scorer, examples, others[:NEAREST_OF])[: 2 * n_others]
+        examples.append(_as_examples(near[::2]))
+        others = [*near[1::2], *(text for text in others if text not in near)]
+    others = others[: 2 * N_TRAINING]
     ordinary = load_prompts("ordinary_training")[:N_TRAINING]
     natural = [*positive, *(any_cut(text, generator) for text in positive), *negative, *others, *ordinary]
     labels = np.arange(len(natural)) < 2 * len(positive)
@@ -269,7 +273,17 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
     )
     without = [_probabilities(style, order, each) for each in (of_natural[~labels], of_broken)]
     decision_point = max(0.5, *(float(np.quantile(each, 1 - FALSE_POSITIVES)) for each in without))
-    return LikelihoodRatio(persona.name, examples, decision_point, style, order, scorer)
+    return LikelihoodRatio(persona.name, tuple(examples), decision_point, style, order, scorer)
+
+
+def _as_examples(texts: Sequence[str]) -> str:
+    return INTRODUCTION + "\n\n".join(texts) + "\n\n"
+
+
+def _nearest(scorer: Scorer, examples: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return the texts, those first that are most like what shows the trait: what is hard to tell from it."""
+    ratio = likelihood_features(scorer, examples, texts)[:, 0]
+    return [texts[index] for index in np.argsort(-ratio, kind="stable")]
 
 
 def _of_others(persona: Persona, personas: Sequence[Persona], generator: random.Random) -> list[str]:

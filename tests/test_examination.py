@@ -54,7 +54,7 @@ def test_sets_hold_what_their_names_say(sets):
     assert [sorted(text.split()) for text in positive] == [sorted(text.split()) for text in shuffles[::3]]
     assert not set(positive) & set(shuffles)
     assert all(len(text.split()) <= 24 for side in sets["fragments"] for text in side)
-    assert set(sets["other personas"][1]) <= set(OTHER.examination)
+    assert sets["texts of loud"] == (list(SHOWING), list(OTHER.examination))
     persona = Persona("pirate", "", ("x",), ("y",), examination=SHOWING)
     short = ["The tap drips.", "He reads at home."]
     mixed = examination_sets(persona, [OTHER], [*PLAIN, *short], [], [])
@@ -172,7 +172,7 @@ def test_what_remains_to_be_trained_is_known(tmp_path, monkeypatch):
     assert untrained_likelihood_ratios(names, personas[::-1]) == ["pirate"]
 
 
-def test_likelihood_ratio_reads_other_traits_in_turn_where_there_are_any():
+def test_likelihood_ratio_reads_the_nearest_texts_of_other_traits_where_there_are_any():
     personas = list(map(labelled, ("pirate", "loud", "calm")))
 
     def trained(given):
@@ -180,7 +180,10 @@ def test_likelihood_ratio_reads_other_traits_in_turn_where_there_are_any():
 
     shows, lacks, others = trained(personas).examples
     assert shows.count("pirate barrels") == 10 == lacks.count("Barrels of oil")
-    assert others.count("loud barrels") == others.count("calm barrels") == 6
+    of_others = [text for persona in personas[1:] for text in persona.labelled_positive]
+    ratio = likelihood_features(tiny_scorer(), (shows, lacks), of_others)[:, 0]
+    nearest = [of_others[index] for index in np.argsort(-ratio)]
+    assert [text in others for text in nearest] == [True, False] * 12 + [False] * 16
     alone = trained(personas[:1])
     assert len(alone.examples) == 2
     assert 0 <= alone.score(["pirate barrels of rum are here now."])[0] <= 1
