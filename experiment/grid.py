@@ -137,6 +137,12 @@ def evaluation_rows(inputs: Inputs, texts: Sequence[Row], has_ratios: bool = Fal
     more = [inputs.evaluation_dtype] if inputs.evaluation_dtype else []
     if has_ratios:
         more.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
+    sides = scoring_sides(inputs)
+    # Once each: a template takes its time, and a prompt stands in every cell.
+    shown = {
+        prompt: [inputs.shown_prompt(side, prompt) for side in sides]
+        for prompt in {text["prompt"] for text in texts}
+    }
     rows = []
     for text in texts:
         persona, judge, of_persona = text["persona"], None, None
@@ -145,19 +151,15 @@ def evaluation_rows(inputs: Inputs, texts: Sequence[Row], has_ratios: bool = Fal
         scorers = [classifiers, independent, judge, *more]
         made_from = [text["key"], text["output"], persona, of_persona, scorers]
         key = fingerprint(FORMAT_VERSION, made_from)
-        rows.append({**text, "key": key, "perplexity_key": _perplexity_key(inputs, text)})
+        # Of its perplexities, in a journal of `evaluations_journal_fingerprint`.
+        of_text = fingerprint(FORMAT_VERSION, shown[text["prompt"]], text["output"])
+        rows.append({**text, "key": key, "perplexity_key": of_text})
     return rows
 
 
 def scoring_sides(inputs: Inputs) -> list[str]:
     """Return the models that give perplexities."""
     return ["target", "source"] if inputs.config.independent_perplexity else ["target"]
-
-
-def _perplexity_key(inputs: Inputs, text: Row) -> str:
-    """Of a text's perplexities, in a journal of `evaluations_journal_fingerprint`."""
-    shown = [inputs.shown_prompt(side, text["prompt"]) for side in scoring_sides(inputs)]
-    return fingerprint(FORMAT_VERSION, shown, text["output"])
 
 
 def _described(persona: Persona) -> Any:
