@@ -219,11 +219,12 @@ def total_weight(logits: Tensor, highest: Tensor, temperature: float = 1.0) -> T
 def token_log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return log p(token) for each row, (rows,) float64, from logits (rows, vocabulary)."""
     chosen = logits.gather(1, tokens[:, None])[:, 0].double()
-    totals = []
-    for tile in _tiles(logits):
-        tile = tile.float()
-        highest = tile.amax(1).clamp(min=torch.finfo(tile.dtype).min)  # where all are -inf
-        totals.append(highest + (tile - highest[:, None]).exp_().sum(1).double().log())
+    totals, tiles = [], _tiles(logits)
+    room = torch.empty_like(tiles[0], dtype=torch.float32)  # one for all tiles, since fresh memory is slow
+    for tile in tiles:
+        weights = room[:, : tile.shape[1]].copy_(tile)
+        highest = weights.amax(1).clamp(min=torch.finfo(weights.dtype).min)  # where all are -inf
+        totals.append(highest + weights.sub_(highest[:, None]).exp_().sum(1).double().log())
     return chosen - torch.stack(totals, 1).logsumexp(1)
 
 

@@ -34,11 +34,14 @@ from experiment.grid import (
     texts_journal_fingerprint,
 )
 from experiment.inputs import N_PLAIN_TEXTS, Inputs
-from experiment.licences import JUDGED_A_SIDE, N_SEEDS
-from scoring.examination import at_most, examination_sets
+from experiment.licences import JUDGED_A_SIDE, N_SEEDS, sets_of
+from scoring.examination import at_most, texts_of
 from scoring.likelihood_ratio import (
     N_EXAMPLES,
     N_TRAINING,
+    N_WINDOWS,
+    WINDOW,
+    are_remembered,
     likelihood_features,
     load_scoring_model,
     untrained_likelihood_ratios,
@@ -52,12 +55,11 @@ from support.run_folder import RunFolder
 from support.tiny_models import tiny_model, tiny_tokenizer
 from support.vocabulary import DRAWS, MAP_KINDS, vector_names
 from texts.encoding import encode
-from texts.personas import load_prompts
 
 N_TEXTS = 8
 N_TOKENS = (2, 8)
-N_RATIO_TEXTS = 6
-N_EXAMINED, EXAMINED_WORDS = 16, 18  # texts of an examination that are timed, and about as long as one is
+N_RATIO_TEXTS, N_RATIO_WORDS = 6, 54
+EXAMINED_TOKENS = 25  # of a text of an examination, in the mean
 N_TRAINED_ON = 12 * N_TRAINING  # texts on which a likelihood ratio is trained, shuffled ones among them
 
 
@@ -127,13 +129,14 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
         lines.append(f"likelihood ratios to train: {len(untrained)}, about {minutes['training']:.1f} min")
 
     n_development = len(inputs.development_prompts)
-    n_examined, n_judged_examined = _examined(inputs)
+    n_examined, n_of_target, n_judged_examined = _examined(inputs)
     is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
     if not is_examined:
         n_written = n_development * (N_SEEDS + DRAWS)
-        minutes["examination"] = (n_written * costs.writing + n_examined * costs.examined) / 60
+        reading = n_examined * costs.examined + n_of_target * costs.ratio
+        minutes["examination"] = (n_written * costs.writing + reading) / 60
         lines.append(
-            f"examination of the scorers: {n_examined} texts, {n_written} generations, about "
+            f"examination of the scorers: {n_examined + n_of_target} texts, {n_written} generations, about "
             f"{minutes['examination']:.1f} min"
         )
         steered = [name for method in config.methods if method != "prompted" for name in vector_names(method)]
@@ -224,22 +227,22 @@ def _describe_band(inputs: Inputs) -> list[str]:
     ]
 
 
-def _examined(inputs: Inputs) -> tuple[int, int]:
-    """Return how many texts the scorers of all personas, and a judge, are examined on."""
-    n_scored = n_judged = 0
+def _examined(inputs: Inputs) -> tuple[int, int, int]:
+    """Return how many texts the scorers of all personas are examined on, and those of them by the target.
+
+    Third, how many a judge is. What the likelihood ratios have read in an earlier run is left out.
+    """
+    n_scored = n_of_target = n_judged = 0
     made_up = [f"unsteered text {n}" for n in range(N_SEEDS * len(inputs.development_prompts))]
     steered = [f"broken text {n}" for n in range(DRAWS * len(inputs.development_prompts))]
     for persona in inputs.personas:
-        others = [other for other in inputs.labelled_personas if other.name != persona.name]
-        sets = examination_sets(persona, others, load_prompts("ordinary_examination"), made_up, steered)
-        if persona.labelled_positive:
-            n_scored += _n_texts(sets)
-        n_judged += _n_texts(at_most(sets, JUDGED_A_SIDE)) + N_REPEATED * bool(sets)
-    return n_scored, n_judged
-
-
-def _n_texts(sets: dict[str, tuple[list[str], list[str]]]) -> int:
-    return len({text for sides in sets.values() for side in sides for text in side})
+        sets, of_any_run = sets_of(inputs, persona, made_up, steered), texts_of(sets_of(inputs, persona))
+        if persona.labelled_positive and sets:
+            n_of_target += len(made_up) + len(steered)
+            if not are_remembered(persona.name, inputs.labelled_personas, of_any_run):
+                n_scored += len(of_any_run)
+        n_judged += len(texts_of(at_most(sets, JUDGED_A_SIDE))) + N_REPEATED * bool(sets)
+    return n_scored, n_of_target, n_judged
 
 
 def _describe_judge(
@@ -300,7 +303,7 @@ def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
     pairs, writing = _time_generation(inputs, n_rows)
     width = max(side.extractor.d_model for side in inputs.sides)
     square = torch.randn(width, width, dtype=torch.float64)
-    judging = 0.0
+    ratio, judging = _time_ratio(inputs), 0.0
     if isinstance(inputs.judge, LocalJudge):
         asked = ["Rate this. " * 60] * N_RATIO_TEXTS
         judging = _seconds(inputs.judge.judge, asked[:1], asked) / N_RATIO_TEXTS
@@ -308,8 +311,8 @@ def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
         extraction,
         writing,
         _time_evaluation(inputs, pairs),
-        _time_ratio(inputs, N_RATIO_TEXTS, max(4, round(inputs.config.max_new_tokens * 0.75))),
-        _time_ratio(inputs, N_EXAMINED, EXAMINED_WORDS),
+        ratio * min(inputs.config.max_new_tokens, N_WINDOWS * WINDOW),
+        ratio * EXAMINED_TOKENS,
         _time_plain(inputs),
         judging,
         _seconds(torch.linalg.eigh, square[:9, :9] @ square[:9, :9].T, square @ square.T),
@@ -375,18 +378,19 @@ def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
     return _seconds(evaluator.evaluate_batch, rows[:1], rows) / len(rows)
 
 
-def _time_ratio(inputs: Inputs, n_texts: int, n_words: int) -> float:
-    """Return the seconds that the likelihood ratio of such a text takes; 0 without that scorer."""
+def _time_ratio(inputs: Inputs) -> float:
+    """Return the seconds that the likelihood ratio takes to read a token; 0 without that scorer."""
     labelled = [persona for persona in inputs.personas if persona.labelled_positive]
     if not inputs.config.likelihood_ratio or not labelled:
         return 0.0
     scorer = load_scoring_model()
     sides = (labelled[0].labelled_positive, labelled[0].labelled_negative, labelled[-1].labelled_positive)
     examples = tuple("\n\n".join(side[:N_EXAMPLES]) for side in sides)
-    text = " ".join(inputs.neutral_texts[0].text.split() * 4)
-    texts = [f"{number} {' '.join(text.split()[:n_words])}" for number in range(n_texts)]
+    words = inputs.neutral_texts[0].text.split() * 4
+    texts = [f"{number} {' '.join(words[:N_RATIO_WORDS])}" for number in range(N_RATIO_TEXTS)]
+    n_read = sum(min(len(ids), N_WINDOWS * WINDOW) for ids in encode(scorer[1], texts))
     # What stands before the texts is read with the first, and kept.
-    return _seconds(partial(likelihood_features, scorer, examples), texts[:1], texts) / n_texts
+    return _seconds(partial(likelihood_features, scorer, examples), texts[:1], texts) / n_read
 
 
 def _time_plain(inputs: Inputs) -> float:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from itertools import chain, cycle, islice
 from typing import Any
 
 from experiment.config import ExperimentConfig, JudgeConfig, alphas_of_method
@@ -172,9 +173,13 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return fingerprint([row["key"] for row in rows])
 
 
-def other_personas(names: Sequence[str]) -> dict[str, str]:
-    """Return persona -> the one whose mapped vector is its control: the next, if there are two or more."""
-    return {name: names[(index + 1) % len(names)] for index, name in enumerate(names) if len(names) > 1}
+def other_personas(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return persona -> the DRAWS whose mapped vectors are its control: the next ones, if there are others.
+
+    Of fewer others, some more than once.
+    """
+    others = {name: [*names[index + 1 :], *names[:index]] for index, name in enumerate(names)}
+    return {name: list(islice(cycle(found), DRAWS)) for name, found in others.items() if found}
 
 
 def sampling(inputs: Inputs) -> list[Any]:
@@ -248,10 +253,11 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
     Only the inputs of that method count: new lambda values touch nothing but ridge_mapped.
     """
     config, (source_layer, target_layer) = inputs.config, inputs.layers
+    shown = [persona]
     if method == "wrong_persona":
-        other = other_personas(config.persona_names)[persona.name]
-        (persona,) = [each for each in inputs.personas if each.name == other]
-    texts = [*_extracted(inputs, persona), config.persona_position]
+        by_name = {each.name: each for each in inputs.personas}
+        shown = [by_name[name] for name in other_personas(config.persona_names)[persona.name]]
+    texts = [*chain(*(_extracted(inputs, each) for each in shown)), config.persona_position]
     source = [inputs.source.fingerprint, source_layer]
     naive = {
         "zero_pad": source,

@@ -65,7 +65,7 @@ def write_texts(
 
 
 def _added(vectors: Vectors, row: Row, unsteered: Tensor) -> Tensor:
-    """Return what a row adds, (blocks, d_target); vectors made by chance take turns, prompt by prompt."""
+    """Return what a row adds, (blocks, d_target); a control's vectors take turns, prompt by prompt."""
     if row["alpha"] is None:
         return unsteered
     names = vector_names(row["condition"])

@@ -10,8 +10,9 @@ from experiment.inputs import Inputs
 from experiment.journalled import asked_judge
 from experiment.structures import expected
 from experiment.transfers import SteeringVectors
-from scoring.examination import Sets, at_most, examination_sets, examine
+from scoring.examination import Sets, at_most, examination_sets, examine, texts_of
 from scoring.gpt_judge import trait_prompt
+from scoring.likelihood_ratio import remembered
 from scoring.paid_once import PaidOnce
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
@@ -37,22 +38,17 @@ def examined_scorers(
         unsteered, steered = (
             _development_texts(inputs, folder, executor, steering, rows) if has_scorers else ([], [])
         )
-        ordinary = load_prompts("ordinary_examination")
         found: dict[str, dict[str, Any]] = {}
         for persona in inputs.personas:
-            others = [other for other in inputs.labelled_personas if other.name != persona.name]
-            sets = examination_sets(persona, others, ordinary, unsteered, steered)
-            scorers = {
-                "classifier": inputs.classifiers.get(persona.name),
-                "likelihood_ratio": inputs.likelihood_ratios.get(persona.name),
-            }
-            found[persona.name] = {
-                kind: examine(scorer.score, sets, scorer.decision_point)
-                for kind, scorer in scorers.items()
-                if scorer
-            }
+            sets = sets_of(inputs, persona, unsteered, steered)
+            of_persona = found[persona.name] = {}
+            if classifier := inputs.classifiers.get(persona.name):
+                of_persona["classifier"] = examine(classifier.score, sets, classifier.decision_point)
+            if ratio := inputs.likelihood_ratios.get(persona.name):
+                score = remembered(ratio, inputs.labelled_personas, texts_of(sets_of(inputs, persona)))
+                of_persona["likelihood_ratio"] = examine(score, sets, ratio.decision_point)
             if judge:
-                found[persona.name]["judge"] = _examined_judge(judge, persona, at_most(sets, JUDGED_A_SIDE))
+                of_persona["judge"] = _examined_judge(judge, persona, at_most(sets, JUDGED_A_SIDE))
         content = folder.save(name, made_from, {"personas": found})
     licences = content["personas"]
     return {
@@ -62,6 +58,17 @@ def examined_scorers(
         }
         for persona in inputs.personas
     }
+
+
+def sets_of(
+    inputs: Inputs, persona: Persona, unsteered: Sequence[str] = (), steered: Sequence[str] = ()
+) -> Sets:
+    """Return the sets on which a persona's scorers are examined.
+
+    unsteered, steered: by the target model; without them, what is the same in every run.
+    """
+    others = [other for other in inputs.labelled_personas if other.name != persona.name]
+    return examination_sets(persona, others, load_prompts("ordinary_examination"), unsteered, steered)
 
 
 def _examined_judge(judge: PaidOnce, persona: Persona, sets: Sets) -> dict[str, Any]:

@@ -109,8 +109,9 @@ def transfer_personas(
                 *arguments, other_maps=maps.transforms, left_out=norm.massive_dimensions
             ),
         }
-    for name, other in other_personas(list(vectors)).items():
-        vectors[name]["wrong_persona"] = vectors[other]["ridge_mapped"]
+    for name, others in other_personas(list(vectors)).items():
+        of_others = [vectors[other]["ridge_mapped"] for other in others]
+        vectors[name] |= zip(vector_names("wrong_persona"), of_others, strict=True)
     generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
     for drawn in vector_names("random"):
         direction = torch.randn(ridge.d_target, generator=generator)

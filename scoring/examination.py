@@ -95,6 +95,11 @@ def _first_sentence(text: str) -> str:
     return text
 
 
+def texts_of(sets: Sets) -> list[str]:
+    """Return the texts of all sets, each once."""
+    return list(dict.fromkeys(text for sides in sets.values() for side in sides for text in side))
+
+
 def at_most(sets: Sets, n: int) -> Sets:
     """Return the sets with at most n texts a side, for a scorer that is paid by the text."""
     generator = random.Random(0)
@@ -122,7 +127,7 @@ def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
     if n_positive < FEWEST:
         problem = f"{n_positive} examination_texts show the trait, an examination needs {FEWEST}"
         return _examined([problem], decision_point)
-    texts = list(dict.fromkeys(text for sides in sets.values() for side in sides for text in side))
+    texts = texts_of(sets)
     known = {text: value for text, value in zip(texts, score(texts), strict=True) if value is not None}
     problems = []
     if (n_unscored := len(texts) - len(known)) > MOST_UNSCORED * len(texts):

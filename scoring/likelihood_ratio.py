@@ -3,12 +3,12 @@
 A language model reads labelled texts that show the trait, then the text; texts that say the same without
 it, then the text; and texts that show other traits, those nearest to this one, then the text. The differences
 of the text's log-likelihoods, per token, say after which it is the more expected. After some thirty tokens a
-text itself says how it goes on, whatever stands before: so a longer one is read in windows of about that
-length, each of them right behind the examples. A logistic regression on the two differences to the first,
-trained on labelled texts that the model has not read before, makes them a probability. Broken text is
-unlikely after all of them, so a second regression, on the greatest of the log-likelihoods, tells texts from
-their shuffled words, and a text's score is the product: p(style) x p(words in order), or 0 if it does nothing
-but repeat itself.
+text itself says how it goes on, whatever stands before: so of a longer one three windows of about that length
+are read, each right behind the examples. A logistic regression on the two differences to the first, trained
+on labelled texts that the model has not read before, makes them a probability. Broken text is unlikely after
+all of them, so a second regression, on the greatest of the log-likelihoods, tells texts from their shuffled
+words, and a text's score is the product: p(style) x p(words in order), or 0 if it does nothing but repeat
+itself.
 
 The model is the packaged SmolLM2-135M-Instruct, whichever models the run is about, so that the scores of
 different runs mean the same. Nothing of it is the sentence encoder, and no steering vector is made from
@@ -47,9 +47,9 @@ SCORING_MODEL = "smollm2-135m-instruct"
 N_EXAMPLES = 12  # labelled texts that are read before
 N_TRAINING = 30  # of each kind, from which the regression learns; of other traits, twice as many
 NEAREST_OF = 150  # texts of other traits, among which those are looked for that are the most like the trait
-LONGEST = 160  # tokens of a text that are scored
 BATCH_SIZE = 16
 WINDOW = 24  # tokens that are read in one go, about: as many as labelled texts have
+N_WINDOWS = 3  # of a longer text that are read, from its beginning to its end
 ROW = 128  # tokens of windows that are read side by side
 FILE = "likelihood_ratio.joblib"
 INTRODUCTION = "Texts in the same style:\n\n"
@@ -114,22 +114,25 @@ def _read_before(scorer: Scorer, before: str) -> tuple[Cache, int]:
 
 
 def _log_likelihoods(scorer: Scorer, before: str, texts: Sequence[str]) -> np.ndarray:
-    """Return the mean log-likelihood of each text's tokens, each window right after what stands before.
+    """Return the mean log-likelihood of the tokens of each text's windows, right after what stands before.
 
     That is read once, and windows share the rows of a batch, where they do not see each other.
     """
     encoded = scorer[1](list(texts), add_special_tokens=False)["input_ids"]
-    windows = [(text, window) for text, ids in enumerate(encoded) for window in _windows(ids[:LONGEST])]
+    windows = [(text, window) for text, ids in enumerate(encoded) for window in _windows(ids)]
     sums = _window_sums(scorer, before, [window for _, window in windows])
     text_of = [text for text, _ in windows]
     return np.bincount(text_of, sums) / np.bincount(text_of, [len(window) for _, window in windows])
 
 
 def _windows(ids: Sequence[int]) -> list[Sequence[int]]:
-    """Return a text's tokens in parts of about WINDOW, none more than one longer than another."""
+    """Return parts of about WINDOW tokens of a text: all, or of many the first, the last and some between."""
     n_windows = max(1, round(len(ids) / WINDOW))
     edges = [len(ids) * number // n_windows for number in range(n_windows + 1)]
-    return [ids[start:end] for start, end in pairwise(edges)]
+    windows = [ids[start:end] for start, end in pairwise(edges)]
+    if n_windows <= N_WINDOWS:
+        return windows
+    return [windows[round(number * (n_windows - 1) / (N_WINDOWS - 1))] for number in range(N_WINDOWS)]
 
 
 @torch.inference_mode()
@@ -218,6 +221,37 @@ def untrained_likelihood_ratios(names: Sequence[str], personas: Sequence[Persona
     ]
 
 
+def remembered(
+    scorer: LikelihoodRatio, personas: Sequence[Persona], texts: Sequence[str]
+) -> Callable[[Sequence[str]], list[float | None]]:
+    """Return the scorer's `score` for someone who asks about the same texts in every run: they are read once.
+
+    scorer, personas: of `load_likelihood_ratios`.
+    """
+
+    def build(folder: Path) -> None:
+        joblib.dump(scorer.score(texts), folder / FILE)
+
+    entry = build_once(_scores_entry(scorer.persona, personas, texts), build)
+    known = dict(zip(texts, joblib.load(entry / FILE), strict=True))
+
+    def score(asked: Sequence[str]) -> list[float | None]:
+        new = [text for text in asked if text not in known]
+        found = known | dict(zip(new, scorer.score(new), strict=True))
+        return [found[text] for text in asked]
+
+    return score
+
+
+def are_remembered(name: str, personas: Sequence[Persona], texts: Sequence[str]) -> bool:
+    """Return whether a persona's scorer has read these texts for `remembered`."""
+    return (cache_folder() / _scores_entry(name, personas, texts)).is_dir()
+
+
+def _scores_entry(name: str, personas: Sequence[Persona], texts: Sequence[str]) -> str:
+    return f"{_cache_entry(name, personas)}_{fingerprint(list(texts))[:32]}"
+
+
 def _cache_entry(name: str, personas: Sequence[Persona]) -> str:
     made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
     return f"likelihood_ratios/{made_from[:32]}"
@@ -234,8 +268,8 @@ def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
         N_EXAMPLES,
         N_TRAINING,
         NEAREST_OF,
-        LONGEST,
         WINDOW,
+        N_WINDOWS,
         INTRODUCTION,
     ]
     return fingerprint(

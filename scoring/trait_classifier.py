@@ -18,7 +18,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import joblib
@@ -268,8 +268,12 @@ def check_labelled(personas: Sequence[Persona]) -> None:
 
 def classifier_fingerprint(personas: Sequence[Persona]) -> str:
     """Return what the classifiers made from these personas depend on, without training them."""
-    ordered = sorted(personas, key=lambda persona: persona.name)
-    rows = [row for persona in ordered for row in _labelled_rows(persona)]
+    return _fingerprint(tuple(sorted(personas, key=lambda persona: persona.name)))
+
+
+@lru_cache(maxsize=16)
+def _fingerprint(personas: tuple[Persona, ...]) -> str:
+    rows = [row for persona in personas for row in _labelled_rows(persona)]
     settings = [ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, WEIGHTS, N_CUTS, IN_ORDER]
     settings.append(FALSE_POSITIVES)
     return fingerprint(rows, load_prompts("ordinary_training"), settings, sklearn.__version__)

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 Transfer = Literal["zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle"]
 MapKind = Literal["procrustes", "reduced_rank", "shuffled"]
-# Another persona's mapped vector: what steering by any such vector does to a trait that is not its own.
+# Other personas' mapped vectors: what steering by any such vector does to a trait that is not its own.
 # A random direction of the same norm; and no vector at all, but the persona asked for in words.
 Method = Literal[Transfer, MapKind, "wrong_persona", "random", "prompted"]
 LambdaUnit = Literal["absolute", "relative"]
@@ -22,8 +22,8 @@ PromptFormat = Literal["raw", "chat", "auto"]
 LOWEST_TEMPERATURE = 1e-6  # of sampling; below, logits / temperature can overflow
 METHODS: tuple[str, ...] = get_args(Transfer)
 MAP_KINDS: tuple[str, ...] = get_args(MapKind)
-DRAWS = 3  # vectors of a control that is made by chance; its texts take them in turn, prompt by prompt
-DRAWN: tuple[Method, ...] = ("random", "shuffled")
+DRAWS = 3  # vectors of a control of which there are many; its texts take them in turn, prompt by prompt
+DRAWN: tuple[Method, ...] = ("random", "shuffled", "wrong_persona")
 LAMBDA_UNITS: tuple[str, ...] = get_args(LambdaUnit)
 LAMBDA_CRITERIA: tuple[str, ...] = get_args(LambdaCriterion)
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
@@ -34,7 +34,7 @@ STEER_POSITIONS: tuple[str, ...] = get_args(SteerPositions)
 
 
 def vector_names(method: str) -> tuple[str, ...]:
-    """Return what `persona_vectors.pt` calls a method's vectors: one, or DRAWS of them made by chance."""
+    """Return what `persona_vectors.pt` calls a method's vectors: one, or DRAWS of them."""
     return tuple(f"{method}_{draw + 1}" for draw in range(DRAWS)) if method in DRAWN else (method,)
 
 

@@ -8,10 +8,13 @@ import pytest
 from scoring import likelihood_ratio
 from scoring.examination import STEERED, UNSTEERED, examination_sets, examine
 from scoring.likelihood_ratio import (
-    LONGEST,
+    N_WINDOWS,
     WINDOW,
+    LikelihoodRatio,
+    are_remembered,
     likelihood_features,
     load_likelihood_ratios,
+    remembered,
     train_likelihood_ratios,
     untrained_likelihood_ratios,
 )
@@ -138,9 +141,18 @@ def test_each_window_of_a_text_is_read_right_behind_the_examples():
     assert turned_round[0] == pytest.approx(ratio, abs=1e-5)
 
 
+def test_a_longer_text_is_read_at_its_beginning_in_its_middle_and_at_its_end():
+    given = (tiny_model(), tiny_tokenizer()), ("The sea.\n\n", "Rain falls on the hill.\n\n")
+    numbers = [f"The sea number {n} is wide. " for n in range(10, 19)]
+    windows = [number[:WINDOW] for number in numbers]  # a token a character
+    read = [likelihood_features(*given, [windows[place]])[0, 0] for place in (0, 4, 8)]
+    assert len(read) == N_WINDOWS
+    assert likelihood_features(*given, ["".join(windows)])[0, 0] == pytest.approx(np.mean(read), abs=1e-5)
+
+
 def test_texts_that_share_a_row_do_not_see_each_other():
     texts = [" ".join(["The sea is blue."] * (1 + n % 5) + [f"Rain {n}."]) for n in range(30)]
-    texts.append("The hill is wide. " * LONGEST)  # longer than is read
+    texts.append("The hill is wide. " * 100)
     examples = ("The sea.\n\n", "Rain falls on the hill.\n\n", "The hill.\n\n")
     given = (tiny_model(), tiny_tokenizer()), examples
     alone = [likelihood_features(*given, [text])[0] for text in texts]
@@ -172,6 +184,21 @@ def test_what_remains_to_be_trained_is_known(tmp_path, monkeypatch):
     assert untrained_likelihood_ratios(names, personas) == ["pirate", "calm"]
     assert set(load_likelihood_ratios(["calm"], personas)) == {"calm"}
     assert untrained_likelihood_ratios(names, personas[::-1]) == ["pirate"]
+
+
+def test_what_an_examination_always_asks_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    personas = [labelled("pirate"), labelled("calm")]
+    scorer = train_likelihood_ratios(["pirate"], personas, tiny_scorer)["pirate"]
+    always, new = ["Arr, the sea.", "The hill.", ""], "Rain falls on the hill."
+    assert not are_remembered("pirate", personas, always)
+    score = remembered(scorer, personas, always)
+    assert score([new, *always]) == pytest.approx([*scorer.score([new]), *scorer.score(always[:2]), None])
+    assert are_remembered("pirate", personas[::-1], always)
+    asked = []
+    monkeypatch.setattr(LikelihoodRatio, "score", lambda _, texts: asked.extend(texts) or [0.5] * len(texts))
+    assert remembered(scorer, personas, always)([always[0], new])[1] == 0.5
+    assert asked == [new]
 
 
 def test_likelihood_ratio_reads_the_nearest_texts_of_other_traits_where_there_are_any():

@@ -76,3 +76,10 @@ def test_layers_of_the_inputs_are_part_of_every_fingerprint_but_the_searchs(tiny
 def test_fingerprints_of_the_default_run_are_pinned():
     inputs = load_inputs(load_config(ROOT / "configs/smol_to_gemma.json"))
     assert fingerprints(inputs, DEFAULT) == DEFAULT
+
+
+def test_another_personas_vectors_are_the_next_three_in_turn():
+    names = ["a", "b", "c", "d", "e"]
+    assert grid.other_personas(names)["d"] == ["e", "a", "b"]
+    assert grid.other_personas(["a", "b"]) == {"a": ["b"] * 3, "b": ["a"] * 3}
+    assert grid.other_personas(["a"]) == {}

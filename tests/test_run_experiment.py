@@ -181,7 +181,8 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     content = load_tensors(finished / "persona_vectors.pt")
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for name, vectors in content["vectors"].items():
-        assert list(vectors) == [*METHODS, *MAPS, "wrong_persona", "random_1", "random_2", "random_3"]
+        drawn = [f"{control}_{draw}" for control in ("wrong_persona", "random") for draw in (1, 2, 3)]
+        assert list(vectors) == [*METHODS, *MAPS, *drawn]
         assert content["source_vectors"][name].shape == (32,)
         for vector in [*vectors.values(), content["source_vectors"][name]]:
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)
@@ -662,7 +663,8 @@ def test_wrong_persona_is_steered_with_the_others_mapped_vector(settings, tmp_pa
     )
     vectors = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]
     for name, other in (("loud", "numeric"), ("numeric", "loud")):
-        assert torch.equal(vectors[name]["wrong_persona"], vectors[other]["ridge_mapped"])
+        for draw in (1, 2, 3):
+            assert torch.equal(vectors[name][f"wrong_persona_{draw}"], vectors[other]["ridge_mapped"])
     cells = {}
     for row in rows(tmp_path / "out"):
         cells.setdefault((row["persona"], row["condition"], row["alpha"]), []).append(row["output"])

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 
 # Chinese, Japanese, Thai, Lao, Tibetan, Khmer and Burmese put no spaces between words.
 SPACELESS = re.compile(
@@ -75,10 +76,11 @@ def without_marks(text: str) -> str:
 def share_of_letters(text: str) -> float:
     """Return the share of a text's characters that are small letters, letters without case, or spaces."""
     kept = sum(
-        character in " \u0f0b"  # the mark between Tibetan syllables
+        n
+        for character, n in Counter(text).items()
+        if character in " \u0f0b"  # the mark between Tibetan syllables
         or (character.isalpha() and not character.isupper())
         or unicodedata.category(character) in ("Mn", "Mc")
-        for character in text
     )
     return kept / max(1, len(text))
 
