@@ -21,7 +21,7 @@ from texts.neutral_text import NeutralText
 from texts.personas import Persona, load_prompts
 
 FORMAT_VERSION = 1
-EXAMINATION_VERSION = 6  # of what is examined, and how
+EXAMINATION_VERSION = 7  # of what is examined, and how
 
 Alphas = Sequence[float | None] | Mapping[str, list[float] | dict[str, float]]
 Row = dict[str, Any]

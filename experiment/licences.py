@@ -68,6 +68,7 @@ def sets_of(
     unsteered, steered: by the target model; without them, what is the same in every run.
     """
     others = [other for other in inputs.labelled_personas if other.name != persona.name]
+    others.sort(key=lambda other: other.name)  # what is drawn does not depend on the run's order
     return examination_sets(persona, others, load_prompts("ordinary_examination"), unsteered, steered)
 
 
