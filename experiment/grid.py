@@ -253,11 +253,11 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
     Only the inputs of that method count: new lambda values touch nothing but ridge_mapped.
     """
     config, (source_layer, target_layer) = inputs.config, inputs.layers
-    shown = [persona]
+    carried = [persona]
     if method == "wrong_persona":
         by_name = {each.name: each for each in inputs.personas}
-        shown = [by_name[name] for name in other_personas(config.persona_names)[persona.name]]
-    texts = [*chain(*(_extracted(inputs, each) for each in shown)), config.persona_position]
+        carried = [by_name[name] for name in other_personas(config.persona_names)[persona.name]]
+    texts = [*chain(*(_extracted(inputs, each) for each in carried)), config.persona_position]
     source = [inputs.source.fingerprint, source_layer]
     naive = {
         "zero_pad": source,
