@@ -18,7 +18,7 @@ from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.transfers import SteeringVectors
 from support.artifacts import fingerprint
 from support.run_folder import RunFolder
-from support.vocabulary import DRAWS, vector_names
+from support.vocabulary import vector_names
 
 NAME = "plain_costs.json"
 
@@ -34,11 +34,6 @@ def plain_costs(
     the mean over their draws. A vector is added at every token, whatever `steer_positions` says.
     """
     texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
-    made_from = fingerprint(personas_fingerprint(inputs), doses, texts, inputs.config.alpha_unit, DRAWS)
-    content = folder.current(NAME, made_from, {"personas": dict})
-    if content is not None:
-        return content["personas"]
-    settings = replace(inputs.writing_settings(steering.medians), steer_positions="all")
     cells = [
         (persona, condition, name, alpha)
         for persona, of_persona in doses.items()
@@ -46,6 +41,11 @@ def plain_costs(
         if alpha is not None
         for name in vector_names(condition)
     ]
+    made_from = fingerprint(personas_fingerprint(inputs), cells, texts, inputs.config.alpha_unit)
+    content = folder.current(NAME, made_from, {"personas": dict})
+    if content is not None:
+        return content["personas"]
+    settings = replace(inputs.writing_settings(steering.medians), steer_positions="all")
     size = inputs.config.evaluation_batch_size
     of_first = steering.vectors[inputs.personas[0].name]
     chunks = [(texts, next(iter(of_first.values())), 0.0, settings, size)]
