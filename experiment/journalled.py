@@ -159,12 +159,12 @@ def evaluate_texts(
     with a true `is_judged`; a failed judgement is asked for again.
 
     The last digits of a perplexity depend on the texts that share its batch. So texts are scored in the
-    company of their cell (condition, persona and alpha), whichever of them are missing: after damage or a
-    kill every number comes back to the last bit. (Rounding would not do: batches differ by more than the
-    sixth digit, and a number at the edge of a step would still flip.) What the journal holds is never
-    replaced, so these are not the same to the last bit: numbers on another machine or with another number
-    of threads or another batch size, also one that was halved for want of memory, and a number that is lost
-    after prompts or seeds were added to its cell.
+    company of their cell (condition, persona and alpha) and seed, whichever of them are missing: after damage
+    or a kill every number comes back to the last bit, and more seeds cost no more than themselves. (Rounding
+    would not do: batches differ by more than the sixth digit, and a number at the edge of a step would still
+    flip.) What the journal holds is never replaced, so these are not the same to the last bit: numbers on
+    another machine or with another number of threads or another batch size, also one that was halved for want
+    of memory, and a number that is lost after prompts were added to its cell.
     """
     with folder.journal("evaluation", evaluations_journal_fingerprint(inputs)) as journal:
         done = {
@@ -193,12 +193,16 @@ def asked_judge(inputs: Inputs, folder: RunFolder) -> PaidOnce | None:
 
 
 def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
-    """Return the parts of cells that hold a wanted row, each with all its rows, in the planned order."""
+    """Return the parts of cells that hold a wanted row, each with all its rows, in the planned order.
+
+    A part has texts of one seed.
+    """
     cells: dict[tuple, dict[str, Row]] = {}
     for row in planned:
         # An unsteered text is scored for every persona; together, what they share is computed and asked once.
         persona = None if row["alpha"] is None else row["persona"]
-        cells.setdefault((row["condition"], persona, row["alpha"]), {}).setdefault(row["key"], row)
+        cell = cells.setdefault((row["condition"], persona, row["alpha"], row["seed"]), {})
+        cell.setdefault(row["key"], row)
     parts = []
     for cell in cells.values():
         rows = list(cell.values())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +351,25 @@ def test_lost_evaluations_come_back_to_the_last_bit(settings, finished, out):
     journal.write_bytes(lines[0] + b"".join(rows[: len(rows) // 2]))
     assert run(out, settings) == 0
     assert_same_bytes(out, finished)
+
+
+def test_seed_that_is_added_later_is_all_that_is_read(settings, finished, out, monkeypatch):
+    read: list[str] = []
+    perplexities = Worker.perplexities
+
+    def noted(worker, prompts, outputs, *rest):
+        read.extend(outputs)
+        return perplexities(worker, prompts, outputs, *rest)
+
+    monkeypatch.setattr(Worker, "perplexities", noted)
+    more = {**settings, "n_seeds": settings["n_seeds"] + 1}
+    assert run(out, more) == 0
+    known = {row["key"] for row in load_json(finished / "eval_results.json")["rows"]}
+    grown = load_json(out / "eval_results.json")["rows"]
+    assert Counter(read) == Counter(row["output"] for row in grown if row["key"] not in known)
+    cut_last_rows(out / "evaluation_journal.jsonl", len(known) // 2)
+    assert run(out, more) == 0
+    assert load_json(out / "eval_results.json")["rows"] == grown
 
 
 def test_judge_that_is_added_later_costs_no_perplexity(settings, finished, out, monkeypatch):
