@@ -1,10 +1,9 @@
 """What the evaluation of a text costs, by metric, without a judge.
 
-    python benchmarks/bench_evaluation.py --run results/gemma_to_smol_chat [--texts 96] [--tokens 40]
+    python benchmarks/bench_evaluation.py --run results/gemma_to_smol_chat [--texts 60] [--tokens 40]
 
 Texts of a finished run, evenly from all its conditions, are scored by every metric in turns, since other work
-on the machine changes each number; the shortest time counts. Loading and training are left out, and texts in
-short runs lie in smaller batches.
+on the machine changes each number; the shortest time counts. Loading and training are left out.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from evaluation import repetition_metrics
 from experiment.config import load_config
 from experiment.grid import scoring_sides
 from experiment.inputs import Inputs, load_inputs
+from experiment.journalled import EVALUATION_CHUNK
 from experiment.tables import markdown_table
 from experiment.workers import Worker
 from scoring.trait_classifier import score_texts
@@ -43,7 +43,7 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
     """Return what computes each metric of all rows."""
     outputs = [row["output"] for row in rows]
     worker = Worker({side.name: side for side in inputs.sides})
-    ratios = inputs.likelihood_ratios
+    ratio = next(iter(inputs.likelihood_ratios.values()))  # a text is read by that of its own persona alone
 
     def perplexity(side: str) -> Any:
         shown = {side: [inputs.shown_prompt(side, row["prompt"]) for row in rows]}
@@ -51,12 +51,9 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
             shown, outputs, inputs.config.evaluation_batch_size, inputs.evaluation_dtype
         )
 
-    def of_persona(name: str) -> list[str]:
-        return [row["output"] for row in rows if row["persona"] == name]
-
     return {
         **{f"perplexity, {side}": lambda side=side: perplexity(side) for side in scoring_sides(inputs)},
-        "likelihood ratio": lambda: [ratios[name].score(of_persona(name)) for name in ratios],
+        "likelihood ratio": lambda: ratio.score(outputs),
         "classifiers of all personas": lambda: score_texts(list(inputs.classifiers.values()), outputs),
         "repetition, distinct n-grams": lambda: [repetition_metrics(text) for text in outputs],
     }
@@ -66,7 +63,7 @@ def main() -> None:
     """Print a line for each metric, and what the specification's grid would take."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="output folder of a finished run")
-    parser.add_argument("--texts", type=int, default=96)
+    parser.add_argument("--texts", type=int, default=EVALUATION_CHUNK)
     parser.add_argument("--tokens", type=int, default=40, help="of each text; longer ones are cut")
     arguments = parser.parse_args()
     inputs = load_inputs(load_config(arguments.run / "config.json"))
