@@ -43,7 +43,8 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
     """Return what computes each metric of all rows."""
     outputs = [row["output"] for row in rows]
     worker = Worker({side.name: side for side in inputs.sides})
-    ratio = next(iter(inputs.likelihood_ratios.values()))  # a text is read by that of its own persona alone
+    # A text is read by the likelihood ratio of its own persona alone: one stands for all.
+    ratios = list(inputs.likelihood_ratios.values())[:1]
 
     def perplexity(side: str) -> Any:
         shown = {side: [inputs.shown_prompt(side, row["prompt"]) for row in rows]}
@@ -53,7 +54,7 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
 
     return {
         **{f"perplexity, {side}": lambda side=side: perplexity(side) for side in scoring_sides(inputs)},
-        "likelihood ratio": lambda: ratio.score(outputs),
+        **{"likelihood ratio": lambda ratio=ratio: ratio.score(outputs) for ratio in ratios},
         "classifiers of all personas": lambda: score_texts(list(inputs.classifiers.values()), outputs),
         "repetition, distinct n-grams": lambda: [repetition_metrics(text) for text in outputs],
     }
