@@ -44,7 +44,7 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
     outputs = [row["output"] for row in rows]
     worker = Worker({side.name: side for side in inputs.sides})
     # A text is read by the likelihood ratio of its own persona alone: one stands for all.
-    ratios = list(inputs.likelihood_ratios.values())[:1]
+    ratio = next(iter(inputs.likelihood_ratios.values()), None)
 
     def perplexity(side: str) -> Any:
         shown = {side: [inputs.shown_prompt(side, row["prompt"]) for row in rows]}
@@ -54,7 +54,7 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
 
     return {
         **{f"perplexity, {side}": lambda side=side: perplexity(side) for side in scoring_sides(inputs)},
-        **{"likelihood ratio": lambda ratio=ratio: ratio.score(outputs) for ratio in ratios},
+        "likelihood ratio": lambda: ratio and ratio.score(outputs),
         "classifiers of all personas": lambda: score_texts(list(inputs.classifiers.values()), outputs),
         "repetition, distinct n-grams": lambda: [repetition_metrics(text) for text in outputs],
     }
