@@ -24,12 +24,12 @@ from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
-from scoring.broken_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
+from scoring.cached_judge import PaidOnce
+from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
 from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
 from scoring.judge_answers import Judgement
 from scoring.likelihood_ratio import LikelihoodRatio
 from scoring.local_judge import LocalJudge
-from scoring.paid_once import PaidOnce
 from scoring.trait_classifier import TraitClassifier, score_texts
 from support.errors import InputError
 from support.intervals import student_interval

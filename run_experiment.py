@@ -11,7 +11,7 @@ how to go on.
 
 import sys
 
-from support.stopping import end_on_signals, unwinding
+from support.signals import end_on_signals, unwinding
 
 if __name__ == "__main__":
     end_on_signals()
@@ -31,33 +31,34 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ablations.blocks import ablate_blocks
+from ablations.layers import ablate_layers, ablate_samples
 from evaluation import aggregate
-from experiment import grid, preflight
-from experiment.ablations import ablate_layers, ablate_samples
-from experiment.answers import with_answers
-from experiment.block_ablation import ablate_blocks
+from experiment import plan as grid
 from experiment.config import ExperimentConfig
-from experiment.development import required_doses, run_preflight, searched_doses
-from experiment.dry_run import describe_run
-from experiment.figures import (
+from experiment.executor import LocalExecutor
+from experiment.inputs import Inputs, configured, load_inputs, read_personas_and_prompts, start_executor
+from experiment.ray_executor import RayExecutor
+from experiment.structures import expected
+from maps.layer_search import search_layers
+from model_loading import quiet_transformers
+from phases import check_setup as preflight
+from phases.choose_alphas import required_doses, run_preflight, searched_doses
+from phases.collect_responses import with_answers
+from phases.decide_verdicts import closing_notes, conclude, effects_frame, results_frame
+from phases.dry_run import describe_run
+from phases.fit_maps import LearnedMaps, learn_maps, load_maps
+from phases.generate_texts import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
+from phases.make_vectors import SteeringVectors, transfer_all
+from reporting.figures import (
     coherence_trait_figure,
     draw_once,
     layer_search_figure,
     mapping_figure,
     save_figure,
 )
-from experiment.inputs import Inputs, configured, load_inputs, read_personas_and_prompts, start_executor
-from experiment.journalled import check_rows, evaluate_texts, missing_notes, save_rows, write_texts
-from experiment.layer_search import search_layers
-from experiment.learned_maps import LearnedMaps, learn_maps, load_maps
-from experiment.outcome import closing_notes, conclude, effects_frame, results_frame
-from experiment.ray_executor import RayExecutor
-from experiment.report import write_report
-from experiment.structures import expected
-from experiment.tables import format_cosines, format_maps, format_table
-from experiment.transfers import SteeringVectors, transfer_all
-from experiment.workers import LocalExecutor
-from model_loading import quiet_transformers
+from reporting.report import write_report
+from reporting.tables import format_cosines, format_maps, format_table
 from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
 from support.run_folder import RunFolder

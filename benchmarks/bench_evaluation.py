@@ -18,11 +18,11 @@ from bench_mapping import best_of
 
 from evaluation import repetition_metrics
 from experiment.config import load_config
-from experiment.grid import scoring_sides
+from experiment.executor import Worker
 from experiment.inputs import Inputs, load_inputs
-from experiment.journalled import EVALUATION_CHUNK
-from experiment.tables import markdown_table
-from experiment.workers import Worker
+from experiment.plan import scoring_sides
+from phases.generate_texts import EVALUATION_CHUNK
+from reporting.tables import markdown_table
 from scoring.trait_classifier import score_texts
 from support.artifacts import load_json
 

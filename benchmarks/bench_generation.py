@@ -59,8 +59,8 @@ from activation_extractor import ActivationExtractor, block_output, measure_resi
 from decoding.loop import decode
 from decoding.row_sampler import FIRST_SIZES, RowSampler
 from evaluation import continuation_perplexities
-from experiment.tables import markdown_table
 from model_loading import decoder_blocks, load_model, pad_token_id, quiet_transformers
+from reporting.tables import markdown_table
 from steered_generation import SteeredGenerator
 from support.artifacts import save_json
 from support.tiny_models import tiny_model, tiny_tokenizer

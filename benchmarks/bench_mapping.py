@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiment.tables import markdown_table
+from reporting.tables import markdown_table
 from ridge_mapping import RidgeMapping, assign_folds
 from support.artifacts import save_json
 from support.pair_statistics import DEFAULT_SAMPLE, PairStatistics

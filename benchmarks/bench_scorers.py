@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.tables import markdown_table
+from reporting.tables import markdown_table
 from scoring.likelihood_ratio import load_likelihood_ratios
 from scoring.trait_classifier import load_trait_classifiers
 from support.artifacts import load_json

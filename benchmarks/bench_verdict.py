@@ -17,9 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.significance import mean_interval
-from experiment.tables import markdown_table
-from experiment.verdict import (
+from analysis.significance import mean_interval
+from analysis.verdict import (
     CONTROLS,
     MAPPED,
     NATIVE_WORKS,
@@ -31,6 +30,7 @@ from experiment.verdict import (
     decide,
     effects,
 )
+from reporting.tables import markdown_table
 from support.artifacts import load_json
 
 SIZES = (30, 60, 120)

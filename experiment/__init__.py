@@ -1,1 +1,1 @@
-"""What an experiment is made of, above the components; `run_experiment.py` puts it together."""
+"""What a run is: configuration, inputs, models, conditions, plan, executors; it computes no result."""

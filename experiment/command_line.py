@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiment.config import ExperimentConfig, load_config
 from support.errors import InputError, file_error
-from support.stopping import say_stopped
+from support.signals import say_stopped
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from experiment.dose_search import MAX_EVALUATIONS
+from analysis.alpha_search import MAX_EVALUATIONS
 from support.errors import InputError, shown
 from support.text_files import check_characters, local_path, parse_json, read_text
 from support.vocabulary import (

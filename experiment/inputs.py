@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import PersonaVector, ReadText
 from experiment.config import ExperimentConfig, load_config
-from experiment.layer_search import check_memory
+from experiment.executor import LocalExecutor, Side, SideSettings, Worker, WritingSettings
 from experiment.ray_executor import RayExecutor
-from experiment.workers import LocalExecutor, Side, SideSettings, Worker, WritingSettings
+from maps.layer_search import check_memory
 from model_loading import PACKAGED_MODELS, fastest_dtype, plain_model
 from scoring.gpt_judge import GPTJudge
 from scoring.likelihood_ratio import LikelihoodRatio, load_likelihood_ratios

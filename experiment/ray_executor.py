@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 # Read by Ray as lines of a .gitignore file: nothing, except the folder, its modules and its texts.
-FOLDERS = ("decoding", "experiment", "scoring", "support", "texts", "personas", "prompts")
+FOLDERS = "analysis decoding experiment maps scoring support texts personas prompts".split()
 NOT_SENT = ["/*", "!/.", "!/*.py", *(f"!/{folder}" for folder in FOLDERS), "__pycache__"]
 CLIENT_PORT = 10001
 CONNECT_SECONDS = 10.0

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from scoring.broken_text import word_count
+from scoring.degenerate_text import word_count
 
 
 def brevity(

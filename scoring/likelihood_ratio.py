@@ -37,7 +37,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from model_loading import fastest_dtype, filler_token_id, load_model, pad_tokens
-from scoring.broken_text import any_cut, can_be_broken, has_collapsed, shuffled
+from scoring.degenerate_text import any_cut, can_be_broken, has_collapsed, shuffled
 from scoring.trait_classifier import FALSE_POSITIVES, IN_ORDER
 from support.artifacts import fingerprint
 from support.package_cache import build_once, cache_folder

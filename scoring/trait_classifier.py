@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer
 
 from decoding.batching import run_in_batches
-from scoring.broken_text import any_cut, can_be_broken, has_collapsed, loop, shuffled, word_salad
+from scoring.degenerate_text import any_cut, can_be_broken, has_collapsed, loop, shuffled, word_salad
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files

@@ -32,15 +32,15 @@ from tiny_runs import (
 )
 from transformers import BertConfig, BertLMHeadModel
 
+from ablations.layers import _SampleRun, ablate_samples
 from baseline_methods import METHODS
 from decoding import loop as decoding
 from decoding import output_head
 from evaluation import continuation_perplexities
-from experiment import preflight
-from experiment.ablations import _SampleRun, ablate_samples
-from experiment.development import trait_costs
 from experiment.ray_executor import RayExecutor
 from model_loading import load_model
+from phases import check_setup as preflight
+from phases.choose_alphas import trait_costs
 from run_experiment import PersonaTransferExperiment, main
 from scoring.gpt_judge import GPTJudge
 from steered_generation import SteeredGenerator
@@ -585,14 +585,14 @@ def test_layer_ablation_steers_at_every_pair_and_resumes(settings, tmp_path, mon
     folder = tmp_path / "out" / "ablation_layers"
     assert {row["prompt"] for row in rows(folder / "2_1")} == set(load_prompts("development"))
     texts_before = texts(folder / "2_1")
-    monkeypatch.setattr("experiment.ablations.collect_in_chunks", None)
+    monkeypatch.setattr("ablations.layers.collect_in_chunks", None)
     assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
     assert texts(folder / "2_1") == texts_before
     assert (tmp_path / "out" / "experiment.log").read_text().count(": 0 new texts") == 2
 
 
 def test_sample_ablation_resumes_to_the_same_numbers(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiment.ablations.N_HELD_OUT", 20)
+    monkeypatch.setattr("ablations.layers.N_HELD_OUT", 20)
     ablation = {**settings, "ablation_samples": [30, 60, 90]}
     assert run(tmp_path / "whole", ablation, "--ablate", "samples") == 0
     whole = load_json(tmp_path / "whole" / "ablation_samples.json")

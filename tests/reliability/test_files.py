@@ -24,10 +24,11 @@ from tiny_runs import ARTIFACTS, LOUD, content, error_lines, run, tiny_settings,
 
 import model_loading
 import run_experiment
+from experiment.executor import Worker
 from experiment.inputs import load_inputs
-from experiment.workers import Worker
 from run_experiment import PersonaTransferExperiment
-from support import package_cache, stopping
+from support import package_cache
+from support import signals as stopping
 from support.artifacts import load_json, load_tensors, save_json, save_tensors, sealed
 from support.errors import InputError
 from support.run_folder import RunFolder
@@ -561,7 +562,7 @@ def test_signal_ends_the_run_in_two_seconds(place, number, settings, finished, l
     if place == "loading":
         monkeypatch.setattr(run_experiment, "load_inputs", busy)
     else:
-        monkeypatch.setattr("experiment.workers.Worker.write", busy)
+        monkeypatch.setattr("experiment.executor.Worker.write", busy)
     status, seconds, printed = signalled(number, out, settings, started, tmp_path)
     assert status == 128 + number
     assert seconds < 2

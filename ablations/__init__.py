@@ -1,0 +1,1 @@
+"""Repeat parts of an experiment with other layers, blocks or amounts of text."""

@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: no model and no file is read here."""

@@ -1,0 +1,388 @@
+"""Write `report.html`: a finished run as one page that opens from disk and asks nothing of a network.
+
+Made from the artifacts of the output directory alone, after phase 5 or by `--report FOLDER`. All text of
+models, personas and files is escaped; the page's policy forbids it to load anything.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiment.plan import Row
+from phases.decide_verdicts import harm
+from reporting.tables import maps_rows
+from support.artifacts import load_json, save_text
+from support.errors import InputError
+
+NAME = "report.html"
+TEMPLATE = "report.html.j2"
+FIRST_SHOWN = ("baseline", "ridge_mapped", "oracle")
+COLOURS = {
+    "equal to native": "good",
+    "transferred": "good",
+    "partial": "some",
+    "can't tell": "some",
+    "not transferred": "bad",
+    "steering itself failed": "bad",
+}
+NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
+# What is fetched from packages, and under which licence it stands; of other models, their cards say it.
+LICENCES = {
+    "smollm2-135m-instruct": "Apache 2.0",
+    "gemma-3-270m": "Gemma terms of use",
+    "wikipedia-sample": "CC BY-SA",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page; wrapped: indices of columns with long text."""
+
+    id: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    wrapped: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: base64 of a PNG, what it shows in words, and what to look for in it."""
+
+    data: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page."""
+
+    id: str
+    title: str
+    text: str = ""
+    figures: Sequence[Picture] = ()
+    tables: Sequence[Table] = field(default_factory=tuple)
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a finished run into its folder and return its path.
+
+    Raises InputError: a folder that is no finished run.
+    """
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} is no finished run: {missing[0]} is missing; name the output_dir of a run whose five "
+            "phases are done"
+        )
+    config, results, verdict, checked = (load_json(folder / name) for name in NEEDED)
+    rows = results["rows"]
+    parts = [
+        _effects_part(folder, verdict, rows),
+        _doses_part(folder, rows, verdict),
+        _map_part(folder),
+        _scorers_part(verdict["licences"]),
+        _preflight_part(checked),
+    ]
+    parts = [part for part in parts if part.figures or part.tables]
+    sections = [("verdict", "Verdict"), *((part.id, part.title) for part in parts)]
+    sections += [("texts", "Texts"), ("configuration", "Configuration")]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template(TEMPLATE).render(
+        source=config["source_model"],
+        target=config["target_model"],
+        subtitle=_subtitle(config, rows),
+        sections=sections,
+        verdicts=list(map(_said, verdict["personas"].items())),
+        parts=parts,
+        provenance=_provenance(folder, config, checked["environment"]),
+        configuration=json.dumps(config, indent=2, ensure_ascii=False),
+        texts=Markup(_script_data(texts_data(rows))),
+    )
+    path = folder / NAME
+    save_text(path, page)
+    return path
+
+
+def texts_data(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what the text browser reads: cells, places (prompt, seed), and a text for each of both."""
+    personas = list(dict.fromkeys(row["persona"] for row in rows))
+    prompts: dict[int, str] = {row["prompt_idx"]: row["prompt"] for row in rows}
+    numbers = {prompt: number for number, prompt in enumerate(sorted(prompts))}
+    places = sorted({(numbers[row["prompt_idx"]], row["seed"]) for row in rows})
+    place_of = {place: number for number, place in enumerate(places)}
+    cells: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        persona = None if row["condition"] == "baseline" else row["persona"]
+        of_cell = cells.setdefault((row["condition"], persona, row["alpha"]), {})
+        place = place_of[numbers[row["prompt_idx"]], row["seed"]]
+        text = of_cell.setdefault(place, {"output": row["output"], "traits": [None] * len(personas)})
+        perplexity = row["independent_perplexity"]
+        text["perplexity"] = row["perplexity"] if perplexity is None else perplexity
+        scores = {row["persona"]: row["trait_probability"], **(row.get("trait_probabilities") or {})}
+        for number, name in enumerate(personas):
+            if scores.get(name) is not None:
+                text["traits"][number] = round(scores[name], 4)
+    listed = []
+    for number, (condition, persona, alpha) in enumerate(cells):
+        listed.append(
+            {
+                "condition": condition,
+                "persona": None if persona is None else personas.index(persona),
+                "label": condition if alpha is None else f"{condition} (α {alpha:.3g})",
+                "first": number * len(places),
+            }
+        )
+    texts = [of_cell.get(place) for of_cell in cells.values() for place in range(len(places))]
+    return {
+        "personas": personas,
+        "prompts": [prompts[prompt] for prompt in sorted(prompts)],
+        "places": places,
+        "cells": listed,
+        "texts": texts,
+        "first": FIRST_SHOWN,
+    }
+
+
+def _script_data(content: Any) -> str:
+    """Return JSON that a script element can hold: nothing in it ends the element or begins a comment."""
+    text = json.dumps(content, allow_nan=False)
+    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+
+
+def _subtitle(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    n_prompts = len({row["prompt_idx"] for row in rows})
+    n_seeds = len({row["seed"] for row in rows})
+    return (
+        f"{n_prompts} test prompts × {n_seeds} seed{'s' * (n_seeds > 1)}, at most {config['max_new_tokens']} "
+        f"tokens, {len(rows)} evaluations of texts. Effects are changes of the trait's score against "
+        "unsteered text of the same prompt, with 95 % intervals over prompts."
+    )
+
+
+def _said(item: tuple[str, Mapping[str, Any]]) -> dict[str, str]:
+    persona, found = item
+    rests = found["rests_on"]
+    note = f" (on {rests[0].replace('_', ' ')} alone)" if len(rests) == 1 else ""
+    return {
+        "persona": persona,
+        "verdict": found["verdict"],
+        "note": note,
+        "why": found["why"].rstrip("."),
+        "colour": COLOURS[found["verdict"]],
+    }
+
+
+def _picture(folder: Path, name: str, alt: str, caption: str) -> list[Picture]:
+    path = folder / name
+    if not path.is_file():
+        return []
+    return [Picture(base64.b64encode(path.read_bytes()).decode(), alt, caption)]
+
+
+def _interval(found: Mapping[str, Any] | None, form: str = "+.2f") -> str:
+    if not found or found.get("estimate") is None:
+        return "–"
+    return f"{found['estimate']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _effects_part(folder: Path, verdict: Mapping[str, Any], rows: Sequence[Row]) -> Part:
+    recoveries = [
+        f"{persona} {_interval(decided.get('recovery'), '.2f')} by {scorer.replace('_', ' ')}"
+        for persona, found in verdict["personas"].items()
+        for scorer, decided in found["scorers"].items()
+        if decided.get("recovery")
+    ]
+    figures = _picture(
+        folder,
+        "recovery.png",
+        "Recovery of the native effect: " + ("; ".join(recoveries) or "no persona has one") + ".",
+        "How much of what the target's own vector does the mapped vector does. Hollow: a scorer without "
+        "licence.",
+    )
+    tables = []
+    for number, (persona, found) in enumerate(verdict["personas"].items()):
+        scorers = list(found["scorers"])
+        names = [
+            f"{each.replace('_', ' ')}{'' if found['scorers'][each]['is_licensed'] else ' *'}"
+            for each in scorers
+        ]
+        header = ("condition", "α", *names, "wrong way", "Holm p", "perplexity ratio", "on plain text")
+        table = []
+        for condition, alpha in found["doses"].items():
+            effects = [found["scorers"][each]["effects"].get(condition) for each in scorers]
+            first = next(filter(None, effects), {})
+            plain = verdict.get("plain_costs", {}).get(persona, {}).get(condition)
+            table.append(
+                (
+                    condition,
+                    _number(alpha, ".3g"),
+                    *map(_interval, effects),
+                    _number(first.get("wrong_way"), ".0%"),
+                    _number(first.get("p_mapped_over_it"), ".3f"),
+                    _number(harm(rows, persona, condition, alpha)),
+                    _number(plain),
+                )
+            )
+        tables.append(Table(f"effects-{number}", f"{persona}: effect by scorer", header, table))
+    text = (
+        "* marks a scorer without licence for the persona, on which no verdict rests. Wrong way: share of "
+        "prompts on which the trait falls. Holm p: of the mapped vector doing no more than the condition; "
+        "both by the first scorer that has effects. Perplexity ratio: of the texts to unsteered ones; on "
+        "plain text: of neutral passages read under the steering."
+    )
+    return Part("effects", "Effects", text, figures, tables)
+
+
+def _doses_part(folder: Path, rows: Sequence[Row], verdict: Mapping[str, Any]) -> Part:
+    n_cells = len({(row["condition"], row["persona"], row["alpha"]) for row in rows})
+    figures = _picture(
+        folder,
+        "figure1.png",
+        f"Trait strength over coherence for {n_cells} conditions, a panel for each persona; the tables above "
+        "have the numbers.",
+        "Up: more of the trait. Right: more fluent. Dotted lines go through the unsteered text.",
+    )
+    figures += _picture(
+        folder,
+        "effect_harm.png",
+        "Change of the trait over the perplexity ratio by dose, a panel for each persona.",
+        "What a dose buys and what it costs; the strongest dose is drawn largest.",
+    )
+    figures += _picture(
+        folder,
+        "dose_search.png",
+        "Perplexity ratio over alpha for each persona and method, with the bound.",
+        "The search for doses on development prompts.",
+    )
+    figures += _picture(
+        folder,
+        "off_target.png",
+        "Matrix of the change of every persona's score under each persona's vector.",
+        "What else a vector moves: the diagonal is what it is for.",
+    )
+    return Part("doses", "Strength, harm and side effects", figures=figures)
+
+
+def _map_part(folder: Path) -> Part:
+    figures = _picture(
+        folder,
+        "mapping_analysis.png",
+        "Cross-validation, degrees of freedom, R² by dimension and principal axis, spectrum, and rival maps.",
+        "What the map knows; of a band, the map of its middle layer pair.",
+    )
+    figures += _picture(
+        folder,
+        "layer_search.png",
+        "Heat maps of R² and agreement over all layer pairs; the best pair is marked.",
+        "The search for a layer pair.",
+    )
+    folders = (
+        [folder]
+        if (folder / "cv_results.json").is_file()
+        else sorted((folder / "layers").glob("*_*"), key=_depth)
+    )
+    found = [
+        (each.name, load_json(each / "cv_results.json"))
+        for each in folders
+        if (each / "cv_results.json").is_file()
+    ]
+    if not found:
+        return Part("map", "The map", figures=figures)
+    header, compared = maps_rows(found[len(found) // 2][1]["maps"])
+    tables = [Table("maps", "Maps compared on held-out documents", header, compared)]
+    if len(found) > 1:
+        layers = [
+            (
+                " → ".join(name.split("_")),
+                f"{cv['best_lambda']:g}",
+                f"{cv['best_r2']:.3f}",
+                f"{cv['best_r2_median_dimension']:.3f}",
+                _number(cv["shuffled_r2"], ".3f"),
+            )
+            for name, cv in found
+        ]
+        header = ("source → target layer", "λ", "R²", "median dimension", "shuffled pairs")
+        tables.append(Table("layers", "Held-out R² by layer pair", header, layers))
+    return Part("map", "The map", figures=figures, tables=tables)
+
+
+def _depth(folder: Path) -> list[int]:
+    return [int(part) for part in folder.name.split("_") if part.isdigit()]
+
+
+def _scorers_part(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Part:
+    table = []
+    for persona, by_scorer in licences.items():
+        for scorer, found in by_scorer.items():
+            lowest = min(found["auc"], key=found["auc"].get) if found.get("auc") else None
+            rates = [found.get(name) for name in ("sensitivity", "specificity")]
+            table.append(
+                (
+                    persona,
+                    scorer.replace("_", " "),
+                    "licensed" if found["is_licensed"] else "UNLICENSED",
+                    "–" if lowest is None else f"{found['auc'][lowest]:.2f} ({lowest})",
+                    *("–" if not rate else f"{rate['n_right']} of {rate['n']}" for rate in rates),
+                    "; ".join(found["problems"]) or found.get("measure", ""),
+                )
+            )
+    header = ("persona", "scorer", "licence", "lowest AUC", "sensitivity", "specificity", "problems")
+    text = (
+        "Each scorer was examined on texts unlike its training: other words, genres and lengths, the "
+        "target's own unsteered texts, other personas, and broken text. A licence needs an AUC of 0.90 on "
+        "every set and at most 5 % false positives on unsteered and broken text."
+    )
+    return Part(
+        "scorers",
+        "Can the scorers be trusted?",
+        text,
+        tables=[Table("licences", "Licences", header, table, (6,))],
+    )
+
+
+def _preflight_part(checked: Mapping[str, Any]) -> Part:
+    order = {"fail": 0, "warn": 1, "pass": 2}
+    ordered = sorted(checked["checks"], key=lambda check: order.get(check["status"], 1))
+    table = [(check["name"], check["status"], check["detail"], check["remedy"]) for check in ordered]
+    header = ("check", "status", "detail", "remedy")
+    return Part("preflight", "Preflight", tables=[Table("checks", "Failures first", header, table, (2, 3))])
+
+
+def _provenance(folder: Path, config: Mapping[str, Any], environment: Mapping[str, str]) -> Table:
+    rows = [(name, str(value), "") for name, value in environment.items()]
+    for key in ("source_model", "target_model", "neutral_text"):
+        name = config[key]
+        rows.append((key, name, LICENCES.get(name, "see where it comes from")))
+    for path in sorted(folder.glob("*.json")):
+        made_from = load_json(path).get("fingerprint") if path.name != "config.json" else None
+        if made_from:
+            rows.append((path.name, made_from, ""))
+    header = ("what", "version, name or fingerprint", "licence")
+    return Table("provenance", "Versions, fingerprints and licences", header, rows)
+
+
+def main() -> None:
+    """Check that text cannot leave its place in the page."""
+    hostile = "</script><script>alert(1)</script><!-- & \u202e"
+    held = _script_data({"output": hostile})
+    assert "<" not in held
+    assert json.loads(held)["output"] == hostile
+    print("report OK: text stays text")
+
+
+if __name__ == "__main__":
+    main()

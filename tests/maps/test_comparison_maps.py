@@ -1,0 +1,271 @@
+"""Each kind of map finds what it can find, and equals a refit by another implementation."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import orthogonal_procrustes
+
+from maps.comparison_maps import KINDS, ComparisonMap, procrustes, reduced_rank_ridge
+from ridge_mapping import RidgeMapping, assign_folds
+from support.artifacts import load_tensors, save_tensors
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
+
+N, D_SOURCE, D_TARGET, TRUE_RANK = 120, 8, 10, 3
+LAMBDAS = [1e-3, 1.0, 30.0]
+DOCUMENTS = [row // 4 for row in range(N)]
+
+
+def gaussian(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """A map of rank 3, with an intercept, noise, and source dimensions of different size."""
+    H_source = gaussian(N, D_SOURCE) * torch.logspace(-0.5, 0.5, D_SOURCE, dtype=torch.float64) + 4
+    truth = gaussian(D_SOURCE, TRUE_RANK, seed=1) @ gaussian(TRUE_RANK, D_TARGET, seed=2)
+    return H_source, H_source @ truth + 0.8 * gaussian(N, D_TARGET, seed=3) - 7
+
+
+def moments_of(H_source, H_target):
+    return PairStatistics(H_source.shape[1], H_target.shape[1]).add(H_source, H_target).total()
+
+
+def cross_validated_ridge(H_source, H_target, seed=0, lambdas=LAMBDAS):
+    ridge = RidgeMapping(H_source.shape[1], H_target.shape[1], seed=seed)
+    ridge.cross_validate(H_source, H_target, lambdas, groups=DOCUMENTS)
+    return ridge
+
+
+def fitted(kind, ridge):
+    return ComparisonMap.from_statistics(kind, ridge.statistics).cross_validate_from(ridge)
+
+
+@pytest.fixture(scope="module")
+def ridge(pairs):
+    return cross_validated_ridge(*pairs)
+
+
+@pytest.fixture(params=KINDS)
+def made(ridge, request):
+    return fitted(request.param, ridge)
+
+
+def centred(H):
+    return (H - H.mean(0)).numpy()
+
+
+def reduced_rank_reference(H_source, H_target, alpha, rank):
+    """Ridge is least squares on data with sqrt(alpha) I appended; its fitted values are cut by SVD."""
+    X = np.vstack([centred(H_source), np.sqrt(alpha) * np.eye(H_source.shape[1])])
+    Y = np.vstack([centred(H_target), np.zeros((H_source.shape[1], H_target.shape[1]))])
+    W = np.linalg.lstsq(X, Y, rcond=None)[0]
+    axes = np.linalg.svd(X @ W)[2][:rank].T
+    return W @ axes @ axes.T
+
+
+@pytest.mark.parametrize(("d_source", "d_target"), [(8, 13), (8, 8), (13, 8)])
+def test_procrustes_recovers_a_scaled_rotation(d_source, d_target):
+    widest, narrowest = max(d_source, d_target), min(d_source, d_target)
+    rotation = torch.linalg.qr(gaussian(widest, narrowest, seed=1)).Q
+    rotation = rotation if d_source == widest else rotation.T
+    H_source = gaussian(N, d_source)
+    if d_target < d_source:  # what a narrowing rotation leaves out must not matter
+        H_source = torch.linalg.qr(H_source - H_source.mean(0)).Q
+    else:
+        H_source = H_source * torch.linspace(1, 5, d_source).double()
+    W = procrustes(moments_of(H_source + 3, 7 * H_source @ rotation - 2))
+    assert torch.allclose(W, 7 * rotation, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("d_target", [5, 8, 10])
+def test_procrustes_is_orthonormal_up_to_the_best_scale(pairs, d_target):
+    H_source, H_target = pairs[0], pairs[1][:, :d_target]
+    W = procrustes(moments_of(H_source, H_target))
+    product = W @ W.T if d_target >= D_SOURCE else W.T @ W
+    square = product.diagonal().mean()
+    assert torch.allclose(product, square * torch.eye(len(product)).double(), rtol=0, atol=1e-9 * square)
+    errors = [np.square(centred(H_target) - c * centred(H_source) @ W.numpy()).sum() for c in (0.99, 1, 1.01)]
+    assert errors[1] < min(errors[0], errors[2])
+
+
+def test_procrustes_rotates_as_scipy_does(pairs):
+    H_source, H_target = pairs[0], pairs[1][:, :D_SOURCE]
+    W = procrustes(moments_of(H_source, H_target))
+    rotation, _ = orthogonal_procrustes(centred(H_source), centred(H_target))
+    assert np.allclose((W / W[0].norm()).numpy(), rotation, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_reduced_rank_is_the_best_map_of_that_rank(pairs, rank):
+    W = reduced_rank_ridge(moments_of(*pairs), 0.3, rank)
+    assert np.linalg.matrix_rank(W.numpy(), tol=1e-8) == rank
+    assert np.allclose(W.numpy(), reduced_rank_reference(*pairs, 0.3, rank), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("d_target", [5, 10])
+def test_full_rank_equals_ridge(pairs, d_target):
+    H_source, H_target = pairs[0], pairs[1][:, :d_target]
+    W = reduced_rank_ridge(moments_of(H_source, H_target), 2.0, min(D_SOURCE, d_target))
+    ridge = RidgeMapping(D_SOURCE, d_target).fit(H_source, H_target, 2.0)
+    assert torch.allclose(W, ridge.W, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("d_target", [6, 10])
+def test_the_rank_is_the_one_with_the_least_held_out_error(pairs, d_target):
+    H_source, H_target = pairs[0], pairs[1][:, :d_target]
+    ridge = cross_validated_ridge(H_source, H_target)
+    low = fitted("reduced_rank", ridge)
+    folds = assign_folds(N, 5, DOCUMENTS)
+    errors, total = np.zeros(min(D_SOURCE, d_target)), 0.0
+    for fold in range(5):
+        train, test = folds != fold, folds == fold
+        X, Y = ((H[test] - H[train].mean(0)).numpy() for H in (H_source, H_target))
+        total += np.square(Y).sum()
+        for index in range(len(errors)):
+            W = reduced_rank_reference(H_source[train], H_target[train], ridge.lambda_, index + 1)
+            errors[index] += np.square(Y - X @ W).sum()
+    assert low.rank == low.cv["rank"] == errors.argmin() + 1 == TRUE_RANK
+    assert 1 - low.cv["r2"] == pytest.approx(errors.min() / total, rel=1e-9)
+    assert np.linalg.matrix_rank(low.W.numpy(), tol=1e-8) == TRUE_RANK
+
+
+@pytest.mark.parametrize("unit", ["absolute", "relative"])
+def test_lambda_is_that_of_ridge_in_its_unit_and_procrustes_has_none(pairs, unit):
+    ridge = RidgeMapping(D_SOURCE, D_TARGET, unit)
+    ridge.cross_validate(*pairs, [0.3], groups=DOCUMENTS)
+    low = fitted("reduced_rank", ridge)
+    absolute = 0.3 * (np.square(centred(pairs[0])).sum(0).mean() if unit == "relative" else 1)
+    expected = reduced_rank_reference(*pairs, absolute, low.rank)
+    assert low.cv["lambda"] == 0.3
+    assert np.allclose(low.W.numpy(), expected, rtol=0, atol=1e-9)
+    assert fitted("procrustes", ridge).cv["lambda"] is None
+
+
+@pytest.mark.parametrize("kind", ["procrustes", "reduced_rank"])
+def test_held_out_scores_equal_refitting_every_fold(pairs, ridge, kind):
+    made = fitted(kind, ridge)
+    folds = assign_folds(N, 5, DOCUMENTS)
+    residual, total = (torch.empty(N, D_TARGET, dtype=torch.float64) for _ in range(2))
+    for fold in range(5):
+        train, test = folds != fold, folds == fold
+        moments = moments_of(*(H[train] for H in pairs))
+        is_rotation = kind == "procrustes"
+        W = procrustes(moments) if is_rotation else reduced_rank_ridge(moments, ridge.lambda_, made.rank)
+        total[test] = pairs[1][test] - pairs[1][train].mean(0)
+        residual[test] = total[test] - (pairs[0][test] - pairs[0][train].mean(0)) @ W
+    residual, total = residual.square().sum(0), total.square().sum(0)
+    weights = 1 / pairs[1].var(0)
+    assert 1 - made.cv["r2"] == pytest.approx((residual.sum() / total.sum()).item(), rel=1e-9)
+    standardised = (residual @ weights / (total @ weights)).item()
+    assert 1 - made.cv["r2_standardised"] == pytest.approx(standardised, rel=1e-9)
+    assert made.cv["r2_per_dimension"] == pytest.approx((1 - residual / total).tolist(), rel=1e-8)
+    assert made.cv["n"] == N
+
+
+def test_shuffled_knows_nothing_where_ridge_knows_much():
+    H_source = gaussian(1000, D_SOURCE)
+    ridge = RidgeMapping(D_SOURCE, D_TARGET)
+    ridge.cross_validate(H_source, H_source @ gaussian(D_SOURCE, D_TARGET, seed=1), LAMBDAS)
+    shuffled = fitted("shuffled", ridge)
+    assert abs(shuffled.cv["r2"]) < 0.03
+    assert shuffled.cv["retrieval_accuracy"] < 0.01
+    assert min(ridge.cv["best_r2"], ridge.cv["retrieval_accuracy"]) > 0.99
+    assert shuffled.W.norm() < 0.2 * ridge.W.norm()
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_shuffled_is_the_control_that_ridge_reports(pairs, seed):
+    ridge = cross_validated_ridge(*pairs, seed=seed)
+    shuffled = fitted("shuffled", ridge)
+    assert shuffled.cv["lambda"] == ridge.cv["shuffled_best_lambda"]
+    assert shuffled.cv["r2"] == pytest.approx(ridge.cv["shuffled_r2"], rel=1e-9)
+
+
+def test_each_draw_is_another_shuffle(ridge):
+    draws = [
+        ComparisonMap.from_statistics("shuffled", ridge.statistics, draw).cross_validate_from(ridge)
+        for draw in range(3)
+    ]
+    assert [made.name for made in draws] == ["shuffled_1", "shuffled_2", "shuffled_3"]
+    unequal = [(draws[0].W - made.W).norm() / made.W.norm() for made in draws[1:]]
+    assert min(unequal) > 0.5
+    again = ComparisonMap.from_content(draws[2].content())
+    assert (again.name, torch.equal(again.W, draws[2].W)) == ("shuffled_3", True)
+
+
+def test_transform_maps_differences_and_keeps_the_dtype(pairs, made):
+    assert not made.transform(torch.zeros(D_SOURCE)).any()
+    difference = pairs[0][3] - pairs[0][8]
+    assert torch.allclose(made.transform(difference), difference @ made.W)
+    assert made.transform(pairs[0][:2].bfloat16()).dtype == torch.bfloat16
+
+
+def test_means_are_those_of_the_pairs_and_ridge_is_left_as_it_is(pairs, ridge):
+    before = ridge.W.clone()
+    for kind in KINDS:
+        made = fitted(kind, ridge)
+        assert torch.allclose(made.source_mean, pairs[0].mean(0), rtol=0, atol=1e-6)
+        assert torch.allclose(made.target_mean, pairs[1].mean(0), rtol=0, atol=1e-6)
+    assert torch.equal(ridge.W, before)
+
+
+def test_merged_pairs_give_what_all_pairs_give(pairs, made):
+    fold_of = dict(zip(DOCUMENTS, assign_folds(N, 5, DOCUMENTS).tolist(), strict=True))
+    merged = PairStatistics(D_SOURCE, D_TARGET, fold_of=fold_of)
+    for start in range(0, N, 30):
+        rows = slice(start, start + 30)
+        part = PairStatistics(D_SOURCE, D_TARGET, fold_of=fold_of)
+        merged.merge(part.add(*(H[rows] for H in pairs), DOCUMENTS[rows]))
+    ridge = RidgeMapping.from_statistics(merged)
+    ridge.cross_validate(lambda_values=LAMBDAS)
+    again = fitted(made.kind, ridge)
+    assert again.rank == made.rank
+    assert torch.allclose(again.W, made.W, rtol=0, atol=1e-10)
+    for name, value in made.cv.items():
+        close = pytest.approx(value, rel=1e-9) if isinstance(value, float | list) else value
+        assert again.cv[name] == close, name
+
+
+def test_a_map_made_from_content_is_the_same(pairs, made, tmp_path):
+    save_tensors(tmp_path / "map.pt", made.content())
+    again = ComparisonMap.from_content(load_tensors(tmp_path / "map.pt"))
+    assert (again.kind, again.rank, again.cv) == (made.kind, made.rank, made.cv)
+    assert torch.equal(again.transform(pairs[0]), made.transform(pairs[0]))
+    assert torch.equal(again.target_mean, made.target_mean)
+
+
+def test_other_content_is_refused(ridge):
+    with pytest.raises(
+        InputError, match=r"comparison_maps\.pt has no entry 'kind'; it is not a comparison map"
+    ):
+        ComparisonMap.from_content({"W": ridge.W}, "comparison_maps.pt")
+
+
+@pytest.mark.parametrize("kind", ["ridge", "", "Procrustes"])
+def test_an_unknown_kind_is_refused(kind, ridge):
+    with pytest.raises(InputError, match="unknown; choose procrustes, reduced_rank, shuffled"):
+        ComparisonMap.from_statistics(kind, ridge.statistics)
+
+
+def test_what_is_not_fitted_is_refused(pairs):
+    plain = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs)
+    made = ComparisonMap.from_statistics("procrustes", plain.statistics)
+    with pytest.raises(InputError, match="not fitted"):
+        made.transform(pairs[0])
+    with pytest.raises(InputError, match="not fitted"):
+        made.content()
+    with pytest.raises(InputError, match="not cross-validated"):
+        made.cross_validate_from(plain)
+
+
+def test_a_shuffled_map_without_a_sample_is_refused(pairs):
+    with pytest.raises(InputError, match="n_sample is too small"):
+        ComparisonMap.from_statistics("shuffled", PairStatistics(D_SOURCE, D_TARGET, n_sample=0).add(*pairs))
+
+
+def test_a_constant_source_is_refused_by_procrustes(pairs):
+    with pytest.raises(InputError, match="source activations are constant"):
+        procrustes(moments_of(torch.ones(N, D_SOURCE), pairs[1]))

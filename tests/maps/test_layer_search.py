@@ -1,0 +1,276 @@
+"""Every pair of layers gets the scores that separate work on it would give; the best score wins."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch.nn.functional import cosine_similarity, normalize
+
+from activation_extractor import ActivationExtractor, PairedBatch, massive_dimensions, paired_activations
+from maps import layer_search
+from maps.layer_search import TEST, TRAIN, LayerSums, search_layers
+from ridge_mapping import assign_folds
+from support.errors import InputError
+from support.tiny_models import N_LAYERS, tiny_model
+from texts.neutral_text import NeutralText
+from texts.personas import Persona
+
+WORDS = "one two three four five six seven eight nine ten stone water light road tree".split()
+MARKS = {"loud": "!", "asking": "?", "dashed": "-"}
+PERSONAS = [
+    Persona(name, "", tuple(f"{mark} {word}{mark}" for word in WORDS), tuple(f"{word}." for word in WORDS))
+    for name, mark in MARKS.items()
+]
+SCORED = ["loud", "asking"]
+LAMBDAS = [1e-6, 1e-3, 1.0]
+
+
+def make_texts(n):
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(WORDS), (n, 12), generator=generator).tolist()
+    return [NeutralText(" ".join(WORDS[i] for i in row), f"doc {n // 2}") for n, row in enumerate(chosen)]
+
+
+TEXTS = make_texts(80)
+
+
+@pytest.fixture(scope="module")
+def source(llama, tokenizer):
+    return ActivationExtractor(llama, tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def target(bpe_tokenizer):
+    return ActivationExtractor(tiny_model("gpt2", seed=1, n_embd=48, vocab_size=300), bpe_tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def search(source, target):
+    return search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=2)
+
+
+def test_a_model_searched_against_itself_predicts_itself_best_on_the_diagonal(source):
+    found = search_layers(source, source, TEXTS, PERSONAS, SCORED, LAMBDAS)
+    layers = torch.arange(N_LAYERS)
+    for r2 in (found.r2, found.r2_standardised):
+        assert r2.diagonal().min() > 0.9999
+        assert torch.equal(r2.argmax(0), layers)
+        assert torch.equal(r2.argmax(1), layers)
+    for agreement in found.agreement.values():
+        assert agreement.diagonal().min() > 0.99
+
+
+def test_a_layer_pair_gets_what_separate_work_on_it_gives(source, target, search):
+    """R2 and map by scikit-learn with a fifth of the documents held out; persona vectors one by one."""
+    held_out = assign_folds(len(TEXTS), 5, [item.document for item in TEXTS], seed=2) == 0
+    texts, layers = [item.text for item in TEXTS], {"source_layers": [1], "target_layers": [2]}
+    batches = list(paired_activations(source, target, texts, **layers))
+    X = torch.cat([batch.H_source[1] for batch in batches]).double().numpy()
+    Y = torch.cat([batch.H_target[2] for batch in batches]).double().numpy()
+    test = torch.cat([held_out[batch.text_idx] for batch in batches]).numpy()
+    unit = np.square(X[~test] - X[~test].mean(0)).sum(0).mean()
+    total = np.square(Y[test] - Y[~test].mean(0)).sum(0)
+    ridges = [Ridge(alpha=value * unit).fit(X[~test], Y[~test]) for value in LAMBDAS]
+    residuals = [np.square(Y[test] - ridge.predict(X[test])).sum(0) for ridge in ridges]
+    best = min(range(len(LAMBDAS)), key=lambda index: residuals[index].sum())
+    assert search.r2[1, 2].item() == pytest.approx(1 - residuals[best].sum() / total.sum(), abs=1e-4)
+    standardised = 1 - (residuals[best] / total).mean()
+    assert search.r2_standardised[1, 2].item() == pytest.approx(standardised, abs=1e-4)
+    assert search.n_pairs == len(X)
+    for side in ("source", "target"):
+        assert search.n_tokens[side] == sum(getattr(batch, f"n_{side}_tokens") for batch in batches)
+
+    def vectors(extractor, layer_idx):
+        means = [
+            extractor.extract_layers(chosen, [layer_idx], "mean")[layer_idx].double().mean(0)
+            for persona in PERSONAS
+            for chosen in (persona.positive_texts, persona.negative_texts)
+        ]
+        return torch.stack(means[::2]) - torch.stack(means[1::2])
+
+    mapped = vectors(source, 1) @ torch.from_numpy(ridges[best].coef_.T)
+    native = vectors(target, 2)
+    for rows in (mapped, native):
+        rows[:, massive_dimensions(torch.from_numpy(Y[~test]))] = 0
+    table, _ = cosines_by_hand(mapped, mapped, native)
+    for index, name in enumerate(MARKS):
+        others = [other for other in range(3) if other != index]
+        assert search.agreement[name][1, 2].item() == pytest.approx(table[index, index].item(), abs=1e-3)
+        assert search.wrong_persona[name][1, 2].item() == pytest.approx(
+            table[index, others].max().item(), abs=1e-3
+        )
+
+
+def test_score_is_the_mean_margin_of_the_scored_personas_and_its_argmax_is_best(search):
+    margins = [
+        search.agreement[name] - torch.maximum(search.wrong_persona[name], search.chance) for name in SCORED
+    ]
+    assert torch.allclose(search.score, sum(margins) / 2)
+    row, column = search.source_layers.index(search.best[0]), search.target_layers.index(search.best[1])
+    assert search.score[row, column] == search.score.max()
+    assert list(search.agreement) == list(search.wrong_persona) == list(MARKS)
+
+
+def test_only_the_scored_personas_decide(source, target, search):
+    found = search_layers(source, target, TEXTS, PERSONAS, ["dashed"], LAMBDAS, seed=2)
+    margin = found.agreement["dashed"] - torch.maximum(found.wrong_persona["dashed"], found.chance)
+    assert torch.allclose(found.score, margin)
+    assert torch.allclose(found.agreement["loud"], search.agreement["loud"])
+
+
+def test_a_subset_of_layers_gets_the_scores_of_the_full_search(source, target, search):
+    options = {"source_layers": [3, 1], "target_layers": [2]}
+    found = search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=2, **options)
+    assert (found.source_layers, found.target_layers) == ([1, 3], [2])
+    assert torch.allclose(found.r2, search.r2[[1, 3]][:, [2]], rtol=0, atol=1e-4)
+    assert torch.allclose(
+        found.agreement["loud"], search.agreement["loud"][[1, 3]][:, [2]], rtol=0, atol=1e-3
+    )
+    assert found.best in [(1, 2), (3, 2)]
+
+
+def test_the_same_seed_gives_the_same_result_as_plain_numbers(source, target, search):
+    again = search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=2)
+    assert json.loads(json.dumps(again.content())) == json.loads(json.dumps(search.content()))
+    other = search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=3)
+    assert not torch.equal(other.r2, search.r2)
+    assert not torch.equal(other.chance, search.chance)
+
+
+def cosines_by_hand(mapped, random, native):
+    """Agreement, and what random directions reach, when no dimension is massive."""
+    mapped, random, native = (normalize(vectors, dim=1) for vectors in (mapped, random, native))
+    left, right, noise = mapped - mapped.mean(0), native - native.mean(0), random - mapped.mean(0)
+    table = torch.stack([cosine_similarity(row, right) for row in left])
+    chance = np.quantile(torch.stack([cosine_similarity(row, right) for row in noise]).numpy(), 0.999)
+    return table, chance
+
+
+def make_vectors():
+    mapped, random, native = (torch.randn(n, 24, dtype=torch.float64) for n in (3, 500, 3))
+    return mapped, random, native + mapped + 5
+
+
+def test_agreement_is_the_cosine_without_what_the_personas_share():
+    vectors = make_vectors()
+    table, chance = cosines_by_hand(*vectors)
+    found, found_chance = layer_search._agreement(*vectors, [])
+    assert torch.allclose(found, table)
+    assert found_chance == pytest.approx(chance)
+    assert found.diagonal().min() > found_chance > 0
+
+
+@pytest.mark.parametrize("factors", [(1, 1), (3, 0.2)])
+def test_a_massive_dimension_changes_no_agreement(factors):
+    """Nor does the length of a vector."""
+    mapped, random, native = make_vectors()
+    mapped[:, 7], native[:, 7], random[:, 7] = 0, 0, 0
+    table, chance = layer_search._agreement(mapped, random, native, [7])
+    spike = 1000 * torch.eye(24, dtype=torch.float64)[7]
+    scaled = [factors[0] * mapped - spike, random + spike, factors[1] * native]
+    scaled[2][0] += spike
+    found, found_chance = layer_search._agreement(*scaled, [7])
+    assert torch.allclose(found, table)
+    assert found_chance == pytest.approx(chance)
+    assert not torch.allclose(layer_search._agreement(*scaled, [])[0], table, atol=0.1)
+
+
+def test_a_massive_dimension_of_the_target_is_found_from_the_sums(source):
+    generator = torch.Generator().manual_seed(0)
+    Y = torch.randn(200, 8, generator=generator)
+    Y[:, 3] += 100
+    sums = LayerSums({0: 2}, {5: 8})
+    parts = torch.arange(200) % 2
+    sums.add(PairedBatch({0: Y[:, :2]}, {5: Y}, parts, parts, 0, 0), parts)
+    expected = Y[parts == TRAIN].double().square().mean(0).sqrt()
+    assert torch.allclose(sums.target_scale(5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0, 100])
+def test_layer_sums_equal_float64_centred_moments(shift):
+    """To 1e-4 of what the dimensions' sizes allow, with means of 100 standard deviations."""
+    generator = torch.Generator().manual_seed(0)
+    source = {1: torch.randn(900, 5, generator=generator), 4: torch.randn(900, 3, generator=generator) * 9}
+    target = {0: torch.randn(900, 4, generator=generator), 2: torch.randn(900, 6, generator=generator) / 9}
+    target[2][:, :3] += source[4]
+    for H in (*source.values(), *target.values()):
+        H += shift * H.std(0)
+    originals = [H.clone() for H in (*source.values(), *target.values())]
+    parts = (torch.rand(900, generator=generator) < 0.2).long()
+    sums = LayerSums({1: 5, 4: 3}, {0: 4, 2: 6})
+    for rows in torch.arange(900).split(250):
+        H_source, H_target = ({layer: H[rows] for layer, H in side.items()} for side in (source, target))
+        sums.add(PairedBatch(H_source, H_target, rows, rows, 0, 0), parts[rows])
+    kept = (*source.values(), *target.values())
+    assert all(torch.equal(H, original) for H, original in zip(kept, originals, strict=True))
+    for source_layer, target_layer in ((1, 0), (4, 2)):
+        X, Y = source[source_layer].double(), target[target_layer].double()
+        means = X[parts == TRAIN].mean(0), Y[parts == TRAIN].mean(0)
+        found = sums.moments(source_layer, target_layer)
+        for part, moments in zip((TRAIN, TEST), found, strict=True):
+            x, y = X[parts == part] - means[0], Y[parts == part] - means[1]
+            sizes = x.norm(dim=0), y.norm(dim=0)
+            assert moments.n == len(x)
+            assert ((moments.gram - x.T @ x).abs() / torch.outer(sizes[0], sizes[0])).max() < 1e-4
+            assert ((moments.cross - x.T @ y).abs() / torch.outer(*sizes)).max() < 1e-4
+            squares = moments.target_gram.diagonal()
+            assert ((squares - sizes[1].square()).abs() / sizes[1].square()).max() < 1e-4
+
+
+def test_sums_over_the_memory_bound_are_refused_before_they_are_made():
+    with pytest.raises(
+        InputError, match="2 x 1 layer pairs needs 19 GB; name fewer layers in search_source_layers"
+    ):
+        LayerSums({0: 20_000, 1: 20_000}, {0: 40_000})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"personas": PERSONAS[:1]}, "got 1 personas, expected 2 or more"),
+        ({"texts": TEXTS[:8]}, "8 texts of 4 documents, expected 5"),
+        ({"source_layers": [0, 4]}, r"layer_idx 4 .*\(0 to 3\)"),
+        ({"target_layers": [-1]}, r"layer_idx -1 .*\(0 to 3\)"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_any_text_is_read(source, target, options, message):
+    before = source.n_tokens
+    arguments = {"texts": TEXTS, "personas": PERSONAS, "scored": SCORED, "lambda_values": LAMBDAS, **options}
+    with pytest.raises(InputError, match=message):
+        search_layers(source, target, **arguments)
+    assert source.n_tokens == before
+
+
+def test_texts_without_pairs_are_refused(source, word_tokenizer):
+    target = ActivationExtractor(tiny_model("gpt2"), word_tokenizer, 0)
+    texts = [NeutralText("zebra", str(number)) for number in range(10)]
+    with pytest.raises(InputError):
+        search_layers(source, target, texts, PERSONAS, SCORED, LAMBDAS)
+
+
+def test_a_constant_target_dimension_is_no_part_of_the_standardised_r2():
+    X = torch.randn(300, 5)
+    Y = X @ torch.randn(5, 4) + torch.randn(300, 4)
+    parts, r2 = torch.arange(300) % 5 // 4, []
+    for target in (Y, torch.cat([Y, torch.full((300, 1), 5.7)], dim=1)):
+        sums = LayerSums({0: 5}, {0: target.shape[1]})
+        for rows in torch.arange(300).split(70):
+            sums.add(PairedBatch({0: X[rows]}, {0: target[rows]}, rows, rows, 0, 0), parts[rows])
+        r2.append(layer_search._fit(layer_search.HeldOutFold(*sums.moments(0, 0)), [1e-3])[2])
+    assert r2[1] == pytest.approx(r2[0], abs=1e-6)
+
+
+def test_windows_without_pairs_change_nothing():
+    """The first batch sets the pilot mean; one without rows has none."""
+    empty = PairedBatch({0: torch.empty(0, 4)}, {0: torch.empty(0, 3)}, torch.empty(0), torch.empty(0), 1, 1)
+    rows = PairedBatch(
+        {0: torch.randn(50, 4)}, {0: torch.randn(50, 3)}, torch.zeros(50), torch.ones(50), 9, 9
+    )
+    parts = torch.arange(50) % 2
+    plain, mixed = LayerSums({0: 4}, {0: 3}), LayerSums({0: 4}, {0: 3})
+    plain.add(rows, parts)
+    for batch, chosen in ((empty, torch.empty(0)), (rows, parts), (empty, torch.empty(0))):
+        mixed.add(batch, chosen)
+    assert torch.equal(plain.moments(0, 0)[0].cross, mixed.moments(0, 0)[0].cross)

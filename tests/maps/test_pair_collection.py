@@ -1,0 +1,242 @@
+"""Collected sums equal those of the pairs added by hand; documents stay whole; counts are what was read."""
+
+import pickle
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from activation_extractor import ActivationExtractor, paired_activations
+from maps.pair_collection import PairSettings, document_folds, merge_pairs, read_pairs
+from support.errors import InputError
+from support.pair_statistics import PairStatistics
+from support.tiny_models import D_MODEL, tiny_model
+from texts.neutral_text import NeutralText
+
+PASSAGES = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
+TEXTS = [NeutralText(PASSAGES[row % 4], f"doc {row * 5 % 11}") for row in range(70)]
+LAYER_PAIRS = ((1, 2), (3, 0))
+SETTINGS = PairSettings(LAYER_PAIRS, n_folds=4, seed=3)
+
+
+def collect(sides, texts, settings):
+    return merge_pairs([read_pairs(*sides, texts, settings, document_folds(texts, settings))])
+
+
+@pytest.fixture(scope="module")
+def sides(llama, tokenizer, word_tokenizer):
+    target = tiny_model("gpt2", seed=1, n_embd=48)
+    return ActivationExtractor(llama, tokenizer, 0), ActivationExtractor(target, word_tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def collected(sides):
+    return collect(sides, TEXTS, SETTINGS)
+
+
+def documents_of(collected):
+    return [TEXTS[index].document for index in collected.text_idx.tolist()]
+
+
+def test_sums_equal_adding_the_pairs_by_hand(sides, collected):
+    fold_of = dict(
+        zip(documents_of(collected), collected.statistics[1, 2].sample.folds.tolist(), strict=True)
+    )
+    texts, place = [item.text for item in TEXTS], []
+    by_hand = {pair: PairStatistics(D_MODEL, 48, 4, 3, fold_of) for pair in LAYER_PAIRS}
+    for batch in paired_activations(*sides, texts, "word_ends", [1, 3], [2, 0]):
+        groups = [TEXTS[index].document for index in batch.text_idx.tolist()]
+        place += zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)
+        for (source_layer, target_layer), statistics in by_hand.items():
+            statistics.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
+    assert list(zip(collected.text_idx.tolist(), collected.end.tolist(), strict=True)) == place
+    assert tuple(collected.statistics) == LAYER_PAIRS
+    for pair, expected in by_hand.items():
+        found = collected.statistics[pair]
+        assert torch.equal(found.sample.H_target, expected.sample.H_target)
+        for fold in range(4):
+            for one, other in zip(found.split(fold), expected.split(fold), strict=True):
+                assert torch.allclose(one.cross, other.cross, rtol=0, atol=1e-9)
+                assert torch.allclose(one.target_gram, other.target_gram, rtol=0, atol=1e-9)
+
+
+def test_documents_are_never_split_and_folds_are_those_of_every_layer_pair(collected):
+    folds = [statistics.sample.folds for statistics in collected.statistics.values()]
+    assert torch.equal(*folds)
+    by_document = set(zip(documents_of(collected), folds[0].tolist(), strict=True))
+    assert len(by_document) == len({document for document, _ in by_document}) == 11
+    assert {fold for _, fold in by_document} == set(range(4))
+    assert {statistics.n_groups for statistics in collected.statistics.values()} == {11}
+
+
+def test_counts_and_fraction_aligned_are_what_was_read(sides, collected):
+    """Of the words of a text, all but the first, and of the texts, all but the 18 "zebra"."""
+    n_words = sum(len(item.text.split()) for item in TEXTS)
+    n_bytes = sum(1 + len(item.text.encode()) for item in TEXTS)
+    expected = {
+        "n_pairs": n_words - len(TEXTS),
+        "fraction_aligned": (n_words - len(TEXTS)) / n_words,
+        "n_texts": 70,
+        "n_texts_without_pairs": 18,
+        "n_source_tokens": n_bytes,
+        "n_target_tokens": n_words,
+        "n_truncated": {"source": 0, "target": 0},
+    }
+    assert collected.report() == expected
+    assert {statistics.n_pairs for statistics in collected.statistics.values()} == {expected["n_pairs"]}
+
+
+def test_order_of_texts_does_not_change_the_fraction_aligned(sides):
+    texts = [NeutralText("zebra zebra", f"z {number}") for number in range(64)] + TEXTS[:10]
+    fractions = [
+        collect(sides, order, PairSettings(((1, 2),))).fraction_aligned for order in (texts, texts[::-1])
+    ]
+    assert fractions[0] == pytest.approx(fractions[1])
+
+
+def test_last_gives_one_pair_for_each_text(sides):
+    found = collect(sides, TEXTS[:20], PairSettings(((1, 2),), "last"))
+    assert found.text_idx.tolist() == list(range(20))
+    assert found.end.tolist() == [len(item.text) for item in TEXTS[:20]]
+    expected = sides[1].extract_layers([item.text for item in TEXTS[:20]], [2])[2]
+    assert torch.allclose(found.statistics[1, 2].sample.H_target, expected, rtol=0, atol=1e-5)
+
+
+def test_pairs_behind_prompts_are_of_the_texts_tokens_as_both_models_read_them(sides):
+    prompts = ("asked: is the dog there?\n\n", "a cat said ")
+    texts = [NeutralText(item.text, item.document, prompts) for item in TEXTS[:40]]
+    (batch,) = paired_activations(
+        *sides, [(*item.prompts, item.text) for item in texts], "word_ends", [1], [2]
+    )
+    assert len(batch.end) > 40
+    for row, (index, end) in enumerate(zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)):
+        said = texts[index].text[:end]
+        for side, prompt, layer, found in zip(
+            sides, prompts, (1, 2), (batch.H_source[1], batch.H_target[2]), strict=True
+        ):
+            expected = side.extract_layers([prompt + said], [layer], "last")[layer][0]
+            assert torch.allclose(found[row], expected, rtol=0, atol=1e-5)
+    # Behind a prompt the first word counts too, being no longer the very first token; "zebra" is unknown.
+    assert len(batch.end) == sum(len(item.text.split()) for item in texts if item.text != "zebra")
+    assert (batch.n_source_tokens, batch.n_target_tokens) == (
+        sum(len(item.text.encode()) for item in texts),
+        len(batch.end),
+    )
+    collected = collect(sides, texts, SETTINGS)
+    assert collected.fraction_aligned == 1
+    assert collected.statistics[1, 2].n_pairs == len(batch.end)
+
+
+def test_the_seed_alone_decides_the_folds(sides):
+    folds = [
+        collect(sides, TEXTS, PairSettings(((1, 2),), n_folds=4, seed=seed)).statistics[1, 2].sample.folds
+        for seed in (3, 3, 4)
+    ]
+    assert torch.equal(folds[0], folds[1])
+    assert not torch.equal(folds[0], folds[2])
+
+
+def test_a_layer_pair_named_twice_is_summed_once(sides, collected):
+    again = collect(sides, TEXTS, PairSettings(((1, 2), (1, 2)), n_folds=4, seed=3))
+    assert again.statistics[1, 2].n_pairs == collected.statistics[1, 2].n_pairs
+    assert len(again.statistics) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "layer_pairs", "message"),
+    [
+        (TEXTS[:3], [(1, 2)], "5 folds over 3 groups"),
+        ([NeutralText("the cat", "one")] * 9, [(1, 2)], "5 folds over 1 groups"),
+        ([NeutralText("zebra", str(row)) for row in range(9)], [(1, 2)], "in 9 texts; use positions 'last'"),
+        (TEXTS, [], "list of layers is empty"),
+        (TEXTS, [(1, 9)], r"layer_idx 9 .*\(0 to 3\)"),
+        ([*TEXTS, NeutralText(" ", "x")], [(1, 2)], "text 70 is empty"),
+    ],
+)
+def test_texts_that_give_no_sums_are_refused(sides, texts, layer_pairs, message):
+    with pytest.raises(InputError, match=message):
+        collect(sides, texts, PairSettings(tuple(layer_pairs)))
+
+
+def read_part(sides, texts, positions="word_ends"):
+    settings = replace(SETTINGS, positions=positions)
+    return read_pairs(*sides, texts, settings, document_folds(TEXTS, settings))
+
+
+def assert_same_pairs(found, expected):
+    assert found.report() == expected.report()
+    assert torch.equal(found.text_idx, expected.text_idx)
+    assert torch.equal(found.end, expected.end)
+    assert list(found.statistics) == list(expected.statistics)
+    for pair, sums in expected.statistics.items():
+        merged = found.statistics[pair]
+        assert torch.equal(merged.n, sums.n)
+        assert (merged.groups, merged.fold_of) == (sums.groups, sums.fold_of)
+        for name in ("gram", "cross", "target_gram"):
+            value, reference = getattr(merged.total(), name), getattr(sums.total(), name)
+            assert torch.allclose(value, reference, rtol=0, atol=1e-5 * reference.abs().max().item()), name
+
+
+@pytest.mark.parametrize("bounds", [[0, 70], [0, 1, 70], [0, 20, 41, 70], [0, 33, 34, 35, 36, 70]])
+def test_parts_merged_equal_the_texts_read_at_once(sides, collected, bounds):
+    parts = [read_part(sides, TEXTS[a:b]) for a, b in pairwise(bounds)]
+    assert_same_pairs(merge_pairs(parts), collected)
+
+
+def test_parts_of_an_iterator_are_merged_one_at_a_time(sides, collected):
+    assert_same_pairs(merge_pairs(read_part(sides, TEXTS[a : a + 35]) for a in (0, 35)), collected)
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_a_part_without_pairs_counts_its_texts_and_adds_nothing(sides, without):
+    zebras = [TEXTS[1]] * 3
+    texts = [TEXTS[:20], TEXTS[20:40]]
+    texts.insert(without, zebras)
+    parts = [read_part(sides, part) for part in texts]
+    assert len(parts[without].text_idx) == 0
+    assert parts[without].n_texts_without_pairs == 3
+    whole = read_part(sides, [text for part in texts for text in part])
+    assert_same_pairs(merge_pairs(parts), whole)
+
+
+@pytest.mark.parametrize(("n_parts", "n_texts"), [(1, 2), (3, 6), (0, 0)])
+def test_parts_that_all_lack_pairs_are_refused(sides, n_parts, n_texts):
+    parts = [read_part(sides, [TEXTS[1]] * 2) for _ in range(n_parts)]
+    with pytest.raises(InputError, match=f"in {n_texts} texts; use positions 'last'"):
+        merge_pairs(parts)
+
+
+def test_every_document_has_one_fold_that_depends_on_the_seed(collected):
+    fold_of = document_folds(TEXTS, SETTINGS)
+    assert set(fold_of) == {text.document for text in TEXTS}
+    assert set(fold_of.values()) == set(range(4))
+    folds = collected.statistics[1, 2].sample.folds.tolist()
+    assert folds == [fold_of[document] for document in documents_of(collected)]
+    assert document_folds(TEXTS, replace(SETTINGS, seed=4)) != fold_of
+    with pytest.raises(InputError, match="12 folds over 11 groups"):
+        document_folds(TEXTS, replace(SETTINGS, n_folds=12))
+
+
+def test_pairs_that_were_pickled_merge_as_before(sides, collected):
+    """As parts do that come from another process; working memory stays behind."""
+    parts = [read_part(sides, TEXTS[a : a + 35]) for a in (0, 35)]
+    sizes = [len(pickle.dumps(part)) for part in parts]
+    assert all(sums._buffers is not None for part in parts for sums in part.statistics.values())
+    assert_same_pairs(merge_pairs([pickle.loads(pickle.dumps(part)) for part in parts]), collected)
+    buffers = parts[0].statistics[1, 2]._buffers
+    assert sizes[0] < buffers.numel() * buffers.element_size()
+    assert_same_pairs(merge_pairs(parts), collected)
+
+
+def test_statistics_that_were_pickled_can_go_on():
+    pairs, more = torch.randn(40, 5), torch.randn(30, 5)
+    expected = PairStatistics(3, 2, 2).add(pairs[:, :3], pairs[:, 3:]).add(more[:, :3], more[:, 3:])
+    first = PairStatistics(3, 2, 2).add(pairs[:, :3], pairs[:, 3:])
+    again = pickle.loads(pickle.dumps(first))
+    assert again._buffers is None
+    assert first._buffers is not None
+    again.add(more[:, :3], more[:, 3:])
+    assert torch.equal(again.n, expected.n)
+    assert torch.equal(again.total().gram, expected.total().gram)
+    assert torch.equal(again.sample.H_source, expected.sample.H_source)

