@@ -242,13 +242,13 @@ class ActivationExtractor:
     def token_ends(
         self,
         texts: Sequence[str],
-        positions: str = "word_ends",
+        positions: str = "aligned",
         first_index: int = 0,
         prompts: Sequence[str] | None = None,
     ) -> tuple[list[list[int]], list[dict[int, int]]]:
         """Return the tokens of texts, and for each text character end -> index of the token that may be read.
 
-        positions: `word_ends`, see `aligned_positions.token_ends`; or `last`: the last token alone,
+        positions: `aligned`, see `aligned_positions.token_ends`; or `last`: the last token alone,
         and none of a text that is cut, since what is left of it ends elsewhere for other models.
         prompts: what is read before each text, none by default. Its tokens are returned and its ends are
         not; characters are counted from the text's first.
@@ -448,7 +448,7 @@ def paired_activations(
     source: ActivationExtractor,
     target: ActivationExtractor,
     texts: Iterable[PairedText],
-    positions: str = "word_ends",
+    positions: str = "aligned",
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
 ) -> Iterator[PairedBatch]:
@@ -457,7 +457,7 @@ def paired_activations(
     texts: strings, or (what the source reads before it, what the target reads before it, text), whose pairs
         are those of the text alone.
     positions:
-        `word_ends`: every place where both tokenizers end a token on the same character, see
+        `aligned`: every place where both tokenizers end a token on the same character, see
             `aligned_positions`. Special tokens and each side's very first token are left out.
         `last`: the last token of each text; works with any tokenizer.
     source_layers, target_layers: layers to read in the one pass; the extractors' own by default.
@@ -469,8 +469,8 @@ def paired_activations(
     if isinstance(texts, str):
         raise InputError("texts is a single string; give a list of strings")
     if positions not in PAIR_POSITIONS:
-        raise InputError(f"positions {positions!r} is unknown; choose 'word_ends' or 'last'")
-    if positions == "word_ends":
+        raise InputError(f"positions {positions!r} is unknown; choose 'aligned' or 'last'")
+    if positions == "aligned":
         check_offsets(source.tokenizer, "source")
         check_offsets(target.tokenizer, "target")
     source_layers = source.check_layers([source.layer_idx] if source_layers is None else source_layers)

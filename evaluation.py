@@ -24,7 +24,7 @@ from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
-from scoring.cached_judge import PaidOnce
+from scoring.cached_judge import CachedJudge
 from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
 from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
 from scoring.judge_answers import Judgement
@@ -108,7 +108,7 @@ class Evaluator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         use_gpt4: bool = False,
-        judge: GPTJudge | LocalJudge | PaidOnce | None = None,
+        judge: GPTJudge | LocalJudge | CachedJudge | None = None,
         classifiers: Mapping[str, TraitClassifier] | None = None,
         descriptions: Mapping[str, str] | None = None,
         eval_prompts: Mapping[str, str] | None = None,

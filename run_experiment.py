@@ -43,8 +43,8 @@ from experiment.structures import expected
 from maps.layer_search import search_layers
 from model_loading import quiet_transformers
 from phases import check_setup as preflight
-from phases.choose_alphas import required_doses, run_preflight, searched_doses
-from phases.collect_responses import with_answers
+from phases.choose_alphas import required_alphas, run_preflight, searched_alphas
+from phases.collect_responses import with_responses
 from phases.decide_verdicts import closing_notes, conclude, effects_frame, results_frame
 from phases.dry_run import describe_run
 from phases.fit_maps import LearnedMaps, learn_maps, load_maps
@@ -129,7 +129,7 @@ class PersonaTransferExperiment:
             for pair in self.inputs.layer_pairs:
                 logger.info("source layer %d, target layer %d", *pair)
             if set(chosen) & {1, 2, 3}:
-                self.inputs = with_answers(self.inputs, self.folder, self.executor)
+                self.inputs = with_responses(self.inputs, self.folder, self.executor)
             maps = vectors = texts = None
             if 1 in chosen:
                 _timed(1, self.setup)
@@ -161,7 +161,7 @@ class PersonaTransferExperiment:
         with self._running():
             started = time.perf_counter()
             inputs = self.choose_layers(may_search=True)
-            self.inputs = inputs if what == "samples" else with_answers(inputs, self.folder, self.executor)
+            self.inputs = inputs if what == "samples" else with_responses(inputs, self.folder, self.executor)
             if what == "layers":
                 headline = ablate_layers(self.inputs, self.folder, self.executor, self._run_layers)
             elif what == "blocks":
@@ -179,11 +179,11 @@ class PersonaTransferExperiment:
         inputs, config, folder = self.inputs, self.config, self.folder
         if config.layer_idx != "auto":
             return inputs
-        name, made_from = "layer_search.json", grid.search_fingerprint(inputs)
+        name, cache_key = "layer_search.json", grid.search_fingerprint(inputs)
         structure = expected(name, inputs)
-        search = folder.current(name, made_from, structure)
+        search = folder.current(name, cache_key, structure)
         if search is None and not may_search:
-            search = folder.required(name, made_from, 1, structure)
+            search = folder.required(name, cache_key, 1, structure)
         if search is None:
             layers = search_layers(
                 inputs.source.extractor,
@@ -192,13 +192,13 @@ class PersonaTransferExperiment:
                 inputs.labelled_personas,
                 config.persona_names,
                 position=config.persona_position,
-                positions=config.positions,
+                positions=config.mapping_positions,
                 source_layers=config.search_source_layers,
                 target_layers=config.search_target_layers,
                 seed=config.seed,
             )
-            search = folder.save(name, made_from, layers.content())
-        draw_once(folder, "layer_search.png", made_from, layer_search_figure, search)
+            search = folder.save(name, cache_key, layers.content())
+        draw_once(folder, "layer_search.png", cache_key, layer_search_figure, search)
         logger.info("layer search: best pair %d -> %d", *search["best"])
         return inputs.at_layers(*search["best"])
 
@@ -207,11 +207,11 @@ class PersonaTransferExperiment:
         inputs, folder, name = self.inputs, self.folder, "preflight.json"
         folder.lock()
         save_json(folder.path / "config.json", self.config.model_dump())
-        made_from = grid.preflight_fingerprint(inputs)
-        done = folder.current(name, made_from, expected(name, inputs))
+        cache_key = grid.preflight_fingerprint(inputs)
+        done = folder.current(name, cache_key, expected(name, inputs))
         if done is None or preflight.technical_failures(done["checks"]):
             checks = preflight.report(run_preflight(inputs, folder, self.executor))
-            done = folder.save(name, made_from, {"environment": preflight.environment(), "checks": checks})
+            done = folder.save(name, cache_key, {"environment": preflight.environment(), "checks": checks})
         preflight.raise_on_technical_failure(done["checks"])
         passed = sum(check["status"] == "pass" for check in done["checks"])
         return None, f"{passed} of {len(done['checks'])} preflight checks passed, {folder.path / name}"
@@ -225,9 +225,9 @@ class PersonaTransferExperiment:
         maps = learn_maps(inputs, folder, self.executor, sums)
         middle = maps[len(maps) // 2]
         cv, table = middle.ridge.cv, middle.results["maps"]
-        made_from = grid.mapping_fingerprint(inputs)
+        cache_key = grid.mapping_fingerprint(inputs)
         draw_once(
-            folder, "mapping_analysis.png", made_from, mapping_figure, middle.ridge.analyze(), cv, table
+            folder, "mapping_analysis.png", cache_key, mapping_figure, middle.ridge.analyze(), cv, table
         )
         preflight.report([preflight.check_lambda(config.lambda_values, cv)])
         logger.info("held-out R2 of the maps\n%s", format_maps(table))
@@ -246,14 +246,14 @@ class PersonaTransferExperiment:
         maps: of phase 2; else those that an earlier run left. Returns what `persona_vectors.pt` holds.
         """
         inputs, folder, name = self.inputs, self.folder, "persona_vectors.pt"
-        made_from = grid.personas_fingerprint(inputs)
-        content = folder.current(name, made_from, expected(name, inputs))
+        cache_key = grid.personas_fingerprint(inputs)
+        content = folder.current(name, cache_key, expected(name, inputs))
         if content is None:
             maps = maps or load_maps(inputs, folder)
             transferred = transfer_all(inputs.layer_pairs, inputs.native_vectors, maps, self.config.seed)
-            content = folder.save(name, made_from, {**transferred, "models": inputs.described_models})
+            content = folder.save(name, cache_key, {**transferred, "models": inputs.described_models})
         report = {key: content[key] for key in ("personas", "residual_norm")}
-        folder.save("persona_similarities.json", made_from, report)
+        folder.save("persona_similarities.json", cache_key, report)
         logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
         steering = SteeringVectors.from_content(content)
         norm = steering.middle_norm
@@ -276,12 +276,12 @@ class PersonaTransferExperiment:
         inputs, folder, name = self.inputs, self.folder, "generation_results.json"
         if personas is None:
             source = "persona_vectors.pt"
-            made_from = grid.personas_fingerprint(inputs)
-            personas = folder.required(source, made_from, 3, expected(source, inputs))
+            cache_key = grid.personas_fingerprint(inputs)
+            personas = folder.required(source, cache_key, 3, expected(source, inputs))
         steering = SteeringVectors.from_content(personas)
         alphas = self.config.alpha_values
         if alphas == "auto":
-            alphas = searched_doses(inputs, folder, self.executor, steering)
+            alphas = searched_alphas(inputs, folder, self.executor, steering)
         planned = grid.grid_texts(inputs, alphas)
         rows, made = write_texts(inputs, folder, self.executor, planned, steering.vectors, steering.medians)
         save_rows(folder, name, rows)
@@ -298,19 +298,19 @@ class PersonaTransferExperiment:
         rows, n_new = evaluate_texts(inputs, folder, self.executor, planned, inputs.config.likelihood_ratio)
         save_rows(folder, "eval_results.json", rows)
         folder.notes += missing_notes(rows)
-        made_from = grid.rows_fingerprint(planned)
-        table = folder.save(name, made_from, {"conditions": aggregate(rows)})
-        save_figure(coherence_trait_figure(table["conditions"]), folder.path / "figure1.png", made_from)
-        conclude(inputs, folder, self.executor, rows, made_from)
+        cache_key = grid.rows_fingerprint(planned)
+        table = folder.save(name, cache_key, {"conditions": aggregate(rows)})
+        save_figure(coherence_trait_figure(table["conditions"]), folder.path / "figure1.png", cache_key)
+        conclude(inputs, folder, self.executor, rows, cache_key)
         return table, f"{len(rows)} texts, {n_new} of them new, {folder.path / name}"
 
     def _written_texts(self) -> list[dict[str, Any]]:
         inputs, alphas, name = self.inputs, self.config.alpha_values, "generation_results.json"
         if alphas == "auto":
-            alphas = required_doses(inputs, self.folder)
-        made_from = grid.rows_fingerprint(grid.grid_texts(inputs, alphas))
-        rows = self.folder.required(name, made_from, 4, expected(name, inputs))["rows"]
-        return check_rows(rows, made_from, self.folder.path / name)
+            alphas = required_alphas(inputs, self.folder)
+        cache_key = grid.rows_fingerprint(grid.grid_texts(inputs, alphas))
+        rows = self.folder.required(name, cache_key, 4, expected(name, inputs))["rows"]
+        return check_rows(rows, cache_key, self.folder.path / name)
 
     def _run_layers(self, inputs: Inputs, sums: dict[str, Any]) -> dict[str, Any]:
         """Run phases 2 to 5 on other inputs, and return the numbers that the layer ablation compares."""

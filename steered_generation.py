@@ -3,7 +3,7 @@
 The output of decoder block `layer_idx` (counted from 0, where `activation_extractor`
 reads) becomes h + alpha * v at every position: the prompt's tokens and each token as
 it is processed, so that the first generated token is steered like the rest. With
-`steer_positions` "generated" it does so only where a token is about to be generated: at the
+`steer_positions` "response" it does so only where a token is about to be generated: at the
 prompt's last token and at each new one.
 
 Rows of a batch may differ in prompt, seed, vector, layers and strength. The random numbers of
@@ -101,7 +101,7 @@ class SteeredGenerator:
         self.alpha_unit = alpha_unit
         self.residual_norms = dict(residual_norms or {})
         self.batch_size = batch_size
-        self.at_last = steer_positions == "generated"
+        self.at_last = steer_positions == "response"
         self.n_tokens = 0
         self.has_ended: list[bool] = []
         self._hides_padding = hides_left_padding(model, pad_token_id(tokenizer, model))

@@ -1,7 +1,7 @@
 """Steer more and more blocks of the target at once, each time at the dose that leaves text coherent.
 
 Only development prompts are used: for each number of blocks, persona and method a dose is searched for
-(see `dose_search`), and the trait and perplexity of the texts at that dose are what is compared.
+(see `alpha_search`), and the trait and perplexity of the texts at that dose are what is compared.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 from experiment.inputs import BAND_SIZE, Inputs, LayerPair, band_of, pair_by_depth
 from experiment.plan import UNSTEERED, doses_fingerprint
-from phases.choose_alphas import find_doses, trait_costs, write_development
+from phases.choose_alphas import find_alphas, trait_costs, write_development
 from phases.fit_maps import learn_maps
 from phases.make_vectors import SteeringVectors, transfer_all
 from reporting.figures import block_ablation_figure, save_figure
@@ -28,21 +28,21 @@ HEADER = ("persona", "method", "blocks", "alpha", "trait, change", "perplexity r
 
 
 def ablate_blocks(inputs: Inputs, folder: RunFolder, executor: Any) -> str:
-    """Search doses for 1, 3, 5, 9 and all blocks; returns a headline.
+    """Search alphas for 1, 3, 5, 9 and all blocks; returns a headline.
 
     Writes the maps of all blocks, `ablation_blocks.json` and `figure4.png`.
     Raises InputError: a run that does not measure the independent perplexity, or a model with few blocks.
     """
     if not inputs.config.independent_perplexity:
-        raise InputError("--ablate blocks searches doses by the independent perplexity; leave it on")
+        raise InputError("--ablate blocks searches alphas by the independent perplexity; leave it on")
     inputs = replace(inputs, config=inputs.config.model_copy(update={"alpha_values": "auto"}))
     bands = nested_bands(*(len(side.extractor.blocks) for side in inputs.sides))
     everything = inputs.at_band(bands[-1])
     pairs = everything.layer_pairs
     maps = dict(zip(pairs, learn_maps(everything, folder, executor), strict=True))
     natives = dict(zip(pairs, everything.native_vectors, strict=True))
-    costs = trait_costs(inputs, executor) if inputs.config.dose.bound == "excess" else {}
-    points, made_from = [], []
+    costs = trait_costs(inputs, executor) if inputs.config.alpha_search.bound == "excess" else {}
+    points, cache_key = [], []
     for band in bands:
         at_band = inputs.at_band(band)
         content = transfer_all(
@@ -50,10 +50,10 @@ def ablate_blocks(inputs: Inputs, folder: RunFolder, executor: Any) -> str:
         )
         steering = SteeringVectors.from_content(content)
         logger.info("%d blocks: %s", len(band), ", ".join(str(target) for _, target in band))
-        doses, _ = find_doses(at_band, folder, executor, steering, costs)
+        alphas, _ = find_alphas(at_band, folder, executor, steering, costs)
         unsteered = _unsteered_traits(at_band, folder, executor, steering)
-        made_from.append(doses_fingerprint(at_band))
-        for (persona, method), dose in doses.items():
+        cache_key.append(doses_fingerprint(at_band))
+        for (persona, method), dose in alphas.items():
             trait, before = dose.point.trait_probability, unsteered[persona]
             points.append(
                 {
@@ -66,9 +66,9 @@ def ablate_blocks(inputs: Inputs, folder: RunFolder, executor: Any) -> str:
                     "perplexity_ratio": dose.point.perplexity_ratio,
                 }
             )
-    made_from = fingerprint(made_from)
-    folder.save(NAME, made_from, {"trait_costs": costs, "points": points})
-    save_figure(block_ablation_figure(points), folder.path / "figure4.png", made_from)
+    cache_key = fingerprint(cache_key)
+    folder.save(NAME, cache_key, {"trait_costs": costs, "points": points})
+    save_figure(block_ablation_figure(points), folder.path / "figure4.png", cache_key)
     logger.info("by number of blocks\n\n%s\n", markdown_table(HEADER, list(map(_cells, points)), HEADER[:2]))
     return f"{len(bands)} bands, {folder.path / NAME}"
 
@@ -96,7 +96,7 @@ def _unsteered_traits(
         [UNSTEERED],
         steering.vectors,
         steering.medians,
-        inputs.config.dose.n_seeds,
+        inputs.config.alpha_search.n_seeds,
     )
     traits = {}
     for name in inputs.config.persona_names:

@@ -62,21 +62,21 @@ def ablate_layers(inputs: Inputs, folder: RunFolder, executor: Any, run_layers: 
     missing = [pair for pair, content in sums.items() if content is None]
     if missing:
         config = inputs.config
-        settings = PairSettings(tuple(missing), config.positions, config.n_folds, config.seed)
+        settings = PairSettings(tuple(missing), config.mapping_positions, config.n_folds, config.seed)
         pairs = collect_in_chunks(executor, inputs.map_texts, settings)
         for pair in missing:
-            made_from = pairs_fingerprint(runs[pair])
+            cache_key = pairs_fingerprint(runs[pair])
             with closing(RunFolder(Path(runs[pair].config.output_dir), folder.fresh)) as own:
-                sums[pair] = own.save(SUMS, made_from, statistics_content(pairs, pair))
+                sums[pair] = own.save(SUMS, cache_key, statistics_content(pairs, pair))
     results, tables = [], []
     for pair, at_layers in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=HIDDEN):
         logger.info("layer pair %d -> %d", *pair)
         numbers = run_layers(at_layers, sums.pop(pair))
         tables.append(numbers.pop("fingerprint"))
         results.append({"source_layer": pair[0], "target_layer": pair[1], **numbers})
-    made_from = fingerprint(tables)
-    folder.save("ablation_layers.json", made_from, {"layer_pairs": results})
-    save_figure(layer_ablation_figure(results), folder.path / "figure2.png", made_from)
+    cache_key = fingerprint(tables)
+    folder.save("ablation_layers.json", cache_key, {"layer_pairs": results})
+    save_figure(layer_ablation_figure(results), folder.path / "figure2.png", cache_key)
     return f"{len(runs)} layer pairs, {folder.path / 'ablation_layers.json'}"
 
 
@@ -124,7 +124,7 @@ def ablate_samples(inputs: Inputs, folder: RunFolder) -> str:
     was stopped goes on.
     """
     if inputs.neutral_questions:
-        raise InputError("--ablate samples compares amounts of passages; choose map_text 'passages'")
+        raise InputError("--ablate samples compares amounts of passages; choose mapping_data 'passages'")
     for side in inputs.sides:
         if not side.tokenizer.is_fast:
             raise InputError(
@@ -158,7 +158,7 @@ def ablate_samples(inputs: Inputs, folder: RunFolder) -> str:
     save_figure(sample_ablation_figure(content), folder.path / "figure3.png", run.fingerprint)
     lines = [
         f"R2 {row['r2']:.3f} on held-out {tested}: last tokens of {row['n_texts']} texts, every position of "
-        + ("more" if row["n_texts_word_ends"] is None else f"{row['n_texts_word_ends']:.0f}")
+        + ("more" if row["n_texts_aligned"] is None else f"{row['n_texts_aligned']:.0f}")
         for tested, rows in content["equal_r2"].items()
         for row in rows
     ]
@@ -244,7 +244,7 @@ class _SampleRun:
             documents = [texts[index].document for index in batch.text_idx.tolist()]
             lengths = torch.tensor([len(texts[index].text) for index in batch.text_idx.tolist()])
             last = batch.end == lengths  # both models' last tokens end the text
-            self._add_rows(sums["word_ends"], batch, documents, torch.ones_like(last))
+            self._add_rows(sums["aligned"], batch, documents, torch.ones_like(last))
             self._add_rows(sums["last"], batch, documents, last)
 
     def measure(self, state: dict[str, Any], positions: str) -> dict[str, Any]:
@@ -300,11 +300,11 @@ class _SampleRun:
 def texts_for_equal_r2(points: Sequence[dict[str, Any]], tested: str) -> list[dict[str, float | None]]:
     """Return for each map of last tokens how few texts give a map of every position the same R2.
 
-    tested: which held-out pairs count, `last` or `word_ends`.
-    n_texts, r2: of the last-token map. n_texts_word_ends: texts with which the other one reaches this
+    tested: which held-out pairs count, `last` or `aligned`.
+    n_texts, r2: of the last-token map. n_texts_aligned: texts with which the other one reaches this
     R2, interpolated between points over the logarithm of n; the smallest sample if it is already
     better, so that the number is an upper bound; None if even the largest does not reach it.
-    factor: n_texts_word_ends / n_texts.
+    factor: n_texts_aligned / n_texts.
     """
     curves = {
         name: sorted(
@@ -316,9 +316,9 @@ def texts_for_equal_r2(points: Sequence[dict[str, Any]], tested: str) -> list[di
     }
     found = []
     for n_texts, wanted in curves["last"]:
-        reached = _first_reached(curves["word_ends"], wanted)
+        reached = _first_reached(curves["aligned"], wanted)
         factor = None if reached is None else reached / n_texts
-        found.append({"n_texts": n_texts, "r2": wanted, "n_texts_word_ends": reached, "factor": factor})
+        found.append({"n_texts": n_texts, "r2": wanted, "n_texts_aligned": reached, "factor": factor})
     return found
 
 
@@ -344,10 +344,10 @@ def main() -> None:
     texts = [NeutralText(f"text {index}", f"page {index % 9}") for index in range(200)]
     training, held_out = split_documents(texts, 150)
     assert not {item.document for item in training} & {item.document for item in held_out}
-    points = [("last", 100, 0.4), ("word_ends", 10, 0.3), ("word_ends", 100, 0.5)]
+    points = [("last", 100, 0.4), ("aligned", 10, 0.3), ("aligned", 100, 0.5)]
     names = ("positions", "n_texts", "held_out")
     rows = [dict(zip(names, (*point, {"last": {"r2": r2}}), strict=True)) for *point, r2 in points]
-    assert abs(texts_for_equal_r2(rows, "last")[0]["n_texts_word_ends"] - 10**1.5) < 1e-9
+    assert abs(texts_for_equal_r2(rows, "last")[0]["n_texts_aligned"] - 10**1.5) < 1e-9
     print(f"ablations OK: {len(held_out)} texts held out, equal R2 is interpolated over log n")
 
 

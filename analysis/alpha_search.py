@@ -24,7 +24,7 @@ from reporting.tables import markdown_table
 from support.errors import InputError
 from support.progress import HIDDEN, tqdm
 
-DoseKey = tuple[str, str]  # (persona, method)
+AlphaKey = tuple[str, str]  # (persona, method)
 
 MAX_EVALUATIONS = 8
 PLACES = ("inside", "highest", "lowest")
@@ -55,7 +55,7 @@ class DevelopmentText:
 
 
 @dataclass(frozen=True)
-class DoseBound:
+class CoherenceBound:
     """How far steered text may be from the unsteered text and still count as coherent.
 
     max_perplexity_ratio: geometric mean of steered / unsteered perplexity.
@@ -78,16 +78,16 @@ class DoseBound:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
 
-    def of_trait(self, cost: float) -> "DoseBound":
+    def of_trait(self, cost: float) -> "CoherenceBound":
         """Return the bound of text that shows a trait which costs this many times the perplexity."""
         return replace(self, max_perplexity_ratio=self.max_perplexity_ratio * max(1.0, cost))
 
 
-DEFAULT_BOUND = DoseBound()
+DEFAULT_BOUND = CoherenceBound()
 
 
 @dataclass(frozen=True)
-class DosePoint:
+class AlphaPoint:
     """What one alpha does to the texts of one persona and method.
 
     perplexity_ratio: exp of the mean over pairs of log steered - log unsteered perplexity, so the
@@ -110,7 +110,7 @@ class DosePoint:
 
 
 @dataclass(frozen=True)
-class Dose:
+class ChosenAlpha:
     """The strongest coherent alpha of a persona and method, and everything measured on the way.
 
     is_coherent: False only if nothing was, not even the lowest alpha, which is then given as `alpha`.
@@ -121,26 +121,26 @@ class Dose:
     alpha: float
     is_coherent: bool
     at: Literal["inside", "highest", "lowest"]
-    curve: list[DosePoint]
+    curve: list[AlphaPoint]
 
     @property
-    def point(self) -> DosePoint:
+    def point(self) -> AlphaPoint:
         """The point of the curve that was chosen."""
         return next(point for point in self.curve if point.alpha == self.alpha)
 
 
-Measure = Callable[[list[tuple[DoseKey, float]]], Sequence[Sequence[DevelopmentText]]]
+Measure = Callable[[list[tuple[AlphaKey, float]]], Sequence[Sequence[DevelopmentText]]]
 
 
-def search_doses(
-    keys: Sequence[DoseKey],
+def search_alphas(
+    keys: Sequence[AlphaKey],
     measure: Measure,
     unsteered: Sequence[DevelopmentText],
     bracket: tuple[float, float],
-    bound: DoseBound = DEFAULT_BOUND,
+    bound: CoherenceBound = DEFAULT_BOUND,
     n_evaluations: int = 7,
     trait_costs: Mapping[str, float] | None = None,
-) -> dict[DoseKey, Dose]:
+) -> dict[AlphaKey, ChosenAlpha]:
     """Return the strongest coherent alpha of each key.
 
     measure: asked once a round for (key, alpha) pairs, one for each key; returns a list
@@ -162,7 +162,7 @@ def search_doses(
         raise ValueError(f"keys are {list(keys)}, expected one or more, each once")
     _check_unsteered(unsteered)
     bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
-    curves: dict[DoseKey, list[DosePoint]] = {key: [] for key in keys}
+    curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in keys}
     for round_idx in tqdm(
         range(n_evaluations), desc="dose search", unit="round", disable=HIDDEN, leave=False
     ):
@@ -189,7 +189,7 @@ def _check_unsteered(unsteered: Sequence[DevelopmentText]) -> None:
 
 
 def _check_measured(
-    measured: Sequence[Sequence[DevelopmentText]], asked: Sequence[tuple[DoseKey, float]], n: int
+    measured: Sequence[Sequence[DevelopmentText]], asked: Sequence[tuple[AlphaKey, float]], n: int
 ) -> None:
     if len(measured) != len(asked):
         raise ValueError(f"measure returned {len(measured)} lists of texts, expected {len(asked)}")
@@ -201,7 +201,7 @@ def _check_measured(
             )
 
 
-def _next_alpha(curve: Sequence[DosePoint], bracket: tuple[float, float], is_last: bool) -> float:
+def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_last: bool) -> float:
     """Return the middle of what is left; last of all an end of the bracket if every middle points to it."""
     coherent = [point.alpha for point in curve if point.is_coherent]
     incoherent = [point.alpha for point in curve if not point.is_coherent]
@@ -214,8 +214,11 @@ def _next_alpha(curve: Sequence[DosePoint], bracket: tuple[float, float], is_las
 
 
 def _compare(
-    alpha: float, steered: Sequence[DevelopmentText], unsteered: Sequence[DevelopmentText], bound: DoseBound
-) -> DosePoint:
+    alpha: float,
+    steered: Sequence[DevelopmentText],
+    unsteered: Sequence[DevelopmentText],
+    bound: CoherenceBound,
+) -> AlphaPoint:
     pairs = list(zip(steered, unsteered, strict=True))
     logs = [
         math.log(text.perplexity) - math.log(before.perplexity)
@@ -242,7 +245,7 @@ def _compare(
     }
     reason = ", ".join(name for name, is_failed in failed.items() if is_failed) or None
     traits = [text.trait_probability for text in steered if text.trait_probability is not None]
-    return DosePoint(
+    return AlphaPoint(
         alpha=alpha,
         perplexity_ratio=ratio,
         repetition_increase=increase,
@@ -262,47 +265,49 @@ def _is_broken(text: DevelopmentText) -> bool:
     return text.perplexity is not None and not math.isfinite(text.perplexity)
 
 
-def _choose(curve: Sequence[DosePoint], bracket: tuple[float, float]) -> Dose:
+def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float]) -> ChosenAlpha:
     """Return the largest coherent alpha, or the lowest, which a search without any measured last."""
     curve = sorted(curve, key=lambda point: point.alpha)
     best = max((point for point in curve if point.is_coherent), key=lambda p: p.alpha, default=curve[0])
     at = {bracket[0]: "lowest", bracket[1]: "highest"}.get(best.alpha, "inside")
-    return Dose(best.alpha, best.is_coherent, at, curve)
+    return ChosenAlpha(best.alpha, best.is_coherent, at, curve)
 
 
-def doses_content(
-    doses: Mapping[DoseKey, Dose], bound: DoseBound, trait_costs: Mapping[str, float] | None = None
+def alphas_content(
+    alphas: Mapping[AlphaKey, ChosenAlpha],
+    bound: CoherenceBound,
+    trait_costs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Return everything as numbers, strings, lists and dictionaries, as `dose_search.json` holds it."""
+    """Return everything as numbers, strings, lists and dictionaries, as `alpha_search.json` holds it."""
     entries = [
-        {"persona": persona, "method": method, **asdict(dose)} for (persona, method), dose in doses.items()
+        {"persona": persona, "method": method, **asdict(dose)} for (persona, method), dose in alphas.items()
     ]
-    return {"bound": asdict(bound), "trait_costs": dict(trait_costs or {}), "doses": entries}
+    return {"bound": asdict(bound), "trait_costs": dict(trait_costs or {}), "alphas": entries}
 
 
-def doses_from_content(content: Mapping[str, Any], name: str = "content") -> dict[DoseKey, Dose]:
-    """Return the doses of what `doses_content` made; other entries are left alone.
+def alphas_from_content(content: Mapping[str, Any], name: str = "content") -> dict[AlphaKey, ChosenAlpha]:
+    """Return the alphas of what `alphas_content` made; other entries are left alone.
 
     Raises InputError: an entry is missing, unknown, of the wrong type, or contradicts another.
     """
-    doses: dict[DoseKey, Dose] = {}
+    alphas: dict[AlphaKey, ChosenAlpha] = {}
     try:
-        DoseBound(**content["bound"])
-        for entry in content["doses"]:
+        CoherenceBound(**content["bound"])
+        for entry in content["alphas"]:
             key, dose = _read_dose(**entry)
-            if key in doses:
+            if key in alphas:
                 raise ValueError(f"{key} is there twice")
-            doses[key] = dose
+            alphas[key] = dose
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{name} does not hold doses ({error}); delete it to search for them again"
+            f"{name} does not hold alphas ({error}); delete it to search for them again"
         ) from error
-    return doses
+    return alphas
 
 
 def _read_dose(
     persona: str, method: str, alpha: float, is_coherent: bool, at: str, curve: list[dict[str, Any]]
-) -> tuple[DoseKey, Dose]:
+) -> tuple[AlphaKey, ChosenAlpha]:
     where = f"{persona}, {method}"
     points = [_read_point(where, entry) for entry in curve]
     alphas = [point.alpha for point in points]
@@ -315,11 +320,11 @@ def _read_dose(
         raise ValueError(f"{where} is at {at!r}, expected one of {PLACES}")
     if alpha != max(coherent, default=alphas[0]) or is_coherent is not bool(coherent):
         raise ValueError(f"alpha {alpha} of {where} is not the strongest coherent one of its curve")
-    return (persona, method), Dose(float(alpha), is_coherent, at, points)
+    return (persona, method), ChosenAlpha(float(alpha), is_coherent, at, points)
 
 
-def _read_point(where: str, entry: Mapping[str, Any]) -> DosePoint:
-    point = DosePoint(**entry)
+def _read_point(where: str, entry: Mapping[str, Any]) -> AlphaPoint:
+    point = AlphaPoint(**entry)
     optional = (point.perplexity_ratio, point.repetition_increase, point.trait_probability)
     numbers = [point.alpha, *(value for value in optional if value is not None)]
     valid = (
@@ -335,13 +340,13 @@ def _read_point(where: str, entry: Mapping[str, Any]) -> DosePoint:
     return point
 
 
-def format_doses(doses: Mapping[DoseKey, Dose]) -> str:
+def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
     """Return a Markdown table: each dose, and where its search met an end of the bracket."""
-    rows = [_cells(key, dose) for key, dose in doses.items()]
+    rows = [_cells(key, dose) for key, dose in alphas.items()]
     return markdown_table(HEADER, rows, left=("persona", "method", "note"))
 
 
-def _cells(key: DoseKey, dose: Dose) -> tuple[str, ...]:
+def _cells(key: AlphaKey, dose: ChosenAlpha) -> tuple[str, ...]:
     ratio, increase = dose.point.perplexity_ratio, dose.point.repetition_increase
     notes = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
     note = notes[dose.at] if dose.is_coherent else f"not coherent even there: {dose.point.reason}"
@@ -358,12 +363,12 @@ def main() -> None:
     """Check that the dose is found at which a made-up perplexity leaves the bound, 7.3."""
     of_baseline, key = [DevelopmentText(20.0, 0.1)], ("check", "ridge_mapped")
 
-    def measure(asked: list[tuple[DoseKey, float]]) -> list[list[DevelopmentText]]:
+    def measure(asked: list[tuple[AlphaKey, float]]) -> list[list[DevelopmentText]]:
         return [[DevelopmentText(20.0 * 1.5 ** ((alpha / 7.3) ** 2), 0.1)] for _, alpha in asked]
 
-    doses = search_doses([key], measure, of_baseline, (0.5, 10.0))
-    assert doses[key].alpha <= 7.3 < 1.05 * doses[key].alpha
-    print(format_doses(doses), "dose_search OK: a known threshold is found within 5%", sep="\n")
+    alphas = search_alphas([key], measure, of_baseline, (0.5, 10.0))
+    assert alphas[key].alpha <= 7.3 < 1.05 * alphas[key].alpha
+    print(format_alphas(alphas), "alpha_search OK: a known threshold is found within 5%", sep="\n")
 
 
 if __name__ == "__main__":

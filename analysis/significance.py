@@ -128,7 +128,7 @@ def corrected_share(
 ) -> Interval | None:
     """Return the share of texts that show a trait, given the share in which a scorer of known errors sees it.
 
-    share: over n independent texts. sensitivity, specificity: (right answers, texts) of the examination.
+    share: over n independent texts. sensitivity, specificity: (right answers, texts) of the validation.
     (share + q0 - 1) / (q0 + q1 - 1) of specificity q0 and sensitivity q1 (Rogan and Gladen 1978). The
     interval counts what is unknown of all three (2511.21140): the delta method's variance, from shares
     smoothed as if two more texts of each kind had been read, one right and one wrong (Agresti and Coull

@@ -24,14 +24,14 @@ EXPECTED = {
 CRITERIA = {"minimum": (3.5, 2.5, 0.30), "strong": (4.0, 3.5, 0.15)}
 
 
-def success(rows: Sequence[Row], doses: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+def success(rows: Sequence[Row], alphas: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
     """Return persona -> {conditions, minimum, strong}, for personas with judged texts of the mapped vector.
 
-    rows: of `eval_results.json`. doses: persona -> condition -> alpha. conditions: name -> mean coherence and
+    rows: of `eval_results.json`. alphas: persona -> condition -> alpha. conditions: name -> mean coherence and
     trait (1 to 5), collapse rate (0 to 1) and texts. minimum, strong: whether the mapped vector's reach it.
     """
     found = {}
-    for persona, of_persona in doses.items():
+    for persona, of_persona in alphas.items():
         conditions = {}
         for condition, alpha in {"baseline": None, **of_persona}.items():
             cell = (persona, condition, alpha)

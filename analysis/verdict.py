@@ -26,8 +26,12 @@ from evaluation import prompt_means
 from scoring.brevity import brevity
 
 MAPPED, ORACLE, UNSTEERED = "ridge_mapped", "oracle", "baseline"
-CONTROLS = ("random", "shuffled", "wrong_persona", "zero_pad", "interpolate", "random_proj")
-WANTED_CONTROLS = ("random", "shuffled", "wrong_persona")  # without which nothing is said to have transferred
+CONTROLS = ("random_direction", "shuffled_pairs", "other_persona", "zero_pad", "interpolate", "random_proj")
+WANTED_CONTROLS = (
+    "random_direction",
+    "shuffled_pairs",
+    "other_persona",
+)  # without which nothing is said to have transferred
 FEWEST_PROMPTS = 8
 SIGNIFICANT = 0.05
 NATIVE_WORKS = 0.05  # lower bound of the oracle's effect
@@ -36,12 +40,12 @@ TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # of the native effect: bounds of the 
 NO_BETTER = 0.15  # of the native effect: what mapped is surely not above the best control by
 # From the most to the least that is claimed; of two scorers' words, the later stands.
 VERDICTS = (
-    "equal to native",
+    "equivalent to native",
     "transferred",
     "partial",
-    "can't tell",
+    "inconclusive",
     "not transferred",
-    "steering itself failed",
+    "native steering ineffective",
 )
 # scorer -> what it is called in a row. The last two are computed here.
 SCORES = {
@@ -79,16 +83,16 @@ def _cell_means(
 
 
 def effects(
-    rows: Sequence[Row], persona: str, score: str, doses: Mapping[str, float | None]
+    rows: Sequence[Row], persona: str, score: str, alphas: Mapping[str, float | None]
 ) -> tuple[dict[str, np.ndarray], int]:
     """Return condition -> difference to unsteered at each prompt, and the prompts that were left out.
 
-    doses: condition -> its alpha. Prompts that lack a score under one of the conditions are left out under
+    alphas: condition -> its alpha. Prompts that lack a score under one of the conditions are left out under
     all, so that conditions stay paired; a condition without any score is left out.
     """
     unsteered = _cell_means(rows, persona, UNSTEERED, None, score)
     means = {
-        condition: _cell_means(rows, persona, condition, alpha, score) for condition, alpha in doses.items()
+        condition: _cell_means(rows, persona, condition, alpha, score) for condition, alpha in alphas.items()
     }
     means = {condition: found for condition, found in means.items() if found}
     shared = set(unsteered).intersection(*means.values()) if means else set()
@@ -108,19 +112,19 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
     if native is None or mapped is None:
         missing = ORACLE if native is None else MAPPED
-        return _said("can't tell", f"no text of {missing} has a score")
+        return _said("inconclusive", f"no text of {missing} has a score")
     n = len(native)
     if n < FEWEST_PROMPTS:
-        return _said("can't tell", f"{n} prompts have scores, an interval needs {FEWEST_PROMPTS}")
+        return _said("inconclusive", f"{n} prompts have scores, an interval needs {FEWEST_PROMPTS}")
     if all(np.ptp(values) == 0 and values[0] == 0 for values in (native, mapped)):
-        return _said("can't tell", "all scores are equal: the scorer says the same of every text")
+        return _said("inconclusive", "all scores are equal: the scorer says the same of every text")
     of_native = mean_interval(native)
     moved = f"the target's own vector moves the trait by {_shown(of_native, '+.2f')}"
     if of_native.low <= NATIVE_WORKS:
         if of_native.high < NATIVE_FAILS:
-            return _said("steering itself failed", moved, native=of_native)
+            return _said("native steering ineffective", moved, native=of_native)
         needed = _fewest_needed(native - NATIVE_WORKS, native - NATIVE_FAILS)
-        return _said("can't tell", moved, needed, native=of_native)
+        return _said("inconclusive", moved, needed, native=of_native)
     ratio = recovery(mapped, native)
     check = fieller(mapped, native)
     numbers = {
@@ -135,7 +139,7 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
     if ratio.high < NOT_TRANSFERRED:
         return _said("not transferred", recovers, **numbers)
     if missing := [name for name in WANTED_CONTROLS if name not in controls]:
-        return _said("can't tell", f"{recovers}, but no control {', '.join(missing)} was run", **numbers)
+        return _said("inconclusive", f"{recovers}, but no control {', '.join(missing)} was run", **numbers)
     best = max(controls, key=lambda name: controls[name].mean())
     over = mapped - controls[best]
     beats = all(p_values[name] < SIGNIFICANT for name in (*controls, UNSTEERED))
@@ -145,7 +149,7 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
     why = f"{recovers}, and {than}"
     if beats and ratio.low > TRANSFERRED:
         is_equal = numbers["equivalence_p"] < SIGNIFICANT
-        return _said("equal to native" if is_equal else "transferred", why, **numbers)
+        return _said("equivalent to native" if is_equal else "transferred", why, **numbers)
     if beats and ratio.high < 1:
         return _said("partial", why, **numbers)
     if not beats and mean_interval(over).high < NO_BETTER * of_native.estimate:
@@ -154,7 +158,7 @@ def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float])
         needed = prompts_needed(mapped - TRANSFERRED * native)
     else:
         needed = _fewest_needed(over, over - NO_BETTER * of_native.estimate)
-    return _said("can't tell", why, needed, **numbers)
+    return _said("inconclusive", why, needed, **numbers)
 
 
 def _fewest_needed(*contrasts: np.ndarray) -> int | None:
@@ -175,37 +179,37 @@ def _shown(interval: Interval, form: str) -> str:
 
 def verdicts(
     rows: Sequence[Row],
-    doses: Mapping[str, Mapping[str, float | None]],
-    licences: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    alphas: Mapping[str, Mapping[str, float | None]],
+    validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """Return persona -> its verdict, the scorers' own, and the effects of all conditions.
 
-    rows: of `eval_results.json`. doses: persona -> condition -> the alpha at which it is judged.
-    licences: persona -> scorer -> what `examination.examine` returned; `brevity` needs none.
+    rows: of `eval_results.json`. alphas: persona -> condition -> the alpha at which it is judged.
+    validation: persona -> scorer -> what `validation.validate` returned; `brevity` needs none.
     """
     rows = with_computed(rows)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     left_out: dict[tuple[str, str], int] = {}
-    for persona, of_persona in doses.items():
-        for scorer in licences.get(persona, {}):
+    for persona, of_persona in alphas.items():
+        for scorer in validation.get(persona, {}):
             key = (persona, scorer)
             found[key], left_out[key] = effects(rows, persona, SCORES[scorer], of_persona)
     adjusted = adjusted_p(found)
     content = {}
-    for persona in doses:
+    for persona in alphas:
         by_scorer = {}
-        for scorer, licence in licences.get(persona, {}).items():
+        for scorer, licence in validation.get(persona, {}).items():
             key = (persona, scorer)
             by_scorer[scorer] = {
-                "is_licensed": licence["is_licensed"],
+                "is_validated": licence["is_validated"],
                 "problems": licence["problems"],
                 "n_prompts": len(next(iter(found[key].values()), [])),
                 "n_left_out": left_out[key],
                 **decide(found[key], adjusted[key]),
                 "effects": _effects_table(found[key], adjusted[key]),
-                "shares": _shares(rows, persona, SCORES[scorer], doses[persona], licence),
+                "shares": _shares(rows, persona, SCORES[scorer], alphas[persona], licence),
             }
-        content[persona] = {**_combined(persona, by_scorer), "scorers": by_scorer, "doses": doses[persona]}
+        content[persona] = {**_combined(persona, by_scorer), "scorers": by_scorer, "alphas": alphas[persona]}
     return content
 
 
@@ -236,7 +240,7 @@ def _effects_table(differences: Mapping[str, np.ndarray], adjusted: Mapping[str,
             wrong = float(np.mean(values < 0))
             table[name] = {
                 **vars(mean_interval(values)),
-                "wrong_way": wrong,
+                "anti_steered": wrong,
                 "p_mapped_over_it": adjusted.get(name),
             }
     return table
@@ -246,24 +250,24 @@ def _shares(
     rows: Sequence[Row],
     persona: str,
     score: str,
-    doses: Mapping[str, float | None],
+    alphas: Mapping[str, float | None],
     licence: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return condition -> the share of texts over the decision point, as seen and corrected for errors.
 
-    A prompt counts as one text, whatever its seeds; empty for a scorer that no examination knows.
+    A prompt counts as one text, whatever its seeds; empty for a scorer that no validation knows.
     """
     known = [licence.get(kind) for kind in ("sensitivity", "specificity")]
     if None in known:
         return {}
     rates = [(rate["n_right"], rate["n"]) for rate in known]
     shown = [
-        {**row, score: None if row[score] is None else float(row[score] > licence["decision_point"])}
+        {**row, score: None if row[score] is None else float(row[score] > licence["threshold"])}
         for row in rows
         if row["persona"] == persona
     ]
     table = {}
-    for condition, alpha in {UNSTEERED: None, **doses}.items():
+    for condition, alpha in {UNSTEERED: None, **alphas}.items():
         means = _cell_means(shown, persona, condition, alpha, score)
         if means:
             share = statistics.fmean(means.values())
@@ -274,11 +278,11 @@ def _shares(
 
 def _combined(persona: str, by_scorer: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the word that stands: the most cautious of the licensed scorers', and who said it."""
-    licensed = {name: found for name, found in by_scorer.items() if found["is_licensed"]}
+    licensed = {name: found for name, found in by_scorer.items() if found["is_validated"]}
     if not licensed:
         problems = [f"{name}: {', '.join(found['problems'])}" for name, found in by_scorer.items()]
         why = "no scorer has its licence" + (f" ({'; '.join(problems)})" if problems else "")
-        return {"verdict": "can't tell", "why": why, "rests_on": []}
+        return {"verdict": "inconclusive", "why": why, "rests_on": []}
     words = {found["verdict"] for found in licensed.values()}
     decided = max(licensed, key=lambda name: VERDICTS.index(licensed[name]["verdict"]))
     verdict, why = licensed[decided]["verdict"], f"by {decided}, {licensed[decided]['why']}"
@@ -287,7 +291,7 @@ def _combined(persona: str, by_scorer: Mapping[str, Mapping[str, Any]]) -> dict[
     if claims and denials:
         said = ", ".join(f"{name} says {found['verdict']}" for name, found in licensed.items())
         return {
-            "verdict": "can't tell",
+            "verdict": "inconclusive",
             "why": f"the scorers disagree: {said}; {why}",
             "rests_on": list(licensed),
         }
@@ -315,9 +319,9 @@ def main() -> None:
 
     nothing = {name: noisy(0) for name in WANTED_CONTROLS}
     for mapped, oracle, word in (
-        (0.58, 0.6, ("equal to native", "transferred")),
+        (0.58, 0.6, ("equivalent to native", "transferred")),
         (0.0, 0.6, ("not transferred",)),
-        (0.0, 0.0, ("steering itself failed",)),
+        (0.0, 0.0, ("native steering ineffective",)),
     ):
         given = {MAPPED: noisy(mapped), ORACLE: noisy(oracle), **nothing}
         found = decide(given, adjusted_p({("check", "classifier"): given})["check", "classifier"])

@@ -1,4 +1,4 @@
-"""How well the trait scorers tell texts that neither their training nor their examination knows.
+"""How well the trait scorers tell texts that neither their training nor their validation knows.
 
     python benchmarks/bench_scorers.py --texts benchmarks/labelled_elsewhere.json
 
@@ -25,7 +25,7 @@ from texts.personas import load_persona, shipped_personas
 Row = tuple[str, ...]
 
 
-def line(name: str, decision_point: float, scores: dict[str, np.ndarray]) -> Row:
+def line(name: str, threshold: float, scores: dict[str, np.ndarray]) -> Row:
     """Return one scorer's line. scores: kind -> those of its texts."""
     own = scores[name]
     others = {kind: values for kind, values in scores.items() if kind != name}
@@ -33,11 +33,11 @@ def line(name: str, decision_point: float, scores: dict[str, np.ndarray]) -> Row
         kind: roc_auc_score(np.repeat([1, 0], [len(own), len(values)]), np.concatenate([own, values]))
         for kind, values in others.items()
     }
-    wrong = {kind: np.mean(values > decision_point) for kind, values in others.items()}
+    wrong = {kind: np.mean(values > threshold) for kind, values in others.items()}
     lowest, worst = min(auc, key=auc.get), max(wrong, key=wrong.get)
     return (
         name,
-        f"{np.mean(own > decision_point):.0%}",
+        f"{np.mean(own > threshold):.0%}",
         f"{np.mean(list(auc.values())):.2f}",
         f"{auc[lowest]:.2f} ({lowest})",
         f"{np.mean(list(wrong.values())):.1%}",
@@ -59,7 +59,7 @@ def main() -> None:
         table = []
         for name, scorer in load(names, personas).items():
             scores = {kind: np.array(scorer.score(each), dtype=float) for kind, each in texts.items()}
-            table.append(line(name, scorer.decision_point, scores))
+            table.append(line(name, scorer.threshold, scores))
         print(f"{title}\n\n{markdown_table(header, table)}\n")
 
 

@@ -47,7 +47,7 @@ def pool(folder: Path) -> list[dict[str, np.ndarray]]:
         for scorer in of_persona["scorers"]:
             if SCORES[scorer] not in rows[0]:
                 continue
-            differences, _ = effects(rows, persona, SCORES[scorer], of_persona["doses"])
+            differences, _ = effects(rows, persona, SCORES[scorer], of_persona["alphas"])
             is_whole = {ORACLE, MAPPED, *WANTED_CONTROLS} <= differences.keys()
             if is_whole and mean_interval(differences[ORACLE]).low > NATIVE_WORKS:
                 found.append(differences)
@@ -61,7 +61,7 @@ def experiment(
     chosen = generator.integers(0, len(real[ORACLE]), n)
     made = {name: values[chosen] for name, values in real.items()}
     if truth is None:
-        made[MAPPED], made["shuffled"] = made["shuffled"], made["random"]
+        made[MAPPED], made["shuffled_pairs"] = made["shuffled_pairs"], made["random_direction"]
     else:
         made[MAPPED] = made[MAPPED] - real[MAPPED].mean() + truth * real[ORACLE].mean()
         if is_moved:

@@ -73,7 +73,7 @@ Samples = Annotated[int, Field(ge=10, le=10_000_000)]
 Layer = Annotated[int, Field(ge=0, le=LAST_LAYER)]
 Layers = Annotated[list[Layer], Field(min_length=1, max_length=1000)]
 Alphas = Annotated[list[float], Field(min_length=1, max_length=1000)]
-DosesByMethod = Annotated[dict[Method, float], Field(min_length=1)]
+AlphasByMethod = Annotated[dict[Method, float], Field(min_length=1)]
 String = Annotated[str, BeforeValidator(_text_if_string)]
 Text = Annotated[String, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(max_length=100_000)]
@@ -119,7 +119,7 @@ class PersonaDefinition(_Strict):
     negative_texts: Texts = []
     labelled_positive_texts: Texts = []
     labelled_negative_texts: Texts = []
-    examination_texts: Texts = []
+    validation_texts: Texts = []
     instruction: Annotated[list[InstructionPair], Field(max_length=1000)] = []
     questions: Texts = []
     eval_prompt: String = ""
@@ -181,8 +181,8 @@ def alphas_of_method(alphas: Sequence[float] | dict[str, float], method: str) ->
     return list(dict.fromkeys(alphas[name] for name in (method, "oracle") if name in alphas))
 
 
-class DoseConfig(_Strict):
-    """The search for doses when `alpha_values` is `auto`; see `dose_search`.
+class AlphaSearchConfig(_Strict):
+    """The search for alphas when `alpha_values` is `auto`; see `alpha_search`.
 
     bracket: the weakest and the strongest dose to consider, times the median block-output norm without
         massive dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
@@ -198,9 +198,11 @@ class DoseConfig(_Strict):
     n_seeds: Count = 2
 
     @model_validator(mode="after")
-    def _check_bracket(self) -> "DoseConfig":
+    def _check_bracket(self) -> "AlphaSearchConfig":
         if self.bracket[0] >= self.bracket[1]:
-            raise ValueError(f"dose.bracket is {list(self.bracket)}, expected a lower and a higher dose")
+            raise ValueError(
+                f"alpha_search.bracket is {list(self.bracket)}, expected a lower and a higher dose"
+            )
         return self
 
 
@@ -274,7 +276,7 @@ class ExperimentConfig(_Strict):
 
     Models: `source_model` and `target_model` are what `model_loading.load_model` takes.
     Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
-        equal length, a band: pairs of blocks, all of which are steered; `"layers": "band"` chooses one;
+        equal length, a band: pairs of blocks, all of which are steered; `"layer_idx": "band"` chooses one;
         `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
     Pairs: `positions` as in `activation_extractor.paired_activations`.
@@ -287,7 +289,7 @@ class ExperimentConfig(_Strict):
     block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or
     persona -> list, or persona -> method -> the dose of that method (methods that are not named take the
     oracle's); `auto` searches a dose for each persona and method on the development prompts. Where methods
-    have doses of their own, each is tried at the oracle's too.
+    have alphas of their own, each is tried at the oracle's too.
     """
 
     source_model: LocalPath
@@ -313,8 +315,8 @@ class ExperimentConfig(_Strict):
 
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
-    map_text: Literal["passages", "answers", "styled_answers"] = "passages"
-    positions: PairPositions = "word_ends"
+    mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
+    positions: PairPositions = "aligned"
     lambda_values: Annotated[list[Lambda], Field(min_length=1, max_length=1000)] = [
         0.01,
         0.1,
@@ -346,7 +348,7 @@ class ExperimentConfig(_Strict):
             dict[
                 Name,
                 Annotated[
-                    Annotated[Alphas, Tag("tag-list")] | Annotated[DosesByMethod, Tag("tag-methods")],
+                    Annotated[Alphas, Tag("tag-list")] | Annotated[AlphasByMethod, Tag("tag-methods")],
                     Discriminator(_form_of_persona_alphas),
                 ],
             ],
@@ -357,7 +359,7 @@ class ExperimentConfig(_Strict):
         BeforeValidator(_list_or_auto),
     ] = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
-    dose: DoseConfig = DoseConfig()
+    alpha_search: AlphaSearchConfig = AlphaSearchConfig()
     steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -391,7 +393,7 @@ class ExperimentConfig(_Strict):
                 raise ValueError(f'{name} is of use with "layer_idx": "auto" alone; leave it out')
         if self.layers == "band" and (given or self.layer_idx is not None):
             name = [*given, "layer_idx"][0]
-            raise ValueError(f'"layers": "band" chooses the blocks of both models; leave out {name}')
+            raise ValueError(f'"layer_idx": "band" chooses the blocks of both models; leave out {name}')
         for side in ("source", "target"):
             if self.layers is None and self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
                 raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
@@ -411,8 +413,8 @@ class ExperimentConfig(_Strict):
                 f"{len(self.persona_names)} personas, expected at most {MOST_PERSONAS}; split the run"
             )
         check_names_differ(self.persona_names)
-        if "wrong_persona" in self.methods and len(self.persona_names) < 2:
-            raise ValueError("methods has 'wrong_persona', another persona's vector; name a second persona")
+        if "other_persona" in self.methods and len(self.persona_names) < 2:
+            raise ValueError("methods has 'other_persona', another persona's vector; name a second persona")
         self._check_size()
         return self
 
@@ -442,13 +444,13 @@ class ExperimentConfig(_Strict):
                 "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
             )
 
-    def _check_methods_of(self, persona: str, doses: dict[str, float]) -> None:
-        if "oracle" not in doses:
+    def _check_methods_of(self, persona: str, alphas: dict[str, float]) -> None:
+        if "oracle" not in alphas:
             raise ValueError(
-                f"alpha_values of {persona} has doses by method, but none of 'oracle', at which the other "
+                f"alpha_values of {persona} has alphas by method, but none of 'oracle', at which the other "
                 "methods are tried too; add it"
             )
-        if idle := [name for name in doses if name not in (*self.steering_methods, "oracle")]:
+        if idle := [name for name in alphas if name not in (*self.steering_methods, "oracle")]:
             raise ValueError(
                 f"alpha_values of {persona} has a dose of {idle[0]!r}, which is not among the methods that "
                 f"add a vector here ({', '.join(self.steering_methods)}); leave it out, or add it to methods"
@@ -526,7 +528,7 @@ class ExperimentConfig(_Strict):
         given = self.alpha_values
         return alphas_of_method(given[persona] if isinstance(given, dict) else given, method)
 
-    def has_doses_by_method(self, persona: str) -> bool:
+    def has_alphas_by_method(self, persona: str) -> bool:
         """Return whether each method has a dose of its own, searched for or given."""
         given = self.alpha_values
         return given == "auto" or (isinstance(given, dict) and isinstance(given[persona], dict))
@@ -540,7 +542,7 @@ class ExperimentConfig(_Strict):
     def n_cells(self) -> int:
         """Unsteered text, each persona x method x alpha, and each persona asked for in words.
 
-        Of searched doses there are two: a method's own, and the oracle's.
+        Of searched alphas there are two: a method's own, and the oracle's.
         """
         names, methods = self.persona_names, self.steering_methods
         if self.alpha_values == "auto":

@@ -96,15 +96,15 @@ class SideSettings:
             model.dtype,
             model.device,
         )
-        made_from = model_fingerprint(model, tokenizer)
+        cache_key = model_fingerprint(model, tokenizer)
         if self.block_path:
-            made_from = fingerprint(made_from, self.block_path)
-        if self.expected_fingerprint not in (None, made_from):
+            cache_key = fingerprint(cache_key, self.block_path)
+        if self.expected_fingerprint not in (None, cache_key):
             raise InputError(
                 f"the {self.name} model {self.model_name} differs between the machines of this run; "
                 "give all of them the same files, library versions and dtype"
             )
-        return Side(self.name, model, tokenizer, extractor, made_from)
+        return Side(self.name, model, tokenizer, extractor, cache_key)
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.loaded:

@@ -44,7 +44,7 @@ N_PLAIN_TEXTS = 16  # passages on which it is measured what steering costs in pl
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 NativeVectors = dict[str, dict[str, PersonaVector]]
 # persona -> (question, answer) of its positive answers, and of its negative ones.
-Answers = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
+Responses = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,8 +54,8 @@ class Inputs:
     labelled_personas: those to run and every other shipped one, whose texts are negatives.
     neutral_texts: passages, for the map and for what plain text costs; none overlaps a persona text or a
         prompt.
-    neutral_questions, neutral_answers: for the map, if it is learnt from answers to questions without any
-        trait; the answers are there once `answers.with_answers` has had them written.
+    neutral_questions, neutral_responses: for the map, if it is learnt from answers to questions without any
+        trait; the answers are there once `answers.with_responses` has had them written.
     neutral_styles: system prompts, none a persona's, under which these are written in turn, if they are.
     source, target: their extractors read the layers of the run, of a band those of its middle pair.
     band: (source layer, target layer) of each pair, if the run steers several blocks; in order of the target.
@@ -77,17 +77,17 @@ class Inputs:
     train: Callable[[], dict[str, TraitClassifier]]
     band: tuple[LayerPair, ...] = ()
     chat_sides: tuple[str, ...] = ()
-    answers: Mapping[str, Answers] = field(default_factory=dict)
+    answers: Mapping[str, Responses] = field(default_factory=dict)
     train_ratios: Callable[[], dict[str, LikelihoodRatio]] = dict
     given: Mapping[tuple[str, str], VectorFile] = field(default_factory=dict)
     neutral_questions: tuple[str, ...] = ()
-    neutral_answers: tuple[NeutralText, ...] = ()
+    neutral_responses: tuple[NeutralText, ...] = ()
     neutral_styles: tuple[str, ...] = ()
 
     @property
     def map_texts(self) -> tuple[NeutralText, ...]:
         """The texts that the map is learnt from, and the unit of alpha measured on."""
-        return self.neutral_answers if self.neutral_questions else self.neutral_texts
+        return self.neutral_responses if self.neutral_questions else self.neutral_texts
 
     @property
     def map_documents(self) -> str:
@@ -167,7 +167,7 @@ class Inputs:
         """Return a prompt of the grid as a side's model reads it, which may have a chat template."""
         return self.shown_question(side, prompt, self.config.system_prompt) if self.asks_questions else prompt
 
-    def shown_for(self, side: str, prompt: str, method: str, persona: str | None) -> str:
+    def render_prompt(self, side: str, prompt: str, method: str, persona: str | None) -> str:
         """Return a prompt as it is shown under a method: `prompted` asks for the persona in words."""
         if method != "prompted":
             return self.shown_prompt(side, prompt)
@@ -179,9 +179,9 @@ class Inputs:
             if asked.instructions
             else f"Answer in this style. {asked.description or asked.name}"
         )
-        return self.shown_question(side, prompt, self.also_told(instruction))
+        return self.shown_question(side, prompt, self.with_instruction(instruction))
 
-    def also_told(self, instruction: str | None) -> str | None:
+    def with_instruction(self, instruction: str | None) -> str | None:
         """Return the run's system prompt with an instruction after it."""
         return "\n\n".join(filter(None, [self.config.system_prompt, instruction])) or None
 
@@ -209,12 +209,12 @@ class Inputs:
     def writers(self) -> dict[str, str]:
         """Side -> the side whose answers its persona vectors are made from: its own, if it can be asked."""
         return {
-            side.name: side.name if side.name in self.chat_sides else self.answer_writer
+            side.name: side.name if side.name in self.chat_sides else self.default_responder
             for side in self.sides
         }
 
     @property
-    def answer_writer(self) -> str:
+    def default_responder(self) -> str:
         """The side that is asked for answers that both read: the target, if it can be asked."""
         return "target" if "target" in self.chat_sides else "source"
 
@@ -296,7 +296,7 @@ class Inputs:
         extractor, layers = self.target.extractor, [pair[1] for pair in self.layer_pairs]
         read = self.map_texts[:n_texts]
         texts, prompts = [item.text for item in read], [item.prompts[1] for item in read]
-        tokens, ends = extractor.token_ends(texts, self.config.positions, prompts=prompts)
+        tokens, ends = extractor.token_ends(texts, self.config.mapping_positions, prompts=prompts)
         positions = [list(by_character.values()) for by_character in ends]
         by_layer = extractor.extract_tokens(tokens, positions, layers)
         return [by_layer[layer] for layer in layers]
@@ -362,7 +362,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         for side, path in (("source", files.source), ("target", files.target))
         if path is not None
     }
-    needs_passages = config.map_text == "passages" or config.layer_idx == "auto"
+    needs_passages = config.mapping_data == "neutral_text" or config.layer_idx == "auto"
     n_passages = config.n_training_samples if needs_passages else N_PLAIN_TEXTS
     texts = tuple(_neutral_texts(config, personas, n_passages))
     n_documents = len({item.document for item in texts})
@@ -399,8 +399,10 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         chat_sides=chat,
         train_ratios=cache(partial(_train_ratios, config, labelled)),
         given=given,
-        neutral_questions=() if config.map_text == "passages" else _neutral_questions(config, personas),
-        neutral_styles=_neutral_styles(personas) if config.map_text == "styled_answers" else (),
+        neutral_questions=()
+        if config.mapping_data == "neutral_text"
+        else _neutral_questions(config, personas),
+        neutral_styles=_neutral_styles(personas) if config.mapping_data == "styled_responses" else (),
     )
     if config.layers == "band":
         inputs = inputs.at_band(band_of(len(source.extractor.blocks), len(target.extractor.blocks)))
@@ -452,7 +454,7 @@ def _check_models(inputs: Inputs) -> None:
     widths = []
     for side in inputs.sides:
         logger.debug("%s: %s", side.name, side.fingerprint)
-        if config.positions == "word_ends":
+        if config.mapping_positions == "aligned":
             check_offsets(side.tokenizer, side.name)
         if config.layer_idx == "auto":
             extractor = side.extractor
@@ -467,7 +469,7 @@ def _check_models(inputs: Inputs) -> None:
         )
     if inputs.neutral_questions and not inputs.chat_sides:
         raise InputError(
-            f"map_text {config.map_text!r} asks a chat model, but neither model is one (prompt_format: "
+            f"mapping_data {config.mapping_data!r} asks a chat model, but neither model is one (prompt_format: "
             f"{config.prompt_format!r}); choose 'passages', or give an instruct model"
         )
     if config.system_prompt and not inputs.asks_questions:
@@ -503,7 +505,7 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     if n_asked < config.n_folds:
         raise InputError(
             f"n_folds is {config.n_folds}, but the map is learnt from answers to {n_asked} questions, which "
-            "folds never split; lower n_folds, raise n_training_samples, or choose map_text 'passages'"
+            "folds never split; lower n_folds, raise n_training_samples, or choose mapping_data 'passages'"
         )
     return kept
 
@@ -525,7 +527,7 @@ def _neutral_styles(personas: Sequence[Persona]) -> tuple[str, ...]:
         logger.warning("refused %d neutral styles that are a persona's", len(styles) - len(kept))
     if not kept:
         raise InputError(
-            "map_text 'styled_answers': each style of prompts/neutral_styles.txt is a persona's; choose "
+            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; choose "
             "'answers'"
         )
     return kept

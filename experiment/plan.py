@@ -55,10 +55,10 @@ def grid(inputs: Inputs, alphas: Alphas) -> list[Cell]:
         if "prompted" in inputs.config.methods:
             cells.append(Cell("prompted", persona.name, None, "unsteered"))
         for method in inputs.config.steering_methods:
-            made_from = vector_fingerprint(inputs, persona, method)
+            cache_key = vector_fingerprint(inputs, persona, method)
             given = alphas[persona.name] if isinstance(alphas, Mapping) else alphas
             chosen = alphas_of_method(given, method)
-            cells += [Cell(method, persona.name, alpha, made_from) for alpha in chosen]
+            cells += [Cell(method, persona.name, alpha, cache_key) for alpha in chosen]
     return cells
 
 
@@ -69,13 +69,13 @@ def planned_texts(
     target, settings = inputs.target.fingerprint, sampling(inputs)
     rows = []
     for cell in cells:
-        shown = [inputs.shown_for("target", prompt, cell.method, cell.persona) for prompt in prompts]
+        shown = [inputs.render_prompt("target", prompt, cell.method, cell.persona) for prompt in prompts]
         for index, prompt in enumerate(prompts):
             for seed in seeds:
-                made_from = [target, cell.origin, cell.alpha, shown[index], seed, settings]
+                cache_key = [target, cell.origin, cell.alpha, shown[index], seed, settings]
                 rows.append(
                     {
-                        "key": fingerprint(FORMAT_VERSION, made_from),
+                        "key": fingerprint(FORMAT_VERSION, cache_key),
                         "condition": cell.method,
                         "persona": cell.persona,
                         "alpha": cell.alpha,
@@ -150,8 +150,8 @@ def evaluation_rows(inputs: Inputs, texts: Sequence[Row], has_ratios: bool = Fal
         if text.get("is_judged"):
             judge, of_persona = judge_settings(inputs.config.judge), described[persona]
         scorers = [classifiers, independent, judge, *more]
-        made_from = [text["key"], text["output"], persona, of_persona, scorers]
-        key = fingerprint(FORMAT_VERSION, made_from)
+        cache_key = [text["key"], text["output"], persona, of_persona, scorers]
+        key = fingerprint(FORMAT_VERSION, cache_key)
         # Of its perplexities, in a journal of `evaluations_journal_fingerprint`.
         of_text = fingerprint(FORMAT_VERSION, shown[text["prompt"]], text["output"])
         rows.append({**text, "key": key, "perplexity_key": of_text})
@@ -207,9 +207,11 @@ def read_fingerprint(inputs: Inputs) -> str:
     sides = inputs.source.fingerprint, inputs.target.fingerprint
     config = inputs.config
     if inputs.neutral_questions:
-        settings = [inputs.layers, config.positions, config.seed]
-        return fingerprint(FORMAT_VERSION, *sides, settings, neutral_answers_fingerprint(inputs))
-    return _read_fingerprint(*sides, inputs.layers, config.positions, config.seed, inputs.neutral_texts)
+        settings = [inputs.layers, config.mapping_positions, config.seed]
+        return fingerprint(FORMAT_VERSION, *sides, settings, neutral_responses_fingerprint(inputs))
+    return _read_fingerprint(
+        *sides, inputs.layers, config.mapping_positions, config.seed, inputs.neutral_texts
+    )
 
 
 @lru_cache(maxsize=16)
@@ -254,7 +256,7 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
     """
     config, (source_layer, target_layer) = inputs.config, inputs.layers
     carried = [persona]
-    if method == "wrong_persona":
+    if method == "other_persona":
         by_name = {each.name: each for each in inputs.personas}
         carried = [by_name[name] for name in other_personas(config.persona_names)[persona.name]]
     texts = [*chain(*(_extracted(inputs, each) for each in carried)), config.persona_position]
@@ -264,9 +266,9 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
         "interpolate": source,
         "random_proj": [*source, config.seed],
         "oracle": [],
-        "random": [config.seed],
+        "random_direction": [config.seed],
     }
-    texts = [] if method == "random" else texts
+    texts = [] if method == "random_direction" else texts
     parts = naive[method] if method in naive else [*source, mapping_fingerprint(inputs)]
     parts += [DRAWS] if method in DRAWN else []
     unit = read_fingerprint(inputs) if config.alpha_unit == "residual_norm" else "absolute"
@@ -276,16 +278,16 @@ def vector_fingerprint(inputs: Inputs, persona: Persona, method: str) -> str:
 def preflight_fingerprint(inputs: Inputs) -> str:
     """Of `preflight.json`."""
     alphas = inputs.config.alpha_values
-    doses = [inputs.config.dose.bracket] if alphas == "auto" else alphas
-    cells = [[cell.persona, cell.alpha, cell.origin] for cell in grid(inputs, doses)]
-    made_from = [cells, classifier_fingerprint(inputs.labelled_personas), sampling(inputs)]
-    return fingerprint(personas_fingerprint(inputs), *made_from, inputs.development_prompts)
+    alphas = [inputs.config.alpha_search.bracket] if alphas == "auto" else alphas
+    cells = [[cell.persona, cell.alpha, cell.origin] for cell in grid(inputs, alphas)]
+    cache_key = [cells, classifier_fingerprint(inputs.labelled_personas), sampling(inputs)]
+    return fingerprint(personas_fingerprint(inputs), *cache_key, inputs.development_prompts)
 
 
 def doses_fingerprint(inputs: Inputs) -> str:
-    """Of `dose_search.json`."""
+    """Of `alpha_search.json`."""
     origins = [[cell.persona, cell.method, cell.origin] for cell in grid(inputs, [None])]
-    settings = [inputs.config.dose.model_dump(), inputs.config.seed, sampling(inputs)]
+    settings = [inputs.config.alpha_search.model_dump(), inputs.config.seed, sampling(inputs)]
     settings += [inputs.development_prompts, read_fingerprint(inputs)]  # the latter is the bracket's unit
     settings += ["bracket of the whole band"] if inputs.band else []
     scorers = [classifier_fingerprint(inputs.labelled_personas), inputs.source.fingerprint]
@@ -301,10 +303,10 @@ def _extracted(inputs: Inputs, persona: Persona) -> list[Any]:
     ]
     if persona.name not in inputs.answering:
         return [persona.positive_texts, persona.negative_texts, *given]
-    return [answers_fingerprint(inputs, persona), *given]
+    return [responses_fingerprint(inputs, persona), *given]
 
 
-def answers_fingerprint(inputs: Inputs, persona: Persona) -> str:
+def responses_fingerprint(inputs: Inputs, persona: Persona) -> str:
     """Of the answers that a persona's vectors are made from, and of how both models read them."""
     settings, seed = inputs.config.extraction, inputs.config.seed
     asked = [persona.instructions, persona.questions[: settings.n_questions], settings.n_seeds, seed]
@@ -323,7 +325,7 @@ def _answer_sampling(config: ExperimentConfig, max_new_tokens: int) -> list[Any]
     return [max_new_tokens, config.temperature, config.top_k, config.top_p]
 
 
-def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
+def planned_responses(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
     """Return a row for each answer that a side's model is to give under a persona's system prompts."""
     settings, config = inputs.config.extraction, inputs.config
     sampled = _answer_sampling(config, settings.max_new_tokens)
@@ -333,10 +335,10 @@ def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
             for asked in persona.questions[: settings.n_questions]:
                 shown = inputs.shown_question(writer, asked, system_prompt)
                 for seed in range(config.seed, config.seed + settings.n_seeds):
-                    made_from = [inputs.side(writer).fingerprint, shown, seed, sampled]
+                    cache_key = [inputs.side(writer).fingerprint, shown, seed, sampled]
                     rows.append(
                         {
-                            "key": fingerprint(FORMAT_VERSION, "answer", made_from),
+                            "key": fingerprint(FORMAT_VERSION, "answer", cache_key),
                             "persona": persona.name,
                             "is_positive": is_positive,
                             "instruction": number,
@@ -349,34 +351,34 @@ def planned_answers(inputs: Inputs, persona: Persona, writer: str) -> list[Row]:
     return rows
 
 
-def neutral_answers_fingerprint(inputs: Inputs) -> str:
-    """Of `neutral_answers.json`, and of how both models read it."""
-    config, writer = inputs.config, inputs.answer_writer
+def neutral_responses_fingerprint(inputs: Inputs) -> str:
+    """Of `neutral_responses.json`, and of how both models read it."""
+    config, writer = inputs.config, inputs.default_responder
     sampled = _answer_sampling(config, config.max_new_tokens)
-    made_from = [inputs.side(writer).fingerprint, sampled, config.seed]
+    cache_key = [inputs.side(writer).fingerprint, sampled, config.seed]
     shown = [inputs.shown_question(side.name, "?", config.system_prompt) for side in inputs.sides]
     styles = [inputs.neutral_styles] if inputs.neutral_styles else []
     asked = inputs.neutral_questions, config.n_training_samples
-    return fingerprint(FORMAT_VERSION, made_from, shown, *asked, *styles)
+    return fingerprint(FORMAT_VERSION, cache_key, shown, *asked, *styles)
 
 
-def planned_neutral_answers(inputs: Inputs) -> list[Row]:
+def planned_neutral_responses(inputs: Inputs) -> list[Row]:
     """Return a row for each answer that the map is learnt from: all questions, again with the next seed.
 
     Styles take turns from question to question, and go on to the next for each seed.
     """
-    config, writer = inputs.config, inputs.answer_writer
+    config, writer = inputs.config, inputs.default_responder
     rows, sampled = [], _answer_sampling(config, config.max_new_tokens)
     styles = inputs.neutral_styles or (None,)
     for number in range(config.n_training_samples):
         turn, index = divmod(number, len(inputs.neutral_questions))
         asked, seed = inputs.neutral_questions[index], config.seed + turn
-        system_prompt = inputs.also_told(styles[(index + turn) % len(styles)])
+        system_prompt = inputs.with_instruction(styles[(index + turn) % len(styles)])
         shown = inputs.shown_question(writer, asked, system_prompt)
-        made_from = [inputs.side(writer).fingerprint, shown, seed, sampled]
+        cache_key = [inputs.side(writer).fingerprint, shown, seed, sampled]
         rows.append(
             {
-                "key": fingerprint(FORMAT_VERSION, "answer", made_from),
+                "key": fingerprint(FORMAT_VERSION, "answer", cache_key),
                 "system_prompt": system_prompt,
                 "prompt": asked,
                 "alpha": None,
@@ -387,12 +389,12 @@ def planned_neutral_answers(inputs: Inputs) -> list[Row]:
 
 
 def licences_fingerprint(inputs: Inputs) -> str:
-    """Of `scorer_licences.json`."""
+    """Of `scorer_validation.json`."""
     config = inputs.config
     scorers = [classifier_fingerprint(inputs.labelled_personas), config.likelihood_ratio]
     scorers.append(likelihood_ratio_fingerprint(inputs.labelled_personas))
-    examined = [[persona.name, persona.examination] for persona in inputs.labelled_personas]
-    texts = [load_prompts("ordinary_examination"), inputs.development_prompts, sampling(inputs)]
+    examined = [[persona.name, persona.validation] for persona in inputs.labelled_personas]
+    texts = [load_prompts("ordinary_validation"), inputs.development_prompts, sampling(inputs)]
     if inputs.judge:
         scorers += [judge_settings(config.judge), list(map(_described, inputs.personas))]
     return fingerprint(EXAMINATION_VERSION, inputs.target.fingerprint, scorers, examined, texts, config.seed)
@@ -407,7 +409,7 @@ def search_fingerprint(inputs: Inputs) -> str:
     return fingerprint(
         FORMAT_VERSION,
         [inputs.source.fingerprint, inputs.target.fingerprint],
-        [config.search_source_layers, config.search_target_layers, config.positions, config.seed],
+        [config.search_source_layers, config.search_target_layers, config.mapping_positions, config.seed],
         [personas, config.persona_names, config.persona_position],
         [[item.text, item.document] for item in inputs.search_texts()],
     )

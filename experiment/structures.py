@@ -61,7 +61,7 @@ def expected(name: str, inputs: Inputs) -> Any:
     names, methods = tuple(inputs.config.persona_names), _vector_names(inputs.config.steering_methods)
     structures = {
         "layer_search.json": SEARCH,
-        "scorer_licences.json": {"personas": Each(dict)},
+        "scorer_validation.json": {"personas": Each(dict)},
         "preflight.json": {"checks": [CHECK, ...]},
         "pair_statistics.pt": {
             "statistics": sums,
@@ -101,15 +101,15 @@ def expected(name: str, inputs: Inputs) -> Any:
             "residual_norm": NORM,
             **of_band,
         },
-        "extraction_answers.json": {"n": int, "rows": [{**ANSWER, "trait": NUMBER, "failure": TEXT}, ...]},
-        "neutral_answers.json": {"writer": str, "n": int, "rows": [{"prompt": str, "output": str}]},
+        "extraction_responses.json": {"n": int, "rows": [{**ANSWER, "trait": NUMBER, "failure": TEXT}, ...]},
+        "neutral_responses.json": {"writer": str, "n": int, "rows": [{"prompt": str, "output": str}]},
         "generation_results.json": {"n": int, "rows": [ROW, ...]},
-        "dose_search.json": {"bound": Each(float), "doses": [DOSE, ...]},
+        "alpha_search.json": {"bound": Each(float), "alphas": [DOSE, ...]},
         "ablation_samples.pt": {
             "n_texts": int,
             "points": [POINT],
-            "training": Each(sums, ("last", "word_ends")),
-            "held_out": Each(_statistics(source, target, 2), ("last", "word_ends")),
+            "training": Each(sums, ("last", "aligned")),
+            "held_out": Each(_statistics(source, target, 2), ("last", "aligned")),
         },
     }
     return structures[name]

@@ -60,14 +60,14 @@ class ComparisonMap:
         Raises InputError: an unknown kind, or a shuffled map of statistics that keep no sample to shuffle.
         """
         made = cls(kind, draw)
-        if kind == "shuffled" and len(statistics.sample.rows) < 2:
+        if kind == "shuffled_pairs" and len(statistics.sample.rows) < 2:
             raise InputError("a shuffled map needs a sample of the pairs; n_sample is too small")
         made.statistics = statistics
         return made
 
     @property
     def name(self) -> str:
-        """What its vectors are called: the kind, or of a shuffle `shuffled_1` and so on."""
+        """What its vectors are called: the kind, or of a shuffle `shuffled_pairs_1` and so on."""
         return vector_names(self.kind)[self.draw]
 
     def cross_validate_from(self, ridge: RidgeMapping) -> "ComparisonMap":
@@ -80,7 +80,7 @@ class ComparisonMap:
         if ridge.cv is None:
             raise InputError("the ridge mapping was not cross-validated; call its cross_validate() first")
         statistics, lambda_ = self.statistics, ridge.lambda_
-        if self.kind == "shuffled":
+        if self.kind == "shuffled_pairs":
             statistics = shuffled_pairs(statistics, ridge.cv["seed"], self.draw)
             lambda_ = ridge.cv["shuffled_best_lambda"]
 
@@ -92,7 +92,7 @@ class ComparisonMap:
         solve = {
             "procrustes": procrustes,
             "reduced_rank": lambda moments: reduced_rank_ridge(moments, absolute(moments), rank),
-            "shuffled": lambda moments: solve_ridge(moments, absolute(moments)),
+            "shuffled_pairs": lambda moments: solve_ridge(moments, absolute(moments)),
         }[self.kind]
         total = statistics.total()
         self.W, self.rank = solve(total), rank
@@ -206,7 +206,7 @@ def main() -> None:
     maps = {kind: ComparisonMap.from_statistics(kind, ridge.statistics) for kind in KINDS}
     r2 = {kind: made.cross_validate_from(ridge).cv["r2"] for kind, made in maps.items()}
     assert torch.allclose(maps["procrustes"].W, 7 * rotation, atol=1e-6)
-    assert abs(r2["shuffled"]) < 0.05 < 0.99 < r2["reduced_rank"]
+    assert abs(r2["shuffled_pairs"]) < 0.05 < 0.99 < r2["reduced_rank"]
     print(f"comparison_maps OK: the rotation is found, shuffled R2 {r2['shuffled']:.3f}")
 
 

@@ -49,7 +49,7 @@ class LayerSearch:
     r2, r2_standardised: held-out, at the lambda that is best for the pair.
     agreement: persona -> cosine of its mapped to its native vector, after massive dimensions
         and the personas' common mean vector are removed from both.
-    wrong_persona: persona -> the same for the nearest native vector of another persona.
+    other_persona: persona -> the same for the nearest native vector of another persona.
     chance: 99.9th percentile of the same for random source directions with the covariance
         of the source's activations.
     score: mean over the scored personas of agreement minus the larger of the two nulls.
@@ -61,7 +61,7 @@ class LayerSearch:
     r2: Tensor
     r2_standardised: Tensor
     agreement: dict[str, Tensor]
-    wrong_persona: dict[str, Tensor]
+    other_persona: dict[str, Tensor]
     chance: Tensor
     score: Tensor
     best: tuple[int, int]
@@ -164,7 +164,7 @@ def search_layers(
     scored: Sequence[str],
     lambda_values: Sequence[float] = SEARCH_LAMBDAS,
     position: str = "mean",
-    positions: str = "word_ends",
+    positions: str = "aligned",
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
     seed: int = 0,
@@ -271,7 +271,7 @@ def _compare_layers(
         source_layers=list(sums.source),
         target_layers=list(sums.target),
         agreement=agreement,
-        wrong_persona=wrong,
+        other_persona=wrong,
         score=score,
         best=(list(sums.source)[row], list(sums.target)[column]),
         n_pairs=sum(sums.n),

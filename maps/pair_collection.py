@@ -22,12 +22,12 @@ class PairSettings:
     """Which paired activations are summed up, and in which folds.
 
     layer_pairs: (source layer, target layer), all of them read in the same passes.
-    positions: of the tokens in a text, `word_ends` or `last`; see `paired_activations`.
+    positions: of the tokens in a text, `aligned` or `last`; see `paired_activations`.
     seed: decides the folds, and which pairs are kept as a sample.
     """
 
     layer_pairs: tuple[LayerPair, ...]
-    positions: str = "word_ends"
+    positions: str = "aligned"
     n_folds: int = 5
     seed: int = 0
 
@@ -92,7 +92,7 @@ def read_pairs(
     cut_before = {"source": source.n_truncated, "target": target.n_truncated}
     with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=HIDDEN, leave=False) as progress:
         passages = counted(texts, progress)
-        for batch in paired_activations(source, target, passages, settings.positions, *layers):
+        for batch in paired_activations(source, target, passages, settings.mapping_positions, *layers):
             groups = [texts[index].document for index in batch.text_idx.tolist()]
             for (source_layer, target_layer), sums in statistics.items():
                 sums.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)

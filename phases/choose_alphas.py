@@ -1,4 +1,4 @@
-"""Texts on the development prompts, for preflight and for doses: written in one way, journalled.
+"""Texts on the development prompts, for preflight and for alphas: written in one way, journalled.
 
 What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from activation_extractor import ResidualNorm, measure_residual_norm
 from analysis.alpha_search import (
+    AlphaKey,
+    ChosenAlpha,
+    CoherenceBound,
     DevelopmentText,
-    Dose,
-    DoseBound,
-    DoseKey,
-    doses_content,
-    doses_from_content,
-    format_doses,
-    search_doses,
+    alphas_content,
+    alphas_from_content,
+    format_alphas,
+    search_alphas,
 )
 from experiment.inputs import Inputs
 from experiment.plan import (
@@ -39,7 +39,7 @@ from experiment.structures import expected
 from phases import check_setup as preflight
 from phases.generate_texts import Vectors, evaluate_texts, write_texts
 from phases.make_vectors import SteeringVectors
-from reporting.figures import dose_figure, draw_once
+from reporting.figures import alpha_search_figure, draw_once
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
 from support.errors import InputError
@@ -106,9 +106,9 @@ def _oracle_texts(
     cells = [UNSTEERED]
     for persona in inputs.personas:
         # The map's norm, alpha's unit later, is not measured yet: these texts are no other phase's.
-        made_from = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", of_norms)
+        cache_key = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", of_norms)
         alphas = preflight_alphas(inputs, steering.middle_norm, persona.name)
-        cells += [Cell("oracle", persona.name, alpha, made_from) for alpha in alphas]
+        cells += [Cell("oracle", persona.name, alpha, cache_key) for alpha in alphas]
     by_cell = write_development(inputs, folder, executor, cells, steering.vectors, steering.medians)
     texts = [[row["output"] for row in rows] for rows in by_cell]
     steered: dict[str, dict[float, list[str]]] = {persona.name: {} for persona in inputs.personas}
@@ -118,16 +118,16 @@ def _oracle_texts(
 
 
 def preflight_alphas(inputs: Inputs, norm: ResidualNorm, persona: str) -> list[float]:
-    """Return three of a persona's doses, or three between the ends of the bracket to be searched."""
+    """Return three of a persona's alphas, or three between the ends of the bracket to be searched."""
     low, high = bracket(inputs, norm)
     return [
         low * (high / low) ** dose if searched else dose
-        for dose, searched in preflight_doses(inputs, persona)
+        for dose, searched in preflight_depths(inputs, persona)
     ]
 
 
-def preflight_doses(inputs: Inputs, persona: str) -> list[tuple[float, bool]]:
-    """Return the doses that a preflight tries, and whether each is a depth of the bracket to be searched."""
+def preflight_depths(inputs: Inputs, persona: str) -> list[tuple[float, bool]]:
+    """Return the alphas that a preflight tries, and whether each is a depth of the bracket to be searched."""
     if inputs.config.alpha_values == "auto":
         return [(depth, True) for depth in AUTO_DEPTHS]
     ordered = sorted(inputs.config.alphas_of(persona, "oracle"))
@@ -138,66 +138,66 @@ def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
     """Return the weakest and strongest dose to search, in units of alpha, at each block that is steered."""
     unit = 1.0 if inputs.config.alpha_unit == "residual_norm" else norm.median
     unit /= len(inputs.layer_pairs)
-    low, high = inputs.config.dose.bracket
+    low, high = inputs.config.alpha_search.bracket
     return low * unit, high * unit
 
 
-def searched_doses(
+def searched_alphas(
     inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors
 ) -> dict[str, dict[str, float]]:
     """Return persona -> method -> its dose, searched for unless an earlier run has; drawn, logged."""
-    name, made_from = "dose_search.json", doses_fingerprint(inputs)
-    content = folder.current(name, made_from, expected(name, inputs))
+    name, cache_key = "alpha_search.json", doses_fingerprint(inputs)
+    content = folder.current(name, cache_key, expected(name, inputs))
     if content is None:
-        costs = trait_costs(inputs, executor) if inputs.config.dose.bound == "excess" else {}
-        doses, bound = find_doses(inputs, folder, executor, steering, costs)
-        content = folder.save(name, made_from, doses_content(doses, bound, costs))
-    doses = _read_doses(inputs, folder, content)
+        costs = trait_costs(inputs, executor) if inputs.config.alpha_search.bound == "excess" else {}
+        alphas, bound = find_alphas(inputs, folder, executor, steering, costs)
+        content = folder.save(name, cache_key, alphas_content(alphas, bound, costs))
+    alphas = _read_doses(inputs, folder, content)
     if costs := content.get("trait_costs"):
         logger.info(
             "what a trait costs by itself, in perplexity of its labelled texts: %s",
             ", ".join(f"{name} x {cost:.2f}" for name, cost in costs.items()),
         )
-    logger.info("doses\n\n%s\n", format_doses(doses))
-    draw_once(folder, "dose_search.png", made_from, dose_figure, content)
-    for (persona, method), dose in doses.items():
+    logger.info("alphas\n\n%s\n", format_alphas(alphas))
+    draw_once(folder, "alpha_search.png", cache_key, alpha_search_figure, content)
+    for (persona, method), dose in alphas.items():
         if not dose.is_coherent:
             folder.notes.append(
                 f"{persona} {method}: no dose is coherent, not even the weakest tried, {dose.alpha:g}, "
-                "which is the one tested; lower dose.bracket"
+                "which is the one tested; lower alpha_search.bracket"
             )
         elif dose.at == "highest":
             folder.notes.append(
                 f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
-                "raise dose.bracket"
+                "raise alpha_search.bracket"
             )
-    return _by_persona(doses)
+    return _by_persona(alphas)
 
 
-def required_doses(inputs: Inputs, folder: RunFolder) -> dict[str, dict[str, float]]:
-    """Return the doses that phase 4 has found. Raises InputError if they are missing or not whole."""
-    name = "dose_search.json"
+def required_alphas(inputs: Inputs, folder: RunFolder) -> dict[str, dict[str, float]]:
+    """Return the alphas that phase 4 has found. Raises InputError if they are missing or not whole."""
+    name = "alpha_search.json"
     content = folder.required(name, doses_fingerprint(inputs), 4, expected(name, inputs))
     return _by_persona(_read_doses(inputs, folder, content))
 
 
-def _by_persona(doses: Mapping[DoseKey, Dose]) -> dict[str, dict[str, float]]:
-    """Return the doses in the form in which a configuration gives them."""
+def _by_persona(alphas: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, dict[str, float]]:
+    """Return the alphas in the form in which a configuration gives them."""
     found: dict[str, dict[str, float]] = {}
-    for (persona, method), dose in doses.items():
+    for (persona, method), dose in alphas.items():
         found.setdefault(persona, {})[method] = dose.alpha
     return found
 
 
-def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> dict[DoseKey, Dose]:
-    path = folder.path / "dose_search.json"
-    doses = doses_from_content(content, str(path))
+def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> dict[AlphaKey, ChosenAlpha]:
+    path = folder.path / "alpha_search.json"
+    alphas = alphas_from_content(content, str(path))
     for cell in grid(inputs, [None]):
-        if cell.method not in ("baseline", "prompted") and (cell.persona, cell.method) not in doses:
+        if cell.method not in ("baseline", "prompted") and (cell.persona, cell.method) not in alphas:
             raise InputError(
                 f"{path} has no dose for {cell.persona}, {cell.method}; delete it to search for them again"
             )
-    return doses
+    return alphas
 
 
 def trait_costs(inputs: Inputs, executor: Any) -> dict[str, float]:
@@ -222,13 +222,13 @@ def trait_costs(inputs: Inputs, executor: Any) -> dict[str, float]:
     }
 
 
-def find_doses(
+def find_alphas(
     inputs: Inputs,
     folder: RunFolder,
     executor: Any,
     steering: SteeringVectors,
     costs: Mapping[str, float],
-) -> tuple[dict[DoseKey, Dose], DoseBound]:
+) -> tuple[dict[AlphaKey, ChosenAlpha], CoherenceBound]:
     """Find the strongest coherent alpha of every persona and method, and return the bound that was kept.
 
     costs: persona -> what its trait costs by itself.
@@ -238,7 +238,7 @@ def find_doses(
 
     def texts_of(cells: Sequence[Cell]) -> list[list[DevelopmentText]]:
         by_cell = write_development(
-            inputs, folder, executor, cells, steering.vectors, steering.medians, config.dose.n_seeds
+            inputs, folder, executor, cells, steering.vectors, steering.medians, config.alpha_search.n_seeds
         )
         # The unsteered text is scored for its fluency alone, so for any persona.
         written = [
@@ -249,15 +249,17 @@ def find_doses(
         texts, size = [_development_text(row) for row in rows], len(by_cell[0])
         return [texts[start : start + size] for start in range(0, len(texts), size)]
 
-    def measure(asked: list[tuple[DoseKey, float]]) -> list[list[DevelopmentText]]:
+    def measure(asked: list[tuple[AlphaKey, float]]) -> list[list[DevelopmentText]]:
         return texts_of([Cell(method, name, alpha, origins[name, method]) for (name, method), alpha in asked])
 
     (unsteered,) = texts_of([UNSTEERED])
-    bound = DoseBound(config.dose.max_perplexity_ratio, config.dose.max_repetition_increase)
+    bound = CoherenceBound(
+        config.alpha_search.max_perplexity_ratio, config.alpha_search.max_repetition_increase
+    )
     keys = [(name, method) for name in config.persona_names for method in config.steering_methods]
-    n_evaluations = config.dose.n_evaluations
+    n_evaluations = config.alpha_search.n_evaluations
     ends = bracket(inputs, steering.middle_norm)
-    return search_doses(keys, measure, unsteered, ends, bound, n_evaluations, costs), bound
+    return search_alphas(keys, measure, unsteered, ends, bound, n_evaluations, costs), bound
 
 
 def _development_text(row: Row) -> DevelopmentText:

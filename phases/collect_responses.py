@@ -17,13 +17,13 @@ from typing import Any
 from experiment.inputs import Inputs
 from experiment.plan import (
     Row,
-    answers_fingerprint,
-    neutral_answers_fingerprint,
-    planned_answers,
-    planned_neutral_answers,
+    neutral_responses_fingerprint,
+    planned_neutral_responses,
+    planned_responses,
+    responses_fingerprint,
 )
 from experiment.structures import expected
-from phases.generate_texts import asked_judge, write_answers
+from phases.generate_texts import asked_judge, write_responses
 from scoring.brevity import brevity
 from scoring.gpt_judge import trait_prompt
 from scoring.judge_answers import Judgement
@@ -35,24 +35,24 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-ANSWERS, NEUTRAL_ANSWERS = "extraction_answers.json", "neutral_answers.json"
+ANSWERS, NEUTRAL_ANSWERS = "extraction_responses.json", "neutral_responses.json"
 DECIDED = 0.5  # trait probability from which an answer shows it
 JUDGED = 3.0  # middle of a judge's scale
 MOST_UNJUDGED = 0.05  # share of a persona's answers without a judgement that a vector may go without
 SHOWN = 90  # characters of an answer in the log
 
 
-def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
+def with_responses(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
     """Return the inputs with the answers that the map and persona vectors are made from, if they are.
 
     Raises InputError: no answer of a side is left, or a judge has failed on more than one in twenty.
     """
-    inputs = _with_neutral_answers(inputs, folder, executor)
+    inputs = _with_neutral_responses(inputs, folder, executor)
     personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
     if not personas:
         return inputs
-    made_from = all_answers_fingerprint(inputs)
-    content = folder.current(ANSWERS, made_from, expected(ANSWERS, inputs))
+    cache_key = all_responses_fingerprint(inputs)
+    content = folder.current(ANSWERS, cache_key, expected(ANSWERS, inputs))
     if content is None:
         folder.lock()
         rows = [
@@ -61,7 +61,7 @@ def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
             for persona in personas
             for row in _scored(inputs, folder, executor, persona, writer)
         ]
-        content = folder.save(ANSWERS, made_from, {"n": len(rows), "rows": rows})
+        content = folder.save(ANSWERS, cache_key, {"n": len(rows), "rows": rows})
     kept = {
         (writer, persona.name): _kept(persona, writer, content["rows"], folder)
         for writer in dict.fromkeys(inputs.writers.values())
@@ -74,13 +74,13 @@ def with_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
     return replace(inputs, answers=by_side)
 
 
-def all_answers_fingerprint(inputs: Inputs) -> str:
-    """Of `extraction_answers.json`."""
+def all_responses_fingerprint(inputs: Inputs) -> str:
+    """Of `extraction_responses.json`."""
     personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
-    return fingerprint([answers_fingerprint(inputs, persona) for persona in personas])
+    return fingerprint([responses_fingerprint(inputs, persona) for persona in personas])
 
 
-def _with_neutral_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
+def _with_neutral_responses(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
     """Return the inputs with the answers that the map is learnt from; learnt from passages, as they are.
 
     Both models read them behind their question, without the style that they may have been asked for. An empty
@@ -88,13 +88,13 @@ def _with_neutral_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> I
     """
     if not inputs.neutral_questions:
         return inputs
-    made_from, writer = neutral_answers_fingerprint(inputs), inputs.answer_writer
-    content = folder.current(NEUTRAL_ANSWERS, made_from, expected(NEUTRAL_ANSWERS, inputs))
+    cache_key, writer = neutral_responses_fingerprint(inputs), inputs.default_responder
+    content = folder.current(NEUTRAL_ANSWERS, cache_key, expected(NEUTRAL_ANSWERS, inputs))
     if content is None:
         folder.lock()
-        planned = planned_neutral_answers(inputs)
-        rows = write_answers(inputs, folder, executor, planned, writer, inputs.config.max_new_tokens)
-        content = folder.save(NEUTRAL_ANSWERS, made_from, {"writer": writer, "n": len(rows), "rows": rows})
+        planned = planned_neutral_responses(inputs)
+        rows = write_responses(inputs, folder, executor, planned, writer, inputs.config.max_new_tokens)
+        content = folder.save(NEUTRAL_ANSWERS, cache_key, {"writer": writer, "n": len(rows), "rows": rows})
     rows = [row for row in content["rows"] if row["output"].strip()]
     if n_empty := content["n"] - len(rows):
         folder.notes.append(f"{n_empty} of {content['n']} neutral answers are empty and left out of the map")
@@ -105,13 +105,13 @@ def _with_neutral_answers(inputs: Inputs, folder: RunFolder, executor: Any) -> I
         for asked in inputs.neutral_questions
     }
     answers = tuple(NeutralText(row["output"], row["prompt"], shown[row["prompt"]]) for row in rows)
-    return replace(inputs, neutral_answers=answers)
+    return replace(inputs, neutral_responses=answers)
 
 
 def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, writer: str) -> list[Row]:
     """Return a persona's answers with their score, or why a judge gave none, and whether each is kept."""
-    planned, n_tokens = planned_answers(inputs, persona, writer), inputs.config.extraction.max_new_tokens
-    rows = write_answers(inputs, folder, executor, planned, writer, n_tokens)
+    planned, n_tokens = planned_responses(inputs, persona, writer), inputs.config.extraction.max_new_tokens
+    rows = write_responses(inputs, folder, executor, planned, writer, n_tokens)
     middle = None
     judgements = [Judgement(None)] * len(rows)
     judge = asked_judge(inputs, folder)

@@ -1,4 +1,4 @@
-"""What a run comes to: the verdict at comparable doses, tables for other programs, figures (phase 5)."""
+"""What a run comes to: the verdict at comparable alphas, tables for other programs, figures (phase 5)."""
 
 import logging
 import math
@@ -17,9 +17,9 @@ from experiment.plan import Row, mapping_fingerprint, personas_fingerprint, pref
 from experiment.structures import expected
 from phases import check_setup as preflight
 from phases.make_vectors import SteeringVectors
-from phases.side_effects import plain_costs
-from phases.validate_scorers import examined_scorers, format_licences
-from reporting.figures import harm_figure, off_target_figure, recovery_figure, save_figure
+from phases.side_effects import side_effects
+from phases.validate_scorers import format_validation, validated_scorers
+from reporting.figures import effect_perplexity_figure, off_target_figure, recovery_figure, save_figure
 from scoring.trait_classifier import auc_notes
 from support.artifacts import fingerprint, save_text
 from support.run_folder import RunFolder
@@ -28,52 +28,52 @@ logger = logging.getLogger(__name__)
 
 
 def conclude(
-    inputs: Inputs, folder: RunFolder, executor: Any, rows: Sequence[Row], made_from: str
+    inputs: Inputs, folder: RunFolder, executor: Any, rows: Sequence[Row], cache_key: str
 ) -> dict[str, Any]:
     """Return what `verdict.json` holds, and write it with its tables and figures.
 
-    rows: of `eval_results.json`. made_from: their fingerprint.
+    rows: of `eval_results.json`. cache_key: their fingerprint.
     """
     made_vectors = personas_fingerprint(inputs)
     name = "persona_vectors.pt"
     steering = SteeringVectors.from_content(folder.required(name, made_vectors, 3, expected(name, inputs)))
-    licences = examined_scorers(inputs, folder, executor, steering, rows)
-    doses, same = judged_doses(inputs, rows), equal_doses(inputs, rows)
-    found = verdicts(rows, doses, licences)
+    validation = validated_scorers(inputs, folder, executor, steering, rows)
+    alphas, same = compared_alphas(inputs, rows), oracle_alphas(inputs, rows)
+    found = verdicts(rows, alphas, validation)
     content = {
         "personas": found,
-        "at_the_oracles_dose": verdicts(rows, same, licences),
-        "licences": licences,
-        "plain_costs": plain_costs(inputs, folder, executor, steering, doses),
-        "success": success(rows, doses),
+        "at_oracle_alpha": verdicts(rows, same, validation),
+        "validation": validation,
+        "side_effects": side_effects(inputs, folder, executor, steering, alphas),
+        "success": success(rows, alphas),
     }
-    folder.save("verdict.json", fingerprint(made_from, licences), content)
+    folder.save("verdict.json", fingerprint(cache_key, validation), content)
     save_text(folder.path / "results.csv", results_frame(rows).to_csv(index=False))
     save_text(folder.path / "effects.csv", effects_frame(content, rows).to_csv(index=False))
-    save_figure(recovery_figure(found), folder.path / "recovery.png", made_from)
-    if matrix := off_target(rows, doses):
-        save_figure(off_target_figure(matrix), folder.path / "off_target.png", made_from)
-    if curves := harm_curves(rows, inputs.config.persona_names):
-        save_figure(harm_figure(curves), folder.path / "effect_harm.png", made_from)
-    logger.info("scorers\n\n%s\n", format_licences(licences))
+    save_figure(recovery_figure(found), folder.path / "recovery.png", cache_key)
+    if matrix := off_target(rows, alphas):
+        save_figure(off_target_figure(matrix), folder.path / "off_target.png", cache_key)
+    if curves := strength_curves(rows, inputs.config.persona_names):
+        save_figure(effect_perplexity_figure(curves), folder.path / "effect_perplexity.png", cache_key)
+    logger.info("scorers\n\n%s\n", format_validation(validation))
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
     if same:
-        logger.info("at the oracle's dose\n\n%s\n", format_verdicts(content["at_the_oracles_dose"]))
+        logger.info("at the oracle's dose\n\n%s\n", format_verdicts(content["at_oracle_alpha"]))
     logger.info("verdict\n\n%s\n", format_verdicts(found))
     return content
 
 
-def judged_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+def compared_alphas(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
     """Return persona -> condition -> the alpha at which the verdict compares.
 
-    Where conditions have doses of their own, searched or given, that one. Else the strongest one at which the
-    oracle is within the bound of `dose.max_perplexity_ratio`, by harm alone, or the weakest if none is.
+    Where conditions have alphas of their own, searched or given, that one. Else the strongest one at which the
+    oracle is within the bound of `alpha_search.max_perplexity_ratio`, by perplexity_ratio alone, or the weakest if none is.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for persona in inputs.config.persona_names:
         alphas = _alphas(rows, persona)
-        if inputs.config.has_doses_by_method(persona):
+        if inputs.config.has_alphas_by_method(persona):
             chosen[persona] = {condition: values[0] for condition, values in alphas.items()}
             continue
         common = _strongest_coherent(inputs, rows, persona, alphas.get(ORACLE, []))
@@ -83,12 +83,12 @@ def judged_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, flo
     return chosen
 
 
-def equal_doses(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+def oracle_alphas(inputs: Inputs, rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
     """Return the same with every condition at the oracle's dose, of personas whose methods have their own."""
     if ORACLE not in inputs.config.methods:
         return {}
     chosen = {}
-    for persona in filter(inputs.config.has_doses_by_method, inputs.config.persona_names):
+    for persona in filter(inputs.config.has_alphas_by_method, inputs.config.persona_names):
         alphas = _alphas(rows, persona)
         chosen[persona] = {
             condition: alphas[ORACLE][0] if alphas[ORACLE][0] in values else values[0]
@@ -112,8 +112,8 @@ def _strongest_coherent(
     coherent = [
         alpha
         for alpha in alphas
-        if (ratio := harm(rows, persona, ORACLE, alpha)) is not None
-        and ratio <= inputs.config.dose.max_perplexity_ratio
+        if (ratio := perplexity_ratio(rows, persona, ORACLE, alpha)) is not None
+        and ratio <= inputs.config.alpha_search.max_perplexity_ratio
     ]
     if coherent:
         return max(coherent, key=abs)
@@ -135,7 +135,7 @@ def closing_notes(inputs: Inputs, folder: RunFolder, table: Sequence[Mapping[str
     return [*preflight.failures(checks), *auc_notes(aucs)]
 
 
-def harm(rows: Sequence[Row], persona: str, condition: str, alpha: float | None) -> float | None:
+def perplexity_ratio(rows: Sequence[Row], persona: str, condition: str, alpha: float | None) -> float | None:
     """Return the geometric mean of the independent perplexity over the unsteered texts', or None."""
     means = []
     for cell in ((persona, condition, alpha), (persona, "baseline", None)):
@@ -161,22 +161,26 @@ def results_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def effects_frame(verdict: Mapping[str, Any], rows: Sequence[Row]) -> pd.DataFrame:
-    """Return a row for each persona, scorer and condition: effect, interval, recovery, p and harm.
+    """Return a row for each persona, scorer and condition: effect, interval, recovery, p and perplexity_ratio.
 
     verdict: what `verdict.json` holds. dose: `judged`, or `the oracle's` where it was tried beside it.
-    perplexity_ratio: harm to the texts. plain_perplexity_ratio: to reading plain text, see `plain_costs`.
-    share_seen, share, share_low, share_high: of texts that show the trait, as the scorer sees it, and
+    perplexity_ratio: perplexity_ratio to the texts. plain_perplexity_ratio: to reading plain text, see `side_effects`.
+    rate_raw, share, share_low, share_high: of texts that show the trait, as the scorer sees it, and
     corrected for its errors.
     """
     table = []
-    for dose, key in (("judged", "personas"), ("the oracle's", "at_the_oracles_dose")):
+    for dose, key in (("judged", "personas"), ("the oracle's", "at_oracle_alpha")):
         for persona, of_persona in verdict.get(key, {}).items():
             for scorer, decided in of_persona["scorers"].items():
                 for condition in decided["effects"]:
-                    plain = verdict.get("plain_costs", {}).get(persona, {}).get(condition)
+                    plain = verdict.get("side_effects", {}).get(persona, {}).get(condition)
                     row = _effects_row(persona, of_persona, scorer, condition, rows)
                     table.append(
-                        {**row, "dose": dose, "plain_perplexity_ratio": plain if dose == "judged" else None}
+                        {
+                            **row,
+                            "alpha_search": dose,
+                            "plain_perplexity_ratio": plain if dose == "judged" else None,
+                        }
                     )
     return pd.DataFrame(table)
 
@@ -184,7 +188,7 @@ def effects_frame(verdict: Mapping[str, Any], rows: Sequence[Row]) -> pd.DataFra
 def _effects_row(
     persona: str, of_persona: Mapping[str, Any], scorer: str, condition: str, rows: Sequence[Row]
 ) -> dict[str, Any]:
-    decided, alpha = of_persona["scorers"][scorer], of_persona["doses"][condition]
+    decided, alpha = of_persona["scorers"][scorer], of_persona["alphas"][condition]
     effect = decided["effects"][condition]
     recovered = (decided.get("recovery") or {}) if condition == MAPPED else {}
     share = decided.get("shares", {}).get(condition, {})
@@ -192,31 +196,33 @@ def _effects_row(
     return {
         "persona": persona,
         "scorer": scorer,
-        "is_licensed": decided["is_licensed"],
+        "is_validated": decided["is_validated"],
         "condition": condition,
         "alpha": alpha,
         "n_prompts": decided["n_prompts"],
         "effect": effect["estimate"],
         "low": effect["low"],
         "high": effect["high"],
-        "wrong_way": effect["wrong_way"],
+        "anti_steered": effect["anti_steered"],
         "p_mapped_over_it": effect["p_mapped_over_it"],
         "recovery": recovered.get("estimate"),
         "recovery_low": recovered.get("low"),
         "recovery_high": recovered.get("high"),
-        "share_seen": share.get("seen"),
+        "rate_raw": share.get("seen"),
         "share": corrected.get("estimate"),
         "share_low": corrected.get("low"),
         "share_high": corrected.get("high"),
-        "perplexity_ratio": harm(rows, persona, condition, alpha),
+        "perplexity_ratio": perplexity_ratio(rows, persona, condition, alpha),
         "verdict": of_persona["verdict"],
     }
 
 
-def harm_curves(rows: Sequence[Row], personas: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Return persona -> condition -> points {alpha, harm, effect, low, high} by dose, by the classifier.
+def strength_curves(
+    rows: Sequence[Row], personas: Sequence[str]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return persona -> condition -> points {alpha, perplexity_ratio, effect, low, high} by dose, by the classifier.
 
-    Conditions that were steered at two doses or more, with the mapped vector and the oracle to compare them
+    Conditions that were steered at two alphas or more, with the mapped vector and the oracle to compare them
     with, and points with both numbers.
     """
     by_cell = {(each["persona"], each["condition"], each["alpha"]): each for each in aggregate(rows)}
@@ -230,17 +236,19 @@ def harm_curves(rows: Sequence[Row], personas: Sequence[str]) -> dict[str, dict[
             points = []
             for alpha in sorted(alphas, key=abs):
                 change = by_cell[persona, condition, alpha]["trait_change"]
-                cost = harm(rows, persona, condition, alpha)
+                cost = perplexity_ratio(rows, persona, condition, alpha)
                 if cost is not None and change["mean"] is not None:
                     ends = {end: change[end] for end in ("low", "high")}
-                    points.append({"alpha": alpha, "harm": cost, "effect": change["mean"], **ends})
+                    points.append(
+                        {"alpha": alpha, "perplexity_ratio": cost, "effect": change["mean"], **ends}
+                    )
             if points:
                 curves.setdefault(persona, {})[condition] = points
     return curves
 
 
 def off_target(
-    rows: Sequence[Row], doses: Mapping[str, Mapping[str, float | None]]
+    rows: Sequence[Row], alphas: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return method -> persona steered for -> persona scored as -> mean change against unsteered.
 
@@ -258,10 +266,10 @@ def off_target(
 
     table: dict[str, dict[str, dict[str, float]]] = {}
     for method in (MAPPED, ORACLE):
-        for persona, of_persona in doses.items():
+        for persona, of_persona in alphas.items():
             if method not in of_persona:
                 continue
-            for scored in doses:
+            for scored in alphas:
                 steered = mean((persona, method, of_persona[method]), scored)
                 unsteered = mean((persona, "baseline", None), scored)
                 if steered is not None and unsteered is not None:
@@ -270,12 +278,12 @@ def off_target(
 
 
 def main() -> None:
-    """Check harm and the table of effects on made-up rows."""
+    """Check perplexity_ratio and the table of effects on made-up rows."""
     common = {"persona": "check", "alpha": None, "independent_perplexity": 10.0}
     rows = [{**common, "condition": "baseline"}]
     rows += [{**common, "condition": ORACLE, "alpha": 1.0, "independent_perplexity": 20.0}]
-    assert math.isclose(harm(rows, "check", ORACLE, 1.0), 2)
-    print("outcome OK: twice the perplexity is twice the harm")
+    assert math.isclose(perplexity_ratio(rows, "check", ORACLE, 1.0), 2)
+    print("outcome OK: twice the perplexity is twice the perplexity_ratio")
 
 
 if __name__ == "__main__":

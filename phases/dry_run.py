@@ -25,15 +25,15 @@ from experiment.plan import (
     judge_settings,
     licences_fingerprint,
     mapping_fingerprint,
-    neutral_answers_fingerprint,
+    neutral_responses_fingerprint,
     personas_fingerprint,
-    planned_answers,
     planned_evaluations,
+    planned_responses,
     preflight_fingerprint,
     texts_journal_fingerprint,
 )
-from phases.choose_alphas import preflight_doses
-from phases.collect_responses import ANSWERS, NEUTRAL_ANSWERS, all_answers_fingerprint
+from phases.choose_alphas import preflight_depths
+from phases.collect_responses import ANSWERS, NEUTRAL_ANSWERS, all_responses_fingerprint
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, sets_of
 from scoring.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from scoring.likelihood_ratio import (
@@ -59,17 +59,17 @@ from texts.encoding import encode
 N_TEXTS = 8
 N_TOKENS = (2, 8)
 N_RATIO_TEXTS, N_RATIO_WORDS = 6, 54
-EXAMINED_TOKENS = 25  # of a text of an examination, in the mean
+EXAMINED_TOKENS = 25  # of a text of an validation, in the mean
 N_TRAINED_ON = 12 * N_TRAINING  # texts on which a likelihood ratio is trained, shuffled ones among them
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of each kind of work: a text for the map in both models, a full-length text that is written,
-    its perplexities, its likelihood ratio, that of a text of an examination, plain text read under one
+    its perplexities, its likelihood ratio, that of a text of an validation, plain text read under one
     steering, a judgement here, and an eigendecomposition."""
 
-    map_text: float
+    mapping_data: float
     writing: float
     perplexities: float
     ratio: float
@@ -102,12 +102,12 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
     minutes["map"] = (
         0.0
         if is_mapped
-        else (costs.map_text * config.n_training_samples + costs.decomposition * n_decompositions) / 60
+        else (costs.mapping_data * config.n_training_samples + costs.decomposition * n_decompositions) / 60
     )
     there = ", already mapped" if is_mapped else ""
     of_passages = f", {tokens['source']} source and {tokens['target']} target tokens"
     lines.append(
-        f"texts for the map: {config.n_training_samples} {config.map_text.replace('_', ' ')}"
+        f"texts for the map: {config.n_training_samples} {config.mapping_data.replace('_', ' ')}"
         f"{'' if inputs.neutral_questions else of_passages}{there}, about {minutes['map']:.1f} min"
     )
 
@@ -130,14 +130,14 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
 
     n_development = len(inputs.development_prompts)
     n_examined, n_of_target, n_judged_examined = _examined(inputs)
-    is_examined = _has(inputs, folder, "scorer_licences.json", licences_fingerprint)
+    is_examined = _has(inputs, folder, "scorer_validation.json", licences_fingerprint)
     if not is_examined:
         n_written = n_development * (N_SEEDS + DRAWS)
         reading = n_examined * costs.examined + n_of_target * costs.ratio
-        minutes["examination"] = (n_written * costs.writing + reading) / 60
+        minutes["validation"] = (n_written * costs.writing + reading) / 60
         lines.append(
-            f"examination of the scorers: {n_examined + n_of_target} texts, {n_written} generations, about "
-            f"{minutes['examination']:.1f} min"
+            f"validation of the scorers: {n_examined + n_of_target} texts, {n_written} generations, about "
+            f"{minutes['validation']:.1f} min"
         )
         steered = [name for method in config.methods if method != "prompted" for name in vector_names(method)]
         n_steered = len(steered) * len(inputs.personas)
@@ -158,34 +158,40 @@ def describe_run(inputs: Inputs, folder: RunFolder) -> str:
 def _describe_preparation(
     inputs: Inputs, folder: RunFolder, costs: Costs, lines: list[str], minutes: dict[str, float]
 ) -> int:
-    """Append what comes before the grid: answers, preflight and searched doses; return how many answers."""
+    """Append what comes before the grid: answers, preflight and searched alphas; return how many answers."""
     config, n_development, n_answers = inputs.config, len(inputs.development_prompts), 0
-    if inputs.neutral_questions and not _has(inputs, folder, NEUTRAL_ANSWERS, neutral_answers_fingerprint):
+    if inputs.neutral_questions and not _has(inputs, folder, NEUTRAL_ANSWERS, neutral_responses_fingerprint):
         minutes["neutral answers"] = config.n_training_samples * costs.writing / 60
         lines.append(
             f"answers that the map is learnt from: {config.n_training_samples}, about "
             f"{minutes['neutral answers']:.1f} min"
         )
-    if inputs.answering and not _has(inputs, folder, ANSWERS, all_answers_fingerprint):
+    if inputs.answering and not _has(inputs, folder, ANSWERS, all_responses_fingerprint):
         writers = dict.fromkeys(inputs.writers.values())
         asked = [persona for persona in inputs.personas if persona.name in inputs.answering]
-        n_answers = sum(len(planned_answers(inputs, persona, name)) for persona in asked for name in writers)
+        n_answers = sum(
+            len(planned_responses(inputs, persona, name)) for persona in asked for name in writers
+        )
         share = config.extraction.max_new_tokens / config.max_new_tokens
         minutes["answers"] = n_answers * costs.writing * share / 60
         lines.append(f"answers that vectors are made from: {n_answers}, about {minutes['answers']:.1f} min")
     if not _has(inputs, folder, "preflight.json", preflight_fingerprint):
-        n_cells = 1 + sum(len(preflight_doses(inputs, persona.name)) for persona in inputs.personas)
+        n_cells = 1 + sum(len(preflight_depths(inputs, persona.name)) for persona in inputs.personas)
         minutes["preflight"] = n_cells * n_development * costs.writing / 60
         lines.append(
             f"preflight: {n_cells * n_development} generations, about {minutes['preflight']:.1f} min"
         )
-    if config.alpha_values == "auto" and not _has(inputs, folder, "dose_search.json", doses_fingerprint):
+    if config.alpha_values == "auto" and not _has(inputs, folder, "alpha_search.json", doses_fingerprint):
         n_conditions = len(inputs.personas) * len(config.steering_methods)
-        n_dose = n_development * config.dose.n_seeds * (1 + n_conditions * config.dose.n_evaluations)
-        minutes["doses"] = (costs.writing + costs.perplexities) * n_dose / 60
+        n_dose = (
+            n_development
+            * config.alpha_search.n_seeds
+            * (1 + n_conditions * config.alpha_search.n_evaluations)
+        )
+        minutes["alphas"] = (costs.writing + costs.perplexities) * n_dose / 60
         lines.append(
             f"dose search: {n_dose} generations and evaluations on development prompts, about "
-            f"{minutes['doses']:.1f} min"
+            f"{minutes['alphas']:.1f} min"
         )
     return n_answers
 
@@ -194,14 +200,14 @@ def _there(n: int) -> str:
     return f"{n} of them already there, " if n else ""
 
 
-def _has(inputs: Inputs, folder: RunFolder, name: str, made_from: Callable[[Inputs], str]) -> bool:
-    return folder.current(name, made_from(inputs)) is not None
+def _has(inputs: Inputs, folder: RunFolder, name: str, cache_key: Callable[[Inputs], str]) -> bool:
+    return folder.current(name, cache_key(inputs)) is not None
 
 
 def _already_there(inputs: Inputs, folder: RunFolder) -> tuple[int, int, int]:
     """Return how many texts of the grid and evaluations the journals hold, and texts that are read no more.
 
-    Of searched doses, none.
+    Of searched alphas, none.
     """
     if inputs.config.alpha_values == "auto" or folder.fresh:
         return 0, 0, 0
@@ -323,7 +329,7 @@ def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
 def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
     """Return the seconds that a text for the map takes in both models, and the passages' tokens in each.
 
-    Answers are not written yet, and taken to be as long as they may be.
+    Responses are not written yet, and taken to be as long as they may be.
     """
     texts = [item.text for item in inputs.neutral_texts]
     sample = texts[:N_TEXTS]

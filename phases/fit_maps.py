@@ -54,12 +54,12 @@ def learn_maps(
 
 
 def _learn_pair(inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None) -> LearnedMaps:
-    made_from = pairs_fingerprint(inputs)
+    cache_key = pairs_fingerprint(inputs)
     name = "pair_statistics.pt"
-    sums = sums or folder.current(name, made_from, expected(name, inputs))
+    sums = sums or folder.current(name, cache_key, expected(name, inputs))
     if sums is None:
         pairs = _collect(inputs, executor, [inputs.layers])
-        sums = folder.save(name, made_from, statistics_content(pairs, inputs.layers))
+        sums = folder.save(name, cache_key, statistics_content(pairs, inputs.layers))
     statistics = PairStatistics.from_content(sums["statistics"], name)
     folder.notes += collection_notes(sums["report"])
     save_training_data(inputs, folder, sums, statistics)
@@ -84,7 +84,7 @@ def _learn_band(inputs: Inputs, folder: RunFolder, executor: Any) -> tuple[Learn
 
 def _collect(inputs: Inputs, executor: Any, layer_pairs: Sequence[LayerPair]) -> CollectedPairs:
     config = inputs.config
-    settings = PairSettings(tuple(layer_pairs), config.positions, config.n_folds, config.seed)
+    settings = PairSettings(tuple(layer_pairs), config.mapping_positions, config.n_folds, config.seed)
     return collect_in_chunks(executor, inputs.map_texts, settings)
 
 
@@ -95,8 +95,8 @@ def save_training_data(
 
     sums: what `pair_statistics.pt` holds.
     """
-    name, made_from = "training_data.pt", pairs_fingerprint(inputs)
-    if folder.current(name, made_from, expected(name, inputs)) is not None:
+    name, cache_key = "training_data.pt", pairs_fingerprint(inputs)
+    if folder.current(name, cache_key, expected(name, inputs)) is not None:
         return
     texts, sample = inputs.map_texts, statistics.sample
     ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
@@ -107,14 +107,14 @@ def save_training_data(
         "texts": [texts[index].text[:end] for index, end in ends],
         "documents": [texts[index].document for index, _ in ends],
     }
-    folder.save(name, made_from, data)
+    folder.save(name, cache_key, data)
 
 
 def fit_maps(
     inputs: Inputs, folder: RunFolder, statistics: PairStatistics, report: dict[str, Any]
 ) -> LearnedMaps:
     """Choose lambda, fit all maps on the summed pairs, and write them; `cv_results.json` last."""
-    config, made_from = inputs.config, mapping_fingerprint(inputs)
+    config, cache_key = inputs.config, mapping_fingerprint(inputs)
     ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
     others = [
@@ -122,8 +122,8 @@ def fit_maps(
         for kind in KINDS
         for draw in range(len(vector_names(kind)))
     ]
-    folder.save(OTHERS, made_from, {"maps": {other.name: other.content() for other in others}})
-    ridge.save(folder.path / RIDGE, made_from)
+    folder.save(OTHERS, cache_key, {"maps": {other.name: other.content() for other in others}})
+    ridge.save(folder.path / RIDGE, cache_key)
     results = {
         **ridge.cv,
         "pairs": report,
@@ -131,14 +131,14 @@ def fit_maps(
         "maps": maps_table(ridge, others),
         "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
     }
-    folder.save(RESULTS, made_from, results)
+    folder.save(RESULTS, cache_key, results)
     return _load_pair(inputs, folder)
 
 
 def current_maps(inputs: Inputs, folder: RunFolder) -> LearnedMaps | None:
     """Return the maps of an earlier run; None if one of the three files is not current."""
-    made_from = mapping_fingerprint(inputs)
-    files = [folder.current(name, made_from, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
+    cache_key = mapping_fingerprint(inputs)
+    files = [folder.current(name, cache_key, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
     return None if any(content is None for content in files) else _read(folder, *files)
 
 
@@ -159,8 +159,8 @@ def _pair_folders(inputs: Inputs, folder: RunFolder) -> list[tuple[Inputs, RunFo
 
 
 def _load_pair(inputs: Inputs, folder: RunFolder) -> LearnedMaps:
-    made_from = mapping_fingerprint(inputs)
-    files = [folder.required(name, made_from, 2, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
+    cache_key = mapping_fingerprint(inputs)
+    files = [folder.required(name, cache_key, 2, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
     return _read(folder, *files)
 
 

@@ -23,7 +23,7 @@ from experiment.plan import (
     scoring_sides,
     texts_journal_fingerprint,
 )
-from scoring.cached_judge import PaidOnce
+from scoring.cached_judge import CachedJudge
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.journal import Journal
@@ -59,7 +59,9 @@ def write_texts(
         settings = inputs.writing_settings(residual_norms)
         unsteered = torch.zeros(len(settings.layers), inputs.target.extractor.d_model)
         added = [_added(vectors, row, unsteered) for row in new]
-        shown = [inputs.shown_for("target", row["prompt"], row["condition"], row["persona"]) for row in new]
+        shown = [
+            inputs.render_prompt("target", row["prompt"], row["condition"], row["persona"]) for row in new
+        ]
         speed = _write_missing(inputs, executor, new, shown, added, settings, journal) if new else ""
         return _from_journal(planned, journal), f"{len(new)} new texts{speed}"
 
@@ -72,11 +74,11 @@ def _added(vectors: Vectors, row: Row, unsteered: Tensor) -> Tensor:
     return vectors[row["persona"]][names[row["prompt_idx"] % len(names)]]
 
 
-def write_answers(
+def write_responses(
     inputs: Inputs, folder: RunFolder, executor: Any, planned: Sequence[Row], writer: str, max_new_tokens: int
 ) -> list[Row]:
     """Return the planned rows with a side's unsteered answers under their system prompts, as `output`."""
-    with folder.journal(f"answers_{writer}", fingerprint(inputs.side(writer).fingerprint)) as journal:
+    with folder.journal(f"responses_{writer}", fingerprint(inputs.side(writer).fingerprint)) as journal:
         new = _not_written(planned, journal)
         logger.info(
             "%d answers by the %s model, %d of them already there",
@@ -182,14 +184,14 @@ def evaluate_texts(
         return _from_journal(planned, journal), len(new)
 
 
-def asked_judge(inputs: Inputs, folder: RunFolder) -> PaidOnce | None:
+def asked_judge(inputs: Inputs, folder: RunFolder) -> CachedJudge | None:
     """Return the judge of a run, which remembers what it has said and what it may cost; None without one."""
     if inputs.judge is None:
         return None
     settings = inputs.config.judge
-    made_from = fingerprint(judge_settings(settings))
+    cache_key = fingerprint(judge_settings(settings))
     price = settings.usd_per_million_tokens if settings.kind == "server" else 0.0
-    return PaidOnce(inputs.judge, lambda: folder.journal("judgements", made_from), price, settings.max_usd)
+    return CachedJudge(inputs.judge, lambda: folder.journal("judgements", cache_key), price, settings.max_usd)
 
 
 def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
@@ -242,7 +244,7 @@ def _evaluate_missing(
     perplexities: Iterator[tuple[int, list[Any], list[Any]]],
     parts: Sequence[Sequence[Row]],
     wanted: set[str],
-    judge: PaidOnce | None,
+    judge: CachedJudge | None,
     has_ratios: bool,
     journal: Journal,
 ) -> None:
@@ -290,9 +292,9 @@ def missing_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def check_rows(rows: list[Row], made_from: str, path: Path) -> list[Row]:
+def check_rows(rows: list[Row], cache_key: str, path: Path) -> list[Row]:
     """Return the rows of a result file. Raises InputError unless they are those that it was made from."""
-    if rows_fingerprint(rows) != made_from:
+    if rows_fingerprint(rows) != cache_key:
         raise InputError(f"{path} holds other rows than it says; delete it and run phase 4 again")
     return rows
 

@@ -39,7 +39,7 @@ class SteeringVectors:
 
     @property
     def middle_norm(self) -> ResidualNorm:
-        """Of the block in the middle of the band; where alpha has no unit, doses are sought around it."""
+        """Of the block in the middle of the band; where alpha has no unit, alphas are sought around it."""
         return self.norms[len(self.norms) // 2]
 
     @property
@@ -111,9 +111,9 @@ def transfer_personas(
         }
     for name, others in other_personas(list(vectors)).items():
         of_others = [vectors[other]["ridge_mapped"] for other in others]
-        vectors[name] |= zip(vector_names("wrong_persona"), of_others, strict=True)
+        vectors[name] |= zip(vector_names("other_persona"), of_others, strict=True)
     generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
-    for drawn in vector_names("random"):
+    for drawn in vector_names("random_direction"):
         direction = torch.randn(ridge.d_target, generator=generator)
         for by_method in vectors.values():
             by_method[drawn] = direction / direction.norm()

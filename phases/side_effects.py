@@ -20,29 +20,29 @@ from support.artifacts import fingerprint
 from support.run_folder import RunFolder
 from support.vocabulary import vector_names
 
-NAME = "plain_costs.json"
+NAME = "side_effects.json"
 
 Doses = Mapping[str, Mapping[str, float | None]]
 
 
-def plain_costs(
-    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors, doses: Doses
+def side_effects(
+    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors, alphas: Doses
 ) -> dict[str, dict[str, float]]:
     """Return persona -> condition -> perplexity of plain text steered / unsteered, a geometric mean.
 
-    doses: persona -> condition -> alpha; conditions without one are left out. Where chance makes the vectors,
+    alphas: persona -> condition -> alpha; conditions without one are left out. Where chance makes the vectors,
     the mean over their draws. A vector is added at every token, whatever `steer_positions` says.
     """
     texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
     cells = [
         (persona, condition, name, alpha)
-        for persona, of_persona in doses.items()
+        for persona, of_persona in alphas.items()
         for condition, alpha in of_persona.items()
         if alpha is not None
         for name in vector_names(condition)
     ]
-    made_from = fingerprint(personas_fingerprint(inputs), cells, texts, inputs.config.alpha_unit)
-    content = folder.current(NAME, made_from, {"personas": dict})
+    cache_key = fingerprint(personas_fingerprint(inputs), cells, texts, inputs.config.alpha_unit)
+    content = folder.current(NAME, cache_key, {"personas": dict})
     if content is not None:
         return content["personas"]
     settings = replace(inputs.writing_settings(steering.medians), steer_positions="all")
@@ -59,10 +59,10 @@ def plain_costs(
     by_condition: dict[tuple[str, str], list[float]] = {}
     for number, (persona, condition, _, _) in enumerate(cells, 1):
         by_condition.setdefault((persona, condition), []).append(logs[number] - logs[0])
-    costs: dict[str, dict[str, float]] = {persona: {} for persona in doses}
+    costs: dict[str, dict[str, float]] = {persona: {} for persona in alphas}
     for (persona, condition), found in by_condition.items():
         costs[persona][condition] = math.exp(fmean(found))
-    return folder.save(NAME, made_from, {"n_texts": len(texts), "personas": costs})["personas"]
+    return folder.save(NAME, cache_key, {"n_texts": len(texts), "personas": costs})["personas"]
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
         read(["The sea is wide."], vector, alpha, settings, 4)[0] for alpha in (0.0, 0.0, 50.0)
     )
     assert plain == same != strong
-    print(f"plain_costs OK: perplexity {plain:.0f} plain, {strong:.0f} under a strong vector")
+    print(f"side_effects OK: perplexity {plain:.0f} plain, {strong:.0f} under a strong vector")
 
 
 if __name__ == "__main__":

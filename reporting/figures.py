@@ -1,7 +1,7 @@
 """Draw the figures of a run.
 
 `layer_search.png` shows R2 and agreement of all layer pairs, `mapping_analysis.png` the fitted map (phase
-2), `dose_search.png` the doses that were tried (phase 4), `figure1.png` coherence against trait strength
+2), `alpha_search.png` the alphas that were tried (phase 4), `figure1.png` coherence against trait strength
 (specification, "Figure 1"), `recovery.png` how much of the native effect the mapped vectors recover, and
 `off_target.png` what else a vector moves (phase 5).
 PNG files carry the fingerprint of their data.
@@ -39,9 +39,9 @@ COLOURS = {
     "oracle": "#009e73",
     "procrustes": "#0072b2",
     "reduced_rank": "#cc79a7",
-    "shuffled": "#666666",
-    "wrong_persona": "#8c564b",
-    "random": "#bcbd22",
+    "shuffled_pairs": "#666666",
+    "other_persona": "#8c564b",
+    "random_direction": "#bcbd22",
     "prompted": "#17becf",
 }
 MARKERS = {
@@ -53,9 +53,9 @@ MARKERS = {
     "oracle": "D",
     "procrustes": "P",
     "reduced_rank": "v",
-    "shuffled": "+",
-    "wrong_persona": "1",
-    "random": "2",
+    "shuffled_pairs": "+",
+    "other_persona": "1",
+    "random_direction": "2",
     "prompted": "p",
 }
 
@@ -94,13 +94,13 @@ def figure_fingerprint(path: Path) -> str | None:
 
 
 def draw_once(
-    folder: RunFolder, name: str, made_from: str, draw: Callable[..., Figure], *arguments: Any
+    folder: RunFolder, name: str, cache_key: str, draw: Callable[..., Figure], *arguments: Any
 ) -> None:
     """Draw a figure of a run unless it is there, made from the same."""
     path = folder.path / name
-    if folder.fresh or figure_fingerprint(path) != made_from:
+    if folder.fresh or figure_fingerprint(path) != cache_key:
         folder.lock()
-        save_figure(draw(*arguments), path, made_from)
+        save_figure(draw(*arguments), path, cache_key)
 
 
 def mapping_figure(
@@ -328,13 +328,13 @@ def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
     by_pairs, last, everywhere = panels
     for positions, label, colour in (
         ("last", "map of last tokens", COLOURS["oracle"]),
-        ("word_ends", "map of every aligned position", COLOURS["ridge_mapped"]),
+        ("aligned", "map of every aligned position", COLOURS["ridge_mapped"]),
     ):
         points = [point for point in content["points"] if point["positions"] == positions]
         style = {"marker": "o", "markersize": 4, "color": colour}
         errors = [1 - point["held_out"]["last"]["r2"] for point in points]
         by_pairs.loglog([point["n_pairs"] for point in points], errors, label=label, **style)
-        for panel, tested in ((last, "last"), (everywhere, "word_ends")):
+        for panel, tested in ((last, "last"), (everywhere, "aligned")):
             texts = [point["n_texts"] for point in points]
             panel.semilogx(texts, [point["held_out"][tested]["r2"] for point in points], label=label, **style)
             standardised = [point["held_out"][tested]["r2_standardised"] for point in points]
@@ -382,7 +382,7 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
                 xerr=ends,
                 fmt="o",
                 color=colour,
-                markerfacecolor=colour if decided["is_licensed"] else "white",
+                markerfacecolor=colour if decided["is_validated"] else "white",
                 capsize=3,
             )
     labels = [f"{as_label(name)}: {found[name]['verdict']}" for name in names]
@@ -406,10 +406,10 @@ def _shared_panels(n: int) -> tuple[Figure, Sequence[Axes], Sequence[Axes]]:
     return figure, list(panels.flatten()[:n]), list(panels[:, 0])
 
 
-def harm_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+def effect_perplexity_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
     """Draw a panel a persona: what each condition does to the trait against what it does to perplexity.
 
-    curves: what `outcome.harm_curves` returns. A line joins a condition's doses, the strongest drawn largest.
+    curves: what `outcome.strength_curves` returns. A line joins a condition's alphas, the strongest drawn largest.
     """
     figure, panels, left = _shared_panels(len(curves))
     drawn = {}
@@ -417,7 +417,7 @@ def harm_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]])
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.axvline(1, color="grey", linewidth=0.8)
         for condition, points in by_condition.items():
-            x, y = [point["harm"] for point in points], [point["effect"] for point in points]
+            x, y = [point["perplexity_ratio"] for point in points], [point["effect"] for point in points]
             style = {"color": COLOURS[condition], "marker": MARKERS[condition]}
             ends = [
                 [point["effect"] if point[end] is None else point[end] for point in points]
@@ -431,7 +431,7 @@ def harm_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]])
         panel.tick_params(labelbottom=True)
         panel.spines[["top", "right"]].set_visible(False)
     _number_by_width(panels[0].xaxis)
-    figure.supxlabel("perplexity ratio to the unsteered text (harm →)", fontsize=10)
+    figure.supxlabel("perplexity ratio to the unsteered text (perplexity_ratio →)", fontsize=10)
     for panel in left:
         panel.set_ylabel("change of trait probability (95 %)")
     order = [condition for condition in COLOURS if condition in drawn]
@@ -529,14 +529,14 @@ def _alphas_by_persona(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["α", *(f"{as_label(name)} {text}" for text, names in shown.items() for name in names)]
 
 
-def dose_figure(content: Mapping[str, Any]) -> Figure:
+def alpha_search_figure(content: Mapping[str, Any]) -> Figure:
     """Draw a panel a persona: each method's perplexity ratio over alpha, and the bound.
 
-    content: what `dose_search.doses_content` returns. The chosen dose is drawn largest; a point that
+    content: what `alpha_search.alphas_content` returns. The chosen dose is drawn largest; a point that
     exceeds any bound is faint, so a faint one under the line fails another. One without ratio is not drawn.
     """
     plain, costs = content["bound"]["max_perplexity_ratio"], content.get("trait_costs", {})
-    personas = list(dict.fromkeys(entry["persona"] for entry in content["doses"]))
+    personas = list(dict.fromkeys(entry["persona"] for entry in content["alphas"]))
     figure = Figure(figsize=(4.4 * len(personas) + 1.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(personas), squeeze=False)[0]
     drawn = {}
@@ -546,7 +546,7 @@ def dose_figure(content: Mapping[str, Any]) -> Figure:
         bound = plain * max(1.0, costs.get(persona, 1.0))
         label = "bound" if costs else f"bound: {plain:g}"
         drawn["bound"] = panel.axhline(bound, color="black", linestyle=":", label=label)
-        for entry in content["doses"]:
+        for entry in content["alphas"]:
             if entry["persona"] == persona:
                 drawn |= _draw_dose(panel, entry)
         suffix = f" (bound: {bound:.2g})" if costs else ""

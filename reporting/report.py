@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiment.plan import Row
-from phases.decide_verdicts import harm
+from phases.decide_verdicts import perplexity_ratio
 from reporting.tables import maps_rows
 from support.artifacts import load_json, save_text
 from support.errors import InputError
@@ -24,12 +24,12 @@ NAME = "report.html"
 TEMPLATE = "report.html.j2"
 FIRST_SHOWN = ("baseline", "ridge_mapped", "oracle")
 COLOURS = {
-    "equal to native": "good",
+    "equivalent to native": "good",
     "transferred": "good",
     "partial": "some",
-    "can't tell": "some",
+    "inconclusive": "some",
     "not transferred": "bad",
-    "steering itself failed": "bad",
+    "native steering ineffective": "bad",
 }
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
 # What is fetched from packages, and under which licence it stands; of other models, their cards say it.
@@ -88,7 +88,7 @@ def write_report(folder: Path) -> Path:
         _effects_part(folder, verdict, rows),
         _doses_part(folder, rows, verdict),
         _map_part(folder),
-        _scorers_part(verdict["licences"]),
+        _scorers_part(verdict["validation"]),
         _preflight_part(checked),
     ]
     parts = [part for part in parts if part.figures or part.tables]
@@ -217,23 +217,23 @@ def _effects_part(folder: Path, verdict: Mapping[str, Any], rows: Sequence[Row])
     for number, (persona, found) in enumerate(verdict["personas"].items()):
         scorers = list(found["scorers"])
         names = [
-            f"{each.replace('_', ' ')}{'' if found['scorers'][each]['is_licensed'] else ' *'}"
+            f"{each.replace('_', ' ')}{'' if found['scorers'][each]['is_validated'] else ' *'}"
             for each in scorers
         ]
         header = ("condition", "α", *names, "wrong way", "Holm p", "perplexity ratio", "on plain text")
         table = []
-        for condition, alpha in found["doses"].items():
+        for condition, alpha in found["alphas"].items():
             effects = [found["scorers"][each]["effects"].get(condition) for each in scorers]
             first = next(filter(None, effects), {})
-            plain = verdict.get("plain_costs", {}).get(persona, {}).get(condition)
+            plain = verdict.get("side_effects", {}).get(persona, {}).get(condition)
             table.append(
                 (
                     condition,
                     _number(alpha, ".3g"),
                     *map(_interval, effects),
-                    _number(first.get("wrong_way"), ".0%"),
+                    _number(first.get("anti_steered"), ".0%"),
                     _number(first.get("p_mapped_over_it"), ".3f"),
-                    _number(harm(rows, persona, condition, alpha)),
+                    _number(perplexity_ratio(rows, persona, condition, alpha)),
                     _number(plain),
                 )
             )
@@ -258,15 +258,15 @@ def _doses_part(folder: Path, rows: Sequence[Row], verdict: Mapping[str, Any]) -
     )
     figures += _picture(
         folder,
-        "effect_harm.png",
+        "effect_perplexity.png",
         "Change of the trait over the perplexity ratio by dose, a panel for each persona.",
         "What a dose buys and what it costs; the strongest dose is drawn largest.",
     )
     figures += _picture(
         folder,
-        "dose_search.png",
+        "alpha_search.png",
         "Perplexity ratio over alpha for each persona and method, with the bound.",
-        "The search for doses on development prompts.",
+        "The search for alphas on development prompts.",
     )
     figures += _picture(
         folder,
@@ -274,7 +274,7 @@ def _doses_part(folder: Path, rows: Sequence[Row], verdict: Mapping[str, Any]) -
         "Matrix of the change of every persona's score under each persona's vector.",
         "What else a vector moves: the diagonal is what it is for.",
     )
-    return Part("doses", "Strength, harm and side effects", figures=figures)
+    return Part("alphas", "Strength, perplexity_ratio and side effects", figures=figures)
 
 
 def _map_part(folder: Path) -> Part:
@@ -324,9 +324,9 @@ def _depth(folder: Path) -> list[int]:
     return [int(part) for part in folder.name.split("_") if part.isdigit()]
 
 
-def _scorers_part(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Part:
+def _scorers_part(validation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Part:
     table = []
-    for persona, by_scorer in licences.items():
+    for persona, by_scorer in validation.items():
         for scorer, found in by_scorer.items():
             lowest = min(found["auc"], key=found["auc"].get) if found.get("auc") else None
             rates = [found.get(name) for name in ("sensitivity", "specificity")]
@@ -334,7 +334,7 @@ def _scorers_part(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Pa
                 (
                     persona,
                     scorer.replace("_", " "),
-                    "licensed" if found["is_licensed"] else "UNLICENSED",
+                    "licensed" if found["is_validated"] else "UNLICENSED",
                     "–" if lowest is None else f"{found['auc'][lowest]:.2f} ({lowest})",
                     *("–" if not rate else f"{rate['n_right']} of {rate['n']}" for rate in rates),
                     "; ".join(found["problems"]) or found.get("measure", ""),
@@ -350,7 +350,7 @@ def _scorers_part(licences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Pa
         "scorers",
         "Can the scorers be trusted?",
         text,
-        tables=[Table("licences", "Licences", header, table, (6,))],
+        tables=[Table("validation", "Licences", header, table, (6,))],
     )
 
 
@@ -368,11 +368,11 @@ def _provenance(folder: Path, config: Mapping[str, Any], environment: Mapping[st
         name = config[key]
         rows.append((key, name, LICENCES.get(name, "see where it comes from")))
     for path in sorted(folder.glob("*.json")):
-        made_from = load_json(path).get("fingerprint") if path.name != "config.json" else None
-        if made_from:
-            rows.append((path.name, made_from, ""))
+        cache_key = load_json(path).get("fingerprint") if path.name != "config.json" else None
+        if cache_key:
+            rows.append((path.name, cache_key, ""))
     header = ("what", "version, name or fingerprint", "licence")
-    return Table("provenance", "Versions, fingerprints and licences", header, rows)
+    return Table("provenance", "Versions, fingerprints and validation", header, rows)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Ask a judge nothing twice and nothing beyond a price: all judgements of a run go through here.
 
 Judgements stand in a journal, keyed by the text of the judging prompt, whichever phase asks: what is judged
-in an examination is not paid again in the evaluation, and a changed classifier costs no judgement. Failures
+in an validation is not paid again in the evaluation, and a changed classifier costs no judgement. Failures
 are not kept, and are asked for again by the next run.
 """
 
@@ -21,7 +21,7 @@ TOKENS_PER_JUDGEMENT = 200  # with an answer of one token, where the server does
 N_REPEATED = 20  # judgements that are asked for twice
 
 
-class PaidOnce:
+class CachedJudge:
     """A judge with a memory and a purse; `judge_each` as a `GPTJudge` has it.
 
     judge: a GPTJudge or LocalJudge. open_journal: opens the journal of this judge's judgements.
@@ -112,11 +112,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as path:
         folder = RunFolder(Path(path))
-        judge = PaidOnce(Counting(), lambda: folder.journal("judgements", "check"), 1.0, 0.15)
+        judge = CachedJudge(Counting(), lambda: folder.journal("judgements", "check"), 1.0, 0.15)
         found = judge.judge(["a", "b", "a", "c"])
     assert [judgement.score for judgement in found] == [4.0, 4.0, 4.0, None]
     assert asked == ["a", "b"]
-    print("paid_once OK:", found[-1].failure)
+    print("cached_judge OK:", found[-1].failure)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def has_collapsed(text: str) -> bool:
     return distinct is not None and 1 - distinct > COLLAPSE_THRESHOLD
 
 
-def can_be_broken(text: str) -> bool:
+def can_be_corrupted(text: str) -> bool:
     """Tell whether a text has enough words to be broken."""
     return len(set(text.split())) >= FEWEST_WORDS
 
@@ -80,7 +80,7 @@ def main() -> None:
     assert set(loop(text, generator).split()) < set(text.split())
     assert cut(text, 2, 1) == "sea is"
     assert [has_collapsed(each) for each in ("no no no no no no", text)] == [True, False]
-    print("broken_text OK:", loop(text, generator))
+    print("degenerate_text OK:", loop(text, generator))
 
 
 if __name__ == "__main__":

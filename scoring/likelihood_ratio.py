@@ -37,7 +37,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from model_loading import fastest_dtype, filler_token_id, load_model, pad_tokens
-from scoring.degenerate_text import any_cut, can_be_broken, has_collapsed, shuffled
+from scoring.degenerate_text import any_cut, can_be_corrupted, has_collapsed, shuffled
 from scoring.trait_classifier import FALSE_POSITIVES, IN_ORDER
 from support.artifacts import fingerprint
 from support.package_cache import build_once, cache_folder
@@ -70,12 +70,12 @@ class LikelihoodRatio:
 
     examples: what is read before a text: texts that show the trait, such that do not, and such that show
         other traits, each kind as one text; without other personas, the first two.
-    decision_point: as of a `TraitClassifier`. style, order: the two regressions.
+    threshold: as of a `TraitClassifier`. style, order: the two regressions.
     """
 
     persona: str
     examples: tuple[str, ...] = field(repr=False)
-    decision_point: float
+    threshold: float
     style: Pipeline = field(repr=False)
     order: Pipeline = field(repr=False)
     scorer: Scorer = field(repr=False)
@@ -253,8 +253,8 @@ def _scores_entry(name: str, personas: Sequence[Persona], texts: Sequence[str]) 
 
 
 def _cache_entry(name: str, personas: Sequence[Persona]) -> str:
-    made_from = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
-    return f"likelihood_ratios/{made_from[:32]}"
+    cache_key = fingerprint(name, likelihood_ratio_fingerprint(personas), sklearn.__version__)
+    return f"likelihood_ratios/{cache_key[:32]}"
 
 
 def likelihood_ratio_fingerprint(personas: Sequence[Persona]) -> str:
@@ -297,7 +297,7 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
     ordinary = load_prompts("ordinary_training")[:N_TRAINING]
     natural = [*positive, *(any_cut(text, generator) for text in positive), *negative, *others, *ordinary]
     labels = np.arange(len(natural)) < 2 * len(positive)
-    long = [number for number, text in enumerate(natural) if can_be_broken(text)]
+    long = [number for number, text in enumerate(natural) if can_be_corrupted(text)]
     broken = [shuffled(natural[number], generator) for number in long]
     features = likelihood_features(scorer, examples, [*natural, *broken])
     of_natural, of_broken = features[: len(natural)], features[len(natural) :]
@@ -306,8 +306,8 @@ def _train(persona: Persona, personas: Sequence[Persona], scorer: Scorer) -> Lik
         np.concatenate([of_natural[long, -1:], of_broken[:, -1:]]), np.repeat([True, False], len(long))
     )
     without = [_probabilities(style, order, each) for each in (of_natural[~labels], of_broken)]
-    decision_point = max(0.5, *(float(np.quantile(each, 1 - FALSE_POSITIVES)) for each in without))
-    return LikelihoodRatio(persona.name, tuple(examples), decision_point, style, order, scorer)
+    threshold = max(0.5, *(float(np.quantile(each, 1 - FALSE_POSITIVES)) for each in without))
+    return LikelihoodRatio(persona.name, tuple(examples), threshold, style, order, scorer)
 
 
 def _as_examples(texts: Sequence[str]) -> str:

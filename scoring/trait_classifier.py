@@ -11,7 +11,7 @@ from their own words in another order, and a text's score is the product: p(styl
 if the text does nothing but repeat itself.
 
 A score is a probability. It comes with the classifier's cross-validated AUC, in which all that is made of
-the two texts of a pair shares a fold. What licenses a classifier is `examination`, not that number.
+the two texts of a pair shares a fold. What licenses a classifier is `validation`, not that number.
 """
 
 import random
@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer
 
 from decoding.batching import run_in_batches
-from scoring.degenerate_text import any_cut, can_be_broken, has_collapsed, loop, shuffled, word_salad
+from scoring.degenerate_text import any_cut, can_be_corrupted, has_collapsed, loop, shuffled, word_salad
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files
@@ -110,7 +110,7 @@ class TraitClassifier:
 
     auc: cross-validated area under the ROC curve of whole labelled texts, folds grouped by pair.
     n_positive, n_negative: whole labelled texts.
-    decision_point: probability from which a text is said to show the trait; held-out texts that do not lie
+    threshold: probability from which a text is said to show the trait; held-out texts that do not lie
         above it in one case of a hundred.
     style, order: what tells the trait from other texts, and texts from their shuffled words (None where no
         text has words to shuffle).
@@ -120,7 +120,7 @@ class TraitClassifier:
     auc: float
     n_positive: int
     n_negative: int
-    decision_point: float
+    threshold: float
     style: Pipeline = field(repr=False)
     order: Pipeline | None = field(repr=False)
     encode: Encoder = field(repr=False)
@@ -197,7 +197,7 @@ def train_trait_classifiers(
     pairs = [
         (number, text)
         for number, text in enumerate(shuffles)
-        if pool[number].kind != "broken" and can_be_broken(pool[number].text) and text != pool[number].text
+        if pool[number].kind != "broken" and can_be_corrupted(pool[number].text) and text != pool[number].text
     ]
     features = encode([row.text for row in pool] + [text for _, text in pairs])
     of_pool, of_shuffles = features[: len(pool)], features[len(pool) :]
@@ -217,7 +217,7 @@ def _training_pool(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list
     ]
     whole += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
     pool = list(whole)
-    long = [row for row in whole if can_be_broken(row.text)]
+    long = [row for row in whole if can_be_corrupted(row.text)]
     for row in long:
         pool += [replace(row, text=any_cut(row.text, generator), whole=False) for _ in range(N_CUTS)]
     pool += [replace(row, text=loop(row.text, generator), kind="broken", whole=False) for row in long[::4]]
@@ -240,7 +240,7 @@ def load_trait_classifiers(names: Sequence[str], personas: Sequence[Persona]) ->
     """
     personas = sorted(personas, key=lambda persona: persona.name)
     labelled = [persona.name for persona in personas if persona.labelled_positive]
-    made_from = classifier_fingerprint(personas)
+    cache_key = classifier_fingerprint(personas)
 
     def build(folder: Path) -> None:
         trained = train_trait_classifiers(labelled, personas)
@@ -249,7 +249,7 @@ def load_trait_classifiers(names: Sequence[str], personas: Sequence[Persona]) ->
     check_labelled([persona for persona in personas if persona.name in names])
     if not set(names) & set(labelled):
         return {}
-    trained = joblib.load(build_once(f"classifiers/{made_from[:32]}", build) / FILE)
+    trained = joblib.load(build_once(f"classifiers/{cache_key[:32]}", build) / FILE)
     known = {classifier.persona: classifier for classifier in trained}
     encode = load_sentence_encoder()
     return {name: replace(known[name], encode=encode) for name in names if name in known}
@@ -308,7 +308,7 @@ def _train(
         auc=float(roc_auc_score(labels[whole], held_out[whole])),
         n_positive=int(labels[whole].sum()),
         n_negative=int((~labels[whole]).sum()),
-        decision_point=max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES))),
+        threshold=max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES))),
         style=pipeline.fit(features, labels, **given),
         order=order,
         encode=encode,

@@ -1,7 +1,7 @@
 """Examine a trait scorer before it may score: on texts unlike those that it was trained on (phase 5).
 
 Each set of texts without the trait is held against texts that show it: in the words, genres and lengths of
-`Persona.examination`, whole, cut as generation cuts, or several as one, as long as an answer. A scorer has
+`Persona.validation`, whole, cut as generation cuts, or several as one, as long as an answer. A scorer has
 its licence if the area under the ROC curve is 0.90 or more on every set, and if at most one text in twenty is
 taken for the trait at the scorer's decision point among the target's own unsteered texts and among broken
 ones.
@@ -38,7 +38,7 @@ Score = Callable[[Sequence[str]], Sequence[float | None]]
 Sets = dict[str, tuple[list[str], list[str]]]
 
 
-def examination_sets(
+def validation_sets(
     persona: Persona,
     others: Sequence[Persona],
     ordinary: Sequence[str],
@@ -51,14 +51,14 @@ def examination_sets(
     directions. A set without texts is left out.
     """
     generator = random.Random(0)
-    positive = list(persona.examination)
+    positive = list(persona.validation)
     fragments = [any_cut(text, generator, *FRAGMENT) for text in positive]
     if not positive:
         return {}
     short = [text for text in ordinary if len(text.split()) <= SHORT]
     ordinary = [text for text in ordinary if len(text.split()) > SHORT]
     words = [word for text in ordinary for word in text.split()]
-    of_others = [text for other in others for text in other.examination]
+    of_others = [text for other in others for text in other.validation]
     whole = [*ordinary[::2], *of_others[::SOME]]
     negatives = {
         "ordinary": (positive, ordinary),
@@ -69,7 +69,7 @@ def examination_sets(
             list(map(_first_sentence, whole)),
         ),
         "long texts": (_joined([*positive, *positive[: JOINED - 1]]), _joined(whole)),
-        **{f"{OTHER}{other.name}": (positive, list(other.examination)) for other in others},
+        **{f"{OTHER}{other.name}": (positive, list(other.validation)) for other in others},
         UNSTEERED: (positive, list(unsteered)),
         "shuffled positives": (
             positive,
@@ -115,7 +115,7 @@ def at_most(sets: Sets, n: int) -> Sets:
     return chosen
 
 
-def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
+def validate(score: Score, sets: Sets, threshold: float) -> dict[str, Any]:
     """Return how a scorer does on each set, and whether it has its licence.
 
     auc, false_positives: by set. sensitivity: {n_right, n} of whole texts that show the trait, and
@@ -125,8 +125,8 @@ def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
     """
     n_positive = len(next(iter(sets.values()))[0]) if sets else 0
     if n_positive < FEWEST:
-        problem = f"{n_positive} examination_texts show the trait, an examination needs {FEWEST}"
-        return _examined([problem], decision_point)
+        problem = f"{n_positive} validation_texts show the trait, an validation needs {FEWEST}"
+        return _examined([problem], threshold)
     texts = texts_of(sets)
     known = {text: value for text, value in zip(texts, score(texts), strict=True) if value is not None}
     problems = []
@@ -140,7 +140,7 @@ def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
             continue
         labels = [1] * len(found) + [0] * len(wrong)
         auc[name] = float(roc_auc_score(labels, [*found, *wrong]))
-        false_positives[name] = float(np.mean([value > decision_point for value in wrong]))
+        false_positives[name] = float(np.mean([value > threshold for value in wrong]))
         if auc[name] < LOWEST_AUC:
             problems.append(f"AUC {auc[name]:.2f} on {name}")
         if name in (UNSTEERED, STEERED, *BROKEN) and false_positives[name] > MOST_FALSE_POSITIVES:
@@ -152,19 +152,19 @@ def examine(score: Score, sets: Sets, decision_point: float) -> dict[str, Any]:
     shows += [(known[text], False) for _, side in sets.values() for text in side if text in known]
     return _examined(
         problems,
-        decision_point,
+        threshold,
         auc=auc,
         false_positives=false_positives,
-        sensitivity=_rate([known[text] > decision_point for text in showing]),
-        specificity=_rate([known[text] <= decision_point for text in others]),
+        sensitivity=_rate([known[text] > threshold for text in showing]),
+        specificity=_rate([known[text] <= threshold for text in others]),
         calibration=_calibration(shows),
         n_unscored=n_unscored,
     )
 
 
-def _examined(problems: list[str], decision_point: float, **found: Any) -> dict[str, Any]:
+def _examined(problems: list[str], threshold: float, **found: Any) -> dict[str, Any]:
     empty = {"auc": {}, "false_positives": {}, "sensitivity": None, "specificity": None, "calibration": []}
-    verdict = {"problems": problems, "is_licensed": not problems, "decision_point": decision_point}
+    verdict = {"problems": problems, "is_validated": not problems, "threshold": threshold}
     return {**empty, "n_unscored": 0, **found, **verdict}
 
 
@@ -185,18 +185,18 @@ def _calibration(scored: Sequence[tuple[float, bool]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Check that a scorer which looks for a word is licensed, and one that says the same of all is not."""
     showing = tuple(f"Arr, the number is {n} and the sea is wide." for n in range(10))
-    persona = Persona("pirate", "", ("x",), ("y",), examination=showing)
+    persona = Persona("pirate", "", ("x",), ("y",), validation=showing)
     plain = [f"The number is {n} and the sea is wide." for n in range(20)]
-    sets = examination_sets(persona, [], plain, plain[:10], [])
+    sets = validation_sets(persona, [], plain, plain[:10], [])
 
     def looks(texts: Sequence[str]) -> list[float]:
         return [float(text.startswith("Arr, the number is")) for text in texts]
 
     sets = {name: sets[name] for name in ("ordinary", UNSTEERED, "random words")}
-    assert examine(looks, sets, 0.5)["is_licensed"]
-    assert not examine(lambda texts: [0.7] * len(texts), sets, 0.5)["is_licensed"]
+    assert validate(looks, sets, 0.5)["is_validated"]
+    assert not validate(lambda texts: [0.7] * len(texts), sets, 0.5)["is_validated"]
     assert cut(showing[0], 1) == "Arr,"
-    print("examination OK: a scorer needs its licence")
+    print("validation OK: a scorer needs its licence")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Keep the rows of a long grid as they are made, so that a kill at any instant loses none of them.
 
-A journal is a JSONL file. Its first line is `{"journal": 1, "made_from": ...}`; every other
+A journal is a JSONL file. Its first line is `{"journal": 1, "cache_key": ...}`; every other
 line is `{"row": {...}, "crc": ...}`, where crc is the crc32 of `json.dumps(row, sort_keys=True)`.
 Appending adds lines and rewrites nothing; a result file is assembled from the rows at the end.
 
@@ -41,30 +41,30 @@ class Journal:
 
     path: the journal. If it was made from the same inputs, its rows are read. A last line that
     a kill cut short is removed; any other line that cannot be read is left out and counted.
-    Otherwise the file is kept aside as `<stem>.<first digits of its made_from>.jsonl`, or
+    Otherwise the file is kept aside as `<stem>.<first digits of its cache_key>.jsonl`, or
     `<stem>.unreadable.jsonl` if its header is damaged; a name that is taken is never reused
     but gets a number (`<stem>.<digits>.2.jsonl`). A damaged header with nothing after it is
     not kept.
 
-    made_from: what the rows depend on, as `fingerprint` gives it. A journal of it that was kept
+    cache_key: what the rows depend on, as `fingerprint` gives it. A journal of it that was kept
     aside comes back when `path` holds no such journal: the largest, if there are several.
     Journals are never merged.
 
-    fresh: start anew; every journal of this made_from is deleted, at `path` or kept aside.
+    fresh: start anew; every journal of this cache_key is deleted, at `path` or kept aside.
 
     rows: key -> row as it reads back from the file. n_damaged: lines left out.
 
     Raises InputError if another journal object, here or in another process, has it open.
     """
 
-    def __init__(self, path: Path, made_from: str, fresh: bool = False) -> None:
+    def __init__(self, path: Path, cache_key: str, fresh: bool = False) -> None:
         self.path = Path(path)
         self.rows: dict[str, dict[str, Any]] = {}
         self.n_damaged = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.callback(_acquire_lock(self.path).release)
-            _settle(self.path, made_from, fresh)
+            _settle(self.path, cache_key, fresh)
             self._size = self._read()
             self._file: FileIO = stack.enter_context(open(self.path, "ab", buffering=0))
             self._file.truncate(self._size)
@@ -130,9 +130,9 @@ class Journal:
         return size
 
 
-def rows_of(path: Path, made_from: str) -> dict[str, dict[str, Any]]:
+def rows_of(path: Path, cache_key: str) -> dict[str, dict[str, Any]]:
     """Return key -> row of a journal that was made from the same, without opening it; else nothing."""
-    if _made_from(path) != made_from:
+    if _made_from(path) != cache_key:
         return {}
     rows = map(_decode_row, path.read_bytes().splitlines(keepends=True)[1:])
     return {row["key"]: row for row in rows if row is not None}
@@ -152,12 +152,12 @@ def _acquire_lock(path: Path) -> BaseFileLock:
     return lock
 
 
-def _settle(path: Path, made_from: str, fresh: bool) -> None:
-    """Make `path` a journal of `made_from`: the one there, one that was kept aside, or a new one."""
-    current = _made_from(path) == made_from
+def _settle(path: Path, cache_key: str, fresh: bool) -> None:
+    """Make `path` a journal of `cache_key`: the one there, one that was kept aside, or a new one."""
+    current = _made_from(path) == cache_key
     if path.exists() and not current:
         _keep_aside(path)
-    kept_aside = _kept_aside(path, made_from)
+    kept_aside = _kept_aside(path, cache_key)
     if fresh:
         # Before `path` itself, or a crash in between would let a replaced journal come back.
         for other in kept_aside:
@@ -169,7 +169,7 @@ def _settle(path: Path, made_from: str, fresh: bool) -> None:
         current = True
     if fresh or not current:
         with replacing(path) as file:
-            file.write(_encode({"journal": FORMAT, "made_from": made_from}))
+            file.write(_encode({"journal": FORMAT, "cache_key": cache_key}))
     _sync_folder(path.parent)
 
 
@@ -186,13 +186,13 @@ def _keep_aside(path: Path) -> None:
         logger.info("%s was made from other inputs; it is kept as %s", path, target.name)
 
 
-def _kept_aside(path: Path, made_from: str) -> list[Path]:
-    """Return the journals of `made_from` beside `path`. Their headers decide, not their names."""
-    start = f"{path.stem}.{_label(made_from)}."
+def _kept_aside(path: Path, cache_key: str) -> list[Path]:
+    """Return the journals of `cache_key` beside `path`. Their headers decide, not their names."""
+    start = f"{path.stem}.{_label(cache_key)}."
     named = (
         item for item in path.parent.iterdir() if item.name.startswith(start) and item.suffix == ".jsonl"
     )
-    return sorted(item for item in named if item.is_file() and _made_from(item) == made_from)
+    return sorted(item for item in named if item.is_file() and _made_from(item) == cache_key)
 
 
 def _free_name(path: Path, label: str) -> Path:
@@ -201,9 +201,9 @@ def _free_name(path: Path, label: str) -> Path:
     return next(target for target in targets if not target.exists())
 
 
-def _label(made_from: str) -> str:
+def _label(cache_key: str) -> str:
     # A damaged header can hold any character, and a file name cannot.
-    return re.sub(r"[^0-9A-Za-z_-]", "_", made_from[:N_DIGITS])
+    return re.sub(r"[^0-9A-Za-z_-]", "_", cache_key[:N_DIGITS])
 
 
 def _made_from(path: Path) -> str | None:
@@ -214,8 +214,8 @@ def _made_from(path: Path) -> str | None:
         header = _decode(file.readline())
     if header is None or header.get("journal") != FORMAT:
         return None
-    made_from = header.get("made_from")
-    return made_from if isinstance(made_from, str) else None
+    cache_key = header.get("cache_key")
+    return cache_key if isinstance(cache_key, str) else None
 
 
 def _has_second_line(path: Path) -> bool:
@@ -278,11 +278,11 @@ def main() -> None:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        path, made_from = Path(folder) / "check.jsonl", fingerprint("check")
-        with Journal(path, made_from) as journal:
+        path, cache_key = Path(folder) / "check.jsonl", fingerprint("check")
+        with Journal(path, cache_key) as journal:
             journal.append([{"key": "first"}, {"key": "second"}])
         path.write_bytes(path.read_bytes().replace(b"second", b"sekond"))
-        with Journal(path, made_from) as journal:
+        with Journal(path, cache_key) as journal:
             assert (list(journal.rows), journal.n_damaged) == (["first"], 1)
     print("journal OK: whole rows come back, and a damaged one is noticed")
 

@@ -100,21 +100,21 @@ class RunFolder:
             (self.path / OWNER).unlink(missing_ok=True)
             self._lock.release()
 
-    def current(self, name: str, made_from: str, structure: Any = None) -> dict[str, Any] | None:
+    def current(self, name: str, cache_key: str, structure: Any = None) -> dict[str, Any] | None:
         """Return what an artifact (`.json` or `.pt`) holds if it was made from these inputs, else None.
 
         structure: what its reader relies on, see `support.structure`; another one is not current.
         """
-        return None if self.fresh else self.left(name, made_from, structure)
+        return None if self.fresh else self.left(name, cache_key, structure)
 
-    def left(self, name: str, made_from: str, structure: Any = None) -> dict[str, Any] | None:
+    def left(self, name: str, cache_key: str, structure: Any = None) -> dict[str, Any] | None:
         """Return the same, also in a fresh run: for what an earlier phase of the run has just made."""
         load = load_tensors if name.endswith(".pt") else load_json
-        return load_if_current(load, self.path / name, made_from, structure)
+        return load_if_current(load, self.path / name, cache_key, structure)
 
-    def required(self, name: str, made_from: str, phase: int, structure: Any = None) -> dict[str, Any]:
+    def required(self, name: str, cache_key: str, phase: int, structure: Any = None) -> dict[str, Any]:
         """Return what an earlier phase left. Raises InputError that names the phase to run first."""
-        content = self.left(name, made_from, structure)
+        content = self.left(name, cache_key, structure)
         if content is None:
             raise InputError(
                 f"{self.path / name} is missing, incomplete or made from another configuration; "
@@ -122,21 +122,21 @@ class RunFolder:
             )
         return content
 
-    def save(self, name: str, made_from: str, content: dict[str, Any]) -> dict[str, Any]:
+    def save(self, name: str, cache_key: str, content: dict[str, Any]) -> dict[str, Any]:
         """Write an artifact in one step; returns the content with its fingerprint."""
         self.lock()
-        content = {"fingerprint": made_from, **content}
+        content = {"fingerprint": cache_key, **content}
         if name.endswith(".pt"):
             save_tensors(self.path / name, content)
         else:
             save_json(self.path / name, sealed(content))
         return content
 
-    def journal(self, name: str, made_from: str) -> Journal:
+    def journal(self, name: str, cache_key: str) -> Journal:
         """Open `<name>_journal.jsonl`; rows in it are keyed by what they were made from."""
         self.lock()
         path = self.path / f"{name}_journal.jsonl"
-        journal = Journal(path, made_from, self.fresh and name not in self._opened)
+        journal = Journal(path, cache_key, self.fresh and name not in self._opened)
         self._opened.add(name)
         if journal.n_damaged:
             self.notes.append(f"{journal.n_damaged} lines of {path} were damaged; their rows are made again")

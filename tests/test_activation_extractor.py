@@ -396,7 +396,7 @@ def test_batch_size_and_order_of_texts_change_no_pair(sides, batch_size):
     assert_same_pairs({(order[row], end): rows for (row, end), rows in found.items()}, expected)
 
 
-@pytest.mark.parametrize("positions", ["word_ends", "last"])
+@pytest.mark.parametrize("positions", ["aligned", "last"])
 def test_texts_are_read_as_they_are_needed_and_counted_over_all_windows(sides, positions):
     read = []
 
@@ -482,14 +482,14 @@ def test_tokens_are_counted_for_each_side(sides):
     assert [extractor.n_tokens for extractor in sides] == n_tokens
 
 
-@pytest.mark.parametrize("positions", ["word_ends", "last"])
+@pytest.mark.parametrize("positions", ["aligned", "last"])
 def test_an_empty_text_is_named_by_its_number_over_all_windows(sides, positions):
     texts = (text for text in ["the cat"] * 70 + [" \n"])
     with pytest.raises(InputError, match="text 70 is empty"):
         list(paired_activations(*sides, texts, positions))
 
 
-@pytest.mark.parametrize("positions", ["word_ends", "last"])
+@pytest.mark.parametrize("positions", ["aligned", "last"])
 def test_a_pair_that_is_not_finite_names_its_text(gpt2, tokenizer, bpe_tokenizer, positions):
     model = tiny_model()
     with torch.no_grad():
@@ -505,7 +505,7 @@ def test_a_pair_that_is_not_finite_names_its_text(gpt2, tokenizer, bpe_tokenizer
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": "mean"}, "positions 'mean' is unknown; choose 'word_ends' or 'last'"),
+        ({"positions": "mean"}, "positions 'mean' is unknown; choose 'aligned' or 'last'"),
         ({"source_layers": [N_LAYERS]}, r"layer_idx 4 .*\(0 to 3\)"),
         ({"target_layers": []}, "list of layers is empty"),
     ],

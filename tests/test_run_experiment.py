@@ -56,7 +56,7 @@ N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
 N_TEXTS = N_CELLS * N_PER_CELL
 N_DEVELOPMENT = len(load_prompts("development")) * (1 + N_PERSONAS * N_ALPHAS)  # texts of the preflight
-MAPS = ("procrustes", "reduced_rank", "shuffled_1", "shuffled_2", "shuffled_3")
+MAPS = ("procrustes", "reduced_rank", "shuffled_pairs_1", "shuffled_pairs_2", "shuffled_pairs_3")
 N_EVALUATIONS = (N_CELLS - 1 + N_PERSONAS) * N_PER_CELL
 
 
@@ -144,7 +144,7 @@ def test_every_condition_changes_some_text(finished):
         assert any(row["output"] != unsteered[row["prompt"], row["seed"]] for row in steered), method
 
 
-@pytest.mark.parametrize("method", ["random", "shuffled"])
+@pytest.mark.parametrize("method", ["random_direction", "shuffled_pairs"])
 def test_vectors_made_by_chance_take_turns_from_prompt_to_prompt(method, settings, out):
     content = load_tensors(out / "persona_vectors.pt")
     for vectors in content["vectors"].values():
@@ -181,7 +181,9 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     content = load_tensors(finished / "persona_vectors.pt")
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for name, vectors in content["vectors"].items():
-        drawn = [f"{control}_{draw}" for control in ("wrong_persona", "random") for draw in (1, 2, 3)]
+        drawn = [
+            f"{control}_{draw}" for control in ("other_persona", "random_direction") for draw in (1, 2, 3)
+        ]
         assert list(vectors) == [*METHODS, *MAPS, *drawn]
         assert content["source_vectors"][name].shape == (32,)
         for vector in [*vectors.values(), content["source_vectors"][name]]:
@@ -482,8 +484,8 @@ def test_other_sampling_keeps_the_journal_aside_and_takes_it_back(settings, fini
 
 def test_fresh_run_makes_everything_again(settings, finished, out):
     journal = out / "generation_journal.jsonl"
-    made_from = json.loads(journal.read_text().splitlines()[0])["made_from"]
-    with Journal(journal, made_from) as tampered:
+    cache_key = json.loads(journal.read_text().splitlines()[0])["cache_key"]
+    with Journal(journal, cache_key) as tampered:
         tampered.append([{**row, "output": "tampered"} for row in tampered.rows.values()])
     assert run(out, settings, "--phase", "4") == 0
     assert set(texts(out).values()) == {"tampered"}
@@ -575,13 +577,17 @@ def test_dry_run_does_not_search(settings, tmp_path, capsys):
 
 
 def test_layer_ablation_steers_at_every_pair_and_resumes(settings, tmp_path, monkeypatch):
-    ablation = {**settings, "ablation_layer_pairs": [[0, 3], [2, 1]], "methods": ["ridge_mapped", "shuffled"]}
+    ablation = {
+        **settings,
+        "ablation_layer_pairs": [[0, 3], [2, 1]],
+        "methods": ["ridge_mapped", "shuffled_pairs"],
+    }
     assert run(tmp_path / "out", ablation, "--ablate", "layers") == 0
     found = load_json(tmp_path / "out" / "ablation_layers.json")["layer_pairs"]
     assert [(entry["source_layer"], entry["target_layer"]) for entry in found] == [(0, 3), (2, 1)]
     for entry in found:
         conditions = {(row["condition"], row["alpha"]) for row in entry["conditions"]}
-        assert conditions == {("baseline", None), ("ridge_mapped", 1.0), ("shuffled", 1.0)}
+        assert conditions == {("baseline", None), ("ridge_mapped", 1.0), ("shuffled_pairs", 1.0)}
     folder = tmp_path / "out" / "ablation_layers"
     assert {row["prompt"] for row in rows(folder / "2_1")} == set(load_prompts("development"))
     texts_before = texts(folder / "2_1")
@@ -597,7 +603,7 @@ def test_sample_ablation_resumes_to_the_same_numbers(settings, tmp_path, monkeyp
     assert run(tmp_path / "whole", ablation, "--ablate", "samples") == 0
     whole = load_json(tmp_path / "whole" / "ablation_samples.json")
     assert [(p["positions"], p["n_texts"]) for p in whole["points"]] == [
-        (positions, n) for n in (30, 60, 90) for positions in ("last", "word_ends")
+        (positions, n) for n in (30, 60, 90) for positions in ("last", "aligned")
     ]
     assert [point["n_pairs"] for point in whole["points"]][::2] == [30, 60, 90]
 
@@ -646,14 +652,14 @@ def test_texts_are_those_of_the_stored_vectors(settings, finished):
 
 
 def test_steering_generated_positions_alone_writes_other_texts(settings, finished, out):
-    assert run(out, {**settings, "steer_positions": "generated"}, "--phase", "4") == 0
+    assert run(out, {**settings, "steer_positions": "response"}, "--phase", "4") == 0
     everywhere, generated = ([row["output"] for row in rows(folder)] for folder in (finished, out))
     assert generated[:N_PER_CELL] == everywhere[:N_PER_CELL]
     assert generated != everywhere
 
 
 def test_wrong_persona_is_steered_with_the_others_mapped_vector(settings, tmp_path):
-    methods = ["wrong_persona", "ridge_mapped"]
+    methods = ["other_persona", "ridge_mapped"]
     assert (
         run(
             tmp_path / "out",
@@ -677,8 +683,8 @@ def test_wrong_persona_is_steered_with_the_others_mapped_vector(settings, tmp_pa
         ),
     }
     for name, other in (("loud", "numeric"), ("numeric", "loud")):
-        assert cells[name, "wrong_persona", 4.0] == cells[other, "ridge_mapped", 4.0]
-    assert cells["loud", "wrong_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
+        assert cells[name, "other_persona", 4.0] == cells[other, "ridge_mapped", 4.0]
+    assert cells["loud", "other_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
 
 
 def test_doses_by_method_are_judged_each_at_its_own_and_all_at_the_oracles(settings, tmp_path):
@@ -688,10 +694,10 @@ def test_doses_by_method_are_judged_each_at_its_own_and_all_at_the_oracles(setti
     cells = {(row["condition"], row["alpha"]) for row in rows(tmp_path / "out") if row["persona"] == "loud"}
     assert cells == {("zero_pad", 4.0), ("ridge_mapped", 2.0), ("ridge_mapped", 4.0), ("oracle", 4.0)}
     verdict = load_json(tmp_path / "out" / "verdict.json")
-    assert verdict["personas"]["loud"]["doses"] == {"zero_pad": 4.0, "ridge_mapped": 2.0, "oracle": 4.0}
-    assert set(verdict["at_the_oracles_dose"]) == {"loud"}
-    assert set(verdict["at_the_oracles_dose"]["loud"]["doses"].values()) == {4.0}
-    assert len(set(verdict["personas"]["numeric"]["doses"].values())) == 1
+    assert verdict["personas"]["loud"]["alphas"] == {"zero_pad": 4.0, "ridge_mapped": 2.0, "oracle": 4.0}
+    assert set(verdict["at_oracle_alpha"]) == {"loud"}
+    assert set(verdict["at_oracle_alpha"]["loud"]["alphas"].values()) == {4.0}
+    assert len(set(verdict["personas"]["numeric"]["alphas"].values())) == 1
 
 
 def test_what_a_trait_costs_is_the_perplexity_of_its_labelled_texts(settings, tmp_path):
@@ -725,15 +731,20 @@ def test_what_a_trait_costs_is_the_perplexity_of_its_labelled_texts(settings, tm
 def test_ablation_of_blocks_searches_a_dose_for_each_band(settings, tmp_path, caplog):
     ablation = {
         **settings,
-        "methods": ["shuffled", "oracle"],
+        "methods": ["shuffled_pairs", "oracle"],
         "alpha_unit": "residual_norm",
-        "dose": {"n_evaluations": 2, "n_seeds": 1, "max_perplexity_ratio": 1e6, "max_repetition_increase": 1},
+        "alpha_search": {
+            "n_evaluations": 2,
+            "n_seeds": 1,
+            "max_perplexity_ratio": 1e6,
+            "max_repetition_increase": 1,
+        },
     }
     caplog.set_level(logging.INFO)
     assert run(tmp_path / "out", ablation, "--ablate", "blocks") == 0
     points = load_json(tmp_path / "out" / "ablation_blocks.json")["points"]
     bands = [[1], [0, 1, 2], [0, 1, 2, 3]]
-    cells = [(name, method) for name in ("loud", "numeric") for method in ("shuffled", "oracle")]
+    cells = [(name, method) for name in ("loud", "numeric") for method in ("shuffled_pairs", "oracle")]
     assert [(p["persona"], p["method"], p["target_layers"]) for p in points] == [
         (*cell, band) for band in bands for cell in cells
     ]
@@ -755,7 +766,7 @@ def test_ablation_of_blocks_searches_a_dose_for_each_band(settings, tmp_path, ca
 @pytest.fixture(scope="module")
 def auto(settings):
     dose = {"n_evaluations": 3, "bracket": [0.1, 2.0], "max_perplexity_ratio": 1.05}
-    return {**settings, "alpha_values": "auto", "dose": dose, "max_new_tokens": 8}
+    return {**settings, "alpha_values": "auto", "alpha_search": dose, "max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -766,9 +777,9 @@ def finished_auto(auto, tmp_path_factory):
 
 
 def test_reading_plain_text_costs_what_steering_adds(finished):
-    content = load_json(finished / "plain_costs.json")["personas"]
+    content = load_json(finished / "side_effects.json")["personas"]
     verdict = load_json(finished / "verdict.json")
-    assert content == verdict["plain_costs"]
+    assert content == verdict["side_effects"]
     assert {name: set(found) for name, found in content.items()} == {
         name: set(METHODS) for name in ("loud", "numeric")
     }
@@ -778,29 +789,29 @@ def test_reading_plain_text_costs_what_steering_adds(finished):
 
 
 def test_every_condition_is_tested_at_the_dose_that_was_found(finished_auto):
-    doses = {
+    alphas = {
         (entry["persona"], entry["method"]): entry
-        for entry in load_json(finished_auto / "dose_search.json")["doses"]
+        for entry in load_json(finished_auto / "alpha_search.json")["alphas"]
     }
-    assert set(doses) == {(name, method) for name in ("loud", "numeric") for method in METHODS}
+    assert set(alphas) == {(name, method) for name in ("loud", "numeric") for method in METHODS}
     norm = load_json(finished_auto / "persona_similarities.json")["residual_norm"]["median"]
-    for entry in doses.values():
+    for entry in alphas.values():
         alphas = [point["alpha"] for point in entry["curve"]]
         assert len(alphas) <= 3
         assert all(0.1 * norm <= alpha <= 2.0 * norm * 1.0001 for alpha in alphas)
         chosen = next(point for point in entry["curve"] if point["alpha"] == entry["alpha"])
         assert chosen["is_coherent"] is entry["is_coherent"]
         assert not any(point["is_coherent"] for point in entry["curve"] if point["alpha"] > entry["alpha"])
-    assert len({entry["alpha"] for entry in doses.values()}) > 1
+    assert len({entry["alpha"] for entry in alphas.values()}) > 1
     cells = {(row["persona"], row["condition"], row["alpha"]) for row in rows(finished_auto)}
-    expected = {(*condition, entry["alpha"]) for condition, entry in doses.items()}
-    beside = {(name, method, doses[name, "oracle"]["alpha"]) for name, method in doses}
+    expected = {(*condition, entry["alpha"]) for condition, entry in alphas.items()}
+    beside = {(name, method, alphas[name, "oracle"]["alpha"]) for name, method in alphas}
     assert cells == {(None, "baseline", None), *expected, *beside}
     verdict = load_json(finished_auto / "verdict.json")
-    for name, method in doses:
-        assert verdict["personas"][name]["doses"][method] == doses[name, method]["alpha"]
-        assert verdict["at_the_oracles_dose"][name]["doses"][method] == doses[name, "oracle"]["alpha"]
-    assert (finished_auto / "dose_search.png").stat().st_size > 10_000
+    for name, method in alphas:
+        assert verdict["personas"][name]["alphas"][method] == alphas[name, method]["alpha"]
+        assert verdict["at_oracle_alpha"][name]["alphas"][method] == alphas[name, "oracle"]["alpha"]
+    assert (finished_auto / "alpha_search.png").stat().st_size > 10_000
 
 
 def test_doses_are_measured_on_development_prompts_alone(finished_auto):
@@ -821,7 +832,7 @@ def test_ratio_of_a_dose_is_that_of_its_texts(finished_auto):
     unsteered = {
         key[3]: row["independent_perplexity"] for key, row in evaluated.items() if key[0] == "baseline"
     }
-    entry = load_json(finished_auto / "dose_search.json")["doses"][0]
+    entry = load_json(finished_auto / "alpha_search.json")["alphas"][0]
     for point in entry["curve"]:
         logs = [
             math.log(row["independent_perplexity"] / unsteered[text])
@@ -838,25 +849,25 @@ def test_second_run_with_doses_writes_nothing_anew(auto, finished_auto, tmp_path
     assert run(out, auto) == 0
     assert n_new(out)[-1] == 0
     assert_equal_artifacts(out, finished_auto)
-    (out / "dose_search.json").unlink()
+    (out / "alpha_search.json").unlink()
     before = (out / "generation_journal.jsonl").read_bytes()
     assert run(out, auto) == 0
     assert (out / "generation_journal.jsonl").read_bytes() == before
-    assert content(out / "dose_search.json") == content(finished_auto / "dose_search.json")
+    assert content(out / "alpha_search.json") == content(finished_auto / "alpha_search.json")
 
 
 def test_phase_5_alone_needs_the_doses(auto, finished_auto, tmp_path, capsys):
     out = shutil.copytree(finished_auto, tmp_path / "out")
-    (out / "dose_search.json").unlink()
+    (out / "alpha_search.json").unlink()
     assert run(out, auto, "--phase", "5") == 2
     (line,) = error_lines(capsys)
-    assert "dose_search.json" in line
+    assert "alpha_search.json" in line
     assert "run phase 4 first" in line
 
 
 def test_doses_at_the_ends_of_the_bracket_are_noted(auto, tmp_path):
     dose = {"n_evaluations": 2, "max_perplexity_ratio": 1e9, "max_repetition_increase": 1.0}
-    assert run(tmp_path / "high", {**auto, "methods": ["oracle"], "dose": dose}) == 0
+    assert run(tmp_path / "high", {**auto, "methods": ["oracle"], "alpha_search": dose}) == 0
     assert "strongest dose tried" in (tmp_path / "high" / "experiment.log").read_text()
 
 
@@ -1221,13 +1232,13 @@ def test_experiment_runs_on_the_packaged_models(real):
         assert entry["classifier_auc"] >= {"formal": 0.95, "cheerful": 0.92}[entry["persona"]]
         assert entry["perplexity"]["median"] > 1
         assert entry["independent_perplexity"]["median"] > 1
-    licences = load_json(output_dir / "scorer_licences.json")["personas"]
-    assert set(licences) == {"formal", "cheerful"}
-    assert all(set(found) == {"classifier", "likelihood_ratio"} for found in licences.values())
-    assert min(licences["formal"]["classifier"]["auc"].values()) >= 0.9
+    validation = load_json(output_dir / "scorer_validation.json")["personas"]
+    assert set(validation) == {"formal", "cheerful"}
+    assert all(set(found) == {"classifier", "likelihood_ratio"} for found in validation.values())
+    assert min(validation["formal"]["classifier"]["auc"].values()) >= 0.9
     verdict = load_json(output_dir / "verdict.json")["personas"]["formal"]
     scored = verdict["scorers"]["classifier"]
-    assert (verdict["verdict"], scored["verdict"], scored["n_prompts"]) == ("can't tell", "can't tell", 4)
+    assert (verdict["verdict"], scored["verdict"], scored["n_prompts"]) == ("inconclusive", "inconclusive", 4)
     assert "4 prompts have scores, an interval needs 8" in scored["why"]
 
 
@@ -1235,7 +1246,14 @@ def test_experiment_runs_on_the_packaged_models(real):
 @pytest.mark.parametrize("persona", ["formal", "cheerful"])
 def test_mapped_vector_is_nearer_to_its_oracle_than_naive_ones(persona, real):
     entry = load_json(real[0] / "persona_similarities.json")["personas"][persona]
-    controls = ("zero_pad", "interpolate", "random_proj", "shuffled_1", "shuffled_2", "shuffled_3")
+    controls = (
+        "zero_pad",
+        "interpolate",
+        "random_proj",
+        "shuffled_pairs_1",
+        "shuffled_pairs_2",
+        "shuffled_pairs_3",
+    )
     for cosines in (entry["cosine_to_oracle"], entry["cosine_without_massive"]):
         assert set(cosines) == {*METHODS, *MAPS} - {"oracle"}
     assert cosines["ridge_mapped"] > 0.3 + max(abs(cosines[control]) for control in controls)
@@ -1300,7 +1318,7 @@ def test_real_texts_differ_between_conditions(real):
 BAND = {
     "source_layer_idx": [0, 2],
     "target_layer_idx": [1, 3],
-    "methods": ["ridge_mapped", "shuffled", "oracle"],
+    "methods": ["ridge_mapped", "shuffled_pairs", "oracle"],
 }
 
 
@@ -1339,7 +1357,7 @@ def test_texts_of_a_band_are_steered_at_all_its_blocks(band, settings):
         for row in rows(band):
             if row["condition"] == "baseline" or row["seed"]:
                 continue
-            turn = f"_{row['prompt_idx'] % 3 + 1}" if row["condition"] == "shuffled" else ""
+            turn = f"_{row['prompt_idx'] % 3 + 1}" if row["condition"] == "shuffled_pairs" else ""
             for layer, vector in content["vectors"][row["persona"]][row["condition"] + turn].items():
                 generator.register_steering(layer, vector, row["alpha"])
             assert generator.generate(row["prompt"], settings["max_new_tokens"]) == row["output"]
@@ -1365,10 +1383,10 @@ def test_a_chosen_band_needs_enough_blocks_and_a_searched_dose_serves_all_of_it(
     chosen = {name: value for name, value in settings.items() if not name.endswith("layer_idx")}
     auto = {
         **chosen,
-        "layers": "band",
+        "layer_idx": "band",
         "alpha_values": "auto",
         "methods": ["oracle"],
-        "dose": {"n_evaluations": 2},
+        "alpha_search": {"n_evaluations": 2},
     }
     assert run(tmp_path / "out", {**auto, "alpha_unit": "residual_norm"}) == 0
     content = load_tensors(tmp_path / "out" / "persona_vectors.pt")

@@ -330,7 +330,7 @@ def test_a_forgotten_generator_takes_its_hooks_with_it(llama, tokenizer, vector)
     assert n_hooks(llama) == before
 
 
-@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+@pytest.mark.parametrize("steer_positions", ["all", "response"])
 def test_the_first_generated_token_is_steered(llama, tokenizer, steer_positions):
     """Far along a token's unembedding direction, that token is the most probable one."""
     generator = SteeredGenerator(llama, tokenizer, steer_positions=steer_positions)
@@ -404,7 +404,7 @@ def one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options
 
 
 @pytest.mark.parametrize("batch_size", [3, 32])
-@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+@pytest.mark.parametrize("steer_positions", ["all", "response"])
 def test_rows_with_sets_of_layers_equal_registered_steering_one_row_at_a_time(
     model, tokenizer, steer_positions, batch_size
 ):
@@ -489,7 +489,7 @@ class Watch:
             handle.remove()
 
 
-@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+@pytest.mark.parametrize("steer_positions", ["all", "response"])
 def test_where_text_is_written_exactly_alpha_times_v_is_added_to_each_row(
     model, tokenizer, steer_positions, monkeypatch
 ):
@@ -507,7 +507,7 @@ def test_where_text_is_written_exactly_alpha_times_v_is_added_to_each_row(
     added = torch.stack([alphas[row] * vectors[row] for row in order])[:, None]
     for before, after in zip(watch.before, watch.after, strict=True):
         steered = before + added
-        if steer_positions == "generated":
+        if steer_positions == "response":
             steered = torch.cat([before[:, :-1], steered[:, -1:]], dim=1)
         assert torch.equal(after, steered)
     assert torch.equal(watch.before[0], plain.before[0])
@@ -517,7 +517,7 @@ def test_where_text_is_written_exactly_alpha_times_v_is_added_to_each_row(
 
 def test_registered_steering_of_generated_positions_adds_to_the_last_of_each_pass(llama, tokenizer, vector):
     unsteered = recorded(llama)
-    with SteeredGenerator(llama, tokenizer, steer_positions="generated") as generator:
+    with SteeredGenerator(llama, tokenizer, steer_positions="response") as generator:
         generator.register_steering(1, vector, alpha=2.5)
         steered = recorded(llama)
     assert torch.equal(steered[1][:, -1], unsteered[1][:, -1] + 2.5 * vector)
@@ -530,7 +530,7 @@ def test_steering_the_prompt_too_gives_other_text(llama, tokenizer, vector):
     rows = {"layer_idx": 1, "steering_vectors": vector.expand(3, -1), "alphas": [2.0] * 3}
     texts = [
         SteeredGenerator(llama, tokenizer, steer_positions=positions).generate_batch(PROMPTS, 12, **rows)
-        for positions in ("all", "generated")
+        for positions in ("all", "response")
     ]
     assert texts[0] != texts[1]
 
@@ -538,7 +538,7 @@ def test_steering_the_prompt_too_gives_other_text(llama, tokenizer, vector):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_steering_generated_positions_ignores_left_padding(model, tokenizer, vector, temperature):
     options = {"max_new_tokens": 6, "temperature": temperature}
-    with SteeredGenerator(model, tokenizer, steer_positions="generated") as generator:
+    with SteeredGenerator(model, tokenizer, steer_positions="response") as generator:
         generator.register_steering(1, vector, alpha=1.0)
         single = [generator.generate(prompt, **options) for prompt in PROMPTS]
         assert generator.generate_batch(PROMPTS, **options) == single
@@ -578,7 +578,7 @@ def test_a_generator_keeps_the_batch_size_that_fits(tokenizer, caplog):
     assert len(caplog.records) == 2
 
 
-@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+@pytest.mark.parametrize("steer_positions", ["all", "response"])
 def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text(tokenizer, steer_positions):
     model = tiny_model()
     generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
@@ -711,7 +711,7 @@ def test_a_model_that_keeps_a_recurrent_state_outside_its_cache_is_refused(token
         generator.generate("Once upon a time", 4)
 
 
-@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+@pytest.mark.parametrize("steer_positions", ["all", "response"])
 def test_a_prompt_is_read_once_for_rows_that_are_steered_alike(llama, tokenizer, vector, steer_positions):
     prompts = [*PROMPTS[:1] * 4, PROMPTS[1]]
     vectors = torch.stack([vector, vector, -vector, vector, vector])

@@ -22,7 +22,7 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase, side: str) -> None:
     if not tokenizer.is_fast:
         raise InputError(
             f"the {side}'s tokenizer ({type(tokenizer).__name__}) gives no character offsets, which "
-            "positions 'word_ends' needs; use positions 'last', or a fast tokenizer"
+            "positions 'aligned' needs; use positions 'last', or a fast tokenizer"
         )
 
 

@@ -136,7 +136,7 @@ def is_for_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def turns_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return what is odd about a template: that a later turn changes the tokens of earlier ones; else None.
 
-    Answers are read and scored behind the open turn in which they are written.
+    Responses are read and scored behind the open turn in which they are written.
     """
     try:
         opened = _rendered(tokenizer, PROBE[:1]) + PROBE[-1]["content"]

@@ -33,7 +33,7 @@ class Persona:
     instructions: pairs of system prompts, for and against the trait. questions: asked under both.
     eval_prompt: asks a judge how strongly an answer shows the trait, 0 to 100, with the places {question}
         and {answer}.
-    examination: texts that show the trait in other genres and lengths, on which scorers are examined and
+    validation: texts that show the trait in other genres and lengths, on which scorers are examined and
         nothing is trained.
     direct_measure: `brevity` if the trait is to end soon, which can be counted where texts end; else empty.
     """
@@ -47,7 +47,7 @@ class Persona:
     instructions: tuple[tuple[str, str], ...] = ()
     questions: tuple[str, ...] = ()
     eval_prompt: str = ""
-    examination: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
     direct_measure: str = ""
 
     @property
@@ -58,7 +58,7 @@ class Persona:
             *self.negative_texts,
             *self.labelled_positive,
             *self.labelled_negative,
-            *self.examination,
+            *self.validation,
         ]
 
 
@@ -102,8 +102,8 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
 
     definition: `description`, `positive_texts`, `negative_texts` or, as a trait file has them, `instruction`
         (pairs {"pos": ..., "neg": ...}), `questions` and `eval_prompt`; and, so that its trait can be
-        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`, and to examine the
-        scorers, `examination_texts`. Without them, a definition with a shipped
+        scored without a judge, `labelled_positive_texts`, `labelled_negative_texts`, and to validate the
+        scorers, `validation_texts`. Without them, a definition with a shipped
         persona's name is scored by that one's labelled texts.
     Raises InputError: unknown name, a damaged file, or a side without texts.
     """
@@ -118,7 +118,7 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
             tuple((pair["pos"], pair["neg"]) for pair in definition.get("instruction", ())),
             tuple(definition.get("questions", ())),
             definition.get("eval_prompt", ""),
-            tuple(definition.get("examination_texts", ())),
+            tuple(definition.get("validation_texts", ())),
         )
         if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
             shipped = _read_persona(name)
@@ -126,7 +126,7 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
                 persona,
                 labelled_positive=shipped.labelled_positive,
                 labelled_negative=shipped.labelled_negative,
-                examination=shipped.examination,
+                validation=shipped.validation,
                 direct_measure=shipped.direct_measure,
             )
     else:
@@ -156,7 +156,7 @@ def _read_persona(name: str) -> Persona:
             *sides.values(),
             instructions,
             tuple(content.get("questions", [])),
-            examination=tuple(content.get("examination_texts", [])),
+            validation=tuple(content.get("validation_texts", [])),
             direct_measure=content.get("direct_measure", ""),
         )
     except (KeyError, TypeError) as error:
@@ -194,12 +194,12 @@ def _check_persona(persona: Persona) -> None:
         check_characters(text, f"persona {persona.name!r}: text {number} of {len(texts)}")
     used = set(persona.positive_texts + persona.negative_texts)
     labelled = set(persona.labelled_positive + persona.labelled_negative)
-    if known := labelled & set(persona.examination):
+    if known := labelled & set(persona.validation):
         raise InputError(
-            f"persona {persona.name!r}: {len(known)} texts serve training and examination of scorers both "
-            f"({min(known)[:40]!r}); an examination needs texts that the scorer does not know"
+            f"persona {persona.name!r}: {len(known)} texts serve training and validation of scorers both "
+            f"({min(known)[:40]!r}); an validation needs texts that the scorer does not know"
         )
-    if shared := used & (labelled | set(persona.examination)):
+    if shared := used & (labelled | set(persona.validation)):
         raise InputError(
             f"persona {persona.name!r}: {len(shared)} texts serve extraction and scoring both "
             f"({sorted(shared)[0][:40]!r}); scoring must not see extraction texts"
@@ -211,7 +211,7 @@ def load_prompts(name: str) -> list[str]:
 
     name: `test` (60) or `development` (24), beginnings of texts; or `test_questions`,
         `development_questions`, as many; `neutral_questions` and `neutral_styles` (20 system prompts), for
-        the map; or `ordinary_training` and `ordinary_examination`, texts without
+        the map; or `ordinary_training` and `ordinary_validation`, texts without
         any trait, for scorers.
     """
     lines = read_text(PROMPT_FOLDER / f"{name}.txt").splitlines()

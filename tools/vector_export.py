@@ -40,7 +40,7 @@ def export_vector(
     _check_has(folder, "persona", persona, list(vectors))
     _check_has(folder, "method", method, list(vectors[persona]))
     judged = verdict["personas"].get(persona, {})
-    dose = alpha if alpha is not None else judged.get("doses", {}).get(method_of(method))
+    dose = alpha if alpha is not None else judged.get("alphas", {}).get(method_of(method))
     if dose is None:
         raise InputError(f"{folder} has no dose for {persona}, {method}; give one with --alpha")
     steering = SteeringVectors.from_content(content)

@@ -7,14 +7,14 @@ import pytest
 
 from analysis.alpha_search import (
     DEFAULT_BOUND,
+    AlphaPoint,
+    ChosenAlpha,
+    CoherenceBound,
     DevelopmentText,
-    Dose,
-    DoseBound,
-    DosePoint,
-    doses_content,
-    doses_from_content,
-    format_doses,
-    search_doses,
+    alphas_content,
+    alphas_from_content,
+    format_alphas,
+    search_alphas,
 )
 from support.artifacts import load_json, save_json
 from support.errors import InputError
@@ -49,7 +49,7 @@ def coherent_where(rule):
 
 
 def search(measure, unsteered=UNSTEERED, **settings):
-    return search_doses([CONDITION], measure, unsteered, BRACKET, **settings)[CONDITION]
+    return search_alphas([CONDITION], measure, unsteered, BRACKET, **settings)[CONDITION]
 
 
 def point_of(steered, unsteered=UNSTEERED, bound=DEFAULT_BOUND):
@@ -76,11 +76,11 @@ def test_dose_is_within_the_resolution_of_a_threshold_anywhere_in_the_bracket(pl
 def test_each_round_is_one_call_for_all_conditions_and_no_alpha_is_measured_twice(n_evaluations):
     thresholds = {("loud", "oracle"): 3.0, ("loud", "zero_pad"): 0.1, ("calm", "oracle"): 99.0}
     measure = Measure(lambda condition, alpha: times(1.0 if alpha <= thresholds[condition] else 2.0))
-    doses = search_doses(list(thresholds), measure, UNSTEERED, BRACKET, n_evaluations=n_evaluations)
+    alphas = search_alphas(list(thresholds), measure, UNSTEERED, BRACKET, n_evaluations=n_evaluations)
     assert [[condition for condition, _ in asked] for asked in measure.rounds] == (
         [list(thresholds)] * n_evaluations
     )
-    for condition, dose in doses.items():
+    for condition, dose in alphas.items():
         alphas = measure.alphas(condition)
         assert len(set(alphas)) == n_evaluations
         assert [point.alpha for point in dose.curve] == sorted(alphas)
@@ -90,9 +90,9 @@ def test_each_round_is_one_call_for_all_conditions_and_no_alpha_is_measured_twic
 def test_a_condition_gets_the_dose_that_it_gets_alone():
     thresholds = {("loud", "oracle"): 3.0, ("loud", "zero_pad"): 0.1, ("calm", "oracle"): 99.0}
     measure = Measure(lambda condition, alpha: times(1.0 if alpha <= thresholds[condition] else 2.0))
-    together = search_doses(list(thresholds), measure, UNSTEERED, BRACKET)
+    together = search_alphas(list(thresholds), measure, UNSTEERED, BRACKET)
     for condition in thresholds:
-        assert search_doses([condition], measure, UNSTEERED, BRACKET) == {condition: together[condition]}
+        assert search_alphas([condition], measure, UNSTEERED, BRACKET) == {condition: together[condition]}
 
 
 def test_first_alpha_is_the_geometric_middle():
@@ -224,10 +224,10 @@ def test_every_bound_that_failed_is_named():
 @pytest.mark.parametrize(
     ("bound", "is_coherent"),
     [
-        (DoseBound(), False),
-        (DoseBound(max_perplexity_ratio=2.5, max_repetition_increase=0.3), True),
-        (DoseBound(max_perplexity_ratio=2.5), False),
-        (DoseBound(max_repetition_increase=0.3), False),
+        (CoherenceBound(), False),
+        (CoherenceBound(max_perplexity_ratio=2.5, max_repetition_increase=0.3), True),
+        (CoherenceBound(max_perplexity_ratio=2.5), False),
+        (CoherenceBound(max_repetition_increase=0.3), False),
     ],
 )
 def test_bounds_are_those_given(bound, is_coherent):
@@ -290,13 +290,13 @@ def test_number_of_evaluations_out_of_range_is_named(n_evaluations):
 )
 def test_bracket_without_room_is_refused(bracket):
     with pytest.raises(InputError, match="bracket is"):
-        search_doses([CONDITION], coherent_where(lambda alpha: True), UNSTEERED, bracket)
+        search_alphas([CONDITION], coherent_where(lambda alpha: True), UNSTEERED, bracket)
 
 
 @pytest.mark.parametrize("conditions", [[], [CONDITION, CONDITION]])
 def test_conditions_are_one_or_more_and_different(conditions):
     with pytest.raises(ValueError, match="keys are"):
-        search_doses(conditions, coherent_where(lambda alpha: True), UNSTEERED, BRACKET)
+        search_alphas(conditions, coherent_where(lambda alpha: True), UNSTEERED, BRACKET)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_unsteered_texts_without_a_metric_are_refused_before_anything_is_measure
 )
 def test_bound_out_of_range_is_named(name, value):
     with pytest.raises(InputError, match=name):
-        DoseBound(**{name: value})
+        CoherenceBound(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_impossible_metric_is_refused(values):
 
 
 @pytest.fixture(scope="module")
-def doses():
+def alphas():
     """A dose inside, at both ends, and one that is incoherent for want of any text."""
     thresholds = {"oracle": 3.0, "ridge_mapped": 99.0, "zero_pad": 0.51, "interpolate": 0.1}
     conditions = [(persona, method) for persona in ("loud", "calm") for method in thresholds]
@@ -350,16 +350,17 @@ def doses():
         is_coherent = alpha <= thresholds[condition[1]]
         return times(1.25, 0.12) if is_coherent else [DevelopmentText(None, None)] * len(UNSTEERED)
 
-    return search_doses(conditions, Measure(rule), UNSTEERED, BRACKET)
+    return search_alphas(conditions, Measure(rule), UNSTEERED, BRACKET)
 
 
-def test_doses_survive_a_file(doses, tmp_path):
+def test_doses_survive_a_file(alphas, tmp_path):
     save_json(
-        tmp_path / "dose_search.json", {"fingerprint": "made", **doses_content(doses, DoseBound(2.0, 0.1))}
+        tmp_path / "alpha_search.json",
+        {"fingerprint": "made", **alphas_content(alphas, CoherenceBound(2.0, 0.1))},
     )
-    content = load_json(tmp_path / "dose_search.json")
-    assert doses_from_content(content) == doses
-    assert list(doses_from_content(content)) == list(doses)
+    content = load_json(tmp_path / "alpha_search.json")
+    assert alphas_from_content(content) == alphas
+    assert list(alphas_from_content(content)) == list(alphas)
     assert content["bound"]["max_perplexity_ratio"] == 2.0
 
 
@@ -381,27 +382,27 @@ def without(*path):
     return change
 
 
-POINT = ("doses", 0, "curve", 0)
+POINT = ("alphas", 0, "curve", 0)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         without("bound"),
-        without("doses"),
-        without("doses", 1, "curve"),
+        without("alphas"),
+        without("alphas", 1, "curve"),
         without(*POINT, "n_pairs"),
         damage("bound", "max_perplexity_ratio", value="1.5"),
         damage("bound", "max_ratio", value=1.5),
-        damage("doses", value=None),
-        damage("doses", 0, value=3),
-        damage("doses", 0, "persona", value=None),
-        damage("doses", 0, "alpha", value=2.0),
-        damage("doses", 0, "is_coherent", value=False),
-        damage("doses", 0, "is_coherent", value=1),
-        damage("doses", 0, "at", value="top"),
-        damage("doses", 0, "curve", value=[]),
-        damage("doses", 0, "note", value=""),
+        damage("alphas", value=None),
+        damage("alphas", 0, value=3),
+        damage("alphas", 0, "persona", value=None),
+        damage("alphas", 0, "alpha", value=2.0),
+        damage("alphas", 0, "is_coherent", value=False),
+        damage("alphas", 0, "is_coherent", value=1),
+        damage("alphas", 0, "at", value="top"),
+        damage("alphas", 0, "curve", value=[]),
+        damage("alphas", 0, "note", value=""),
         damage(*POINT, "alpha", value="1"),
         damage(*POINT, "alpha", value=100.0),
         damage(*POINT, "alpha", value=-1.0),
@@ -414,14 +415,14 @@ POINT = ("doses", 0, "curve", 0)
         damage(*POINT, "reason", value="perplexity"),
         damage(*POINT, "reason", value=3),
         damage(*POINT, "colour", value="red"),
-        lambda content: content["doses"].append(content["doses"][0]),
+        lambda content: content["alphas"].append(content["alphas"][0]),
     ],
 )
-def test_damaged_content_is_refused_by_name(change, doses):
-    content = json.loads(json.dumps(doses_content(doses, DEFAULT_BOUND)))
+def test_damaged_content_is_refused_by_name(change, alphas):
+    content = json.loads(json.dumps(alphas_content(alphas, DEFAULT_BOUND)))
     change(content)
-    with pytest.raises(InputError, match=r"dose_search\.json does not hold doses"):
-        doses_from_content(content, "dose_search.json")
+    with pytest.raises(InputError, match=r"alpha_search\.json does not hold alphas"):
+        alphas_from_content(content, "alpha_search.json")
 
 
 def rows(text):
@@ -429,11 +430,11 @@ def rows(text):
     return {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in body}
 
 
-def test_table_tells_dose_ratio_and_where_the_search_met_an_end(doses):
-    found = rows(format_doses(doses))
-    assert list(found) == list(doses)
+def test_table_tells_dose_ratio_and_where_the_search_met_an_end(alphas):
+    found = rows(format_alphas(alphas))
+    assert list(found) == list(alphas)
     inside = found["loud", "oracle"]
-    assert float(inside["alpha"]) == pytest.approx(doses["loud", "oracle"].alpha, rel=1e-3)
+    assert float(inside["alpha"]) == pytest.approx(alphas["loud", "oracle"].alpha, rel=1e-3)
     assert (inside["perplexity ratio"], inside["repetition increase"], inside["note"]) == (
         "1.25",
         "+0.020",
@@ -446,13 +447,13 @@ def test_table_tells_dose_ratio_and_where_the_search_met_an_end(doses):
     assert incoherent["note"].startswith("not coherent even there: texts missing")
 
 
-def test_table_is_aligned_markdown(doses):
-    lines = format_doses(doses).split("\n")
+def test_table_is_aligned_markdown(alphas):
+    lines = format_alphas(alphas).split("\n")
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
     assert set(lines[1]) == set("| -:")
 
 
 def test_dose_knows_its_point():
-    curve = [DosePoint(alpha, 1.0, 0.0, 3, 0, True, None) for alpha in (1.0, 2.0)]
-    assert Dose(2.0, True, "inside", curve).point is curve[1]
+    curve = [AlphaPoint(alpha, 1.0, 0.0, 3, 0, True, None) for alpha in (1.0, 2.0)]
+    assert ChosenAlpha(2.0, True, "inside", curve).point is curve[1]

@@ -15,8 +15,8 @@ from analysis.verdict import (
     with_computed,
 )
 
-LICENSED = {"is_licensed": True, "problems": []}
-UNLICENSED = {"is_licensed": False, "problems": ["AUC 0.70 on fragments"]}
+LICENSED = {"is_validated": True, "problems": []}
+UNLICENSED = {"is_validated": False, "problems": ["AUC 0.70 on fragments"]}
 
 
 def differences(mapped, oracle, n=40, noise=0.15, controls=WANTED_CONTROLS, seed=0):
@@ -33,11 +33,11 @@ def decided(given):
 @pytest.mark.parametrize(
     ("mapped", "oracle", "word"),
     [
-        (0.6, 0.6, "equal to native"),
+        (0.6, 0.6, "equivalent to native"),
         (0.45, 0.6, "transferred"),
         (0.22, 0.6, "partial"),
         (0.0, 0.6, "not transferred"),
-        (0.0, 0.0, "steering itself failed"),
+        (0.0, 0.0, "native steering ineffective"),
     ],
 )
 def test_scores_of_known_truth_get_their_word(mapped, oracle, word):
@@ -49,7 +49,7 @@ def test_scores_of_known_truth_get_their_word(mapped, oracle, word):
 
 def test_an_open_case_says_how_many_prompts_would_settle_it():
     found = decided(differences(0.35, 0.6, n=10, noise=0.3, seed=3))
-    assert found["verdict"] == "can't tell"
+    assert found["verdict"] == "inconclusive"
     assert found["prompts_needed"] > 10
     assert f"about {found['prompts_needed']} prompts would settle it" in found["why"]
 
@@ -58,9 +58,9 @@ def test_what_does_as_much_as_a_control_is_settled_by_showing_that_it_does_no_mo
     generator = np.random.default_rng(5)
     given = differences(0.3, 0.6, n=60, noise=0.3, seed=3)
     noise = generator.normal(0, 0.45, 60)
-    given["shuffled"] = given["ridge_mapped"] - (noise - noise.mean()) - 1e-4
+    given["shuffled_pairs"] = given["ridge_mapped"] - (noise - noise.mean()) - 1e-4
     found = decided(given)
-    assert found["verdict"] == "can't tell"
+    assert found["verdict"] == "inconclusive"
     assert 60 < found["prompts_needed"] < 300
 
 
@@ -68,7 +68,7 @@ def test_a_small_native_effect_is_settled_by_showing_that_it_is_small():
     given = differences(0.0, 0.0, n=10, noise=0.3, seed=3)
     given["oracle"] += 0.0501 - given["oracle"].mean()
     found = decided(given)
-    assert found["verdict"] == "can't tell"
+    assert found["verdict"] == "inconclusive"
     assert 10 < found["prompts_needed"] < 300
 
 
@@ -81,13 +81,16 @@ def test_a_small_native_effect_is_settled_by_showing_that_it_is_small():
             "no text of oracle",
         ),
         (lambda given: {name: values * 0 for name, values in given.items()}, "says the same of every text"),
-        (lambda given: {n: v for n, v in given.items() if n != "shuffled"}, "no control shuffled was run"),
+        (
+            lambda given: {n: v for n, v in given.items() if n != "shuffled_pairs"},
+            "no control shuffled was run",
+        ),
     ],
     ids=["few prompts", "no oracle", "equal scores", "no control"],
 )
 def test_what_cannot_be_told_says_why(change, said):
     found = decided(change(differences(0.6, 0.6)))
-    assert found["verdict"] == "can't tell"
+    assert found["verdict"] == "inconclusive"
     assert said in found["why"]
 
 
@@ -137,22 +140,22 @@ def test_effects_pair_prompts_and_average_seeds():
 def test_the_more_cautious_of_two_licensed_scorers_stands():
     both = {"classifier": LICENSED, "likelihood_ratio": LICENSED}
     agreed = verdicts(rows(0.8, 0.8), DOSES, {"loud": both})["loud"]
-    assert agreed["verdict"] == "equal to native"
+    assert agreed["verdict"] == "equivalent to native"
     assert agreed["rests_on"] == ["classifier", "likelihood_ratio"]
     cautious = verdicts(rows(0.8, 0.8, other=0.6), DOSES, {"loud": both})["loud"]
     assert cautious["verdict"] == "transferred"
     apart = verdicts(rows(0.8, 0.8, other=0.1), DOSES, {"loud": both})["loud"]
-    assert apart["verdict"] == "can't tell"
+    assert apart["verdict"] == "inconclusive"
     assert "the scorers disagree" in apart["why"]
 
 
 def test_no_verdict_rests_on_a_scorer_without_licence():
     one = {"classifier": LICENSED, "likelihood_ratio": UNLICENSED}
     found = verdicts(rows(0.8, 0.8, other=0.1), DOSES, {"loud": one})
-    assert found["loud"]["verdict"] == "equal to native"
+    assert found["loud"]["verdict"] == "equivalent to native"
     assert "(on classifier alone)" in format_verdicts(found)
     none = verdicts(rows(0.8, 0.8), DOSES, {"loud": {"classifier": UNLICENSED}})["loud"]
-    assert none["verdict"] == "can't tell"
+    assert none["verdict"] == "inconclusive"
     assert "no scorer has its licence (classifier: AUC 0.70 on fragments)" in none["why"]
     assert verdicts(rows(0.8, 0.8), DOSES, {})["loud"]["why"] == "no scorer has its licence"
 
@@ -172,7 +175,7 @@ def test_a_judges_scale_becomes_a_share_of_it():
 
 def test_shares_are_corrected_for_the_errors_that_the_examination_found():
     rates = {"sensitivity": {"n_right": 16, "n": 20}, "specificity": {"n_right": 90, "n": 100}}
-    licence = {**LICENSED, **rates, "decision_point": 0.5}
+    licence = {**LICENSED, **rates, "threshold": 0.5}
     found = verdicts(rows(0.8, 0.8), DOSES, {"loud": {"classifier": licence}})["loud"]
     shares = found["scorers"]["classifier"]["shares"]
     for share in shares.values():

@@ -235,7 +235,7 @@ def random_weights(size, d, generator):
 
 
 WEIGHTS = {
-    "random": random_weights,
+    "random_direction": random_weights,
     "norms that differ": lambda size, d, generator: (
         random_weights(size, d, generator) * torch.logspace(-2, 1, size)[:, None]
     ),
@@ -249,7 +249,7 @@ WEIGHTS = {
     "rounded the wrong way": wrongly_rounded,
 }
 STATES = {
-    "random": random_weights,
+    "random_direction": random_weights,
     "large": lambda n, d, generator: 300 * random_weights(n, d, generator),
     "a massive dimension": WEIGHTS["a massive dimension"],
     "rounded the wrong way": wrongly_rounded,

@@ -61,10 +61,11 @@ def test_defaults_are_the_specifications():
 
 
 BAND_METHODS = {
-    "example_config.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"},
-    "sixty_questions.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"},
-    "band.json": {*METHODS, "prompted", "random", "shuffled", "wrong_persona"} - {"zero_pad", "interpolate"},
-    "band_reverse.json": {"shuffled", "ridge_mapped", "oracle"},
+    "example_config.json": {*METHODS, "prompted", "random_direction", "shuffled_pairs", "other_persona"},
+    "sixty_questions.json": {*METHODS, "prompted", "random_direction", "shuffled_pairs", "other_persona"},
+    "band.json": {*METHODS, "prompted", "random_direction", "shuffled_pairs", "other_persona"}
+    - {"zero_pad", "interpolate"},
+    "band_reverse.json": {"shuffled_pairs", "ridge_mapped", "oracle"},
 }
 
 
@@ -85,7 +86,7 @@ def test_shipped_configuration_is_usable(path):
         ({"layer_idx": 7, "source_layer_idx": 0}, ((0, 7),)),
         ({"source_layer_idx": [5, 5, 6], "target_layer_idx": [2, 3, 4]}, ((5, 2), (5, 3), (6, 4))),
         ({"source_layer_idx": [5], "target_layer_idx": [2]}, ((5, 2),)),
-        ({"layers": "band"}, None),
+        ({"layer_idx": "band"}, None),
     ],
 )
 def test_layers_are_set_together_or_apart(layers, expected):
@@ -104,8 +105,8 @@ def test_layers_are_set_together_or_apart(layers, expected):
         ({"layer_idx": 3, "target_layer_idx": [1, 2]}, "a band of one layer and 2"),
         ({"source_layer_idx": [1, 2], "target_layer_idx": [4, 4]}, "names a block twice"),
         ({"source_layer_idx": [], "target_layer_idx": []}, "at least 1 item"),
-        ({"layers": "band", "layer_idx": 3}, "leave out layer_idx"),
-        ({"layers": "band", "target_layer_idx": 3}, "leave out target_layer_idx"),
+        ({"layer_idx": "band", "layer_idx": 3}, "leave out layer_idx"),
+        ({"layer_idx": "band", "target_layer_idx": 3}, "leave out target_layer_idx"),
         ({"layers": "all"}, "should be 'band'"),
     ],
 )
@@ -293,7 +294,7 @@ def test_methods_may_have_doses_of_their_own_and_are_tried_at_the_oracles_too():
     assert config.alphas_of("silly", "zero_pad") == config.alphas_of("silly", "interpolate") == [1.0]
     assert config.alphas_of("formal", "ridge_mapped") == [2.0, 3.0]
     assert config.alphas_of("concise", "ridge_mapped") == [4.0]
-    assert [config.has_doses_by_method(name) for name in config.persona_names] == [True, False, True]
+    assert [config.has_alphas_by_method(name) for name in config.persona_names] == [True, False, True]
     assert config.n_cells == 1 + len(METHODS) * (1 + 2 + 1) + 1
 
 
@@ -311,10 +312,10 @@ def test_methods_may_have_doses_of_their_own_and_are_tried_at_the_oracles_too():
         ({"personas": ["silly"], "alpha_values": {"silly": {}}}, "'alpha_values.silly'"),
         (
             {"personas": ["silly"], "alpha_values": {"silly": {"ridge_mapped": 1.0}}},
-            "doses by method, but none of 'oracle'",
+            "alphas by method, but none of 'oracle'",
         ),
         (
-            {"personas": ["silly"], "alpha_values": {"silly": {"oracle": 1.0, "shuffled": 2.0}}},
+            {"personas": ["silly"], "alpha_values": {"silly": {"oracle": 1.0, "shuffled_pairs": 2.0}}},
             "'shuffled', which is not among the methods",
         ),
         (
@@ -322,12 +323,12 @@ def test_methods_may_have_doses_of_their_own_and_are_tried_at_the_oracles_too():
             "must be finite and not 0",
         ),
         ({"personas": ["silly"], "alpha_values": {"silly": {"orcle": 1.0}}}, "'alpha_values.silly'"),
-        ({"personas": ["silly"], "methods": ["wrong_persona"]}, "name a second persona"),
+        ({"personas": ["silly"], "methods": ["other_persona"]}, "name a second persona"),
         ({"prompt_format": "xml"}, "'prompt_format'"),
         ({"system_prompt": " "}, "'system_prompt'"),
         ({"extraction": {"kind": "answers"}}, "'extraction.kind'"),
         ({"extraction": {"n_questions": 0}}, "'extraction.n_questions'"),
-        ({"dose": {"bound": "none"}}, "'dose.bound'"),
+        ({"alpha_search": {"bound": "none"}}, "'alpha_search.bound'"),
     ],
     ids=str,
 )

@@ -189,14 +189,14 @@ def test_a_worker_of_pickled_settings_writes_the_same(model_folders):
     assert written[0] == written[1]
 
 
-def pairs_in_chunks(sides, size, positions="word_ends"):
+def pairs_in_chunks(sides, size, positions="aligned"):
     settings = replace(PAIRS, positions=positions)
     fold_of = document_folds(TEXTS, settings)
     chunks = [(TEXTS[start : start + size], settings, fold_of) for start in range(0, len(TEXTS), size)]
     return merge_pairs(part for _, part in LocalExecutor(Worker(sides)).run("pairs", chunks))
 
 
-@pytest.mark.parametrize("positions", ["word_ends", "last"])
+@pytest.mark.parametrize("positions", ["aligned", "last"])
 @pytest.mark.parametrize("size", [1, 7, 29])
 def test_pairs_in_chunks_equal_those_in_one(sides, size, positions):
     """With a size of 1, chunks without a pair are among them."""
@@ -247,7 +247,7 @@ def test_text_in_chunks_equals_text_in_one(worker, vectors, size):
     assert sum(n for _, _, n in parts) == n_tokens
 
 
-@pytest.mark.parametrize("steer_positions", ["all", "generated"])
+@pytest.mark.parametrize("steer_positions", ["all", "response"])
 @pytest.mark.parametrize(("alpha_unit", "scale"), [("absolute", 1.0), ("residual_norm", 2.5)])
 def test_rows_are_written_as_registered_steering_writes_them(
     worker, llama, tokenizer, vectors, alpha_unit, scale, steer_positions
@@ -290,7 +290,7 @@ def test_the_generator_of_equal_settings_is_kept_with_its_batch_size(tokenizer, 
 
 def test_other_settings_have_a_generator_of_their_own(worker, vectors):
     first = worker.write(ROWS, vectors, WRITING)
-    for name, value in (("temperature", 0.0), ("layers", (3,)), ("steer_positions", "generated")):
+    for name, value in (("temperature", 0.0), ("layers", (3,)), ("steer_positions", "response")):
         assert worker.write(ROWS, vectors, WritingSettings(**{**vars(WRITING), name: value})) != first
     assert worker.write(ROWS, vectors, WRITING) == first
 

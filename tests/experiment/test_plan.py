@@ -11,13 +11,13 @@ from experiment.inputs import load_inputs
 
 ROOT = Path(__file__).parent.parent.parent
 # Of runs made before the grid had a module of its own; `texts` is of all row keys, in order. `preflight` and
-# `doses` are newer: they hold the development prompts.
+# `alphas` are newer: they hold the development prompts.
 TINY = {
     "pairs": "5b4580ebfcfb54ebde09d7333ee2adfea25903560a1b98ac557bbe8be58c7657",
     "mapping": "b55c35fab9b8c428c3d9c7fbfb8a971815ecfc80b74165488d539ba863a4adea",
     "personas": "28c79521b456ca1c84fb5845f9db86fd3e814465a3b31cb915450656e2cdb430",
     "preflight": "6f47e3365d74d6470f72ef0685496eab168760ecba8f9c34c3e72ff3e15e8f61",
-    "doses": "d754b2a4870922ca16ac97f82b12acdf0d929814094312ec182ce25aa2dd3ee9",
+    "alphas": "d754b2a4870922ca16ac97f82b12acdf0d929814094312ec182ce25aa2dd3ee9",
     "search": "0763a835a7b585181d0b6012763c378f42b8f2b209cb743bed8436eb25350c01",
     "texts": "f43a0d056023704db6b2f407e853d81470adb609f0c6093b942e5ecd79190f27",
 }

@@ -169,7 +169,7 @@ def test_shuffled_knows_nothing_where_ridge_knows_much():
     H_source = gaussian(1000, D_SOURCE)
     ridge = RidgeMapping(D_SOURCE, D_TARGET)
     ridge.cross_validate(H_source, H_source @ gaussian(D_SOURCE, D_TARGET, seed=1), LAMBDAS)
-    shuffled = fitted("shuffled", ridge)
+    shuffled = fitted("shuffled_pairs", ridge)
     assert abs(shuffled.cv["r2"]) < 0.03
     assert shuffled.cv["retrieval_accuracy"] < 0.01
     assert min(ridge.cv["best_r2"], ridge.cv["retrieval_accuracy"]) > 0.99
@@ -179,21 +179,21 @@ def test_shuffled_knows_nothing_where_ridge_knows_much():
 @pytest.mark.parametrize("seed", [0, 5])
 def test_shuffled_is_the_control_that_ridge_reports(pairs, seed):
     ridge = cross_validated_ridge(*pairs, seed=seed)
-    shuffled = fitted("shuffled", ridge)
+    shuffled = fitted("shuffled_pairs", ridge)
     assert shuffled.cv["lambda"] == ridge.cv["shuffled_best_lambda"]
     assert shuffled.cv["r2"] == pytest.approx(ridge.cv["shuffled_r2"], rel=1e-9)
 
 
 def test_each_draw_is_another_shuffle(ridge):
     draws = [
-        ComparisonMap.from_statistics("shuffled", ridge.statistics, draw).cross_validate_from(ridge)
+        ComparisonMap.from_statistics("shuffled_pairs", ridge.statistics, draw).cross_validate_from(ridge)
         for draw in range(3)
     ]
-    assert [made.name for made in draws] == ["shuffled_1", "shuffled_2", "shuffled_3"]
+    assert [made.name for made in draws] == ["shuffled_pairs_1", "shuffled_pairs_2", "shuffled_pairs_3"]
     unequal = [(draws[0].W - made.W).norm() / made.W.norm() for made in draws[1:]]
     assert min(unequal) > 0.5
     again = ComparisonMap.from_content(draws[2].content())
-    assert (again.name, torch.equal(again.W, draws[2].W)) == ("shuffled_3", True)
+    assert (again.name, torch.equal(again.W, draws[2].W)) == ("shuffled_pairs_3", True)
 
 
 def test_transform_maps_differences_and_keeps_the_dtype(pairs, made):
@@ -263,7 +263,9 @@ def test_what_is_not_fitted_is_refused(pairs):
 
 def test_a_shuffled_map_without_a_sample_is_refused(pairs):
     with pytest.raises(InputError, match="n_sample is too small"):
-        ComparisonMap.from_statistics("shuffled", PairStatistics(D_SOURCE, D_TARGET, n_sample=0).add(*pairs))
+        ComparisonMap.from_statistics(
+            "shuffled_pairs", PairStatistics(D_SOURCE, D_TARGET, n_sample=0).add(*pairs)
+        )
 
 
 def test_a_constant_source_is_refused_by_procrustes(pairs):

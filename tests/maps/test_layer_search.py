@@ -98,24 +98,24 @@ def test_a_layer_pair_gets_what_separate_work_on_it_gives(source, target, search
     for index, name in enumerate(MARKS):
         others = [other for other in range(3) if other != index]
         assert search.agreement[name][1, 2].item() == pytest.approx(table[index, index].item(), abs=1e-3)
-        assert search.wrong_persona[name][1, 2].item() == pytest.approx(
+        assert search.other_persona[name][1, 2].item() == pytest.approx(
             table[index, others].max().item(), abs=1e-3
         )
 
 
 def test_score_is_the_mean_margin_of_the_scored_personas_and_its_argmax_is_best(search):
     margins = [
-        search.agreement[name] - torch.maximum(search.wrong_persona[name], search.chance) for name in SCORED
+        search.agreement[name] - torch.maximum(search.other_persona[name], search.chance) for name in SCORED
     ]
     assert torch.allclose(search.score, sum(margins) / 2)
     row, column = search.source_layers.index(search.best[0]), search.target_layers.index(search.best[1])
     assert search.score[row, column] == search.score.max()
-    assert list(search.agreement) == list(search.wrong_persona) == list(MARKS)
+    assert list(search.agreement) == list(search.other_persona) == list(MARKS)
 
 
 def test_only_the_scored_personas_decide(source, target, search):
     found = search_layers(source, target, TEXTS, PERSONAS, ["dashed"], LAMBDAS, seed=2)
-    margin = found.agreement["dashed"] - torch.maximum(found.wrong_persona["dashed"], found.chance)
+    margin = found.agreement["dashed"] - torch.maximum(found.other_persona["dashed"], found.chance)
     assert torch.allclose(found.score, margin)
     assert torch.allclose(found.agreement["loud"], search.agreement["loud"])
 

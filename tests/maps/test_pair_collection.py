@@ -45,7 +45,7 @@ def test_sums_equal_adding_the_pairs_by_hand(sides, collected):
     )
     texts, place = [item.text for item in TEXTS], []
     by_hand = {pair: PairStatistics(D_MODEL, 48, 4, 3, fold_of) for pair in LAYER_PAIRS}
-    for batch in paired_activations(*sides, texts, "word_ends", [1, 3], [2, 0]):
+    for batch in paired_activations(*sides, texts, "aligned", [1, 3], [2, 0]):
         groups = [TEXTS[index].document for index in batch.text_idx.tolist()]
         place += zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)
         for (source_layer, target_layer), statistics in by_hand.items():
@@ -106,9 +106,7 @@ def test_last_gives_one_pair_for_each_text(sides):
 def test_pairs_behind_prompts_are_of_the_texts_tokens_as_both_models_read_them(sides):
     prompts = ("asked: is the dog there?\n\n", "a cat said ")
     texts = [NeutralText(item.text, item.document, prompts) for item in TEXTS[:40]]
-    (batch,) = paired_activations(
-        *sides, [(*item.prompts, item.text) for item in texts], "word_ends", [1], [2]
-    )
+    (batch,) = paired_activations(*sides, [(*item.prompts, item.text) for item in texts], "aligned", [1], [2])
     assert len(batch.end) > 40
     for row, (index, end) in enumerate(zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)):
         said = texts[index].text[:end]
@@ -159,7 +157,7 @@ def test_texts_that_give_no_sums_are_refused(sides, texts, layer_pairs, message)
         collect(sides, texts, PairSettings(tuple(layer_pairs)))
 
 
-def read_part(sides, texts, positions="word_ends"):
+def read_part(sides, texts, positions="aligned"):
     settings = replace(SETTINGS, positions=positions)
     return read_pairs(*sides, texts, settings, document_folds(TEXTS, settings))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from phases.decide_verdicts import harm_curves
+from phases.decide_verdicts import strength_curves
 
 
 def row(condition, alpha, prompt, trait, perplexity):
@@ -19,11 +19,11 @@ def row(condition, alpha, prompt, trait, perplexity):
     }
 
 
-def rows_at(doses):
+def rows_at(alphas):
     """Return unsteered texts and those of each dose, which adds to the trait and doubles perplexity by 1."""
     cells = [
         ("baseline", None, 0.0),
-        *((name, alpha, alpha) for name, alphas in doses.items() for alpha in alphas),
+        *((name, alpha, alpha) for name, alphas in alphas.items() for alpha in alphas),
     ]
     return [
         row(name, alpha, prompt, 0.1 + dose + prompt / 100, 10 * 2**dose)
@@ -34,21 +34,21 @@ def rows_at(doses):
 
 def test_harm_curves_have_the_conditions_of_several_doses_and_the_oracle_beside_them():
     rows = rows_at({"ridge_mapped": [0.5, 0.25], "oracle": [0.5], "zero_pad": [0.5]})
-    curves = harm_curves(rows, ["loud"])["loud"]
+    curves = strength_curves(rows, ["loud"])["loud"]
     assert set(curves) == {"ridge_mapped", "oracle"}
-    found = [(point["alpha"], point["effect"], point["harm"]) for point in curves["ridge_mapped"]]
+    found = [(point["alpha"], point["effect"], point["perplexity_ratio"]) for point in curves["ridge_mapped"]]
     assert found == [pytest.approx((0.25, 0.25, 2**0.25)), pytest.approx((0.5, 0.5, 2**0.5))]
 
 
 def test_harm_curves_have_the_mapped_vector_whose_one_dose_is_the_oracles():
-    rows = rows_at({"ridge_mapped": [0.5], "oracle": [0.5], "shuffled": [0.5, 0.9], "zero_pad": [0.5]})
-    curves = harm_curves(rows, ["loud"])["loud"]
+    rows = rows_at({"ridge_mapped": [0.5], "oracle": [0.5], "shuffled_pairs": [0.5, 0.9], "zero_pad": [0.5]})
+    curves = strength_curves(rows, ["loud"])["loud"]
     assert {name: len(points) for name, points in curves.items()} == {
         "ridge_mapped": 1,
         "oracle": 1,
-        "shuffled": 2,
+        "shuffled_pairs": 2,
     }
 
 
 def test_conditions_of_one_dose_alone_make_no_curve():
-    assert harm_curves(rows_at({"ridge_mapped": [0.5], "oracle": [0.5]}), ["loud"]) == {}
+    assert strength_curves(rows_at({"ridge_mapped": [0.5], "oracle": [0.5]}), ["loud"]) == {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from experiment.config import (
     MOST_PERSONAS,
-    DoseConfig,
+    AlphaSearchConfig,
     ExecutorConfig,
     ExperimentConfig,
     JudgeConfig,
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
 PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
 NESTED = {
-    "dose": DoseConfig,
+    "alpha_search": AlphaSearchConfig,
     "executor": ExecutorConfig,
     "judge": JudgeConfig,
     "persona_datasets": PersonaDefinition,

@@ -258,7 +258,7 @@ def replace_content(path):
     elif path.suffix == ".png":
         Image.new("RGB", (4, 4)).save(path)
     else:
-        path.write_text('{"journal": 1, "made_from": "other"}\n{"row": {"key": "a"}, "crc": 1}\n')
+        path.write_text('{"journal": 1, "cache_key": "other"}\n{"row": {"key": "a"}, "crc": 1}\n')
 
 
 REWRITTEN = (

@@ -247,7 +247,7 @@ def test_a_tokenizer_that_ends_its_texts_gives_what_one_without_gives(llama, tok
     for position in ("last", "mean", -2):
         read = [extractor.extract_batch(TEXTS, position) for extractor in extractors]
         assert torch.equal(*read)
-    for positions in ("word_ends", "last"):
+    for positions in ("aligned", "last"):
         pairs = [
             next(paired_activations(extractor, extractors[0], TEXTS, positions)) for extractor in extractors
         ]

@@ -8,18 +8,18 @@ import pytest
 import torch
 from scipy import stats
 
-from analysis.alpha_search import DevelopmentText, DoseBound, doses_content, search_doses
+from analysis.alpha_search import CoherenceBound, DevelopmentText, alphas_content, search_alphas
 from baseline_methods import METHODS
 from evaluation import METRICS, aggregate
 from maps.comparison_maps import ComparisonMap, maps_table
 from reporting.figures import (
     COLOURS,
     MARKERS,
+    alpha_search_figure,
     choose_axes,
     coherence_trait_figure,
-    dose_figure,
+    effect_perplexity_figure,
     figure_fingerprint,
-    harm_figure,
     layer_search_figure,
     mapping_figure,
     off_target_figure,
@@ -183,14 +183,20 @@ def test_figure_without_any_score_can_still_be_saved(tmp_path):
 
 
 def test_harm_figure_joins_a_conditions_doses_and_draws_the_strongest_largest():
-    def point(alpha, harm, effect):
-        return {"alpha": alpha, "harm": harm, "effect": effect, "low": effect - 0.1, "high": effect + 0.1}
+    def point(alpha, perplexity_ratio, effect):
+        return {
+            "alpha": alpha,
+            "perplexity_ratio": perplexity_ratio,
+            "effect": effect,
+            "low": effect - 0.1,
+            "high": effect + 0.1,
+        }
 
     curves = {
         "loud": {"oracle": [point(1, 1.2, 0.3), point(2, 3.0, 0.5)]},
         "calm": {"oracle": [point(1, 1.1, 0.0), point(2, 2.0, -0.2)]},
     }
-    panels = harm_figure(curves).axes
+    panels = effect_perplexity_figure(curves).axes
     assert [panel.get_title() for panel in panels] == ["loud", "calm"]
     assert panels[0].get_xlim() == panels[1].get_xlim()
     assert panels[0].get_xscale() == "log"
@@ -223,16 +229,16 @@ def test_layer_search_figure_marks_the_best_pair():
     assert "0.90 at 5 → 4" in panels[2].get_title()
 
 
-def decided(verdict, estimate, low, high, is_licensed=True):
+def decided(verdict, estimate, low, high, is_validated=True):
     ratio = {"estimate": estimate, "low": low, "high": high}
-    return {"verdict": verdict, "scorers": {"classifier": {"is_licensed": is_licensed, "recovery": ratio}}}
+    return {"verdict": verdict, "scorers": {"classifier": {"is_validated": is_validated, "recovery": ratio}}}
 
 
 def test_recovery_figure_draws_an_interval_for_each_persona_that_has_one():
     found = {
         "loud": decided("transferred", 0.8, 0.6, 1.1),
-        "calm": decided("can't tell", 0.8, -math.inf, math.inf),
-        "shy": {"verdict": "steering itself failed", "scorers": {"classifier": {"is_licensed": True}}},
+        "calm": decided("inconclusive", 0.8, -math.inf, math.inf),
+        "shy": {"verdict": "native steering ineffective", "scorers": {"classifier": {"is_validated": True}}},
     }
     (panel,) = recovery_figure(found).axes
     assert [label.get_text() for label in panel.get_yticklabels()] == [
@@ -277,7 +283,7 @@ def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
         coherence_trait_figure(aggregate(made)),
         recovery_figure({name: decided("transferred", 0.8, 0.6, 1.1) for name in NAMES}),
         off_target_figure({"oracle": {name: dict.fromkeys(NAMES, 0.5) for name in NAMES}}),
-        dose_figure(searched_doses(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
+        alpha_search_figure(searched_alphas(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
     ]
     recovered, matrix = figures[1].axes[0], figures[2].axes[0]
     for found in (
@@ -299,7 +305,7 @@ def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
     ]
 
 
-def searched_doses(ratio, personas=("loud", "calm"), methods=("oracle", "zero_pad"), bracket=(0.5, 10.0)):
+def searched_alphas(ratio, personas=("loud", "calm"), methods=("oracle", "zero_pad"), bracket=(0.5, 10.0)):
     """What a search gives where perplexity is `ratio(method, alpha)` times the unsteered; None is missing."""
 
     def measure(asked):
@@ -307,19 +313,19 @@ def searched_doses(ratio, personas=("loud", "calm"), methods=("oracle", "zero_pa
         return [[DevelopmentText(value and 20 * value, 0.1 if alpha < 6 else 0.9)] for value, alpha in found]
 
     conditions = [(persona, method) for persona in personas for method in methods]
-    bound = DoseBound(max_perplexity_ratio=1.75)
-    return doses_content(
-        search_doses(conditions, measure, [DevelopmentText(20.0, 0.1)], bracket, bound), bound
+    bound = CoherenceBound(max_perplexity_ratio=1.75)
+    return alphas_content(
+        search_alphas(conditions, measure, [DevelopmentText(20.0, 0.1)], bracket, bound), bound
     )
 
 
 def curves(panel):
-    """Return method -> (x, y) of the lines of a panel of doses."""
+    """Return method -> (x, y) of the lines of a panel of alphas."""
     return {line.get_label(): line.get_data() for line in panel.lines if line.get_label() in COLOURS}
 
 
 def markers(panel):
-    """Return (colour, alpha) -> the marker's size and opacity in a panel of doses."""
+    """Return (colour, alpha) -> the marker's size and opacity in a panel of alphas."""
     found = [line for line in panel.lines if line.get_marker() != "None"]
     return {
         (line.get_color(), line.get_xdata()[0]): (line.get_markersize(), line.get_alpha()) for line in found
@@ -327,14 +333,14 @@ def markers(panel):
 
 
 def test_dose_figure_draws_every_measured_point_and_the_bound():
-    content = searched_doses(lambda method, alpha: 1 + alpha / (4 if method == "oracle" else 2))
-    panels = dose_figure(content).axes
+    content = searched_alphas(lambda method, alpha: 1 + alpha / (4 if method == "oracle" else 2))
+    panels = alpha_search_figure(content).axes
     assert [panel.get_title() for panel in panels] == ["loud", "calm"]
     for panel in panels:
         assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
         (line,) = (line for line in panel.lines if line.get_label() == "bound: 1.75")
         assert set(line.get_ydata()) == {1.75}
-        entries = [entry for entry in content["doses"] if entry["persona"] == panel.get_title()]
+        entries = [entry for entry in content["alphas"] if entry["persona"] == panel.get_title()]
         drawn = curves(panel)
         assert set(drawn) == {"oracle", "zero_pad"}
         for entry in entries:
@@ -344,25 +350,25 @@ def test_dose_figure_draws_every_measured_point_and_the_bound():
 
 
 def test_dose_figure_marks_the_chosen_dose_and_fades_what_is_over_a_bound():
-    content = searched_doses(lambda method, alpha: 1.1 if method == "oracle" else 1 + alpha / 2)
-    for panel in dose_figure(content).axes:
+    content = searched_alphas(lambda method, alpha: 1.1 if method == "oracle" else 1 + alpha / 2)
+    for panel in alpha_search_figure(content).axes:
         found = markers(panel)
-        for entry in content["doses"][:2]:
+        for entry in content["alphas"][:2]:
             for point in entry["curve"]:
                 size, opacity = found[COLOURS[entry["method"]], point["alpha"]]
                 assert (size > 5) == (point["alpha"] == entry["alpha"])
                 assert (opacity == 1) == point["is_coherent"]
-    repetitive = [point for point in content["doses"][0]["curve"] if not point["is_coherent"]]
+    repetitive = [point for point in content["alphas"][0]["curve"] if not point["is_coherent"]]
     assert repetitive
     assert all(point["perplexity_ratio"] < 1.75 for point in repetitive)
 
 
 def test_dose_figure_leaves_out_points_without_a_ratio():
-    content = searched_doses(lambda method, alpha: None if method == "zero_pad" or alpha > 4 else 1.2)
-    figure = dose_figure(content)
+    content = searched_alphas(lambda method, alpha: None if method == "zero_pad" or alpha > 4 else 1.2)
+    figure = alpha_search_figure(content)
     for panel in figure.axes:
         ((x, _),) = curves(panel).values()
-        assert len(x) < len(content["doses"][0]["curve"])
+        assert len(x) < len(content["alphas"][0]["curve"])
         assert max(x) <= 4
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["oracle", "bound: 1.75"]
@@ -370,7 +376,9 @@ def test_dose_figure_leaves_out_points_without_a_ratio():
 
 def test_dose_figure_names_every_method_once_in_the_order_of_the_colours():
     methods = [name for name in reversed(COLOURS) if name != "baseline"]
-    (legend,) = dose_figure(searched_doses(lambda method, alpha: 1 + alpha / 9, methods=methods)).legends
+    (legend,) = alpha_search_figure(
+        searched_alphas(lambda method, alpha: 1 + alpha / 9, methods=methods)
+    ).legends
     assert [text.get_text() for text in legend.get_texts()] == [*reversed(methods), "bound: 1.75"]
 
 
@@ -387,7 +395,7 @@ def test_dose_figure_names_every_method_once_in_the_order_of_the_colours():
     ids=["narrow", "usual", "wide", "far over the bound", "far below", "nothing to draw"],
 )
 def test_dose_figure_has_a_few_plain_numbers_on_its_axes(ratio, bracket, tmp_path):
-    figure = dose_figure(searched_doses(ratio, bracket=bracket))
+    figure = alpha_search_figure(searched_alphas(ratio, bracket=bracket))
     save_figure(figure, tmp_path / "figure.png", "made")
     for panel in figure.axes:
         for axis in (panel.xaxis, panel.yaxis):

@@ -152,7 +152,7 @@ return [all, columns, found, filtered, document.querySelectorAll(".text").length
     )
     n, columns, (found, marks, count), filtered, n_texts, personas = said
     assert n == N_PROMPTS * N_SEEDS
-    assert columns == 5  # unsteered, and two conditions at two doses
+    assert columns == 5  # unsteered, and two conditions at two alphas
     assert len(found) == 2 * N_SEEDS  # the hostile prompt, and the hostile texts of another
     assert marks >= N_SEEDS
     assert count == f"{2 * N_SEEDS} of {n} prompts and seeds"

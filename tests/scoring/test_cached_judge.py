@@ -2,7 +2,7 @@
 
 import pytest
 
-from scoring.cached_judge import TOKENS_PER_JUDGEMENT, PaidOnce
+from scoring.cached_judge import TOKENS_PER_JUDGEMENT, CachedJudge
 from scoring.judge_answers import Judgement
 from support.run_folder import RunFolder
 
@@ -22,7 +22,7 @@ class Counting:
 @pytest.fixture
 def remembering(tmp_path):
     folder = RunFolder(tmp_path)
-    yield lambda judge, *price: PaidOnce(judge, lambda: folder.journal("judgements", "check"), *price)
+    yield lambda judge, *price: CachedJudge(judge, lambda: folder.journal("judgements", "check"), *price)
     folder.close()
 
 

@@ -85,7 +85,7 @@ def judged(model_folders, tmp_path_factory):
     tiny_model(max_position_embeddings=2000).save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "judge")
     settings = tiny_settings(model_folders, folder)
-    loud = {**LOUD, "description": "Shouts.", "examination_texts": [f"{n} DOGS RAN HERE." for n in range(9)]}
+    loud = {**LOUD, "description": "Shouts.", "validation_texts": [f"{n} DOGS RAN HERE." for n in range(9)]}
     settings["persona_datasets"] = {"loud": loud, "numeric": NUMERIC}
     settings |= {
         "use_gpt4": True,
@@ -111,12 +111,12 @@ def test_as_many_texts_of_each_cell_are_judged_and_of_the_same_prompts(judged):
 
 
 def test_the_judge_is_examined_and_decides_nothing_without_its_licence(judged):
-    licence = load_json(judged[0] / "scorer_licences.json")["personas"]["loud"]["judge"]
-    assert not licence["is_licensed"]
+    licence = load_json(judged[0] / "scorer_validation.json")["personas"]["loud"]["judge"]
+    assert not licence["is_validated"]
     assert licence["repeat_noise"] < 1e-4  # the same model says the same again
     assert licence["sensitivity"]["n"] == 9
     verdict = load_json(judged[0] / "verdict.json")
-    assert verdict["personas"]["loud"]["verdict"] == "can't tell"
+    assert verdict["personas"]["loud"]["verdict"] == "inconclusive"
     assert verdict["personas"]["loud"]["rests_on"] == []
     success = verdict["success"]["loud"]
     assert success["minimum"] is success["strong"] is False

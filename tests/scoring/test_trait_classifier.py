@@ -100,13 +100,13 @@ def test_persona_without_labelled_texts_gets_no_classifier(loud):
 
 
 def test_fingerprint_changes_with_labelled_texts_alone(loud):
-    made_from = classifier_fingerprint([loud])
+    cache_key = classifier_fingerprint([loud])
     assert (
-        classifier_fingerprint([persona("loud", loud.labelled_positive, texts("bcd", seed=7))]) != made_from
+        classifier_fingerprint([persona("loud", loud.labelled_positive, texts("bcd", seed=7))]) != cache_key
     )
-    assert classifier_fingerprint([loud, persona("other", texts("e"), texts("f"))]) != made_from
+    assert classifier_fingerprint([loud, persona("other", texts("e"), texts("f"))]) != cache_key
     others = Persona("loud", "Other.", ("z",), ("w",), loud.labelled_positive, loud.labelled_negative)
-    assert classifier_fingerprint([others]) == made_from
+    assert classifier_fingerprint([others]) == cache_key
 
 
 def test_notes_name_weak_and_missing_classifiers():

@@ -18,14 +18,14 @@ from scoring.likelihood_ratio import (
     untrained_likelihood_ratios,
 )
 from scoring.trait_classifier import load_trait_classifiers
-from scoring.validation import STEERED, UNSTEERED, examination_sets, examine
+from scoring.validation import STEERED, UNSTEERED, validate, validation_sets
 from support.package_cache import CACHE_VARIABLE
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 SHOWING = tuple(f"Arr, we have {n} barrels of rum below. The sea is calm, aye." for n in range(12))
 OTHER = Persona(
-    "loud", "", ("x",), ("y",), examination=tuple(f"LOOK AT ALL THESE {n} SHIPS NOW." for n in range(12))
+    "loud", "", ("x",), ("y",), validation=tuple(f"LOOK AT ALL THESE {n} SHIPS NOW." for n in range(12))
 )
 PLAIN = [f"We have {n} barrels of oil below. The sea is calm today." for n in range(24)]
 UNSTEERED_TEXTS = [f"There are {n} barrels in the cellar, and the key is lost." for n in range(20)]
@@ -33,8 +33,8 @@ UNSTEERED_TEXTS = [f"There are {n} barrels in the cellar, and the key is lost." 
 
 @pytest.fixture
 def sets():
-    persona = Persona("pirate", "", ("x",), ("y",), examination=SHOWING)
-    return examination_sets(persona, [OTHER], PLAIN, UNSTEERED_TEXTS, ["rum rum arr the of"] * 20)
+    persona = Persona("pirate", "", ("x",), ("y",), validation=SHOWING)
+    return validation_sets(persona, [OTHER], PLAIN, UNSTEERED_TEXTS, ["rum rum arr the of"] * 20)
 
 
 def knows(words):
@@ -57,10 +57,10 @@ def test_sets_hold_what_their_names_say(sets):
     assert [sorted(text.split()) for text in positive] == [sorted(text.split()) for text in shuffles[::3]]
     assert not set(positive) & set(shuffles)
     assert all(len(text.split()) <= 24 for side in sets["fragments"] for text in side)
-    assert sets["texts of loud"] == (list(SHOWING), list(OTHER.examination))
-    persona = Persona("pirate", "", ("x",), ("y",), examination=SHOWING)
+    assert sets["texts of loud"] == (list(SHOWING), list(OTHER.validation))
+    persona = Persona("pirate", "", ("x",), ("y",), validation=SHOWING)
     short = ["The tap drips.", "He reads at home."]
-    mixed = examination_sets(persona, [OTHER], [*PLAIN, *short], [], [])
+    mixed = validation_sets(persona, [OTHER], [*PLAIN, *short], [], [])
     assert mixed["short statements"][1] == short
     assert mixed["ordinary"] == sets["ordinary"]
     joined, _ = sets["long texts"]
@@ -69,22 +69,22 @@ def test_sets_hold_what_their_names_say(sets):
 
 
 def test_a_scorer_that_says_the_same_of_all_has_no_licence(sets):
-    found = examine(lambda texts: [0.7] * len(texts), sets, 0.5)
-    assert not found["is_licensed"]
+    found = validate(lambda texts: [0.7] * len(texts), sets, 0.5)
+    assert not found["is_validated"]
     assert set(found["auc"].values()) == {0.5}
     assert any("false positives on unsteered" in problem for problem in found["problems"])
 
 
 def test_the_set_that_fools_a_scorer_is_named(sets):
     sets = {name: sets[name] for name in ("ordinary", UNSTEERED, STEERED)}
-    assert examine(knows(["Arr"]), sets, 0.5)["is_licensed"]
-    fooled = examine(knows(["Arr", "cellar"]), sets, 0.5)
+    assert validate(knows(["Arr"]), sets, 0.5)["is_validated"]
+    fooled = validate(knows(["Arr", "cellar"]), sets, 0.5)
     assert fooled["problems"] == ["AUC 0.50 on unsteered", "100% false positives on unsteered"]
     assert fooled["false_positives"]["ordinary"] == 0
 
 
 def test_calibration_counts_every_text(sets):
-    found = examine(knows(["Arr"]), sets, 0.5)
+    found = validate(knows(["Arr"]), sets, 0.5)
     n = len(SHOWING) + sum(len(negative) for _, negative in sets.values())
     assert sum(bin_["n"] for bin_ in found["calibration"]) == n
     assert found["calibration"][-1]["mean_score"] == 1.0
@@ -92,9 +92,9 @@ def test_calibration_counts_every_text(sets):
 
 def test_without_texts_there_is_no_examination_and_no_licence():
     bare = Persona("bare", "", ("x",), ("y",))
-    found = examine(knows(["Arr"]), examination_sets(bare, [OTHER], PLAIN, UNSTEERED_TEXTS, []), 0.5)
-    assert not found["is_licensed"]
-    assert found["problems"] == ["0 examination_texts show the trait, an examination needs 8"]
+    found = validate(knows(["Arr"]), validation_sets(bare, [OTHER], PLAIN, UNSTEERED_TEXTS, []), 0.5)
+    assert not found["is_validated"]
+    assert found["problems"] == ["0 validation_texts show the trait, an validation needs 8"]
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def classifiers(all_threads):
 @pytest.mark.parametrize("name", [name for name in shipped_personas() if name != "concise"])
 def test_shipped_classifiers_pass_on_texts_that_they_do_not_know(name, classifiers):
     others = [load_persona(other) for other in shipped_personas() if other != name]
-    sets = examination_sets(load_persona(name), others, load_prompts("ordinary_examination"), [], [])
+    sets = validation_sets(load_persona(name), others, load_prompts("ordinary_validation"), [], [])
     broken = {key: sets[key] for key in sets if key not in ("fragments", "single sentences")}
-    found = examine(classifiers[name].score, broken, classifiers[name].decision_point)
+    found = validate(classifiers[name].score, broken, classifiers[name].threshold)
     assert min(found["auc"].values()) >= 0.9, found
     rates = found["false_positives"]
     of_others = [rates.pop(f"texts of {other.name}") for other in others]

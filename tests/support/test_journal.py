@@ -28,13 +28,13 @@ def named(rows):
     return {row["key"]: row for row in rows}
 
 
-def write(path, rows, made_from=OURS):
-    with Journal(path, made_from) as journal:
+def write(path, rows, cache_key=OURS):
+    with Journal(path, cache_key) as journal:
         journal.append(rows)
 
 
-def read(path, made_from=OURS):
-    with Journal(path, made_from) as journal:
+def read(path, cache_key=OURS):
+    with Journal(path, cache_key) as journal:
         return journal.rows
 
 
@@ -42,8 +42,8 @@ def visible(folder):
     return sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
 
 
-def aside(made_from, number=""):
-    return f"grid.{made_from[:12]}{number}.jsonl"
+def aside(cache_key, number=""):
+    return f"grid.{cache_key[:12]}{number}.jsonl"
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_folder_is_made_and_a_text_path_is_taken(tmp_path):
 def test_every_line_is_ascii_json_with_the_checksum_stated(path):
     write(path, ROWS)
     header, *lines = [json.loads(line) for line in path.read_bytes().decode("ascii").splitlines()]
-    assert header == {"journal": 1, "made_from": OURS}
+    assert header == {"journal": 1, "cache_key": OURS}
     assert [line["row"] for line in lines] == ROWS
     for line in lines:
         assert line == {
@@ -363,9 +363,9 @@ def test_a_lost_newline_costs_the_two_rows_beside_it(path):
     [
         b"plain text",
         b"\xff\xfe",
-        b'{"journal": 2, "made_from": "%s"}' % OURS.encode(),
-        b'{"journal": 1, "made_from": null}',
-        b'{"journal": 1, "made_from"',
+        b'{"journal": 2, "cache_key": "%s"}' % OURS.encode(),
+        b'{"journal": 1, "cache_key": null}',
+        b'{"journal": 1, "cache_key"',
         b"[]",
     ],
 )
@@ -452,10 +452,10 @@ def test_a_file_kept_aside_is_known_by_its_header_and_not_by_its_name(path):
 
 
 def test_a_header_with_any_text_can_be_kept_aside(path):
-    for made_from in ("../../x", "a/b", "nul\x00", ""):
-        write(path, ROWS, made_from)
+    for cache_key in ("../../x", "a/b", "nul\x00", ""):
+        write(path, ROWS, cache_key)
         assert read(path) == {}
-        assert read(path, made_from) == named(ROWS)
+        assert read(path, cache_key) == named(ROWS)
 
 
 @pytest.mark.parametrize("at_path", [OURS, OTHER, None])
@@ -479,9 +479,9 @@ def test_fresh_deletes_what_these_inputs_made_and_nothing_else(path, at_path):
 def test_a_second_writer_is_refused_until_the_first_closes(path):
     first = Journal(path, OURS)
     first.append(ROWS[:1])
-    for made_from, fresh in ((OURS, False), (OTHER, False), (OURS, True)):
+    for cache_key, fresh in ((OURS, False), (OTHER, False), (OURS, True)):
         with pytest.raises(InputError, match=r"another run is writing.*stop it.*--output-dir"):
-            Journal(path, made_from, fresh=fresh)
+            Journal(path, cache_key, fresh=fresh)
     first.append(ROWS[1:])
     first.close()
     first.close()

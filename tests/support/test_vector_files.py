@@ -116,7 +116,7 @@ def test_strength_1_of_an_exported_vector_is_the_runs_dose(form, finished, tmp_p
     assert export_vectors.main(asked) == 0
     assert capsys.readouterr().out.strip() == str(path)
     content = load_tensors(finished / "persona_vectors.pt")
-    dose = load_json(finished / "verdict.json")["personas"]["loud"]["doses"]["ridge_mapped"]
+    dose = load_json(finished / "verdict.json")["personas"]["loud"]["alphas"]["ridge_mapped"]
     expected = dose * content["residual_norm"]["median"] * content["vectors"]["loud"]["ridge_mapped"]
     found = read_vectors(path)
     assert torch.allclose(found.at(2, 4, len(expected), "gpt2"), expected.float())

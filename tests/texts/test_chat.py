@@ -14,8 +14,8 @@ from activation_extractor import ActivationExtractor, paired_activations
 from evaluation import Evaluator, continuation_perplexities
 from experiment.config import load_config
 from experiment.inputs import load_inputs, start_executor
-from experiment.plan import grid_texts, neutral_answers_fingerprint
-from phases.collect_responses import with_answers
+from experiment.plan import grid_texts, neutral_responses_fingerprint
+from phases.collect_responses import with_responses
 from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
 from scoring.gpt_judge import ONE_DIGIT
@@ -207,7 +207,12 @@ def settings(chat_folders, tmp_path_factory):
 
 
 def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_take_turns(settings, tmp_path):
-    asked = {**settings, "methods": ["prompted", "random", "oracle"], "n_seeds": 1, "alpha_values": [4.0]}
+    asked = {
+        **settings,
+        "methods": ["prompted", "random_direction", "oracle"],
+        "n_seeds": 1,
+        "alpha_values": [4.0],
+    }
     assert run(tmp_path / "out", asked) == 0
     inputs = load_inputs(load_config({**asked, "output_dir": str(tmp_path / "out")}))
     rows = load_json(tmp_path / "out" / "generation_results.json")["rows"]
@@ -220,7 +225,7 @@ def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_take_tur
         words = question(row["prompt"], f"Answer in this style. {row['persona']}")
         assert plain.generate(words, 6, seed=row["seed"]) == row["output"]
     for row in rows:
-        if row["condition"] == "random":
+        if row["condition"] == "random_direction":
             direction = vectors[row["persona"]][f"random_{row['prompt_idx'] % 3 + 1}"]
             shown = inputs.shown_prompt("target", row["prompt"])
             (steered,) = plain.generate_batch(
@@ -228,7 +233,7 @@ def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_take_tur
             )
             assert steered == row["output"]
     scored = load_json(tmp_path / "out" / "eval_results.json")["rows"]
-    assert {row["condition"] for row in scored} == {"baseline", "prompted", "random", "oracle"}
+    assert {row["condition"] for row in scored} == {"baseline", "prompted", "random_direction", "oracle"}
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +318,7 @@ def responses(settings, tmp_path_factory):
 
 def test_vectors_are_made_from_answers_to_contrasting_system_prompts(responses):
     folder, changed = responses
-    rows = load_json(folder / "extraction_answers.json")["rows"]
+    rows = load_json(folder / "extraction_responses.json")["rows"]
     assert len(rows) == 2 * 2 * 2
     assert {row["writer"] for row in rows} == {"target"}
     inputs = load_inputs(load_config({**changed, "output_dir": str(folder)}))
@@ -341,7 +346,7 @@ def test_vectors_are_made_from_answers_to_contrasting_system_prompts(responses):
 
 def test_answers_are_journalled_and_not_asked_for_again(responses, caplog):
     folder, changed = responses
-    (folder / "extraction_answers.json").unlink()
+    (folder / "extraction_responses.json").unlink()
     caplog.set_level(logging.INFO)
     assert run(folder, changed) == 0
     assert "8 answers by the target model, 8 of them already there" in caplog.text
@@ -421,16 +426,16 @@ def test_a_judge_is_asked_a_trait_files_question_and_once(responses, tmp_path, c
         (line,) = error_lines(capsys)
         assert "4 of 12 answers of the target model lack a judgement (first reason: " in line
         assert "run again" in line
-        assert not (tmp_path / "out" / "extraction_answers.json").exists()
+        assert not (tmp_path / "out" / "extraction_responses.json").exists()
         journal = (tmp_path / "out" / "answers_target_journal.jsonl").read_text().splitlines()[1:]
         rows += [json.loads(line)["row"] for line in journal]
         n_asked, is_down = len(server.prompts), False
-        inputs = with_answers(planned_inputs, RunFolder(tmp_path / "out"), start_executor(planned_inputs))
+        inputs = with_responses(planned_inputs, RunFolder(tmp_path / "out"), start_executor(planned_inputs))
         asked = server.prompts[n_asked:]
         assert len(asked) == 4  # what was judged is not paid for again
         assert all("How loud is it? Where is my hat?" in prompt for prompt in asked)
         assert all(prompt.endswith(ONE_DIGIT) for prompt in asked)
-    content = load_json(tmp_path / "out" / "extraction_answers.json")["rows"]
+    content = load_json(tmp_path / "out" / "extraction_responses.json")["rows"]
     later = [row for row in content if row["prompt"] == "Where is my hat?"]
     assert [row["trait"] for row in later] == [4 if row["is_positive"] else 1 for row in later]
     assert all(row["is_kept"] for row in later)
@@ -443,7 +448,7 @@ def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses,
     extraction = {**changed["extraction"], "from_texts": ["numeric"]}
     settings = {**changed, "persona_datasets": both, "extraction": extraction, "persona_position": "mean"}
     assert run(tmp_path / "out", settings) == 0
-    rows = load_json(tmp_path / "out" / "extraction_answers.json")["rows"]
+    rows = load_json(tmp_path / "out" / "extraction_responses.json")["rows"]
     assert {row["persona"] for row in rows} == {"loud"}
     inputs = load_inputs(load_config({**settings, "output_dir": str(tmp_path / "out")}))
     texts = (NUMERIC["positive_texts"], NUMERIC["negative_texts"])
@@ -453,12 +458,12 @@ def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses,
 
 
 def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp_path, caplog):
-    changed = {**settings, "map_text": "answers", "n_training_samples": 310, "system_prompt": "Be kind."}
+    changed = {**settings, "mapping_data": "answers", "n_training_samples": 310, "system_prompt": "Be kind."}
     caplog.set_level(logging.INFO)
     assert run(tmp_path / "out", changed, "--phase", "1") == 0
     assert run(tmp_path / "out", changed, "--phase", "2") == 0
     assert caplog.text.count("310 answers by the target model, 0 of them already there") == 1
-    kept = load_json(tmp_path / "out" / "neutral_answers.json")
+    kept = load_json(tmp_path / "out" / "neutral_responses.json")
     asked = load_prompts("neutral_questions")
     assert [row["prompt"] for row in kept["rows"]] == [*asked, *asked[:10]]
     assert [row["seed"] for row in kept["rows"]] == [0] * 300 + [1] * 10
@@ -483,7 +488,7 @@ def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp
     assert torch.allclose(found.W, expected.W, atol=1e-6)
     assert load_json(tmp_path / "out" / "cv_results.json")["n_groups"] <= 300
 
-    (tmp_path / "out" / "neutral_answers.json").unlink()
+    (tmp_path / "out" / "neutral_responses.json").unlink()
     assert run(tmp_path / "out", changed, "--phase", "1") == 0
     assert "310 answers by the target model, 310 of them already there" in caplog.text
 
@@ -491,12 +496,12 @@ def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp
 def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(settings, tmp_path, caplog):
     changed = {
         **settings,
-        "map_text": "styled_answers",
+        "mapping_data": "styled_responses",
         "n_training_samples": 310,
         "system_prompt": "Be kind.",
     }
     assert run(tmp_path / "out", changed, "--phase", "1") == 0
-    rows = load_json(tmp_path / "out" / "neutral_answers.json")["rows"]
+    rows = load_json(tmp_path / "out" / "neutral_responses.json")["rows"]
     asked, styles = load_prompts("neutral_questions"), load_prompts("neutral_styles")
     assert [row["prompt"] for row in rows] == [*asked, *asked[:10]]
     in_turn = [f"Be kind.\n\n{styles[number % len(styles)]}" for number in range(300)]
@@ -507,12 +512,14 @@ def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(setting
     for row in rows[:3]:
         said = question(row["prompt"], row["system_prompt"])
         assert generator.generate(said, changed["max_new_tokens"], seed=row["seed"]) == row["output"]
-    read = with_answers(inputs, RunFolder(tmp_path / "out"), start_executor(inputs)).map_texts
+    read = with_responses(inputs, RunFolder(tmp_path / "out"), start_executor(inputs)).map_texts
     shown = prompt_text(inputs.target.tokenizer, question(read[0].document, "Be kind."))
     assert read[0].prompts == (read[0].document + "\n\n", shown)  # without the style
 
-    plain = {**changed, "map_text": "answers", "output_dir": str(tmp_path / "out")}
-    assert neutral_answers_fingerprint(load_inputs(load_config(plain))) != neutral_answers_fingerprint(inputs)
+    plain = {**changed, "mapping_data": "answers", "output_dir": str(tmp_path / "out")}
+    assert neutral_responses_fingerprint(load_inputs(load_config(plain))) != neutral_responses_fingerprint(
+        inputs
+    )
 
     robot = {"loud": settings["persona_datasets"]["loud"], "robot": settings["persona_datasets"]["loud"]}
     of_robot = {**changed, "persona_datasets": robot, "output_dir": str(tmp_path / "other")}
@@ -524,7 +531,7 @@ def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(setting
 
 def test_neutral_questions_that_a_test_asks_are_left_out(settings, tmp_path, caplog):
     asked = load_prompts("neutral_questions")
-    changed = {**settings, "map_text": "answers", "test_prompts": asked[:7], "n_test_prompts": 7}
+    changed = {**settings, "mapping_data": "answers", "test_prompts": asked[:7], "n_test_prompts": 7}
     changed["output_dir"] = str(tmp_path)
     inputs = load_inputs(load_config(changed))
     assert inputs.neutral_questions == tuple(asked[7:])
@@ -532,12 +539,12 @@ def test_neutral_questions_that_a_test_asks_are_left_out(settings, tmp_path, cap
 
 
 def test_answers_for_the_map_need_a_model_that_can_be_asked(settings, tmp_path, capsys):
-    changed = {**settings, "map_text": "answers", "prompt_format": "raw"}
+    changed = {**settings, "mapping_data": "answers", "prompt_format": "raw"}
     assert run(tmp_path / "out", changed) == 2
-    assert "map_text 'answers' asks a chat model, but neither model is one" in error_lines(capsys)[0]
-    assert run(tmp_path / "out", {**settings, "map_text": "answers"}, "--ablate", "samples") == 2
-    assert "choose map_text 'passages'" in error_lines(capsys)[0]
-    few = {**settings, "map_text": "answers", "n_training_samples": 10, "n_folds": 11}
+    assert "mapping_data 'responses' asks a chat model, but neither model is one" in error_lines(capsys)[0]
+    assert run(tmp_path / "out", {**settings, "mapping_data": "answers"}, "--ablate", "samples") == 2
+    assert "choose mapping_data 'passages'" in error_lines(capsys)[0]
+    few = {**settings, "mapping_data": "answers", "n_training_samples": 10, "n_folds": 11}
     assert not list(tmp_path.glob("out/*journal*"))
     assert run(tmp_path / "few", few) == 2
     assert "n_folds is 11, but the map is learnt from answers to 10 questions" in error_lines(capsys)[0]
@@ -582,7 +589,7 @@ def test_of_the_packaged_pair_the_instruct_model_is_shown_a_template(packaged):
 @pytest.mark.real_models
 def test_answers_that_do_not_show_the_trait_they_were_asked_for_are_left_out(packaged):
     inputs, _ = packaged
-    rows = load_json(Path(inputs.config.output_dir) / "extraction_answers.json")["rows"]
+    rows = load_json(Path(inputs.config.output_dir) / "extraction_responses.json")["rows"]
     assert len(rows) == 2 * 5 * 4
     assert {row["persona"] for row in rows} == {"pirate"}
     scores = inputs.classifiers["pirate"].score([row["output"] for row in rows])
@@ -600,4 +607,4 @@ def test_a_mapped_persona_shows_in_a_chat_models_answers(packaged):
     trait = {(entry["persona"], entry["condition"]): entry["trait_probability"]["mean"] for entry in table}
     for condition in ("ridge_mapped", "oracle"):
         assert trait["formal", condition] > trait["formal", "baseline"] + 0.2, trait
-        assert trait["formal", condition] > trait["formal", "wrong_persona"] + 0.2
+        assert trait["formal", condition] > trait["formal", "other_persona"] + 0.2

@@ -39,9 +39,9 @@ def test_shipped_persona_is_valid(name):
     negatives = persona.negative_texts + persona.labelled_negative
     for positive, negative in zip(positives, negatives, strict=True):
         assert positive[-1] == negative[-1], (positive, negative)
-    n_texts = 2 * len(positives) + len(persona.examination)
+    n_texts = 2 * len(positives) + len(persona.validation)
     assert len(set(persona.all_texts)) == len(persona.all_texts) == n_texts
-    assert len(persona.examination) >= 16
+    assert len(persona.validation) >= 16
 
 
 @pytest.mark.parametrize("name", shipped_personas())

@@ -1,0 +1,125 @@
+"""The table of conditions and the table of scorers: what a run compares, and by what it measures.
+
+Configuration, plan, verdict, figures, tables and report read these two tables, so that a new control is a row
+here and a function in `phases/make_vectors.py`, and a new scorer a row here and a module in `scoring/`. Nothing
+heavy is imported: the command line reads this before torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+Role = Literal["method", "control", "reference"]
+Need = Literal["source_vector", "target_vector", "map", "other_personas", "seed"]
+
+N_DRAWS = 3  # vectors of a control that chance decides; one draw alone may look like a trait by luck
+UNSTEERED, PROMPTED, MAPPED, ORACLE = "baseline", "prompted", "ridge_mapped", "oracle"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to have the target write.
+
+    role: `method` is what the run is about, a `control` must do less, a `reference` is what both are compared
+        with. needs: what the vector is made from; empty where no vector is added. draws: how many vectors it
+        has, which are rotated over the prompts. decides: without this control no claim of a transfer is made.
+    """
+
+    name: str
+    role: Role
+    label: str
+    colour: str
+    marker: str
+    needs: tuple[Need, ...] = ()
+    draws: int = 1
+    decides: bool = False
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether a vector is added."""
+        return bool(self.needs)
+
+    @property
+    def vector_names(self) -> tuple[str, ...]:
+        """What `persona_vectors.pt` calls its vectors: its name, or the name and a number for each draw."""
+        if self.draws == 1:
+            return (self.name,)
+        return tuple(f"{self.name}_{draw + 1}" for draw in range(self.draws))
+
+
+_ALL = (
+    Condition(UNSTEERED, "reference", "unsteered", "#000000", "*"),
+    Condition("zero_pad", "control", "zero-padded", "#999999", "s", ("source_vector",)),
+    Condition("interpolate", "control", "interpolated", "#56b4e9", "^", ("source_vector",)),
+    Condition("random_proj", "control", "random projection", "#e69f00", "x", ("source_vector", "seed")),
+    Condition(MAPPED, "method", "mapped", "#d55e00", "o", ("source_vector", "map")),
+    Condition(ORACLE, "reference", "native (oracle)", "#009e73", "D", ("target_vector",)),
+    Condition("procrustes", "method", "mapped by Procrustes", "#0072b2", "P", ("source_vector", "map")),
+    Condition("reduced_rank", "method", "mapped at reduced rank", "#cc79a7", "v", ("source_vector", "map")),
+    Condition(
+        "shuffled_pairs", "control", "shuffled pairs", "#666666", "+", ("source_vector", "map"), N_DRAWS, True
+    ),
+    Condition(
+        "other_persona", "control", "other personas", "#8c564b", "1", ("other_personas", "map"), N_DRAWS, True
+    ),
+    Condition("random_direction", "control", "random directions", "#bcbd22", "2", ("seed",), N_DRAWS, True),
+    Condition(PROMPTED, "reference", "prompting baseline", "#17becf", "p"),
+)
+CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in _ALL}
+METHODS = tuple(name for name in CONDITIONS if name != UNSTEERED)  # what a configuration may name
+STEERED = tuple(name for name in METHODS if CONDITIONS[name].is_steered)
+CONTROLS = tuple(name for name in CONDITIONS if CONDITIONS[name].role == "control")
+DECIDING_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].decides)
+
+
+def vector_names(condition: str) -> tuple[str, ...]:
+    """Return the names of a condition's vectors; see `Condition.vector_names`."""
+    return CONDITIONS[condition].vector_names
+
+
+def condition_of(vector_name: str) -> str:
+    """Return the condition that a vector of this name belongs to; an unknown name is returned as it is."""
+    return next((name for name in STEERED if vector_name in vector_names(name)), vector_name)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One measure of a trait, 0 to 1.
+
+    column: of the results table. module: in `scoring/`, with `load_scorers(names, personas)`, which returns
+    persona -> an object with `score(texts)` and `threshold`, and `scorer_key(personas)`, what these depend on;
+    None for a score that is computed elsewhere. scores_all: every text is scored for every persona, for effects
+    on traits that were not steered for.
+    """
+
+    name: str
+    column: str
+    label: str
+    colour: str
+    module: str | None = None
+    scores_all: bool = False
+
+    def load(self, names: Sequence[str], personas: Sequence[Any]) -> dict[str, Any]:
+        """Return persona -> scorer, trained on the personas' labelled texts."""
+        return import_module(self.module).load_scorers(names, personas)
+
+    def key(self, personas: Sequence[Any]) -> str:
+        """Return what the scorers of these personas depend on, without training them."""
+        return import_module(self.module).scorer_key(personas)
+
+
+_SCORERS = (
+    Scorer("classifier", "trait_probability", "classifier", "#0072b2", "scoring.trait_classifier", True),
+    Scorer(
+        "likelihood_ratio",
+        "likelihood_probability",
+        "likelihood ratio",
+        "#d55e00",
+        "scoring.likelihood_ratio",
+    ),
+    Scorer("judge", "judged_trait", "judge", "#cc79a7"),
+    Scorer("brevity", "brevity", "brevity", "#009e73"),
+)
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _SCORERS}
+TRAINED_SCORERS = tuple(name for name in SCORERS if SCORERS[name].module)
