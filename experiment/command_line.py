@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="instead of the phases: vary the layers, the amount of text, or how many blocks are steered",
     )
     parser.add_argument("--fresh", action="store_true", help="ignore and replace earlier artifacts")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and what it would cost")
     parser.add_argument(
         "--report", metavar="FOLDER", help="write report.html of a finished run in this folder, and end"
     )
@@ -47,35 +47,25 @@ def read_config(options: argparse.Namespace) -> ExperimentConfig:
     return config
 
 
-def refuse_early() -> None:
+def exit_early() -> None:
     """End the process for --help (status 0) and for what cannot be used (status 2)."""
     options = parse_arguments()
     try:
         if options.config:
             read_config(options)
     except (InputError, OSError) as error:
-        sys.exit(refusal(error))
+        sys.exit(input_error_status(error))
 
 
-def refusal(error: InputError | OSError | KeyboardInterrupt) -> int:
-    """Say in one line what cannot be used, read or written, or that the run was stopped; returns the status.
+def input_error_status(error: InputError | OSError | KeyboardInterrupt) -> int:
+    """Print in one line what cannot be used, read or written, or that the run was stopped; returns the status.
 
-    Raises an OSError again that is about no file: a defect of ours.
+    Raises an OSError again that is about no file, since that is a defect of ours.
     """
     if isinstance(error, KeyboardInterrupt):
         return say_stopped(error)
-    told = file_error(error) if isinstance(error, OSError) else error
-    if told is None:
+    message = file_error(error) if isinstance(error, OSError) else error
+    if message is None:
         raise error
-    print(f"error: {told}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def main() -> None:
-    """Check that options are read."""
-    assert parse_arguments(["--config", "x.json", "--phase", "3"]).phase == 3
-    print("command_line OK: options are read")
-
-
-if __name__ == "__main__":
-    main()

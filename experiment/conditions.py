@@ -74,8 +74,8 @@ DECIDING_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].decides)
 
 
 def vector_names(condition: str) -> tuple[str, ...]:
-    """Return the names of a condition's vectors; see `Condition.vector_names`."""
-    return CONDITIONS[condition].vector_names
+    """Return the names of a condition's vectors; a name that is no condition's is a single vector's own."""
+    return CONDITIONS[condition].vector_names if condition in CONDITIONS else (condition,)
 
 
 def condition_of(vector_name: str) -> str:

@@ -1,12 +1,10 @@
 """The configuration of an experiment: one validated model, read from a dictionary or a file.
 
-Components take plain arguments; only `run_experiment.py` and the modules beside this one know
-this model. Unknown keys and values out of range are errors that name the key. Defaults are
-the specification's, except where METHODOLOGY.md says why not.
+Only modules of `experiment/`, `phases/` and `ablations/` know this model; components take plain arguments.
+Unknown keys and values out of range are errors that name the key; `config_errors` words them. Defaults are the
+specification's, except where METHODOLOGY.md says why not.
 """
 
-import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,16 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-from analysis.alpha_search import MAX_EVALUATIONS
+from experiment.conditions import CONDITIONS, METHODS, ORACLE, PROMPTED
+from experiment.config_errors import explain
 from support.errors import InputError, shown
 from support.text_files import check_characters, local_path, parse_json, read_text
 from support.vocabulary import (
     LOWEST_TEMPERATURE,
-    METHODS,
     AlphaUnit,
     LambdaCriterion,
     LambdaUnit,
-    Method,
     PairPositions,
     PersonaPosition,
     PromptFormat,
@@ -52,7 +49,10 @@ from texts.personas import (
 
 LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
-MOST_TEXTS = 10_000_000  # of a grid; at ten a second, they take eleven days
+MOST_TEXTS = 10_000_000  # a grid of more texts would take eleven days at ten texts a second
+MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona and method
+DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
+DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
 
 
 def _text_if_string(value: Any) -> Any:
@@ -73,6 +73,7 @@ Samples = Annotated[int, Field(ge=10, le=10_000_000)]
 Layer = Annotated[int, Field(ge=0, le=LAST_LAYER)]
 Layers = Annotated[list[Layer], Field(min_length=1, max_length=1000)]
 Alphas = Annotated[list[float], Field(min_length=1, max_length=1000)]
+Method = Literal[METHODS]
 AlphasByMethod = Annotated[dict[Method, float], Field(min_length=1)]
 String = Annotated[str, BeforeValidator(_text_if_string)]
 Text = Annotated[String, Field(min_length=1)]
@@ -82,10 +83,10 @@ LocalPath = Annotated[Text, AfterValidator(_usable_path)]
 Name = Annotated[str, BeforeValidator(lambda value: check_name(value) if isinstance(value, str) else value)]
 
 
-def _layer_or_auto(value: Any) -> int | str | None:
-    if value is None or value == "auto" or (type(value) is int and 0 <= value <= LAST_LAYER):
+def _layer(value: Any) -> int | str | None:
+    if value in (None, "auto", "band") or (type(value) is int and 0 <= value <= LAST_LAYER):
         return value
-    raise ValueError(f"expected a decoder block, 0 to {LAST_LAYER}, or 'auto'")
+    raise ValueError(f"expected a decoder block, 0 to {LAST_LAYER}, 'band' or 'auto'")
 
 
 def _device_map(value: Any) -> str | dict[str, int | str] | None:
@@ -141,11 +142,11 @@ def _definition(value: Any) -> Any:
 
 
 class ExtractionConfig(_Strict):
-    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509); see `answers`.
+    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509).
 
     from_texts: personas that are made from texts, where the kind is `responses`.
-    n_questions: of each persona's, asked under each of its system prompts; all by default. n_seeds: answers
-        to each. max_new_tokens: of an answer.
+    n_questions: how many of a persona's questions are asked under each of its system prompts; all by default.
+    n_seeds: responses to each. max_new_tokens: of a response.
     """
 
     kind: Literal["texts", "responses"] = "texts"
@@ -178,16 +179,16 @@ def alphas_of_method(alphas: Sequence[float] | dict[str, float], method: str) ->
     """Return the strengths at which a method is tried: those listed, or its own and the oracle's."""
     if not isinstance(alphas, dict):
         return alphas
-    return list(dict.fromkeys(alphas[name] for name in (method, "oracle") if name in alphas))
+    return list(dict.fromkeys(alphas[name] for name in (method, ORACLE) if name in alphas))
 
 
 class AlphaSearchConfig(_Strict):
-    """The search for alphas when `alpha_values` is `auto`; see `alpha_search`.
+    """The search for steering strengths when `alpha_values` is `auto`; see `analysis.alpha_search`.
 
-    bracket: the weakest and the strongest dose to consider, times the median block-output norm without
-        massive dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
-    n_seeds: texts a development prompt.
-    bound: on the perplexity ratio's `excess` over what the persona's trait costs by itself, or `plain`.
+    bracket: the weakest and the strongest alpha to consider, in median block-output norms without massive
+        dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
+    n_seeds: texts for each development prompt.
+    bound: on the perplexity ratio: its `excess` over what the persona's trait costs by itself, or `plain`.
     """
 
     bound: Literal["excess", "plain"] = "excess"
@@ -201,7 +202,7 @@ class AlphaSearchConfig(_Strict):
     def _check_bracket(self) -> "AlphaSearchConfig":
         if self.bracket[0] >= self.bracket[1]:
             raise ValueError(
-                f"alpha_search.bracket is {list(self.bracket)}, expected a lower and a higher dose"
+                f"alpha_search.bracket is {list(self.bracket)}, expected a lower and a higher alpha"
             )
         return self
 
@@ -272,33 +273,27 @@ class JudgeConfig(_Strict):
 
 
 class ExperimentConfig(_Strict):
-    """All settings of a run.
+    """All settings of a run; docs/configuration.md explains each.
 
-    Models: `source_model` and `target_model` are what `model_loading.load_model` takes.
     Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
         equal length, a band: pairs of blocks, all of which are steered; `"layer_idx": "band"` chooses one;
         `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
-    Pairs: `positions` as in `activation_extractor.paired_activations`.
-    Prompts: `prompt_format` is how models are shown prompts, `raw` or `chat`; `auto` is `chat` for a model
-        that has a template and ends its turns. A chat target is asked questions, another one goes on with
-        beginnings of texts. `system_prompt` is put before every question to the target.
-    Vectors: `vectors` names files of vectors that are taken instead of being extracted, by persona; see
-        `support.vector_files` for their formats.
-    Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median
-    block-output norm without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or
-    persona -> list, or persona -> method -> the dose of that method (methods that are not named take the
-    oracle's); `auto` searches a dose for each persona and method on the development prompts. Where methods
-    have alphas of their own, each is tried at the oracle's too.
+    Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat target
+        is asked questions, another one continues text prefixes.
+    Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
+        without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
+        persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for each
+        persona and method on the development prompts. Where methods have alphas of their own, each is tried at
+        the oracle's too.
     """
 
     source_model: LocalPath
     target_model: LocalPath
     output_dir: LocalPath
-    layer_idx: Annotated[int | str | None, PlainValidator(_layer_or_auto)] = None
+    layer_idx: Annotated[int | str | None, PlainValidator(_layer)] = None
     source_layer_idx: Layer | Layers | None = None
     target_layer_idx: Layer | Layers | None = None
-    layers: Literal["band"] | None = None
     search_source_layers: Layers | None = None
     search_target_layers: Layers | None = None
     search_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] = 50_000
@@ -339,7 +334,7 @@ class ExperimentConfig(_Strict):
     persona_position: PersonaPosition = "last"
     extraction: ExtractionConfig = ExtractionConfig()
 
-    methods: Annotated[list[Method], Field(min_length=1)] = list(METHODS)
+    methods: Annotated[list[Method], Field(min_length=1)] = list(DEFAULT_METHODS)
     n_test_prompts: LargeCount = 30
     test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
     alpha_values: Annotated[
@@ -385,18 +380,7 @@ class ExperimentConfig(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
-        given = [name for name in ("source_layer_idx", "target_layer_idx") if getattr(self, name) is not None]
-        if self.layer_idx == "auto" and given:
-            raise ValueError(f"layer_idx 'auto' chooses both layers; leave out {given[0]}")
-        for name in ("search_source_layers", "search_target_layers"):
-            if self.layer_idx != "auto" and getattr(self, name) is not None:
-                raise ValueError(f'{name} is of use with "layer_idx": "auto" alone; leave it out')
-        if self.layers == "band" and (given or self.layer_idx is not None):
-            name = [*given, "layer_idx"][0]
-            raise ValueError(f'"layer_idx": "band" chooses the blocks of both models; leave out {name}')
-        for side in ("source", "target"):
-            if self.layers is None and self.layer_idx is None and getattr(self, f"{side}_layer_idx") is None:
-                raise ValueError(f"{side}_layer_idx is not set; set layer_idx for both models, or this one")
+        self._check_layers()
         self._check_band()
         self._check_extraction()
         for name in ("lambda_values", "methods"):
@@ -413,16 +397,30 @@ class ExperimentConfig(_Strict):
                 f"{len(self.persona_names)} personas, expected at most {MOST_PERSONAS}; split the run"
             )
         check_names_differ(self.persona_names)
-        if "other_persona" in self.methods and len(self.persona_names) < 2:
-            raise ValueError("methods has 'other_persona', another persona's vector; name a second persona")
+        others = [name for name in self.methods if "other_personas" in CONDITIONS[name].needs]
+        if others and len(self.persona_names) < 2:
+            raise ValueError(f"methods has {others[0]!r}, another persona's vector; name a second persona")
         self._check_size()
         return self
+
+    def _check_layers(self) -> None:
+        given = [name for name in ("source_layer_idx", "target_layer_idx") if getattr(self, name) is not None]
+        if self.layer_idx in ("auto", "band") and given:
+            raise ValueError(
+                f"layer_idx {self.layer_idx!r} chooses the blocks of both models; leave out {given[0]}"
+            )
+        for name in ("search_source_layers", "search_target_layers"):
+            if self.layer_idx != "auto" and getattr(self, name) is not None:
+                raise ValueError(f'{name} is of use with "layer_idx": "auto" alone; leave it out')
+        for name in ("source_layer_idx", "target_layer_idx"):
+            if self.layer_idx is None and name not in given:
+                raise ValueError(f"{name} is not set; set layer_idx for both models, or this one")
 
     def _check_alphas(self) -> None:
         given = self.alpha_values
         if given == "auto":
             if not self.independent_perplexity:
-                raise ValueError("alpha_values 'auto' judges by the independent perplexity; leave it on")
+                raise ValueError("alpha_values 'auto' decides by the independent perplexity; leave it on")
             return
         if isinstance(given, dict) and (odd := set(self.persona_names) ^ set(given)):
             raise ValueError(
@@ -445,14 +443,14 @@ class ExperimentConfig(_Strict):
             )
 
     def _check_methods_of(self, persona: str, alphas: dict[str, float]) -> None:
-        if "oracle" not in alphas:
+        if ORACLE not in alphas:
             raise ValueError(
-                f"alpha_values of {persona} has alphas by method, but none of 'oracle', at which the other "
+                f"alpha_values of {persona} has alphas by method, but none of {ORACLE!r}, at which the other "
                 "methods are tried too; add it"
             )
-        if idle := [name for name in alphas if name not in (*self.steering_methods, "oracle")]:
+        if idle := [name for name in alphas if name not in (*self.steering_methods, ORACLE)]:
             raise ValueError(
-                f"alpha_values of {persona} has a dose of {idle[0]!r}, which is not among the methods that "
+                f"alpha_values of {persona} has an alpha of {idle[0]!r}, which is not among the methods that "
                 f"add a vector here ({', '.join(self.steering_methods)}); leave it out, or add it to methods"
             )
 
@@ -467,7 +465,7 @@ class ExperimentConfig(_Strict):
             )
 
     def _check_extraction(self) -> None:
-        answering = [name for name in self.persona_names if self.kind_of(name) == "responses"]
+        responding = [name for name in self.persona_names if self.kind_of(name) == "responses"]
         if unknown := [name for name in self.vectors if name not in self.persona_names]:
             raise ValueError(f"vectors names {unknown[0]!r}, which is no persona of this run")
         if self.vectors and self.layer_idx == "auto":
@@ -476,15 +474,15 @@ class ExperimentConfig(_Strict):
             raise ValueError(f"extraction.from_texts names {unknown[0]!r}, which is no persona of this run")
         if self.persona_position == "response":
             raise ValueError(
-                "persona_position says how texts are read; answers are always read at the response's tokens: "
+                "persona_position says how texts are read; responses are always read at all of their tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        if answering and len(answering) == len(self.persona_names) and self.persona_position != "last":
+        if responding and len(responding) == len(self.persona_names) and self.persona_position != "last":
             raise ValueError(
                 f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
                 "the mean over the response; leave persona_position out"
             )
-        if answering and self.layer_idx == "auto":
+        if responding and self.layer_idx == "auto":
             raise ValueError(
                 "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
                 "'extraction' of kind 'texts'"
@@ -510,7 +508,7 @@ class ExperimentConfig(_Strict):
     @property
     def layer_pairs(self) -> tuple[tuple[int, int], ...] | None:
         """Blocks of source and target that are read and steered; None if they are yet to be chosen."""
-        if self.layer_idx == "auto" or self.layers == "band":
+        if self.layer_idx in ("auto", "band"):
             return None
         sides = (self.source_layer_idx, self.target_layer_idx)
         source, target = (self.layer_idx if layers is None else layers for layers in sides)
@@ -520,7 +518,7 @@ class ExperimentConfig(_Strict):
     @property
     def persona_names(self) -> list[str]:
         """Personas to run: `personas` (the specification's three by default), then those defined here."""
-        listed = ["silly", "formal", "concise"] if self.personas is None else self.personas
+        listed = DEFAULT_PERSONAS if self.personas is None else self.personas
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
 
     def alphas_of(self, persona: str, method: str) -> Sequence[float]:
@@ -529,27 +527,27 @@ class ExperimentConfig(_Strict):
         return alphas_of_method(given[persona] if isinstance(given, dict) else given, method)
 
     def has_alphas_by_method(self, persona: str) -> bool:
-        """Return whether each method has a dose of its own, searched for or given."""
+        """Return whether each method has an alpha of its own, searched for or given."""
         given = self.alpha_values
         return given == "auto" or (isinstance(given, dict) and isinstance(given[persona], dict))
 
     @property
     def steering_methods(self) -> list[str]:
-        """The methods that add a vector: all but `prompted`."""
-        return [method for method in self.methods if method != "prompted"]
+        """The methods that add a vector."""
+        return [method for method in self.methods if CONDITIONS[method].is_steered]
 
     @property
     def n_cells(self) -> int:
-        """Unsteered text, each persona x method x alpha, and each persona asked for in words.
+        """Number of cells: unsteered text, persona x method x alpha, and the prompting baseline of each persona.
 
-        Of searched alphas there are two: a method's own, and the oracle's.
+        A search finds two alphas for a method: its own, and the oracle's.
         """
         names, methods = self.persona_names, self.steering_methods
         if self.alpha_values == "auto":
-            n_steered = len(names) * (len(methods) + (len(methods) - 1) * ("oracle" in methods))
+            n_steered = len(names) * (len(methods) + (len(methods) - 1) * (ORACLE in methods))
         else:
             n_steered = sum(len(self.alphas_of(name, method)) for name in names for method in methods)
-        return 1 + n_steered + len(names) * ("prompted" in self.methods)
+        return 1 + n_steered + len(names) * (PROMPTED in self.methods)
 
     @property
     def seeds(self) -> list[int]:
@@ -600,11 +598,14 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
     try:
         return ExperimentConfig.model_validate(config)
     except ValidationError as error:
-        # Of "a list or auto", the complaint about the list is the one that helps.
+        # Where a list or 'auto' is expected, the complaint about the list is the one that helps.
         problems = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
-        raise InputError("; ".join(map(_explain, problems[:2])) + more) from error
-    except ValueError as error:  # what pydantic leaves to Python: a number of thousands of digits
+        raise InputError(
+            "; ".join(explain(problem, list(ExperimentConfig.model_fields)) for problem in problems[:2])
+            + more
+        ) from error
+    except ValueError as error:  # pydantic leaves a number of thousands of digits to Python
         raise InputError(f"the configuration cannot be read ({str(error)[:100]})") from error
 
 
@@ -614,41 +615,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"configuration {path} is a {type(content).__name__}, expected a JSON object")
     return content
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    # What pydantic adds between the keys, as `list[float]`, is left out.
-    parts = [
-        str(part)[:120] for part in problem["loc"] if not re.match(r"list\[|constrained-|tag-", str(part))
-    ]
-    if parts[-1:] == ["[key]"]:
-        parts = parts[:-2]  # the key itself is what is wrong, and shown as the input
-    key = shown(".".join(parts), 120)
-    if problem["type"] == "extra_forbidden":
-        known = list(ExperimentConfig.model_fields) if len(parts) == 1 else []
-        near = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see docs/configuration.md for the known keys"
-        return f"configuration key {key} is unknown; {hint}"
-    if problem["type"] == "missing":
-        return f"configuration key {key} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "string_unicode":
-        message = "a key holds a lone surrogate, which is no text; remove it"
-    if not parts:
-        return message
-    remedy = {"less_than_equal": "; lower it", "greater_than_equal": "; raise it"}.get(problem["type"], "")
-    return f"configuration key {key} is {shown(problem['input'])}: {message}{remedy}"
-
-
-def main() -> None:
-    """Check that the shipped configurations are valid, with their personas and prompts."""
-    folder = Path(__file__).parent.parent
-    paths = [folder / "example_config.json", *sorted((folder / "configs").glob("*.json"))]
-    for path in paths:
-        assert load_config(path).load_personas(), path
-        assert load_config(path).load_test_prompts(), path
-    print(f"config OK: {len(paths)} shipped configurations are valid")
-
-
-if __name__ == "__main__":
-    main()

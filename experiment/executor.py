@@ -1,133 +1,52 @@
-"""Load the two models, and do the work on them that comes in chunks (phases 2, 4 and 5).
+"""Run work on the two models in chunks (phases 1 to 5), in this process or on the workers of a Ray cluster.
 
-A run hands chunks to an executor: the local one here, or `ray_executor.RayExecutor`, whose actors hold
-a Worker each. What a chunk gives depends on the chunk alone, so both executors give the same.
+A phase hands chunks to an executor: the local one here, or `ray_executor.RayExecutor`, whose actors hold a Worker
+each. What a chunk gives depends on the chunk alone, so both executors give the same.
 """
 
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
-from maps.pair_collection import (
-    CollectedPairs,
-    PairSettings,
-    document_folds,
-    merge_pairs,
-    read_pairs,
-)
-from model_loading import DTYPES, decoder_blocks, load_model, model_fingerprint, plain_model
-from steered_generation import SteeredGenerator
-from support.artifacts import fingerprint
-from support.errors import InputError
+from experiment.inputs import Inputs
+from experiment.models import Side, SideSettings
+from experiment.ray_executor import RayExecutor
+from maps.pair_collection import CollectedPairs, PairSettings, document_folds, merge_pairs, read_pairs
+from model_loading import DTYPES, PACKAGED_MODELS, plain_model
+from steered_generation import Generation, SteeredGenerator
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
 
-EXTRACTION_CHUNK = 500
+EXTRACTION_CHUNK = 500  # texts
 
 
-@dataclass(frozen=True, repr=False)
-class Side:
-    """One of the two models with what reads it."""
+class Executor(Protocol):
+    """What runs chunks of work on the models."""
 
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    extractor: ActivationExtractor
-    fingerprint: str
+    def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+        """Yield (chunk index, Worker.method(*chunk)) as chunks finish."""
 
-    def at_layer(self, layer_idx: int) -> "Side":
-        """Return the same side, whose extractor reads another block."""
-        extractor = copy(self.extractor)
-        (extractor.layer_idx,) = extractor.check_layers([layer_idx])
-        return replace(self, extractor=extractor)
+    def close(self) -> None:
+        """Let workers go."""
 
 
 @dataclass(frozen=True)
-class SideSettings:
-    """How to load a side; see `model_loading.load_model`.
-
-    model_name: what `load_model` takes, a path too.
-    layer_idx: the block that its extractor reads; None for the middle one, until a search has chosen.
-    expected_fingerprint: of the side as another process has loaded it. loaded: model and tokenizer that are
-        loaded already; the others then only say what they are called and where they are read.
-    """
-
-    name: str
-    model_name: str
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    device_map: str | dict[str, int | str] | None = None
-    block_path: str | None = None
-    revision: str | None = None
-    quantization: str = "none"
-    layer_idx: int | None = None
-    batch_size: int = 8
-    expected_fingerprint: str | None = None
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-
-    def load(self) -> Side:
-        """Load model and tokenizer.
-
-        Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
-        """
-        model, tokenizer = self._loaded()
-        middle = len(decoder_blocks(model, self.block_path)) // 2
-        layer_idx = middle if self.layer_idx is None else self.layer_idx
-        extractor = ActivationExtractor(
-            model, tokenizer, layer_idx, batch_size=self.batch_size, block_path=self.block_path
-        )
-        logger.info(
-            "%s: %d dimensions, %d blocks, %s on %s",
-            self.name,
-            extractor.d_model,
-            len(extractor.blocks),
-            model.dtype,
-            model.device,
-        )
-        cache_key = model_fingerprint(model, tokenizer)
-        if self.block_path:
-            cache_key = fingerprint(cache_key, self.block_path)
-        if self.expected_fingerprint not in (None, cache_key):
-            raise InputError(
-                f"the {self.name} model {self.model_name} differs between the machines of this run; "
-                "give all of them the same files, library versions and dtype"
-            )
-        return Side(self.name, model, tokenizer, extractor, cache_key)
-
-    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if self.loaded:
-            model, tokenizer = self.loaded
-            return plain_model(model).eval(), tokenizer
-        logger.info("loading the %s model %s", self.name, self.model_name)
-        return load_model(
-            self.model_name,
-            self.device,
-            self.dtype,
-            self.trust_remote_code,
-            self.device_map,
-            self.revision,
-            self.quantization,
-        )
-
-
-@dataclass(frozen=True)
-class WritingSettings:
-    """Sampling and steering of a grid; see `SteeredGenerator` and its `generate_batch`.
+class GenerationSettings:
+    """Sampling and steering of many texts; see `SteeredGenerator` and its `generate_batch`.
 
     layers: where all rows are steered. residual_norms: at each of these, for alpha_unit `residual_norm`.
-    side: which model writes.
+    side: which model generates.
     """
 
     layers: tuple[int, ...]
@@ -141,15 +60,35 @@ class WritingSettings:
     batch_size: int
     side: str = "target"
 
-    def generator(self, model: Side) -> SteeredGenerator:
-        """Return a generator on the model with these settings."""
+    @classmethod
+    def of(cls, inputs: Inputs, residual_norms: Sequence[float]) -> "GenerationSettings":
+        """Return how the target of a run generates and is steered; residual_norms: at each of its layers."""
+        config = inputs.config
+        return cls(
+            layers=tuple(inputs.target_layers),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            alpha_unit=config.alpha_unit,
+            residual_norms=tuple(residual_norms),
+            steer_positions=config.steer_positions,
+            batch_size=config.generation_batch_size,
+        )
+
+    def unsteered(self, side: str, max_new_tokens: int) -> "GenerationSettings":
+        """Return the same sampling without steering, by another side or of another length."""
+        return replace(self, layers=(), residual_norms=(), side=side, max_new_tokens=max_new_tokens)
+
+    def generator(self, side: Side) -> SteeredGenerator:
+        """Return a generator on a side's model with these settings."""
         return SteeredGenerator(
-            model.model,
-            model.tokenizer,
+            side.model,
+            side.tokenizer,
             alpha_unit=self.alpha_unit,
             residual_norms=dict(zip(self.layers, self.residual_norms, strict=True)),
             batch_size=self.batch_size,
-            block_path=model.extractor.block_path,
+            block_path=side.extractor.block_path,
             steer_positions=self.steer_positions,
         )
 
@@ -162,7 +101,7 @@ class Worker:
 
     def __init__(self, sides: Mapping[str, Side | SideSettings]) -> None:
         self._sides = dict(sides)
-        self._generators: dict[WritingSettings, SteeredGenerator] = {}
+        self._generators: dict[GenerationSettings, SteeredGenerator] = {}
         self._copies: dict[tuple[str, str], PreTrainedModel] = {}
 
     def side(self, name: str) -> Side:
@@ -180,17 +119,15 @@ class Worker:
             self.side("source").extractor, self.side("target").extractor, texts, settings, fold_of
         )
 
-    def write(
-        self, rows: Sequence[Mapping[str, Any]], vectors: Tensor, settings: WritingSettings
-    ) -> tuple[list[str], list[bool], int]:
-        """Return the continuations of rows, whether each ended by itself, and how many tokens they have.
+    def generate(
+        self, rows: Sequence[Mapping[str, Any]], vectors: Tensor, settings: GenerationSettings
+    ) -> list[Generation]:
+        """Return the generation of each row.
 
         rows: with `prompt` as the model reads it, `seed` and `alpha` (None for unsteered).
         vectors: (rows, layers, d_target).
         """
-        generator = self._generator(settings)
-        n_before = generator.n_tokens
-        texts = generator.generate_batch(
+        return self._generator(settings).generate_batch(
             [row["prompt"] for row in rows],
             settings.max_new_tokens,
             settings.temperature,
@@ -200,9 +137,8 @@ class Worker:
             steering_vectors={layer: vectors[:, index] for index, layer in enumerate(settings.layers)},
             alphas=[row["alpha"] or 0.0 for row in rows],
         )
-        return texts, generator.has_ended, generator.n_tokens - n_before
 
-    def _generator(self, settings: WritingSettings) -> SteeredGenerator:
+    def _generator(self, settings: GenerationSettings) -> SteeredGenerator:
         """Return the generator of these settings, kept because it remembers a batch size that fits."""
         if settings not in self._generators:
             self._generators[settings] = settings.generator(self.side(settings.side))
@@ -219,16 +155,20 @@ class Worker:
 
         prompts: side -> the prompts as it reads them. dtype: in which to score; the model's own by default.
         """
-        by_scorer = {}
-        for name, of_side in prompts.items():
+        found = {}
+        for name, shown in prompts.items():
             side = self.side(name)
-            by_scorer[name] = continuation_perplexities(
-                self._scoring_model(side, dtype), side.tokenizer, of_side, outputs, batch_size
-            )
-        return by_scorer
+            model = self._scoring_model(side, dtype)
+            found[name] = continuation_perplexities(model, side.tokenizer, shown, outputs, batch_size)
+        return found
 
     def plain_perplexities(
-        self, texts: Sequence[str], vectors: Tensor, alpha: float, settings: WritingSettings, batch_size: int
+        self,
+        texts: Sequence[str],
+        vectors: Tensor,
+        alpha: float,
+        settings: GenerationSettings,
+        batch_size: int,
     ) -> list[float | None]:
         """Return the perplexity of texts to the target while it is steered.
 
@@ -238,9 +178,8 @@ class Worker:
         for layer, vector in zip(settings.layers, vectors, strict=True):
             generator.register_steering(layer, vector, alpha)
         try:
-            nothing = [""] * len(texts)
             return continuation_perplexities(
-                side.model, side.tokenizer, nothing, texts, batch_size, is_steered=True
+                side.model, side.tokenizer, [""] * len(texts), texts, batch_size, is_steered=True
             )
         finally:
             generator.clear_steering()
@@ -270,7 +209,28 @@ class LocalExecutor:
         """Do nothing; a Ray executor lets its workers go."""
 
 
-def collect_in_chunks(executor: Any, texts: Sequence[NeutralText], settings: PairSettings) -> CollectedPairs:
+def start_executor(inputs: Inputs) -> Executor:
+    """Return what runs the chunks of the phases: this process, or the workers of a Ray cluster."""
+    settings = inputs.config.executor
+    if settings.kind == "local":
+        return LocalExecutor(Worker({side.name: side for side in inputs.sides}))
+    sides = {side.name: _remote_settings(inputs, side) for side in inputs.sides}
+    return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers)
+
+
+def _remote_settings(inputs: Inputs, side: Side) -> SideSettings:
+    """Return how a worker elsewhere loads the same model in the same dtype as this process."""
+    settings = SideSettings.of(inputs.config, side.name)
+    path = Path(settings.model_name).expanduser()
+    if settings.model_name not in PACKAGED_MODELS and path.exists():
+        settings = replace(settings, model_name=str(path.resolve()))
+    dtype = str(side.model.dtype).removeprefix("torch.")
+    return replace(settings, dtype=dtype, expected_fingerprint=side.fingerprint)
+
+
+def collect_in_chunks(
+    executor: Executor, texts: Sequence[NeutralText], settings: PairSettings
+) -> CollectedPairs:
     """Return the sums over all texts for every layer pair, read chunk by chunk by the executor's workers.
 
     Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
@@ -295,24 +255,3 @@ def _in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         while following in waiting:
             yield waiting.pop(following)
             following += 1
-
-
-def main() -> None:
-    """Check on tiny models that chunks give what one chunk gives."""
-    from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
-
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    target = Side("target", model, tokenizer, ActivationExtractor(model, tokenizer, 1), "target")
-    settings = WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", batch_size=4)
-    rows, worker = (
-        [{"prompt": f"Text {n}", "seed": n, "alpha": n} for n in (1, 2, 3)],
-        Worker({"target": target}),
-    )
-    parts = [([row], torch.ones(1, 1, D_MODEL), settings) for row in rows]
-    written = [text for _, (texts, _, _) in LocalExecutor(worker).run("write", parts) for text in texts]
-    assert written == worker.write(rows, torch.ones(3, 1, D_MODEL), settings)[0]
-    print(f"workers OK: {len(written)} texts in 3 chunks are the same as in one")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
-"""The debugging checklist as code: run before the experiment, written to preflight.json (phase 1).
+"""Check the set-up before the experiment: the debugging checklist as code, kept in `preflight.json` (phase 1).
 
-A technical check that fails stops the run, since every later number would be wrong. A check of
-the experiment's premises (stable vectors, a fluent baseline, an oracle that works) that fails
-is repeated in the summary: what follows may be true, and a negative result is one.
+A technical check that fails stops the run, since every later number would be wrong. A check of the experiment's
+premises (stable vectors, fluent unsteered text, an oracle that works) that fails is repeated in the summary: what
+follows may be true, and a negative result is one.
 """
 
 import logging
@@ -18,10 +18,24 @@ import torch
 import transformers
 from torch import Tensor
 
-from activation_extractor import ActivationExtractor, PersonaVector, block_output
+from activation_extractor import (
+    ActivationExtractor,
+    PersonaVector,
+    ResidualNorm,
+    block_output,
+    measure_residual_norm,
+)
 from evaluation import continuation_perplexities, repetition_metrics
-from scoring.trait_classifier import TraitClassifier
+from experiment.conditions import ORACLE
+from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
+from experiment.run import FORMAT_VERSION, Artifact, Run
+from phases.choose_alphas import alpha_bracket
+from phases.fit_maps import mapping_data_key
+from phases.generate_texts import generate_development
+from phases.make_vectors import NATIVE_VECTORS, native_vectors, vector_key
+from phases.score_texts import scorers_key
 from steered_generation import SteeredGenerator, steering_error
+from support.artifacts import fingerprint
 from support.errors import InputError
 from texts.encoding import encode
 
@@ -32,6 +46,8 @@ MIN_SPLIT_HALF_COSINE = 0.5
 MIN_ORACLE_EFFECT = 0.05
 MAX_FLUENT_RATIO = 0.5
 MAX_COLLAPSE_RATE = 0.2
+N_NORM_TEXTS = 256  # on which the unit of alpha is measured, before the map has measured it on all
+SEARCH_DEPTHS = (0.25, 0.5, 0.75)  # of the bracket, where alphas are yet to be searched for
 PROBE = "The committee met on Tuesday to discuss the new bridge over the river."
 LONGER_PROBE = f"{PROBE} Nobody could say how long the work would take or what it would cost."
 
@@ -192,11 +208,11 @@ def check_baseline(scorer: tuple[Any, Any], prompts: Sequence[str], outputs: Seq
 
 
 def check_oracle(
-    classifiers: Mapping[str, TraitClassifier],
+    classifiers: Mapping[str, Any],
     unsteered: Sequence[str],
     steered: Mapping[str, Mapping[float, Sequence[str]]],
 ) -> list[Check]:
-    """Check for each persona that the target's own vector raises the trait at some alpha.
+    """Check for each persona that the native vector raises the trait at some alpha.
 
     unsteered: texts. steered: persona -> alpha -> texts of the same prompts.
     """
@@ -293,19 +309,110 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(present) if present else None
 
 
-def main() -> None:
-    """Check on a tiny model that a sound set-up passes and that a wrong block is noticed."""
-    from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
-
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    extractor, generator = ActivationExtractor(model, tokenizer, 1), SteeredGenerator(model, tokenizer)
-    vector = torch.full((D_MODEL,), D_MODEL**-0.5)
-    sound = check_extraction("target", extractor) + check_steering(generator, extractor, vector)
-    assert all(check.status == "pass" for check in sound), sound
-    generator.blocks = torch.nn.ModuleList([generator.blocks[0]] * 4)
-    assert check_steering(generator, extractor, vector)[0].status == "fail"
-    print("preflight OK: sound steering passes, a wrong block fails")
+def _key(run: Run) -> str:
+    inputs, config = run.inputs, run.config
+    oracles = [[name, vector_key(run, name, ORACLE), _planned(run, name)] for name in config.persona_names]
+    bracket = config.alpha_search.bracket if config.alpha_values == "auto" else None
+    prompting = [inputs.prompting.prompt(side, "?") for side in ("target", inputs.fluency_side.name)]
+    scored = [inputs.fluency_side.fingerprint, scorers_key(run, ["classifier"])]
+    generated = [sampling(inputs), config.steer_positions, config.seed, inputs.development_prompts, prompting]
+    # The norm that alpha is a multiple of is measured on texts of the map.
+    unit = [config.alpha_unit, mapping_data_key(run)]
+    return fingerprint(FORMAT_VERSION, NATIVE_VECTORS.key(run), oracles, bracket, scored, generated, unit)
 
 
-if __name__ == "__main__":
-    main()
+PREFLIGHT = Artifact("preflight.json", 1, _key)
+
+
+def check_setup(run: Run) -> dict[str, Any]:
+    """Return what `preflight.json` holds: the checklist and the versions. Checks that failed are made again.
+
+    Raises PreflightError: a technical check failed.
+    """
+    done = PREFLIGHT.current(run)
+    if done is None or technical_failures(done["checks"]):
+        checks = report(_run_checks(run))
+        done = PREFLIGHT.save(run, {"environment": environment(), "checks": checks})
+    raise_on_technical_failure(done["checks"])
+    passed = sum(check["status"] == "pass" for check in done["checks"])
+    logger.info("%d of %d preflight checks passed, %s", passed, len(done["checks"]), PREFLIGHT.path(run))
+    return done
+
+
+def _run_checks(run: Run) -> list[Check]:
+    """Return the technical checks, and if they pass, those of the experiment's premises."""
+    inputs, target = run.inputs, run.inputs.target
+    natives, middle = native_vectors(run), len(inputs.layer_pairs) // 2
+    at_middle = {
+        side: {name: rows[middle] for name, rows in by_persona.items()}
+        for side, by_persona in natives.items()
+    }
+    checks = [check for side in inputs.sides for check in check_extraction(side.name, side.extractor)]
+    generator = SteeredGenerator(target.model, target.tokenizer, block_path=run.config.target_block_path)
+    first = next(iter(at_middle["target"].values())).vector
+    checks += check_steering(generator, target.extractor, first)
+    checks += [check for side in at_middle for check in check_vectors(side, at_middle[side])]
+    if any(check.technical and check.status == "fail" for check in checks):
+        return checks
+    oracles = {name: torch.stack([each.vector for each in rows]) for name, rows in natives["target"].items()}
+    unsteered, steered = _oracle_texts(run, oracles)
+    scorer = inputs.fluency_side
+    shown = [inputs.prompting.prompt(scorer.name, prompt) for prompt in inputs.development_prompts]
+    checks.append(check_baseline((scorer.model, scorer.tokenizer), shown, unsteered))
+    return [*checks, *check_oracle(inputs.classifiers, unsteered, steered)]
+
+
+def _oracle_texts(
+    run: Run, oracles: Mapping[str, Tensor]
+) -> tuple[list[str], dict[str, dict[float, list[str]]]]:
+    """Return unsteered texts, and persona -> alpha -> texts that the native vectors steered.
+
+    oracles: persona -> (blocks, d_target), each row of unit norm.
+    """
+    norms = tuple(map(measure_residual_norm, _neutral_activations(run)))
+    steering = SteeringVectors({name: {ORACLE: rows} for name, rows in oracles.items()}, norms)
+    cells = [UNSTEERED_CELL]
+    for name in run.config.persona_names:
+        # The unit of alpha here is not yet the one that the map measures: no other phase shares these texts.
+        key = fingerprint(vector_key(run, name, ORACLE), "preflight", steering.medians)
+        cells += [Cell(ORACLE, name, alpha, key) for alpha in _alphas(run, steering.middle_norm, name)]
+    by_cell = generate_development(run, cells, steering)
+    texts = [[row["output"] for row in rows] for rows in by_cell]
+    steered: dict[str, dict[float, list[str]]] = {name: {} for name in run.config.persona_names}
+    for cell, outputs in zip(cells[1:], texts[1:], strict=True):
+        steered[cell.persona][cell.alpha] = outputs
+    return texts[0], steered
+
+
+def _neutral_activations(run: Run) -> list[Tensor]:
+    """Return the target's activations where the map learns, (n, d_target) for each layer pair."""
+    inputs = run.inputs
+    read = inputs.mapping_texts[:N_NORM_TEXTS]
+    texts, prompts = [item.text for item in read], [item.prompts[1] for item in read]
+    extractor = inputs.target.extractor
+    tokens, ends = extractor.token_ends(texts, run.config.mapping_positions, prompts=prompts)
+    positions = [list(by_character.values()) for by_character in ends]
+    by_layer = extractor.extract_tokens(tokens, positions, inputs.target_layers)
+    return [by_layer[layer] for layer in inputs.target_layers]
+
+
+def _alphas(run: Run, norm: ResidualNorm, persona: str) -> list[float]:
+    """Return three of a persona's alphas, or three between the ends of the bracket to be searched."""
+    planned = _planned(run, persona)
+    if run.config.alpha_values != "auto":
+        return planned
+    low, high = alpha_bracket(run, norm)
+    return [low * (high / low) ** depth for depth in planned]
+
+
+def _planned(run: Run, persona: str) -> list[float]:
+    """Return the alphas that the preflight tries: of those listed, or the depths of the bracket to be searched."""
+    if run.config.alpha_values == "auto":
+        return list(SEARCH_DEPTHS)
+    ordered = sorted(run.config.alphas_of(persona, ORACLE))
+    return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
+
+
+def n_preflight_cells(run: Run) -> int:
+    """Return how many cells of development texts the preflight generates."""
+    return 1 + sum(len(_planned(run, name)) for name in run.config.persona_names)

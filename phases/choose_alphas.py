@@ -1,269 +1,183 @@
-"""Texts on the development prompts, for preflight and for alphas: written in one way, journalled.
+"""Choose each vector's steering strength on development prompts, where the configuration searches (phase 4).
 
 What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor
+from analysis.results_table import perplexity_ratio
+from reporting.figures_results import alpha_search_figure
+from reporting.style import draw_once
 
-from activation_extractor import ResidualNorm, measure_residual_norm
+from activation_extractor import ResidualNorm
 from analysis.alpha_search import (
     AlphaKey,
     ChosenAlpha,
     CoherenceBound,
-    DevelopmentText,
+    ScoredText,
     alphas_content,
     alphas_from_content,
-    format_alphas,
     search_alphas,
 )
-from experiment.inputs import Inputs
-from experiment.plan import (
-    UNSTEERED,
-    Cell,
-    Row,
-    doses_fingerprint,
-    evaluation_rows,
-    grid,
-    planned_texts,
-    vector_fingerprint,
-)
-from experiment.structures import expected
-from phases import check_setup as preflight
-from phases.generate_texts import Vectors, evaluate_texts, write_texts
-from phases.make_vectors import SteeringVectors
-from reporting.figures import alpha_search_figure, draw_once
-from steered_generation import SteeredGenerator
+from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, sampling
+from experiment.run import FORMAT_VERSION, Artifact, Run
+from phases.fit_maps import mapping_data_key
+from phases.generate_texts import generate_development
+from phases.make_vectors import grid_cells
+from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
+from reporting.tables import format_alphas
 from support.artifacts import fingerprint
-from support.errors import InputError
-from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-N_NORM_TEXTS = 256
-AUTO_DEPTHS = (0.25, 0.5, 0.75)
+SCORERS = ("classifier",)  # the trait is reported beside a search and never used to choose
 
 
-def write_development(
-    inputs: Inputs,
-    folder: RunFolder,
-    executor: Any,
-    cells: Sequence[Cell],
-    vectors: Vectors,
-    residual_norms: Sequence[float],
-    n_seeds: int = 1,
-) -> list[list[Row]]:
-    """Return the rows of each cell with their texts: prompts, seeds within them."""
-    seeds = range(inputs.config.seed, inputs.config.seed + n_seeds)
-    planned = planned_texts(inputs, cells, inputs.development_prompts, seeds)
-    rows, _ = write_texts(inputs, folder, executor, planned, vectors, residual_norms)
-    size = len(inputs.development_prompts) * len(seeds)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _costs_key(run: Run) -> str:
+    labelled = [[each.name, each.labelled_positive, each.labelled_negative] for each in run.inputs.personas]
+    return fingerprint(perplexity_key(run), labelled)
 
 
-def run_preflight(inputs: Inputs, folder: RunFolder, executor: Any) -> list[preflight.Check]:
-    """Run the checklist: technical checks, and if they pass, whether the experiment's premises hold."""
-    by_pair = inputs.native_vectors
-    natives = by_pair[len(by_pair) // 2]
-    checks = [
-        check for side in inputs.sides for check in preflight.check_extraction(side.name, side.extractor)
+def _search_key(run: Run) -> str:
+    config, inputs = run.config, run.inputs
+    cells = [[cell.persona, cell.condition, cell.vector_key] for cell in grid_cells(run, [None])]
+    sides = dict.fromkeys(("target", *inputs.perplexity_sides))
+    shown = [
+        [inputs.prompting.prompt(side, prompt) for side in sides] for prompt in inputs.development_prompts
     ]
-    first = next(iter(natives["target"].values())).vector
-    target = inputs.target
-    generator = SteeredGenerator(target.model, target.tokenizer, block_path=inputs.config.target_block_path)
-    checks += preflight.check_steering(generator, target.extractor, first)
-    checks += [check for name in natives for check in preflight.check_vectors(name, natives[name])]
-    if any(check.technical and check.status == "fail" for check in checks):
-        return checks
-    oracles = {
-        persona.name: torch.stack([of_pair["target"][persona.name].vector for of_pair in by_pair])
-        for persona in inputs.personas
-    }
-    unsteered, steered = _oracle_texts(inputs, folder, executor, oracles)
-    scorer = inputs.perplexity_scorer
-    shown = [inputs.shown_prompt(scorer.name, prompt) for prompt in inputs.development_prompts]
-    checks.append(preflight.check_baseline((scorer.model, scorer.tokenizer), shown, unsteered))
-    return [*checks, *preflight.check_oracle(inputs.classifiers, unsteered, steered)]
+    generated = [inputs.target.fingerprint, sampling(inputs), config.steer_positions, config.seed, shown]
+    # The bracket is in units of the norm that is measured on the map's texts, whatever the unit of alpha.
+    bracket = [mapping_data_key(run), config.alpha_unit, config.alpha_search.model_dump()]
+    return fingerprint(FORMAT_VERSION, cells, generated, bracket, _costs_key(run), scorers_key(run, SCORERS))
 
 
-def _oracle_texts(
-    inputs: Inputs, folder: RunFolder, executor: Any, oracles: Mapping[str, Tensor]
-) -> tuple[list[str], dict[str, dict[float, list[str]]]]:
-    """Return unsteered texts, and persona -> alpha -> texts that the target's own vectors steered.
-
-    oracles: persona -> (blocks, d_target), each row of unit norm.
-    """
-    norms = tuple(map(measure_residual_norm, inputs.neutral_activations(N_NORM_TEXTS)))
-    steering = SteeringVectors({name: {"oracle": rows} for name, rows in oracles.items()}, norms)
-    of_norms = steering.medians if inputs.band else norms[0].median
-    cells = [UNSTEERED]
-    for persona in inputs.personas:
-        # The map's norm, alpha's unit later, is not measured yet: these texts are no other phase's.
-        cache_key = fingerprint(vector_fingerprint(inputs, persona, "oracle"), "preflight", of_norms)
-        alphas = preflight_alphas(inputs, steering.middle_norm, persona.name)
-        cells += [Cell("oracle", persona.name, alpha, cache_key) for alpha in alphas]
-    by_cell = write_development(inputs, folder, executor, cells, steering.vectors, steering.medians)
-    texts = [[row["output"] for row in rows] for rows in by_cell]
-    steered: dict[str, dict[float, list[str]]] = {persona.name: {} for persona in inputs.personas}
-    for cell, outputs in zip(cells[1:], texts[1:], strict=True):
-        steered[cell.persona][cell.alpha] = outputs
-    return texts[0], steered
+TRAIT_COSTS = Artifact("trait_costs.json", 4, _costs_key)
+ALPHA_SEARCH = Artifact("alpha_search.json", 4, _search_key)
 
 
-def preflight_alphas(inputs: Inputs, norm: ResidualNorm, persona: str) -> list[float]:
-    """Return three of a persona's alphas, or three between the ends of the bracket to be searched."""
-    low, high = bracket(inputs, norm)
-    return [
-        low * (high / low) ** dose if searched else dose
-        for dose, searched in preflight_depths(inputs, persona)
-    ]
+def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
+    """Return the alphas of the grid: those of the configuration, or persona -> method -> alpha by a search."""
+    if run.config.alpha_values != "auto":
+        return run.config.alpha_values
+    content = ALPHA_SEARCH.current_or_make(run, lambda run: _search(run, steering))
+    chosen = alphas_from_content(content)
+    if costs := content["trait_costs"]:
+        logger.info(
+            "what a trait costs by itself, as the perplexity ratio of its labelled texts: %s",
+            ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()),
+        )
+    logger.info("alphas\n\n%s\n", format_alphas(chosen))
+    draw_once(run.folder, "alpha_search.png", content["fingerprint"], alpha_search_figure, content)
+    run.folder.notes += _notes(chosen)
+    return _by_persona(chosen)
 
 
-def preflight_depths(inputs: Inputs, persona: str) -> list[tuple[float, bool]]:
-    """Return the alphas that a preflight tries, and whether each is a depth of the bracket to be searched."""
-    if inputs.config.alpha_values == "auto":
-        return [(depth, True) for depth in AUTO_DEPTHS]
-    ordered = sorted(inputs.config.alphas_of(persona, "oracle"))
-    return [(alpha, False) for alpha in sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})]
+def required_alphas(run: Run) -> Alphas:
+    """Return the alphas of the grid. Raises InputError where they are searched and the search is not there."""
+    if run.config.alpha_values != "auto":
+        return run.config.alpha_values
+    return _by_persona(alphas_from_content(ALPHA_SEARCH.require(run)))
 
 
-def bracket(inputs: Inputs, norm: ResidualNorm) -> tuple[float, float]:
-    """Return the weakest and strongest dose to search, in units of alpha, at each block that is steered."""
-    unit = 1.0 if inputs.config.alpha_unit == "residual_norm" else norm.median
-    unit /= len(inputs.layer_pairs)
-    low, high = inputs.config.alpha_search.bracket
+def alpha_bracket(run: Run, norm: ResidualNorm) -> tuple[float, float]:
+    """Return the weakest and strongest alpha to search, in units of alpha, at each block that is steered."""
+    unit = 1.0 if run.config.alpha_unit == "residual_norm" else norm.median
+    unit /= len(run.inputs.layer_pairs)
+    low, high = run.config.alpha_search.bracket
     return low * unit, high * unit
 
 
-def searched_alphas(
-    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors
-) -> dict[str, dict[str, float]]:
-    """Return persona -> method -> its dose, searched for unless an earlier run has; drawn, logged."""
-    name, cache_key = "alpha_search.json", doses_fingerprint(inputs)
-    content = folder.current(name, cache_key, expected(name, inputs))
-    if content is None:
-        costs = trait_costs(inputs, executor) if inputs.config.alpha_search.bound == "excess" else {}
-        alphas, bound = find_alphas(inputs, folder, executor, steering, costs)
-        content = folder.save(name, cache_key, alphas_content(alphas, bound, costs))
-    alphas = _read_doses(inputs, folder, content)
-    if costs := content.get("trait_costs"):
-        logger.info(
-            "what a trait costs by itself, in perplexity of its labelled texts: %s",
-            ", ".join(f"{name} x {cost:.2f}" for name, cost in costs.items()),
-        )
-    logger.info("alphas\n\n%s\n", format_alphas(alphas))
-    draw_once(folder, "alpha_search.png", cache_key, alpha_search_figure, content)
-    for (persona, method), dose in alphas.items():
-        if not dose.is_coherent:
-            folder.notes.append(
-                f"{persona} {method}: no dose is coherent, not even the weakest tried, {dose.alpha:g}, "
-                "which is the one tested; lower alpha_search.bracket"
-            )
-        elif dose.at == "highest":
-            folder.notes.append(
-                f"{persona} {method}: the strongest dose tried, {dose.alpha:g}, is still coherent; "
-                "raise alpha_search.bracket"
-            )
-    return _by_persona(alphas)
+def coherence_bounds(run: Run) -> dict[str, CoherenceBound]:
+    """Return persona -> the bound within which its texts count as coherent."""
+    settings = run.config.alpha_search
+    bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
+    costs = trait_costs(run)
+    return {name: bound.of_trait(costs.get(name, 1.0)) for name in run.config.persona_names}
 
 
-def required_alphas(inputs: Inputs, folder: RunFolder) -> dict[str, dict[str, float]]:
-    """Return the alphas that phase 4 has found. Raises InputError if they are missing or not whole."""
-    name = "alpha_search.json"
-    content = folder.required(name, doses_fingerprint(inputs), 4, expected(name, inputs))
-    return _by_persona(_read_doses(inputs, folder, content))
+def trait_costs(run: Run) -> dict[str, float]:
+    """Return persona -> perplexity ratio of its labelled positive to its negative texts, by the independent model.
+
+    Empty where the bound is `plain` or no independent model is asked; a persona without labelled texts has none.
+    """
+    if run.config.alpha_search.bound == "plain" or not run.config.independent_perplexity:
+        return {}
+    return TRAIT_COSTS.current_or_make(run, _measure_costs)["personas"]
 
 
-def _by_persona(alphas: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, dict[str, float]]:
+def _measure_costs(run: Run) -> dict[str, Any]:
+    personas = [persona for persona in run.inputs.personas if persona.labelled_positive]
+    sides = [texts for each in personas for texts in (each.labelled_positive, each.labelled_negative)]
+    size, dtype = run.config.evaluation_batch_size, run.inputs.evaluation_dtype
+    chunks = [({"source": [""] * len(texts)}, list(texts), size, dtype) for texts in sides]
+    found: dict[int, list[float | None]] = {}
+    with closing(run.executor.run("perplexities", chunks)) as results:
+        for number, by_side in results:
+            found[number] = by_side["source"]
+    costs = {}
+    for number, persona in enumerate(personas):
+        positive, negative = found[2 * number], found[2 * number + 1]
+        n = min(len(positive), len(negative))  # labelled texts come in pairs; what is over has no partner
+        if (ratio := perplexity_ratio(positive[:n], negative[:n])) is not None:
+            costs[persona.name] = ratio
+    return {"personas": costs}
+
+
+def find_alphas(run: Run, steering: SteeringVectors) -> tuple[dict[AlphaKey, ChosenAlpha], CoherenceBound]:
+    """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
+    config, settings = run.config, run.config.alpha_search
+    keys = {(cell.persona, cell.condition): cell.vector_key for cell in grid_cells(run, [None])}
+
+    def texts_of(cells: Sequence[Cell]) -> list[list[ScoredText]]:
+        by_cell = generate_development(run, cells, steering, settings.n_seeds)
+        # The unsteered text is scored for its fluency alone, so any persona will do.
+        generated = [
+            {**row, "persona": row["persona"] or config.persona_names[0]} for rows in by_cell for row in rows
+        ]
+        rows, _ = score_rows(run, evaluation_rows(run, generated, SCORERS), SCORERS)
+        texts, size = list(map(ScoredText.from_row, rows)), len(by_cell[0])
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+    def measure(asked: list[tuple[AlphaKey, float]]) -> list[list[ScoredText]]:
+        return texts_of([Cell(method, name, alpha, keys[name, method]) for (name, method), alpha in asked])
+
+    (unsteered,) = texts_of([UNSTEERED_CELL])
+    bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
+    searched = [(name, method) for name in config.persona_names for method in config.steering_methods]
+    bracket = alpha_bracket(run, steering.middle_norm)
+    found = search_alphas(
+        searched, measure, unsteered, bracket, bound, settings.n_evaluations, trait_costs(run)
+    )
+    return found, bound
+
+
+def _search(run: Run, steering: SteeringVectors) -> dict[str, Any]:
+    chosen, bound = find_alphas(run, steering)
+    return alphas_content(chosen, bound, trait_costs(run))
+
+
+def _by_persona(chosen: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, dict[str, float]]:
     """Return the alphas in the form in which a configuration gives them."""
     found: dict[str, dict[str, float]] = {}
-    for (persona, method), dose in alphas.items():
-        found.setdefault(persona, {})[method] = dose.alpha
+    for (persona, method), alpha in chosen.items():
+        found.setdefault(persona, {})[method] = alpha.alpha
     return found
 
 
-def _read_doses(inputs: Inputs, folder: RunFolder, content: dict[str, Any]) -> dict[AlphaKey, ChosenAlpha]:
-    path = folder.path / "alpha_search.json"
-    alphas = alphas_from_content(content, str(path))
-    for cell in grid(inputs, [None]):
-        if cell.method not in ("baseline", "prompted") and (cell.persona, cell.method) not in alphas:
-            raise InputError(
-                f"{path} has no dose for {cell.persona}, {cell.method}; delete it to search for them again"
+def _notes(chosen: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
+    notes = []
+    for (persona, method), found in chosen.items():
+        if not found.is_coherent:
+            notes.append(
+                f"{persona} {method}: no alpha is coherent, not even the weakest tried, {found.alpha:g}, "
+                "which is the one tested; lower alpha_search.bracket"
             )
-    return alphas
-
-
-def trait_costs(inputs: Inputs, executor: Any) -> dict[str, float]:
-    """Return persona -> how many times as perplexing its labelled positive texts are as the negative.
-
-    Geometric means over the texts that have one, by the independent model; a persona without labelled texts
-    has no cost here.
-    """
-    personas = [persona for persona in inputs.personas if persona.labelled_positive]
-    sides = [
-        texts for persona in personas for texts in (persona.labelled_positive, persona.labelled_negative)
-    ]
-    size = inputs.config.evaluation_batch_size
-    chunks = [({"source": [""] * len(texts)}, list(texts), size) for texts in sides]
-    logs: dict[int, float] = {}
-    with closing(executor.run("perplexities", chunks)) as results:
-        for number, found in results:
-            logs[number] = fmean(math.log(value) for value in found["source"] if value is not None)
-    return {
-        persona.name: math.exp(logs[2 * index] - logs[2 * index + 1])
-        for index, persona in enumerate(personas)
-    }
-
-
-def find_alphas(
-    inputs: Inputs,
-    folder: RunFolder,
-    executor: Any,
-    steering: SteeringVectors,
-    costs: Mapping[str, float],
-) -> tuple[dict[AlphaKey, ChosenAlpha], CoherenceBound]:
-    """Find the strongest coherent alpha of every persona and method, and return the bound that was kept.
-
-    costs: persona -> what its trait costs by itself.
-    """
-    config = inputs.config
-    origins = {(cell.persona, cell.method): cell.origin for cell in grid(inputs, [None])}
-
-    def texts_of(cells: Sequence[Cell]) -> list[list[DevelopmentText]]:
-        by_cell = write_development(
-            inputs, folder, executor, cells, steering.vectors, steering.medians, config.alpha_search.n_seeds
-        )
-        # The unsteered text is scored for its fluency alone, so for any persona.
-        written = [
-            {**row, "persona": row["persona"] or config.persona_names[0]} for rows in by_cell for row in rows
-        ]
-        planned = evaluation_rows(inputs, written)
-        rows, _ = evaluate_texts(inputs, folder, executor, planned)
-        texts, size = [_development_text(row) for row in rows], len(by_cell[0])
-        return [texts[start : start + size] for start in range(0, len(texts), size)]
-
-    def measure(asked: list[tuple[AlphaKey, float]]) -> list[list[DevelopmentText]]:
-        return texts_of([Cell(method, name, alpha, origins[name, method]) for (name, method), alpha in asked])
-
-    (unsteered,) = texts_of([UNSTEERED])
-    bound = CoherenceBound(
-        config.alpha_search.max_perplexity_ratio, config.alpha_search.max_repetition_increase
-    )
-    keys = [(name, method) for name in config.persona_names for method in config.steering_methods]
-    n_evaluations = config.alpha_search.n_evaluations
-    ends = bracket(inputs, steering.middle_norm)
-    return search_alphas(keys, measure, unsteered, ends, bound, n_evaluations, costs), bound
-
-
-def _development_text(row: Row) -> DevelopmentText:
-    perplexity = row["independent_perplexity"]
-    if perplexity is None and row["output"].strip():
-        perplexity = math.inf  # JSON holds no such number
-    return DevelopmentText(perplexity, row["repetition"], row["trait_probability"])
+        elif found.at == "highest":
+            notes.append(
+                f"{persona} {method}: the strongest alpha tried, {found.alpha:g}, is still coherent; "
+                "raise alpha_search.bracket"
+            )
+    return notes

@@ -1,12 +1,12 @@
-"""Have answers written, for persona vectors and for the map (phases 1 to 3).
+"""Collect responses, for persona vectors and for the map (before phases 1 to 3).
 
-The recipe of persona vectors (arXiv 2507.21509): a model answers the persona's questions under both kinds of
-system prompt; answers that show the trait though they should not, or do not though they should, are left
-out; and the vector is the difference of means over the response's tokens, read without the system prompt.
-Each model reads its own answers. One that cannot be asked reads the other's, as plain text.
+Persona vectors (arXiv 2507.21509): a model responds to the persona's questions under both kinds of system prompt;
+responses that show the trait though they should not, or do not though they should, are left out; the vector is
+the difference of means over the responses' tokens, read without the system prompt. Each model reads its own
+responses; a model that cannot be asked reads the other's, as plain text.
 
-A map may be learnt from answers too, to questions that ask for no trait: asked as test prompts are, they have
-the tokens on which steering acts.
+A map may be learnt from responses too, to questions that ask for no trait: they hold the kind of tokens on which
+steering acts.
 """
 
 import logging
@@ -14,189 +14,270 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiment.inputs import Inputs
-from experiment.plan import (
-    Row,
-    neutral_responses_fingerprint,
-    planned_neutral_responses,
-    planned_responses,
-    responses_fingerprint,
-)
-from experiment.structures import expected
-from phases.generate_texts import asked_judge, write_responses
+import torch
+
+from experiment.executor import GenerationSettings
+from experiment.plan import Row, sampling
+from experiment.run import FORMAT_VERSION, Artifact, Run
+from phases.generate_texts import generate_rows
+from phases.score_texts import cached_judge, judge_key, judged_description
 from scoring.brevity import brevity
 from scoring.gpt_judge import trait_prompt
 from scoring.judge_answers import Judgement
 from support.artifacts import fingerprint
 from support.errors import InputError
-from support.run_folder import RunFolder
 from texts.neutral_text import NeutralText
 from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-ANSWERS, NEUTRAL_ANSWERS = "extraction_responses.json", "neutral_responses.json"
-DECIDED = 0.5  # trait probability from which an answer shows it
-JUDGED = 3.0  # middle of a judge's scale
-MOST_UNJUDGED = 0.05  # share of a persona's answers without a judgement that a vector may go without
-SHOWN = 90  # characters of an answer in the log
+TRAIT_THRESHOLD = 0.5  # trait probability from which a response shows the trait
+JUDGE_THRESHOLD = 3.0  # the middle of a judge's scale
+MAX_UNJUDGED = 0.05  # share of a persona's responses without a judgement that a vector may do without
+LOGGED_CHARACTERS = 90  # of an example in the log
 
 
-def with_responses(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
-    """Return the inputs with the answers that the map and persona vectors are made from, if they are.
+def persona_responses_key(run: Run, persona: Persona, sides: Sequence[str] = ("source", "target")) -> str:
+    """Return what the responses that a persona's vectors are made from depend on, and how `sides` read them."""
+    inputs, settings, prompting = run.inputs, run.config.extraction, run.inputs.prompting
+    asked = [
+        persona.instructions,
+        persona.questions[: settings.n_questions],
+        settings.n_seeds,
+        run.config.seed,
+    ]
+    responders = [
+        [side, name, inputs.side(name).fingerprint, prompting.question(name, "?", "!")]
+        for side, name in prompting.responders.items()
+        if side in sides
+    ]
+    read = [prompting.question(side, "?") for side in sides]
+    judged = [judge_key(run.config), judged_description(persona)] if inputs.judge else None
+    filtered = [inputs.scorer_key("classifier"), persona.direct_measure, judged]
+    return fingerprint(
+        FORMAT_VERSION, asked, sampling(inputs, settings.max_new_tokens), responders, read, filtered
+    )
 
-    Raises InputError: no answer of a side is left, or a judge has failed on more than one in twenty.
+
+def _extraction_key(run: Run) -> str:
+    return fingerprint([persona_responses_key(run, persona) for persona in run.inputs.responding_personas])
+
+
+def neutral_responses_key(run: Run) -> str:
+    """Return what the responses that the map is learnt from depend on, and how both models read them."""
+    config, inputs, prompting = run.config, run.inputs, run.inputs.prompting
+    responder = inputs.side(prompting.default_responder).fingerprint
+    shown = [prompting.question(side.name, "?", config.system_prompt) for side in inputs.sides]
+    asked = [inputs.neutral_questions, config.n_training_samples, inputs.neutral_styles, config.seed]
+    return fingerprint(FORMAT_VERSION, responder, sampling(inputs), shown, asked)
+
+
+EXTRACTION_RESPONSES = Artifact("extraction_responses.json", 3, _extraction_key)
+NEUTRAL_RESPONSES = Artifact("neutral_responses.json", 2, neutral_responses_key)
+
+
+def collect_responses(run: Run) -> Run:
+    """Return the run with the responses that its map and its persona vectors are made from, if they are.
+
+    Raises InputError: no response of a side is left, or a judge has failed on more than one in twenty.
     """
-    inputs = _with_neutral_responses(inputs, folder, executor)
-    personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
+    if run.inputs.neutral_questions:
+        run = _with_neutral_responses(run)
+    personas = run.inputs.responding_personas
     if not personas:
-        return inputs
-    cache_key = all_responses_fingerprint(inputs)
-    content = folder.current(ANSWERS, cache_key, expected(ANSWERS, inputs))
-    if content is None:
-        folder.lock()
-        rows = [
-            {"writer": writer, **row}
-            for writer in dict.fromkeys(inputs.writers.values())
-            for persona in personas
-            for row in _scored(inputs, folder, executor, persona, writer)
-        ]
-        content = folder.save(ANSWERS, cache_key, {"n": len(rows), "rows": rows})
+        return run
+    rows = EXTRACTION_RESPONSES.current_or_make(run, _collect_extraction)["rows"]
+    responders = run.inputs.prompting.responders
     kept = {
-        (writer, persona.name): _kept(persona, writer, content["rows"], folder)
-        for writer in dict.fromkeys(inputs.writers.values())
+        (responder, persona.name): _kept(run, persona, responder, rows)
+        for responder in dict.fromkeys(responders.values())
         for persona in personas
     }
     by_side = {
-        side: {persona.name: kept[writer, persona.name] for persona in personas}
-        for side, writer in inputs.writers.items()
+        side: {persona.name: kept[responder, persona.name] for persona in personas}
+        for side, responder in responders.items()
     }
-    return replace(inputs, answers=by_side)
+    return run.with_inputs(replace(run.inputs, responses=by_side))
 
 
-def all_responses_fingerprint(inputs: Inputs) -> str:
-    """Of `extraction_responses.json`."""
-    personas = [persona for persona in inputs.personas if persona.name in inputs.answering]
-    return fingerprint([responses_fingerprint(inputs, persona) for persona in personas])
+def response_rows(run: Run, persona: Persona, responder: str) -> list[Row]:
+    """Return a row for each response that a side's model is to give under a persona's system prompts."""
+    settings, config = run.config.extraction, run.config
+    sampled = sampling(run.inputs, settings.max_new_tokens)
+    rows = []
+    for number, pair in enumerate(persona.instructions):
+        for is_positive, system_prompt in zip((True, False), pair, strict=True):
+            for asked in persona.questions[: settings.n_questions]:
+                for seed in range(config.seed, config.seed + settings.n_seeds):
+                    found = {"persona": persona.name, "is_positive": is_positive, "instruction": number}
+                    rows.append({**found, **_asked(run, responder, asked, system_prompt, seed, sampled)})
+    return rows
 
 
-def _with_neutral_responses(inputs: Inputs, folder: RunFolder, executor: Any) -> Inputs:
-    """Return the inputs with the answers that the map is learnt from; learnt from passages, as they are.
+def neutral_response_rows(run: Run) -> list[Row]:
+    """Return a row for each response that the map is learnt from: all questions, again with the next seed.
+
+    Styles are rotated from question to question, and shifted by one for each seed.
+    """
+    config, inputs = run.config, run.inputs
+    responder, sampled = inputs.prompting.default_responder, sampling(inputs)
+    styles = inputs.neutral_styles or (None,)
+    rows = []
+    for number in range(config.n_training_samples):
+        turn, index = divmod(number, len(inputs.neutral_questions))
+        system_prompt = inputs.prompting.with_instruction(styles[(index + turn) % len(styles)])
+        asked, seed = inputs.neutral_questions[index], config.seed + turn
+        rows.append(_asked(run, responder, asked, system_prompt, seed, sampled))
+    return rows
+
+
+def _asked(
+    run: Run, responder: str, asked: str, system_prompt: str | None, seed: int, sampled: Sequence[Any]
+) -> Row:
+    shown = run.inputs.prompting.question(responder, asked, system_prompt)
+    key = fingerprint(
+        FORMAT_VERSION, "response", run.inputs.side(responder).fingerprint, shown, seed, sampled
+    )
+    return {"key": key, "system_prompt": system_prompt, "prompt": asked, "alpha": None, "seed": seed}
+
+
+def _generate(run: Run, planned: Sequence[Row], responder: str, max_new_tokens: int) -> list[Row]:
+    """Return the planned rows with a side's unsteered responses under their system prompts."""
+    inputs = run.inputs
+    settings = GenerationSettings.of(inputs, [1.0] * len(inputs.layer_pairs))
+    nothing = torch.zeros(0, inputs.side(responder).d_model)
+
+    def show(rows: Sequence[Row]) -> list[str]:
+        return [inputs.prompting.question(responder, row["prompt"], row["system_prompt"]) for row in rows]
+
+    settings = settings.unsteered(responder, max_new_tokens)
+    return generate_rows(run, f"responses_{responder}", planned, show, settings, lambda row: nothing)[0]
+
+
+def _with_neutral_responses(run: Run) -> Run:
+    """Return the run with the responses that the map is learnt from.
 
     Both models read them behind their question, without the style that they may have been asked for. An empty
-    answer is left out, and counted.
+    response is left out, and counted.
     """
-    if not inputs.neutral_questions:
-        return inputs
-    cache_key, writer = neutral_responses_fingerprint(inputs), inputs.default_responder
-    content = folder.current(NEUTRAL_ANSWERS, cache_key, expected(NEUTRAL_ANSWERS, inputs))
-    if content is None:
-        folder.lock()
-        planned = planned_neutral_responses(inputs)
-        rows = write_responses(inputs, folder, executor, planned, writer, inputs.config.max_new_tokens)
-        content = folder.save(NEUTRAL_ANSWERS, cache_key, {"writer": writer, "n": len(rows), "rows": rows})
+    inputs, config = run.inputs, run.config
+    content = NEUTRAL_RESPONSES.current_or_make(run, _collect_neutral)
     rows = [row for row in content["rows"] if row["output"].strip()]
     if n_empty := content["n"] - len(rows):
-        folder.notes.append(f"{n_empty} of {content['n']} neutral answers are empty and left out of the map")
+        run.folder.notes.append(
+            f"{n_empty} of {content['n']} neutral responses are empty and left out of the map"
+        )
     shown = {
         asked: tuple(
-            inputs.shown_question(side.name, asked, inputs.config.system_prompt) for side in inputs.sides
+            inputs.prompting.question(side.name, asked, config.system_prompt) for side in inputs.sides
         )
         for asked in inputs.neutral_questions
     }
-    answers = tuple(NeutralText(row["output"], row["prompt"], shown[row["prompt"]]) for row in rows)
-    return replace(inputs, neutral_responses=answers)
+    responses = tuple(NeutralText(row["output"], row["prompt"], shown[row["prompt"]]) for row in rows)
+    return run.with_inputs(replace(inputs, neutral_responses=responses))
 
 
-def _scored(inputs: Inputs, folder: RunFolder, executor: Any, persona: Persona, writer: str) -> list[Row]:
-    """Return a persona's answers with their score, or why a judge gave none, and whether each is kept."""
-    planned, n_tokens = planned_responses(inputs, persona, writer), inputs.config.extraction.max_new_tokens
-    rows = write_responses(inputs, folder, executor, planned, writer, n_tokens)
-    middle = None
-    judgements = [Judgement(None)] * len(rows)
-    judge = asked_judge(inputs, folder)
-    if judge:
-        described = persona.name, persona.description, persona.eval_prompt
-        prompts = [trait_prompt(*described, row["prompt"], row["output"]) for row in rows]
-        judgements, middle = judge.judge(prompts), JUDGED
-        failed = [judged.failure for judged in judgements if judged.failure]
-        if len(failed) > MOST_UNJUDGED * len(rows):
-            raise InputError(
-                f"persona {persona.name!r}: {len(failed)} of {len(rows)} answers of the {writer} model lack "
-                f"a judgement (first reason: {failed[0]}); run again to ask for these again"
-            )
-    elif persona.direct_measure == "brevity":
-        texts, have_ended = ([row[key] for row in rows] for key in ("output", "has_ended"))
-        negative = [row["output"] for row in rows if not row["is_positive"]]
-        judgements, middle = list(map(Judgement, brevity(texts, have_ended, negative))), DECIDED
-    elif persona.name in inputs.classifiers:
-        scores = inputs.classifiers[persona.name].score([row["output"] for row in rows])
-        judgements, middle = list(map(Judgement, scores)), DECIDED
+def _collect_neutral(run: Run) -> dict[str, Any]:
+    responder = run.inputs.prompting.default_responder
+    rows = _generate(run, neutral_response_rows(run), responder, run.config.max_new_tokens)
+    return {"responder": responder, "n": len(rows), "rows": rows}
+
+
+def _collect_extraction(run: Run) -> dict[str, Any]:
+    responders = dict.fromkeys(run.inputs.prompting.responders.values())
+    rows = [
+        {"responder": responder, **row}
+        for responder in responders
+        for persona in run.inputs.responding_personas
+        for row in _scored(run, persona, responder)
+    ]
+    return {"n": len(rows), "rows": rows}
+
+
+def _scored(run: Run, persona: Persona, responder: str) -> list[Row]:
+    """Return a persona's responses with their score, or why a judge gave none, and whether each is kept."""
+    planned = response_rows(run, persona, responder)
+    rows = _generate(run, planned, responder, run.config.extraction.max_new_tokens)
+    judgements, threshold = _judged(run, persona, responder, rows)
     return [
         {
             **row,
             "trait": judged.score,
             "failure": judged.failure,
-            "is_kept": _is_kept(row, judged.score, middle),
+            "is_kept": _is_kept(row, judged.score, threshold),
         }
         for row, judged in zip(rows, judgements, strict=True)
     ]
 
 
-def _is_kept(row: Row, score: float | None, middle: float | None) -> bool:
+def _judged(
+    run: Run, persona: Persona, responder: str, rows: Sequence[Row]
+) -> tuple[list[Judgement], float | None]:
+    """Return a judgement of each response, and the score from which it shows the trait; None without a scorer."""
+    if judge := cached_judge(run):
+        described = persona.name, persona.description, persona.eval_prompt
+        judgements = judge.judge([trait_prompt(*described, row["prompt"], row["output"]) for row in rows])
+        failed = [judged.failure for judged in judgements if judged.failure]
+        if len(failed) > MAX_UNJUDGED * len(rows):
+            raise InputError(
+                f"persona {persona.name!r}: {len(failed)} of {len(rows)} responses of the {responder} model lack "
+                f"a judgement (first reason: {failed[0]}); run again to ask for these again"
+            )
+        return judgements, JUDGE_THRESHOLD
+    if persona.direct_measure == "brevity":
+        texts, have_ended = ([row[key] for row in rows] for key in ("output", "has_ended"))
+        negative = [row["output"] for row in rows if not row["is_positive"]]
+        return list(map(Judgement, brevity(texts, have_ended, negative))), TRAIT_THRESHOLD
+    if classifier := run.inputs.classifiers.get(persona.name):
+        return list(map(Judgement, classifier.score([row["output"] for row in rows]))), TRAIT_THRESHOLD
+    return [Judgement(None)] * len(rows), None
+
+
+def _is_kept(row: Row, score: float | None, threshold: float | None) -> bool:
     if not row["output"].strip():
         return False
-    if middle is None:
+    if threshold is None:
         return True
-    return score is not None and (score >= middle if row["is_positive"] else score < middle)
+    return score is not None and (score >= threshold if row["is_positive"] else score < threshold)
 
 
 def _kept(
-    persona: Persona, writer: str, rows: Sequence[Row], folder: RunFolder
+    run: Run, persona: Persona, responder: str, rows: Sequence[Row]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Return (question, answer) of the positive answers that are kept, and of the negative ones; logged."""
-    sides = []
-    for is_positive, name in ((True, "positive"), (False, "negative")):
-        asked = [
-            row
-            for row in rows
-            if (row["writer"], row["persona"], row["is_positive"]) == (writer, persona.name, is_positive)
-        ]
-        kept = [row for row in asked if row["is_kept"]]
-        if not kept:
-            should = "show" if is_positive else "do not show"
-            raise InputError(
-                f"persona {persona.name!r}: none of the {len(asked)} {name} answers of the {writer} model "
-                f"{should} the trait ({ANSWERS} has them); write other system prompts in 'instruction', "
-                "raise extraction.n_seeds, or choose 'extraction' of kind 'texts'"
-            )
-        example = " ".join(kept[0]["output"].split())[:SHOWN]
-        counted = f"{persona.name}: {len(kept)} of {len(asked)} {name} answers of the {writer} model are kept"
-        logger.info("%s, such as %r", counted, example)
-        if failed := [row["failure"] for row in asked if row["failure"]]:
-            folder.notes.append(
-                f"{persona.name}: {len(failed)} {name} answers of the {writer} model lack a judgement and "
-                f"are left out; first reason: {failed[0]}"
-            )
-        if len(kept) * 2 < len(asked):
-            folder.notes.append(f"{counted}; the others do not answer as their system prompts ask")
-        sides.append(tuple((row["prompt"], row["output"]) for row in kept))
-    of_persona = [row for row in rows if row["persona"] == persona.name]
+    """Return (question, response) of the positive responses that are kept, and of the negative ones; logged."""
+    of_persona = [row for row in rows if (row["responder"], row["persona"]) == (responder, persona.name)]
     if all(row["trait"] is None and not row["failure"] for row in of_persona):
-        folder.notes.append(
-            f"{persona.name}: no classifier and no judge has looked at its answers, so that all are kept"
+        run.folder.notes.append(f"{persona.name}: no scorer has read its responses, so that all are kept")
+    positive, negative = (
+        _kept_side(
+            run, persona, responder, [row for row in of_persona if row["is_positive"] is is_positive], name
         )
-    return sides[0], sides[1]
+        for is_positive, name in ((True, "positive"), (False, "negative"))
+    )
+    return positive, negative
 
 
-def main() -> None:
-    """Check which answers are kept: those that show what their system prompt asks for."""
-    positive, negative = ({"output": "Arr!", "is_positive": side} for side in (True, False))
-    assert [_is_kept(positive, score, DECIDED) for score in (0.9, 0.1)] == [True, False]
-    assert [_is_kept(negative, score, DECIDED) for score in (0.1, None)] == [True, False]
-    assert not _is_kept({**positive, "output": " "}, None, None)
-    print("answers OK: an answer is kept if it shows what it was asked to show")
-
-
-if __name__ == "__main__":
-    main()
+def _kept_side(
+    run: Run, persona: Persona, responder: str, asked: Sequence[Row], name: str
+) -> tuple[tuple[str, str], ...]:
+    kept = [row for row in asked if row["is_kept"]]
+    if not kept:
+        should = "show" if name == "positive" else "do not show"
+        raise InputError(
+            f"persona {persona.name!r}: none of the {len(asked)} {name} responses of the {responder} model "
+            f"{should} the trait ({EXTRACTION_RESPONSES.name} has them); write other system prompts in "
+            "'instruction', raise extraction.n_seeds, or choose 'extraction' of kind 'texts'"
+        )
+    example = " ".join(kept[0]["output"].split())[:LOGGED_CHARACTERS]
+    counted = (
+        f"{persona.name}: {len(kept)} of {len(asked)} {name} responses of the {responder} model are kept"
+    )
+    logger.info("%s, such as %r", counted, example)
+    if failed := [row["failure"] for row in asked if row["failure"]]:
+        run.folder.notes.append(
+            f"{persona.name}: {len(failed)} {name} responses of the {responder} model lack a judgement and "
+            f"are left out; first reason: {failed[0]}"
+        )
+    if len(kept) * 2 < len(asked):
+        run.folder.notes.append(f"{counted}; the others do not respond as their system prompts ask")
+    return tuple((row["prompt"], row["output"]) for row in kept)

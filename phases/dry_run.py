@@ -1,434 +1,321 @@
-"""Say what a run would do and cost, from counts and a short timing; writes nothing.
+"""Print what a run would do and cost, from counts and a few measured rates; writes nothing.
 
-What the journals and artifacts of the output directory hold already is counted and costs nothing. The times
-are extrapolated from a few seconds of each kind of work in this process, without loading; a Ray cluster is
-not asked. A judge's cost is computed from a price and a length a judgement. Texts that a model ends early
-cost less than is said here.
+What the journals and artifacts of the output directory hold already is counted and costs nothing. Three rates are
+measured in this process: reading a token in either model, and generating a text of full length. The other costs are
+counts of tokens times these. Loading is left out, and a Ray cluster is not asked. A judge's cost is computed from a
+price and a number of tokens. Texts that a model ends early cost less than this says.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 
-from evaluation import Evaluator, continuation_perplexities
-from experiment.inputs import N_PLAIN_TEXTS, Inputs
-from experiment.plan import (
-    Row,
-    doses_fingerprint,
-    evaluations_journal_fingerprint,
-    grid_texts,
-    judge_settings,
-    licences_fingerprint,
-    mapping_fingerprint,
-    neutral_responses_fingerprint,
-    personas_fingerprint,
-    planned_evaluations,
-    planned_responses,
-    preflight_fingerprint,
-    texts_journal_fingerprint,
-)
-from phases.choose_alphas import preflight_depths
-from phases.collect_responses import ANSWERS, NEUTRAL_ANSWERS, all_responses_fingerprint
-from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, sets_of
+from evaluation import continuation_perplexities
+from experiment.conditions import N_DRAWS, STEERED, vector_names
+from experiment.executor import GenerationSettings
+from experiment.inputs import N_PLAIN_TEXTS
+from experiment.run import Artifact, Run
+from maps.comparison_maps import KINDS
+from phases.check_setup import PREFLIGHT, n_preflight_cells
+from phases.choose_alphas import ALPHA_SEARCH
+from phases.choose_layers import LAYER_SEARCH
+from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
+from phases.fit_maps import RIDGE_MAPPING
+from phases.make_vectors import PERSONA_VECTORS, grid_rows
+from phases.score_texts import planned_evaluations
+from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
 from scoring.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
-from scoring.likelihood_ratio import (
-    N_EXAMPLES,
-    N_TRAINING,
-    N_WINDOWS,
-    WINDOW,
-    are_remembered,
-    likelihood_features,
-    load_scoring_model,
-    untrained_likelihood_ratios,
-)
-from scoring.local_judge import LocalJudge
+from scoring.likelihood_ratio import N_TRAINING, N_WINDOWS, WINDOW, untrained
 from scoring.validation import at_most, texts_of
-from support.artifacts import fingerprint
 from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
-from support.run_folder import RunFolder
-from support.tiny_models import tiny_model, tiny_tokenizer
-from support.vocabulary import DRAWS, MAP_KINDS, vector_names
 from texts.encoding import encode
 
-N_TEXTS = 8
-N_TOKENS = (2, 8)
-N_RATIO_TEXTS, N_RATIO_WORDS = 6, 54
-EXAMINED_TOKENS = 25  # of a text of an validation, in the mean
-N_TRAINED_ON = 12 * N_TRAINING  # texts on which a likelihood ratio is trained, shuffled ones among them
+N_TIMED = 8  # texts
+TIMED_TOKENS = (2, 8)  # new tokens of two short batches; their difference is what a token takes
+VALIDATION_TOKENS = 25  # of a text of a validation set, on average
+N_PREFIXES = 3  # behind which the likelihood ratio reads a text
+N_TRAINING_TEXTS = 12 * N_TRAINING  # on which a likelihood ratio is trained, shuffled ones among them
+SMALL_WIDTH = 256  # of a timed eigendecomposition; others take the cube of their width
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Seconds of each kind of work: a text for the map in both models, a full-length text that is written,
-    its perplexities, its likelihood ratio, that of a text of an validation, plain text read under one
-    steering, a judgement here, and an eigendecomposition."""
+class Rates:
+    """Seconds of a token that source and target read, of a text that the target generates, and of an
+    eigendecomposition of a model's width."""
 
-    mapping_data: float
-    writing: float
-    perplexities: float
-    ratio: float
-    examined: float
-    plain: float
-    judging: float
+    source_token: float
+    target_token: float
+    text: float
     decomposition: float
 
+    @property
+    def scored_token(self) -> float:
+        """Seconds of a token that the likelihood ratio's model reads, which is about as large as these."""
+        return min(self.source_token, self.target_token)
 
-def describe_run(inputs: Inputs, folder: RunFolder) -> str:
-    """Return counts, tokens, estimated minutes and judging cost of all five phases, as lines of text.
 
-    folder: whose journals and artifacts are counted. What a run would refuse, `experiment.inputs.load_inputs`
-    has refused before.
+@dataclass
+class _Estimate:
+    lines: list[str] = field(default_factory=list)
+    minutes: float = 0.0
+
+    def add(self, what: str, seconds: float) -> None:
+        """Add a line with its minutes."""
+        self.lines.append(f"{what}, about {seconds / 60:.1f} min")
+        self.minutes += seconds / 60
+
+
+def describe_run(run: Run) -> str:
+    """Return counts, estimated minutes and the judge's cost of all five phases, as lines of text.
+
+    What a run would reject, `experiment.inputs.load_inputs` has rejected before.
     """
-    config = inputs.config
-    n_per_cell = len(inputs.prompts) * config.n_seeds
-    n_generations = config.n_cells * n_per_cell
-    n_evaluations = (config.n_cells - 1 + len(inputs.personas)) * n_per_cell
-    written, evaluated, read = _already_there(inputs, folder)
-    costs, tokens = _measured(inputs, min(config.generation_batch_size, n_generations))
-    lines = _describe_search(inputs) if config.layer_idx == "auto" else []
-    lines += _describe_band(inputs)
-    minutes = {}
-
-    is_mapped = _has(inputs, folder, "persona_vectors.pt", personas_fingerprint)
-    is_mapped = is_mapped or _has(inputs, folder, "ridge_mapping.pt", mapping_fingerprint)
-    n_maps = 1 + sum(len(vector_names(kind)) for kind in MAP_KINDS)
-    n_decompositions = len(inputs.layer_pairs) * (config.n_folds + 1) * n_maps
-    minutes["map"] = (
-        0.0
-        if is_mapped
-        else (costs.mapping_data * config.n_training_samples + costs.decomposition * n_decompositions) / 60
-    )
-    there = ", already mapped" if is_mapped else ""
-    of_passages = f", {tokens['source']} source and {tokens['target']} target tokens"
-    lines.append(
-        f"texts for the map: {config.n_training_samples} {config.mapping_data.replace('_', ' ')}"
-        f"{'' if inputs.neutral_questions else of_passages}{there}, about {minutes['map']:.1f} min"
+    estimate, rates = _Estimate(), _measure(run)
+    _add_search(run, rates, estimate)
+    _add_map(run, rates, estimate)
+    n_responses = _add_preparation(run, rates, estimate)
+    n_texts = run.config.n_cells * len(run.inputs.prompts) * run.config.n_seeds
+    _add_grid(run, rates, estimate, n_texts)
+    n_judged = _add_validation(run, rates, estimate)
+    _add_judge(run, estimate, n_responses + n_judged)
+    device = run.inputs.target.model.device
+    return "\n".join(
+        [*estimate.lines, f"total: about {estimate.minutes:.0f} min on {device}, beside loading"]
     )
 
-    n_answers = _describe_preparation(inputs, folder, costs, lines, minutes)
-    minutes["writing"] = costs.writing * (n_generations - written) / 60
-    lines.append(
-        f"generations: {n_generations} ({config.n_cells - 1} steered cells and 1 baseline, "
-        f"{len(inputs.prompts)} prompts x {config.n_seeds} seeds each), {_there(written)}at most "
-        f"{n_generations * config.max_new_tokens} tokens, about {minutes['writing']:.1f} min"
+
+def _is_current(artifact: Artifact, run: Run) -> bool:
+    return artifact.current(run) is not None
+
+
+def _cached(n: int) -> str:
+    return f", {n} of them cached" if n else ""
+
+
+def _add_search(run: Run, rates: Rates, estimate: _Estimate) -> None:
+    config = run.config
+    if config.layer_idx != "auto" or _is_current(LAYER_SEARCH, run):
+        return
+    layers = [
+        len(wanted or range(side.n_blocks))
+        for side, wanted in zip(
+            run.inputs.sides, (config.search_source_layers, config.search_target_layers), strict=True
+        )
+    ]
+    seconds = config.search_tokens * (rates.source_token + rates.target_token)
+    seconds += layers[0] * (1 + layers[1]) * rates.decomposition
+    estimate.add(
+        f"layer search: {layers[0]} x {layers[1]} layer pairs, {config.search_tokens} tokens", seconds
     )
-    n_new = n_evaluations - evaluated
-    # An unsteered text is read once for all personas.
-    minutes["evaluation"] = (costs.perplexities * (n_generations - read) + costs.ratio * n_new) / 60
-    lines.append(f"evaluations: {n_evaluations}, {_there(evaluated)}about {minutes['evaluation']:.1f} min")
 
-    untrained = untrained_likelihood_ratios(config.persona_names, inputs.labelled_personas)
-    if config.likelihood_ratio and untrained:
-        minutes["training"] = len(untrained) * N_TRAINED_ON * costs.examined / 60
-        lines.append(f"likelihood ratios to train: {len(untrained)}, about {minutes['training']:.1f} min")
 
+def _add_map(run: Run, rates: Rates, estimate: _Estimate) -> None:
+    config, inputs = run.config, run.inputs
+    n_pairs, n_texts = len(inputs.layer_pairs), config.n_training_samples
+    with run.at_pair(inputs.middle_pair) as at_pair:
+        is_fitted = _is_current(RIDGE_MAPPING, at_pair) or _is_current(PERSONA_VECTORS, run)
+    read = [item.text for item in inputs.neutral_texts]
+    tokens = [sum(map(len, encode(side.tokenizer, read))) / len(read) for side in inputs.sides]
+    if inputs.neutral_questions:  # responses are not generated yet, and may be as long as allowed
+        tokens = [float(config.max_new_tokens)] * 2
+    counted = f"{n_texts} {config.mapping_data.replace('_', ' ')}"
+    if is_fitted:
+        estimate.lines.append(f"texts for the map: {counted}, already mapped")
+        return
+    n_maps = 1 + sum(len(vector_names(kind)) for kind in KINDS)
+    seconds = n_texts * (tokens[0] * rates.source_token + tokens[1] * rates.target_token)
+    seconds += n_pairs * (config.n_folds + 1) * n_maps * rates.decomposition
+    width = sum(side.d_model for side in inputs.sides)
+    size = n_pairs * (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
+    of_tokens = f"{n_texts * tokens[0]:.0f} source and {n_texts * tokens[1]:.0f} target tokens"
+    of_pairs = f"{n_pairs} layer pair{'s' * (n_pairs > 1)}, whose sums take {size:.1f} GiB"
+    estimate.add(f"texts for the map: {counted}, {of_tokens}, {of_pairs}", seconds)
+
+
+def _add_preparation(run: Run, rates: Rates, estimate: _Estimate) -> int:
+    """Add what comes before the grid: responses, preflight and searched alphas; return how many are scored."""
+    config, inputs, n_responses = run.config, run.inputs, 0
     n_development = len(inputs.development_prompts)
-    n_examined, n_of_target, n_judged_examined = _examined(inputs)
-    is_examined = _has(inputs, folder, "scorer_validation.json", licences_fingerprint)
-    if not is_examined:
-        n_written = n_development * (N_SEEDS + DRAWS)
-        reading = n_examined * costs.examined + n_of_target * costs.ratio
-        minutes["validation"] = (n_written * costs.writing + reading) / 60
-        lines.append(
-            f"validation of the scorers: {n_examined + n_of_target} texts, {n_written} generations, about "
-            f"{minutes['validation']:.1f} min"
-        )
-        steered = [name for method in config.methods if method != "prompted" for name in vector_names(method)]
-        n_steered = len(steered) * len(inputs.personas)
-        minutes["plain"] = (n_steered + 1) * costs.plain / 60
-        lines.append(f"plain text under {n_steered} steerings: about {minutes['plain']:.1f} min")
-    if config.use_gpt4:
-        minutes["judge"] = _describe_judge(
-            inputs, folder, lines, n_answers + (0 if is_examined else n_judged_examined), costs.judging
-        )
-    else:
-        lines.append("judgements: 0, about 0.00 USD")
-    lines.append(
-        f"total: about {sum(minutes.values()):.0f} min on {inputs.target.model.device}, beside loading"
-    )
-    return "\n".join(lines)
-
-
-def _describe_preparation(
-    inputs: Inputs, folder: RunFolder, costs: Costs, lines: list[str], minutes: dict[str, float]
-) -> int:
-    """Append what comes before the grid: answers, preflight and searched alphas; return how many answers."""
-    config, n_development, n_answers = inputs.config, len(inputs.development_prompts), 0
-    if inputs.neutral_questions and not _has(inputs, folder, NEUTRAL_ANSWERS, neutral_responses_fingerprint):
-        minutes["neutral answers"] = config.n_training_samples * costs.writing / 60
-        lines.append(
-            f"answers that the map is learnt from: {config.n_training_samples}, about "
-            f"{minutes['neutral answers']:.1f} min"
-        )
-    if inputs.answering and not _has(inputs, folder, ANSWERS, all_responses_fingerprint):
-        writers = dict.fromkeys(inputs.writers.values())
-        asked = [persona for persona in inputs.personas if persona.name in inputs.answering]
-        n_answers = sum(
-            len(planned_responses(inputs, persona, name)) for persona in asked for name in writers
+    if inputs.neutral_questions and not _is_current(NEUTRAL_RESPONSES, run):
+        n = config.n_training_samples
+        estimate.add(f"responses that the map is learnt from: {n}", n * rates.text)
+    if inputs.responding_personas and not _is_current(EXTRACTION_RESPONSES, run):
+        responders = dict.fromkeys(inputs.prompting.responders.values())
+        n_responses = sum(
+            len(response_rows(run, persona, name))
+            for persona in inputs.responding_personas
+            for name in responders
         )
         share = config.extraction.max_new_tokens / config.max_new_tokens
-        minutes["answers"] = n_answers * costs.writing * share / 60
-        lines.append(f"answers that vectors are made from: {n_answers}, about {minutes['answers']:.1f} min")
-    if not _has(inputs, folder, "preflight.json", preflight_fingerprint):
-        n_cells = 1 + sum(len(preflight_depths(inputs, persona.name)) for persona in inputs.personas)
-        minutes["preflight"] = n_cells * n_development * costs.writing / 60
-        lines.append(
-            f"preflight: {n_cells * n_development} generations, about {minutes['preflight']:.1f} min"
-        )
-    if config.alpha_values == "auto" and not _has(inputs, folder, "alpha_search.json", doses_fingerprint):
-        n_conditions = len(inputs.personas) * len(config.steering_methods)
-        n_dose = (
-            n_development
-            * config.alpha_search.n_seeds
-            * (1 + n_conditions * config.alpha_search.n_evaluations)
-        )
-        minutes["alphas"] = (costs.writing + costs.perplexities) * n_dose / 60
-        lines.append(
-            f"dose search: {n_dose} generations and evaluations on development prompts, about "
-            f"{minutes['alphas']:.1f} min"
-        )
-    return n_answers
+        estimate.add(f"responses that vectors are made from: {n_responses}", n_responses * rates.text * share)
+    if not _is_current(PREFLIGHT, run):
+        n = n_preflight_cells(run) * n_development
+        estimate.add(f"preflight: {n} generations", n * rates.text)
+    if config.alpha_values == "auto" and not _is_current(ALPHA_SEARCH, run):
+        n_vectors = len(inputs.personas) * len(config.steering_methods)
+        n = n_development * config.alpha_search.n_seeds * (1 + n_vectors * config.alpha_search.n_evaluations)
+        seconds = n * (rates.text + _perplexity_seconds(run, rates))
+        estimate.add(f"alpha search: {n} generations and evaluations on development prompts", seconds)
+    return n_responses
 
 
-def _there(n: int) -> str:
-    return f"{n} of them already there, " if n else ""
+def _perplexity_seconds(run: Run, rates: Rates) -> float:
+    """Return what the perplexities of a text of full length take."""
+    tokens = run.config.max_new_tokens * 1.25  # with its prompt
+    return tokens * (rates.target_token + rates.source_token * run.config.independent_perplexity)
 
 
-def _has(inputs: Inputs, folder: RunFolder, name: str, cache_key: Callable[[Inputs], str]) -> bool:
-    return folder.current(name, cache_key(inputs)) is not None
+def _ratio_seconds(run: Run, rates: Rates, n_tokens: int) -> float:
+    """Return what the likelihood ratio of a text of so many tokens takes."""
+    n_read = min(n_tokens, N_WINDOWS * WINDOW) * N_PREFIXES
+    return n_read * rates.scored_token * run.config.likelihood_ratio
 
 
-def _already_there(inputs: Inputs, folder: RunFolder) -> tuple[int, int, int]:
-    """Return how many texts of the grid and evaluations the journals hold, and texts that are read no more.
-
-    Of searched alphas, none.
-    """
-    if inputs.config.alpha_values == "auto" or folder.fresh:
-        return 0, 0, 0
-    texts = rows_of(folder.path / "generation_journal.jsonl", texts_journal_fingerprint(inputs))
-    planned = grid_texts(inputs, inputs.config.alpha_values)
-    written: list[Row] = [{**row, **texts[row["key"]]} for row in planned if row["key"] in texts]
-    done = rows_of(folder.path / "evaluation_journal.jsonl", evaluations_journal_fingerprint(inputs))
-    evaluations = planned_evaluations(inputs, written) if written and done else []
-    new = [row for row in evaluations if row["key"] not in done]
-    unread = {row["perplexity_key"] for row in new} - {row.get("perplexity_key") for row in done.values()}
-    n_read = len(written) - len(unread) if evaluations else 0
-    return len(written), len(evaluations) - len(new), n_read
-
-
-def _describe_band(inputs: Inputs) -> list[str]:
-    if not inputs.band:
-        return []
-    width = sum(side.extractor.d_model for side in inputs.sides)
-    of_pair = (inputs.config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
-    return [
-        f"band: {len(inputs.band)} layer pairs from one pass over the texts, whose sums take "
-        f"{of_pair * len(inputs.band):.1f} GiB while the maps are learnt"
-    ]
-
-
-def _examined(inputs: Inputs) -> tuple[int, int, int]:
-    """Return how many texts the scorers of all personas are examined on, and those of them by the target.
-
-    Third, how many a judge is. What the likelihood ratios have read in an earlier run is left out.
-    """
-    n_scored = n_of_target = n_judged = 0
-    made_up = [f"unsteered text {n}" for n in range(N_SEEDS * len(inputs.development_prompts))]
-    steered = [f"broken text {n}" for n in range(DRAWS * len(inputs.development_prompts))]
-    for persona in inputs.personas:
-        sets, of_any_run = sets_of(inputs, persona, made_up, steered), texts_of(sets_of(inputs, persona))
-        if persona.labelled_positive and sets:
-            n_of_target += len(made_up) + len(steered)
-            if not are_remembered(persona.name, inputs.labelled_personas, of_any_run):
-                n_scored += len(of_any_run)
-        n_judged += len(texts_of(at_most(sets, JUDGED_A_SIDE))) + N_REPEATED * bool(sets)
-    return n_scored, n_of_target, n_judged
-
-
-def _describe_judge(
-    inputs: Inputs, folder: RunFolder, lines: list[str], n_others: int, seconds: float
-) -> float:
-    """Append what a judge is asked and costs, and return the minutes of one that runs here.
-
-    n_others: texts beside those of the grid. What the journal of judgements holds costs nothing again.
-    """
-    config, settings = inputs.config, inputs.config.judge
-    n_cells = config.n_cells - 1 + len(inputs.personas)
+def _add_grid(run: Run, rates: Rates, estimate: _Estimate, n_texts: int) -> None:
+    config, inputs = run.config, run.inputs
+    generated, evaluated, unread = _cached_rows(run)
     n_per_cell = len(inputs.prompts) * config.n_seeds
+    n_evaluations = n_texts + (len(inputs.personas) - 1) * n_per_cell
+    estimate.add(
+        f"generations: {n_texts} ({config.n_cells - 1} steered cells and 1 baseline, {len(inputs.prompts)} "
+        f"prompts x {config.n_seeds} seeds each){_cached(generated)}, at most "
+        f"{n_texts * config.max_new_tokens} tokens",
+        rates.text * (n_texts - generated),
+    )
+    # An unsteered text is read once for all personas.
+    n_read = n_texts - generated + unread
+    seconds = _perplexity_seconds(run, rates) * n_read
+    seconds += _ratio_seconds(run, rates, config.max_new_tokens) * (n_evaluations - evaluated)
+    estimate.add(f"evaluations: {n_evaluations}{_cached(evaluated)}", seconds)
+    n_vectors = sum(len(vector_names(name)) for name in config.methods if name in STEERED) * len(
+        inputs.personas
+    )
+    tokens = sum(len(ids) for ids in encode(inputs.target.tokenizer, _plain_texts(run)))
+    estimate.add(f"plain text under {n_vectors} vectors", (n_vectors + 1) * tokens * rates.target_token)
+
+
+def _cached_rows(run: Run) -> tuple[int, int, int]:
+    """Return how many texts and evaluations of the grid the journals hold, and how many texts are yet to be read.
+
+    Of searched alphas, none is known.
+    """
+    if run.config.alpha_values == "auto" or run.folder.fresh:
+        return 0, 0, 0
+    texts = rows_of(run.folder.path / "generation_journal.jsonl")
+    planned = grid_rows(run, run.config.alpha_values)
+    generated = [{**row, **texts[row["key"]]} for row in planned if row["key"] in texts]
+    if not generated:
+        return 0, 0, 0
+    done = rows_of(run.folder.path / "evaluation_journal.jsonl")
+    new = [row for row in (evaluations := planned_evaluations(run, generated)) if row["key"] not in done]
+    known = {row["perplexity_key"] for row in done.values()}
+    unread = {row["perplexity_key"] for row in new} - known
+    return len(generated), len(evaluations) - len(new), len(unread)
+
+
+def _add_validation(run: Run, rates: Rates, estimate: _Estimate) -> int:
+    """Add training and validation of the scorers; return how many texts a judge reads for it."""
+    inputs, n_development = run.inputs, len(run.inputs.development_prompts)
+    if run.config.likelihood_ratio and (
+        names := untrained(run.config.persona_names, inputs.labelled_personas)
+    ):
+        seconds = len(names) * N_TRAINING_TEXTS * _ratio_seconds(run, rates, VALIDATION_TOKENS)
+        estimate.add(f"likelihood ratios to train: {len(names)}", seconds)
+    if _is_current_validation(run):
+        return 0
+    unsteered = [f"unsteered text {n}" for n in range(N_SEEDS * n_development)]
+    steered = [f"degenerate text {n}" for n in range(N_DRAWS * n_development)]
+    sets = [sets_of(run, persona, unsteered, steered) for persona in inputs.personas]
+    n_read, n_generated = sum(len(texts_of(each)) for each in sets), len(unsteered) + len(steered)
+    seconds = n_generated * rates.text + n_read * _ratio_seconds(run, rates, VALIDATION_TOKENS)
+    estimate.add(f"validation of the scorers: {n_read} texts, {n_generated} generations", seconds)
+    return sum(len(texts_of(at_most(each, JUDGED_A_SIDE))) + N_REPEATED * bool(each) for each in sets)
+
+
+def _is_current_validation(run: Run) -> bool:
+    # Where alphas are searched and the search has not run, the key of the validation is not known.
+    is_known = run.config.alpha_values != "auto" or _is_current(ALPHA_SEARCH, run)
+    return is_known and _is_current(SCORER_VALIDATION, run)
+
+
+def _add_judge(run: Run, estimate: _Estimate, n_others: int) -> None:
+    """Add what a judge is asked and costs. n_others: texts beside those of the grid."""
+    config, settings = run.config, run.config.judge
+    if not config.use_gpt4:
+        estimate.lines.append("judgements: 0, about 0.00 USD")
+        return
+    n_per_cell = len(run.inputs.prompts) * config.n_seeds
     n_judged = min(n_per_cell, settings.texts_per_cell or n_per_cell)
     # The coherence of an unsteered text is asked once, its trait for each persona.
-    n_planned = config.n_cells * n_judged + n_cells * n_judged + n_others
-    held = rows_of(folder.path / "judgements_journal.jsonl", fingerprint(judge_settings(settings)))
-    n_known = 0 if folder.fresh else min(len(held), n_planned)
-    n_judgements = n_planned - n_known
+    n_planned = (2 * config.n_cells - 1 + len(run.inputs.personas)) * n_judged + n_others
+    n_known = 0
+    if not run.folder.fresh:
+        n_known = min(len(rows_of(run.folder.path / "judgements_journal.jsonl")), n_planned)
+    n_new, counted = n_planned - n_known, f"judgements: {n_planned}{_cached(n_known)}"
     if settings.kind == "local":
-        lines.append(f"judgements: {n_planned}, {_there(n_known)}about {n_judgements * seconds / 60:.1f} min")
-        return n_judgements * seconds / 60
+        asked = ["Rate this. " * 60] * N_TIMED
+        estimate.add(counted, n_new * _seconds(run.inputs.judge.judge, asked[:1], asked) / N_TIMED)
+        return
     price = settings.usd_per_million_tokens
     n_tokens = TOKENS_PER_JUDGEMENT + settings.max_answer_tokens - 1
     cap = f", at most {settings.max_usd:g} USD" if settings.max_usd else ""
-    lines.append(
-        f"judgements: {n_planned}, {_there(n_known)}about {n_judgements * n_tokens * price / 1e6:.2f} USD "
-        f"at {price:g} USD per million tokens and {n_tokens} tokens each{cap}"
+    estimate.lines.append(
+        f"{counted}, about {n_new * n_tokens * price / 1e6:.2f} USD at {price:g} USD per million tokens and "
+        f"{n_tokens} tokens each{cap}"
     )
-    return 0.0
 
 
-def _describe_search(inputs: Inputs) -> list[str]:
-    """Return a line on the layer search, from the time of reading all layers and of a matrix product."""
-    config = inputs.config
-    reading, widths = 0.0, []
-    for side, layers in (
-        (inputs.source, config.search_source_layers),
-        (inputs.target, config.search_target_layers),
-    ):
-        extractor = side.extractor
-        wanted = extractor.check_layers(layers or range(len(extractor.blocks)))
-        widths.append(len(wanted) * extractor.d_model)
-        sample = [item.text for item in inputs.neutral_texts[:N_TEXTS]]
-        n_tokens = sum(map(len, encode(side.tokenizer, sample)))
-        spent = _seconds(partial(extractor.extract_layers, layers=wanted), sample[:1], sample)
-        reading += spent / n_tokens * config.search_tokens
-    square = torch.ones(1024, 1024)
-    products = _seconds(square.mm, square, square) / 1024**3 * config.search_tokens * widths[0] * widths[1]
-    return [
-        f"layer search: {widths[0]} x {widths[1]} dimensions on {config.search_tokens} tokens, about "
-        f"{(reading + products) / 60:.1f} min, not in the total"
-    ]
+def _plain_texts(run: Run) -> list[str]:
+    return [item.text for item in run.inputs.neutral_texts[:N_PLAIN_TEXTS]]
 
 
-def _measured(inputs: Inputs, n_rows: int) -> tuple[Costs, dict[str, int]]:
-    """Return what each kind of work takes, and the tokens of the neutral texts in each model."""
-    extraction, tokens = _time_extraction(inputs)
-    pairs, writing = _time_generation(inputs, n_rows)
-    width = max(side.extractor.d_model for side in inputs.sides)
-    square = torch.randn(width, width, dtype=torch.float64)
-    ratio, judging = _time_ratio(inputs), 0.0
-    if isinstance(inputs.judge, LocalJudge):
-        asked = ["Rate this. " * 60] * N_RATIO_TEXTS
-        judging = _seconds(inputs.judge.judge, asked[:1], asked) / N_RATIO_TEXTS
-    costs = Costs(
-        extraction,
-        writing,
-        _time_evaluation(inputs, pairs),
-        ratio * min(inputs.config.max_new_tokens, N_WINDOWS * WINDOW),
-        ratio * EXAMINED_TOKENS,
-        _time_plain(inputs),
-        judging,
-        _seconds(torch.linalg.eigh, square[:9, :9] @ square[:9, :9].T, square @ square.T),
-    )
-    return costs, tokens
+def _measure(run: Run) -> Rates:
+    """Return the rates of this process and these models."""
+    source_token, target_token = (_seconds_of_token(run, side.name) for side in run.inputs.sides)
+    square = torch.randn(SMALL_WIDTH, SMALL_WIDTH, dtype=torch.float64)
+    square = square @ square.T
+    width = max(side.d_model for side in run.inputs.sides)
+    decomposition = _seconds(torch.linalg.eigh, square[:9, :9], square) * (width / SMALL_WIDTH) ** 3
+    return Rates(source_token, target_token, _seconds_of_text(run), decomposition)
 
 
-def _time_extraction(inputs: Inputs) -> tuple[float, dict[str, int]]:
-    """Return the seconds that a text for the map takes in both models, and the passages' tokens in each.
+def _seconds_of_token(run: Run, name: str) -> float:
+    """Return the seconds in which a side's model reads a token of plain passages, with its logits."""
+    side, texts = run.inputs.side(name), _plain_texts(run)[:N_TIMED]
 
-    Responses are not written yet, and taken to be as long as they may be.
-    """
-    texts = [item.text for item in inputs.neutral_texts]
-    sample = texts[:N_TEXTS]
-    seconds, tokens = 0.0, {}
-    for number, side in enumerate(inputs.sides):
-        counts = [len(ids) for ids in encode(side.tokenizer, texts)]
-        tokens[side.name] = sum(counts)
-        layers = [pair[number] for pair in inputs.layer_pairs]
-        read = partial(side.extractor.extract_layers, layers=sorted(set(layers)))
-        n_read = sum(counts)
-        if inputs.neutral_questions:
-            asked = inputs.shown_question(side.name, inputs.neutral_questions[0], inputs.config.system_prompt)
-            (prompt,) = encode(side.tokenizer, [asked])
-            n_read = len(texts) * (len(prompt) + inputs.config.max_new_tokens)
-        seconds += _seconds(read, sample[:1], sample) * n_read / sum(counts[:N_TEXTS])
-    return seconds / len(texts), tokens
+    def read(passages: Sequence[str]) -> Any:
+        prompts = [""] * len(passages)
+        return continuation_perplexities(side.model, side.tokenizer, prompts, passages, N_TIMED)
+
+    n_tokens = sum(len(ids) for ids in encode(side.tokenizer, texts))
+    return _seconds(read, texts[:1], texts) / n_tokens
 
 
-def _time_generation(inputs: Inputs, n_rows: int) -> tuple[list[tuple[str, str]], float]:
-    """Return (prompt, output) of one short batch and the seconds that a full-length text takes.
-
-    Two lengths tell what the prompt takes from what a token takes.
-    """
-    config, generator = inputs.config, inputs.generator()
-    shown = [inputs.shown_prompt("target", prompt) for prompt in inputs.prompts]
+def _seconds_of_text(run: Run) -> float:
+    """Return the seconds in which the target generates a text of full length, in a batch as large as a run's."""
+    config, inputs = run.config, run.inputs
+    settings = GenerationSettings.of(inputs, [1.0] * len(inputs.layer_pairs))
+    generator = settings.generator(inputs.target)
+    shown = [inputs.prompting.prompt("target", prompt) for prompt in inputs.prompts]
+    n_rows = min(config.generation_batch_size, len(shown) * config.n_cells * config.n_seeds)
     prompts = list(islice(cycle(shown), n_rows))
-    outputs: list[str] = []
-    spent = []
-    lengths = [min(n, config.max_new_tokens) for n in N_TOKENS]
-    generator.generate_batch(prompts[:1], 1)
-    for n_tokens in lengths:
-        started = time.perf_counter()
-        outputs[:] = generator.generate_batch(prompts, n_tokens)
-        spent.append(time.perf_counter() - started)
-    more = lengths[1] - lengths[0]
-    each = (spent[1] - spent[0]) / more if more and spent[1] > spent[0] else spent[1] / lengths[1]
-    whole = spent[1] + each * (config.max_new_tokens - lengths[1])
-    return list(zip(prompts, outputs, strict=True)), whole / len(prompts)
+    first, second = (min(n, config.max_new_tokens) for n in TIMED_TOKENS)
+    short, longer = (
+        _seconds(lambda asked, n=n: generator.generate_batch(asked, n), prompts[:1], prompts)
+        for n in (first, second)
+    )
+    token = (longer - short) / (second - first) if second > first and longer > short else longer / second
+    return (longer + token * (config.max_new_tokens - second)) / n_rows
 
 
-def _time_evaluation(inputs: Inputs, pairs: list[tuple[str, str]]) -> float:
-    """Return the seconds that the perplexities of a full-length text take."""
-    length = max(1, inputs.config.max_new_tokens // N_TOKENS[1])
-    # Numbered, since texts that are equal are evaluated once.
-    pairs = pairs[:N_TEXTS]
-    rows = [
-        {"prompt": prompt, "output": f"{output} {index}" * length, "condition": "baseline"}
-        for index, (prompt, output) in enumerate(pairs)
-    ]
-    model, tokenizer = inputs.target.model, inputs.target.tokenizer
-    evaluator = Evaluator(model, tokenizer, independent=inputs.independent)
-    return _seconds(evaluator.evaluate_batch, rows[:1], rows) / len(rows)
-
-
-def _time_ratio(inputs: Inputs) -> float:
-    """Return the seconds that the likelihood ratio takes to read a token; 0 without that scorer."""
-    labelled = [persona for persona in inputs.personas if persona.labelled_positive]
-    if not inputs.config.likelihood_ratio or not labelled:
-        return 0.0
-    scorer = load_scoring_model()
-    sides = (labelled[0].labelled_positive, labelled[0].labelled_negative, labelled[-1].labelled_positive)
-    examples = tuple("\n\n".join(side[:N_EXAMPLES]) for side in sides)
-    words = inputs.neutral_texts[0].text.split() * 4
-    texts = [f"{number} {' '.join(words[:N_RATIO_WORDS])}" for number in range(N_RATIO_TEXTS)]
-    n_read = sum(min(len(ids), N_WINDOWS * WINDOW) for ids in encode(scorer[1], texts))
-    # What stands before the texts is read with the first, and kept.
-    return _seconds(partial(likelihood_features, scorer, examples), texts[:1], texts) / n_read
-
-
-def _time_plain(inputs: Inputs) -> float:
-    """Return the seconds in which the target reads the passages on which a steering's cost is measured."""
-    texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
-    size = inputs.config.evaluation_batch_size
-
-    def read(passages: list[str]) -> object:
-        nothing = [""] * len(passages)
-        return continuation_perplexities(
-            inputs.target.model, inputs.target.tokenizer, nothing, passages, size
-        )
-
-    half = texts[: max(1, len(texts) // 2)]
-    return _seconds(read, half[:1], half) * len(texts) / len(half)
-
-
-def _seconds(work: Callable[[Any], object], little: Any, much: Any) -> float:
+def _seconds(work: Callable[[Any], Any], little: Any, much: Any) -> float:
     """Return the seconds of `work(much)`, after `work(little)`, which pays for weights that are paged in."""
     work(little)
     started = time.perf_counter()
     work(much)
     return time.perf_counter() - started
-
-
-def main() -> None:
-    """Check that the time of a forward pass is positive and sane."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    tokens = tokenizer("A short text.", return_tensors="pt")["input_ids"]
-    assert 0 < _seconds(model, tokens, tokens) < 60
-    print("dry_run OK: work is timed; `run_experiment.py --dry-run` checks the rest")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,30 +1,73 @@
-"""The ridge map and those to compare it with, as phase 2 fits and keeps them."""
+"""Sum up paired activations, choose lambda, and fit the map and those to compare it with (phase 2).
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+The pairs of all layer pairs come from one pass over the texts. Files of the middle layer pair stand in the run's
+folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for a single layer pair, so that other lambda
+values need no second pass; those of many pairs would fill a disk.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
+from maps.layer_bands import LayerPair
+from reporting.figures_mapping import mapping_figure
+from reporting.style import draw_once
 from torch import Tensor
 
 from activation_extractor import ResidualNorm, measure_residual_norm
+from experiment.conditions import vector_names
 from experiment.executor import collect_in_chunks
-from experiment.inputs import Inputs, LayerPair
-from experiment.plan import mapping_fingerprint, pairs_fingerprint
-from experiment.structures import expected
+from experiment.run import FORMAT_VERSION, Artifact, Run, pair_folder
 from maps.comparison_maps import KINDS, ComparisonMap, maps_table
-from maps.pair_collection import CollectedPairs, PairSettings, collection_notes, statistics_content
+from maps.pair_collection import PairSettings, collection_notes, statistics_content
+from phases.collect_responses import neutral_responses_key
+from reporting.tables import format_maps
 from ridge_mapping import RidgeMapping
+from support.artifacts import fingerprint
 from support.pair_statistics import PairStatistics
-from support.run_folder import RunFolder
-from support.vocabulary import vector_names
+from texts.neutral_text import NeutralText
 
-RIDGE, OTHERS, RESULTS = "ridge_mapping.pt", "comparison_maps.pt", "cv_results.json"
+logger = logging.getLogger(__name__)
+
+
+def mapping_data_key(run: Run) -> str:
+    """Return what the activations that the maps learn from depend on, and with them the unit of alpha."""
+    inputs, config = run.inputs, run.config
+    sides = [side.fingerprint for side in inputs.sides]
+    texts = neutral_responses_key(run) if inputs.neutral_questions else _texts_key(inputs.neutral_texts)
+    settings = [inputs.layer_pairs, config.mapping_positions, config.seed]
+    return fingerprint(FORMAT_VERSION, sides, settings, texts)
+
+
+@lru_cache(maxsize=4)
+def _texts_key(texts: tuple[NeutralText, ...]) -> str:
+    return fingerprint([[item.text, item.document] for item in texts])
+
+
+def _pairs_key(run: Run) -> str:
+    return fingerprint(mapping_data_key(run), run.config.n_folds)
+
+
+def _maps_key(run: Run) -> str:
+    config = run.config
+    settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion]
+    return fingerprint(_pairs_key(run), settings)
+
+
+# Each at one layer pair, see `Run.at_pair`.
+PAIR_STATISTICS = Artifact("pair_statistics.pt", 2, _pairs_key)
+TRAINING_DATA = Artifact("training_data.pt", 2, _pairs_key)
+RIDGE_MAPPING = Artifact("ridge_mapping.pt", 2, _maps_key)
+COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _maps_key)
+CV_RESULTS = Artifact("cv_results.json", 2, _maps_key)
+OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 
 @dataclass(frozen=True, repr=False)
 class LearnedMaps:
-    """What phase 2 hands to phase 3. results: what `cv_results.json` holds."""
+    """The maps of one layer pair. others: vector name -> comparison map. results: what `cv_results.json` holds."""
 
     ridge: RidgeMapping
     others: dict[str, ComparisonMap]
@@ -32,141 +75,155 @@ class LearnedMaps:
 
     @property
     def residual_norm(self) -> ResidualNorm:
-        """Of the target's activations that the map was fitted on."""
+        """The norm of the target's activations that the map was fitted on."""
         return ResidualNorm(**self.results["target_residual_norm"])
 
     @property
     def transforms(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """How each comparison map carries a direction over."""
+        """Vector name -> how a comparison map carries a direction over."""
         return {name: other.transform for name, other in self.others.items()}
 
 
-def learn_maps(
-    inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None = None
+def maps_key(run: Run) -> str:
+    """Return what the maps of all layer pairs depend on."""
+    return fingerprint(
+        [_maps_key(run.with_inputs(run.inputs.at_pairs([pair]))) for pair in run.inputs.layer_pairs]
+    )
+
+
+def fit_maps(
+    run: Run, collected: Mapping[LayerPair, dict[str, Any]] | None = None
 ) -> tuple[LearnedMaps, ...]:
-    """Return the maps of every layer pair: those of an earlier run, or made from one pass over the texts.
+    """Return the maps of every layer pair: those of an earlier run, or fitted on one pass over the texts.
 
-    sums: what `pair_statistics.pt` holds of the only pair, if it was collected elsewhere.
+    collected: layer pair -> what `pair_statistics.pt` holds, if it was collected elsewhere.
     """
-    if inputs.band:
-        return _learn_band(inputs, folder, executor)
-    return (_learn_pair(inputs, folder, executor, sums),)
-
-
-def _learn_pair(inputs: Inputs, folder: RunFolder, executor: Any, sums: dict[str, Any] | None) -> LearnedMaps:
-    cache_key = pairs_fingerprint(inputs)
-    name = "pair_statistics.pt"
-    sums = sums or folder.current(name, cache_key, expected(name, inputs))
-    if sums is None:
-        pairs = _collect(inputs, executor, [inputs.layers])
-        sums = folder.save(name, cache_key, statistics_content(pairs, inputs.layers))
-    statistics = PairStatistics.from_content(sums["statistics"], name)
-    folder.notes += collection_notes(sums["report"])
-    save_training_data(inputs, folder, sums, statistics)
-    return current_maps(inputs, folder) or fit_maps(inputs, folder, statistics, sums["report"])
-
-
-def _learn_band(inputs: Inputs, folder: RunFolder, executor: Any) -> tuple[LearnedMaps, ...]:
-    """Keep the maps of each pair in a folder of its own; the sums of many pairs would fill a disk."""
-    parts = _pair_folders(inputs, folder)
-    learned = [current_maps(*part) for part in parts]
-    missing = [pair for pair, maps in zip(inputs.band, learned, strict=True) if maps is None]
+    pairs = run.inputs.layer_pairs
+    learned = {pair: maps for pair in pairs if (maps := _current(run, pair)) is not None}
+    missing = [pair for pair in pairs if pair not in learned]
     if missing:
-        pairs = _collect(inputs, executor, missing)
-        report = pairs.report()
-        folder.notes += collection_notes(report)
-        for index, (at_pair, own) in enumerate(parts):
-            if learned[index] is None:
-                with closing(own):
-                    learned[index] = fit_maps(at_pair, own, pairs.statistics.pop(at_pair.layers), report)
+        sums = dict(collected or {}) or _collected(run, missing)
+        for pair in missing:
+            learned[pair] = _fit_pair(run, pair, sums.pop(pair))
+    maps = tuple(learned[pair] for pair in pairs)
+    _report(run, maps)
+    return maps
+
+
+def load_maps(run: Run) -> tuple[LearnedMaps, ...]:
+    """Return what phase 2 left of every layer pair. Raises InputError that names the phase to run first."""
+    learned = []
+    for pair in run.inputs.layer_pairs:
+        with run.at_pair(pair) as at_pair:
+            learned.append(_read(at_pair, *(artifact.require(at_pair) for artifact in OF_MAPS)))
     return tuple(learned)
 
 
-def _collect(inputs: Inputs, executor: Any, layer_pairs: Sequence[LayerPair]) -> CollectedPairs:
-    config = inputs.config
-    settings = PairSettings(tuple(layer_pairs), config.mapping_positions, config.n_folds, config.seed)
-    return collect_in_chunks(executor, inputs.map_texts, settings)
+def collect_sums(run: Run, pairs: Sequence[LayerPair]) -> dict[LayerPair, dict[str, Any]]:
+    """Return layer pair -> what `pair_statistics.pt` holds, from one pass over the texts of the map."""
+    config = run.config
+    settings = PairSettings(tuple(pairs), config.mapping_positions, config.n_folds, config.seed)
+    collected = collect_in_chunks(run.executor, run.inputs.mapping_texts, settings)
+    return {pair: statistics_content(collected, pair) for pair in pairs}
 
 
-def save_training_data(
-    inputs: Inputs, folder: RunFolder, sums: dict[str, Any], statistics: PairStatistics
-) -> None:
-    """Write a sample of the pairs with what both models had read; later phases don't need it.
+def _collected(run: Run, missing: Sequence[LayerPair]) -> dict[LayerPair, dict[str, Any]]:
+    """Return the sums of the missing layer pairs; those of a single one are kept in a file."""
+    if len(run.inputs.layer_pairs) > 1:
+        return collect_sums(run, missing)
+    (pair,) = missing
+    return {pair: PAIR_STATISTICS.current_or_make(run, lambda run: collect_sums(run, [pair])[pair])}
 
-    sums: what `pair_statistics.pt` holds.
-    """
-    name, cache_key = "training_data.pt", pairs_fingerprint(inputs)
-    if folder.current(name, cache_key, expected(name, inputs)) is not None:
-        return
-    texts, sample = inputs.map_texts, statistics.sample
+
+def _current(run: Run, pair: LayerPair) -> LearnedMaps | None:
+    """Return the maps of an earlier run; None if a file of theirs is not current."""
+    with run.at_pair(pair) as at_pair:
+        wanted = OF_MAPS if pair != run.inputs.middle_pair else (*OF_MAPS, TRAINING_DATA)
+        files = [artifact.current(at_pair) for artifact in wanted]
+        return None if any(content is None for content in files) else _read(at_pair, *files[:3])
+
+
+def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
+    """Choose lambda, fit all maps on the summed pairs, and write them; `cv_results.json` last."""
+    config, is_middle = run.config, pair == run.inputs.middle_pair
+    statistics = PairStatistics.from_content(sums["statistics"], PAIR_STATISTICS.name)
+    ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
+    ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
+    ridge.source_layer, ridge.target_layer = pair
+    ridge.source_model, ridge.target_model = config.source_model, config.target_model
+    others = {
+        name: ComparisonMap.from_statistics(kind, statistics, draw).cross_validate_from(ridge)
+        for kind in KINDS
+        for draw, name in enumerate(vector_names(kind))
+    }
+    described = {"source_layer": pair[0], "target_layer": pair[1]}
+    described |= {"source_model": config.source_model, "target_model": config.target_model}
+    results = {
+        **described,
+        **ridge.cv,
+        "pairs": sums["report"],
+        "analysis": ridge.analyze(),
+        "maps": maps_table(ridge, others),
+        "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
+    }
+    with run.at_pair(pair) as at_pair:
+        if is_middle:
+            TRAINING_DATA.save(at_pair, {**described, **_training_data(run, sums, statistics)})
+        maps = {name: other.content() for name, other in others.items()}
+        COMPARISON_MAPS.save(at_pair, {**described, "maps": maps})
+        at_pair.folder.lock()
+        ridge.save(RIDGE_MAPPING.path(at_pair), RIDGE_MAPPING.key(at_pair))
+        results = CV_RESULTS.save(at_pair, results)
+    return LearnedMaps(ridge, others, results)
+
+
+def _training_data(run: Run, sums: dict[str, Any], statistics: PairStatistics) -> dict[str, Any]:
+    """Return a sample of the pairs with what both models had read; later phases don't need it."""
+    texts, sample = run.inputs.mapping_texts, statistics.sample
     ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
-    data = {
+    return {
         "n_pairs": statistics.n_pairs,
         "H_source": sample.H_source,
         "H_target": sample.H_target,
         "texts": [texts[index].text[:end] for index, end in ends],
         "documents": [texts[index].document for index, _ in ends],
     }
-    folder.save(name, cache_key, data)
-
-
-def fit_maps(
-    inputs: Inputs, folder: RunFolder, statistics: PairStatistics, report: dict[str, Any]
-) -> LearnedMaps:
-    """Choose lambda, fit all maps on the summed pairs, and write them; `cv_results.json` last."""
-    config, cache_key = inputs.config, mapping_fingerprint(inputs)
-    ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
-    ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
-    others = [
-        ComparisonMap.from_statistics(kind, statistics, draw).cross_validate_from(ridge)
-        for kind in KINDS
-        for draw in range(len(vector_names(kind)))
-    ]
-    folder.save(OTHERS, cache_key, {"maps": {other.name: other.content() for other in others}})
-    ridge.save(folder.path / RIDGE, cache_key)
-    results = {
-        **ridge.cv,
-        "pairs": report,
-        "analysis": ridge.analyze(),
-        "maps": maps_table(ridge, others),
-        "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
-    }
-    folder.save(RESULTS, cache_key, results)
-    return _load_pair(inputs, folder)
-
-
-def current_maps(inputs: Inputs, folder: RunFolder) -> LearnedMaps | None:
-    """Return the maps of an earlier run; None if one of the three files is not current."""
-    cache_key = mapping_fingerprint(inputs)
-    files = [folder.current(name, cache_key, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
-    return None if any(content is None for content in files) else _read(folder, *files)
-
-
-def load_maps(inputs: Inputs, folder: RunFolder) -> tuple[LearnedMaps, ...]:
-    """Return what phase 2 left of every layer pair. Raises InputError that names the phase to run first."""
-    return tuple(_load_pair(*part) for part in _pair_folders(inputs, folder))
-
-
-def _pair_folders(inputs: Inputs, folder: RunFolder) -> list[tuple[Inputs, RunFolder]]:
-    """Return the inputs at each layer pair with the folder of its maps: of a band, one for each."""
-    if not inputs.band:
-        return [(inputs, folder)]
-    names = {pair: "{}_{}".format(*pair) for pair in inputs.band}
-    return [
-        (inputs.at_layers(*pair), RunFolder(folder.path / "layers" / name, folder.fresh))
-        for pair, name in names.items()
-    ]
-
-
-def _load_pair(inputs: Inputs, folder: RunFolder) -> LearnedMaps:
-    cache_key = mapping_fingerprint(inputs)
-    files = [folder.required(name, cache_key, 2, expected(name, inputs)) for name in (RESULTS, RIDGE, OTHERS)]
-    return _read(folder, *files)
 
 
 def _read(
-    folder: RunFolder, results: dict[str, Any], ridge: dict[str, Any], others: dict[str, Any]
+    run: Run, results: dict[str, Any], ridge: dict[str, Any], others: dict[str, Any], *_: Any
 ) -> LearnedMaps:
-    path = str(folder.path / OTHERS)
+    path = str(COMPARISON_MAPS.path(run))
     maps = {name: ComparisonMap.from_content(entry, path) for name, entry in others["maps"].items()}
-    return LearnedMaps(RidgeMapping.from_content(ridge, str(folder.path / RIDGE)), maps, results)
+    return LearnedMaps(RidgeMapping.from_content(ridge, str(RIDGE_MAPPING.path(run))), maps, results)
+
+
+def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
+    """Draw the middle layer pair's map, and log what it knows."""
+    middle = maps[len(maps) // 2]
+    cv, table = middle.ridge.cv, middle.results["maps"]
+    key, folder = middle.results["fingerprint"], run.folder
+    folder.notes += collection_notes(middle.results["pairs"])
+    draw_once(folder, "mapping_analysis.png", key, mapping_figure, middle.ridge.analyze(), cv, table)
+    logger.info("held-out R2 of the maps\n%s", format_maps(table))
+    n_pairs, documents = len(maps), "questions" if run.inputs.neutral_questions else "documents"
+    of_band = f"{n_pairs} layer pairs, of which the middle one has " if n_pairs > 1 else ""
+    others = ", ".join(
+        str(pair_folder(pair)) for pair in run.inputs.layer_pairs if pair != run.inputs.middle_pair
+    )
+    logger.info(
+        "%s%d activation pairs (%.0f%% of the tokens) from %d %s, lambda %g (%s), held-out R2 %.3f (median "
+        "dimension %.3f, shuffled pairs %.3f), %s%s",
+        of_band,
+        cv["n_rows"],
+        100 * middle.results["pairs"]["fraction_aligned"],
+        cv["n_groups"],
+        documents,
+        cv["best_lambda"],
+        cv["lambda_unit"],
+        cv["best_r2"],
+        cv["best_r2_median_dimension"],
+        cv["shuffled_r2"],
+        RIDGE_MAPPING.path(run),
+        f"; the others in {others}" if others else "",
+    )

@@ -1,100 +1,237 @@
-"""Carry every persona from source to target in every way, and compare with the oracle (phase 3)."""
+"""Make each persona's vectors: both models' own, and those carried from source to target (phase 3).
 
-from collections.abc import Mapping, Sequence
+The vectors of a condition are made here: by `BaselineTransfer` and the comparison maps, or by a function in
+`CONTROL_MAKERS` for controls that need more than one persona's vector and a map.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from maps.layer_bands import LayerPair
 from torch import Tensor
 
-from activation_extractor import PersonaVector, ResidualNorm
+from activation_extractor import PersonaVector, ReadText
 from baseline_methods import BaselineTransfer
-from experiment.inputs import LayerPair, NativeVectors
-from experiment.plan import other_personas
-from phases.fit_maps import LearnedMaps
-from support.vocabulary import vector_names
+from experiment.conditions import CONDITIONS, MAPPED, ORACLE, vector_names
+from experiment.executor import GenerationSettings
+from experiment.models import SIDES, Side
+from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, other_personas, text_rows
+from experiment.run import FORMAT_VERSION, Artifact, Run
+from phases.collect_responses import persona_responses_key
+from phases.fit_maps import LearnedMaps, load_maps, mapping_data_key, maps_key
+from reporting.tables import format_cosines
+from support.artifacts import file_sha256, fingerprint
+from texts.personas import Persona
+
+logger = logging.getLogger(__name__)
 
 MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
+NativeVectors = dict[str, dict[str, list[PersonaVector]]]  # side -> persona -> a vector for each layer pair
 
 
-@dataclass(frozen=True, repr=False)
-class SteeringVectors:
-    """What is added at each block that is steered, and in what unit.
+def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str:
+    """Return what a persona's native vectors in these sides depend on beside models and layers."""
+    given = {side: run.inputs.given.get((side, persona.name)) for side in sides}
+    parts: list[Any] = [[side, file_sha256(file.path)] for side, file in given.items() if file]
+    measured = [side for side in sides if given[side] is None]
+    if measured and persona in run.inputs.responding_personas:
+        parts.append(persona_responses_key(run, persona, measured))
+    elif measured:
+        parts += [persona.positive_texts, persona.negative_texts, run.config.persona_position]
+    return fingerprint(parts)
 
-    vectors: persona -> method -> (blocks, d_target), each row of unit norm. norms: of these blocks' outputs.
+
+def _native_key(run: Run) -> str:
+    inputs = run.inputs
+    models = [[side.fingerprint for side in inputs.sides], inputs.layer_pairs]
+    return fingerprint(
+        FORMAT_VERSION, models, [[each.name, persona_key(run, each)] for each in inputs.personas]
+    )
+
+
+def vectors_key(run: Run) -> str:
+    """Return what all vectors of a run depend on."""
+    return fingerprint(_native_key(run), maps_key(run), run.config.seed)
+
+
+def vector_key(run: Run, persona: str, condition: str) -> str:
+    """Return what one persona's vectors of a condition and their unit depend on.
+
+    Only what the condition needs counts, so that new lambda values touch mapped vectors alone.
     """
-
-    vectors: dict[str, dict[str, Tensor]]
-    norms: tuple[ResidualNorm, ...]
-
-    @classmethod
-    def from_content(cls, content: Mapping[str, Any]) -> "SteeringVectors":
-        """Read what `persona_vectors.pt` holds, of one block or of a band."""
-        norms = content.get("residual_norms", {"": content["residual_norm"]})
-        vectors = {
-            name: {method: _rows(found) for method, found in by_method.items()}
-            for name, by_method in content["vectors"].items()
-        }
-        return cls(vectors, tuple(ResidualNorm(**norm) for norm in norms.values()))
-
-    @property
-    def middle_norm(self) -> ResidualNorm:
-        """Of the block in the middle of the band; where alpha has no unit, alphas are sought around it."""
-        return self.norms[len(self.norms) // 2]
-
-    @property
-    def medians(self) -> list[float]:
-        """The unit of alpha at each block, if it has one."""
-        return [norm.median for norm in self.norms]
+    inputs, config, needs = run.inputs, run.config, CONDITIONS[condition].needs
+    source_layers = [source for source, _ in inputs.layer_pairs]
+    by_name = {each.name: each for each in inputs.personas}
+    parts: dict[str, Callable[[], Any]] = {
+        "source_vector": lambda: [
+            inputs.source.fingerprint,
+            source_layers,
+            persona_key(run, by_name[persona], ["source"]),
+        ],
+        "target_vector": lambda: persona_key(run, by_name[persona], ["target"]),
+        "other_personas": lambda: [
+            [inputs.source.fingerprint, source_layers, persona_key(run, by_name[other], ["source"])]
+            for other in other_personas(config.persona_names)[persona]
+        ],
+        "map": lambda: maps_key(run),
+        "seed": lambda: config.seed,
+    }
+    unit = mapping_data_key(run) if config.alpha_unit == "residual_norm" else "absolute"
+    found = [parts[need]() for need in needs]
+    return fingerprint(condition, CONDITIONS[condition].draws, found, inputs.target_layers, unit)
 
 
-def _rows(found: Tensor | Mapping[int, Tensor]) -> Tensor:
-    return torch.stack(list(found.values())) if isinstance(found, Mapping) else found[None]
+NATIVE_VECTORS = Artifact("native_vectors.pt", 3, _native_key)
+PERSONA_VECTORS = Artifact("persona_vectors.pt", 3, vectors_key)
+SIMILARITIES = Artifact("persona_similarities.json", 3, vectors_key)
 
 
-def transfer_all(
-    pairs: Sequence[LayerPair], natives: Sequence[NativeVectors], maps: Sequence[LearnedMaps], seed: int
-) -> dict[str, Any]:
-    """Return what `persona_vectors.pt` holds, given natives and maps of every layer pair."""
-    contents = [transfer_personas(*of_pair, seed) for of_pair in zip(pairs, natives, maps, strict=True)]
-    content = contents[0] if len(contents) == 1 else _combine_band(pairs, contents)
-    return {**content, "layer_pairs": [list(pair) for pair in pairs]}
+def grid_cells(run: Run, alphas: Alphas) -> list[Cell]:
+    """Return the cells of the run's grid, each with what its vectors depend on."""
+    return grid(run.inputs, alphas, partial(vector_key, run))
 
 
-def _combine_band(pairs: Sequence[LayerPair], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what `persona_vectors.pt` holds of a band, given what `transfer_personas` returned of each pair.
+def grid_rows(run: Run, alphas: Alphas) -> list[Row]:
+    """Return a row for each text of phase 4."""
+    return text_rows(run.inputs, grid_cells(run, alphas), run.inputs.prompts, run.config.seeds)
 
-    Vectors are then layer -> (d,). What describes one pair is the middle one's; `by_layer` has all of them.
-    """
-    middle = contents[len(contents) // 2]
-    names, methods = list(middle["vectors"]), list(next(iter(middle["vectors"].values())))
-    by_layer = list(zip(pairs, contents, strict=True))
+
+def native_vectors(run: Run) -> NativeVectors:
+    """Return both models' own vectors at every layer pair, measured unless an earlier run has."""
+    content = NATIVE_VECTORS.current_or_make(run, _measure)
     return {
-        **middle,
-        "source_vectors": {
-            name: {source: content["source_vectors"][name] for (source, _), content in by_layer}
-            for name in names
-        },
-        "vectors": {
-            name: {
-                method: {target: content["vectors"][name][method] for (_, target), content in by_layer}
-                for method in methods
-            }
-            for name in names
-        },
-        "residual_norms": {target: content["residual_norm"] for (_, target), content in by_layer},
-        "by_layer": {target: content["personas"] for (_, target), content in by_layer},
+        side: {
+            name: [
+                PersonaVector(vector, **measures)
+                for vector, measures in zip(rows, content["measures"][side][name], strict=True)
+            ]
+            for name, rows in by_persona.items()
+        }
+        for side, by_persona in content["vectors"].items()
     }
 
 
-def transfer_personas(
-    pair: LayerPair, natives: NativeVectors, maps: LearnedMaps, seed: int
-) -> dict[str, Any]:
-    """Return what `persona_vectors.pt` holds.
+def _measure(run: Run) -> dict[str, Any]:
+    """Return what `native_vectors.pt` holds: vectors (blocks, d) by side and persona, and how stable they are."""
+    vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
+    measures: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
+    for number, side in enumerate(run.inputs.sides):
+        layers = [pair[number] for pair in run.inputs.layer_pairs]
+        for persona in run.inputs.personas:
+            found = _native(run, side, persona, layers)
+            vectors[side.name][persona.name] = torch.stack([each.vector for each in found])
+            measures[side.name][persona.name] = list(map(_numbers, found))
+    return {"layer_pairs": _listed(run), "models": _models(run), "vectors": vectors, "measures": measures}
 
-    source_vectors: persona -> (d_source,). vectors: persona -> method -> (d_target,), of unit norm.
-    personas: cosines to the oracle, with and without the target's massive dimensions, and how stable the
-    vectors are. energy_curves: what of each oracle the map can reach. residual_norm: the target's.
+
+def _native(run: Run, side: Side, persona: Persona, layers: Sequence[int]) -> list[PersonaVector]:
+    inputs = run.inputs
+    if file := inputs.given.get((side.name, persona.name)):
+        return [inputs.given_vector(side, file, layer) for layer in layers]
+    texts, position = _read_texts(run, side.name, persona)
+    by_layer = side.extractor.measure_persona_vectors(*texts, layers, position)
+    return [by_layer[layer] for layer in layers]
+
+
+def _read_texts(run: Run, side: str, persona: Persona) -> tuple[Sequence[Sequence[ReadText]], str]:
+    """Return a persona's positive and negative texts or responses, and where they are read."""
+    if persona not in run.inputs.responding_personas:
+        return (persona.positive_texts, persona.negative_texts), run.config.persona_position
+    by_sign = run.inputs.responses[side][persona.name]
+    ask = run.inputs.prompting.question
+    return [[(ask(side, asked), response) for asked, response in found] for found in by_sign], "response"
+
+
+def _numbers(persona: PersonaVector) -> dict[str, Any]:
+    return {key: value for key, value in vars(persona).items() if key != "vector"}
+
+
+def _listed(run: Run) -> list[list[int]]:
+    return [list(pair) for pair in run.inputs.layer_pairs]
+
+
+def _models(run: Run) -> dict[str, dict[str, Any]]:
+    return {side.name: side.description for side in run.inputs.sides}
+
+
+def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
+    """Return what `persona_vectors.pt` holds: all vectors of all personas, and their cosines to the oracle.
+
+    maps: of phase 2; else those that an earlier run left.
+
+    layer_pairs: [[source, target], ...]. source_vectors: persona -> (blocks, d_source). vectors: persona -> vector
+    name -> (blocks, d_target), rows of unit norm in the order of layer_pairs. residual_norms: the target's, in the
+    same order. by_layer: for each layer pair, persona -> cosines and measures; personas: the middle pair's.
+    """
+    content = PERSONA_VECTORS.current_or_make(run, lambda run: _transfer(run, maps or load_maps(run)))
+    SIMILARITIES.save(run, {key: content[key] for key in ("layer_pairs", "personas", "residual_norms")})
+    steering = SteeringVectors.from_content(content)
+    norm = steering.middle_norm
+    generator = GenerationSettings.of(run.inputs, steering.medians).generator(run.inputs.target)
+    logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
+    logger.info(
+        "median block-output norm of the target %.4g, %.4g without the massive dimensions %s; "
+        "alpha 1 (%s) adds a norm of %.4g",
+        norm.median_with_massive,
+        norm.median,
+        norm.massive_dimensions,
+        run.config.alpha_unit,
+        generator.alpha_scale(run.inputs.middle_pair[1]),
+    )
+    logger.info("%d personas, %s", len(content["personas"]), PERSONA_VECTORS.path(run))
+    return content
+
+
+def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
+    natives, pairs = native_vectors(run), run.inputs.layer_pairs
+    found = [
+        transfer_pair(
+            pair,
+            {side: {name: rows[index] for name, rows in natives[side].items()} for side in SIDES},
+            of_pair,
+            run.config.seed,
+        )
+        for index, (pair, of_pair) in enumerate(zip(pairs, maps, strict=True))
+    ]
+    middle = found[len(found) // 2]
+    return {
+        "layer_pairs": _listed(run),
+        "models": _models(run),
+        "source_vectors": {
+            name: torch.stack([each.vector for each in rows]) for name, rows in natives["source"].items()
+        },
+        "vectors": {
+            name: {key: torch.stack([each.vectors[name][key] for each in found]) for key in by_name}
+            for name, by_name in middle.vectors.items()
+        },
+        "residual_norms": [asdict(each.residual_norm) for each in maps],
+        "personas": middle.report,
+        "by_layer": [each.report for each in found],
+        "energy_curves": {
+            name: maps[len(maps) // 2].ridge.energy_curve(by_name[ORACLE])
+            for name, by_name in middle.vectors.items()
+        },
+    }
+
+
+@dataclass(frozen=True, repr=False)
+class PairTransfer:
+    """The vectors of one layer pair: persona -> vector name -> (d_target,), and persona -> cosines and measures."""
+
+    vectors: dict[str, dict[str, Tensor]]
+    report: dict[str, dict[str, Any]]
+
+
+def transfer_pair(
+    pair: LayerPair, natives: Mapping[str, Mapping[str, PersonaVector]], maps: LearnedMaps, seed: int
+) -> PairTransfer:
+    """Carry every persona from source to target in every way, and compare with the oracle.
+
+    natives: side -> persona -> its own vector at this layer pair.
     """
     norm, ridge = maps.residual_norm, maps.ridge
     source, target = natives["source"], natives["target"]
@@ -103,38 +240,51 @@ def transfer_personas(
     for name in source:
         arguments = (source[name].vector, target[name].vector, ridge)
         vectors[name] = baseline.apply_all_baselines(*arguments, other_maps=maps.transforms)
+        compare = partial(baseline.compare_to_oracle, *arguments, other_maps=maps.transforms)
         report[name] = {
-            "cosine_to_oracle": baseline.compare_to_oracle(*arguments, other_maps=maps.transforms),
-            "cosine_without_massive": baseline.compare_to_oracle(
-                *arguments, other_maps=maps.transforms, left_out=norm.massive_dimensions
-            ),
+            "cosine_to_oracle": compare(),
+            "cosine_without_massive": compare(left_out=norm.massive_dimensions),
         }
-    for name, others in other_personas(list(vectors)).items():
-        of_others = [vectors[other]["ridge_mapped"] for other in others]
-        vectors[name] |= zip(vector_names("other_persona"), of_others, strict=True)
-    generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
-    for drawn in vector_names("random_direction"):
-        direction = torch.randn(ridge.d_target, generator=generator)
-        for by_method in vectors.values():
-            by_method[drawn] = direction / direction.norm()
-    for name, by_method in vectors.items():
-        oracle = by_method["oracle"]
-        others = [vectors[other]["oracle"] for other in vectors if other != name]
+    for condition, make in CONTROL_MAKERS.items():
+        for name, made in make(vectors, pair, seed).items():
+            vectors[name] |= zip(vector_names(condition), made, strict=True)
+    for name, by_name in vectors.items():
+        others = [vectors[other][ORACLE] for other in vectors if other != name]
         report[name] |= {
             "highest_cosine_to_other_oracles": _highest_cosine(
-                by_method["ridge_mapped"], others, norm.massive_dimensions
+                by_name[MAPPED], others, norm.massive_dimensions
             ),
-            "oracle_energy": ridge.predicted_energy(oracle),
+            "oracle_energy": ridge.predicted_energy(by_name[ORACLE]),
             "source": _numbers(source[name]),
             "target": _numbers(target[name]),
         }
+    return PairTransfer(vectors, report)
+
+
+Vectors = Mapping[str, Mapping[str, Tensor]]  # persona -> vector name -> (d_target,)
+
+
+def _of_other_personas(vectors: Vectors, pair: LayerPair, seed: int) -> dict[str, list[Tensor]]:
+    """Return persona -> the mapped vectors of other personas."""
     return {
-        "source_vectors": {name: native.vector for name, native in source.items()},
-        "vectors": vectors,
-        "personas": report,
-        "energy_curves": {name: ridge.energy_curve(found["oracle"]) for name, found in vectors.items()},
-        "residual_norm": asdict(norm),
+        name: [vectors[other][MAPPED] for other in others]
+        for name, others in other_personas(list(vectors)).items()
     }
+
+
+def _random_directions(vectors: Vectors, pair: LayerPair, seed: int) -> dict[str, list[Tensor]]:
+    """Return persona -> directions of unit norm, the same for all personas, others for each block and seed."""
+    d_target = len(next(iter(vectors.values()))[ORACLE])
+    generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
+    drawn = [torch.randn(d_target, generator=generator) for _ in vector_names("random_direction")]
+    return {name: [direction / direction.norm() for direction in drawn] for name in vectors}
+
+
+# control -> makes its vectors: (vectors so far, layer pair, seed) -> persona -> a vector for each draw
+CONTROL_MAKERS: dict[str, Callable[[Vectors, LayerPair, int], dict[str, list[Tensor]]]] = {
+    "other_persona": _of_other_personas,
+    "random_direction": _random_directions,
+}
 
 
 def _highest_cosine(vector: Tensor, others: Sequence[Tensor], left_out: Sequence[int]) -> float | None:
@@ -142,7 +292,3 @@ def _highest_cosine(vector: Tensor, others: Sequence[Tensor], left_out: Sequence
     kept[list(left_out)] = 0.0
     cosines = [torch.cosine_similarity(vector * kept, other * kept, dim=0).item() for other in others]
     return max(cosines, default=None)
-
-
-def _numbers(persona: PersonaVector) -> dict[str, Any]:
-    return {key: value for key, value in vars(persona).items() if key != "vector"}

@@ -1,7 +1,6 @@
-"""What steering costs where nobody asked for the persona: perplexity of plain text while a vector is added.
+"""Measure what steering costs where nobody asked for the persona: the perplexity of plain text (phase 5).
 
-The target reads neutral passages under each steering that a verdict compares, and its perplexity is held
-against that of reading them unsteered (phase 5).
+The target reads neutral passages under each steering that a verdict compares, and unsteered.
 """
 
 import math
@@ -12,76 +11,71 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from analysis.results_table import perplexity_ratio
 
-from experiment.inputs import N_PLAIN_TEXTS, Inputs
-from experiment.plan import personas_fingerprint
-from phases.make_vectors import SteeringVectors
+from experiment.conditions import vector_names
+from experiment.executor import GenerationSettings
+from experiment.inputs import N_PLAIN_TEXTS
+from experiment.plan import SteeringVectors
+from experiment.run import FORMAT_VERSION, Run
+from phases.fit_maps import mapping_data_key
+from phases.make_vectors import vector_key
 from support.artifacts import fingerprint
-from support.run_folder import RunFolder
-from support.vocabulary import vector_names
 
 NAME = "side_effects.json"
 
-Doses = Mapping[str, Mapping[str, float | None]]
+ComparedAlphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> alpha
 
 
-def side_effects(
-    inputs: Inputs, folder: RunFolder, executor: Any, steering: SteeringVectors, alphas: Doses
+def plain_text_ratios(
+    run: Run, steering: SteeringVectors, alphas: ComparedAlphas
 ) -> dict[str, dict[str, float]]:
-    """Return persona -> condition -> perplexity of plain text steered / unsteered, a geometric mean.
+    """Return persona -> condition -> perplexity ratio of plain text, steered to unsteered; writes it, too.
 
-    alphas: persona -> condition -> alpha; conditions without one are left out. Where chance makes the vectors,
-    the mean over their draws. A vector is added at every token, whatever `steer_positions` says.
+    alphas: conditions without one are left out. For a control of several draws, the geometric mean over them. A
+    vector is added at every token, whatever `steer_positions` says.
     """
-    texts = [item.text for item in inputs.neutral_texts[:N_PLAIN_TEXTS]]
+    key = _key(run, alphas)
+    content = run.folder.current(NAME, key) or run.folder.save(NAME, key, _measure(run, steering, alphas))
+    return content["personas"]
+
+
+def _key(run: Run, alphas: ComparedAlphas) -> str:
+    config, target = run.config, run.inputs.target.fingerprint
     cells = [
-        (persona, condition, name, alpha)
+        [persona, condition, alpha, vector_key(run, persona, condition)]
+        for persona, of_persona in alphas.items()
+        for condition, alpha in of_persona.items()
+        if alpha is not None
+    ]
+    unit = [config.alpha_unit, mapping_data_key(run)]
+    return fingerprint(FORMAT_VERSION, target, cells, _texts(run), unit)
+
+
+def _texts(run: Run) -> list[str]:
+    return [item.text for item in run.inputs.neutral_texts[:N_PLAIN_TEXTS]]
+
+
+def _measure(run: Run, steering: SteeringVectors, alphas: ComparedAlphas) -> dict[str, Any]:
+    texts, size = _texts(run), run.config.evaluation_batch_size
+    settings = replace(GenerationSettings.of(run.inputs, steering.medians), steer_positions="all")
+    cells = [
+        (persona, condition, alpha, steering.vectors[persona][name])
         for persona, of_persona in alphas.items()
         for condition, alpha in of_persona.items()
         if alpha is not None
         for name in vector_names(condition)
     ]
-    cache_key = fingerprint(personas_fingerprint(inputs), cells, texts, inputs.config.alpha_unit)
-    content = folder.current(NAME, cache_key, {"personas": dict})
-    if content is not None:
-        return content["personas"]
-    settings = replace(inputs.writing_settings(steering.medians), steer_positions="all")
-    size = inputs.config.evaluation_batch_size
-    of_first = steering.vectors[inputs.personas[0].name]
-    chunks = [(texts, next(iter(of_first.values())), 0.0, settings, size)]
-    chunks += [
-        (texts, steering.vectors[persona][name], alpha, settings, size) for persona, _, name, alpha in cells
-    ]
-    logs: dict[int, float] = {}
-    with closing(executor.run("plain_perplexities", chunks)) as results:
-        for number, found in results:
-            logs[number] = fmean(math.log(value) for value in found if value is not None)
-    by_condition: dict[tuple[str, str], list[float]] = {}
+    some = next(iter(next(iter(steering.vectors.values())).values()))
+    chunks = [(texts, torch.zeros_like(some), 0.0, settings, size)]
+    chunks += [(texts, vectors, alpha, settings, size) for _, _, alpha, vectors in cells]
+    with closing(run.executor.run("plain_perplexities", chunks)) as results:
+        found = dict(results)
+    logs: dict[tuple[str, str], list[float]] = {}
     for number, (persona, condition, _, _) in enumerate(cells, 1):
-        by_condition.setdefault((persona, condition), []).append(logs[number] - logs[0])
-    costs: dict[str, dict[str, float]] = {persona: {} for persona in alphas}
-    for (persona, condition), found in by_condition.items():
-        costs[persona][condition] = math.exp(fmean(found))
-    return folder.save(NAME, cache_key, {"n_texts": len(texts), "personas": costs})["personas"]
-
-
-def main() -> None:
-    """Check on a tiny model that alpha 0 costs nothing and a strong vector does."""
-    from activation_extractor import ActivationExtractor
-    from experiment.executor import Side, Worker, WritingSettings
-    from support.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
-
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    side = Side("target", model, tokenizer, ActivationExtractor(model, tokenizer, 1), "target")
-    settings = WritingSettings((1,), 8, 1.0, 50, 1.0, "absolute", (1.0,), "all", batch_size=4)
-    read = Worker({"target": side}).plain_perplexities
-    vector = torch.ones(1, D_MODEL) / D_MODEL**0.5
-    plain, same, strong = (
-        read(["The sea is wide."], vector, alpha, settings, 4)[0] for alpha in (0.0, 0.0, 50.0)
-    )
-    assert plain == same != strong
-    print(f"side_effects OK: perplexity {plain:.0f} plain, {strong:.0f} under a strong vector")
-
-
-if __name__ == "__main__":
-    main()
+        if (ratio := perplexity_ratio(found[number], found[0])) is not None:
+            logs.setdefault((persona, condition), []).append(math.log(ratio))
+    ratios: dict[str, dict[str, float]] = {persona: {} for persona in alphas}
+    for (persona, condition), values in logs.items():
+        ratios[persona][condition] = math.exp(fmean(values))
+    return {"n_texts": len(texts), "personas": ratios}

@@ -1,0 +1,67 @@
+"""Render prompts as each model reads them: in its chat template, or as plain text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from experiment.conditions import PROMPTED, UNSTEERED
+from texts.chat import plain_text, prompt_text, question
+from texts.personas import Persona
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a run shows prompts to its models.
+
+    tokenizers: side -> tokenizer. chat_sides: the sides that are shown their chat template. system_prompt: of the
+        run, put before every question to the target.
+    """
+
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    chat_sides: tuple[str, ...]
+    system_prompt: str | None
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether prompts are questions to a chat target, or text prefixes that it continues."""
+        return "target" in self.chat_sides
+
+    @property
+    def default_responder(self) -> str:
+        """The side that responds to questions whose responses both models read."""
+        return "target" if self.asks_questions else "source"
+
+    @property
+    def responders(self) -> dict[str, str]:
+        """Side -> the side whose responses its persona vectors are made from: its own where it can be asked."""
+        return {name: name if name in self.chat_sides else self.default_responder for name in self.tokenizers}
+
+    def question(self, side: str, text: str, system_prompt: str | None = None) -> str:
+        """Return a question as a side's model reads it: in its chat template, else as plain text."""
+        messages = question(text, system_prompt)
+        if side in self.chat_sides:
+            return prompt_text(self.tokenizers[side], messages)
+        return plain_text(messages)
+
+    def prompt(
+        self, side: str, prompt: str, condition: str = UNSTEERED, persona: Persona | None = None
+    ) -> str:
+        """Return a test or development prompt as a side's model reads it under a condition.
+
+        The prompting baseline asks for the persona in words; every other condition sees the same prompt.
+        """
+        if condition != PROMPTED:
+            return self.question(side, prompt, self.system_prompt) if self.asks_questions else prompt
+        if not self.asks_questions:
+            return f"{persona.description or f'The text is {persona.name}.'}\n\n{prompt}"
+        instruction = (
+            persona.instructions[0][0]
+            if persona.instructions
+            else f"Answer in this style. {persona.description or persona.name}"
+        )
+        return self.question(side, prompt, self.with_instruction(instruction))
+
+    def with_instruction(self, instruction: str | None) -> str | None:
+        """Return the run's system prompt with an instruction after it."""
+        return "\n\n".join(filter(None, [self.system_prompt, instruction])) or None
