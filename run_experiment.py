@@ -3,9 +3,9 @@
     python run_experiment.py --config example_config.json
 
 Five phases run in sequence and leave artifacts in the output directory: setup, mapping, personas, generation,
-evaluation. A second run makes only what is missing or has changed, down to the single generated text. Bad input
-ends with a message of one or two lines and exit status 2; a failed preflight with exit status 1; Ctrl-C and SIGTERM
-with a line that says how to go on.
+evaluation. A second run makes only what is missing or has changed, down to the single generated text. Bad
+input ends with a message of one or two lines and exit status 2; a failed preflight with exit status 1; Ctrl-C
+and SIGTERM with a line that says how to go on.
 """
 
 import sys
@@ -65,9 +65,9 @@ class PersonaTransferExperiment:
 
     config: a dictionary, a path to a JSON file, or an ExperimentConfig.
     fresh: ignore artifacts of earlier runs and replace them.
-    source, target: (model, tokenizer) that are loaded already, also wrapped by PEFT or compiled; reports then call
-        them by the configuration's names, which may be left out.
-    Raises InputError for a configuration, persona, prompt or output directory that cannot be used.
+    source, target: (model, tokenizer) that are loaded already, also wrapped by PEFT or compiled; reports then
+        call them by the configuration's names, which may be left out. Raises InputError for a configuration,
+        persona, prompt or output directory that cannot be used.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class PersonaTransferExperiment:
         """Run all phases, or phase 1 to 5 alone on what earlier phases left.
 
         Returns the aggregated table (empty unless phase 5 ran).
-        Raises InputError: bad input, or a phase alone whose predecessors have not run; PreflightError: a technical
-        check failed.
+        Raises InputError: bad input, or a phase alone whose predecessors have not run; PreflightError: a
+        technical check failed.
         """
         chosen = range(1, 6) if phase is None else (phase,)
         with self._running() as run:
@@ -150,7 +150,8 @@ class PersonaTransferExperiment:
             return make_vectors(run, maps)
 
     def generate(self, run: Run, vectors: dict[str, Any] | None = None) -> list[Row]:
-        """Phase 4: choose the alphas, and generate every text of the grid that earlier runs have not generated.
+        """Phase 4: choose the alphas, and generate every text of the grid that earlier runs have not
+        generated.
 
         vectors: what `persona_vectors.pt` holds; else that of an earlier run. Returns the rows.
         """

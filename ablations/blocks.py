@@ -1,8 +1,8 @@
-"""Steer more and more blocks of the target, each time at the alpha that leaves text coherent (`--ablate blocks`).
+"""Steer more and more blocks of the target, each at the alpha that leaves text coherent (`--ablate blocks`).
 
 Only development prompts are used: for each number of blocks, persona and method an alpha is searched for (see
-`analysis.alpha_search`), and the trait and perplexity of the texts at that alpha are compared. Its files stand in
-`ablation_blocks/`.
+`analysis.alpha_search`), and the trait and perplexity of the texts at that alpha are compared. Its files
+stand in `ablation_blocks/`.
 """
 
 import logging
@@ -80,7 +80,7 @@ def _points(run: Run, steering: SteeringVectors, found: dict[AlphaKey, ChosenAlp
 
 
 def _unsteered_traits(run: Run, steering: SteeringVectors) -> dict[str, float | None]:
-    """Return persona -> mean trait probability of the unsteered development texts, which the search has generated."""
+    """Return persona -> mean trait probability of the unsteered texts that the search has generated."""
     (rows,) = generate_development(run, [UNSTEERED_CELL], steering, run.config.alpha_search.n_seeds)
     traits = {}
     for name in run.config.persona_names:

@@ -1,7 +1,7 @@
 """Repeat phases 2 to 5 at several layer pairs, on the development prompts (`--ablate layers`).
 
-Specification, "Figure 2". Each layer pair has a run of its own in `ablation_layers/SOURCE_TARGET/`; the texts of the
-map are read once for all of them, and a run that was stopped goes on where it ended.
+Specification, "Figure 2". Each layer pair has a run of its own in `ablation_layers/SOURCE_TARGET/`; the texts
+of the map are read once for all of them, and a run that was stopped goes on where it ended.
 """
 
 import logging
@@ -69,8 +69,8 @@ def _folder(pair: LayerPair) -> str:
 def _inputs_at(inputs: Inputs, pair: LayerPair) -> Inputs:
     """Return the inputs at another layer pair, tested on the development prompts and at one alpha.
 
-    Alpha is the middle one of `alpha_values` (of two, the lower), or searched for each pair; then the texts that are
-    scored helped to choose it, and their coherence is within the bound.
+    Alpha is the middle one of `alpha_values` (of two, the lower), or searched for each pair; then the texts
+    that are scored helped to choose it, and their coherence is within the bound.
     """
     config, prompts = inputs.config, inputs.development_prompts
     alphas = config.alpha_values
@@ -102,7 +102,7 @@ def _collect_missing(run: Run, runs: Mapping[LayerPair, Inputs]) -> None:
 
 
 def _run_phases(run: Run) -> tuple[dict[str, Any], str]:
-    """Run phases 2 to 5; returns the numbers that the ablation compares, and the key of what they come from."""
+    """Run phases 2 to 5; returns the compared numbers, and the key of what they come from."""
     maps = fit_maps(run)
     vectors = make_vectors(run, maps)
     steering = SteeringVectors.from_content(vectors)

@@ -1,6 +1,7 @@
 """Fit the map on more and more text, from last tokens and from every aligned position (`--ablate samples`).
 
-Specification, "Figure 3". A run that was stopped goes on where it ended, and each text is read once for all points.
+Specification, "Figure 3". A run that was stopped goes on where it ended, and each text is read once for all
+points.
 """
 
 import logging
@@ -36,7 +37,8 @@ PARTS = ("training", "held_out")
 def ablate_samples(run: Run) -> None:
     """Fit the map on growing amounts of text and test it on held-out documents.
 
-    Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that was stopped goes on.
+    Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that was
+    stopped goes on.
     Raises InputError: a map of responses, or a tokenizer without character offsets.
     """
     if run.inputs.neutral_questions:

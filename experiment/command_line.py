@@ -58,7 +58,7 @@ def exit_early() -> None:
 
 
 def input_error_status(error: InputError | OSError | KeyboardInterrupt) -> int:
-    """Print in one line what cannot be used, read or written, or that the run was stopped; returns the status.
+    """Print in one line what cannot be used, read or written, or that the run was stopped; return the status.
 
     Raises an OSError again that is about no file, since that is a defect of ours.
     """

@@ -1,8 +1,8 @@
 """The table of conditions and the table of scorers: what a run compares, and by what it measures.
 
 Configuration, plan, verdict, figures, tables and report read these two tables, so that a new control is a row
-here and a function in `phases/make_vectors.py`, and a new scorer a row here and a module in `scoring/`. Nothing
-heavy is imported: the command line reads this before torch.
+here and a function in `phases/make_vectors.py`, and a new scorer a row here and a module in `scoring/`.
+Nothing heavy is imported, since the command line reads this before torch.
 """
 
 from collections.abc import Sequence
@@ -88,9 +88,9 @@ class Scorer:
     """One measure of a trait, 0 to 1.
 
     column: of the results table. module: in `scoring/`, with `load_scorers(names, personas)`, which returns
-    persona -> an object with `score(texts)` and `threshold`, and `scorer_key(personas)`, what these depend on;
-    None for a score that is computed elsewhere. scores_all: every text is scored for every persona, for effects
-    on traits that were not steered for.
+    persona -> an object with `score(texts)` and `threshold`, and `scorer_key(personas)`, what these depend
+    on; None for a score that is computed elsewhere. scores_all: every text is scored for every persona, for
+    effects on traits that were not steered for.
     """
 
     name: str

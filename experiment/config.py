@@ -1,8 +1,8 @@
 """The configuration of an experiment: one validated model, read from a dictionary or a file.
 
 Only modules of `experiment/`, `phases/` and `ablations/` know this model; components take plain arguments.
-Unknown keys and values out of range are errors that name the key; `config_errors` words them. Defaults are the
-specification's, except where METHODOLOGY.md says why not.
+Unknown keys and values out of range are errors that name the key; `config_errors` words them. Defaults are
+the specification's, except where METHODOLOGY.md says why not.
 """
 
 from collections.abc import Sequence
@@ -279,13 +279,13 @@ class ExperimentConfig(_Strict):
         equal length, a band: pairs of blocks, all of which are steered; `"layer_idx": "band"` chooses one;
         `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
-    Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat target
-        is asked questions, another one continues text prefixes.
+    Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat
+        target is asked questions, another one continues text prefixes.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
         without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
-        persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for each
-        persona and method on the development prompts. Where methods have alphas of their own, each is tried at
-        the oracle's too.
+        persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for
+        each persona and method on the development prompts. Where methods have alphas of their own, each is
+        tried at the oracle's too.
     """
 
     source_model: LocalPath
@@ -538,7 +538,8 @@ class ExperimentConfig(_Strict):
 
     @property
     def n_cells(self) -> int:
-        """Number of cells: unsteered text, persona x method x alpha, and the prompting baseline of each persona.
+        """Number of cells: unsteered text, persona x method x alpha, and the prompting baseline of each
+        persona.
 
         A search finds two alphas for a method: its own, and the oracle's.
         """

@@ -1,4 +1,6 @@
-"""Word what pydantic finds wrong with a configuration: the key, what was given, what was expected, what to do."""
+"""Word what pydantic finds wrong with a configuration: the key, what was given, what was expected, what to
+do.
+"""
 
 import difflib
 import re

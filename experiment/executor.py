@@ -1,7 +1,7 @@
 """Run work on the two models in chunks (phases 1 to 5), in this process or on the workers of a Ray cluster.
 
-A phase hands chunks to an executor: the local one here, or `ray_executor.RayExecutor`, whose actors hold a Worker
-each. What a chunk gives depends on the chunk alone, so both executors give the same.
+A phase hands chunks to an executor: the local one here, or `ray_executor.RayExecutor`, whose actors hold a
+Worker each. What a chunk gives depends on the chunk alone, so both executors give the same.
 """
 
 import logging

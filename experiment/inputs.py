@@ -1,7 +1,7 @@
 """Load what a run reads, and check it: texts, personas, both models, scorers.
 
-Cheap things are loaded and checked first, and everything that a later phase would reject is rejected before a file
-is written. `Inputs` is immutable and computes no result.
+Cheap things are loaded and checked first, and everything that a later phase would reject is rejected before a
+file is written. `Inputs` is immutable and computes no result.
 """
 
 import logging
@@ -51,8 +51,8 @@ class Inputs:
     layer_pairs: (source layer, target layer) of every block that is steered, ordered by target layer.
     load_scorers: name of a trained scorer -> persona -> scorer; trains at the first call, remembers the rest.
     given: (side, persona) -> file of vectors that are taken as they are.
-    neutral_questions, neutral_styles: what is asked if the map is learnt from responses, and the system prompts,
-        none a persona's, under which it is asked in rotation; neutral_responses: what came of it.
+    neutral_questions, neutral_styles: what is asked if the map is learnt from responses, and the system
+        prompts, none a persona's, under which it is asked in rotation; neutral_responses: what came of it.
     responses: side -> what its persona vectors are made from, if they are made from responses.
         Both are empty until `phases.collect_responses` has run.
     """
@@ -120,7 +120,9 @@ class Inputs:
 
     @property
     def perplexity_sides(self) -> tuple[str, ...]:
-        """The models that give perplexities: the target, and the source as the independent one if it is wanted."""
+        """The models that give perplexities: the target, and the source as the independent one if it is
+        wanted.
+        """
         return ("target", "source") if self.config.independent_perplexity else ("target",)
 
     @property
@@ -315,13 +317,15 @@ def _check_layers(inputs: Inputs) -> None:
 
 
 def _check_prompts(inputs: Inputs) -> None:
-    """Raise InputError for responses that no model can give, and prompts or sampling that the target cannot take."""
+    """Raise InputError for responses that no model can give, and prompts or sampling that the target cannot
+    take.
+    """
     config, prompting = inputs.config, inputs.prompting
     if not prompting.chat_sides:
         if inputs.responding_personas:
             raise InputError(
-                "'extraction' of kind 'responses' asks a chat model, but neither model is one (prompt_format: "
-                f"{config.prompt_format!r}); choose kind 'texts', or give an instruct model"
+                "'extraction' of kind 'responses' asks a chat model, but neither model is one "
+                f"(prompt_format: {config.prompt_format!r}); choose kind 'texts', or give an instruct model"
             )
         if inputs.neutral_questions:
             raise InputError(
@@ -372,8 +376,9 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     n_asked = min(len(kept), config.n_training_samples)
     if n_asked < config.n_folds:
         raise InputError(
-            f"n_folds is {config.n_folds}, but the map is learnt from responses to {n_asked} questions, which "
-            "folds never split; lower n_folds, raise n_training_samples, or choose mapping_data 'neutral_text'"
+            f"n_folds is {config.n_folds}, but the map is learnt from responses to {n_asked} questions, "
+            "which folds never split; lower n_folds, raise n_training_samples, or choose mapping_data "
+            "'neutral_text'"
         )
     return kept
 
@@ -395,8 +400,8 @@ def _neutral_styles(personas: Sequence[Persona]) -> tuple[str, ...]:
         logger.warning("left out %d neutral styles that are a persona's", len(styles) - len(kept))
     if not kept:
         raise InputError(
-            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; choose "
-            "'responses'"
+            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; "
+            "choose 'responses'"
         )
     return kept
 
@@ -413,7 +418,9 @@ def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_text
 
 
 def _load_scorers(names: Sequence[str], labelled: Sequence[Persona], scorer: str) -> dict[str, Any]:
-    """Return persona -> scorer of one kind, trained on the labelled texts, and log how well each separates them."""
+    """Return persona -> scorer of one kind, trained on the labelled texts, and log how well each separates
+    them.
+    """
     found = SCORERS[scorer].load(names, labelled)
     for name, trained in found.items():
         if (auc := getattr(trained, "auc", None)) is not None:

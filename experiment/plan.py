@@ -37,7 +37,8 @@ class Cell:
 class SteeringVectors:
     """What is added at each block that is steered, and in what unit.
 
-    vectors: persona -> vector name -> (blocks, d_target), each row of unit norm. norms: of these blocks' outputs.
+    vectors: persona -> vector name -> (blocks, d_target), each row of unit norm. norms: of these blocks'
+        outputs.
     """
 
     vectors: Mapping[str, Mapping[str, Tensor]]

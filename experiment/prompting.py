@@ -14,8 +14,8 @@ from texts.personas import Persona
 class Prompting:
     """How a run shows prompts to its models.
 
-    tokenizers: side -> tokenizer. chat_sides: the sides that are shown their chat template. system_prompt: of the
-        run, put before every question to the target.
+    tokenizers: side -> tokenizer. chat_sides: the sides that are shown their chat template. system_prompt: of
+        the run, put before every question to the target.
     """
 
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
@@ -34,7 +34,7 @@ class Prompting:
 
     @property
     def responders(self) -> dict[str, str]:
-        """Side -> the side whose responses its persona vectors are made from: its own where it can be asked."""
+        """Side -> whose responses its persona vectors are made from: its own where it can be asked."""
         return {name: name if name in self.chat_sides else self.default_responder for name in self.tokenizers}
 
     def question(self, side: str, text: str, system_prompt: str | None = None) -> str:

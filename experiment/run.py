@@ -1,7 +1,7 @@
 """A run and its artifacts: what the phases work on, and how each file is kept current.
 
-An `Artifact` stands in the file of the phase that makes it. Its `key(run)` asks for exactly what the making uses, so
-that a changed configuration recomputes what depends on it and nothing else.
+An `Artifact` stands in the file of the phase that makes it. Its `key(run)` asks for exactly what the making
+uses, so that a changed configuration recomputes what depends on it and nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,7 +48,8 @@ class Run:
     def at_pair(self, pair: LayerPair) -> Iterator["Run"]:
         """Give the run at one of its layer pairs.
 
-        Files of the middle pair stand in the run's folder itself, those of the others in `layers/SOURCE_TARGET/`.
+        Files of the middle pair stand in the run's folder itself, those of the others in
+        `layers/SOURCE_TARGET/`.
         """
         inputs = self.inputs.at_pairs([pair])
         if pair == self.inputs.middle_pair:
@@ -68,7 +69,8 @@ def pair_folder(pair: LayerPair) -> Path:
 class Artifact:
     """One file of a run.
 
-    name: in the run's folder; `.json` or `.pt`. phase: which makes it. key: what it depends on, as a fingerprint.
+    name: in the run's folder; `.json` or `.pt`. phase: which makes it. key: what it depends on, as a
+        fingerprint.
     """
 
     name: str

@@ -1,8 +1,9 @@
-"""Check the set-up before the experiment: the debugging checklist as code, kept in `preflight.json` (phase 1).
+"""Check the set-up before the experiment: the debugging checklist as code, kept in `preflight.json` (phase
+1).
 
-A technical check that fails stops the run, since every later number would be wrong. A check of the experiment's
-premises (stable vectors, fluent unsteered text, an oracle that works) that fails is repeated in the summary: what
-follows may be true, and a negative result is one.
+A technical check that fails stops the run, since every later number would be wrong. A check of the
+experiment's premises (stable vectors, fluent unsteered text, an oracle that works) that fails is repeated in
+the summary: what follows may be true, and a negative result is one.
 """
 
 import logging
@@ -406,7 +407,9 @@ def _alphas(run: Run, norm: ResidualNorm, persona: str) -> list[float]:
 
 
 def _planned(run: Run, persona: str) -> list[float]:
-    """Return the alphas that the preflight tries: of those listed, or the depths of the bracket to be searched."""
+    """Return the alphas that the preflight tries: of those listed, or the depths of the bracket to be
+    searched.
+    """
     if run.config.alpha_values == "auto":
         return list(SEARCH_DEPTHS)
     ordered = sorted(run.config.alphas_of(persona, ORACLE))

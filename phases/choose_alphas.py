@@ -59,7 +59,7 @@ ALPHA_SEARCH = Artifact("alpha_search.json", 4, _search_key)
 
 
 def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
-    """Return the alphas of the grid: those of the configuration, or persona -> method -> alpha by a search."""
+    """Return the alphas of the grid: those configured, or persona -> method -> alpha by a search."""
     if run.config.alpha_values != "auto":
         return run.config.alpha_values
     content = ALPHA_SEARCH.current_or_make(run, lambda run: _search(run, steering))
@@ -76,7 +76,7 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
 
 
 def required_alphas(run: Run) -> Alphas:
-    """Return the alphas of the grid. Raises InputError where they are searched and the search is not there."""
+    """Return the same. Raises InputError where alphas are searched and the search is not there."""
     if run.config.alpha_values != "auto":
         return run.config.alpha_values
     return _by_persona(alphas_from_content(ALPHA_SEARCH.require(run)))
@@ -99,9 +99,11 @@ def coherence_bounds(run: Run) -> dict[str, CoherenceBound]:
 
 
 def trait_costs(run: Run) -> dict[str, float]:
-    """Return persona -> perplexity ratio of its labelled positive to its negative texts, by the independent model.
+    """Return persona -> perplexity ratio of its labelled positive to its negative texts, by the independent
+    model.
 
-    Empty where the bound is `plain` or no independent model is asked; a persona without labelled texts has none.
+    Empty where the bound is `plain` or no independent model is asked; a persona without labelled texts has
+    none.
     """
     if run.config.alpha_search.bound == "plain" or not run.config.independent_perplexity:
         return {}

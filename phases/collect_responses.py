@@ -1,12 +1,12 @@
 """Collect responses, for persona vectors and for the map (before phases 1 to 3).
 
-Persona vectors (arXiv 2507.21509): a model responds to the persona's questions under both kinds of system prompt;
-responses that show the trait though they should not, or do not though they should, are left out; the vector is
-the difference of means over the responses' tokens, read without the system prompt. Each model reads its own
-responses; a model that cannot be asked reads the other's, as plain text.
+Persona vectors (arXiv 2507.21509): a model responds to the persona's questions under both kinds of system
+prompt; responses that show the trait though they should not, or do not though they should, are left out; the
+vector is the difference of means over the responses' tokens, read without the system prompt. Each model reads
+its own responses; a model that cannot be asked reads the other's, as plain text.
 
-A map may be learnt from responses too, to questions that ask for no trait: they hold the kind of tokens on which
-steering acts.
+A map may be learnt from responses too, to questions that ask for no trait: they hold the kind of tokens on
+which steering acts.
 """
 
 import logging
@@ -38,7 +38,7 @@ LOGGED_CHARACTERS = 90  # of an example in the log
 
 
 def persona_responses_key(run: Run, persona: Persona, sides: Sequence[str] = ("source", "target")) -> str:
-    """Return what the responses that a persona's vectors are made from depend on, and how `sides` read them."""
+    """Return what the responses behind a persona's vectors depend on, and how `sides` read them."""
     inputs, settings, prompting = run.inputs, run.config.extraction, run.inputs.prompting
     asked = [
         persona.instructions,
@@ -213,15 +213,17 @@ def _scored(run: Run, persona: Persona, responder: str) -> list[Row]:
 def _judged(
     run: Run, persona: Persona, responder: str, rows: Sequence[Row]
 ) -> tuple[list[Judgement], float | None]:
-    """Return a judgement of each response, and the score from which it shows the trait; None without a scorer."""
+    """Return a judgement of each response, and the score from which it shows the trait; None without a
+    scorer.
+    """
     if judge := cached_judge(run):
         described = persona.name, persona.description, persona.eval_prompt
         judgements = judge.judge([trait_prompt(*described, row["prompt"], row["output"]) for row in rows])
         failed = [judged.failure for judged in judgements if judged.failure]
         if len(failed) > MAX_UNJUDGED * len(rows):
             raise InputError(
-                f"persona {persona.name!r}: {len(failed)} of {len(rows)} responses of the {responder} model lack "
-                f"a judgement (first reason: {failed[0]}); run again to ask for these again"
+                f"persona {persona.name!r}: {len(failed)} of {len(rows)} responses of the {responder} model "
+                f"lack a judgement (first reason: {failed[0]}); run again to ask for these again"
             )
         return judgements, JUDGE_THRESHOLD
     if persona.direct_measure == "brevity":
@@ -244,7 +246,7 @@ def _is_kept(row: Row, score: float | None, threshold: float | None) -> bool:
 def _kept(
     run: Run, persona: Persona, responder: str, rows: Sequence[Row]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Return (question, response) of the positive responses that are kept, and of the negative ones; logged."""
+    """Return (question, response) of the kept positive responses, and of the negative ones; logged."""
     of_persona = [row for row in rows if (row["responder"], row["persona"]) == (responder, persona.name)]
     if all(row["trait"] is None and not row["failure"] for row in of_persona):
         run.folder.notes.append(f"{persona.name}: no scorer has read its responses, so that all are kept")

@@ -1,9 +1,10 @@
 """Print what a run would do and cost, from counts and a few measured rates; writes nothing.
 
-What the journals and artifacts of the output directory hold already is counted and costs nothing. Three rates are
-measured in this process: reading a token in either model, and generating a text of full length. The other costs are
-counts of tokens times these. Loading is left out, and a Ray cluster is not asked. A judge's cost is computed from a
-price and a number of tokens. Texts that a model ends early cost less than this says.
+What the journals and artifacts of the output directory hold already is counted and costs nothing. Three rates
+are
+measured in this process: reading a token in either model, and generating a text of full length. The other
+costs are counts of tokens times these. Loading is left out, and a Ray cluster is not asked. A judge's cost is
+computed from a price and a number of tokens. Texts that a model ends early cost less than this says.
 """
 
 import time
@@ -138,7 +139,7 @@ def _add_map(run: Run, rates: Rates, estimate: _Estimate) -> None:
 
 
 def _add_preparation(run: Run, rates: Rates, estimate: _Estimate) -> int:
-    """Add what comes before the grid: responses, preflight and searched alphas; return how many are scored."""
+    """Add responses, preflight and alpha search; return how many responses are scored."""
     config, inputs, n_responses = run.config, run.inputs, 0
     n_development = len(inputs.development_prompts)
     if inputs.neutral_questions and not _is_current(NEUTRAL_RESPONSES, run):
@@ -200,7 +201,8 @@ def _add_grid(run: Run, rates: Rates, estimate: _Estimate, n_texts: int) -> None
 
 
 def _cached_rows(run: Run) -> tuple[int, int, int]:
-    """Return how many texts and evaluations of the grid the journals hold, and how many texts are yet to be read.
+    """Return how many texts and evaluations of the grid the journals hold, and how many texts are yet to be
+    read.
 
     Of searched alphas, none is known.
     """
@@ -212,7 +214,8 @@ def _cached_rows(run: Run) -> tuple[int, int, int]:
     if not generated:
         return 0, 0, 0
     done = rows_of(run.folder.path / "evaluation_journal.jsonl")
-    new = [row for row in (evaluations := planned_evaluations(run, generated)) if row["key"] not in done]
+    evaluations = planned_evaluations(run, generated)
+    new = [row for row in evaluations if row["key"] not in done]
     known = {row["perplexity_key"] for row in done.values()}
     unread = {row["perplexity_key"] for row in new} - known
     return len(generated), len(evaluations) - len(new), len(unread)
@@ -297,7 +300,7 @@ def _seconds_of_token(run: Run, name: str) -> float:
 
 
 def _seconds_of_text(run: Run) -> float:
-    """Return the seconds in which the target generates a text of full length, in a batch as large as a run's."""
+    """Return the seconds of a generated text of full length, in a batch as large as a run's."""
     config, inputs = run.config, run.inputs
     settings = GenerationSettings.of(inputs, [1.0] * len(inputs.layer_pairs))
     generator = settings.generator(inputs.target)

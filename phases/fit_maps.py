@@ -1,8 +1,8 @@
 """Sum up paired activations, choose lambda, and fit the map and those to compare it with (phase 2).
 
-The pairs of all layer pairs come from one pass over the texts. Files of the middle layer pair stand in the run's
-folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for a single layer pair, so that other lambda
-values need no second pass; those of many pairs would fill a disk.
+The pairs of all layer pairs come from one pass over the texts. Files of the middle layer pair stand in the
+run's folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for a single layer pair, so that
+other lambda values need no second pass; those of many pairs would fill a disk.
 """
 
 import logging
@@ -67,7 +67,9 @@ OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 @dataclass(frozen=True, repr=False)
 class LearnedMaps:
-    """The maps of one layer pair. others: vector name -> comparison map. results: what `cv_results.json` holds."""
+    """The maps of one layer pair. others: vector name -> comparison map. results: what `cv_results.json`
+    holds.
+    """
 
     ridge: RidgeMapping
     others: dict[str, ComparisonMap]

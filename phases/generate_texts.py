@@ -1,7 +1,8 @@
-"""Generate each text once, and keep it in a journal as soon as its batch is done (phase 4, and what comes before).
+"""Generate each text once, and keep it in a journal as soon as its batch is done (phase 4, and what comes
+before).
 
-Development texts, of preflight and searches, are generated here too: whatever is chosen is chosen on them. Test
-prompts are for phases 4 and 5 alone.
+Development texts, of preflight and searches, are generated here too: whatever is chosen is chosen on them.
+Test prompts are for phases 4 and 5 alone.
 """
 
 import logging
@@ -54,7 +55,7 @@ def generate_steered(run: Run, planned: Sequence[Row], steering: SteeringVectors
 def generate_development(
     run: Run, cells: Sequence[Cell], steering: SteeringVectors, n_seeds: int = 1
 ) -> list[list[Row]]:
-    """Return the rows of each cell on the development prompts with their texts: prompts, seeds within them."""
+    """Return each cell's rows on the development prompts with their texts: prompts, then seeds."""
     seeds = range(run.config.seed, run.config.seed + n_seeds)
     prompts = run.inputs.development_prompts
     rows, _ = generate_steered(run, text_rows(run.inputs, cells, prompts, seeds), steering)

@@ -116,7 +116,9 @@ def native_vectors(run: Run) -> NativeVectors:
 
 
 def _measure(run: Run) -> dict[str, Any]:
-    """Return what `native_vectors.pt` holds: vectors (blocks, d) by side and persona, and how stable they are."""
+    """Return what `native_vectors.pt` holds: vectors (blocks, d) by side and persona, and how stable they
+    are.
+    """
     vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
     measures: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
@@ -163,9 +165,10 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 
     maps: of phase 2; else those that an earlier run left.
 
-    layer_pairs: [[source, target], ...]. source_vectors: persona -> (blocks, d_source). vectors: persona -> vector
-    name -> (blocks, d_target), rows of unit norm in the order of layer_pairs. residual_norms: the target's, in the
-    same order. by_layer: for each layer pair, persona -> cosines and measures; personas: the middle pair's.
+    layer_pairs: [[source, target], ...]. source_vectors: persona -> (blocks, d_source). vectors: persona ->
+    vector name -> (blocks, d_target), rows of unit norm in the order of layer_pairs. residual_norms: the
+    target's, in the same order. by_layer: for each layer pair, persona -> cosines and measures; personas: the
+    middle pair's.
     """
     content = PERSONA_VECTORS.current_or_make(run, lambda run: _transfer(run, maps or load_maps(run)))
     SIMILARITIES.save(run, {key: content[key] for key in ("layer_pairs", "personas", "residual_norms")})
@@ -220,7 +223,9 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
 
 @dataclass(frozen=True, repr=False)
 class PairTransfer:
-    """The vectors of one layer pair: persona -> vector name -> (d_target,), and persona -> cosines and measures."""
+    """The vectors of one layer pair: persona -> vector name -> (d_target,), and persona -> cosines and
+    measures.
+    """
 
     vectors: dict[str, dict[str, Tensor]]
     report: dict[str, dict[str, Any]]
@@ -273,7 +278,7 @@ def _of_other_personas(vectors: Vectors, pair: LayerPair, seed: int) -> dict[str
 
 
 def _random_directions(vectors: Vectors, pair: LayerPair, seed: int) -> dict[str, list[Tensor]]:
-    """Return persona -> directions of unit norm, the same for all personas, others for each block and seed."""
+    """Return persona -> directions of unit norm: the same for all, others for each block and seed."""
     d_target = len(next(iter(vectors.values()))[ORACLE])
     generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
     drawn = [torch.randn(d_target, generator=generator) for _ in vector_names("random_direction")]

@@ -1,10 +1,11 @@
-"""Score every text once, and keep its metrics in a journal as soon as they are known (phase 5, and alpha searches).
+"""Score every text once, and keep its metrics in a journal as soon as they are known (phase 5, and alpha
+searches).
 
-The last digits of a perplexity depend on the texts that share its batch. So texts are scored together with the
-other texts of their cell (condition, persona and alpha) and seed, whichever of them are missing: after damage or a
-kill every number comes back to the last bit, and more seeds cost no more than themselves. What the journal holds is
-never replaced. So numbers are not the same to the last bit on another machine, with another number of threads or
-another batch size, or where one is lost after prompts were added to its cell.
+The last digits of a perplexity depend on the texts that share its batch. So texts are scored together with
+the other texts of their cell (condition, persona and alpha) and seed, whichever of them are missing: after
+damage or a kill every number comes back to the last bit, and more seeds cost no more than themselves. What
+the journal holds is never replaced. So numbers are not the same to the last bit on another machine, with
+another number of threads or another batch size, or where one is lost after prompts were added to its cell.
 """
 
 import logging
@@ -168,8 +169,8 @@ def _perplexities(
 ) -> Iterator[tuple[int, list[Any], list[Any]]]:
     """Yield index of a part, perplexities of its texts, and those to the independent model.
 
-    known: evaluations, also by other scorers, by the key of their perplexities. A part that they hold is not read
-    again, so that a scorer that is added later, or trained anew, costs no perplexity.
+    known: evaluations, also by other scorers, by the key of their perplexities. A part that they hold is not
+    read again, so that a scorer that is added later, or trained anew, costs no perplexity.
     """
     inputs, unread = run.inputs, []
     for number, part in enumerate(parts):

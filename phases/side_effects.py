@@ -32,8 +32,8 @@ def plain_text_ratios(
 ) -> dict[str, dict[str, float]]:
     """Return persona -> condition -> perplexity ratio of plain text, steered to unsteered; writes it, too.
 
-    alphas: conditions without one are left out. For a control of several draws, the geometric mean over them. A
-    vector is added at every token, whatever `steer_positions` says.
+    alphas: conditions without one are left out. For a control of several draws, the geometric mean over them.
+    A vector is added at every token, whatever `steer_positions` says.
     """
     key = _key(run, alphas)
     content = run.folder.current(NAME, key) or run.folder.save(NAME, key, _measure(run, steering, alphas))

@@ -1,4 +1,6 @@
-"""Validate a run's scorers on texts unlike their training: shipped ones, the target's own, degenerate ones (phase 5)."""
+"""Validate a run's scorers on texts unlike their training: shipped ones, the target's own, degenerate ones
+(phase 5).
+"""
 
 import logging
 from collections.abc import Sequence
