@@ -1,12 +1,12 @@
 """Read residual-stream activations and persona vectors from a language model (phases 2 and 3).
 
 Conventions, shared with steering:
-- `layer_idx` is the output of decoder block `layer_idx`, counted from 0: the place where
+- Layer `layer_idx` is the output of decoder block `layer_idx`, counted from 0, where
   `steered_generation` adds its vector.
 - Texts are tokenised with the tokenizer's special tokens, as prompts are.
-- Batches are padded on the right by this module, whatever the tokenizer's side. Under
-  causal attention padding on the right cannot reach a real token, so batch size and
-  padding change nothing but float rounding.
+- This module pads batches on the right, whatever the tokenizer's side. Under causal attention
+  padding on the right cannot reach a real token, so batch size and padding change nothing but
+  float rounding.
 - The forward pass stops after the deepest block that is read.
 
 Results are float32 on the CPU.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
-from decoding.steering_hooks import block_output, refuse_steered
+from decoding.steering_hooks import block_output, reject_steered
 from model_loading import (
     check_layer,
     context_length,
@@ -34,31 +34,30 @@ from model_loading import (
     plain_model,
 )
 from support.errors import InputError, shown
-from support.vocabulary import PAIR_POSITIONS
+from support.vocabulary import PAIR_POSITIONS, PERSONA_POSITIONS
 from texts.aligned_positions import aligned_tokens, check_offsets, token_ends
 from texts.chat import Prompt, prompt_text
 from texts.encoding import encode, encode_continuations, encode_with_offsets
 
 logger = logging.getLogger(__name__)
 
-MASSIVE_RATIO = 10.0
-N_SPLITS = 20
-WINDOW = 64
-Position = str | int
+MASSIVE_RATIO = 10.0  # to the root mean square of the median dimension
+N_SPLITS = 20  # random halves behind a split-half cosine
+WINDOW = 64  # texts of which paired activations are yielded at a time
 ReadText = str | tuple[Prompt, str]  # the latter a prompt with its response
-PairedText = str | tuple[str, str, str]  # the latter what source and target read before it, and a text
+PairedText = str | tuple[str, str, str]  # the latter (source's prefix, target's prefix, text)
 
 
 class _StopForward(Exception):
-    """Ends a forward pass whose remaining blocks nobody reads."""
+    """Ends a forward pass after the deepest block that is read."""
 
 
 @contextmanager
 def recorded_blocks(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Record the outputs of the given blocks in the forward pass that the body runs.
 
-    Yields a dictionary that the pass fills with layer_idx -> (batch, tokens, d). The pass
-    ends after the deepest block; the body ends with it, and its return value is lost.
+    Yields a dictionary that the pass fills with layer_idx -> (batch, tokens, d). The pass ends after
+    the deepest block, and so does the body.
     """
     recorded: dict[int, Tensor] = {}
     deepest = max(layers)
@@ -80,12 +79,12 @@ def recorded_blocks(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[di
 
 @dataclass(frozen=True)
 class PersonaVector:
-    """A difference of means and how far it can be trusted.
+    """A difference of means and how stable it is.
 
     vector: (d,) float32, unit L2 norm.
     raw_norm: its L2 norm before normalisation, in units of the residual stream.
-    split_half_cosine: mean cosine between vectors from two random halves of the texts, over
-        20 splits; None with fewer than 4 texts on a side. Near 0, the vector is noise.
+    split_half_cosine: mean cosine between the vectors of two random halves of the texts;
+        None with fewer than 4 texts on a side. Near 0, the vector is noise.
     n_positive, n_negative: texts on each side.
     """
 
@@ -121,14 +120,14 @@ class ActivationExtractor:
     """Read activations at one layer with one protocol for neutral texts, personas and checks.
 
     model: any causal language model of transformers.
-    layer_idx: output of decoder block `layer_idx`, counted from 0.
+    layer_idx: the output of this decoder block is read, counted from 0.
     device: moves the model there first; None leaves it where it is.
-    batch_size: texts a batch; halved when memory runs out.
+    batch_size: texts per batch; halved when memory runs out.
     max_length: longest text in tokens; longer ones are cut at the end and counted in
         `n_truncated`. None means the model's context.
-    block_path: dotted path of the block list, for architectures that cannot be recognised.
-    read_steered: read a model that a SteeredGenerator steers too; else that is refused.
-    n_tokens counts the tokens read so far.
+    block_path: dotted path of the block list, for architectures that are not recognised.
+    read_steered: also read a model that a SteeredGenerator steers; by default that is an error.
+    `n_tokens` counts the tokens read so far.
     """
 
     def __init__(
@@ -163,41 +162,42 @@ class ActivationExtractor:
         """Width of the residual stream."""
         return d_model(self.model)
 
-    def extract(self, text: ReadText, position: Position = "last") -> Tensor:
+    def extract(self, text: ReadText, position: str = "last") -> Tensor:
         """Return the activation of one text, (d,). See `extract_layers`."""
         return self.extract_batch([text], position)[0]
 
-    def extract_batch(self, texts: Sequence[ReadText], position: Position = "last") -> Tensor:
+    def extract_batch(self, texts: Sequence[ReadText], position: str = "last") -> Tensor:
         """Return the activations of texts, (n, d), in their order. See `extract_layers`."""
         return self.extract_layers(texts, [self.layer_idx], position)[self.layer_idx]
 
     def extract_layers(
-        self, texts: Sequence[ReadText], layers: Sequence[int], position: Position = "last"
+        self, texts: Sequence[ReadText], layers: Sequence[int], position: str = "last"
     ) -> dict[int, Tensor]:
         """Return layer_idx -> (n, d) float32 for several layers from one pass over the texts.
 
-        texts: strings; for position `response` pairs of a prompt (a string, or messages, which are shown in
-            the chat template) and the response to it.
+        texts: strings; for position `response` pairs of a prompt (a string, or messages, which are rendered
+            in the chat template) and the response to it.
         position:
             `last`: the last token of the text.
-            `first`: the first token, which is the special one where the tokenizer adds one.
             `mean`: the mean over the text's tokens except special ones and the very first:
                 that one is an attention sink with a norm far above all others.
             `response`: the mean over the tokens of the response (arXiv 2507.21509).
-            an integer: that token, from 0, special tokens counted; negative from the end.
-        Raises InputError: no texts, an empty text, a layer or position out of range, or an
+        Raises InputError: no texts, an empty text, a layer out of range, an unknown position, or an
         activation that is not finite (the text's index is named).
         """
         if not texts:
             raise InputError("the list of texts is empty; give at least one text")
         if isinstance(texts, str):
             raise InputError("texts is a single string; give a list of strings, or use extract()")
+        if position not in PERSONA_POSITIONS:
+            raise InputError(f"position {position!r} is unknown; choose {', '.join(PERSONA_POSITIONS)}")
         wanted = self.check_layers(layers)
         if position == "response":
             tokens, token_indices = self._response_tokens(texts)
         else:
-            tokens = self.tokenise(texts)
-            token_indices = [self._token_indices(index, ids, position) for index, ids in enumerate(tokens)]
+            self._check_texts(texts)
+            tokens = self._cut(encode(self.tokenizer, texts, self.model))
+            token_indices = [self._token_indices(ids, position) for ids in tokens]
         means = torch.stack(
             self._read(tokens, token_indices, wanted, lambda activations: activations.mean(0))
         )
@@ -212,9 +212,9 @@ class ActivationExtractor:
     ) -> dict[int, Tensor]:
         """Return layer_idx -> (n, d) float32: the activations at some tokens of each text.
 
-        tokens: ids of each text, no longer than `max_length`. token_indices: from 0, of
-        each text; the rows come in this order, and n is their number.
-        first_index: what errors call the first text.
+        tokens: ids of each text, no longer than `max_length`.
+        token_indices: of each text, from 0; the rows come in this order, and n is their number.
+        first_index: the number of the first text in errors.
         Raises InputError: an activation that is not finite (the text's index is named).
         """
         wanted = self.check_layers(layers)
@@ -224,20 +224,12 @@ class ActivationExtractor:
         return {layer_idx: rows[:, column] for column, layer_idx in enumerate(wanted)}
 
     def check_layers(self, layers: Sequence[int]) -> list[int]:
-        """Return the layers in order, each once. Raises InputError: none, or one that the model lacks."""
+        """Return the layers in ascending order, each once. Raises InputError: none, or one out of range."""
         if not layers:
             raise InputError("the list of layers is empty; name at least one layer_idx")
         for layer_idx in layers:
             check_layer(layer_idx, self.blocks)
         return sorted(set(layers))
-
-    def tokenise(self, texts: Sequence[str], first_index: int = 0) -> list[list[int]]:
-        """Return the tokens of texts, cut to `max_length`; cut texts are counted.
-
-        Raises InputError for an empty text, counted from `first_index`.
-        """
-        self._check_texts(texts, first_index)
-        return self._cut(encode(self.tokenizer, texts, self.model, first_index))
 
     def token_ends(
         self,
@@ -246,17 +238,17 @@ class ActivationExtractor:
         first_index: int = 0,
         prompts: Sequence[str] | None = None,
     ) -> tuple[list[list[int]], list[dict[int, int]]]:
-        """Return the tokens of texts, and for each text character end -> index of the token that may be read.
+        """Return the tokens of texts, and for each text character end -> index of a token that may be read.
 
         positions: `aligned`, see `aligned_positions.token_ends`; or `last`: the last token alone,
-        and none of a text that is cut, since what is left of it ends elsewhere for other models.
-        prompts: what is read before each text, none by default. Its tokens are returned and its ends are
-        not; characters are counted from the text's first.
-        Raises InputError as `tokenise`.
+            and none of a text that is cut, because its end is elsewhere for other models.
+        prompts: precede each text, none by default. Their tokens are returned, their ends are not;
+            characters are counted from the text's first.
+        Raises InputError: an empty text, or a token without embedding; texts count from `first_index`.
         """
         self._check_texts(texts, first_index)
-        before = [""] * len(texts) if prompts is None else prompts
-        whole = [prompt + text for prompt, text in zip(before, texts, strict=True)]
+        prompts = [""] * len(texts) if prompts is None else prompts
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         if positions == "last":
             tokens = encode(self.tokenizer, whole, self.model, first_index)
             ends = [{len(text): len(ids) - 1} for text, ids in zip(whole, tokens, strict=True)]
@@ -266,31 +258,25 @@ class ActivationExtractor:
             ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
         kept = [
             {end - len(prompt): i for end, i in of_text.items() if end > len(prompt) and i < self.max_length}
-            for prompt, of_text in zip(before, ends, strict=True)
+            for prompt, of_text in zip(prompts, ends, strict=True)
         ]
         return self._cut(tokens), kept
 
     def extract_persona_vector(
-        self,
-        positive_texts: Sequence[str],
-        negative_texts: Sequence[str],
-        position: Position = "last",
+        self, positive_texts: Sequence[str], negative_texts: Sequence[str], position: str = "last"
     ) -> Tensor:
         """Return mean(positive) - mean(negative) as a unit vector, (d,) float32.
 
-        `measure_persona_vector` returns the norm and stability beside it; here they are logged.
+        Its norm and stability are logged; `measure_persona_vector` returns them.
         """
         persona = self.measure_persona_vector(positive_texts, negative_texts, position)
         logger.info("raw norm %.3g, split-half cosine %s", persona.raw_norm, persona.split_half_cosine)
         return persona.vector
 
     def measure_persona_vector(
-        self,
-        positive_texts: Sequence[str],
-        negative_texts: Sequence[str],
-        position: Position = "last",
+        self, positive_texts: Sequence[str], negative_texts: Sequence[str], position: str = "last"
     ) -> PersonaVector:
-        """Return the persona vector at the extractor's layer; see `measure_persona_vectors`."""
+        """Return the persona vector at the extractor's layer, with its norm and stability."""
         measured = self.measure_persona_vectors(positive_texts, negative_texts, [self.layer_idx], position)
         return measured[self.layer_idx]
 
@@ -299,7 +285,7 @@ class ActivationExtractor:
         positive_texts: Sequence[ReadText],
         negative_texts: Sequence[ReadText],
         layers: Sequence[int],
-        position: Position = "last",
+        position: str = "last",
     ) -> dict[int, PersonaVector]:
         """Return layer -> persona vector with its raw norm and split-half cosine, from one pass.
 
@@ -333,7 +319,7 @@ class ActivationExtractor:
         """Return the tokens of prompts with their responses, and the indices of the responses' tokens."""
         pairs = []
         for index, text in enumerate(texts):
-            is_pair = isinstance(text, tuple | list) and len(text) == 2
+            is_pair = isinstance(text, tuple) and len(text) == 2
             if not is_pair or not isinstance(text[1], str) or not text[1].strip():
                 raise InputError(
                     f"text {index} is {shown(text)}, expected (prompt, response) for position 'response', "
@@ -350,33 +336,27 @@ class ActivationExtractor:
             )
         return tokens, indices
 
-    def _check_texts(self, texts: Sequence[str], first_index: int) -> None:
+    def _check_texts(self, texts: Sequence[str], first_index: int = 0) -> None:
         for index, text in enumerate(texts, start=first_index):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"text {index} is empty or not a string ({text!r}); remove it")
 
     def _cut(self, tokens: list[list[int]]) -> list[list[int]]:
-        """Return the texts cut to the longest length allowed, counting those that lose something."""
+        """Return the texts cut to `max_length`, counting those that are longer."""
         n_long = sum(len(ids) > self.max_length for ids in tokens)
         if n_long:
             self.n_truncated += n_long
             logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
         return [ids[: self.max_length] for ids in tokens]
 
-    def _token_indices(self, index: int, ids: list[int], position: Position) -> list[int]:
+    def _token_indices(self, ids: list[int], position: str) -> list[int]:
         """Return the indices of the tokens whose mean is the result."""
         if position == "mean":
             special = set(self.tokenizer.all_special_ids)
             kept = [i for i, token in enumerate(ids) if i > 0 and token not in special]
-            return kept or [len(ids) - 1]
-        token_index = {"last": -1, "first": 0}[position] if position in ("last", "first") else position
-        if isinstance(token_index, bool) or not isinstance(token_index, int):
-            raise InputError(
-                f"position {position!r} is unknown; choose last, mean, first, response or an integer"
-            )
-        if not -len(ids) <= token_index < len(ids):
-            raise InputError(f"position {token_index} is out of range: text {index} has {len(ids)} tokens")
-        return [token_index % len(ids)]
+            if kept:
+                return kept
+        return [len(ids) - 1]
 
     def _read(
         self,
@@ -395,7 +375,7 @@ class ActivationExtractor:
             return [reduce(activations) for activations in batch]
 
         if not self.read_steered:
-            refuse_steered(self.model, otherwise=", or pass read_steered=True to read it as it is")
+            reject_steered(self.model, remedy=", or pass read_steered=True to read it as it is")
         self.n_tokens += sum(len(ids) for ids in tokens)
         lengths = [len(ids) for ids in tokens]
         return run_in_batches(run, lengths, self.batch_size, "extracting", quiet=len(tokens) <= WINDOW)
@@ -406,7 +386,7 @@ class ActivationExtractor:
     ) -> Sequence[Tensor]:
         """Return for each text of a batch (tokens, layers, d) float32 on the CPU."""
         padded, _ = pad_tokens(tokens, filler_token_id(self.model), "right", self.model.device)
-        # Padding on the right is hidden by causality. Without a mask, attention takes its fast path.
+        # Causality hides padding on the right, and without a mask attention takes its fast path.
         with recorded_blocks(self.blocks, layers) as recorded:
             self.model(input_ids=padded, use_cache=False)
         rows = torch.tensor([row for row, kept in enumerate(token_indices) for _ in kept], dtype=torch.int64)
@@ -430,10 +410,9 @@ class PairedBatch:
     """Activations of both models at the same places of some texts.
 
     H_source, H_target: layer_idx -> (n, d) float32 on the CPU; row i of both is one pair.
-    text_idx: (n,) int64, which text the pair is from, counted over all batches.
-    end: (n,) int64, the number of characters that both models had read.
-    n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included; of one with
-        something before it, its own.
+    text_idx: (n,) int64, the number of the pair's text, counted over all batches.
+    end: (n,) int64, the number of characters of the text that both models had read.
+    n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included, prefixes not.
     """
 
     H_source: dict[int, Tensor]
@@ -454,15 +433,15 @@ def paired_activations(
 ) -> Iterator[PairedBatch]:
     """Yield paired activations of both models on the same texts, 64 texts at a time.
 
-    texts: strings, or (what the source reads before it, what the target reads before it, text), whose pairs
-        are those of the text alone.
+    texts: strings, or (prefix for the source, prefix for the target, text); a prefix is read before the
+        text and gives no pairs.
     positions:
         `aligned`: every place where both tokenizers end a token on the same character, see
             `aligned_positions`. Special tokens and each side's very first token are left out.
         `last`: the last token of each text; works with any tokenizer.
     source_layers, target_layers: layers to read in the one pass; the extractors' own by default.
-    Texts are read as they are needed, and nothing is kept. Each extractor counts its tokens
-    (`n_tokens`) and cut texts (`n_truncated`).
+    Texts are consumed as they are needed. Each extractor counts its tokens (`n_tokens`) and the texts
+    that it cuts (`n_truncated`).
     Raises InputError: an unknown `positions`, a tokenizer without offsets, an empty text, or an
     activation that is not finite (the text is named).
     """
@@ -478,70 +457,71 @@ def paired_activations(
     remaining, first_index = iter(texts), 0
     while window := list(islice(remaining, WINDOW)):
         parts = [("", "", item) if isinstance(item, str) else item for item in window]
-        *prompts, read = zip(*parts, strict=True)
-        source_tokens, source_ends = source.token_ends(read, positions, first_index, prompts[0])
-        target_tokens, target_ends = target.token_ends(read, positions, first_index, prompts[1])
+        *prefixes, read = zip(*parts, strict=True)
+        source_tokens, source_ends = source.token_ends(read, positions, first_index, prefixes[0])
+        target_tokens, target_ends = target.token_ends(read, positions, first_index, prefixes[1])
         aligned = [aligned_tokens(*sides) for sides in zip(source_ends, target_ends, strict=True)]
         ends, source_indices, target_indices = zip(*aligned, strict=True)
+        text_idx = [first_index + row for row, of_text in enumerate(ends) for _ in of_text]
         yield PairedBatch(
             source.extract_tokens(source_tokens, source_indices, source_layers, first_index),
             target.extract_tokens(target_tokens, target_indices, target_layers, first_index),
-            torch.tensor(
-                [first_index + row for row, of_text in enumerate(ends) for _ in of_text], dtype=torch.int64
-            ),
+            torch.tensor(text_idx, dtype=torch.int64),
             torch.tensor([end for of_text in ends for end in of_text], dtype=torch.int64),
-            _n_own_tokens(source_tokens, source_ends, prompts[0]),
-            _n_own_tokens(target_tokens, target_ends, prompts[1]),
+            _n_own_tokens(source_tokens, source_ends, prefixes[0]),
+            _n_own_tokens(target_tokens, target_ends, prefixes[1]),
         )
         first_index += len(window)
 
 
-def _n_own_tokens(tokens: Sequence[list[int]], ends: Sequence[dict[int, int]], prompts: Sequence[str]) -> int:
-    """Return how many tokens texts have, without those of what is read before them."""
+def _n_own_tokens(
+    tokens: Sequence[list[int]], ends: Sequence[dict[int, int]], prefixes: Sequence[str]
+) -> int:
+    """Return how many tokens texts have without those of their prefixes."""
     starts = [
-        min(of_text.values(), default=len(ids)) if prompt else 0
-        for ids, of_text, prompt in zip(tokens, ends, prompts, strict=True)
+        min(of_text.values(), default=len(ids)) if prefix else 0
+        for ids, of_text, prefix in zip(tokens, ends, prefixes, strict=True)
     ]
     return sum(map(len, tokens)) - sum(starts)
 
 
-def split_half_cosine(positive: Tensor, negative: Tensor, n_splits: int = N_SPLITS) -> float | None:
+def split_half_cosine(positive: Tensor, negative: Tensor) -> float | None:
     """Return the mean cosine between difference vectors of two random halves, or None if too few texts.
 
-    positive, negative: (n, d) activations. Splits are seeded; with equal n on both sides,
+    positive, negative: (n, d) activations. The 20 splits are seeded; with equal n on both sides,
     row i of each stays in the same half.
     """
     if min(len(positive), len(negative)) < 4:
         return None
     generator = torch.Generator().manual_seed(0)
     cosines = []
-    for _ in range(n_splits):
+    for _ in range(N_SPLITS):
         order = torch.randperm(len(positive), generator=generator)
         paired = len(positive) == len(negative)
         other = order if paired else torch.randperm(len(negative), generator=generator)
         halves = [positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1)]
         cosines.append(torch.cosine_similarity(halves[0], halves[1], dim=0).item())
-    return sum(cosines) / n_splits
+    return sum(cosines) / N_SPLITS
 
 
-def massive_dimensions(activations: Tensor, ratio: float = MASSIVE_RATIO) -> list[int]:
-    """Return the dimensions whose root mean square is over `ratio` times the median dimension's.
+def massive_dimensions(activations: Tensor) -> list[int]:
+    """Return the dimensions whose root mean square is over 10 times the median dimension's.
 
     activations: (n, d). The idea follows Sun et al. 2024 (arXiv 2402.17762), who call single
     activations massive; here whole dimensions count, since a norm is a sum over dimensions.
     """
-    return massive_by_scale(activations.double().pow(2).mean(0).sqrt(), ratio)
+    return massive_by_scale(activations.double().pow(2).mean(0).sqrt())
 
 
-def massive_by_scale(scale: Tensor, ratio: float = MASSIVE_RATIO) -> list[int]:
+def massive_by_scale(scale: Tensor) -> list[int]:
     """Return the massive dimensions given the root mean square of each, (d,). See `massive_dimensions`."""
-    return (scale > ratio * scale.median()).nonzero().flatten().tolist()
+    return (scale > MASSIVE_RATIO * scale.median()).nonzero().flatten().tolist()
 
 
 def measure_residual_norm(activations: Tensor) -> ResidualNorm:
     """Return the median norm of block outputs with and without massive dimensions.
 
-    activations: (n, d), one row a position of neutral text. Raises InputError for no rows.
+    activations: (n, d), a row for each position of neutral text. Raises InputError: no rows.
     """
     if activations.ndim != 2 or not len(activations):
         raise InputError(f"activations have shape {tuple(activations.shape)}, expected (n, d) with n > 0")

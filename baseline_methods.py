@@ -1,7 +1,7 @@
-"""Carry a persona vector from source to target in five ways (phase 3).
+"""Transfer a persona vector from source to target in five ways (phase 3).
 
 Vectors are (d_source,) in and (d_target,) out, float32. `ridge_mapped` is the method
-under study and `oracle` the target's own vector; the other three know nothing of the
+under study and `oracle` the native vector; the other three know nothing of the
 target and show what any vector of that length would do.
 """
 
@@ -13,14 +13,14 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from ridge_mapping import RidgeMapping
 from support.errors import InputError
-from support.vocabulary import METHODS
+
+METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")
 
 
 class BaselineTransfer:
     """The naive transfers, the learned one and the oracle behind one interface.
 
-    d_source, d_target: residual-stream widths, read from the models.
-    seed: of the random projection.
+    d_source, d_target: the models' residual-stream widths. seed: decides the random projection.
     """
 
     def __init__(self, d_source: int, d_target: int, seed: int = 0) -> None:
@@ -31,7 +31,7 @@ class BaselineTransfer:
         self.seed = seed
 
     def zero_pad(self, v_source: Tensor) -> Tensor:
-        """Return v_source followed by zeros, or cut off when the target is narrower."""
+        """Return v_source followed by zeros; cut it where the target is narrower."""
         v_source = self._checked(v_source, self.d_source, "v_source")
         padded = torch.zeros(self.d_target)
         kept = min(self.d_source, self.d_target)
@@ -63,7 +63,7 @@ class BaselineTransfer:
         return self._checked(ridge_mapping.transform(v_source), self.d_target, "the mapped vector")
 
     def oracle(self, v_oracle: Tensor) -> Tensor:
-        """Return the target's own vector."""
+        """Return a copy of the native vector."""
         return self._checked(v_oracle, self.d_target, "v_oracle").clone()
 
     def apply_all_baselines(
@@ -76,8 +76,8 @@ class BaselineTransfer:
     ) -> dict[str, Tensor]:
         """Return method name -> (d_target,) for every method in METHODS, then for each other map.
 
-        other_maps: name -> what carries a direction over, (d_source,) to (d_target,).
-        normalize: scale each to unit L2 norm, so that one alpha is the same dose for all.
+        other_maps: name -> function that maps a direction, (d_source,) to (d_target,).
+        normalize: scale each to unit L2 norm, so that one alpha is the same steering strength for all.
         Raises InputError: a wrong width, a vector that is not finite, or one of norm 0.
         """
         vectors = {
@@ -101,8 +101,8 @@ class BaselineTransfer:
     ) -> dict[str, float]:
         """Return the cosine of each transferred vector to the oracle.
 
-        A cosine alone misleads: a few massive dimensions can carry it (METHODOLOGY.md).
-        left_out: dimensions of the target that don't count.
+        A cosine alone misleads: a few massive dimensions can dominate it (METHODOLOGY.md).
+        left_out: dimensions of the target that are set to 0 first.
         """
         vectors = self.apply_all_baselines(v_source, v_oracle, ridge_mapping, other_maps=other_maps)
         kept = torch.ones(self.d_target)

@@ -1,22 +1,23 @@
 """Measure steered text: fluency, repetition, trait strength (phase 5).
 
-Every metric of every text may be missing (an empty text, a judgement that failed, a persona
-without classifier). Missing is None, never a default, and is counted in the aggregation.
+Every metric of every text may be missing (an empty text, a judgement that failed, a persona without a trait
+scorer). Missing is None, never a default, and is counted in the aggregation.
 
-The target's own perplexity rewards repetition loops; read it beside the repetition rate and
-the perplexity of an independent model.
+The target's own perplexity rewards repetition loops; it is to be read beside the repetition rate and the
+perplexity of an independent model.
 """
 
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,17 +29,12 @@ from scoring.cached_judge import CachedJudge
 from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
 from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
 from scoring.judge_answers import Judgement
-from scoring.likelihood_ratio import LikelihoodRatio
 from scoring.local_judge import LocalJudge
-from scoring.trait_classifier import TraitClassifier, score_texts
 from support.errors import InputError
-from support.intervals import student_interval
 from texts.chat import Prompt, plain_text, prompt_text
 from texts.encoding import encode_continuations
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Value = TypeVar("Value")
 
 METRICS = (
     "perplexity",
@@ -49,25 +45,35 @@ METRICS = (
     "distinct_2",
     "n_words",
     "n_characters",
-    "trait_probability",
-    "likelihood_probability",
     "gpt4_coherence_score",
     "gpt4_trait_score",
 )
+TRAIT_SUFFIX = "_probability"  # a trait scorer's column ends so, which is how `aggregate` finds it
+TRAIT_COLUMN = "trait_probability"
+CONFIDENCE = 0.95
+
+
+class TraitScorer(Protocol):
+    """A persona's trait scorer, as `scoring.trait_classifier` and `scoring.likelihood_ratio` load them."""
+
+    threshold: float
+
+    def score(self, texts: Sequence[str]) -> list[float | None]:
+        """Return each text's probability of the trait, None for an empty text."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """All metrics of one text; None means missing.
 
-    perplexity: of the continuation given its prompt, by the evaluated model, unsteered.
+    perplexity: of the continuation given its prompt, by the evaluated model without steering.
     independent_perplexity: the same by another model with its own tokenizer.
     repetition: share of 3-grams of words and marks that occurred before in the text, 0 to 1.
-    is_collapsed: repetition over 0.5.
+    is_collapsed: whether repetition is above 0.5.
     distinct_1, distinct_2: different uni- and bigrams / all of them (Li et al. 2016).
-    trait_probability: by the persona's classifier; classifier_auc is its cross-validated AUC.
-    trait_probabilities: persona -> the same by the classifier of each, also of those not steered for.
-    likelihood_probability: of the persona's trait, by the likelihood ratio of a language model.
+    trait_scores: column of a scorer -> score for the trait of the text's persona.
+    trait_probabilities: persona -> score for its trait, also of personas that the text was not steered for.
+    classifier_auc: cross-validated AUC of the scorer that gives `trait_probabilities`, if it has one.
     gpt4_coherence_score, gpt4_trait_score: 1 to 5; gpt4_failure says why one is missing.
     """
 
@@ -82,13 +88,17 @@ class EvaluationResult:
     distinct_2: float | None
     n_words: int
     n_characters: int
-    trait_probability: float | None
+    trait_scores: dict[str, float | None]
     trait_probabilities: dict[str, float | None]
-    likelihood_probability: float | None
     classifier_auc: float | None
     gpt4_coherence_score: float | None
     gpt4_trait_score: float | None
     gpt4_failure: str | None
+
+    def row(self) -> dict[str, Any]:
+        """Return all fields as a row of a table, each trait score under its column."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        return row | row.pop("trait_scores")
 
 
 class Evaluator:
@@ -96,36 +106,42 @@ class Evaluator:
 
     model, tokenizer: the target, without steering; gives `perplexity`.
     use_gpt4: ask `judge` (by default a GPTJudge that reads OPENAI_API_KEY) for both scores.
-    classifiers: persona -> TraitClassifier. likelihood_ratios: persona -> LikelihoodRatio.
-    descriptions: persona -> text for the trait judge.
-    eval_prompts: persona -> what the trait judge is asked instead, with the places {question} and {answer}.
+    scorers: column -> persona -> trait scorer; a column ends in `_probability`.
+    descriptions: persona -> description for the judge. eval_prompts: persona -> judging prompt that replaces
+        ours, with the places {question} and {answer}.
     independent: (model, tokenizer) for `independent_perplexity`.
-    batch_size: texts a batch for perplexity; halved when memory runs out.
+    batch_size: texts in a batch for perplexity; halved when memory runs out.
+    every_persona: the column whose scorers score every text for every persona.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         use_gpt4: bool = False,
         judge: GPTJudge | LocalJudge | CachedJudge | None = None,
-        classifiers: Mapping[str, TraitClassifier] | None = None,
+        scorers: Mapping[str, Mapping[str, TraitScorer]] | None = None,
         descriptions: Mapping[str, str] | None = None,
         eval_prompts: Mapping[str, str] | None = None,
         independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
-        likelihood_ratios: Mapping[str, LikelihoodRatio] | None = None,
         batch_size: int = 8,
+        every_persona: str = TRAIT_COLUMN,
     ) -> None:
-        """Raises InputError: use_gpt4 without a judge and without a key."""
+        """Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column."""
         self.model = model
         self.tokenizer = tokenizer
         self.judge = (judge or GPTJudge()) if use_gpt4 else None
-        self.classifiers = dict(classifiers or {})
+        self.scorers = dict(scorers or {})
         self.descriptions = dict(descriptions or {})
         self.eval_prompts = dict(eval_prompts or {})
         self.independent = independent
-        self.likelihood_ratios = dict(likelihood_ratios or {})
         self.batch_size = batch_size
+        self.every_persona = every_persona
+        for column in self.scorers:
+            if not column.endswith(TRAIT_SUFFIX):
+                raise ValueError(
+                    f"scorers has the column {column!r}, expected a name that ends in {TRAIT_SUFFIX}"
+                )
 
     def evaluate_single(
         self,
@@ -146,8 +162,13 @@ class Evaluator:
         optionally `persona` (whose trait is scored) and `alpha`.
         """
         prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
-        perplexities = self._perplexities((self.model, self.tokenizer), prompts, outputs)
-        return self.score(rows, perplexities, self._perplexities(self.independent, prompts, outputs))
+        own, independent = (
+            continuation_perplexities(*pair, prompts, outputs, self.batch_size)
+            if pair
+            else [None] * len(rows)
+            for pair in ((self.model, self.tokenizer), self.independent)
+        )
+        return self.score(rows, own, independent)
 
     def score(
         self,
@@ -168,115 +189,87 @@ class Evaluator:
     ) -> Iterator[list[tuple[int, EvaluationResult]]]:
         """Yield (index of the row, metrics) in groups: as they are judged; without a judge, one group.
 
-        wanted: indices of the rows to yield; all by default. The others are the company in which the trait
-        is scored. A judge is asked about those of them whose `is_judged` is true or missing.
+        wanted: indices of the rows to yield; all by default. The other rows only share the batches in which
+        traits are scored. The judge is asked about the wanted rows whose `is_judged` is true or missing.
         """
         wanted = range(len(rows)) if wanted is None else wanted
-        traits = self._trait_probabilities(rows)
-        likelihoods = self._likelihood_probabilities(rows)
+        by_column = {column: self._trait_scores(column, rows) for column in self.scorers}
+        for_every = self.scorers.get(self.every_persona, {})
 
-        def result(index: int, coherence: Judgement, trait: Judgement) -> EvaluationResult:
-            row = rows[index]
-            classifier = self.classifiers.get(row.get("persona"))
+        def result(index: int, judgements: Sequence[Judgement] = ()) -> EvaluationResult:
+            row, persona = rows[index], rows[index].get("persona")
+            coherence, trait = (*judgements, Judgement(None), Judgement(None))[:2]
             return EvaluationResult(
                 condition=row["condition"],
-                persona=row.get("persona"),
+                persona=persona,
                 alpha=row.get("alpha"),
                 perplexity=perplexities[index],
                 independent_perplexity=independent[index],
                 **repetition_metrics(row["output"]),
                 n_characters=len(row["output"].strip()),
-                trait_probability=traits[index].get(row.get("persona")),
-                trait_probabilities=traits[index],
-                likelihood_probability=likelihoods[index],
-                classifier_auc=classifier.auc if classifier else None,
+                trait_scores={column: scores[index].get(persona) for column, scores in by_column.items()},
+                trait_probabilities=by_column[self.every_persona][index] if for_every else {},
+                classifier_auc=getattr(for_every.get(persona), "auc", None),
                 gpt4_coherence_score=coherence.score,
                 gpt4_trait_score=trait.score,
                 gpt4_failure=coherence.failure or trait.failure,
             )
 
         asked = [index for index in wanted if self.judge and rows[index].get("is_judged", True)]
-        if others := [index for index in wanted if index not in set(asked)]:
-            yield [(index, result(index, Judgement(None), Judgement(None))) for index in others]
+        if others := sorted(set(wanted) - set(asked)):
+            yield [(index, result(index)) for index in others]
         with closing(self._judged([rows[index] for index in asked])) as judged:
             for group in judged:
-                yield [(asked[index], result(asked[index], *both)) for index, both in group]
+                yield [(asked[index], result(asked[index], found)) for index, found in group]
 
     def aggregate(self, results: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
         """Return metrics by condition, persona and alpha; see `aggregate`."""
-        return aggregate([asdict(result) for result in results])
+        return aggregate([result.row() for result in results])
 
-    def _perplexities(
-        self,
-        scorer: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
-        prompts: list[str],
-        outputs: list[str],
-    ) -> list[float | None]:
-        if scorer is None:
-            return [None] * len(prompts)
-        return continuation_perplexities(*scorer, prompts, outputs, self.batch_size)
-
-    def _trait_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
-        """Return persona -> score of each row's text, by the classifiers of all personas."""
-        scores = score_texts(list(self.classifiers.values()), [row["output"] for row in rows])
-        return [
-            {name: found[index] for name, found in zip(self.classifiers, scores, strict=True)}
-            for index in range(len(rows))
-        ]
-
-    def _likelihood_probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-        scores: list[float | None] = [None] * len(rows)
-        for persona, scorer in self.likelihood_ratios.items():
-            indices = [index for index, row in enumerate(rows) if row.get("persona") == persona]
-            of_persona = scorer.score([rows[index]["output"] for index in indices])
-            for index, score in zip(indices, of_persona, strict=True):
-                scores[index] = score
+    def _trait_scores(self, column: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+        """Return persona -> score of each row's text, for the row's persona or for every persona."""
+        scores: list[dict[str, float | None]] = [{} for _ in rows]
+        for persona, scorer in self.scorers[column].items():
+            scored = [
+                index
+                for index, row in enumerate(rows)
+                if column == self.every_persona or row.get("persona") == persona
+            ]
+            found = scorer.score([rows[index]["output"] for index in scored])
+            for index, score in zip(scored, found, strict=True):
+                scores[index][persona] = score
         return scores
 
     def _judged(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, list[Judgement]]]]:
-        """Yield (index of the row, judgements of coherence and trait) of the rows that an answer completes.
+        """Yield (index of the row, its judgements) of the rows that a new judgement completes.
 
-        A row's prompts are asked one after the other, and those that are equal once.
+        A row's prompts are asked one after the other, and equal prompts once.
         """
         asked = [self._judging_prompts(row) for row in rows]
         waiting: dict[str, list[int]] = {}
-        for index, texts in enumerate(asked):
-            for text in texts:
-                waiting.setdefault(text, []).append(index)
-        if not asked:
+        for index, prompts in enumerate(asked):
+            for prompt in prompts:
+                waiting.setdefault(prompt, []).append(index)
+        if not waiting:
             return
-        prompts, known, failed = list(waiting), {}, 0
-        with closing(self.judge.judge_each(prompts)) as answers:
-            for number, judgement in answers:
-                text = prompts[number]
-                known[text] = judgement
-                failed += len(waiting[text]) * (judgement.failure is not None)
-                complete = [index for index in waiting[text] if known.keys() >= set(asked[index])]
-                both = [[*(known[text] for text in asked[index]), Judgement(None)][:2] for index in complete]
+        unique, known = list(waiting), {}
+        with closing(self.judge.judge_each(unique)) as judgements:
+            for number, judgement in judgements:
+                known[unique[number]] = judgement
+                complete = [index for index in waiting[unique[number]] if known.keys() >= set(asked[index])]
                 if complete:
-                    yield list(zip(complete, both, strict=True))
-        if failed:
-            logger.warning("%d judgements failed and are missing", failed)
+                    yield [(index, [known[prompt] for prompt in asked[index]]) for index in complete]
+        if n_failed := sum(len(waiting[prompt]) for prompt, found in known.items() if found.failure):
+            logger.warning("%d judgements failed and are missing", n_failed)
 
     def _judging_prompts(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the prompts for coherence and, with a persona, its trait."""
+        """Return the judging prompts for coherence and, if the row has a persona, for its trait."""
         texts = {"prompt": plain_text(row["prompt"]), "output": row["output"]}
         prompts = [COHERENCE_PROMPT.format(**texts)]
-        if row.get("persona"):
-            name = row["persona"]
-            described = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
-            prompts.append(trait_prompt(name, *described, **texts))
+        if name := row.get("persona"):
+            own = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
+            prompts.append(trait_prompt(name, *own, **texts))
         return prompts
-
-
-def _once_each(compute: Callable[[list[Item]], Sequence[Value]], items: Sequence[Item]) -> list[Value]:
-    """Return `compute`'s value for each item, asking once for items that are equal.
-
-    The unsteered text is one row a persona, and costs as much as one.
-    """
-    unique = list(dict.fromkeys(items))
-    values = dict(zip(unique, compute(unique), strict=True)) if unique else {}
-    return [values[item] for item in items]
 
 
 def continuation_perplexities(
@@ -289,21 +282,24 @@ def continuation_perplexities(
 ) -> list[float | None]:
     """Return exp(mean negative log-likelihood) of each continuation's tokens given what precedes them.
 
-    prompts: texts, or lists of messages, shown in the tokenizer's chat template; see `texts.chat`.
-    Which tokens are a continuation's, `texts.encoding.encode_continuations` says. None where
-    no token is left to score. Texts longer than the context lose their beginning. Texts that are there twice
-    are scored once. What steers the model is switched off for the while, unless `is_steered`.
+    prompts: texts, or lists of messages, rendered by the tokenizer's chat template; see `texts.chat`.
+    `texts.encoding.encode_continuations` decides which tokens belong to a continuation. The result is None
+    where no token can be scored. Texts longer than the context lose their beginning. Equal pairs of prompt
+    and output are scored once. Steering is switched off meanwhile, unless `is_steered`.
     """
     model = plain_model(model)
     if len(prompts) != len(outputs):
         raise InputError(f"got {len(prompts)} prompts and {len(outputs)} outputs; give one output a prompt")
-
-    def compute(unique: list[tuple[str, str]]) -> list[float | None]:
-        return _unique_perplexities(model, tokenizer, unique, batch_size)
-
     texts = [prompt_text(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    pairs = list(zip(texts, outputs, strict=True))
+    # The unsteered text is one row for each persona.
+    unique = list(dict.fromkeys(pairs))
+    if not unique:
+        return []
     with nullcontext() if is_steered else unsteered(model):
-        return _once_each(compute, list(zip(texts, outputs, strict=True)))
+        values = _unique_perplexities(model, tokenizer, unique, batch_size)
+    known = dict(zip(unique, values, strict=True))
+    return [known[pair] for pair in pairs]
 
 
 def _unique_perplexities(
@@ -325,7 +321,7 @@ def _unique_perplexities(
     def run(indices: list[int]) -> list[float]:
         nonlocal before_scored
         batch = [pairs[scored[index]] for index in indices]
-        # Padding stands on the right, so that causality hides it and no mask is needed.
+        # With padding on the right causality hides it, and no mask is needed.
         tokens, _ = pad_tokens([ids for ids, _ in batch], filler_token_id(model), "right", model.device)
         before_scored = torch.zeros_like(tokens, dtype=torch.bool)
         for row, (ids, start) in enumerate(batch):
@@ -335,7 +331,7 @@ def _unique_perplexities(
         return [math.exp(-part.mean().item()) for part in parts]
 
     lengths = [len(pairs[index][0]) for index in scored]
-    # Logits of the prompt's tokens would take most of the memory and nobody reads them.
+    # Logits at the prompt's tokens would take most of the memory, and they are not needed.
     with narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]):
         values = run_in_batches(run, lengths, batch_size, "perplexity")
     perplexities: list[float | None] = [None] * len(pairs)
@@ -346,9 +342,9 @@ def _unique_perplexities(
 
 @torch.inference_mode()
 def _log_likelihoods(model: PreTrainedModel, tokens: Tensor, before_scored: Tensor) -> Tensor:
-    """Return log p of each token that stands behind a position in `before_scored`, (positions,) float64.
+    """Return log p of each token that follows a position in `before_scored`, (positions,) float64.
 
-    tokens, before_scored: (rows, positions). The head may give the logits of those positions alone.
+    tokens, before_scored: (rows, positions). The head may return the logits at those positions alone.
     """
     logits = model(input_ids=tokens, use_cache=False).logits
     logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
@@ -359,8 +355,7 @@ def _log_likelihoods(model: PreTrainedModel, tokens: Tensor, before_scored: Tens
 def repetition_metrics(text: str) -> dict[str, Any]:
     """Return repetition, is_collapsed, distinct_1, distinct_2 and n_words of a text.
 
-    Units are words and punctuation marks, lower case. A rate is None where the text has too
-    few units for it.
+    Units are words and punctuation marks, lower case. A rate is None where the text has too few units.
     """
     found = units(text)
     repetition = None if (ratio := distinct_share(found, REPETITION_N)) is None else 1 - ratio
@@ -376,23 +371,25 @@ def repetition_metrics(text: str) -> dict[str, Any]:
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Group rows by condition, persona and alpha, in the order in which groups first appear.
 
-    Each metric becomes {mean, std, median, n, missing, low, high}: the sample standard deviation (n - 1),
-    None with fewer than two values; n counts values and `missing` the rows without one; low and high are the
-    95 % interval of the mean, texts of a prompt (`prompt_idx`) counting as one, None with fewer than two.
-    `has_ended`, whether the model ended the text before the limit, is known of rows that say so.
-    `trait_change` is the difference of `trait_probability` to the unsteered text of the same prompt and
-    persona, {mean, low, high, n} over prompts; None where either is missing.
+    rows: as `EvaluationResult.row` returns them, with `prompt_idx` and `has_ended` where they are known.
+    Each of METRICS, each trait score and `has_ended` becomes {mean, std, median, n, missing, low, high}:
+    the sample standard deviation (n - 1), None with fewer than two values; n counts values and `missing`
+    the rows without one; low and high are the 95 % interval of the mean, where all texts of a prompt count
+    as one, None with fewer than two prompts. `trait_change` is the difference of `trait_probability` to the
+    unsteered texts of the same prompt and persona, {mean, low, high, n} over prompts; None where either is
+    missing.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["condition"], row["persona"], row["alpha"]), []).append(row)
+    trait_columns = dict.fromkeys(name for row in rows for name in row if name.endswith(TRAIT_SUFFIX))
     table = []
     for (condition, persona, alpha), members in groups.items():
         entry = {"condition": condition, "persona": persona, "alpha": alpha, "n": len(members)}
         entry["classifier_auc"] = members[0]["classifier_auc"]
-        entry |= {metric: _summary(members, metric) for metric in METRICS}
-        entry["has_ended"] = _summary(members, "has_ended")
-        entry["trait_change"] = _change(members, groups.get(("baseline", persona, None), []))
+        entry |= {name: _summary(members, name) for name in (*METRICS, *trait_columns, "has_ended")}
+        unsteered_rows = [] if condition == "baseline" else groups.get(("baseline", persona, None), [])
+        entry["trait_change"] = _change(members, unsteered_rows)
         table.append(entry)
     return table
 
@@ -413,21 +410,15 @@ def _summary(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
 
 
 def _change(steered: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    with_vector, without = (prompt_means(rows, "trait_probability") for rows in (steered, baseline))
-    if steered and steered[0]["condition"] == "baseline":
-        without = {}
-    changes = [with_vector[prompt] - without[prompt] for prompt in with_vector.keys() & without.keys()]
+    after, before = (prompt_means(rows, TRAIT_COLUMN) for rows in (steered, baseline))
+    changes = [after[prompt] - before[prompt] for prompt in after.keys() & before.keys()]
     low, high = _interval(changes)
-    return {
-        "mean": statistics.fmean(changes) if changes else None,
-        "low": low,
-        "high": high,
-        "n": len(changes),
-    }
+    mean = statistics.fmean(changes) if changes else None
+    return {"mean": mean, "low": low, "high": high, "n": len(changes)}
 
 
 def prompt_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Return prompt -> mean over its texts; rows that do not say which prompt is theirs have one each."""
+    """Return prompt -> mean over its texts; each row without `prompt_idx` counts as a prompt of its own."""
     by_prompt: dict[int, list[float]] = {}
     for index, row in enumerate(rows):
         value = row.get(metric)
@@ -440,7 +431,11 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None
     """Return Student's 95 % interval of the mean of independent values, None with fewer than two."""
     if len(values) < 2:
         return None, None
-    return student_interval(values)
+    mean, error = statistics.fmean(values), float(stats.sem(values))
+    if error == 0:
+        return mean, mean
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, mean, error)
+    return float(low), float(high)
 
 
 def main() -> None:

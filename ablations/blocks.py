@@ -21,13 +21,14 @@ from phases.choose_alphas import ALPHA_SEARCH, find_alphas, trait_costs
 from phases.fit_maps import fit_maps
 from phases.generate_texts import generate_development
 from phases.make_vectors import make_vectors
-from reporting.tables import format_block_ablation
+from reporting.tables import markdown_table
 from support.artifacts import fingerprint
 from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 NAME = "ablation_blocks.json"
+HEADER = ("persona", "method", "blocks", "alpha", "trait, change", "perplexity ratio")
 
 
 def ablate_blocks(run: Run) -> None:
@@ -56,7 +57,7 @@ def ablate_blocks(run: Run) -> None:
     key = fingerprint(keys)
     run.folder.save(NAME, key, {"trait_costs": costs, "points": points})
     save_figure(block_ablation_figure(points), run.folder.path / "figure4.png", key)
-    logger.info("by number of blocks\n\n%s\n", format_block_ablation(points))
+    logger.info("by number of blocks\n\n%s\n", markdown_table(HEADER, list(map(_cells, points)), HEADER[:2]))
     logger.info("%d bands, %s", len(bands), run.folder.path / NAME)
 
 
@@ -89,3 +90,15 @@ def _unsteered_traits(run: Run, steering: SteeringVectors) -> dict[str, float | 
         present = [score for score in scores if score is not None]
         traits[name] = fmean(present) if present else None
     return traits
+
+
+def _cells(point: dict[str, Any]) -> tuple[str, ...]:
+    change, ratio = point["trait_change"], point["perplexity_ratio"]
+    return (
+        point["persona"],
+        point["method"],
+        str(len(point["target_layers"])),
+        f"{point['alpha']:.3g}" + ("" if point["is_coherent"] else " (not coherent)"),
+        "–" if change is None else f"{change:+.2f}",
+        "–" if ratio is None else f"{ratio:.2f}",
+    )

@@ -1,39 +1,39 @@
-"""Find how strongly each vector can be added before the text falls apart (`"alpha_values": "auto"`).
+"""Find how strongly each vector can be added before the text stops being coherent (phases 4 and 5).
 
-For each persona and method: the strongest alpha whose texts on the development prompts stay
-within a stated bound of the unsteered ones, by bisection on log alpha. All are searched side
-by side, so that a round is one batch of generations. The trait is reported and never used to choose.
+With `"alpha_values": "auto"`, the strongest alpha whose texts on the development prompts stay within a stated
+bound of the unsteered ones is searched for by bisection on log alpha, for each persona and method. All are
+searched side by side, so that a round is one batch of generations. The trait is reported and never used to
+choose. With alphas that are listed, the strongest coherent one of them is where the verdict compares.
 
-Some traits cost perplexity by being there: who talks like a pirate is less predictable than who does not. So
-the bound is on what exceeds the trait's own cost, if that is given.
+Some traits raise perplexity by themselves: text that talks like a pirate is less predictable than text that
+does not. The bound is on what exceeds the trait's own perplexity ratio, if that is given.
 
 After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10
-come within 5 % of a threshold. Coherence need not fall steadily with alpha. What holds in any case: a dose
-called coherent was measured to be, and the next stronger alpha measured is not, unless the dose is the top
-of the bracket. Coherent alphas further up, and incoherent ones below the dose, can go unseen. Few prompts
-make a noisy ratio, and a dose chosen by it looks a little more coherent here than on other prompts.
+come within 5 % of a threshold. Coherence need not fall steadily with alpha. What holds in any case: an alpha
+that is called coherent was measured to be, and the next stronger alpha measured is not, unless the alpha is
+the top of the bracket. Coherent alphas further up, and incoherent ones below it, can go unseen. Few prompts
+make a noisy ratio, and an alpha chosen by it looks a little more coherent here than on other prompts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from reporting.tables import markdown_table
+import pandas as pd
+
+from analysis.results_table import condition_alphas, paired_with_unsteered, perplexity_ratio
+from experiment.conditions import ORACLE
 from support.errors import InputError
 from support.progress import HIDDEN, tqdm
 
 AlphaKey = tuple[str, str]  # (persona, method)
 
-MAX_EVALUATIONS = 8
-PLACES = ("inside", "highest", "lowest")
-HEADER = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
-
 
 @dataclass(frozen=True)
-class DevelopmentText:
-    """Metrics of one text on a development prompt; None means missing.
+class ScoredText:
+    """Metrics of one text; None means missing.
 
     perplexity: of the continuation by an independent model; infinite or NaN is a text that is not coherent.
     repetition: share of repeated 3-grams. trait_probability: by the persona's classifier.
@@ -53,33 +53,43 @@ class DevelopmentText:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}, expected 0 to 1, or None if missing")
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "ScoredText":
+        """Return the metrics of a row; a perplexity that a text of some words lacks counts as infinite."""
+        perplexity, repetition, trait = (
+            None if value is None or math.isnan(value) else value
+            for value in map(row.get, ("independent_perplexity", "repetition", "trait_probability"))
+        )
+        if perplexity is None and row["output"].strip():
+            perplexity = math.inf  # JSON holds no such number
+        return cls(perplexity, repetition, trait)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a perplexity to compare."""
+        return self.perplexity is not None and math.isfinite(self.perplexity)
+
+    @property
+    def is_infinite(self) -> bool:
+        """Whether the perplexity says that the text is not coherent."""
+        return self.perplexity is not None and not math.isfinite(self.perplexity)
+
 
 @dataclass(frozen=True)
 class CoherenceBound:
     """How far steered text may be from the unsteered text and still count as coherent.
 
-    max_perplexity_ratio: geometric mean of steered / unsteered perplexity.
-    max_repetition_increase: of the mean repetition rate.
-    max_missing_increase: of the share of texts without a finite perplexity; an empty text is no
-        sign of coherence.
+    max_perplexity_ratio: see `results_table.perplexity_ratio`. max_repetition_increase: of the mean rate.
+    max_missing_increase: of the share of texts without a finite perplexity; an empty text is no sign of
+        coherence.
     """
 
     max_perplexity_ratio: float = 1.5
     max_repetition_increase: float = 0.05
     max_missing_increase: float = 0.1
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_perplexity_ratio < math.inf:
-            raise InputError(
-                f"max_perplexity_ratio is {self.max_perplexity_ratio}, expected a finite number from 1, "
-                "which is the unsteered text's"
-            )
-        for name in ("max_repetition_increase", "max_missing_increase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
-
     def of_trait(self, cost: float) -> "CoherenceBound":
-        """Return the bound of text that shows a trait which costs this many times the perplexity."""
+        """Return the bound of text that shows a trait which multiplies the perplexity by `cost` itself."""
         return replace(self, max_perplexity_ratio=self.max_perplexity_ratio * max(1.0, cost))
 
 
@@ -90,9 +100,8 @@ DEFAULT_BOUND = CoherenceBound()
 class AlphaPoint:
     """What one alpha does to the texts of one persona and method.
 
-    perplexity_ratio: exp of the mean over pairs of log steered - log unsteered perplexity, so the
-        geometric mean of the ratios; a pair is the same prompt and seed with both perplexities
-        finite. None without pairs.
+    perplexity_ratio: over pairs, which are the same prompt and seed with both perplexities finite; None
+        without pairs.
     repetition_increase: difference of means over the texts where both rates exist, or None.
     n_pairs: behind the ratio. n_missing: steered texts without a finite perplexity.
     reason: every bound that failed, or None. is_coherent: none did.
@@ -129,13 +138,13 @@ class ChosenAlpha:
         return next(point for point in self.curve if point.alpha == self.alpha)
 
 
-Measure = Callable[[list[tuple[AlphaKey, float]]], Sequence[Sequence[DevelopmentText]]]
+Measure = Callable[[list[tuple[AlphaKey, float]]], Sequence[Sequence[ScoredText]]]
 
 
 def search_alphas(
     keys: Sequence[AlphaKey],
     measure: Measure,
-    unsteered: Sequence[DevelopmentText],
+    unsteered: Sequence[ScoredText],
     bracket: tuple[float, float],
     bound: CoherenceBound = DEFAULT_BOUND,
     n_evaluations: int = 7,
@@ -143,40 +152,38 @@ def search_alphas(
 ) -> dict[AlphaKey, ChosenAlpha]:
     """Return the strongest coherent alpha of each key.
 
-    measure: asked once a round for (key, alpha) pairs, one for each key; returns a list
+    measure: called once a round with (key, alpha) pairs, one for each key; returns a list
         of texts for each pair, for the prompts and seeds of `unsteered` and in its order.
     bracket: (low, high), both above 0. The ends are measured only if all midpoints point to them:
         the last evaluation is of low if no midpoint was coherent, of high if all were.
-    n_evaluations: for each key, 2 to 8.
+    n_evaluations: for each key, 2 or more.
     trait_costs: persona -> how many times as perplexing a text is for showing the trait. A persona's bound is
         this many times `max_perplexity_ratio`; a cost below 1, as 1, never makes it stricter.
-    Raises InputError: a bracket or n_evaluations out of range, or unsteered texts without any finite
-    perplexity or any repetition rate. ValueError: `measure` returned another number of texts.
+    Raises InputError: unsteered texts without any finite perplexity or any repetition rate. ValueError: a
+    bracket without room, too few evaluations, equal keys, or another number of texts than asked for.
     """
     low, high = map(float, bracket)
     if not 0 < low < high < math.inf:
-        raise InputError(f"bracket is ({low}, {high}), expected two finite alphas, 0 < low < high")
-    if not 2 <= n_evaluations <= MAX_EVALUATIONS:
-        raise InputError(f"n_evaluations is {n_evaluations}, expected 2 to {MAX_EVALUATIONS}")
+        raise ValueError(f"bracket is ({low}, {high}), expected two finite alphas, 0 < low < high")
+    if n_evaluations < 2:
+        raise ValueError(f"n_evaluations is {n_evaluations}, expected 2 or more")
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"keys are {list(keys)}, expected one or more, each once")
     _check_unsteered(unsteered)
     bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
     curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in keys}
     for round_idx in tqdm(
-        range(n_evaluations), desc="dose search", unit="round", disable=HIDDEN, leave=False
+        range(n_evaluations), desc="alpha search", unit="round", disable=HIDDEN, leave=False
     ):
         is_last = round_idx == n_evaluations - 1
-        asked = [(name, _next_alpha(curve, (low, high), is_last)) for name, curve in curves.items()]
-        measured = measure(asked)
-        _check_measured(measured, asked, len(unsteered))
-        for (key, alpha), texts in zip(asked, measured, strict=True):
-            curves[key].append(_compare(alpha, texts, unsteered, bounds[key[0]]))
+        asked = [(key, _next_alpha(curve, (low, high), is_last)) for key, curve in curves.items()]
+        for (key, alpha), texts in zip(asked, measure(asked), strict=True):
+            curves[key].append(compare(alpha, texts, unsteered, bounds[key[0]]))
     return {key: _choose(curve, (low, high)) for key, curve in curves.items()}
 
 
-def _check_unsteered(unsteered: Sequence[DevelopmentText]) -> None:
-    if not any(_is_finite(text) for text in unsteered):
+def _check_unsteered(unsteered: Sequence[ScoredText]) -> None:
+    if not any(text.is_finite for text in unsteered):
         raise InputError(
             f"none of the {len(unsteered)} unsteered texts has a finite perplexity to compare with; give "
             "development prompts that the model continues, and a model that scores the texts"
@@ -186,19 +193,6 @@ def _check_unsteered(unsteered: Sequence[DevelopmentText]) -> None:
             f"none of the {len(unsteered)} unsteered texts has a repetition rate to compare with, which "
             "takes three words or marks; raise max_new_tokens"
         )
-
-
-def _check_measured(
-    measured: Sequence[Sequence[DevelopmentText]], asked: Sequence[tuple[AlphaKey, float]], n: int
-) -> None:
-    if len(measured) != len(asked):
-        raise ValueError(f"measure returned {len(measured)} lists of texts, expected {len(asked)}")
-    for (key, alpha), texts in zip(asked, measured, strict=True):
-        if len(texts) != n:
-            raise ValueError(
-                f"measure returned {len(texts)} texts of {key} at alpha {alpha:g}, expected {n}: "
-                "one for each unsteered text, in their order"
-            )
 
 
 def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_last: bool) -> float:
@@ -213,31 +207,39 @@ def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_la
     return math.sqrt(low) * math.sqrt(high)
 
 
-def _compare(
+def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float]) -> ChosenAlpha:
+    """Return the largest coherent alpha, or the lowest, which a search without any measured last."""
+    curve = sorted(curve, key=lambda point: point.alpha)
+    best = max((point for point in curve if point.is_coherent), key=lambda p: p.alpha, default=curve[0])
+    at = {bracket[0]: "lowest", bracket[1]: "highest"}.get(best.alpha, "inside")
+    return ChosenAlpha(best.alpha, best.is_coherent, at, curve)
+
+
+def compare(
     alpha: float,
-    steered: Sequence[DevelopmentText],
-    unsteered: Sequence[DevelopmentText],
-    bound: CoherenceBound,
+    steered: Sequence[ScoredText],
+    unsteered: Sequence[ScoredText],
+    bound: CoherenceBound = DEFAULT_BOUND,
 ) -> AlphaPoint:
+    """Return what an alpha does to texts, and whether they are coherent.
+
+    unsteered: of the same prompts and seeds as `steered`, in the same order.
+    Raises ValueError: another number of texts.
+    """
     pairs = list(zip(steered, unsteered, strict=True))
-    logs = [
-        math.log(text.perplexity) - math.log(before.perplexity)
-        for text, before in pairs
-        if _is_finite(text) and _is_finite(before)
-    ]
-    ratio = math.exp(fmean(logs)) if logs else None
+    ratio = perplexity_ratio(*([text.perplexity for text in texts] for texts in (steered, unsteered)))
     rates = [
         (text.repetition, before.repetition)
         for text, before in pairs
         if text.repetition is not None and before.repetition is not None
     ]
     increase = fmean(rate for rate, _ in rates) - fmean(rate for _, rate in rates) if rates else None
-    n_missing = sum(not _is_finite(text) for text in steered)
-    more_missing = n_missing - sum(not _is_finite(text) for text in unsteered)
+    n_missing = sum(not text.is_finite for text in steered)
+    more_missing = n_missing - sum(not text.is_finite for text in unsteered)
     failed = {
         # One such text makes the geometric mean infinite, unless the prompt is to blame.
-        "perplexity not finite": any(_is_broken(text) and not _is_broken(before) for text, before in pairs),
-        "texts missing": more_missing / len(pairs) > bound.max_missing_increase,
+        "perplexity not finite": any(text.is_infinite and not before.is_infinite for text, before in pairs),
+        "texts missing": more_missing / max(1, len(pairs)) > bound.max_missing_increase,
         "no perplexity to compare": ratio is None,
         "perplexity": ratio is not None and ratio > bound.max_perplexity_ratio,
         "no repetition to compare": increase is None,
@@ -249,28 +251,12 @@ def _compare(
         alpha=alpha,
         perplexity_ratio=ratio,
         repetition_increase=increase,
-        n_pairs=len(logs),
+        n_pairs=sum(text.is_finite and before.is_finite for text, before in pairs),
         n_missing=n_missing,
         is_coherent=reason is None,
         reason=reason,
         trait_probability=fmean(traits) if traits else None,
     )
-
-
-def _is_finite(text: DevelopmentText) -> bool:
-    return text.perplexity is not None and math.isfinite(text.perplexity)
-
-
-def _is_broken(text: DevelopmentText) -> bool:
-    return text.perplexity is not None and not math.isfinite(text.perplexity)
-
-
-def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float]) -> ChosenAlpha:
-    """Return the largest coherent alpha, or the lowest, which a search without any measured last."""
-    curve = sorted(curve, key=lambda point: point.alpha)
-    best = max((point for point in curve if point.is_coherent), key=lambda p: p.alpha, default=curve[0])
-    at = {bracket[0]: "lowest", bracket[1]: "highest"}.get(best.alpha, "inside")
-    return ChosenAlpha(best.alpha, best.is_coherent, at, curve)
 
 
 def alphas_content(
@@ -280,96 +266,73 @@ def alphas_content(
 ) -> dict[str, Any]:
     """Return everything as numbers, strings, lists and dictionaries, as `alpha_search.json` holds it."""
     entries = [
-        {"persona": persona, "method": method, **asdict(dose)} for (persona, method), dose in alphas.items()
+        {"persona": persona, "method": method, **asdict(chosen)}
+        for (persona, method), chosen in alphas.items()
     ]
     return {"bound": asdict(bound), "trait_costs": dict(trait_costs or {}), "alphas": entries}
 
 
-def alphas_from_content(content: Mapping[str, Any], name: str = "content") -> dict[AlphaKey, ChosenAlpha]:
-    """Return the alphas of what `alphas_content` made; other entries are left alone.
-
-    Raises InputError: an entry is missing, unknown, of the wrong type, or contradicts another.
-    """
-    alphas: dict[AlphaKey, ChosenAlpha] = {}
-    try:
-        CoherenceBound(**content["bound"])
-        for entry in content["alphas"]:
-            key, dose = _read_dose(**entry)
-            if key in alphas:
-                raise ValueError(f"{key} is there twice")
-            alphas[key] = dose
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{name} does not hold alphas ({error}); delete it to search for them again"
-        ) from error
+def alphas_from_content(content: Mapping[str, Any]) -> dict[AlphaKey, ChosenAlpha]:
+    """Return the alphas of what `alphas_content` returned."""
+    alphas = {}
+    for entry in content["alphas"]:
+        curve = [AlphaPoint(**point) for point in entry["curve"]]
+        chosen = ChosenAlpha(entry["alpha"], entry["is_coherent"], entry["at"], curve)
+        alphas[entry["persona"], entry["method"]] = chosen
     return alphas
 
 
-def _read_dose(
-    persona: str, method: str, alpha: float, is_coherent: bool, at: str, curve: list[dict[str, Any]]
-) -> tuple[AlphaKey, ChosenAlpha]:
-    where = f"{persona}, {method}"
-    points = [_read_point(where, entry) for entry in curve]
-    alphas = [point.alpha for point in points]
-    coherent = [point.alpha for point in points if point.is_coherent]
-    if not (isinstance(persona, str) and isinstance(method, str)):
-        raise ValueError(f"persona and method are {where}, expected two strings")
-    if not points or alphas != sorted(alphas):
-        raise ValueError(f"the curve of {where} is over alpha {alphas}, expected one or more, ascending")
-    if at not in PLACES:
-        raise ValueError(f"{where} is at {at!r}, expected one of {PLACES}")
-    if alpha != max(coherent, default=alphas[0]) or is_coherent is not bool(coherent):
-        raise ValueError(f"alpha {alpha} of {where} is not the strongest coherent one of its curve")
-    return (persona, method), ChosenAlpha(float(alpha), is_coherent, at, points)
+def strongest_coherent(
+    table: pd.DataFrame,
+    persona: str,
+    condition: str,
+    alphas: Collection[float],
+    bound: CoherenceBound = DEFAULT_BOUND,
+) -> float:
+    """Return the strongest of a cell's listed alphas at which its texts are coherent, else the weakest.
+
+    table: from `results_table`.
+    """
+    coherent = []
+    for alpha in alphas:
+        steered, unsteered = (
+            [ScoredText.from_row(row) for row in texts.to_dict("records")]
+            for texts in paired_with_unsteered(table, persona, condition, alpha)
+        )
+        if compare(alpha, steered, unsteered, bound).is_coherent:
+            coherent.append(alpha)
+    return max(coherent, key=abs) if coherent else min(alphas, key=abs)
 
 
-def _read_point(where: str, entry: Mapping[str, Any]) -> AlphaPoint:
-    point = AlphaPoint(**entry)
-    optional = (point.perplexity_ratio, point.repetition_increase, point.trait_probability)
-    numbers = [point.alpha, *(value for value in optional if value is not None)]
-    valid = (
-        all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
-        and all(type(value) is int and value >= 0 for value in (point.n_pairs, point.n_missing))
-        and (point.reason is None or isinstance(point.reason, str))
-        and point.is_coherent is (point.reason is None)
-        and point.alpha > 0
-        and (point.perplexity_ratio is None or point.perplexity_ratio > 0)
-    )
-    if not valid:
-        raise ValueError(f"the curve of {where} has the point {dict(entry)}")
-    return point
+def compared_alphas(
+    table: pd.DataFrame,
+    personas: Sequence[str],
+    with_own_alphas: Collection[str],
+    bound: CoherenceBound = DEFAULT_BOUND,
+) -> dict[str, dict[str, float | None]]:
+    """Return persona -> condition -> the alpha at which the verdict compares.
+
+    with_own_alphas: personas each of whose conditions has one alpha of its own, searched or given. For the
+    others it is the strongest listed alpha at which the oracle's texts are coherent, or the weakest.
+    """
+    chosen: dict[str, dict[str, float | None]] = {}
+    for persona in personas:
+        alphas = condition_alphas(table, persona)
+        common = None
+        if persona not in with_own_alphas and ORACLE in alphas:
+            common = strongest_coherent(table, persona, ORACLE, alphas[ORACLE], bound)
+        chosen[persona] = _at(common, alphas)
+    return chosen
 
 
-def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
-    """Return a Markdown table: each dose, and where its search met an end of the bracket."""
-    rows = [_cells(key, dose) for key, dose in alphas.items()]
-    return markdown_table(HEADER, rows, left=("persona", "method", "note"))
+def oracle_alphas(
+    table: pd.DataFrame, with_own_alphas: Collection[str]
+) -> dict[str, dict[str, float | None]]:
+    """Return the same with every condition at the oracle's alpha, for personas with alphas of their own."""
+    alphas = {persona: condition_alphas(table, persona) for persona in with_own_alphas}
+    return {persona: _at(found[ORACLE][0], found) for persona, found in alphas.items() if ORACLE in found}
 
 
-def _cells(key: AlphaKey, dose: ChosenAlpha) -> tuple[str, ...]:
-    ratio, increase = dose.point.perplexity_ratio, dose.point.repetition_increase
-    notes = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
-    note = notes[dose.at] if dose.is_coherent else f"not coherent even there: {dose.point.reason}"
-    return (
-        *key,
-        f"{dose.alpha:.4g}",
-        "–" if ratio is None else f"{ratio:.2f}",
-        "–" if increase is None else f"{increase:+.3f}",
-        note,
-    )
-
-
-def main() -> None:
-    """Check that the dose is found at which a made-up perplexity leaves the bound, 7.3."""
-    of_baseline, key = [DevelopmentText(20.0, 0.1)], ("check", "ridge_mapped")
-
-    def measure(asked: list[tuple[AlphaKey, float]]) -> list[list[DevelopmentText]]:
-        return [[DevelopmentText(20.0 * 1.5 ** ((alpha / 7.3) ** 2), 0.1)] for _, alpha in asked]
-
-    alphas = search_alphas([key], measure, of_baseline, (0.5, 10.0))
-    assert alphas[key].alpha <= 7.3 < 1.05 * alphas[key].alpha
-    print(format_alphas(alphas), "alpha_search OK: a known threshold is found within 5%", sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+def _at(common: float | None, alphas: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+    """Return condition -> the common alpha, or its first one where it was not steered at that."""
+    return {name: common if common in values else values[0] for name, values in alphas.items()}

@@ -1,19 +1,21 @@
-"""Decide whether each persona transferred, and say by which numbers (phase 5).
+"""Decide whether each persona transferred: a table of scores in, typed verdicts out (phase 5).
 
-Each scorer that has its licence decides for itself, by the tests of `significance`; where they differ, the
-more cautious word stands. What cannot be decided is said, with the reason or the number of prompts that
-would settle it.
+Each validated scorer decides for itself, by the tests of `significance`; where scorers differ, the more
+cautious verdict stands. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
 """
 
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
+from analysis.results_table import Alphas, at_alphas, prompt_means
 from analysis.significance import (
     Interval,
-    corrected_share,
+    corrected_rate,
     equivalence_p,
     fieller,
     holm,
@@ -22,23 +24,15 @@ from analysis.significance import (
     recovery,
     sign_flip_p,
 )
-from evaluation import prompt_means
-from scoring.brevity import brevity
+from experiment.conditions import CONTROLS, DECIDING_CONTROLS, MAPPED, ORACLE, SCORERS, UNSTEERED
 
-MAPPED, ORACLE, UNSTEERED = "ridge_mapped", "oracle", "baseline"
-CONTROLS = ("random_direction", "shuffled_pairs", "other_persona", "zero_pad", "interpolate", "random_proj")
-WANTED_CONTROLS = (
-    "random_direction",
-    "shuffled_pairs",
-    "other_persona",
-)  # without which nothing is said to have transferred
 FEWEST_PROMPTS = 8
 SIGNIFICANT = 0.05
-NATIVE_WORKS = 0.05  # lower bound of the oracle's effect
-NATIVE_FAILS = 0.15  # upper bound below which the oracle does not move the trait to speak of
-TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # of the native effect: bounds of the recovery
-NO_BETTER = 0.15  # of the native effect: what mapped is surely not above the best control by
-# From the most to the least that is claimed; of two scorers' words, the later stands.
+NATIVE_WORKS = 0.05  # the oracle has an effect if the lower bound of it is above this
+NATIVE_FAILS = 0.15  # the oracle has no effect to speak of if the upper bound of it is below this
+TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # bounds of the recovery, as shares of the native effect
+NO_BETTER = 0.15  # share of the native effect; mapped surely exceeds the best control by less than this
+# From the most to the least that is claimed; of two scorers' verdicts, the later stands.
 VERDICTS = (
     "equivalent to native",
     "transferred",
@@ -47,118 +41,217 @@ VERDICTS = (
     "not transferred",
     "native steering ineffective",
 )
-# scorer -> what it is called in a row. The last two are computed here.
-SCORES = {
-    "classifier": "trait_probability",
-    "likelihood_ratio": "likelihood_probability",
-    "judge": "judged_trait",
-    "brevity": "brevity",
-}
+CLAIMS, DENIALS = set(VERDICTS[:3]), set(VERDICTS[4:])
 
-Row = Mapping[str, Any]
-
-
-def with_computed(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows with `judged_trait`, a judge's 1 to 5 as 0 to 1, and `brevity` (`scoring.brevity`)."""
-    texts, have_ended = [row["output"] for row in rows], [row.get("has_ended") for row in rows]
-    ordinary = [row["output"] for row in rows if row["condition"] == UNSTEERED]
-    return [
-        {
-            **row,
-            "judged_trait": None if (judged := row.get("gpt4_trait_score")) is None else (judged - 1) / 4,
-            "brevity": is_brief,
-        }
-        for row, is_brief in zip(rows, brevity(texts, have_ended, ordinary), strict=True)
-    ]
+# What a scorer's verdict follows from. In the first three cases nothing could be tested.
+Reason = Literal[
+    "no scores",  # a condition in `missing` has no scored text
+    "few prompts",
+    "equal scores",
+    "native effect",  # whether the oracle has an effect is decided or open
+    "recovery",
+    "control missing",  # the recovery is large enough, and controls in `missing` were not run
+    "best control",  # recovery and best control together
+]
+Scores = Mapping[str, np.ndarray]  # condition -> difference to unsteered at each prompt
+Key = tuple[str, str]  # (persona, scorer)
 
 
-def _cell_means(
-    rows: Sequence[Row], persona: str, condition: str, alpha: float | None, score: str
-) -> dict[int, float]:
-    """Return prompt -> mean score over its seeds; prompts without a score are left out."""
-    cell = (persona, condition, alpha)
-    return prompt_means(
-        [row for row in rows if (row["persona"], row["condition"], row["alpha"]) == cell], score
-    )
+@dataclass(frozen=True)
+class Effect(Interval):
+    """A condition's effect over prompts.
 
-
-def effects(
-    rows: Sequence[Row], persona: str, score: str, alphas: Mapping[str, float | None]
-) -> tuple[dict[str, np.ndarray], int]:
-    """Return condition -> difference to unsteered at each prompt, and the prompts that were left out.
-
-    alphas: condition -> its alpha. Prompts that lack a score under one of the conditions are left out under
-    all, so that conditions stay paired; a condition without any score is left out.
+    anti_steered: share of prompts whose score falls. p_mapped_over_it: of mapped doing no more, adjusted by
+        `holm`; None where it is not a control.
     """
-    unsteered = _cell_means(rows, persona, UNSTEERED, None, score)
-    means = {
-        condition: _cell_means(rows, persona, condition, alpha, score) for condition, alpha in alphas.items()
-    }
-    means = {condition: found for condition, found in means.items() if found}
-    shared = set(unsteered).intersection(*means.values()) if means else set()
-    every = set(unsteered).union(*means.values())
-    prompts = sorted(shared)
-    return (
-        {name: np.array([found[p] - unsteered[p] for p in prompts]) for name, found in means.items()},
-        len(every) - len(prompts),
-    )
+
+    anti_steered: float
+    p_mapped_over_it: float | None
 
 
-def decide(differences: Mapping[str, np.ndarray], p_values: Mapping[str, float]) -> dict[str, Any]:
-    """Return the verdict of one scorer on one persona, with its numbers and a sentence.
+@dataclass(frozen=True)
+class ScorerVerdict:
+    """The verdict of one scorer on one persona, with the numbers that decided it; None is not known.
 
-    differences: what `effects` returns. p_values: control -> p of mapped over it, adjusted by `holm`.
+    problems: why the scorer is not validated. n_left_out: prompts that lack a score under a condition.
+    missing: conditions that the reason is about. native, mapped, over_best_control: effects. fieller: another
+    interval of the recovery. highest_p: of mapped over the controls. prompts_needed: to settle an open case.
+    rates: condition -> share of texts over the scorer's threshold, {raw, corrected}.
+    """
+
+    verdict: str
+    reason: Reason
+    n_prompts: int
+    missing: tuple[str, ...] = ()
+    native: Interval | None = None
+    mapped: Interval | None = None
+    recovery: Interval | None = None
+    fieller: Interval | None = None
+    equivalence_p: float | None = None
+    best_control: str | None = None
+    over_best_control: Interval | None = None
+    highest_p: float | None = None
+    prompts_needed: int | None = None
+    is_validated: bool = False
+    problems: tuple[str, ...] = ()
+    n_left_out: int = 0
+    effects: Mapping[str, Effect] = field(default_factory=dict)
+    rates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one persona.
+
+    rests_on: the validated scorers. decided_by: the one whose verdict stands, None if no scorer is validated.
+    alphas: condition -> the alpha at which it was compared.
+    """
+
+    verdict: str
+    reason: Literal["no scorer validated", "scorers disagree", "decided by scorer"]
+    decided_by: str | None
+    rests_on: tuple[str, ...]
+    scorers: Mapping[str, ScorerVerdict]
+    alphas: Mapping[str, float | None]
+
+    def content(self) -> dict[str, Any]:
+        """Return the verdict as JSON holds it; the ends of an unbounded interval are None."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def decide_verdicts(
+    table: pd.DataFrame, alphas: Alphas, validation: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, Verdict]:
+    """Return persona -> its verdict at these alphas.
+
+    table: from `results_table`. validation: persona -> scorer -> what `scoring.validation.validate` returned;
+    a score that needs no validation says that it is validated.
+    """
+    texts = {persona: at_alphas(table, persona, of_persona) for persona, of_persona in alphas.items()}
+    found: dict[Key, Scores] = {}
+    n_left_out: dict[Key, int] = {}
+    for persona in alphas:
+        for scorer in validation.get(persona, {}):
+            key = (persona, scorer)
+            found[key], n_left_out[key] = effects(texts[persona], SCORERS[scorer].column)
+    adjusted = adjusted_p(found)
+    verdicts = {}
+    for persona, of_persona in alphas.items():
+        scorers = {}
+        for scorer, validated in validation.get(persona, {}).items():
+            key = (persona, scorer)
+            scorers[scorer] = decide(
+                found[key],
+                adjusted[key],
+                is_validated=validated["is_validated"],
+                problems=tuple(validated["problems"]),
+                n_left_out=n_left_out[key],
+                effects=_effects_by_condition(found[key], adjusted[key]),
+                rates=_rates(texts[persona], SCORERS[scorer].column, validated),
+            )
+        verdicts[persona] = Verdict(*_combined(scorers), scorers, of_persona)
+    return verdicts
+
+
+def effects(texts: pd.DataFrame, column: str) -> tuple[dict[str, np.ndarray], int]:
+    """Return condition -> difference to unsteered at each prompt, and how many prompts were left out.
+
+    texts: from `at_alphas`. Prompts that lack a score under one of the conditions are left out under all, so
+    that conditions stay paired; a condition without any score is left out.
+    """
+    means = prompt_means(texts, column).dropna(how="all")
+    steered = [name for name in means if name != UNSTEERED]
+    paired = means.dropna() if steered and UNSTEERED in means else means.iloc[:0]
+    unsteered = paired.get(UNSTEERED, 0.0)
+    return {name: (paired[name] - unsteered).to_numpy() for name in steered}, len(means) - len(paired)
+
+
+def adjusted_p(found: Mapping[Key, Scores]) -> dict[Key, dict[str, float]]:
+    """Return (persona, scorer) -> control -> p of mapped over it, by Holm over personas and controls."""
+    p_values = {}
+    for key, differences in found.items():
+        mapped = differences.get(MAPPED, np.array([]))
+        if len(mapped) >= FEWEST_PROMPTS:
+            p_values[key, UNSTEERED] = sign_flip_p(mapped)
+            for name in CONTROLS:
+                if name in differences:
+                    p_values[key, name] = sign_flip_p(mapped - differences[name])
+    adjusted: dict[Key, dict[str, float]] = {key: {} for key in found}
+    for scorer in {scorer for _, scorer in found}:
+        tests = [test for test in p_values if test[0][1] == scorer]
+        for (key, name), p in zip(tests, holm([p_values[test] for test in tests]), strict=True):
+            adjusted[key][name] = p
+    return adjusted
+
+
+def decide(differences: Scores, p_values: Mapping[str, float], **known: Any) -> ScorerVerdict:
+    """Return the verdict of one scorer on one persona.
+
+    differences: from `effects`. p_values: control -> p of mapped over it, from `adjusted_p`. known: fields of
+    the verdict that decide nothing.
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
-    if native is None or mapped is None:
-        missing = ORACLE if native is None else MAPPED
-        return _said("inconclusive", f"no text of {missing} has a score")
-    n = len(native)
-    if n < FEWEST_PROMPTS:
-        return _said("inconclusive", f"{n} prompts have scores, an interval needs {FEWEST_PROMPTS}")
-    if all(np.ptp(values) == 0 and values[0] == 0 for values in (native, mapped)):
-        return _said("inconclusive", "all scores are equal: the scorer says the same of every text")
-    of_native = mean_interval(native)
-    moved = f"the target's own vector moves the trait by {_shown(of_native, '+.2f')}"
+    known["n_prompts"] = n_prompts = len(next(iter(differences.values()), []))
+    if missing := tuple(name for name in (ORACLE, MAPPED) if name not in differences):
+        return ScorerVerdict("inconclusive", "no scores", missing=missing, **known)
+    if n_prompts < FEWEST_PROMPTS:
+        return ScorerVerdict("inconclusive", "few prompts", **known)
+    if not native.any() and not mapped.any():
+        return ScorerVerdict("inconclusive", "equal scores", **known)
+    known["native"] = of_native = mean_interval(native)
     if of_native.low <= NATIVE_WORKS:
         if of_native.high < NATIVE_FAILS:
-            return _said("native steering ineffective", moved, native=of_native)
+            return ScorerVerdict("native steering ineffective", "native effect", **known)
         needed = _fewest_needed(native - NATIVE_WORKS, native - NATIVE_FAILS)
-        return _said("inconclusive", moved, needed, native=of_native)
-    ratio = recovery(mapped, native)
-    check = fieller(mapped, native)
-    numbers = {
-        "native": of_native,
+        return ScorerVerdict("inconclusive", "native effect", prompts_needed=needed, **known)
+    known |= {
         "mapped": mean_interval(mapped),
-        "recovery": ratio,
-        "fieller": check,
+        "recovery": recovery(mapped, native),
+        "fieller": fieller(mapped, native),
         "equivalence_p": equivalence_p(mapped, native),
     }
-    controls = {name: differences[name] for name in CONTROLS if name in differences}
-    recovers = f"mapped does {_shown(ratio, '.2f')} of what the target's own vector does"
+    return _decide_by_recovery(differences, p_values, known)
+
+
+def _decide_by_recovery(
+    differences: Scores, p_values: Mapping[str, float], known: Mapping[str, Any]
+) -> ScorerVerdict:
+    """Return the verdict where the oracle has an effect. known: fields of the verdict so far."""
+    native, mapped, ratio = differences[ORACLE], differences[MAPPED], known["recovery"]
     if ratio.high < NOT_TRANSFERRED:
-        return _said("not transferred", recovers, **numbers)
-    if missing := [name for name in WANTED_CONTROLS if name not in controls]:
-        return _said("inconclusive", f"{recovers}, but no control {', '.join(missing)} was run", **numbers)
-    best = max(controls, key=lambda name: controls[name].mean())
-    over = mapped - controls[best]
-    beats = all(p_values[name] < SIGNIFICANT for name in (*controls, UNSTEERED))
+        return ScorerVerdict("not transferred", "recovery", **known)
+    if missing := tuple(name for name in DECIDING_CONTROLS if name not in differences):
+        return ScorerVerdict("inconclusive", "control missing", missing=missing, **known)
+    controls = [name for name in CONTROLS if name in differences]
+    best = max(controls, key=lambda name: differences[name].mean())
+    over, least = mapped - differences[best], NO_BETTER * known["native"].estimate
     highest_p = max(p_values[name] for name in (*controls, UNSTEERED))
-    than = f"{_shown(mean_interval(over), '+.2f')} against the best control, {best} (Holm p {highest_p:.3f})"
-    numbers |= {"best_control": best, "over_best_control": mean_interval(over)}
-    why = f"{recovers}, and {than}"
+    beats = highest_p < SIGNIFICANT
+    numbers = {
+        **known,
+        "best_control": best,
+        "over_best_control": mean_interval(over),
+        "highest_p": highest_p,
+    }
     if beats and ratio.low > TRANSFERRED:
-        is_equal = numbers["equivalence_p"] < SIGNIFICANT
-        return _said("equivalent to native" if is_equal else "transferred", why, **numbers)
+        is_equivalent = known["equivalence_p"] < SIGNIFICANT
+        return ScorerVerdict(
+            "equivalent to native" if is_equivalent else "transferred", "best control", **numbers
+        )
     if beats and ratio.high < 1:
-        return _said("partial", why, **numbers)
-    if not beats and mean_interval(over).high < NO_BETTER * of_native.estimate:
-        return _said("not transferred", why, **numbers)
-    if beats:
-        needed = prompts_needed(mapped - TRANSFERRED * native)
-    else:
-        needed = _fewest_needed(over, over - NO_BETTER * of_native.estimate)
-    return _said("inconclusive", why, needed, **numbers)
+        return ScorerVerdict("partial", "best control", **numbers)
+    if not beats and numbers["over_best_control"].high < least:
+        return ScorerVerdict("not transferred", "best control", **numbers)
+    needed = _fewest_needed(mapped - TRANSFERRED * native) if beats else _fewest_needed(over, over - least)
+    return ScorerVerdict("inconclusive", "best control", prompts_needed=needed, **numbers)
 
 
 def _fewest_needed(*contrasts: np.ndarray) -> int | None:
@@ -166,168 +259,46 @@ def _fewest_needed(*contrasts: np.ndarray) -> int | None:
     return min(filter(None, map(prompts_needed, contrasts)), default=None)
 
 
-def _said(verdict: str, why: str, n_needed: int | None = None, **numbers: Any) -> dict[str, Any]:
-    more = f"; about {n_needed} prompts would settle it" if n_needed else ""
-    plain = {key: vars(value) if isinstance(value, Interval) else value for key, value in numbers.items()}
-    return {"verdict": verdict, "why": why + more, "prompts_needed": n_needed, **plain}
+def _effects_by_condition(differences: Scores, adjusted: Mapping[str, float]) -> dict[str, Effect]:
+    return {
+        name: Effect(
+            **asdict(mean_interval(values)),
+            anti_steered=float(np.mean(values < 0)),
+            p_mapped_over_it=adjusted.get(name),
+        )
+        for name, values in differences.items()
+        if len(values) >= FEWEST_PROMPTS
+    }
 
 
-def _shown(interval: Interval, form: str) -> str:
-    ends = [format(end, form) if np.isfinite(end) else "unbounded" for end in (interval.low, interval.high)]
-    return f"{interval.estimate:{form}} [{ends[0]}, {ends[1]}]"
+def _rates(texts: pd.DataFrame, column: str, validated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return condition -> the share of texts over the threshold, raw and corrected for the scorer's errors.
 
-
-def verdicts(
-    rows: Sequence[Row],
-    alphas: Mapping[str, Mapping[str, float | None]],
-    validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
-) -> dict[str, Any]:
-    """Return persona -> its verdict, the scorers' own, and the effects of all conditions.
-
-    rows: of `eval_results.json`. alphas: persona -> condition -> the alpha at which it is judged.
-    validation: persona -> scorer -> what `validation.validate` returned; `brevity` needs none.
+    A prompt counts as one text, whatever its seeds; empty for a scorer whose errors are not known.
     """
-    rows = with_computed(rows)
-    found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    left_out: dict[tuple[str, str], int] = {}
-    for persona, of_persona in alphas.items():
-        for scorer in validation.get(persona, {}):
-            key = (persona, scorer)
-            found[key], left_out[key] = effects(rows, persona, SCORES[scorer], of_persona)
-    adjusted = adjusted_p(found)
-    content = {}
-    for persona in alphas:
-        by_scorer = {}
-        for scorer, licence in validation.get(persona, {}).items():
-            key = (persona, scorer)
-            by_scorer[scorer] = {
-                "is_validated": licence["is_validated"],
-                "problems": licence["problems"],
-                "n_prompts": len(next(iter(found[key].values()), [])),
-                "n_left_out": left_out[key],
-                **decide(found[key], adjusted[key]),
-                "effects": _effects_table(found[key], adjusted[key]),
-                "shares": _shares(rows, persona, SCORES[scorer], alphas[persona], licence),
-            }
-        content[persona] = {**_combined(persona, by_scorer), "scorers": by_scorer, "alphas": alphas[persona]}
-    return content
-
-
-def adjusted_p(
-    found: Mapping[tuple[str, str], Mapping[str, np.ndarray]],
-) -> dict[tuple[str, str], dict[str, float]]:
-    """Return (persona, scorer) -> control -> p of mapped over it, by Holm over personas x controls."""
-    p_values = {}
-    for key, differences in found.items():
-        mapped = differences.get(MAPPED, np.array([]))
-        if len(mapped) >= FEWEST_PROMPTS:
-            p_values[(*key, UNSTEERED)] = sign_flip_p(mapped)
-            for name in CONTROLS:
-                if name in differences:
-                    p_values[(*key, name)] = sign_flip_p(mapped - differences[name])
-    adjusted: dict[tuple[str, str], dict[str, float]] = {key: {} for key in found}
-    for scorer in {scorer for _, scorer in found}:
-        keys = [key for key in p_values if key[1] == scorer]
-        for key, p in zip(keys, holm([p_values[key] for key in keys]), strict=True):
-            adjusted[key[:2]][key[2]] = p
-    return adjusted
-
-
-def _effects_table(differences: Mapping[str, np.ndarray], adjusted: Mapping[str, float]) -> dict[str, Any]:
-    table = {}
-    for name, values in differences.items():
-        if len(values) >= FEWEST_PROMPTS:
-            wrong = float(np.mean(values < 0))
-            table[name] = {
-                **vars(mean_interval(values)),
-                "anti_steered": wrong,
-                "p_mapped_over_it": adjusted.get(name),
-            }
-    return table
-
-
-def _shares(
-    rows: Sequence[Row],
-    persona: str,
-    score: str,
-    alphas: Mapping[str, float | None],
-    licence: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return condition -> the share of texts over the decision point, as seen and corrected for errors.
-
-    A prompt counts as one text, whatever its seeds; empty for a scorer that no validation knows.
-    """
-    known = [licence.get(kind) for kind in ("sensitivity", "specificity")]
+    known = [validated.get(kind) for kind in ("sensitivity", "specificity")]
     if None in known:
         return {}
-    rates = [(rate["n_right"], rate["n"]) for rate in known]
-    shown = [
-        {**row, score: None if row[score] is None else float(row[score] > licence["threshold"])}
-        for row in rows
-        if row["persona"] == persona
-    ]
-    table = {}
-    for condition, alpha in {UNSTEERED: None, **alphas}.items():
-        means = _cell_means(shown, persona, condition, alpha, score)
-        if means:
-            share = statistics.fmean(means.values())
-            corrected = corrected_share(share, len(means), *rates)
-            table[condition] = {"seen": share, "corrected": vars(corrected) if corrected else None}
-    return table
-
-
-def _combined(persona: str, by_scorer: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the word that stands: the most cautious of the licensed scorers', and who said it."""
-    licensed = {name: found for name, found in by_scorer.items() if found["is_validated"]}
-    if not licensed:
-        problems = [f"{name}: {', '.join(found['problems'])}" for name, found in by_scorer.items()]
-        why = "no scorer has its licence" + (f" ({'; '.join(problems)})" if problems else "")
-        return {"verdict": "inconclusive", "why": why, "rests_on": []}
-    words = {found["verdict"] for found in licensed.values()}
-    decided = max(licensed, key=lambda name: VERDICTS.index(licensed[name]["verdict"]))
-    verdict, why = licensed[decided]["verdict"], f"by {decided}, {licensed[decided]['why']}"
-    claims = words & set(VERDICTS[:3])
-    denials = words & set(VERDICTS[4:])
-    if claims and denials:
-        said = ", ".join(f"{name} says {found['verdict']}" for name, found in licensed.items())
-        return {
-            "verdict": "inconclusive",
-            "why": f"the scorers disagree: {said}; {why}",
-            "rests_on": list(licensed),
+    errors = [(rate["n_right"], rate["n"]) for rate in known]
+    scores = texts[column]
+    is_over = (scores > validated["threshold"]).where(scores.notna()).astype(float)
+    shares = prompt_means(texts.assign(is_over=is_over), "is_over")
+    return {
+        condition: {
+            "raw": (raw := float(shares[condition].mean())),
+            "corrected": corrected_rate(raw, int(shares[condition].count()), *errors),
         }
-    return {"verdict": verdict, "why": why, "rests_on": list(licensed)}
+        for condition in shares
+    }
 
 
-def format_verdicts(content: Mapping[str, Any]) -> str:
-    """Return a line a persona: the verdict, the numbers that decided it, and the scorers it rests on."""
-    lines = []
-    for persona, found in content.items():
-        rests = found["rests_on"]
-        alone = f" (on {rests[0]} alone)" if len(rests) == 1 else ""
-        lines.append(f"{persona}: {found['verdict'].upper()}{alone}: {found['why']}")
-    counts = {word: sum(found["verdict"] == word for found in content.values()) for word in VERDICTS}
-    over_all = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return "\n".join([*lines, f"over all, of {len(content)} personas: {over_all}"])
-
-
-def main() -> None:
-    """Check the words for made-up scores of twenty prompts."""
-    generator = np.random.default_rng(0)
-
-    def noisy(mean: float) -> np.ndarray:
-        return generator.normal(mean, 0.15, 20)
-
-    nothing = {name: noisy(0) for name in WANTED_CONTROLS}
-    for mapped, oracle, word in (
-        (0.58, 0.6, ("equivalent to native", "transferred")),
-        (0.0, 0.6, ("not transferred",)),
-        (0.0, 0.0, ("native steering ineffective",)),
-    ):
-        given = {MAPPED: noisy(mapped), ORACLE: noisy(oracle), **nothing}
-        found = decide(given, adjusted_p({("check", "classifier"): given})["check", "classifier"])
-        assert found["verdict"] in word, found
-    print("verdict OK:", found["why"])
-
-
-if __name__ == "__main__":
-    main()
+def _combined(scorers: Mapping[str, ScorerVerdict]) -> tuple[str, str, str | None, tuple[str, ...]]:
+    """Return the verdict that stands, its reason, who decided it, and the scorers it rests on."""
+    validated = {name: found.verdict for name, found in scorers.items() if found.is_validated}
+    if not validated:
+        return "inconclusive", "no scorer validated", None, ()
+    decided_by = max(validated, key=lambda name: VERDICTS.index(validated[name]))
+    said = set(validated.values())
+    if said & CLAIMS and said & DENIALS:
+        return "inconclusive", "scorers disagree", decided_by, tuple(validated)
+    return validated[decided_by], "decided by scorer", decided_by, tuple(validated)

@@ -1,12 +1,14 @@
-"""What the evaluation of a text costs, by metric, without a judge.
+"""Measure what the evaluation of a text costs, by metric, without a judge.
 
     python benchmarks/bench_evaluation.py --run results/gemma_to_smol_chat [--texts 60] [--tokens 40]
 
-Texts of a finished run, evenly from all its conditions, are scored by every metric in turns, since other work
-on the machine changes each number; the shortest time counts. Loading and training are left out.
+Every metric scores the same texts of a finished run, evenly from all its conditions. The metrics alternate,
+because other work on the machine changes each number, and the shortest time counts. Loading and training are
+left out.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_mapping import best_of
 
 from evaluation import repetition_metrics
+from experiment.conditions import SCORERS
 from experiment.config import load_config
 from experiment.executor import Worker
 from experiment.inputs import Inputs, load_inputs
-from experiment.plan import scoring_sides
-from phases.generate_texts import EVALUATION_CHUNK
+from phases.score_texts import EVALUATION_CHUNK
 from reporting.tables import markdown_table
-from scoring.trait_classifier import score_texts
 from support.artifacts import load_json
 
 GRID = 6840  # texts of the specification's grid, with three personas
@@ -43,19 +44,24 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
     """Return what computes each metric of all rows."""
     outputs = [row["output"] for row in rows]
     worker = Worker({side.name: side for side in inputs.sides})
-    # A text is read by the likelihood ratio of its own persona alone: one stands for all.
-    ratio = next(iter(inputs.likelihood_ratios.values()), None)
+    turns = itertools.count()
 
     def perplexity(side: str) -> Any:
-        shown = {side: [inputs.shown_prompt(side, row["prompt"]) for row in rows]}
+        shown = {side: [inputs.prompting.prompt(side, row["prompt"]) for row in rows]}
         return worker.perplexities(
             shown, outputs, inputs.config.evaluation_batch_size, inputs.evaluation_dtype
         )
 
+    def scores(name: str) -> list[list[float | None]]:
+        scorers = list(inputs.scorers[name].values())
+        # Scorers that read a text only for its own persona are represented by one of them.
+        scorers = scorers if SCORERS[name].scores_all else scorers[:1]
+        turn = next(turns)  # makes the texts new, because the encoder remembers the last ones
+        return [scorer.score([f"{text} {turn}" for text in outputs]) for scorer in scorers]
+
     return {
-        **{f"perplexity, {side}": lambda side=side: perplexity(side) for side in scoring_sides(inputs)},
-        "likelihood ratio": lambda: ratio and ratio.score(outputs),
-        "classifiers of all personas": lambda: score_texts(list(inputs.classifiers.values()), outputs),
+        **{f"perplexity, {side}": lambda side=side: perplexity(side) for side in inputs.perplexity_sides},
+        **{SCORERS[name].label: lambda name=name: scores(name) for name in inputs.scorers},
         "repetition, distinct n-grams": lambda: [repetition_metrics(text) for text in outputs],
     }
 
@@ -74,7 +80,7 @@ def main() -> None:
     for turn in range(TURNS + 1):
         for name, run in work.items():
             taken, _ = best_of(1, run)
-            if turn:  # the first reads weights and what stands before texts
+            if turn:  # the first turn reads weights and prefixes
                 seconds[name] = min(seconds[name], taken / len(rows))
     seconds["all"] = sum(seconds.values())
     table = [(name, f"{each * 1000:.1f}", f"{each * GRID / 60:.1f}") for name, each in seconds.items()]

@@ -69,7 +69,7 @@ from texts.personas import load_persona, load_prompts, shipped_personas
 logger = logging.getLogger(__name__)
 
 SEED = 0
-BEGINNING_WORDS = 7
+PREFIX_WORDS = 7
 STRENGTH = 0.2  # of the residual norm; the vectors of the rows go from this down to half of it
 TOP_K = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 NUCLEUS = {"temperature": 1.0, "top_k": 0, "top_p": 0.9}
@@ -211,11 +211,7 @@ class Work:
         """Return each row's own vector as `generate_batch` takes it."""
         chosen = [row % len(self.alphas) for row in rows]
         alphas = [self.alphas[index] for index in chosen]
-        return {
-            "layer_idx": self.sizes.layer,
-            "steering_vectors": self.directions[chosen],
-            "alphas": alphas,
-        }
+        return {"steering_vectors": {self.sizes.layer: self.directions[chosen]}, "alphas": alphas}
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -226,10 +222,10 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def distinct_prompts(n: int) -> list[str]:
-    """Return n of the shipped prompts and, where those are too few, of the beginnings of persona texts."""
+    """Return n of the shipped prompts and, where those are too few, of the prefixes of persona texts."""
     texts = (text for name in shipped_personas() for text in load_persona(name).all_texts)
-    beginnings = (" ".join(text.split()[:BEGINNING_WORDS]) for text in texts)
-    return list(dict.fromkeys([*load_prompts("test"), *load_prompts("development"), *beginnings]))[:n]
+    prefixes = (" ".join(text.split()[:PREFIX_WORDS]) for text in texts)
+    return list(dict.fromkeys([*load_prompts("test"), *load_prompts("development"), *prefixes]))[:n]
 
 
 def make_work(sizes: Sizes) -> Work:
@@ -276,7 +272,7 @@ def write_ours(
     options = work.row_steering(rows) if steering in ("rows", "band") else {}
     if steering == "band":
         options = {
-            "steering_vectors": dict.fromkeys(work.sizes.band, options["steering_vectors"]),
+            "steering_vectors": dict.fromkeys(work.sizes.band, options["steering_vectors"][work.sizes.layer]),
             "alphas": [alpha / len(work.sizes.band) for alpha in options["alphas"]],
         }
     with (
@@ -287,8 +283,9 @@ def write_ours(
             generator.register_steering(work.sizes.layer, work.directions[0], work.alphas[0])
         prompts, n_new = [work.prompts[row] for row in rows], work.sizes.new_tokens
         run = partial(generator.generate_batch, prompts, n_new, **setting, seeds=list(rows), **options)
-        seconds, texts = best_of(1, run)
-    return Written(seconds, len(rows), generator.n_tokens, sum(counts), tuple(texts))
+        seconds, written = best_of(1, run)
+    texts = tuple(generation.text for generation in written)
+    return Written(seconds, len(rows), sum(each.n_tokens for each in written), sum(counts), texts)
 
 
 class StepClock(StoppingCriteria):

@@ -8,13 +8,13 @@ Prints one markdown table; every number in it is measured in this run, on this m
   fold and lambda, and against himalaya, which shares one decomposition over a fold's lambdas.
 - Memory: the peak of a process of its own for each number of pairs.
 - Extraction: last-token activations of one mid-depth block of a real model, against a plain loop,
-  steering-vectors and repeng. The share of peak counts the products with the weights of linear
-  layers that ran, for real tokens only: padding, attention scores and the rest are not counted as
-  work done. A method that runs blocks nobody reads gets credit for them there, not in its speed.
+  steering-vectors and repeng. The share of peak counts the products of real tokens with the weights of the
+  linear layers that ran, and not padding or attention. A method that runs further blocks gets credit for
+  them in this share, but not in its speed.
 
-Limits: other work on the machine changes every number, and cross-validation's most: threads that wait
-for each other cost small decompositions several times their time. Extraction methods take turns, so
-their ratios suffer less. The load at the start is logged and written. Peers come from
+Limits: other work on the machine changes every number, and most of all cross-validation, because waiting
+threads slow down small decompositions several times. Extraction methods are timed in rotation, so their
+ratios suffer less. The load at the start is logged and written. Peers come from
 `benchmarks/requirements.txt`; a row says when one is missing.
 """
 
@@ -29,7 +29,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -62,9 +62,9 @@ PEER_ERRORS = (ImportError, AttributeError, TypeError, ValueError, RuntimeError,
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. value is None where there is none, and note says why.
+    """Hold one measurement, or None as value and the reason as note.
 
-    ratio: value over that of our first row of the part (cross-validation: of the same case); None
+    ratio: value over that of our first row of the part (cross-validation: of the same case), None
     for that row itself. details: the numbers in note, for the JSON file.
     """
 
@@ -80,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to read activations: texts -> (n, d), of last tokens unless `last` is False."""
+    """Hold one way to read activations: texts -> (n, d), at last tokens unless `last` is False."""
 
     name: str
     read: Callable[[list[str]], Tensor]
@@ -98,27 +98,13 @@ def best_of(repeats: int, run: Callable[[], Any]) -> tuple[float, Any]:
     return min(seconds), result
 
 
-@contextlib.contextmanager
-def lent_numpy_name() -> Iterator[None]:
-    """Lend numpy the name `float_`, dropped in numpy 2, which repeng 0.4.0 has in annotations."""
-    if hasattr(np, "float_"):
-        yield
-        return
-    np.float_ = np.float64
-    try:
-        yield
-    finally:
-        del np.float_
-
-
 def import_peer(name: str) -> ModuleType | str:
-    """Return a peer's module, or why there is none."""
-    top = name.partition(".")[0]
+    """Return a peer's module, or the reason why there is none."""
+    np.float_ = np.float64  # a name dropped in numpy 2, which repeng 0.4.0 has in annotations
     try:
-        with lent_numpy_name():
-            return importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        return INSTALL if error.name == top else f"cannot be imported: {reason(error)}"
+        return INSTALL if error.name == name.partition(".")[0] else f"cannot be imported: {reason(error)}"
     except PEER_ERRORS as error:
         return f"cannot be imported: {reason(error)}"
 
@@ -215,60 +201,54 @@ def sklearn_rows(sources: Tensor, targets: Tensor, lambda_: float, case: str, ou
 
 def himalaya_row(sources: Tensor, targets: Tensor, case: str, ours: float) -> Row:
     """Time himalaya's primal ridge cross-validation, in full or scaled from one fold."""
-    name, n = "himalaya RidgeCV (svd, numpy backend), float32", len(sources)
-    peer = import_peer("himalaya.ridge")
+    peer, n = import_peer("himalaya.ridge"), len(sources)
+
+    def row(seconds: float | None, note: str) -> Row:
+        name, ratio = (
+            "himalaya RidgeCV (svd, numpy backend), float32",
+            None if seconds is None else seconds / ours,
+        )
+        return Row("cross-validation", case, name, seconds, "s", ratio, note)
+
     if isinstance(peer, str):
-        return Row("cross-validation", case, name, None, "s", note=peer)
+        return row(None, peer)
     n_test = n // N_FOLDS
     matrix = 4 * n_test * (n - n_test)  # bytes, for each lambda
     if 6 * matrix > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # it makes copies
-        note = f"not run: it needs a (held-out x training) matrix of {matrix / 1e9:.1f} GB for each lambda"
-        return Row("cross-validation", case, name, None, "s", note=note)
+        return row(
+            None, f"not run: a (held-out x training) matrix needs {matrix / 1e9:.1f} GB for each lambda"
+        )
     x, y = sources.numpy(), targets.numpy()
     mean_diagonal = x.var(0, dtype=np.float64).mean() * (n - n_test)
     alphas = (np.array(LAMBDAS) * mean_diagonal).astype(np.float32)
     try:
-        if n <= FULL_HIMALAYA:
-            seconds = time_himalaya_in_full(peer, x, y, alphas, max(1, int(5e8 / matrix)))
-            note = "run in full, once"
-        else:
-            seconds = scale_himalaya(peer, x, y, alphas)
+        if n > FULL_HIMALAYA:
             note = f"one fold timed with 1 and with 2 lambdas, scaled to {N_FOLDS} x {len(alphas)}, no refit"
+            return row(scale_himalaya(peer, x, y, alphas), note)
+        # One lambda is shared by all targets, as in ours.
+        options = {"local_alpha": False, "n_alphas_batch": min(max(1, int(5e8 / matrix)), len(alphas))}
+        model = peer.RidgeCV(alphas=alphas, fit_intercept=True, cv=N_FOLDS, solver_params=options)
+        return row(best_of(1, lambda: model.fit(x, y))[0], "run in full, once")
     except PEER_ERRORS as error:
-        return Row("cross-validation", case, name, None, "s", note=reason(error))
-    return Row("cross-validation", case, name, seconds, "s", seconds / ours, note)
-
-
-def time_himalaya_in_full(
-    peer: ModuleType, x: np.ndarray, y: np.ndarray, alphas: np.ndarray, batch: int
-) -> float:
-    """Return the seconds of one RidgeCV fit with one lambda shared by all targets, as ours."""
-    options = {"local_alpha": False, "n_alphas_batch": min(batch, len(alphas))}
-    model = peer.RidgeCV(alphas=alphas, fit_intercept=True, cv=N_FOLDS, solver_params=options)
-    return best_of(1, lambda: model.fit(x, y))[0]
+        return row(None, reason(error))
 
 
 def scale_himalaya(peer: ModuleType, x: np.ndarray, y: np.ndarray, alphas: np.ndarray) -> float:
     """Return the seconds of all folds and lambdas, from one fold with one and with two lambdas."""
-    n_test = len(x) // N_FOLDS
-    fold = [(np.arange(n_test, len(x)), np.arange(n_test))]
-    middle = len(alphas) // 2
+    n_test, middle = len(x) // N_FOLDS, len(alphas) // 2
+    options = {
+        "n_iter": np.ones((1, 1), dtype=np.float32),
+        "fit_intercept": True,
+        "cv": [(np.arange(n_test, len(x)), np.arange(n_test))],
+        "local_alpha": False,
+        "n_alphas_batch": 1,
+        "return_weights": False,
+        "progress_bar": False,
+    }
 
     def seconds_with(n_alphas: int) -> float:
-        start = time.perf_counter()
-        peer.solve_group_ridge_random_search(
-            [x],
-            y,
-            n_iter=np.ones((1, 1), dtype=np.float32),
-            alphas=alphas[middle : middle + n_alphas],
-            fit_intercept=True,
-            cv=fold,
-            local_alpha=False,
-            n_alphas_batch=1,
-            return_weights=False,
-            progress_bar=False,
-        )
-        return time.perf_counter() - start
+        chosen = alphas[middle : middle + n_alphas]
+        return best_of(1, lambda: peer.solve_group_ridge_random_search([x], y, alphas=chosen, **options))[0]
 
     one, two = seconds_with(1), seconds_with(2)
     return N_FOLDS * (one + (len(alphas) - 1) * max(two - one, 0.0))
@@ -300,8 +280,7 @@ def cross_validation_rows(sizes: Sequence[int], skip_peers: bool) -> list[Row]:
 def peak_memory() -> float:
     """Return this process's peak resident memory in MiB.
 
-    Linux hands `ru_maxrss` of a parent on to its children, so where the kernel states the process's
-    own peak, that is taken.
+    On Linux children inherit the `ru_maxrss` of their parent, so the kernel's own number is preferred.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -334,7 +313,7 @@ def memory_in_subprocess(n: int) -> float:
     """Return the peak memory in MiB of a fresh process with one thread that fits n pairs."""
     logger.info("memory, %s pairs", f"{n:,}")
     command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", str(n)]
-    # One thread, since the buffers of several come and go and blur the peak by a tenth.
+    # One thread, because the buffers of several change the peak by a tenth.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -367,7 +346,7 @@ def matrix_peak(dtype: torch.dtype = torch.float32) -> float:
 
 
 def our_readers(model: nn.Module, tokenizer: Any) -> list[Reader]:
-    """Return our ways to read, with the default batch size."""
+    """Return our readers with the default batch size."""
     from activation_extractor import ActivationExtractor  # the memory part must not load transformers
 
     extractor = ActivationExtractor(model, tokenizer, LAYER)
@@ -384,7 +363,7 @@ def our_readers(model: nn.Module, tokenizer: Any) -> list[Reader]:
 
 
 def plain_reader(model: nn.Module, tokenizer: Any) -> Reader:
-    """Return the loop that most scripts have: one text at a time, all hidden states."""
+    """Return a plain loop over texts that reads all hidden states."""
 
     def read(texts: list[str]) -> Tensor:
         rows = []
@@ -398,14 +377,14 @@ def plain_reader(model: nn.Module, tokenizer: Any) -> Reader:
 
 
 def steering_vectors_readers(model: nn.Module, tokenizer: Any) -> list[Reader] | str:
-    """Return steering-vectors' own extraction, at its default batch size and at ours, or why not."""
+    """Return steering-vectors' extraction at its default batch size and at ours, or why there is none."""
     peer = import_peer("steering_vectors.train_steering_vector")
     if isinstance(peer, str):
         return peer
 
     def reader(batch_size: int, note: str) -> Reader:
         def read(texts: list[str]) -> Tensor:
-            # It reads contrast pairs: neighbouring texts stand in for the two sides.
+            # It reads contrast pairs, so neighbouring texts are given as the two sides.
             samples = list(zip(texts[::2], texts[1::2], strict=True))
             sides = peer.extract_activations(model, tokenizer, samples, layers=[LAYER], batch_size=batch_size)
             return torch.stack([torch.cat(side[LAYER]) for side in sides], dim=1).flatten(0, 1)
@@ -416,7 +395,7 @@ def steering_vectors_readers(model: nn.Module, tokenizer: Any) -> list[Reader] |
 
 
 def repeng_readers(model: nn.Module, tokenizer: Any) -> list[Reader] | str:
-    """Return repeng's own extraction at its default batch size, or why there is none."""
+    """Return repeng's extraction at its default batch size, or why there is none."""
     peer = import_peer("repeng.extract")
     if isinstance(peer, str):
         return peer
@@ -446,25 +425,24 @@ def linear_work(model: nn.Module, reader: Reader, text: str, n_tokens: int) -> f
 
 
 def time_readers(readers: Sequence[Reader], texts: list[str]) -> dict[str, tuple[float, Tensor] | str]:
-    """Return for each reader its best seconds and what it read, or why it failed. They take turns."""
+    """Return for each reader its best seconds and its rows, or the reason why it failed, in rotation."""
     found: dict[str, tuple[float, Tensor] | str] = {}
-    for turn in range(REPEATS + 1):  # the first turn warms up on a few texts
+    for round_ in range(REPEATS + 1):  # the first round warms up on a few texts
         for reader in readers:
             if isinstance(found.get(reader.name), str):
                 continue
-            logger.info(
-                "extraction, %s", f"{reader.name}, turn {turn}" if turn else f"{reader.name}, warm-up"
-            )
+            logger.info("extraction, %s, %s", reader.name, f"round {round_}" if round_ else "warm-up")
             try:
-                seconds, rows = best_of(1, lambda r=reader, w=turn: r.read(texts if w else texts[:4]))
+                given = texts if round_ else texts[:4]
+                seconds, rows = best_of(1, lambda r=reader, t=given: r.read(t))
             except PEER_ERRORS as error:
                 if reader.name.startswith("ours"):
                     raise
                 found[reader.name] = reason(error)
                 continue
-            if turn:
-                before = found.get(reader.name)
-                found[reader.name] = (min(seconds, before[0]) if before else seconds, rows)
+            if round_:
+                before = found.get(reader.name, (seconds,))[0]
+                found[reader.name] = (min(seconds, before), rows)
     return found
 
 
@@ -541,7 +519,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return the machine's properties on which the numbers depend."""
     return {
         "load_average": os.getloadavg()[0],
         "cores": os.cpu_count(),
@@ -572,7 +550,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure everything, memory first since it needs the machine's."""
+    """Measure everything, memory first, because it needs most of the machine's."""
     arguments = parse_arguments()
     if arguments.memory_of is not None:
         print(f"{fit_blocks(arguments.memory_of):.1f}")

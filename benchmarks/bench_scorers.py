@@ -1,10 +1,10 @@
-"""How well the trait scorers tell texts that neither their training nor their validation knows.
+"""Measure the trait scorers on an external test set, which neither training nor validation knows.
 
     python benchmarks/bench_scorers.py --texts benchmarks/labelled_elsewhere.json
 
-The file holds kind -> texts. A kind that is called as a persona shows that trait; no other kind shows any.
-Each scorer is held against each kind but its own: the area under the ROC curve, and the share of texts above
-the decision point.
+The file holds kind -> texts. A kind with the name of a persona shows that trait; no other kind shows any.
+Each scorer is tested against every kind but its own: area under the ROC curve, and share of texts above its
+threshold.
 """
 
 import argparse
@@ -16,17 +16,16 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiment.conditions import SCORERS, TRAINED_SCORERS
 from reporting.tables import markdown_table
-from scoring.likelihood_ratio import load_likelihood_ratios
-from scoring.trait_classifier import load_trait_classifiers
 from support.artifacts import load_json
 from texts.personas import load_persona, shipped_personas
 
-Row = tuple[str, ...]
+HEADER = ("persona", "sensitivity", "mean AUC", "lowest AUC", "false positives", "most false positives")
 
 
-def line(name: str, threshold: float, scores: dict[str, np.ndarray]) -> Row:
-    """Return one scorer's line. scores: kind -> those of its texts."""
+def line(name: str, threshold: float, scores: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Return one scorer's line of the table. scores: kind -> scores of its texts."""
     own = scores[name]
     others = {kind: values for kind, values in scores.items() if kind != name}
     auc = {
@@ -46,21 +45,20 @@ def line(name: str, threshold: float, scores: dict[str, np.ndarray]) -> Row:
 
 
 def main() -> None:
-    """Print a table for each kind of scorer."""
+    """Print a table for each trained scorer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="JSON file of kind -> texts")
     texts = load_json(parser.parse_args().texts)
     names = [name for name in shipped_personas() if name in texts]
     if not names:
-        parser.error(f"no kind of text is called as a persona: {', '.join(shipped_personas())}")
+        parser.error(f"no kind of text has the name of a persona: {', '.join(shipped_personas())}")
     personas = list(map(load_persona, shipped_personas()))
-    header = ("persona", "sensitivity", "mean AUC", "lowest AUC", "false positives", "most false positives")
-    for title, load in (("classifier", load_trait_classifiers), ("likelihood ratio", load_likelihood_ratios)):
+    for kind_of_scorer in (SCORERS[name] for name in TRAINED_SCORERS):
         table = []
-        for name, scorer in load(names, personas).items():
+        for name, scorer in kind_of_scorer.load(names, personas).items():
             scores = {kind: np.array(scorer.score(each), dtype=float) for kind, each in texts.items()}
             table.append(line(name, scorer.threshold, scores))
-        print(f"{title}\n\n{markdown_table(header, table)}\n")
+        print(f"{kind_of_scorer.label}\n\n{markdown_table(HEADER, table)}\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def run_in_batches(
     run: takes item indices, returns one result for each.
     lengths: (n,) length of each item in tokens; items of similar length share a batch.
     quiet: show no progress.
-    on_halved: told the new batch size, for callers with more work to come.
+    on_halved: called with the new batch size, for callers with more work to come.
     equal_lengths: see `length_sorted_batches`.
     When memory runs out, the batch is halved and the smaller size is kept for the rest;
     a single item that does not fit raises the original error.
@@ -100,20 +100,3 @@ def _run_unless_out_of_memory(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
-
-
-def main() -> None:
-    """Check order and halving with a worker that can hold only three items."""
-
-    def run(indices: list[int]) -> list[int]:
-        if len(indices) > 3:
-            raise MemoryError
-        return [index * index for index in indices]
-
-    results = run_in_batches(run, [index % 7 for index in range(20)], batch_size=16, desc="check")
-    assert results == [index * index for index in range(20)]
-    print("batching OK: results in input order after the batch was halved")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """Decode a batch of prompts token by token with a key-value cache (phase 4).
 
 The loop of `model.generate` copies and searches all logits several times a step, which takes as
-long as the model when the vocabulary is large. This one asks for the logits of the last position
-only, of few tokens where few are read, and hands them to a sampler as they are. A prompt passes
-through the model once for all rows that are alike, and rows leave once an eighth of them has ended.
+long as the model itself when the vocabulary is large. This one computes the logits of the last
+position alone and hands them to a sampler as they are. Equal rows share the pass over their prompt,
+and rows leave the batch once an eighth of them has ended.
 """
 
 import inspect
@@ -21,14 +21,12 @@ from support.errors import InputError
 
 # Dropping rows copies the cache, which takes about a fifteenth of a step.
 DROP_FRACTION = 8
-# Preparing to screen the vocabulary takes as long as it saves in about 150 steps of a row.
-SCREENED_ROW_STEPS = 512
 
 
 def check_decodable(model: PreTrainedModel) -> None:
     """Raise InputError for a model that does not take a key-value cache."""
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise _other_state(model)
+        raise _state_error(model)
 
 
 @torch.inference_mode()
@@ -40,13 +38,13 @@ def hides_left_padding(model: PreTrainedModel, pad_id: int) -> bool:
     if "position_ids" in inspect.signature(model.forward).parameters:
         return True
     short, long = [5, 6, 7], [8, 9, 5, 6, 7]
-    alone = _Batch(model, [short], pad_id, 1).read_prompts()[0].float()
-    padded = _Batch(model, [short, long], pad_id, 1).read_prompts()[0].float()
+    alone = _Batch(model, [short], pad_id, 1).prefill()[0].float()
+    padded = _Batch(model, [short, long], pad_id, 1).prefill()[0].float()
     tolerance = (1e-3 if model.dtype == torch.float32 else 0.05) * alone.std().item()
     return torch.allclose(alone, padded, rtol=0, atol=tolerance)
 
 
-def _other_state(model: PreTrainedModel) -> InputError:
+def _state_error(model: PreTrainedModel) -> InputError:
     return InputError(
         f"{type(model).__name__} keeps its state elsewhere than in past_key_values and cannot be steered "
         "here; choose a model with attention"
@@ -61,50 +59,43 @@ def decode(
     max_new_tokens: int,
     ends: Collection[int] = (),
     pad_id: int = 0,
-    rows_change: Callable[[Tensor], None] | None = None,
-    alike: Sequence[Hashable] | None = None,
-    n_largest: int | None = None,
+    on_rows_change: Callable[[Tensor], None] = lambda rows: None,
+    row_keys: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the token that ended it.
 
     prompts: token ids of each row; padded on the left.
-    choose: (logits (rows, tokens), row indices (rows,), step) -> chosen columns (rows,). The logits
-        are those of the vocabulary, or of a part of it, see n_largest, and valid until the next step.
+    choose: (logits (rows, vocabulary), row indices (rows,), step) -> chosen tokens (rows,). The logits
+        are valid until the next step.
     ends: tokens that end a row.
-    rows_change: told the indices of the rows in the batch, (rows,), whenever they change; for hooks
-        that treat rows apart.
-    alike: a key for each row. Rows with equal keys have the same prompt, and hooks treat them alike, so that
-        their prompt passes through the model once.
-    n_largest: how many of a row's largest logits `choose` reads, so that others may be left out; None
-        means all.
+    on_rows_change: called with the indices of the rows in the batch, (rows,), whenever they change; for
+        hooks that treat rows differently.
+    row_keys: a key for each row. Rows with equal keys have the same prompt and are treated equally by
+        hooks, so that their prompt passes through the model once.
     Raises InputError for a model with a state that is neither in the cache nor in the tokens.
     """
-    first, copies = _distinct(range(len(prompts)) if alike is None else alike)
+    keys = range(len(prompts)) if row_keys is None else row_keys
+    first_row: dict[Hashable, int] = {}
+    for row, key in enumerate(keys):
+        first_row.setdefault(key, row)
+    distinct = list(first_row.values())
     rows = torch.arange(len(prompts), device=model.device)
-    batch = _Batch(model, [prompts[row] for row in first], pad_id, max_new_tokens)
+    batch = _Batch(model, [prompts[row] for row in distinct], pad_id, max_new_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
-
-    def tell_rows(rows: Tensor) -> None:
-        if rows_change is not None:
-            rows_change(rows)
-
-    with narrowed_head(model, lambda hidden: hidden[:, -1:]) as head:
-        if len(first) < len(rows):
-            tell_rows(rows[first])
-        logits = batch.read_prompts()
-        is_long = len(rows) * (max_new_tokens - 1) >= SCREENED_ROW_STEPS
-        if head is not None and n_largest is not None and is_long:
-            head.screen(n_largest, logits[0])
-        if len(first) < len(rows):
-            copied = torch.tensor(copies, device=model.device)
-            logits = logits[copied]
-            batch.take(copied)
-            tell_rows(rows)
+    with narrowed_head(model, lambda hidden: hidden[:, -1:]):
+        if len(distinct) < len(rows):
+            on_rows_change(rows[distinct])
+            logits = batch.prefill()
+            place = {key: index for index, key in enumerate(first_row)}
+            copies = torch.tensor([place[key] for key in keys], device=model.device)
+            logits = logits[copies]
+            batch.take(copies)
+            on_rows_change(rows)
+        else:
+            logits = batch.prefill()
         for step in range(max_new_tokens):
             chosen = choose(logits, rows, step).to(model.device)
-            if head is not None and head.tokens is not None:
-                chosen = head.tokens[chosen]
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 if token in ends:
                     ended.add(row)
@@ -117,13 +108,13 @@ def decode(
                 kept = is_left.nonzero()[:, 0]
                 rows, chosen = rows[kept], chosen[kept]
                 batch.take(kept)
-                tell_rows(rows)
-            logits = batch.read(chosen)
+                on_rows_change(rows)
+            logits = batch.step(chosen)
     return new
 
 
 class _Batch:
-    """Rows that pass through the model together, and what it remembers of them."""
+    """Rows that pass through the model together, with their attention mask and cache."""
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int
@@ -131,54 +122,53 @@ class _Batch:
         self.model = model
         self.prompts, self.mask = pad_tokens(prompts, pad_id, "left", model.device)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.cache = _roomy_cache(model, self.mask.shape[1] + max_new_tokens)
+        self.cache = _preallocated_cache(model, self.mask.shape[1] + max_new_tokens)
 
-    def read_prompts(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """Return the logits behind each prompt, (rows, vocabulary)."""
         logits = self._pass(self.prompts)
         for layer in self.cache.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
                 if all(state is None for state in states):
-                    raise _other_state(self.model)  # on the model, where rows cannot be copied or dropped
+                    raise _state_error(self.model)  # on the model, where rows cannot be copied or dropped
         return logits
 
-    def read(self, chosen: Tensor) -> Tensor:
+    def step(self, chosen: Tensor) -> Tensor:
         """Return the logits behind each row's new token, chosen (rows,)."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
         return self._pass(chosen[:, None])
 
     def take(self, rows: Tensor) -> None:
-        """Go on with these rows, (n,) int64, where one may stand several times."""
+        """Continue with these rows, (n,) int64; an index may occur several times."""
         self.mask = self.mask[rows]
         self.cache.reorder_cache(rows)
 
     def _pass(self, tokens: Tensor) -> Tensor:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        options = {"position_ids": positions} if self.takes_positions else {}
         output = self.model(
             input_ids=tokens,
             attention_mask=self.mask,
             past_key_values=self.cache,
             use_cache=True,
-            **options,
+            **({"position_ids": positions} if self.takes_positions else {}),
         )
         return output.logits[:, -1]
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values in memory for all steps, where a step adds its own and copies nothing else."""
+class _PreallocatedLayer(DynamicLayer):
+    """Keys and values in memory for all positions; a step writes its own and copies no others."""
 
-    def __init__(self, room: int, is_sliding: bool) -> None:
-        """room: positions, no more than a sliding window has."""
+    def __init__(self, capacity: int, is_sliding: bool) -> None:
+        """capacity: positions, no more than a sliding window has."""
         super().__init__()
-        self.room = room
+        self.capacity = capacity
         self.is_sliding = is_sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.all_keys, self.all_values = (
-            states.new_empty(*states.shape[:2], self.room, states.shape[3])
+            states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
             for states in (key_states, value_states)
         )
 
@@ -196,49 +186,21 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put these rows in the place of all."""
+        """Replace all rows by these."""
         if self.get_seq_length():
             kept = [states[beam_idx.to(states.device)] for states in (self.keys, self.values)]
             self.is_initialized = False
             self.update(*kept)
 
 
-def _roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache:
-    """Return the model's cache, with memory for all positions in layers that will forget none."""
+def _preallocated_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """Return the model's cache, preallocated in the layers that keep all `capacity` positions."""
     config = model.config.get_text_config(decoder=True)
     if config.num_hidden_layers != n_layers(model):
-        return DynamicCache()  # which grows as the blocks ask; it cannot tell how many there are
+        return DynamicCache()  # grows as the blocks ask: the configuration does not tell how many there are
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
-        is_short = type(layer) is DynamicSlidingWindowLayer and room <= layer.sliding_window
+        is_short = type(layer) is DynamicSlidingWindowLayer and capacity <= layer.sliding_window
         if type(layer) is DynamicLayer or is_short:
-            cache.layers[index] = _RoomyLayer(room, layer.is_sliding)
+            cache.layers[index] = _PreallocatedLayer(capacity, layer.is_sliding)
     return cache
-
-
-def _distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Return the first index of each distinct key, and for each key its index among these."""
-    index_of: dict[Hashable, int] = {}
-    first = []
-    for index, key in enumerate(keys):
-        if index_of.setdefault(key, len(first)) == len(first):
-            first.append(index)
-    return first, [index_of[key] for key in keys]
-
-
-def main() -> None:
-    """Check on a tiny model that decoding without cache gives the same tokens."""
-    from support.tiny_models import tiny_model
-
-    model, prompt = tiny_model(), [256, 5, 6, 7]
-    (new,) = decode(model, [prompt], lambda logits, rows, step: logits.argmax(-1), 5)
-    tokens = torch.tensor([prompt])
-    for _ in range(5):
-        with torch.inference_mode():
-            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    assert tokens[0, len(prompt) :].tolist() == new
-    print("loop OK: cached decoding equals whole passes")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """Choose each row's next token from its logits and a random number of its own (phase 4).
 
-Temperature, then top-k, then top-p, with the distribution that the processors of transformers
-leave. The choice inverts the cumulative distribution over tokens in descending order of
-probability, of equal ones in ascending order of their id. It needs no sorted vocabulary: the
-largest few hundred logits decide for most rows, and a row that they leave open gets more.
+Temperature, top-k and top-p apply in this order and leave the distribution that the processors of
+transformers leave. The choice inverts the cumulative distribution over tokens in descending order of
+probability (equal ones in ascending order of their id). It needs no sorted vocabulary: the largest few
+hundred logits decide for most rows, and a row that they leave undecided gets more.
 """
 
 import hashlib
@@ -40,27 +40,16 @@ class RowSampler:
         self.top_k = top_k
         self.top_p = top_p
 
-    @property
-    def n_largest(self) -> int | None:
-        """How many of a row's largest logits `choose` reads, and those that tie with them; None means all."""
-        if self.top_k:
-            return self.top_k + MARGIN
-        return 1 if self.temperature == 0 else None
-
     @torch.inference_mode()
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Return the chosen token of each row, (rows,) int64.
 
         logits: (rows, vocabulary), any float dtype; with contiguous rows or contiguous columns.
         uniform: (rows,) numbers in [0, 1), on any device.
-        Raises InputError: top_k beyond the vocabulary, or logits that are not finite.
+        Raises InputError: logits that are not finite.
         """
         n_rows, size = logits.shape
         uniform = uniform.to(logits.device)
-        if self.top_k > size:
-            raise InputError(
-                f"top_k is {self.top_k} but the vocabulary has {size} tokens; lower it, or 0 for no limit"
-            )
         sizes = [self.top_k + MARGIN] if self.top_k else FIRST_SIZES
         sizes = [1] if self.temperature == 0 else [*(n for n in sizes if n < size), size]
         values, tokens = largest(logits, sizes[0])
@@ -70,16 +59,16 @@ class RowSampler:
         if self.temperature == 0:
             return chosen
         total = None if self.top_k else total_weight(logits, values[:, 0], self.temperature)
-        open_rows = torch.arange(n_rows, device=logits.device)
+        undecided = torch.arange(n_rows, device=logits.device)
         for n in sizes:
             if n > sizes[0]:
-                values, tokens = largest(logits[open_rows], n)
+                values, tokens = largest(logits[undecided], n)
             rank, is_certain = self._draw(
-                values.double(), uniform[open_rows], None if total is None else total[open_rows], n == size
+                values.double(), uniform[undecided], None if total is None else total[undecided], n == size
             )
-            chosen = chosen.index_copy(0, open_rows, tokens.gather(1, rank)[:, 0])
-            open_rows = open_rows[~is_certain]
-            if not len(open_rows):
+            chosen = chosen.index_copy(0, undecided, tokens.gather(1, rank)[:, 0])
+            undecided = undecided[~is_certain]
+            if not len(undecided):
                 break
         return chosen
 
@@ -161,19 +150,3 @@ def row_uniforms(seed: int, prompt: str, n_steps: int) -> Tensor:
     key = hashlib.sha256(f"{seed}\x00{prompt}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
     return torch.rand(n_steps, generator=generator)
-
-
-def main() -> None:
-    """Check against a sorted vocabulary that partial selection chooses the same tokens."""
-    logits, uniform = 4 * torch.randn(50, 9_000), torch.rand(50)
-    chosen = RowSampler(0.7, 0, 0.9).choose(logits, uniform)
-    values, tokens = logits.sort(descending=True)
-    probabilities = (values.double() / 0.7).softmax(-1)
-    probabilities[probabilities.cumsum(-1) - probabilities >= 0.9] = 0
-    is_below = probabilities.cumsum(-1) <= (uniform.double() * probabilities.sum(-1))[:, None]
-    assert (tokens.gather(1, is_below.sum(-1, keepdim=True))[:, 0] == chosen).double().mean() > 0.9
-    print("row_sampler OK: partial selection equals sorting the vocabulary")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""The hooks that add vectors to the residual stream, and how to tell that one is at work (phase 4).
+"""Add vectors to the residual stream by hooks, and find those that are active on a model (phase 4).
 
-A hook stays on a model until it is removed, and then changes everything that the model is used for.
-What reads or measures a model asks here first.
+A hook stays on a model until it is removed, and until then changes everything that the model computes.
+Code that reads or scores with a model asks here first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from support.errors import InputError
 def block_output(output: Tensor | tuple) -> Tensor:
     """Return the hidden states (rows, positions, d) in what a decoder block returned: a tensor or a tuple.
 
-    Raises InputError: a tensor of another form, as of Gemma 3n, whose blocks pass four streams on.
+    Raises InputError: another shape, such as the four streams that the blocks of Gemma 3n pass on.
     """
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
@@ -54,7 +54,7 @@ class Steering:
 
 
 class RowSteering:
-    """Adds to each row of a batch a vector of its own, at one layer, and follows rows that leave."""
+    """A vector for each row of a batch, added at one layer, also after rows have left the batch."""
 
     def __init__(self, added: Tensor, at_last: bool) -> None:
         """added: (rows, d) float32, on the model's device."""
@@ -84,7 +84,7 @@ def _with_added(output: Tensor | tuple, added: Tensor, at_last: bool) -> Tensor 
 
 
 def active_steering(model: nn.Module) -> list[Steering]:
-    """Return the registered vectors that change this model's forward passes now."""
+    """Return the registered vectors that change this model's forward passes at present."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return [owner for owner in owners if isinstance(owner, Steering) and owner.active and owner.alpha]
@@ -103,31 +103,15 @@ def unsteered(model: nn.Module) -> Iterator[None]:
             steering.active = True
 
 
-def refuse_steered(model: nn.Module, own: Sequence[Steering] = (), otherwise: str = "") -> None:
-    """Raise InputError if a vector is at work on the model that is none of `own`.
+def reject_steered(model: nn.Module, own: Sequence[Steering] = (), remedy: str = "") -> None:
+    """Raise InputError if a vector other than `own` is active on the model.
 
-    otherwise: what else the message advises.
+    remedy: what else the message advises.
     """
     others = [steering for steering in active_steering(model) if not any(steering is mine for mine in own)]
     if others:
         first = others[0]
         raise InputError(
             f"the model is being steered at layer {first.layer_idx} (alpha {first.alpha:g}) by another "
-            f"SteeredGenerator; call its clear_steering() or deactivate() first{otherwise}"
+            f"SteeredGenerator; call its clear_steering() or deactivate() first{remedy}"
         )
-
-
-def main() -> None:
-    """Check on a plain module that a vector is added, is noticed, and can be switched off."""
-    block, hidden, vector = nn.Identity(), torch.zeros(1, 2, 3), torch.ones(3)
-    steering = Steering(0, vector, 2.0, 1.0, at_last=True)
-    block.register_forward_hook(steering.hook)
-    assert block(hidden).tolist() == [[[0.0] * 3, [2.0] * 3]]
-    assert active_steering(block) == [steering]
-    with unsteered(block):
-        assert not block(hidden).any()
-    print("steering_hooks OK: a vector is added at the last position, noticed, and switched off")
-
-
-if __name__ == "__main__":
-    main()

@@ -311,7 +311,7 @@ class ExperimentConfig(_Strict):
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
     mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
-    positions: PairPositions = "aligned"
+    mapping_positions: PairPositions = "aligned"
     lambda_values: Annotated[list[Lambda], Field(min_length=1, max_length=1000)] = [
         0.01,
         0.1,

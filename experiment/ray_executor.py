@@ -1,41 +1,34 @@
-"""Run chunks of work on the workers of a Ray cluster, one worker for each device.
+"""Run chunks of work on a Ray cluster, with one worker for each device.
 
-A worker is an object that holds the models. It is made once in a process of its own and
-kept over several runs. When a process or its node is lost, another takes its place and
-only the chunk that it was working on is run again.
+A worker is an object that holds the models. It is made in a process of its own at the first chunk and
+kept over several runs. When its process dies, Ray starts it again and repeats the chunk that it was
+working on. When its node is lost, the other workers take over its chunk.
 
-Conventions: every node has the same versions of Python, Ray and the packages of
-requirements.txt. Workers return tensors on the CPU. On CPU-only clusters a worker computes
-with as many threads as it has CPUs, so its floats are those of a local run with as many
-threads. Warnings that a worker logs are logged here too, under the same logger and with the
-worker's number; what it prints stays in Ray's own log files. When a process dies, Ray
-prints a line of its own beside our warning.
+Conventions: every node has the same versions of Python, Ray and the packages of requirements.txt.
+Workers return tensors on the CPU. On CPU-only clusters a worker computes with as many threads as it has
+CPUs, so its floats are those of a local run with as many threads. Warnings that a worker logs are logged
+here too, under the same logger and with the worker's number; what it prints stays in Ray's log files.
 
-A local Ray and a Ray that the caller has started find modules as the caller's Python does.
-Any other cluster is sent the project's modules and texts, and its workers run in a copy of
-that folder: paths in their settings must be absolute and mean the same on every node.
+A local Ray and a Ray that the caller has started find modules as the caller's Python does. Any other
+cluster is sent the project's modules, and its workers run in a copy of that folder: paths in their
+settings must be absolute and mean the same on every node.
 """
 
 import logging
 import logging.handlers
 import os
-import pickle
 import queue
 import signal
 import socket
 import sys
-import sysconfig
 import threading
-import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from support.errors import InputError
 from support.package_cache import CACHE_VARIABLE
@@ -43,81 +36,52 @@ from support.package_cache import CACHE_VARIABLE
 logger = logging.getLogger(__name__)
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
-# Read by Ray as lines of a .gitignore file: nothing, except the folder, its modules and its texts.
-FOLDERS = "analysis decoding experiment maps scoring support texts personas prompts".split()
-NOT_SENT = ["/*", "!/.", "!/*.py", *(f"!/{folder}" for folder in FOLDERS), "__pycache__"]
-CLIENT_PORT = 10001
+MAX_RESTARTS = 3  # of each worker: enough for accidents; a chunk that kills it four times does not fit
+CLIENT_PORT = 10001  # where `ray start` listens for addresses that begin with ray://
 CONNECT_SECONDS = 10.0
 # Starting a process takes seconds; this leaves time to send the code to a slow node.
 PLACEMENT_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
-class Place:
-    """The node on which a worker should run and what it may use there."""
+class Place(NamedTuple):
+    """The node on which a worker runs and what it may use there."""
 
     node_id: str
     n_cpus: int
     n_gpus: int
 
 
-@dataclass(eq=False)
-class _Worker:
-    number: int
-    place: Place
-    actor: Any
-    deadline: float  # for being placed, on the clock of time.monotonic
-
-
-@dataclass(eq=False)
-class _Task:
-    """What a worker is doing; "abandoned" is a call whose result nobody waits for."""
-
-    worker: _Worker
-    stage: Literal["start", "load", "call", "abandoned"]
-    chunk_idx: int | None = None
-
-
 class RayExecutor:
     """Workers on a Ray cluster; close it, or use it as a context manager."""
 
     def __init__(
-        self,
-        make_worker: Callable[[], Any],
-        address: str | None = None,
-        n_workers: int | None = None,
-        max_losses: int = 3,
+        self, make_worker: Callable[[], Any], address: str | None = None, n_workers: int | None = None
     ) -> None:
-        """Connect and wait until every worker has its place; the models load from then on.
+        """Connect and wait until every worker has its place.
 
         make_worker: picklable, for example functools.partial(Worker, settings); called once in each worker.
         address: None starts a local Ray; "auto", "ray://host:port" or "host:port" is a cluster.
             A Ray that the caller has initialised is used as it is, whatever the address, and stays up.
         n_workers: default one for each GPU, or without GPUs one for each node with all its CPUs.
-        max_losses: how often one chunk may lose its worker before `run` gives up.
         Raises InputError: Ray is not installed, no cluster at the address, no room for the workers.
         """
-        if max_losses < 1:
-            raise ValueError(f"max_losses is {max_losses}, expected 1 or more")
-        self._ray = _import_ray()
-        self._lost_errors = _errors_of_lost_workers(self._ray)
-        self._make_worker = self._ray.cloudpickle.dumps(make_worker)
-        self._max_losses = max_losses
-        self._n_failed_starts = 0
-        self._n_losses: Counter[int] = Counter()  # for each chunk of this run
-        self._workers: list[_Worker] = []
-        self._idle: list[_Worker] = []
-        # In order of submission: Ray reports the first that is ready, so the oldest is never passed over.
-        self._tasks: dict[Any, _Task] = {}
-        self._has_started = self._running = self._closed = False
-        self.n_lost = 0
-        self._started_ray = not self._ray.is_initialized()
-        self._sends_code = self._started_ray and address is not None
-        if self._started_ray:
-            with _own_sigterm():
-                _connect(self._ray, address)
         try:
-            self._start_workers(n_workers)
+            import ray
+        except ImportError as error:
+            raise InputError(
+                "the Ray executor needs Ray, which is not installed: pip install -r requirements-ray.txt"
+            ) from error
+        self._ray = ray
+        self._actors: list[Any] = []
+        self._started_ray = not self._ray.is_initialized()
+        if self._started_ray:
+            _connect(self._ray, address)
+        sends_code = self._started_ray and address is not None
+        try:
+            for number, place in enumerate(plan_places(self._ray.nodes(), n_workers)):
+                actor = self._ray.remote(_Host).options(**_options(place, sends_code))
+                self._actors.append(actor.remote(number, make_worker))
+            self._wait_for_places()
         except BaseException:
             self.close()
             raise
@@ -125,377 +89,240 @@ class RayExecutor:
     def __enter__(self) -> "RayExecutor":
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Yield (chunk index, worker.method(*chunk)) for every chunk, as they finish.
 
         Iteration may stop early: what the workers are doing then is finished and dropped.
-        Raises what the worker raised, with the worker's traceback as a note; RuntimeError if a
-        chunk has lost max_losses workers in a row.
+        Raises what the worker raised, with the worker's traceback as a note; RuntimeError if a chunk has
+        ended two workers for good, or all of them.
         """
-        if self._running:
-            raise RuntimeError("another run is unfinished: exhaust its iterator or close it first")
-        self._running = True
-        waiting = deque(range(len(chunks)))
-        self._n_losses.clear()
-        n_left = len(chunks)
-        try:
-            while n_left:
-                self._hand_out(method, chunks, waiting)
-                task, value, is_lost = self._advance()
-                if task.stage != "call":
+        from ray.exceptions import RayError, RayTaskError
+        from ray.util import ActorPool
+
+        left = set(range(len(chunks)))
+        while left:
+            n_before, loss = len(left), None
+            pool = ActorPool(self._actors)
+            for chunk_idx in sorted(left):
+                pool.submit(lambda actor, idx: actor.call.remote(idx, method, chunks[idx]), chunk_idx)
+            while self._actors and pool.has_next():
+                try:
+                    # The pool gives this worker its next chunk before the caller works on this result.
+                    chunk_idx, value, records = pool.get_next_unordered()
+                except RayTaskError as failure:
+                    raise _original_error(failure) from None
+                except RayError as error:  # the chunk waits for another worker, behind all other chunks
+                    loss = error
                     continue
-                if is_lost:
-                    waiting.append(task.chunk_idx)
-                    continue
-                n_left -= 1
-                # Before the caller works on this result, so that no device waits for the caller.
-                self._hand_out(method, chunks, waiting)
-                yield task.chunk_idx, value
-        finally:
-            for task in self._tasks.values():
-                if task.stage == "call":
-                    task.stage = "abandoned"
-            self._running = False
+                _log_again(records)
+                left.remove(chunk_idx)
+                yield chunk_idx, value
+            if loss:
+                self._drop_lost_workers()
+            if len(left) == n_before:
+                raise RuntimeError(
+                    f"chunk {min(left)} is given up, since no worker finished it (workers left: "
+                    f"{len(self._actors)}). It may not fit in memory: try smaller batches, chunks or models. "
+                    f"The last error: {_reason(loss) if loss else 'this executor is closed'}"
+                ) from loss
 
     def close(self) -> None:
         """End the workers, and Ray if this executor started it or connected to it."""
-        if self._closed:
-            return
-        self._closed = True
-        self._tasks.clear()
-        self._idle.clear()
         if self._ray.is_initialized():
-            for worker in self._workers:
-                self._ray.kill(worker.actor)
-            if self._started_ray:
-                self._ray.shutdown()
+            for actor in self._actors:
+                self._ray.kill(actor)
+        self._actors = []
+        if self._started_ray:
+            self._ray.shutdown()
+            self._started_ray = False
 
-    def _start_workers(self, n_workers: int | None) -> None:
-        for number, place in enumerate(plan_places(self._ray.nodes(), n_workers)):
-            self._start_worker(number, place)
-        while any(task.stage == "start" for task in self._tasks.values()):
-            self._advance()
-        self._has_started = True
-
-    def _start_worker(self, number: int, place: Place) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        # Set before the process starts: torch reads the number of threads when it is imported.
-        variables = {"OMP_NUM_THREADS": str(max(1, place.n_cpus))}
-        if os.environ.get(CACHE_VARIABLE):
-            variables[CACHE_VARIABLE] = os.path.abspath(os.environ[CACHE_VARIABLE])
-        if not self._sends_code:
-            variables["PYTHONPATH"] = os.pathsep.join(_module_folders())
-        options = {
-            "num_cpus": place.n_cpus,
-            "num_gpus": place.n_gpus,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            # Soft: if the node is lost, the worker's successor may run on another.
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=True),
-            "runtime_env": {"env_vars": variables},
-        }
-        actor = self._ray.remote(_Host).options(**options).remote()
-        worker = _Worker(number, place, actor, time.monotonic() + PLACEMENT_SECONDS)
-        self._workers.append(worker)
-        self._tasks[actor.start.remote()] = _Task(worker, "start")
-
-    def _hand_out(self, method: str, chunks: Sequence[tuple], waiting: deque[int]) -> None:
-        """Give every idle worker a chunk."""
-        while waiting and self._idle:
-            chunk = self._ray.cloudpickle.dumps(tuple(chunks[waiting[0]]))
-            worker = self._idle.pop()
-            self._tasks[worker.actor.call.remote(method, chunk)] = _Task(worker, "call", waiting.popleft())
-
-    def _advance(self) -> tuple[_Task, Any, bool]:
-        """Wait until a worker has finished something; return it, its value and whether the worker was lost.
-
-        Raises what the worker raised, unless its task was abandoned.
-        """
-        reference = self._wait()
-        task = self._tasks.pop(reference)
-        worker = task.worker
-        try:
-            reply = self._ray.get(reference)
-        except self._lost_errors as error:
-            if getattr(error, "actor_init_failed", False):  # not lost: the project cannot be imported there
-                self.close()
-                raise
-            self._replace(task, error)
-            return task, None, True
-        if task.stage == "start":
-            self._tasks[worker.actor.load.remote(self._make_worker)] = _Task(worker, "load")
-            return task, None, False
-        value, error, records = pickle.loads(reply)
-        _log_again(records, worker.number)
-        if task.stage == "load" and error is not None:
-            self.close()
-            raise error
-        self._n_failed_starts = 0
-        self._idle.append(worker)
-        if error is not None and task.stage == "call":
-            raise error
-        return task, value, False
-
-    def _wait(self) -> Any:
-        """Return the reference of the first finished task, dropping workers that got no place in time."""
-        while self._tasks:
-            deadlines = [task.worker.deadline for task in self._tasks.values() if task.stage == "start"]
-            timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-            ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=timeout)
-            if ready:
-                return ready[0]
-            self._drop_unplaced()
-        if self._closed:
-            raise RuntimeError("this executor is closed")
-        raise RuntimeError("no worker is left, and the cluster had no room for another")
-
-    def _drop_unplaced(self) -> None:
-        """Go on with fewer workers, unless that happens at the very start."""
-        now = time.monotonic()
-        late = {
-            reference: task.worker
-            for reference, task in self._tasks.items()
-            if task.stage == "start" and task.worker.deadline <= now
-        }
-        if late and not self._has_started:
+    def _wait_for_places(self) -> None:
+        calls = [actor.ready.remote() for actor in self._actors]
+        ready, late = self._ray.wait(calls, num_returns=len(calls), timeout=PLACEMENT_SECONDS)
+        self._ray.get(ready)  # raises an error of a node that cannot import the project
+        if late:
             free = self._ray.available_resources()
             raise InputError(
-                f"{len(late)} of {len(self._workers)} Ray workers got no place within {PLACEMENT_SECONDS:g} "
+                f"{len(late)} of {len(calls)} Ray workers got no place within {PLACEMENT_SECONDS:g} "
                 f"seconds: the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free; "
                 "wait for other work on it to end or ask for fewer workers"
             )
-        for reference, worker in late.items():
-            del self._tasks[reference]
-            self._remove(worker)
-            message = "worker %d got no place on the cluster within %g seconds; %d workers remain"
-            logger.warning(message, worker.number, PLACEMENT_SECONDS, len(self._workers))
 
-    def _remove(self, worker: _Worker) -> None:
-        self._workers.remove(worker)
-        self._ray.kill(worker.actor)
+    def _drop_lost_workers(self) -> None:
+        """Go on without the workers that Ray will not start again."""
+        for actor in list(self._actors):
+            ready, _ = self._ray.wait([actor.ready.remote()], timeout=1.0)
+            try:
+                self._ray.get(ready)
+            except self._ray.exceptions.RayError as error:
+                self._actors.remove(actor)
+                logger.warning("a worker is lost (workers left: %d): %s", len(self._actors), _reason(error))
 
-    def _replace(self, task: _Task, error: Exception) -> None:
-        """Start a worker in the place of a lost one.
 
-        Raises RuntimeError if the chunk, or loading the models, has lost max_losses workers in a row.
-        """
-        worker, chunk_idx = task.worker, task.chunk_idx
-        # Ray's last line says what happened, and then guesses at length.
-        reason = str(error).strip().split("\n")[-1].partition(" Some common causes")[0]
-        self.n_lost += 1
-        if task.stage in ("call", "abandoned"):
-            n_losses = self._n_losses[chunk_idx] = self._n_losses[chunk_idx] + (task.stage == "call")
-            what = f"chunk {chunk_idx}"
-        else:
-            n_losses = self._n_failed_starts = self._n_failed_starts + 1
-            what = "loading the models"
-        message = "worker %d was lost at %s (loss %d of at most %d there, %d in all): %s"
-        logger.warning(message, worker.number, what, n_losses, self._max_losses, self.n_lost, reason)
-        self._remove(worker)
-        self._start_worker(worker.number, worker.place)
-        if n_losses >= self._max_losses:
-            raise RuntimeError(
-                f"{what} lost {n_losses} workers in a row and is given up: it may not fit in memory; "
-                f"try smaller batches, chunks or models; the last loss: {reason}"
-            ) from error
+class _Failure(Exception):
+    """Carry what a worker raised, and the records that it logged before."""
 
 
 class _Host:
-    """The process of one worker. Requests and replies are pickled here, not by Ray.
+    """The process of one worker."""
 
-    So arrays arrive writable as in a local call, and every exception keeps its type.
-    """
+    def __init__(self, number: int, make_worker: Callable[[], Any]) -> None:
+        import ray
 
-    def __init__(self) -> None:
+        self._make_worker = make_worker
         self._worker: Any = None
         self._records: queue.SimpleQueue = queue.SimpleQueue()
+        sent = logging.handlers.QueueHandler(self._records)
+        sent.setFormatter(logging.Formatter(f"worker {number}: %(message)s"))
         # The second handler leaves a copy in Ray's log files, in case this process dies.
-        for handler in (logging.handlers.QueueHandler(self._records), logging.StreamHandler()):
+        for handler in (sent, logging.StreamHandler()):
             handler.setLevel(logging.WARNING)
             logging.getLogger().addHandler(handler)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            logger.warning("its process died and was started again; the chunk that it had is repeated")
 
-    def start(self) -> None:
+    def ready(self) -> None:
         """Return, which shows that this process has its place."""
 
-    def load(self, make_worker: bytes) -> bytes:
-        def make() -> None:
-            self._worker = pickle.loads(make_worker)()
-
-        return self._reply(make)
-
-    def call(self, method: str, chunk: bytes) -> bytes:
-        return self._reply(lambda: getattr(self._worker, method)(*pickle.loads(chunk)))
-
-    def _reply(self, work: Callable[[], Any]) -> bytes:
-        """Return the pickled triple of value, exception and log records."""
-        from ray import cloudpickle
-
-        value, error = None, None
+    def call(self, chunk_idx: int, method: str, chunk: tuple) -> tuple[int, Any, list[logging.LogRecord]]:
+        """Return the chunk's index, its value and what was logged."""
         try:
-            value = work()
-        except Exception as raised:  # every kind: the executor raises it again
-            raised.add_note(f"In the worker:\n{traceback.format_exc()}")
-            error = raised.with_traceback(None)
-        records = [self._records.get() for _ in range(self._records.qsize())]
-        try:
-            reply = cloudpickle.dumps((value, error, records))
-            if error is not None:
-                pickle.loads(reply)
-        except Exception as failure:  # pickling runs the object's own code, which may raise anything
-            content = value if error is None else error
-            text = f"{type(content).__name__} cannot be sent from a worker ({failure!r})"
-            if error is not None:
-                text += f": {error}\n{traceback.format_exception(error)[-1]}"
-            return cloudpickle.dumps((None, RuntimeError(text), records))
-        return reply
+            # Not earlier: Ray counts a death while the models load only if there is a chunk to repeat.
+            if self._worker is None:
+                self._worker = self._make_worker()
+            value = getattr(self._worker, method)(*chunk)
+        except Exception as error:  # every kind: the executor raises it again
+            error.add_note(f"In the worker:\n{traceback.format_exc()}")
+            raise _Failure(error, self._take_records()) from None
+        return chunk_idx, value, self._take_records()
+
+    def _take_records(self) -> list[logging.LogRecord]:
+        return [self._records.get() for _ in range(self._records.qsize())]
 
 
 def plan_places(nodes: Sequence[Mapping[str, Any]], n_workers: int | None = None) -> list[Place]:
     """Return the place of every worker.
 
     nodes: as ray.nodes() describes them.
-    With GPUs in the cluster a worker gets one GPU and its share of the node's CPUs. Without,
-    a node's workers share its CPUs; more workers go where there is more for each.
+    With GPUs in the cluster a worker gets one GPU and its share of the node's CPUs. Without, a node's
+    workers share its CPUs; more workers go where there is more for each.
     Raises InputError if a worker would be left without a GPU, or without a CPU.
     """
     resources = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
-    cpus = {node_id: int(total.get("CPU", 0)) for node_id, total in resources.items()}
-    gpus = {node_id: int(total.get("GPU", 0)) for node_id, total in resources.items()}
-    has_gpus = any(gpus.values())
-    devices = {node_id: n for node_id, n in (gpus if has_gpus else cpus).items() if n}
-    n_devices = sum(devices.values())
-    one_a_node = n_workers is None and not has_gpus
-    if n_workers is None:
-        n_workers = len(devices) if one_a_node else n_devices
-    if n_devices == 0 or not 1 <= n_workers <= n_devices:
-        device = "GPU" if has_gpus else "CPU"
+    device = "GPU" if any(total.get("GPU", 0) >= 1 for total in resources.values()) else "CPU"
+    n_devices = {node_id: int(total.get(device, 0)) for node_id, total in resources.items()}
+    one_a_node = n_workers is None and device == "CPU"
+    slots = sorted(
+        ((number + 1) / n, node_id)
+        for node_id, n in n_devices.items()
+        for number in range(min(n, 1) if one_a_node else n)
+    )
+    n_asked = len(slots) if n_workers is None else n_workers
+    if not 1 <= n_asked <= len(slots):
         raise InputError(
-            f"{n_workers} Ray workers asked for, but each needs a {device} and the cluster has {n_devices} "
-            f"on {len(devices)} nodes; ask for at least 1 and at most {n_devices}"
+            f"{n_asked} Ray workers asked for, but each needs a {device} and the cluster has {len(slots)}; "
+            f"ask for at least 1 and at most {len(slots)}"
         )
-    counts = Counter(devices.keys() if one_a_node else ())
-    while counts.total() < n_workers:
-        counts[max(devices, key=lambda node_id: devices[node_id] / (counts[node_id] + 1))] += 1
+    counts = Counter(node_id for _, node_id in slots[:n_asked])
+    shares = n_devices if device == "GPU" else counts
     return [
-        Place(node_id, cpus[node_id] // (gpus[node_id] if has_gpus else count), int(has_gpus))
-        for node_id, count in counts.items()
-        for _ in range(count)
+        Place(node_id, int(resources[node_id].get("CPU", 0)) // shares[node_id], int(device == "GPU"))
+        for node_id in counts.elements()
     ]
 
 
-def _import_ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(
-            "the Ray executor needs Ray, which is not installed: pip install -r requirements-ray.txt"
-        ) from error
-    return ray
+def _options(place: Place, sends_code: bool) -> dict[str, Any]:
+    """Return Ray's options of a worker's process."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-
-def _errors_of_lost_workers(ray: ModuleType) -> tuple[type[Exception], ...]:
-    """Return the exceptions that mean that a process, a node or a finished result is gone."""
-    names = "RayActorError WorkerCrashedError NodeDiedError OutOfMemoryError ObjectLostError".split()
-    return tuple(getattr(ray.exceptions, name) for name in names)
-
-
-def _module_folders() -> list[str]:
-    """Return where this Python finds modules, apart from those that are installed.
-
-    Ray would pass on two of these folders only: that of the program and the current one.
-    """
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    installed = {Path(sysconfig.get_path(name)).resolve() for name in names}
-    folders = [PROJECT_FOLDER, *(Path(entry).resolve() for entry in sys.path)]
-    own = [
-        folder for folder in folders if folder.is_dir() and installed.isdisjoint([folder, *folder.parents])
-    ]
-    return list(dict.fromkeys(map(str, own)))
+    # Set before the process starts: torch reads the number of threads when it is imported.
+    variables = {"OMP_NUM_THREADS": str(max(1, place.n_cpus))}
+    if os.environ.get(CACHE_VARIABLE):
+        variables[CACHE_VARIABLE] = os.path.abspath(os.environ[CACHE_VARIABLE])
+    if not sends_code:  # Ray would pass on two folders only: that of the program and the current one
+        variables["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    return {
+        "num_cpus": place.n_cpus,
+        "num_gpus": place.n_gpus,
+        "max_restarts": MAX_RESTARTS,
+        # A chunk is repeated as often as its worker is started again. A number would be used up within
+        # seconds on a node that is gone, before Ray knows of it.
+        "max_task_retries": -1,
+        # Hard: a worker whose node is lost ends with an error, instead of waiting for room on another.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+        "runtime_env": {"env_vars": variables},
+    }
 
 
 def _connect(ray: ModuleType, address: str | None) -> None:
     """Start a local Ray, or connect to a cluster and send it the project's code."""
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
     # Ray warns that access is protected and that it leaves out .git, both of which are as they should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
-    if address is None:
-        # "local": without it Ray would look for a cluster first.
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return
-    _check_reachable(address)
-    # A job submitted with `ray job submit` brings its code along.
-    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    code = None if is_job else {"working_dir": str(PROJECT_FOLDER), "excludes": NOT_SENT}
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, runtime_env=code, **quiet)
+        if address is None:  # for Ray None means that it looks for a cluster first
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            _check_reachable(address)
+            ray.init(address=address, runtime_env=_code(), **quiet)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise InputError(
-            f"cannot use a Ray cluster at the address {address}: {error}; start one with "
+            f"no Ray can be used at the address {address or 'local'} ({error}); start a cluster with "
             "`ray start --head` or correct the address"
         ) from error
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Undo that Ray makes SIGTERM an ordinary exit."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    # Ray makes SIGTERM an ordinary exit, which this undoes.
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_reachable(address: str) -> None:
-    """Raise InputError if nothing listens at host:port, for which Ray would try for minutes."""
+    """Raise OSError if nothing listens at host:port, for which Ray would try for minutes; or ValueError."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address == "auto" or "://" in host:
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if address == "auto" or url.scheme not in ("", "ray"):
         return
-    if address.startswith("ray://") and not host:
-        host, port = port, str(CLIENT_PORT)
-    if not host or not port.isdigit():
-        raise InputError(f'the Ray address is {address!r}, expected "auto", "host:port" or "ray://host:port"')
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"no Ray cluster answers at the address {address} ({error}); start one with "
-            "`ray start --head` or correct the address"
-        ) from error
+    port = url.port or (CLIENT_PORT if url.scheme else None)
+    if not url.hostname or not port:
+        raise ValueError('expected "auto", "host:port" or "ray://host:port"')
+    socket.create_connection((url.hostname, port), timeout=CONNECT_SECONDS).close()
 
 
-def _log_again(records: Sequence[logging.LogRecord], number: int) -> None:
+def _code() -> dict[str, Any] | None:
+    """Return what of the project is sent to a cluster: the modules at the top, and the packages."""
+    # A job submitted with `ray job submit` brings its code along. Without pyproject.toml the project is
+    # installed among other packages, as it must be on every node then.
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (PROJECT_FOLDER / "pyproject.toml").exists():
+        return None
+    packages = (f"!/{path.parent.name}" for path in PROJECT_FOLDER.glob("*/__init__.py"))
+    # Ray reads these as lines of a .gitignore file.
+    excludes = ["/*", "!/.", "!/*.py", *packages, "__pycache__"]
+    return {"working_dir": str(PROJECT_FOLDER), "excludes": excludes}
+
+
+def _original_error(failure: Any) -> Exception:
+    """Return what the worker raised, and log what it had logged before."""
+    if not isinstance(failure.cause, _Failure):  # of Ray itself: a value or an error that cannot be sent
+        return failure
+    error, records = failure.cause.args
+    _log_again(records)
+    return error
+
+
+def _reason(error: Exception) -> str:
+    """Return what happened; Ray's last line says that, and then guesses at length."""
+    return str(error).strip().split("\n")[-1].partition(" Some common causes")[0]
+
+
+def _log_again(records: Sequence[logging.LogRecord]) -> None:
     """Hand a worker's log records to the loggers of this process."""
     for record in records:
-        record.msg = f"worker {number}: {record.msg}"
         target = logging.getLogger(record.name)
         if target.isEnabledFor(record.levelno):
             target.handle(record)
-
-
-def main() -> None:
-    """Compute powers on two workers; without Ray, check the message."""
-    try:
-        _import_ray().init(address="local", num_cpus=2, include_dashboard=False)
-    except InputError as error:
-        print(f"ray_executor OK: Ray is not installed, only that was checked ({error})")
-        return
-    with RayExecutor(partial(int, 2), n_workers=2) as executor:
-        results = dict(executor.run("__pow__", [(number,) for number in range(8)]))
-    assert results == {number: 2**number for number in range(8)}
-    print("ray_executor OK: all results arrived from two workers")
-
-
-if __name__ == "__main__":
-    main()

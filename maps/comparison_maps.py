@@ -1,17 +1,17 @@
-"""Other maps between the two activation spaces, to compare with ridge regression (phase 2).
+"""Fit other maps between the two activation spaces, to compare with ridge regression (phase 2).
 
-Three kinds, all with an intercept:
+All three kinds have an intercept:
 
 `procrustes`: a rotation and one scale. If it does as well as ridge, the two spaces differ by
     little more than their basis (Schoenemann 1966).
 `reduced_rank`: ridge regression with W of limited rank (Mukherjee & Zhu 2011). If a small rank
     does as well, the shared space is small.
-`shuffled`: ridge regression on pairs that don't belong together. It must know nothing; a
+`shuffled_pairs`: ridge regression on pairs that don't belong together. It knows no relation, so a
     vector that it maps is a control for the steering. One shuffle may look like a trait by
-    chance, so there are several draws.
+    chance, so the caller fits several draws.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,18 @@ from ridge_mapping import (
 )
 from support.errors import InputError
 from support.pair_statistics import Moments, PairStatistics
-from support.vocabulary import MAP_KINDS, vector_names
 
-KINDS = MAP_KINDS
+KINDS = ("procrustes", "reduced_rank", "shuffled_pairs")
+_SAVED = ("W", "source_mean", "target_mean", "rank", "cv")
 
 
 class ComparisonMap:
     """A map of one of KINDS, on the pairs that ridge regression was fitted on.
 
+    draw: the number of the shuffle, from 0.
     After `cross_validate_from` or `from_content`: W (d_source, d_target), source_mean (d_source,) and
-    target_mean (d_target,), all float64; rank, of `reduced_rank`; and cv, what
-    `ridge_mapping.held_out_summary` returns with the kind, lambda, rank and number of pairs.
-    draw: which shuffle, counted from 0.
+    target_mean (d_target,), all float64; rank, None but for `reduced_rank`; and cv, the result of
+    `ridge_mapping.held_out_summary` with the kind, lambda, rank and number of pairs.
     """
 
     def __init__(self, kind: str, draw: int = 0) -> None:
@@ -55,27 +55,25 @@ class ComparisonMap:
 
     @classmethod
     def from_statistics(cls, kind: str, statistics: PairStatistics, draw: int = 0) -> "ComparisonMap":
-        """Make a map, not fitted yet, on pairs that were summed before. The statistics are shared.
+        """Make an unfitted map on pairs that were summed before; the statistics are shared.
 
-        Raises InputError: an unknown kind, or a shuffled map of statistics that keep no sample to shuffle.
+        Raises InputError: an unknown kind, or `shuffled_pairs` of statistics without a sample to shuffle.
         """
         made = cls(kind, draw)
         if kind == "shuffled_pairs" and len(statistics.sample.rows) < 2:
-            raise InputError("a shuffled map needs a sample of the pairs; n_sample is too small")
+            raise InputError(
+                f"'shuffled_pairs' got a sample of {len(statistics.sample.rows)} pairs, expected 2 or more; "
+                "raise n_sample"
+            )
         made.statistics = statistics
         return made
-
-    @property
-    def name(self) -> str:
-        """What its vectors are called: the kind, or of a shuffle `shuffled_pairs_1` and so on."""
-        return vector_names(self.kind)[self.draw]
 
     def cross_validate_from(self, ridge: RidgeMapping) -> "ComparisonMap":
         """Take ridge regression's lambda, choose the rank of `reduced_rank`, and fit; returns self.
 
-        Lambda is the best one of `ridge`, cross-validated on the same pairs (for `shuffled`, its best one
-        on the first shuffle); the rank is the one with the least pooled held-out error.
-        Raises InputError if `ridge` has not been cross-validated.
+        Lambda is the best one of `ridge`, cross-validated on the same pairs (for `shuffled_pairs`, its
+        best one on the first shuffle); the rank is the one with the least pooled held-out error.
+        Raises InputError: `ridge` has not been cross-validated.
         """
         if ridge.cv is None:
             raise InputError("the ridge mapping was not cross-validated; call its cross_validate() first")
@@ -110,16 +108,15 @@ class ComparisonMap:
     def content(self) -> dict[str, Any]:
         """Return the fitted map as tensors and numbers."""
         d_source, d_target = self._fitted_W().shape
-        fitted = {"W": self.W, "source_mean": self.source_mean, "target_mean": self.target_mean}
-        chosen = {"kind": self.kind, "draw": self.draw, "rank": self.rank, "cv": self.cv}
-        return {**chosen, "d_source": d_source, "d_target": d_target, **fitted}
+        widths = {"d_source": d_source, "d_target": d_target}
+        return {"kind": self.kind, "draw": self.draw, **widths, **{key: getattr(self, key) for key in _SAVED}}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], name: str = "content") -> "ComparisonMap":
-        """Make a map from what `content` returned. Raises InputError if an entry is missing."""
+        """Make a map from what `content` returned. Raises InputError: an entry is missing."""
         try:
             made = cls(content["kind"], content["draw"])
-            for key in ("W", "source_mean", "target_mean", "rank", "cv"):
+            for key in _SAVED:
                 setattr(made, key, content[key])
         except KeyError as error:
             raise InputError(f"{name} has no entry {error}; it is not a comparison map") from error
@@ -134,7 +131,7 @@ class ComparisonMap:
 def best_rank(splits: Sequence[tuple[Moments, Moments]], lambda_absolute: Callable[[Moments], float]) -> int:
     """Return the rank with the least held-out error; all ranks cost one decomposition a fold.
 
-    splits: moments of the training and the held-out pairs of each fold.
+    splits: for each fold the moments of the training and of the held-out pairs.
     """
     gains = 0.0
     for train, test in splits:
@@ -145,24 +142,24 @@ def best_rank(splits: Sequence[tuple[Moments, Moments]], lambda_absolute: Callab
     return int(gains.cumsum(0).argmax()) + 1
 
 
-def maps_table(ridge: RidgeMapping, others: Iterable[ComparisonMap]) -> list[dict[str, Any]]:
-    """Return a row for each cross-validated map: what it is, its held-out R2 and retrieval accuracy."""
+def maps_table(ridge: RidgeMapping, others: Mapping[str, ComparisonMap]) -> list[dict[str, Any]]:
+    """Return a row for each cross-validated map: its name, lambda, held-out R2 and retrieval accuracy."""
     cv = ridge.cv
-    rows = [
-        {
-            "map": "ridge",
-            "n": cv["n_rows"],
-            "lambda": cv["best_lambda"],
-            "rank": None,
-            "r2": cv["best_r2"],
-            "r2_standardised": cv["best_r2_standardised"],
-            "r2_median_dimension": cv["best_r2_median_dimension"],
-            "retrieval_accuracy": cv["retrieval_accuracy"],
-            "retrieval_n": cv["retrieval_n"],
-        }
+    first = {
+        "map": "ridge",
+        "n": cv["n_rows"],
+        "lambda": cv["best_lambda"],
+        "rank": None,
+        "r2": cv["best_r2"],
+        "r2_standardised": cv["best_r2_standardised"],
+        "r2_median_dimension": cv["best_r2_median_dimension"],
+        "retrieval_accuracy": cv["retrieval_accuracy"],
+        "retrieval_n": cv["retrieval_n"],
+    }
+    return [
+        first,
+        *({key: {"map": name, **other.cv}[key] for key in first} for name, other in others.items()),
     ]
-    names = [name for name in rows[0] if name != "map"]
-    return [*rows, *({"map": other.name, **{name: other.cv[name] for name in names}} for other in others)]
 
 
 def procrustes(moments: Moments) -> Tensor:
@@ -170,7 +167,7 @@ def procrustes(moments: Moments) -> Tensor:
 
     With the singular value decomposition X'Y = U S V', R = U V' maximises the inner product of
     X R and Y (Schoenemann 1966); the scale tr(S) / ||X R||^2 is the best one for this R.
-    Raises InputError if the source activations are constant.
+    Raises InputError: the source activations are constant.
     """
     U, S, Vh = torch.linalg.svd(moments.cross, full_matrices=False)
     R = U @ Vh
@@ -194,21 +191,3 @@ def _ridge_and_axes(moments: Moments, lambda_absolute: float) -> tuple[Tensor, T
     W = solve_ridge(moments, lambda_absolute)
     fitted = W.T @ moments.cross
     return W, torch.linalg.eigh((fitted + fitted.T) / 2).eigenvectors.flip(1)
-
-
-def main() -> None:
-    """Check that a rotation is found by its kind, and that shuffled pairs teach nothing."""
-    generator = torch.Generator().manual_seed(0)
-    H_source = torch.randn(2000, 20, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(30, 20, generator=generator, dtype=torch.float64)).Q.T
-    ridge = RidgeMapping(20, 30)
-    ridge.cross_validate(H_source + 3, 7 * H_source @ rotation - 1)
-    maps = {kind: ComparisonMap.from_statistics(kind, ridge.statistics) for kind in KINDS}
-    r2 = {kind: made.cross_validate_from(ridge).cv["r2"] for kind, made in maps.items()}
-    assert torch.allclose(maps["procrustes"].W, 7 * rotation, atol=1e-6)
-    assert abs(r2["shuffled_pairs"]) < 0.05 < 0.99 < r2["reduced_rank"]
-    print(f"comparison_maps OK: the rotation is found, shuffled R2 {r2['shuffled']:.3f}")
-
-
-if __name__ == "__main__":
-    main()

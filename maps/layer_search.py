@@ -1,7 +1,7 @@
-"""Choose the layer pair by evidence: every source layer against every target layer (phase 1).
+"""Search every source layer against every target layer for the best layer pair (phase 1).
 
-One pass over neutral text reads all layers of both models into sums; then each pair of
-layers gets a ridge map, its held-out R2, and the agreement of mapped with native persona
+One pass over neutral text sums up all layers of both models; then each pair of layers
+gets a ridge map, its held-out R2, and the agreement of mapped with native persona
 vectors. Only neutral text and the personas' extraction texts are used, no test prompt.
 
 Sums are float32 around a pilot mean, which is enough to rank pairs (R2 to about 1e-4); the
@@ -9,7 +9,6 @@ chosen pair is fitted again in float64. Memory: 8 * (sum of source widths) * (su
 widths) bytes over the layers searched, 1.6 GB for 30 layers of 576 and 18 of 640.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from activation_extractor import (
-    ActivationExtractor,
-    PairedBatch,
-    massive_by_scale,
-    paired_activations,
-)
+from activation_extractor import ActivationExtractor, PairedBatch, massive_by_scale, paired_activations
+from maps.layer_bands import LayerPair
 from maps.pair_collection import counted
 from ridge_mapping import HeldOutFold, assign_folds, target_weights
 from support.errors import InputError
@@ -32,28 +27,26 @@ from support.progress import HIDDEN, tqdm
 from texts.neutral_text import NeutralText
 from texts.personas import Persona
 
-logger = logging.getLogger(__name__)
-
 SEARCH_LAMBDAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-N_RANDOM = 2000
+N_RANDOM = 2000  # random directions; enough for their 99.9th percentile
 CHANCE_QUANTILE = 0.999
-MAX_SUMS_BYTES = 8e9
+MAX_SUMS_BYTES = 8e9  # of memory for the sums
 TRAIN, TEST = 0, 1
-N_PARTS = 5  # of which one is held out
+N_PARTS = 5  # of the documents; one part is held out
 
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """What was found for each (source layer, target layer); arrays are (n_source, n_target).
+    """Hold the scores of every layer pair; arrays are (n_source, n_target).
 
     r2, r2_standardised: held-out, at the lambda that is best for the pair.
     agreement: persona -> cosine of its mapped to its native vector, after massive dimensions
         and the personas' common mean vector are removed from both.
-    other_persona: persona -> the same for the nearest native vector of another persona.
-    chance: 99.9th percentile of the same for random source directions with the covariance
+    other_persona: persona -> the highest such cosine to the native vector of another persona.
+    chance: 99.9th percentile of such cosines of random source directions, which have the covariance
         of the source's activations.
-    score: mean over the scored personas of agreement minus the larger of the two nulls.
-    best: (source layer, target layer) of the highest score.
+    score: mean over the scored personas of agreement minus the larger of other_persona and chance.
+    best: the layer pair with the highest score.
     """
 
     source_layers: list[int]
@@ -64,29 +57,26 @@ class LayerSearch:
     other_persona: dict[str, Tensor]
     chance: Tensor
     score: Tensor
-    best: tuple[int, int]
+    best: LayerPair
     n_pairs: int
     n_tokens: dict[str, int]
 
     def content(self) -> dict[str, Any]:
         """Return everything as numbers and lists."""
-        content: dict[str, Any] = {}
-        for name, value in vars(self).items():
+
+        def plain(value: Any) -> Any:
             if isinstance(value, dict):
-                value = {key: _listed(item) for key, item in value.items()}
-            content[name] = _listed(value)
-        return content
+                return {key: plain(item) for key, item in value.items()}
+            return value.tolist() if isinstance(value, Tensor) else value
 
-
-def _listed(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+        return plain(vars(self))
 
 
 class LayerSums:
-    """Float32 sums over pairs for every pair of layers, for training and held-out documents apart."""
+    """Sum up pairs for every pair of layers in float32, apart for training and held-out documents."""
 
     def __init__(self, source_widths: Mapping[int, int], target_widths: Mapping[int, int]) -> None:
-        """source_widths, target_widths: layer_idx -> width. Raises InputError if they need over 8 GB."""
+        """Take layer_idx -> width of both sides. Raises InputError: the sums need over 8 GB."""
         check_memory(source_widths, target_widths)
         n_source, n_target = sum(source_widths.values()), sum(target_widths.values())
         self.source, self.target = _slices(source_widths), _slices(target_widths)
@@ -100,7 +90,7 @@ class LayerSums:
         self.cross = torch.zeros(2, n_source, n_target)
 
     def add(self, batch: PairedBatch, parts: Tensor) -> None:
-        """Add a batch; parts: (n,) TRAIN or TEST for each pair."""
+        """Add a batch; parts: (n,), TRAIN or TEST for each pair."""
         if not len(parts):
             return
         source = torch.cat([batch.H_source[layer] for layer in self.source], dim=1)
@@ -122,7 +112,7 @@ class LayerSums:
     def moments(self, source_layer: int, target_layer: int) -> tuple[Moments, Moments]:
         """Return the float64 moments of the training and the held-out pairs, around the training mean.
 
-        Of the target's Gram matrix only the diagonal is known.
+        Only the diagonal of the target's Gram matrix is known; the rest is 0.
         """
         rows, columns = self.source[source_layer], self.target[target_layer]
         p, q = self.sum_source[:, rows], self.sum_target[:, columns]
@@ -146,13 +136,14 @@ class LayerSums:
 
 
 def check_memory(source_widths: Mapping[int, int], target_widths: Mapping[int, int]) -> None:
-    """Raise InputError if the sums for these layers (layer_idx -> width) need over 8 GB."""
+    """Raise InputError: the sums for these layers (layer_idx -> width) need over 8 GB."""
     n_source, n_target = sum(source_widths.values()), sum(target_widths.values())
     needed = 8 * (n_source * n_target + sum(width**2 for width in source_widths.values()))
     if needed > MAX_SUMS_BYTES:
         raise InputError(
             f"a search over {len(source_widths)} x {len(target_widths)} layer pairs needs "
-            f"{needed / 1e9:.0f} GB; name fewer layers in search_source_layers and search_target_layers"
+            f"{needed / 1e9:.0f} GB, expected {MAX_SUMS_BYTES / 1e9:.0f} GB at most; name fewer layers in "
+            "search_source_layers and search_target_layers"
         )
 
 
@@ -172,22 +163,13 @@ def search_layers(
     """Return R2 and agreement for every pair of layers, and the best pair.
 
     texts: neutral passages; a fifth of their documents is held out.
-    personas: at least 2; each is a wrong persona for the others. scored: names that the score
-        averages over. position: of persona vectors. lambda_values: relative, see `RidgeMapping`.
-    source_layers, target_layers: layers to search; all by default.
+    personas: at least 2; each is another persona for the others. scored: names over which the score is
+        averaged. position: token of a persona text, see `ActivationExtractor`. positions: tokens of neutral
+        text, see `paired_activations`. lambda_values: relative, see `RidgeMapping`.
+    source_layers, target_layers: layers to search, by default all.
     Raises InputError: too few personas or documents, or too much memory needed.
     """
-    if len(personas) < 2:
-        raise InputError(f"the layer search got {len(personas)} personas, expected 2 or more to compare")
-    unknown = set(scored) - {persona.name for persona in personas}
-    if unknown or not scored:
-        raise InputError(f"scored is {list(scored)}; name some of {[persona.name for persona in personas]}")
-    n_documents = len({item.document for item in texts})
-    if n_documents < N_PARTS:
-        raise InputError(
-            f"the layer search got {len(texts)} texts of {n_documents} documents, expected {N_PARTS} "
-            "documents or more; raise search_tokens or n_training_samples, or give more documents"
-        )
+    _check_search(texts, personas, scored)
     source_layers = source.check_layers(source_layers or range(len(source.blocks)))
     target_layers = target.check_layers(target_layers or range(len(target.blocks)))
     sums = LayerSums(
@@ -206,7 +188,7 @@ def search_layers(
     if min(sums.n) < 2:
         raise InputError(
             f"{len(texts)} texts give {sums.n[TRAIN]} training and {sums.n[TEST]} held-out pairs, expected "
-            "2 or more of each; give more text, or use positions 'last'"
+            "2 or more of each; give more text, or use mapping_positions 'last'"
         )
     native = {
         side: {persona.name: _difference(extractor, persona, layers, position) for persona in personas}
@@ -215,17 +197,28 @@ def search_layers(
     return _compare_layers(sums, native["source"], native["target"], scored, lambda_values, n_tokens, seed)
 
 
+def _check_search(texts: Sequence[NeutralText], personas: Sequence[Persona], scored: Sequence[str]) -> None:
+    if len(personas) < 2:
+        raise InputError(f"the layer search got {len(personas)} personas, expected 2 or more to compare")
+    names = [persona.name for persona in personas]
+    if not scored or not set(scored) <= set(names):
+        raise InputError(f"scored is {list(scored)}, expected some of {names}")
+    n_documents = len({item.document for item in texts})
+    if n_documents < N_PARTS:
+        raise InputError(
+            f"the layer search got {len(texts)} texts of {n_documents} documents, expected {N_PARTS} "
+            "documents or more; raise search_tokens or n_training_samples, or give more documents"
+        )
+
+
 def _difference(
     extractor: ActivationExtractor, persona: Persona, layers: Sequence[int], position: str
 ) -> dict[int, Tensor]:
     """Return layer_idx -> the persona's difference of means, (d,) float64."""
-    n_positive = len(persona.positive_texts)
-    activations = extractor.extract_layers(
-        [*persona.positive_texts, *persona.negative_texts], layers, position
-    )
+    texts, n_positive = [*persona.positive_texts, *persona.negative_texts], len(persona.positive_texts)
     return {
-        layer: (rows[:n_positive].double().mean(0) - rows[n_positive:].double().mean(0))
-        for layer, rows in activations.items()
+        layer: rows[:n_positive].double().mean(0) - rows[n_positive:].double().mean(0)
+        for layer, rows in extractor.extract_layers(texts, layers, position).items()
     }
 
 
@@ -238,49 +231,52 @@ def _compare_layers(
     n_tokens: dict[str, int],
     seed: int,
 ) -> LayerSearch:
-    names = list(source_vectors)
-    shape = len(sums.source), len(sums.target)
-    tables = {name: torch.empty(shape, dtype=torch.float64) for name in ("r2", "r2_standardised", "chance")}
-    agreement = {name: torch.empty(shape, dtype=torch.float64) for name in names}
-    wrong = {name: torch.empty(shape, dtype=torch.float64) for name in names}
+    """Fit a map for every pair of layers, and compare the mapped vectors with the native ones."""
+    names, shape = list(source_vectors), (len(sums.source), len(sums.target))
+
+    def table() -> Tensor:
+        return torch.empty(shape, dtype=torch.float64)
+
+    r2, r2_standardised, chance = table(), table(), table()
+    agreement, other_persona = {name: table() for name in names}, {name: table() for name in names}
     generator = torch.Generator().manual_seed(seed)
     massive = {layer: massive_by_scale(sums.target_scale(layer)) for layer in sums.target}
-    for row, source_layer in enumerate(
-        tqdm(sums.source, desc="fitting", unit="layer", disable=HIDDEN, leave=False)
-    ):
+    rows = tqdm(sums.source, desc="fitting", unit="layer", disable=HIDDEN, leave=False)
+    for row, source_layer in enumerate(rows):
         decomposed: HeldOutFold | None = None
         vectors = torch.stack([source_vectors[name][source_layer] for name in names])
         for column, target_layer in enumerate(sums.target):
+            at = row, column
             fold = HeldOutFold(*sums.moments(source_layer, target_layer), decomposed)
             if decomposed is None:
                 decomposed = fold
                 noise = torch.randn(N_RANDOM, len(fold.basis), generator=generator, dtype=torch.float64)
                 random = noise * fold.eigenvalues.sqrt() @ fold.basis.T
-            W, tables["r2"][row, column], tables["r2_standardised"][row, column] = _fit(fold, lambda_values)
+            W, r2[at], r2_standardised[at] = fit_pair(fold, lambda_values)
             native = torch.stack([target_vectors[name][target_layer] for name in names])
-            cosines, chance = _agreement(vectors @ W, random @ W, native, massive[target_layer])
-            tables["chance"][row, column] = chance
+            cosines, chance[at] = compare_directions(vectors @ W, random @ W, native, massive[target_layer])
             for index, name in enumerate(names):
-                others = [other for other in range(len(names)) if other != index]
-                agreement[name][row, column] = cosines[index, index]
-                wrong[name][row, column] = cosines[index, others].max()
-    margins = [agreement[name] - torch.maximum(wrong[name], tables["chance"]) for name in scored]
+                agreement[name][at] = cosines[index, index]
+                other_persona[name][at] = cosines[index, [n for n in range(len(names)) if n != index]].max()
+    margins = [agreement[name] - torch.maximum(other_persona[name], chance) for name in scored]
     score = torch.stack(margins).mean(0)
     row, column = divmod(int(score.argmax()), shape[1])
     return LayerSearch(
         source_layers=list(sums.source),
         target_layers=list(sums.target),
+        r2=r2,
+        r2_standardised=r2_standardised,
         agreement=agreement,
-        other_persona=wrong,
+        other_persona=other_persona,
+        chance=chance,
         score=score,
         best=(list(sums.source)[row], list(sums.target)[column]),
         n_pairs=sum(sums.n),
         n_tokens=n_tokens,
-        **tables,
     )
 
 
-def _fit(fold: HeldOutFold, lambda_values: Sequence[float]) -> tuple[Tensor, float, float]:
+def fit_pair(fold: HeldOutFold, lambda_values: Sequence[float]) -> tuple[Tensor, float, float]:
     """Return W at the best lambda and its held-out R2, pooled and over standardised dimensions."""
     unit = fold.train.gram.diagonal().mean().item()
     lambdas = [value * unit for value in lambda_values]
@@ -292,13 +288,13 @@ def _fit(fold: HeldOutFold, lambda_values: Sequence[float]) -> tuple[Tensor, flo
     return fold.solution(lambdas[best]), 1 - pooled[best].item(), 1 - standardised.item()
 
 
-def _agreement(
+def compare_directions(
     mapped: Tensor, random: Tensor, native: Tensor, massive: Sequence[int]
 ) -> tuple[Tensor, float]:
     """Return cosines (mapped persona, native persona) and the 99.9th percentile for random directions.
 
-    mapped, native: (personas, d_target). random: (n, d_target). All lose their massive
-    dimensions, get unit length, and lose the mean of their side's personas.
+    mapped, native: (personas, d_target). random: (n, d_target). Massive dimensions are set to 0, each
+    vector gets unit length, and the mean of its side's personas is subtracted.
     """
     mapped, random, native = (_unit_without(vectors, massive) for vectors in (mapped, random, native))
     common = mapped.mean(0)
@@ -320,20 +316,3 @@ def _slices(widths: Mapping[int, int]) -> dict[int, slice]:
         slices[layer] = slice(start, start + width)
         start += width
     return slices
-
-
-def main() -> None:
-    """Check on a model mapped to itself that every layer predicts itself."""
-    from support.tiny_models import tiny_model, tiny_tokenizer
-
-    extractor = ActivationExtractor(tiny_model(), tiny_tokenizer(), layer_idx=0)
-    texts = [NeutralText(f"{n} of {n * n} or {n**3 % 97}", str(n)) for n in range(120)]
-    loud, asking, plain = ([f"{n}{mark}" for n in range(15)] for mark in "!?.")
-    personas = [Persona("loud", "", loud, plain, [], []), Persona("asking", "", asking, plain, [], [])]
-    search = search_layers(extractor, extractor, texts, personas, ["loud"], [1e-6, 1e-3])
-    assert search.r2.diagonal().min() > 0.99
-    print(f"layer_search OK: {search.n_pairs} pairs, every layer predicts itself, best pair {search.best}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,8 @@
-"""Run neutral text through both models and sum up the paired activations (phase 2)."""
+"""Read neutral text with both models and sum up the paired activations (phase 2).
+
+Parts of the texts can be read by different workers: `merge_pairs` adds up their sums. Memory depends on the
+number of layer pairs and not on the number of texts.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,22 +12,22 @@ import torch
 from torch import Tensor
 
 from activation_extractor import ActivationExtractor, PairedText, paired_activations
+from maps.layer_bands import LayerPair
 from ridge_mapping import assign_folds
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
 from support.progress import HIDDEN, tqdm
 from texts.neutral_text import NeutralText
 
-LayerPair = tuple[int, int]
+_COUNTS = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Which paired activations are summed up, and in which folds.
+    """Choose which paired activations are summed up, and in which folds.
 
-    layer_pairs: (source layer, target layer), all of them read in the same passes.
-    positions: of the tokens in a text, `aligned` or `last`; see `paired_activations`.
-    seed: decides the folds, and which pairs are kept as a sample.
+    layer_pairs: all are read in the same passes. positions: tokens of a text that give pairs, `aligned` or
+        `last`; see `paired_activations`. seed: decides the folds, and which pairs are kept as a sample.
     """
 
     layer_pairs: tuple[LayerPair, ...]
@@ -34,12 +38,12 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class CollectedPairs:
-    """Sums over the pairs of some texts for one or more layer pairs, all from the same passes.
+    """Hold the sums over the pairs of some texts, for one or more layer pairs.
 
-    statistics: (source layer, target layer) -> sums; their folds never split a document.
-    text_idx, end: (n,) int64, for each pair its text and how many characters of it were read.
-    n_source_tokens, n_target_tokens: read in all. n_texts: texts; n_texts_without_pairs: those in
-    which the two tokenizers nowhere end on the same character. n_truncated: side -> texts cut.
+    statistics: layer pair -> sums; their folds never split a document.
+    text_idx, end: (n,) int64, for each pair its text and the number of its characters that were read.
+    n_texts_without_pairs: texts in which the two tokenizers nowhere end on the same character.
+    n_truncated: side -> number of texts that were cut to the model's context.
     """
 
     statistics: dict[LayerPair, PairStatistics]
@@ -58,8 +62,7 @@ class CollectedPairs:
 
     def report(self) -> dict[str, Any]:
         """Return the counts, for artifacts."""
-        names = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens", "n_truncated")
-        counts = {name: getattr(self, name) for name in names}
+        counts = {name: getattr(self, name) for name in (*_COUNTS, "n_truncated")}
         return {"n_pairs": len(self.text_idx), "fraction_aligned": self.fraction_aligned, **counts}
 
 
@@ -77,7 +80,7 @@ def read_pairs(
     settings: PairSettings,
     fold_of: Mapping[str, int],
 ) -> CollectedPairs:
-    """Return the sums of some of the texts, to be put together by `merge_pairs`; they may have no pair.
+    """Return the sums of one part of the texts, for `merge_pairs`; a part may give no pair.
 
     fold_of: document -> fold, the same for all parts; see `document_folds`.
     Raises InputError: as `paired_activations`.
@@ -92,7 +95,7 @@ def read_pairs(
     cut_before = {"source": source.n_truncated, "target": target.n_truncated}
     with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=HIDDEN, leave=False) as progress:
         passages = counted(texts, progress)
-        for batch in paired_activations(source, target, passages, settings.mapping_positions, *layers):
+        for batch in paired_activations(source, target, passages, settings.positions, *layers):
             groups = [texts[index].document for index in batch.text_idx.tolist()]
             for (source_layer, target_layer), sums in statistics.items():
                 sums.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
@@ -117,7 +120,7 @@ def read_pairs(
 
 
 def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
-    """Return the sums over consecutive parts of the texts. The first part's are added to.
+    """Return the sums over consecutive parts of the texts; the first part is changed.
 
     Raises InputError: no pair at all.
     """
@@ -128,7 +131,7 @@ def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
         n_texts = whole.n_texts if whole else 0
         raise InputError(
             f"the two tokenizers never end a token on the same character in {n_texts} texts; "
-            "use positions 'last'"
+            "use mapping_positions 'last'"
         )
     return whole
 
@@ -136,18 +139,17 @@ def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
 def _joined(whole: CollectedPairs, part: CollectedPairs) -> CollectedPairs:
     for pair, sums in whole.statistics.items():
         sums.merge(part.statistics[pair])
-    counts = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
     return CollectedPairs(
         statistics=whole.statistics,
         text_idx=torch.cat([whole.text_idx, part.text_idx + whole.n_texts]),
         end=torch.cat([whole.end, part.end]),
         n_truncated={side: n + part.n_truncated[side] for side, n in whole.n_truncated.items()},
-        **{name: getattr(whole, name) + getattr(part, name) for name in counts},
+        **{name: getattr(whole, name) + getattr(part, name) for name in _COUNTS},
     )
 
 
 def statistics_content(pairs: CollectedPairs, layer_pair: LayerPair) -> dict[str, Any]:
-    """Return what `pair_statistics.pt` holds: the sums of a layer pair, and where their sample comes from."""
+    """Return the content of `pair_statistics.pt`: the sums of a layer pair and the places of their sample."""
     statistics = pairs.statistics[layer_pair]
     rows = statistics.sample.rows
     return {
@@ -159,7 +161,7 @@ def statistics_content(pairs: CollectedPairs, layer_pair: LayerPair) -> dict[str
 
 
 def collection_notes(report: dict[str, Any]) -> list[str]:
-    """Return what a reader has to know of the texts that were cut or gave no pair."""
+    """Return sentences about the texts that were cut or gave no pair."""
     notes = [
         f"{n_truncated} neutral texts were cut to the {name}'s context"
         for name, n_truncated in report["n_truncated"].items()
@@ -171,24 +173,7 @@ def collection_notes(report: dict[str, Any]) -> list[str]:
 
 
 def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[PairedText]:
-    """Yield the texts, each with what stands before it, moving a progress bar on."""
+    """Yield the texts with their prompts, and advance a progress bar."""
     for item in texts:
         yield (*item.prompts, item.text)
         progress.update()
-
-
-def main() -> None:
-    """Check on two tiny models that every pair is summed for two layer pairs in one pass."""
-    from support.tiny_models import tiny_model, tiny_tokenizer
-
-    sides = [ActivationExtractor(tiny_model(name), tiny_tokenizer(), 0) for name in ("llama", "gpt2")]
-    texts = [NeutralText(f"Text number {number}.", f"page {number % 7}") for number in range(70)]
-    settings = PairSettings(((1, 2), (3, 0)))
-    collected = merge_pairs([read_pairs(*sides, texts, settings, document_folds(texts, settings))])
-    assert collected.n_texts_without_pairs == 0
-    assert {sums.n_pairs for sums in collected.statistics.values()} == {len(collected.end)}
-    print(f"pair_collection OK: {len(collected.end)} pairs, {collected.fraction_aligned:.0%} aligned")
-
-
-if __name__ == "__main__":
-    main()

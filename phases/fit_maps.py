@@ -148,7 +148,7 @@ def _current(run: Run, pair: LayerPair) -> LearnedMaps | None:
 def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     """Choose lambda, fit all maps on the summed pairs, and write them; `cv_results.json` last."""
     config, is_middle = run.config, pair == run.inputs.middle_pair
-    statistics = PairStatistics.from_content(sums["statistics"], PAIR_STATISTICS.name)
+    statistics = PairStatistics.from_content(sums["statistics"])
     ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
     ridge.source_layer, ridge.target_layer = pair

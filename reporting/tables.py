@@ -1,10 +1,138 @@
-"""Lay out the result of a run as a table that can be pasted into a paper or an issue (phase 5)."""
+"""Put the numbers of a run into sentences and Markdown tables, for the log, a paper or an issue."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from analysis.alpha_search import AlphaKey, ChosenAlpha
+from analysis.success_criteria import CRITERIA, EXPECTED
+from analysis.verdict import FEWEST_PROMPTS, VERDICTS
+from experiment.conditions import CONDITIONS, SCORERS
+
 HEADER = ("condition", "alpha", "trait", "change", "ppl", "indep ppl", "repeat", "collapsed", "n", "missing")
+ALPHA_HEADER = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
+AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """Return a number in this format, or a dash if it is missing."""
+    return "–" if value is None else format(value, form)
+
+
+def interval(found: Mapping[str, float | None] | None, form: str = "+.2f") -> str:
+    """Return an estimate with its interval in brackets, or a dash if it is missing."""
+    if not found or found["estimate"] is None:
+        return "–"
+    low, high = ("unbounded" if found[end] is None else format(found[end], form) for end in ("low", "high"))
+    return f"{found['estimate']:{form}} [{low}, {high}]"
+
+
+def percent(found: Mapping[str, float | None]) -> str:
+    """Return a share with its interval in per cent: 91 % [69, 113]."""
+    low, high = ("unbounded" if found[end] is None else f"{found[end]:.0%}"[:-1] for end in ("low", "high"))
+    return f"{number(found['estimate'], '.0%')[:-1]} % [{low}, {high}]"
+
+
+def verdict_sentence(found: Mapping[str, Any]) -> str:
+    """Return why a persona's verdict stands. found: `Verdict.content()`."""
+    scorers = found["scorers"]
+    if found["reason"] == "no scorer validated":
+        problems = "; ".join(
+            f"{SCORERS[name].label}: {', '.join(scorer['problems'])}" for name, scorer in scorers.items()
+        )
+        return "no scorer is validated" + (f" ({problems})" if problems else "")
+    decided_by = found["decided_by"]
+    why = f"by the {SCORERS[decided_by].label}, {_scorer_sentence(scorers[decided_by])}"
+    if found["reason"] == "scorers disagree":
+        said = ", ".join(
+            f"{SCORERS[name].label} says {scorers[name]['verdict']}" for name in found["rests_on"]
+        )
+        return f"the scorers disagree ({said}); {why}"
+    return why
+
+
+def _scorer_sentence(found: Mapping[str, Any]) -> str:
+    """Return why a scorer's verdict stands. found: of `ScorerVerdict`."""
+    missing = ", ".join(CONDITIONS[name].label for name in found["missing"])
+    if found["reason"] == "no scores":
+        return f"no text has a score under {missing}"
+    if found["reason"] == "few prompts":
+        return f"{found['n_prompts']} prompts have scores and an interval needs {FEWEST_PROMPTS}"
+    if found["reason"] == "equal scores":
+        return "all scores are equal, so that nothing can be compared"
+    needed = f"; about {n} prompts would settle it" if (n := found["prompts_needed"]) else ""
+    if found["reason"] == "native effect":
+        return f"the native vector moves the trait by {interval(found['native'])}{needed}"
+    recovers = f"the mapped vector recovers {percent(found['recovery'])} of the native effect"
+    if found["reason"] == "recovery":
+        return recovers
+    if found["reason"] == "control missing":
+        return f"{recovers}, but these controls were not run: {missing}"
+    best, over = CONDITIONS[found["best_control"]].label, interval(found["over_best_control"])
+    return (
+        f"{recovers} and differs from the best control, {best}, by {over} (Holm p {found['highest_p']:.3f})"
+        f"{needed}"
+    )
+
+
+def alone(found: Mapping[str, Any]) -> str:
+    """Return a note for a verdict that rests on one scorer, else nothing. found: `Verdict.content()`."""
+    rests_on = found["rests_on"]
+    return f" (on the {SCORERS[rests_on[0]].label} alone)" if len(rests_on) == 1 else ""
+
+
+def format_verdicts(content: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a line a persona: the verdict, the numbers that decided it, and the scorers it rests on.
+
+    content: persona -> `Verdict.content()`.
+    """
+    lines = [
+        f"{persona}: {found['verdict'].upper()}{alone(found)}: {verdict_sentence(found)}"
+        for persona, found in content.items()
+    ]
+    counts = {word: sum(found["verdict"] == word for found in content.values()) for word in VERDICTS}
+    in_all = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return "\n".join([*lines, f"personas: {in_all}"])
+
+
+def format_success(found: Mapping[str, Any]) -> str:
+    """Return a Markdown table a persona: what was measured, and in brackets what the specification expects.
+
+    found: what `success_criteria.success` returns.
+    """
+    blocks = []
+    for persona, of_persona in found.items():
+        said = [f"{name}: {'reached' if of_persona[name] else 'not reached'}" for name in CRITERIA]
+        rows = []
+        for condition, measured in of_persona["conditions"].items():
+            coherence, trait, collapse = EXPECTED[condition]
+            rows.append(
+                (
+                    condition,
+                    f"{measured['coherence']:.1f} ({coherence})",
+                    f"{measured['trait']:.1f} ({trait})",
+                    f"{measured['collapse_rate']:.0%} ({collapse:.0%})",
+                    str(measured["n"]),
+                )
+            )
+        table = markdown_table(("condition", "coherence", "trait", "collapsed", "n"), rows)
+        blocks.append(f"{persona}, the specification's result, {', '.join(said)}\n\n{table}")
+    return "\n\n".join(blocks)
+
+
+def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
+    """Return a Markdown table: each chosen alpha, and where its search met an end of the bracket."""
+    rows = [
+        (
+            *key,
+            f"{chosen.alpha:.4g}",
+            number(chosen.point.perplexity_ratio),
+            number(chosen.point.repetition_increase, "+.3f"),
+            AT_END[chosen.at] if chosen.is_coherent else f"not coherent even there: {chosen.point.reason}",
+        )
+        for key, chosen in alphas.items()
+    ]
+    return markdown_table(ALPHA_HEADER, rows, left=("persona", "method", "note"))
 
 
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
@@ -28,6 +156,26 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
+def _cells(entry: Mapping[str, Any], judged: bool, ending: bool) -> list[str]:
+    columns = [
+        ("trait_probability", "mean", ".2f"),
+        ("trait_change", "mean", "+.2f"),
+        ("perplexity", "median", ".1f"),
+        ("independent_perplexity", "median", ".1f"),
+        ("repetition", "mean", ".2f"),
+        ("is_collapsed", "mean", ".0%"),
+    ]
+    more = [("n_words", "mean", ".0f"), ("has_ended", "mean", ".0%")] * ending
+    more += [("gpt4_coherence_score", "mean", ".2f"), ("gpt4_trait_score", "mean", ".2f")] * judged
+    shown, behind = (
+        [number(entry[metric][statistic], form) for metric, statistic, form in chosen]
+        for chosen in (columns, more)
+    )
+    alpha = "" if entry["alpha"] is None else f"{entry['alpha']:.4g}"
+    counts = [str(entry["n"]), str(entry["trait_probability"]["missing"])]
+    return [entry["condition"], alpha, *shown, *counts, *behind]
+
+
 def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table of maps: held-out R2 in three ways, and retrieval accuracy.
 
@@ -43,12 +191,12 @@ def maps_rows(table: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list
         (
             row["map"],
             str(row["n"]),
-            _number(row["lambda"], "g"),
-            _number(row["rank"], "d"),
-            _number(row["r2"], ".3f"),
-            _number(row["r2_standardised"], ".3f"),
-            _number(row["r2_median_dimension"], ".3f"),
-            f"{_number(row['retrieval_accuracy'], '.1%')} of {row['retrieval_n']}",
+            number(row["lambda"], "g"),
+            number(row["rank"], "d"),
+            number(row["r2"], ".3f"),
+            number(row["r2_standardised"], ".3f"),
+            number(row["r2_median_dimension"], ".3f"),
+            f"{number(row['retrieval_accuracy'], '.1%')} of {row['retrieval_n']}",
         )
         for row in table
     ]
@@ -67,34 +215,9 @@ def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
     for name, entry in personas.items():
         pairs = [(entry["cosine_to_oracle"][key], entry["cosine_without_massive"][key]) for key in methods]
         cells = [f"{cosine:.2f} / {without:.2f}" for cosine, without in pairs]
-        energy = _number(entry["oracle_energy"]["mean_r2"], ".0%")
-        rows.append((name, *cells, _number(entry["highest_cosine_to_other_oracles"], ".2f"), energy))
+        energy = number(entry["oracle_energy"]["mean_r2"], ".0%")
+        rows.append((name, *cells, number(entry["highest_cosine_to_other_oracles"]), energy))
     return markdown_table(header, rows)
-
-
-def _cells(entry: Mapping[str, Any], judged: bool, ending: bool) -> tuple[str, ...]:
-    cells = (
-        entry["condition"],
-        "" if entry["alpha"] is None else f"{entry['alpha']:.4g}",
-        _number(entry["trait_probability"]["mean"], ".2f"),
-        _number(entry["trait_change"]["mean"], "+.2f"),
-        _number(entry["perplexity"]["median"], ".1f"),
-        _number(entry["independent_perplexity"]["median"], ".1f"),
-        _number(entry["repetition"]["mean"], ".2f"),
-        _number(entry["is_collapsed"]["mean"], ".0%"),
-        str(entry["n"]),
-        str(entry["trait_probability"]["missing"]),
-    )
-    if ending:
-        cells += (_number(entry["n_words"]["mean"], ".0f"), _number(entry["has_ended"]["mean"], ".0%"))
-    if not judged:
-        return cells
-    scores = (entry["gpt4_coherence_score"]["mean"], entry["gpt4_trait_score"]["mean"])
-    return (*cells, *(_number(score, ".2f") for score in scores))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def markdown_table(
@@ -118,21 +241,28 @@ def markdown_table(
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def main() -> None:
-    """Check the table of made-up numbers: the change is against the baseline, missing is a dash."""
-    number = {"mean": 0.25, "median": 20.0, "std": 0.1, "n": 3, "missing": 0}
-    absent = {"mean": None, "median": None, "std": None, "n": 0, "missing": 3}
-    common = {"persona": "check", "n": 3, "classifier_auc": 0.97}
-    common |= dict.fromkeys(("perplexity", "repetition", "is_collapsed", "trait_probability"), number)
-    common["trait_change"] = {"mean": None}
-    common |= dict.fromkeys(
-        ("independent_perplexity", "gpt4_coherence_score", "gpt4_trait_score", "has_ended"), absent
-    )
-    steered = {"condition": "oracle", "alpha": 2.0, "trait_change": {"mean": 0.5}}
-    text = format_table([{**common, "condition": "baseline", "alpha": None}, {**common, **steered}])
-    assert all(part in text for part in ("+0.50", "–", "AUC 0.970")), text
-    print(text, "tables OK: changes are against the baseline, missing is a dash", sep="\n")
+def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return a line for each scorer of each persona: whether it is validated, and how it does.
+
+    validation: persona -> scorer -> what `scoring.validation.validate` returns.
+    """
+    lines = []
+    for persona, by_scorer in validation.items():
+        if not by_scorer:
+            lines.append(f"{persona}: no scorer")
+        for scorer, found in by_scorer.items():
+            word = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
+            lines.append(f"{persona}, {scorer}: {word}; {_validation_detail(found)}")
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    main()
+def _validation_detail(found: Mapping[str, Any]) -> str:
+    if not found.get("auc"):
+        return found.get("measure", "not measured")
+    lowest = min(found["auc"], key=found["auc"].get)
+    detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest})"
+    for name in ("sensitivity", "specificity"):
+        detail += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
+    if found.get("repeat_noise") is not None:
+        detail += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
+    return detail

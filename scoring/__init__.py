@@ -1,1 +1,1 @@
-"""Scorers of written text: trait classifiers and a judge."""
+"""Score written text: trait scorers, judges, and their validation."""

@@ -1,6 +1,7 @@
-"""Break texts, as a language model does that is steered too hard: what a trait scorer must not be fooled by.
+"""Make degenerate texts, as a model writes them when it is steered too strongly (phase 5).
 
-Words are what whitespace separates. A `random.Random` decides, so that texts come back the same.
+A trait scorer must not take them for the trait. Words are separated by whitespace. A seeded `random.Random`
+draws, so that the texts are the same in every run. The n-gram measures of repetition are here too.
 """
 
 import random
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 
 REPETITION_N = 3
 COLLAPSE_THRESHOLD = 0.5
-FEWEST_WORDS = 4  # of a text that can be broken
-LONGEST = 60  # words
+FEWEST_WORDS = 4  # different words that a text needs to be corrupted
+LONGEST = 60  # words in a degenerate text
 
 
 def cut(text: str, n_words: int, start: int = 0) -> str:
@@ -19,7 +20,7 @@ def cut(text: str, n_words: int, start: int = 0) -> str:
 
 
 def any_cut(text: str, generator: random.Random, fewest: int = 6, most: int = 25) -> str:
-    """Return a part of a text, one in three from its middle, as generation at a limit leaves it."""
+    """Return a part of a text, one in three from its middle, as a token limit cuts texts."""
     n_words = generator.randint(fewest, most)
     last = max(0, len(text.split()) - fewest)
     return cut(text, n_words, generator.choice([0, 0, generator.randint(0, last)]))
@@ -62,26 +63,11 @@ def distinct_share(units: Sequence[str], n: int) -> float | None:
 
 
 def has_collapsed(text: str) -> bool:
-    """Tell whether most 3-grams of a text were there before."""
+    """Tell whether most 3-grams of a text occurred before in it."""
     distinct = distinct_share(units(text), REPETITION_N)
     return distinct is not None and 1 - distinct > COLLAPSE_THRESHOLD
 
 
 def can_be_corrupted(text: str) -> bool:
-    """Tell whether a text has enough words to be broken."""
+    """Tell whether a text has enough words to be corrupted."""
     return len(set(text.split())) >= FEWEST_WORDS
-
-
-def main() -> None:
-    """Check that breaking keeps words and loses their order."""
-    text, generator = "The sea is blue and wide today.", random.Random(0)
-    assert sorted(shuffled(text, generator).split()) == sorted(text.split())
-    assert shuffled(text, generator) != text
-    assert set(loop(text, generator).split()) < set(text.split())
-    assert cut(text, 2, 1) == "sea is"
-    assert [has_collapsed(each) for each in ("no no no no no no", text)] == [True, False]
-    print("degenerate_text OK:", loop(text, generator))
-
-
-if __name__ == "__main__":
-    main()

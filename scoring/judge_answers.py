@@ -1,24 +1,25 @@
 """Read the score in a chat model's answer, whatever form the server gave it (phase 5).
 
-An answer is decoded JSON of any type. Its score is a digit from 1 to 5 that it states as one: alone on a
-line, after a label ("Score: 4", "I would rate it a 4"), at the start before an explanation or as the last
+An answer is decoded JSON of any type. Its score is a digit from 1 to 5 that it states as a score: alone on a
+line, after a label ("Score: 4", "I would rate it a 4"), at the start before an explanation, or as the last
 sentence. Markup around it and "/5" behind it don't matter, and reasoning in tags is not read. An answer that
-states two scores, a range, half a point or another scale has none, and none is guessed.
+states two scores, a range, half a point or another scale has no score, and none is guessed.
 
-Everything that a server sends may hold the key it was given: `excerpt` is how it comes into a message.
+Everything that a server sends may hold the key that it was given, so messages show it through `excerpt`
+alone.
 """
 
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MIN_DIGIT_MASS = 0.5
-EXCERPT = 60
+MIN_DIGIT_MASS = 0.5  # probability that the digits need together to count
+EXCERPT = 60  # characters
 HIDDEN = "[key]"
-SECRET_LENGTH = 8  # a shorter key is hidden where it is a word; part of a longer one is hidden too
+SECRET_LENGTH = 8  # a shorter key is hidden only where it is a word, of a longer one also its beginning
 
 REASONING_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.I)
 ELEMENT_TAG = re.compile(r"</?[A-Za-z_]{1,20}>")
@@ -28,7 +29,7 @@ SCORE = (
     r"(?<![\d.,/+~≈≥≤<\-−–])([1-5])(?:\.00?)?(?:\s?\(?(?:/|out of)\s?5\)?)?"
     r"(?:\s(?:stars?|points?))?(?![\d%½])"
 )
-# What may follow a score within a text; a second number close behind makes a range or a choice of it.
+# What may follow a score within a text. A second number close behind it would make it a range or a choice.
 FOLLOWING = (
     r"(?!\.\d)(?![^.\n]{0,25}\d)(?!\W{0,3}(?:or|to|and|of|out of)\b)"
     r"(?=\s{0,3}(?:\Z|[\n.,;:!?)\]}*_`\"'<|(—\\$]|[-–]\s|because\b|since\b|as\b|for\b))"
@@ -57,7 +58,10 @@ SPELLED = re.compile(r"\b(?:or|half|one|two|three|four|five|plus|minus)\b", re.I
 
 @dataclass(frozen=True)
 class Judgement:
-    """A score from 1 to 5, or None with the reason why it is missing; tokens: what it cost, if known."""
+    """A score from 1 to 5, or None with the reason for the failure.
+
+    tokens: tokens of question and answer, if the server counted them.
+    """
 
     score: float | None
     failure: str | None = None
@@ -65,23 +69,20 @@ class Judgement:
 
 
 def redacted(text: str, key: str) -> str:
-    """Return text with `[key]` for the key: as it is, URL-encoded, escaped, in any case, or its beginning."""
+    """Return text with `[key]` for the key: plain, URL-encoded, escaped, in any case, or its beginning."""
     if not key:
         return text
     characters = [rf"(?:\\?{re.escape(char)}|%{ord(char):02x}|\\u{ord(char):04x})" for char in key]
     whole, begins = "".join(characters), "".join(characters[:SECRET_LENGTH])
     if len(key) < SECRET_LENGTH:
         return re.sub(rf"(?<!\w){whole}(?!\w)", HIDDEN, text, flags=re.I)
-    # Servers shorten keys, and so does a message that is cut; the rest of the word goes with the beginning.
+    # Servers shorten keys, and messages are cut: the rest of a word that begins like the key is hidden too.
     return re.sub(rf"{whole}|{begins}[\w.*…%+/=~-]*", HIDDEN, text, flags=re.I)
 
 
 def excerpt(text: Any, key: str, limit: int = EXCERPT) -> str:
-    """Return the first `limit` characters of what a server sent: on one line, control characters escaped.
-
-    key: is not in it.
-    """
-    whole = redacted(text if isinstance(text, str) else str(text), key)
+    """Return the first `limit` characters of what a server sent, on one line and without the key."""
+    whole = redacted(str(text), key)
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in whole[:limit])
     return shown + ("…" if len(whole) > limit else "")
 
@@ -89,9 +90,9 @@ def excerpt(text: Any, key: str, limit: int = EXCERPT) -> str:
 def score_answer(body: Any, key: str = "") -> Judgement:
     """Return the score of a decoded chat completion: its digit, weighted where the server allows it.
 
-    Where the whole answer is one digit and its token's log-probabilities give the digits 1 to 5 at least
-    MIN_DIGIT_MASS, the score is their mean. With anything before the digit it counts as written: the first
-    token is not the score's then. key: is kept out of the reason why a score is missing.
+    If the whole answer is one digit, and the first token's log-probabilities give the digits 1 to 5 at least
+    MIN_DIGIT_MASS, the score is their weighted mean. Otherwise the digit counts as written, because the first
+    token may not be the score's. key: hidden in the reason for a failure.
     """
     choices = body.get("choices") if isinstance(body, Mapping) else None
     if not isinstance(body, Mapping):
@@ -115,7 +116,7 @@ def score_answer(body: Any, key: str = "") -> Judgement:
 
 
 def _why(choice: Mapping[str, Any], message: Mapping[str, Any], key: str) -> str:
-    """Return what else the server says of an answer without a score."""
+    """Return what else the server says about an answer without a score."""
     reason = choice.get("finish_reason")
     reasoned = any(message.get(name) for name in ("reasoning", "reasoning_content"))
     if reason in ("length", "max_tokens") or reasoned:
@@ -132,11 +133,11 @@ def _why(choice: Mapping[str, Any], message: Mapping[str, Any], key: str) -> str
 def stated_scores(text: str, is_cut: bool = False) -> set[int]:
     """Return the different digits from 1 to 5 that a text states as its score.
 
-    is_cut: the text ends where its length limit was, so what follows its last digit is unknown.
+    is_cut: a length limit ended the text, so that what would follow its last digit is unknown.
     """
     text = _without_reasoning(_plain(text)).replace("**", "").strip()
     lines = [_unmarked(line) for line in text.splitlines()]
-    if is_cut:  # only the whole answer can be trusted
+    if is_cut:  # a digit counts only as the whole answer
         return {int(found[1]) for found in [BARE.fullmatch(_unmarked(text))] if found}
     if finals := {int(found[1]) for found in FINAL.finditer(text)}:
         return finals
@@ -160,7 +161,7 @@ def _plain(text: str) -> str:
 
 
 def _without_reasoning(text: str) -> str:
-    """Return what stands outside <think>...</think>; nothing of what precedes a lone closing tag."""
+    """Return the text outside <think>...</think>, and nothing before a closing tag that was never opened."""
     kept: list[str] = []
     start, is_inside = 0, False
     for tag in REASONING_TAG.finditer(text):
@@ -176,30 +177,24 @@ def _text(content: Any) -> str:
         return content
     if isinstance(content, int | float) and not isinstance(content, bool):
         return str(content)
-    parts = [content] if isinstance(content, Mapping) else content if isinstance(content, list) else []
-    return "".join(_part_texts(parts))
-
-
-def _part_texts(parts: list[Any]) -> Iterator[str]:
-    for part in parts:
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, Mapping) and part.get("type", "text") in ("text", "output_text"):
-            yield part["text"] if isinstance(part.get("text"), str) else ""
+    if isinstance(content, list):
+        return "".join(_text(part) for part in content if isinstance(part, str | Mapping))
+    if isinstance(content, Mapping) and content.get("type", "text") in ("text", "output_text"):
+        return content["text"] if isinstance(content.get("text"), str) else ""
+    return ""
 
 
 def _weighted(logprobs: Any, written: int) -> float | None:
-    """Return the mean digit by the first token's probabilities, None where the server gave no usable ones."""
+    """Return the mean digit by the first token's probabilities, None if the server sent no usable ones."""
     entries = logprobs.get("content") if isinstance(logprobs, Mapping) else None
     first = entries[0] if isinstance(entries, list) and entries else None
     if not isinstance(first, Mapping) or not isinstance(first.get("top_logprobs"), list):
         return None
     weights: dict[int, float] = {}
     for entry in first["top_logprobs"]:
-        token, logprob = (
-            (entry.get("token"), entry.get("logprob")) if isinstance(entry, Mapping) else (None, 0)
-        )
-        found = re.fullmatch(r"[\s▁Ġ]*([1-5])\s*", token) if isinstance(token, str) else None
+        entry = entry if isinstance(entry, Mapping) else {}
+        logprob = entry.get("logprob")
+        found = re.fullmatch(r"[\s▁Ġ]*([1-5])\s*", str(entry.get("token")))
         # Rounding can make a probability a little larger than 1.
         if found and type(logprob) in (int, float) and -math.inf < logprob < 0.01:
             digit = int(found[1])
@@ -208,16 +203,3 @@ def _weighted(logprobs: Any, written: int) -> float | None:
     if mass < MIN_DIGIT_MASS or written not in weights:
         return None
     return sum(digit * weight for digit, weight in weights.items()) / mass
-
-
-def main() -> None:
-    """Check which answers have a score, and that no key comes into a message."""
-    texts = ("4", "**4**/5", "<think>3?</think>Score: 4", "3 or 4", "45", "four")
-    found = [score_answer({"choices": [{"message": {"content": text}}]}).score for text in texts]
-    assert found == [4, 4, 4, None, None, None], found
-    assert excerpt("Bearer sk-1234567890 is wrong\n", "sk-1234567890") == r"Bearer [key] is wrong\n"
-    print("judge_answers OK: digits of the scale are read, other answers are missing")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """Judge texts with an instruct model that is loaded here, instead of asking a server (phase 5, optional).
 
-The model reads the same judging prompts in its chat template. Its answer is one digit from 1 to 5 and
-nothing else: the score is the mean of the digits, weighted by their probabilities as the next token, these
-divided by their sum (arXiv 2507.21509 weights a server's digits in the same way). So every text has a score;
-how much probability the digits had before is logged, for a model that would rather say something else.
+The model reads the same judging prompts in its chat template. The score is the mean of the digits 1 to 5,
+weighted by their probabilities as the next token, which are divided by their sum (arXiv 2507.21509 weights a
+server's digits in the same way). So every text has a score. The probability that the digits have together is
+logged, because a model may prefer to say something else.
 """
 
 import logging
@@ -24,8 +24,8 @@ from texts.encoding import encode
 logger = logging.getLogger(__name__)
 
 DIGITS = "12345"
-CHUNK = 64  # prompts whose judgements come together
-LOW_MASS = 0.5  # of the digits before they are divided by their sum, below which the log warns
+CHUNK = 64  # prompts whose judgements are yielded together
+LOW_MASS = 0.5  # the log warns if the digits together are less probable
 
 
 class LocalJudge:
@@ -46,7 +46,7 @@ class LocalJudge:
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
     ) -> "LocalJudge":
-        """Return a judge that is a model already loaded."""
+        """Return a judge that uses a model already loaded."""
         judge = cls.__new__(cls)
         judge.model_name, judge.batch_size = model.config.name_or_path or "a loaded model", batch_size
         judge._use(model, tokenizer)
@@ -99,31 +99,13 @@ class LocalJudge:
         @torch.inference_mode()
         def run(indices: list[int]) -> list[list[float]]:
             batch = [tokens[index] for index in indices]
-            # Padding stands on the right, so that causality hides it and no mask is needed.
+            # With padding on the right causality hides it, and no mask is needed.
             padded, _ = pad_tokens(batch, filler_token_id(self.model), "right", self.model.device)
             rows, last = range(len(batch)), [len(ids) - 1 for ids in batch]
             with narrowed_head(self.model, lambda hidden: hidden[rows, last][None]):
                 logits = self.model(input_ids=padded, use_cache=False).logits
-            # A model without a head of its own gives the logits of all tokens.
+            # A model whose head cannot be narrowed returns the logits of all tokens.
             logits = logits[rows, last] if logits.shape[:2] == padded.shape else logits[0]
             return logits.double().softmax(-1)[:, self._digits].clamp_min(1e-300).tolist()
 
         return run_in_batches(run, list(map(len, tokens)), self.batch_size, "judging", quiet=True)
-
-
-def main() -> None:
-    """Check on a tiny model that a judgement alone equals the one in a batch, and lies on the scale."""
-    from support.tiny_models import tiny_model, tiny_tokenizer
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    judge = LocalJudge.of(tiny_model(), tokenizer)
-    together = [judgement.score for judgement in judge.judge(["Rate this.", "Rate that, if you please."])]
-    alone = judge.judge(["Rate this."])[0].score
-    assert abs(alone - together[0]) < 1e-4
-    assert all(1 <= score <= 5 for score in together)
-    print(f"local_judge OK: {alone:.2f} by a model that knows nothing")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,27 @@
 """Score how strongly a text shows a trait, without a judge (phase 5).
 
-Logistic regression on the hidden states of a MiniLM sentence encoder, trained on labelled
-texts that extraction never sees: a persona's positive texts, whole and in parts, against its negative
-ones, the labelled texts of the other personas, ordinary texts without any trait, and broken text of every
-register, its own included. The encoder is neither the source nor the target model, so that no model scores
-its own activations. Its middle layers carry style; its last one, made to ignore style, does not serve.
+A logistic regression reads the hidden states of a MiniLM sentence encoder. It is trained on labelled texts
+that extraction never sees: a persona's positive texts, whole and cut, against its negative texts, the
+labelled texts of the other personas, ordinary texts without any trait, and degenerate texts of every
+register. The encoder is neither the source nor the target model, so that no model scores its own
+activations. Its middle layers carry style; its last layer was trained to ignore style and does not serve.
 
 Style alone takes "shy be matey the" for a pirate's. So a second regression on the same states tells texts
-from their own words in another order, and a text's score is the product: p(style) x p(words in order), or 0
-if the text does nothing but repeat itself.
+from their shuffled words. A text's score is the product p(style) x p(words in order), or 0 if the text does
+nothing but repeat itself.
 
-A score is a probability. It comes with the classifier's cross-validated AUC, in which all that is made of
-the two texts of a pair shares a fold. What licenses a classifier is `validation`, not that number.
+A score is a probability. The classifier's cross-validated AUC comes with it; everything made from the two
+texts of a pair shares a fold. `scoring.validation` decides whether a classifier may score, not that AUC.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
+from itertools import compress
 from pathlib import Path
+from typing import TypeVar
 
 import joblib
 import numpy as np
@@ -50,23 +52,27 @@ ENCODER_FILES = {
 ENCODER_LAYERS = (1, 2, 3, 4, 5)
 INVERSE_REGULARISATION = 0.005
 N_FOLDS = 5
-N_CUTS = 2  # parts of a labelled text, beside the whole
-# Of each kind of negative in training; all negatives together weigh as much as the positives.
+N_CUTS = 2  # parts that are cut from a labelled text, in addition to the whole text
+DEGENERATE_EVERY_NTH = 4  # of the whole texts, one in so many is also turned into a loop
+N_SALADS = 60
+# What each kind of negative weighs in training; all negatives together weigh as much as the positives.
 WEIGHTS = {
     "own negative": 0.5,
     "other positive": 0.5,
     "other negative": 0.1,
     "ordinary": 0.3,
-    "own broken": 0.05,
-    "other broken": 0.05,
+    "own degenerate": 0.05,
+    "other degenerate": 0.05,
 }
-IN_ORDER = -1.0  # log odds from which words count as in order; a register of its own is not disorder
-FALSE_POSITIVES = 0.01  # of held-out negatives that lie above the decision point
+IN_ORDER = -1.0  # log odds from which words count as in order; an unusual register is not disorder
+FALSE_POSITIVES = 0.01  # share of held-out negatives above the threshold
 AUC_WANTED = 0.95
-MIN_LABELLED = 10
-FILE = "classifiers.joblib"
+MIN_LABELLED = 10  # labelled texts on a side
+VERSION = 2  # must be raised when training or what is stored changes, so that no older file is read
+FILE = "trained.joblib"
 
 Encoder = Callable[[Sequence[str]], np.ndarray]
+Trained = TypeVar("Trained")
 
 
 @cache
@@ -96,12 +102,15 @@ def load_sentence_encoder() -> Encoder:
         means = [(states[layer] * weights).sum(1) / weights.sum(1) for layer in ENCODER_LAYERS]
         return list(torch.cat(means, dim=1).numpy())
 
-    def encode(texts: Sequence[str]) -> np.ndarray:
+    # The classifiers of all personas score the same texts one after the other.
+    @lru_cache(maxsize=1)
+    def features_of(texts: tuple[str, ...]) -> np.ndarray:
         lengths = [len(text) for text in texts]
-        rows = run_in_batches(lambda ids: encode_batch([texts[i] for i in ids]), lengths, 32, "encoding")
-        return np.stack(rows)
+        return np.stack(
+            run_in_batches(lambda ids: encode_batch([texts[i] for i in ids]), lengths, 32, "encoding")
+        )
 
-    return encode
+    return lambda texts: features_of(tuple(texts))
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,10 @@ class TraitClassifier:
 
     auc: cross-validated area under the ROC curve of whole labelled texts, folds grouped by pair.
     n_positive, n_negative: whole labelled texts.
-    threshold: probability from which a text is said to show the trait; held-out texts that do not lie
-        above it in one case of a hundred.
-    style, order: what tells the trait from other texts, and texts from their shuffled words (None where no
-        text has words to shuffle).
+    threshold: a text with a higher probability is said to show the trait; one in a hundred held-out
+        negatives has a higher one.
+    style, order: regressions that tell the trait from other texts, and texts from their shuffled words
+        (None where no text has words to shuffle).
     """
 
     persona: str
@@ -123,45 +132,31 @@ class TraitClassifier:
     threshold: float
     style: Pipeline = field(repr=False)
     order: Pipeline | None = field(repr=False)
-    encode: Encoder = field(repr=False)
+    encode: Encoder | None = field(repr=False)
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
         """Return each text's probability of the trait, None for an empty text."""
-        return score_texts([self], texts)[0]
-
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """Return (n,) probabilities of texts whose features, (n, d), are known."""
+        stripped = [text.strip() for text in texts]
+        unique = list(dict.fromkeys(filter(None, stripped)))
+        if not unique:
+            return [None] * len(texts)
+        features = self.encode(unique)
         probabilities = self.style.predict_proba(features)[:, 1]
         if self.order is not None:
             probabilities *= expit(self.order.decision_function(features) - IN_ORDER)
-        return probabilities
-
-
-def score_texts(classifiers: Sequence[TraitClassifier], texts: Sequence[str]) -> list[list[float | None]]:
-    """Return each classifier's scores of all texts; what shares an encoder reads them once."""
-    present = [index for index, text in enumerate(texts) if text.strip()]
-    unique = list(dict.fromkeys(texts[index].strip() for index in present))
-    place = {text: number for number, text in enumerate(unique)}
-    features: dict[Encoder, np.ndarray] = {}
-    by_classifier = []
-    for classifier in classifiers:
-        scores: list[float | None] = [None] * len(texts)
-        if present:
-            if classifier.encode not in features:
-                features[classifier.encode] = classifier.encode(unique)
-            probabilities = classifier.probabilities(features[classifier.encode])
-            probabilities[[has_collapsed(text) for text in unique]] = 0.0
-            for index in present:
-                scores[index] = float(probabilities[place[texts[index].strip()]])
-        by_classifier.append(scores)
-    return by_classifier
+        scores = {
+            text: 0.0 if has_collapsed(text) else float(probability)
+            for text, probability in zip(unique, probabilities, strict=True)
+        }
+        return [scores.get(text) for text in stripped]
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A text of the training pool. kind: positive, negative, ordinary or broken; persona: whose, if any.
+    """A text of the training pool.
 
-    group: what shares a fold. whole: a labelled text as it came.
+    kind: positive, negative, ordinary or degenerate. persona: the one it was written for, if any.
+    group: rows of a group share a fold. whole: whether it is a labelled text as it was given.
     """
 
     text: str
@@ -179,9 +174,9 @@ def train_trait_classifiers(
 ) -> dict[str, TraitClassifier]:
     """Train a classifier for each named persona that has labelled texts.
 
-    personas: everything whose labelled texts may serve as negatives, the named ones included.
+    personas: every persona whose labelled texts may serve as negatives, including the named ones.
     encode: texts -> (n, features); the packaged sentence encoder by default.
-    ordinary: texts that show no trait; by default those shipped, or none with another encoder.
+    ordinary: texts that show no trait; by default the packaged ones, or none with another encoder.
     Raises InputError: a named persona has labelled texts, but fewer than 10 on a side.
     """
     labelled = [persona for persona in personas if persona.labelled_positive]
@@ -193,66 +188,72 @@ def train_trait_classifiers(
         ordinary = load_prompts("ordinary_training") if encode is None else ()
     encode = encode or load_sentence_encoder()
     pool = _training_pool(labelled, ordinary)
-    shuffles = [shuffled(row.text, random.Random(row.text)) for row in pool]
-    pairs = [
-        (number, text)
-        for number, text in enumerate(shuffles)
-        if pool[number].kind != "broken" and can_be_corrupted(pool[number].text) and text != pool[number].text
+    shuffles = [(row, shuffled(row.text, random.Random(row.text))) for row in pool]
+    in_order = [
+        row.kind != "degenerate" and can_be_corrupted(row.text) and text != row.text for row, text in shuffles
     ]
-    features = encode([row.text for row in pool] + [text for _, text in pairs])
-    of_pool, of_shuffles = features[: len(pool)], features[len(pool) :]
-    order = _train_order(of_pool[[number for number, _ in pairs]], of_shuffles) if pairs else None
-    own = [pool[number] for number, _ in pairs]
-    pool += [_Row(text, "broken", row.persona, row.group) for row, (_, text) in zip(own, pairs, strict=True)]
+    shuffles = list(compress(shuffles, in_order))
+    features = encode([row.text for row in pool] + [text for _, text in shuffles])
+    order = _train_order(features[: len(pool)][in_order], features[len(pool) :]) if shuffles else None
+    pool += [replace(row, text=text, kind="degenerate", whole=False) for row, text in shuffles]
     return {persona.name: _train(persona.name, pool, features, order, encode) for persona in wanted}
 
 
 def _training_pool(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
-    """Return labelled and ordinary texts, parts of them, loops of their words, and words of all of them."""
+    """Return labelled and ordinary texts, cuts and loops of them, and random words from all of them."""
     generator = random.Random(0)
-    whole = [
+    pool = [
         _Row(text, "positive" if is_positive else "negative", name, group, True)
         for persona in labelled
         for text, name, is_positive, group in _labelled_rows(persona)
     ]
-    whole += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
-    pool = list(whole)
-    long = [row for row in whole if can_be_corrupted(row.text)]
-    for row in long:
-        pool += [replace(row, text=any_cut(row.text, generator), whole=False) for _ in range(N_CUTS)]
-    pool += [replace(row, text=loop(row.text, generator), kind="broken", whole=False) for row in long[::4]]
+    pool += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
+    long = [replace(row, whole=False) for row in pool if can_be_corrupted(row.text)]
+    pool += [replace(row, text=any_cut(row.text, generator)) for row in long for _ in range(N_CUTS)]
+    pool += [
+        replace(row, text=loop(row.text, generator), kind="degenerate")
+        for row in long[::DEGENERATE_EVERY_NTH]
+    ]
     if long:
         words = [word for row in long for word in row.text.split()]
-        pool += [_Row(word_salad(words, generator), "broken", None, f"salad/{n}") for n in range(60)]
+        salads = [word_salad(words, generator) for _ in range(N_SALADS)]
+        pool += [_Row(text, "degenerate", None, f"salad/{index}") for index, text in enumerate(salads)]
     return pool
 
 
+def _regression() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000))
+
+
 def _train_order(natural: np.ndarray, of_shuffles: np.ndarray) -> Pipeline:
-    """Return what tells texts from their shuffled words."""
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000))
-    return pipeline.fit(np.concatenate([natural, of_shuffles]), [1] * len(natural) + [0] * len(of_shuffles))
+    """Return the regression that tells texts from their shuffled words."""
+    labels = [1] * len(natural) + [0] * len(of_shuffles)
+    return _regression().fit(np.concatenate([natural, of_shuffles]), labels)
 
 
-def load_trait_classifiers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, TraitClassifier]:
-    """Return what `train_trait_classifiers` does, which takes a minute, trained once for the same texts.
+def load_scorers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, TraitClassifier]:
+    """Return what `train_trait_classifiers` does, trained once on this machine for the same texts (a minute).
 
-    All labelled personas are trained, so that runs of some of them share what is kept.
+    All labelled personas are trained together, so that runs of some of them share the stored classifiers.
     """
     personas = sorted(personas, key=lambda persona: persona.name)
     labelled = [persona.name for persona in personas if persona.labelled_positive]
-    cache_key = classifier_fingerprint(personas)
-
-    def build(folder: Path) -> None:
-        trained = train_trait_classifiers(labelled, personas)
-        joblib.dump([replace(classifier, encode=None) for classifier in trained.values()], folder / FILE)
-
     check_labelled([persona for persona in personas if persona.name in names])
     if not set(names) & set(labelled):
         return {}
-    trained = joblib.load(build_once(f"classifiers/{cache_key[:32]}", build) / FILE)
-    known = {classifier.persona: classifier for classifier in trained}
+
+    def train() -> dict[str, TraitClassifier]:
+        trained = train_trait_classifiers(labelled, personas)
+        return {name: replace(classifier, encode=None) for name, classifier in trained.items()}
+
+    known = trained_once(f"classifiers/{scorer_key(personas)[:32]}", train)
     encode = load_sentence_encoder()
     return {name: replace(known[name], encode=encode) for name in names if name in known}
+
+
+def trained_once(entry: str, train: Callable[[], Trained]) -> Trained:
+    """Return what `train` returns, from the cache if its entry exists."""
+    return joblib.load(build_once(entry, lambda folder: joblib.dump(train(), folder / FILE)) / FILE)
 
 
 def check_labelled(personas: Sequence[Persona]) -> None:
@@ -266,17 +267,22 @@ def check_labelled(personas: Sequence[Persona]) -> None:
             )
 
 
-def classifier_fingerprint(personas: Sequence[Persona]) -> str:
-    """Return what the classifiers made from these personas depend on, without training them."""
-    return _fingerprint(tuple(sorted(personas, key=lambda persona: persona.name)))
+def scorer_key(personas: Sequence[Persona]) -> str:
+    """Return what the classifiers depend on, without training them; the order of personas does not matter."""
+    return _key(tuple(sorted(personas, key=lambda persona: persona.name)))
 
 
 @lru_cache(maxsize=16)
-def _fingerprint(personas: tuple[Persona, ...]) -> str:
+def _key(personas: tuple[Persona, ...]) -> str:
     rows = [row for persona in personas for row in _labelled_rows(persona)]
     settings = [ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, WEIGHTS, N_CUTS, IN_ORDER]
-    settings.append(FALSE_POSITIVES)
+    settings += [FALSE_POSITIVES, VERSION, stored_form(TraitClassifier)]
     return fingerprint(rows, load_prompts("ordinary_training"), settings, sklearn.__version__)
+
+
+def stored_form(kind: type) -> list[str]:
+    """Return where a dataclass lives and its fields' names: a stored object needs the same to be read."""
+    return [kind.__module__, kind.__qualname__, *(each.name for each in fields(kind))]
 
 
 def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
@@ -294,7 +300,7 @@ def _train(
     name: str, pool: Sequence[_Row], features: np.ndarray, order: Pipeline | None, encode: Encoder
 ) -> TraitClassifier:
     labels = np.array([row.kind == "positive" and row.persona == name for row in pool])
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000))
+    pipeline = _regression()
     folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
     given = {"logisticregression__sample_weight": _weights(name, pool, labels)}
     groups = [row.group for row in pool]
@@ -302,7 +308,9 @@ def _train(
         pipeline, features, labels, groups=groups, cv=folds, method="predict_proba", params=given
     )[:, 1]
     whole = np.array([row.whole for row in pool])
-    others = held_out[[row.kind != "broken" and not label for row, label in zip(pool, labels, strict=True)]]
+    others = held_out[
+        [row.kind != "degenerate" and not label for row, label in zip(pool, labels, strict=True)]
+    ]
     return TraitClassifier(
         persona=name,
         auc=float(roc_auc_score(labels[whole], held_out[whole])),
@@ -338,21 +346,3 @@ def auc_notes(aucs: Mapping[str, float | None]) -> list[str]:
                 f"{name}: classifier AUC {auc:.3f} is below {AUC_WANTED}; its scores are weak evidence"
             )
     return notes
-
-
-def main() -> None:
-    """Check on made-up texts that a trait that shows is found, and that empty text has no score."""
-
-    def marks(texts: Sequence[str]) -> np.ndarray:
-        return np.array([[text.count("!"), len(text)] for text in texts], dtype=float)
-
-    loud, plain = (tuple(f"{number}{mark}" for number in range(40)) for mark in ("!", "."))
-    persona = Persona("loud", "", ("x",), ("y",), loud, plain)
-    classifier = train_trait_classifiers(["loud"], [persona], marks)["loud"]
-    assert classifier.auc > 0.95
-    assert classifier.score([""]) == [None]
-    print(f"trait_classifier OK: AUC {classifier.auc:.3f} where the trait shows")
-
-
-if __name__ == "__main__":
-    main()

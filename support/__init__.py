@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, journals, the package cache, sums over pairs, tiny models."""
+"""The foundations: errors, files, journals, the package cache, sums over pairs, tiny models."""

@@ -1,14 +1,16 @@
 """Write and read the files of a run so that a crash never leaves half of one.
 
-Every artifact carries a fingerprint: the sha256 of whatever made it (configuration
-slice, model, texts, versions). A file counts as present only when it can be read
-and its fingerprint is the expected one; the file's existence proves nothing.
+Every artifact carries a fingerprint, the sha256 of what it was made from (configuration slice, model, texts,
+versions). `support.run_folder` uses a file only if it can be read and has the expected fingerprint; that the
+file exists proves nothing.
 
-Tensor artifacts (`.pt`) are dictionaries that `torch.load(weights_only=True)` accepts; their archive
-holds a CRC of every part. JSON artifacts are objects with a `fingerprint` and a `checksum` key, the
-sha256 of everything else in them; those of earlier versions have none. Every write goes to a temporary
-file in the same folder, is flushed to disk, and replaces the old file in one step. A process that is
-killed leaves at most such a temporary file, `.<name>.<8 characters>`.
+Tensor artifacts (`.pt`) are dictionaries that `torch.load(weights_only=True)` accepts; their archive holds a
+CRC of every part. JSON artifacts are objects with the keys `fingerprint` and `checksum`, the sha256 of
+everything else in them: write `sealed(content)`, read with `load_sealed_json`. A JSON file without a
+fingerprint, as `config.json`, has no checksum; `load_json` reads both kinds.
+
+Every write goes to a temporary file in the same folder, is flushed to disk, and replaces the old file in one
+step. A process that is killed leaves at most such a temporary file, `.<name>.<8 characters>`.
 """
 
 import errno
@@ -21,7 +23,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,23 +31,23 @@ from typing import Any, BinaryIO
 import torch
 
 from support.errors import InputError
-from support.structure import check_structure
 
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "checksum"
 TEMPORARY = re.compile(r"\..+\.(json|jsonl|pt|png)\.[a-z0-9_]{8}")
 
-# What reading a damaged or foreign tensor file has been seen to raise.
-_DAMAGED = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    EOFError,
-    RuntimeError,
-    LookupError,
-    ValueError,
-    TypeError,
-)
+# Errors that reading a damaged or foreign tensor file has been seen to raise.
+_UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError)
+_UNREADABLE += (LookupError, ValueError, TypeError)
+
+
+class DamagedError(InputError):
+    """A file does not hold what was written to it. reason: how it shows."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); delete it or run with --fresh")
+        self.reason = reason
 
 
 def fingerprint(*parts: Any) -> str:
@@ -73,7 +75,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Give an OSError of the body that names no file, as a full disk's, the name of this one."""
+    """Add the file's name to an OSError of the body that names none; a full disk's does not."""
     try:
         yield
     except OSError as error:
@@ -84,9 +86,9 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that becomes `path` when the body ends, and vanishes if it raises.
+    """Open a temporary file that becomes `path` when the body ends, and is removed if the body raises.
 
-    An OSError names `path`: as its `filename2` if the temporary file could not take its place.
+    An OSError names `path`: as its `filename2` if the temporary file could not replace it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -103,7 +105,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files of killed runs from a folder to which nobody else is writing."""
+    """Remove the temporary files of killed runs; nobody else may be writing to the folder."""
     for path in folder.iterdir():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             logger.info("removing %s, which a killed run left", path)
@@ -135,13 +137,10 @@ def save_text(path: Path, text: str) -> None:
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON artifact with its checksum, which `load_json` checks and leaves out."""
-    return {**content, CHECKSUM: _checksum(json.loads(json.dumps(nan_to_none(content))))}
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    """Of an object as JSON gives it back; white space and the order of keys don't matter."""
-    return fingerprint({key: value for key, value in content.items() if key != CHECKSUM})
+    """Return the content of a JSON artifact with its checksum, which reading checks and leaves out."""
+    # As JSON gives it back, so that white space and tuples don't matter.
+    plain = json.loads(json.dumps(nan_to_none(content)))
+    return {**plain, CHECKSUM: fingerprint(plain)}
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -150,33 +149,47 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # torch ends its archive also after a write that failed, and complains of that instead.
+            # After a failed write, torch still closes its archive and reports that error instead.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, without its checksum.
+    """Read a JSON object that may have no checksum; one that it has is checked and left out.
 
-    Raises InputError if the file is damaged or its checksum, if it has one, is that of other content;
-    FileNotFoundError if it is absent.
+    Raises DamagedError: no JSON object, or a wrong checksum; FileNotFoundError: no file.
     """
+    content = _read_object(path)
+    return _unsealed(content, path) if CHECKSUM in content else content
+
+
+def load_sealed_json(path: Path) -> dict[str, Any]:
+    """Read a JSON artifact. Raises what `load_json` raises, and DamagedError if there is no checksum."""
+    return _unsealed(_read_object(path), path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number or nesting without end
-        raise InputError(f"{path} is damaged ({error}); delete it or run with --fresh") from error
+        raise DamagedError(path, str(error)) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected a JSON object; delete it")
-    if CHECKSUM in content and content.pop(CHECKSUM) != _checksum(content):
-        raise InputError(f"{path} is damaged (wrong checksum); delete it or run with --fresh")
+        raise DamagedError(path, f"it holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    checksum = content.pop(CHECKSUM, None)
+    if checksum != fingerprint(content):
+        raise DamagedError(path, "no checksum" if checksum is None else "wrong checksum")
     return content
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
     """Read a `.pt` dictionary without running pickled code.
 
-    Raises InputError if the file is damaged or not a dictionary, FileNotFoundError if absent.
+    Raises DamagedError: damage, or no dictionary; FileNotFoundError: no file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -184,41 +197,17 @@ def load_tensors(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        reason = str(error).split("\n")[0][:120]
-        raise InputError(f"{path} is damaged ({reason}); delete it or run with --fresh") from error
+    except _UNREADABLE as error:
+        raise DamagedError(path, str(error).split("\n")[0][:120]) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected a dictionary; delete it")
-    return content
-
-
-def load_if_current(
-    load: Callable[[Path], dict[str, Any]], path: Path, expected: str, structure: Any = None
-) -> dict[str, Any] | None:
-    """Return the artifact when it is readable, bears the expected fingerprint and has the structure.
-
-    structure: as `check_structure` takes it; None checks none. Else returns None, and says why in the log.
-    Raises OSError for a file that is there and cannot be read.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = load(path)
-        if content.get("fingerprint") != expected:
-            logger.info("%s was made from other inputs; making it again", path.name)
-            return None
-        if structure is not None:
-            check_structure(content, structure, str(path))
-    except InputError as error:
-        logger.warning("%s; making it again", error)
-        return None
+        raise DamagedError(path, f"it holds a {type(content).__name__}, expected a dictionary")
     return content
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError unless the folder, or the nearest one above that exists, accepts a file.
+    """Raise InputError unless the folder, or the nearest existing one above it, accepts a file.
 
-    Creates nothing, so that a run that is refused later leaves no trace.
+    Creates nothing, so that a run that is rejected later leaves no trace.
     """
     try:
         if b"\0" in os.fsencode(path):
@@ -233,21 +222,3 @@ def check_writable(path: Path) -> None:
         raise InputError(
             f"output_dir {str(path)!r} cannot be written ({reason}); choose another with --output-dir"
         ) from error
-
-
-def main() -> None:
-    """Check that a round trip keeps tensors, and that other inputs and damage are noticed."""
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        path, vector = Path(folder) / "check.pt", torch.arange(5, dtype=torch.float64)
-        save_tensors(path, {"fingerprint": "ours", "vector": vector})
-        assert torch.equal(load_if_current(load_tensors, path, "ours")["vector"], vector)
-        assert load_if_current(load_tensors, path, "other") is None
-        path.write_bytes(path.read_bytes()[:200])
-        assert load_if_current(load_tensors, path, "ours") is None
-    print("artifacts OK: a round trip keeps tensors, a cut file is not current")
-
-
-if __name__ == "__main__":
-    main()

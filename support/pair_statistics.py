@@ -1,41 +1,38 @@
-"""Sufficient statistics of paired activations, by fold of documents (phase 2).
+"""Sum up paired activations, by fold of documents (phase 2).
 
-A ridge regression and its held-out error depend on the pairs only through counts, means
-and products of centred activations. They are summed in float64 around a pilot mean, so
-memory does not grow with the number of pairs and a mean far from zero costs no precision.
-Sums of disjoint pairs add up: `merge` joins the work of several workers or of several runs.
+A ridge regression and its held-out error depend on the pairs only through counts, means and products of
+centred activations. These are summed in float64 around a pilot mean, so memory does not grow with the
+number of pairs and a mean far from zero costs no precision. Sums of disjoint pairs add up: `merge` joins
+those of several workers.
 
-Beside the sums a uniform random sample of the pairs is kept, for what sums cannot tell.
+Beside the sums, a uniform random sample of the pairs is kept for the measures that sums cannot give.
 """
 
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from support.artifacts import load_tensors, save_tensors
 from support.errors import InputError
 
-DEFAULT_SAMPLE = 5000
-CHUNK = 4096
-DEAL_BLOCK = 1024
+DEFAULT_SAMPLE = 5000  # pairs, enough for retrieval among thousands and for the norms of activations
+CHUNK = 4096  # pairs that are summed at once, so that the float64 copy of a large batch stays small
+DEAL_BLOCK = 1024  # rounds of folds for which random numbers are drawn at once
 _ARGUMENTS = ("d_source", "d_target", "n_folds", "seed", "fold_of", "n_sample")
-_SUMS = ("n", "sums", "products", "pilot", "n_ungrouped")
+_STATE = ("n", "sums", "products", "pilot", "n_ungrouped", "_entropy", "_n_drawn")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Products of centred activations over some pairs, float64.
+    """Products of centred activations over n pairs, float64.
 
-    n: pairs. source_mean (d_source,), target_mean (d_target,): what they are centred on.
-    gram: (d_source, d_source), X'X. cross: (d_source, d_target), X'Y.
-    target_gram: (d_target, d_target), Y'Y.
+    source_mean (d_source,), target_mean (d_target,): what the activations are centred on.
+    gram: (d_source, d_source), X'X. cross: (d_source, d_target), X'Y. target_gram: (d_target, d_target), Y'Y.
     """
 
     n: int
@@ -50,26 +47,27 @@ class Moments:
 class PairSample:
     """Pairs drawn uniformly from all that were added, in the order in which they came.
 
-    H_source (n, d_source), H_target (n, d_target) float32. folds (n,) int64.
-    rows (n,) int64: the pair's number, from 0, in the order of `add`.
+    H_source (n, d_source), H_target (n, d_target) float32. folds (n,) int64. rows (n,) int64: the pair's
+    number, from 0, in the order of `add`. priorities (n,) float64: the random numbers of these pairs; the
+    lowest are kept.
     """
 
     H_source: Tensor
     H_target: Tensor
     folds: Tensor
     rows: Tensor
+    priorities: Tensor
 
 
 class PairStatistics:
     """Sums over pairs of one source layer and one target layer.
 
     n_folds: folds for cross-validation; a document is in one of them.
-    fold_of: document -> fold. Documents that it lacks go to the fold with the fewest pairs
-        when they first appear. Workers whose sums are to be merged need the same table, or
-        documents of their own.
-    n_sample: pairs kept as they are.
-    stream: names the random numbers that draw them; parts that are to be merged need names of their
-        own. Without one, the first pair's values are the name.
+    fold_of: document -> fold. A document that it lacks goes to the fold with the fewest pairs when it first
+        appears. Workers whose sums are to be merged need the same table, or documents of their own.
+    n_sample: pairs that are kept as they are.
+    stream: names the random numbers that draw them; parts that are to be merged need different names. Without
+        one, the first pair's values are the name.
     Memory: n_folds * (d_source + d_target)^2 * 8 bytes at most, and the sample.
     """
 
@@ -107,15 +105,9 @@ class PairStatistics:
         self.products = torch.zeros(n_folds, width, width, dtype=torch.float64)
         self._buffers: Tensor | None = None
         self._worst_kept = torch.inf if n_sample else 0.0
-        self._pending = [
-            {
-                "H_source": torch.empty(0, d_source),
-                "H_target": torch.empty(0, d_target),
-                "folds": torch.empty(0, dtype=torch.int64),
-                "rows": torch.empty(0, dtype=torch.int64),
-                "priorities": torch.empty(0, dtype=torch.float64),
-            }
-        ]
+        empty = torch.empty(0, d_source), torch.empty(0, d_target)
+        integers = torch.empty(0, dtype=torch.int64)
+        self._pending = [PairSample(*empty, integers, integers, torch.empty(0, dtype=torch.float64))]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: everything but working memory."""
@@ -155,7 +147,7 @@ class PairStatistics:
             return self
         if self.pilot is None:
             self.pilot = torch.cat([_double(H_source).mean(0), _double(H_target).mean(0)])
-        if not self._entropy:  # of this accumulation alone, so that workers' samples are independent
+        if not self._entropy:  # differs between accumulations, so that workers' samples are independent
             self._entropy = [self.seed, zlib.crc32(_double(H_source[0]).numpy().tobytes())]
         folds = self._assign(len(H_source), labels, folds)
         self._keep_sample(H_source, H_target, folds)
@@ -189,8 +181,7 @@ class PairStatistics:
             return self
         if self.pilot is None:
             self.pilot = other.pilot.clone()
-        theirs = dict(other._settle_sample())
-        self._pending.append({**theirs, "rows": theirs["rows"] + self.n_pairs})
+        self._pending.append(replace(other.sample, rows=other.sample.rows + self.n_pairs))
         self._settle_sample()
         shift = other.pilot - self.pilot
         for fold, n in enumerate(other.n.tolist()):
@@ -217,58 +208,39 @@ class PairStatistics:
 
     def split(self, fold: int) -> tuple[Moments, Moments]:
         """Return the moments of all other folds and of this one, both centred on the mean of the others."""
-        self.check_folds()
-        train = self._moments([other for other in range(self.n_folds) if other != fold])
-        return train, self._moments([fold], (train.source_mean, train.target_mean))
-
-    def check_folds(self) -> None:
-        """Raise InputError unless every fold has pairs."""
         if not self.n.all():
             raise InputError(
                 f"{self.n_folds} folds over {self.n_groups} groups: the folds have {self.n.tolist()} pairs; "
                 "need at least as many groups as folds; lower n_folds or give more documents"
             )
+        train = self._moments([other for other in range(self.n_folds) if other != fold])
+        return train, self._moments([fold], (train.source_mean, train.target_mean))
 
     @property
     def sample(self) -> PairSample:
         """At most `n_sample` of the pairs, drawn uniformly; the same whatever the sizes of the batches."""
-        kept = {name: values for name, values in self._settle_sample().items() if name != "priorities"}
-        return PairSample(**kept)
-
-    def save(self, path: str | Path, fingerprint: str = "") -> None:
-        """Write everything to a `.pt` file in one step."""
-        save_tensors(Path(path), {"fingerprint": fingerprint, **self.content()})
+        return self._settle_sample()
 
     def content(self) -> dict[str, Any]:
-        """Return everything as tensors, numbers and lists."""
-        state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_SUMS, "_entropy", "_n_drawn")}
-        return {**state, "groups": sorted(self.groups, key=str), "sample": dict(self._settle_sample())}
+        """Return everything as tensors, numbers and lists, for `from_content`."""
+        state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_STATE)}
+        return {**state, "groups": sorted(self.groups, key=str), "sample": dict(vars(self.sample))}
 
     @classmethod
-    def load(cls, path: str | Path) -> "PairStatistics":
-        """Read what `save` wrote. Raises InputError if the file is damaged or something else."""
-        return cls.from_content(load_tensors(Path(path)), str(path))
-
-    @classmethod
-    def from_content(cls, content: Mapping[str, Any], name: str = "content") -> "PairStatistics":
+    def from_content(cls, content: Mapping[str, Any]) -> "PairStatistics":
         """Make an accumulation from what `content` returned; `add` may go on."""
-        try:
-            statistics = cls(**{key: content[key] for key in _ARGUMENTS})
-            for key in (*_SUMS, "_entropy", "_n_drawn"):
-                setattr(statistics, key, content[key])
-            statistics.groups = set(content["groups"])
-            statistics._pending = [dict(content["sample"])]
-            statistics._settle_sample()
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{name} does not hold pair statistics ({error})") from error
+        statistics = cls(**{key: content[key] for key in _ARGUMENTS})
+        for key in _STATE:
+            setattr(statistics, key, content[key])
+        statistics.groups = set(content["groups"])
+        statistics._pending = [PairSample(**content["sample"])]
+        statistics._settle_sample()
         return statistics
 
     def check_pairs(self, H_source: Tensor, H_target: Tensor, labels: list[Hashable] | None = None) -> None:
-        """Raise InputError for pairs that `add` refuses."""
-        for name, values, width in (
-            ("H_source", H_source, self.d_source),
-            ("H_target", H_target, self.d_target),
-        ):
+        """Raise InputError for pairs that `add` rejects."""
+        both = ("H_source", H_source, self.d_source), ("H_target", H_target, self.d_target)
+        for name, values, width in both:
             if values.ndim != 2 or values.shape[1] != width:
                 raise InputError(f"{name} has shape {tuple(values.shape)}, expected (n, {width})")
         if len(H_source) != len(H_target):
@@ -276,14 +248,14 @@ class PairStatistics:
                 f"H_source has {len(H_source)} rows and H_target {len(H_target)}; they must be "
                 "matrices with one row for each pair"
             )
-        for name, values in (("H_source", H_source), ("H_target", H_target)):
+        for name, values, _ in both:
             if values.sum().isfinite():  # a cheap look first
                 continue
-            broken = (~values.isfinite()).any(1).nonzero().flatten().tolist()
-            if broken:
-                where = f", of text {labels[broken[0]]!r}" if labels else ""
+            bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
+            if bad:
+                where = f", of text {labels[bad[0]]!r}" if labels else ""
                 raise InputError(
-                    f"{name} has {len(broken)} rows that are not finite, first row {broken[0]}{where}; "
+                    f"{name} has {len(bad)} rows that are not finite, first row {bad[0]}{where}; "
                     "load the model in bfloat16 or float32, or leave the text out"
                 )
 
@@ -309,7 +281,7 @@ class PairStatistics:
         return torch.tensor(assigned)
 
     def _deal(self, start: int, n: int) -> Tensor:
-        """Deal pairs out: of every n_folds successive ones each fold gets one, from a random fold on."""
+        """Return the folds of pairs without documents: of n_folds successive pairs each fold gets one."""
         turn, offset = np.divmod(np.arange(start, start + n), self.n_folds)
         block, within = np.divmod(turn, DEAL_BLOCK)
         dealt = [
@@ -336,33 +308,34 @@ class PairStatistics:
             _add_products(self.products[fold], chosen)
 
     def _keep_sample(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
-        """Keep the pairs with the smallest random numbers, one of which each pair draws in its turn."""
+        """Draw a random number for each pair, and keep the pairs with the smallest numbers."""
         random = np.random.Generator(np.random.PCG64(self._entropy).advance(self._n_drawn))
         priorities = torch.from_numpy(random.random(len(folds)))
         self._n_drawn += len(folds)
         chosen = (priorities < self._worst_kept).nonzero().flatten()
         self._pending.append(
-            {
-                "H_source": H_source.detach()[chosen.to(H_source.device)].float().cpu(),
-                "H_target": H_target.detach()[chosen.to(H_target.device)].float().cpu(),
-                "folds": folds[chosen],
-                "rows": chosen + self.n_pairs,
-                "priorities": priorities[chosen],
-            }
+            PairSample(
+                H_source.detach()[chosen.to(H_source.device)].float().cpu(),
+                H_target.detach()[chosen.to(H_target.device)].float().cpu(),
+                folds[chosen],
+                chosen + self.n_pairs,
+                priorities[chosen],
+            )
         )
-        if sum(len(piece["rows"]) for piece in self._pending) > 2 * self.n_sample:
+        if sum(len(piece.rows) for piece in self._pending) > 2 * self.n_sample:
             self._settle_sample()
 
-    def _settle_sample(self) -> dict[str, Tensor]:
+    def _settle_sample(self) -> PairSample:
         """Return the sample so far, and keep nothing else of what is pending."""
         if len(self._pending) > 1:
-            joined = {name: torch.cat([piece[name] for piece in self._pending]) for name in self._pending[0]}
+            pieces = [vars(piece) for piece in self._pending]
+            joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
             kept = joined["priorities"].argsort(stable=True)[: self.n_sample].sort().values
-            self._pending = [{name: values[kept] for name, values in joined.items()}]
-        priorities = self._pending[0]["priorities"]
-        if len(priorities) == self.n_sample:
-            self._worst_kept = priorities.max().item() if self.n_sample else 0.0
-        return self._pending[0]
+            self._pending = [PairSample(**{name: values[kept] for name, values in joined.items()})]
+        (sample,) = self._pending
+        if len(sample.rows) == self.n_sample:
+            self._worst_kept = sample.priorities.max().item() if self.n_sample else 0.0
+        return sample
 
     def _moments(self, folds: list[int], centre: tuple[Tensor, Tensor] | None = None) -> Moments:
         """Return the moments of some folds around `centre`, or around their own mean."""
@@ -373,7 +346,7 @@ class PairStatistics:
         for fold in folds[1:]:
             products += self.products[fold]
         _shift(products, n, sums, self.pilot - middle)
-        # Only the part on and below the diagonal is kept up to date.
+        # The sums are kept on and below the diagonal only.
         products.tril_().add_(products.tril(-1).T)
         d = self.d_source
         return Moments(
@@ -389,7 +362,7 @@ class PairStatistics:
 def _add_products(products: Tensor, rows: Tensor, n_strips: int = 4) -> None:
     """Add rows' @ rows to `products`, (d, d), on and below the diagonal.
 
-    Strips that end at the diagonal spare most of the other half; torch has no rank-k update.
+    Strips that end at the diagonal save most of the other half; torch has no rank-k update.
     """
     bounds = [len(products) * strip // n_strips for strip in range(n_strips + 1)]
     for start, end in pairwise(bounds):
@@ -397,7 +370,7 @@ def _add_products(products: Tensor, rows: Tensor, n_strips: int = 4) -> None:
 
 
 def _shift(products: Tensor, n: int, sums: Tensor, shift: Tensor) -> None:
-    """Turn the sum of x x' over n rows, whose sum is given, into that of (x + shift)(x + shift)'."""
+    """Turn the sum of xx' over n rows x into that of (x + shift)(x + shift)'; sums: the sum of x."""
     products.addr_(sums, shift).addr_(shift, sums).addr_(shift, shift, alpha=n)
 
 
@@ -406,27 +379,12 @@ def _double(values: Tensor) -> Tensor:
 
 
 def group_labels(groups: Sequence[Hashable] | Tensor | np.ndarray | None, n: int) -> list[Hashable] | None:
+    """Return the documents of n rows as plain values, or None. Raises InputError unless there are n."""
     if groups is None:
         return None
     if len(groups) != n:
         raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
-    # The elements of a tensor are all different as dictionary keys, and those of an array cannot be saved.
+    # As dictionary keys, two elements of a tensor always differ; elements of an array cannot be saved.
     if isinstance(groups, Tensor | np.ndarray):
         return groups.tolist()
     return [group.item() if isinstance(group, np.generic) else group for group in groups]
-
-
-def main() -> None:
-    """Check that sums in two parts, merged, equal the products of all centred pairs."""
-    H_source = torch.randn(600, 6, dtype=torch.float64) + 100
-    H_target = torch.randn(600, 4, dtype=torch.float64)
-    parts = [PairStatistics(6, 4, fold_of={0: 0, 1: 1}) for _ in range(2)]
-    for part, rows in zip(parts, (slice(0, 350), slice(350, 600)), strict=True):
-        part.add(H_source[rows], H_target[rows], [row % 2 for row in range(600)[rows]])
-    total = parts[0].merge(parts[1]).total()
-    assert torch.allclose(total.cross, (H_source - H_source.mean(0)).T @ H_target, rtol=0, atol=1e-9)
-    print(f"pair_statistics OK: {parts[0].n_pairs} pairs, folds {parts[0].n.tolist()}")
-
-
-if __name__ == "__main__":
-    main()

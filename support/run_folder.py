@@ -1,10 +1,11 @@
-"""The files of one run: which of them are current, and which are required.
+"""The files of one run: which of them are current, and which a later phase requires.
 
-A file counts as current only if its fingerprint is that of the inputs (see `support.artifacts`). In a
-fresh run nothing that lies there is current, but what a later phase requires may be read.
+An artifact is current only if it is whole and has the expected fingerprint (see `support.artifacts`). In a
+fresh run no artifact of an earlier run is current, but a later phase may load what an earlier phase has
+just saved.
 
-One object at a time writes to a folder. It holds `.run.lock`, which the system takes back from a process
-that is killed, and says in `.run_owner.json` who it is.
+One object at a time writes to a folder. It holds `.run.lock`, which the system releases when its process
+ends in whatever way, and names itself in `.run_owner.json`.
 """
 
 import logging
@@ -19,8 +20,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from support.artifacts import (
-    load_if_current,
+    DamagedError,
     load_json,
+    load_sealed_json,
     load_tensors,
     remove_temporaries,
     save_json,
@@ -30,14 +32,17 @@ from support.artifacts import (
 from support.errors import InputError
 from support.journal import Journal
 
+logger = logging.getLogger(__name__)
+
 LOCK, OWNER = ".run.lock", ".run_owner.json"
+MISSING = "missing"
 
 
 class RunFolder:
     """An output directory, for the length of one run.
 
-    fresh: artifacts of earlier runs are not current, and a journal starts empty when first opened.
-    The first write locks the folder, until `close`.
+    fresh: artifacts of earlier runs are not current, and a journal starts empty when it is first opened.
+    notes: what the end of the run reports. The first write locks the folder, until `close`.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
@@ -45,14 +50,14 @@ class RunFolder:
         self.fresh = fresh
         self.notes: list[str] = []
         self._opened: set[str] = set()
-        # Not per thread, so that any thread may close the folder.
+        # The lock is not bound to a thread, so that any thread may close the folder.
         self._lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)
 
     def lock(self) -> None:
         """Make the folder, and keep others from writing to it until `close`; a second call does nothing.
 
-        Removes the temporary files that killed runs have left.
-        Raises InputError, which says who, if another process or another object here is writing to it.
+        Removes the temporary files of killed runs.
+        Raises InputError, which names the owner, if another process or object is writing to the folder.
         """
         if self._lock.is_locked:
             return
@@ -67,12 +72,17 @@ class RunFolder:
         try:
             remove_temporaries(self.path)
             since = datetime.now().astimezone().isoformat(timespec="seconds")
-            save_json(
-                self.path / OWNER, {"host": socket.gethostname(), "process": os.getpid(), "since": since}
-            )
+            owner = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+            save_json(self.path / OWNER, owner)
         except BaseException:
             self._lock.release()
             raise
+
+    def close(self) -> None:
+        """Let others write to the folder; a second call does nothing."""
+        if self._lock.is_locked:
+            (self.path / OWNER).unlink(missing_ok=True)
+            self._lock.release()
 
     @contextmanager
     def logged(self) -> Iterator[None]:
@@ -80,7 +90,8 @@ class RunFolder:
         self.lock()
         handler = logging.FileHandler(self.path / "experiment.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        # A full disk is reported once, by what fails next, not in a traceback for each line of the log.
+        # The write that fails next reports a full disk once; a traceback for each line of the log would not
+        # help.
         handler.handleError = lambda record: None
         root = logging.getLogger()
         level = root.level
@@ -94,52 +105,55 @@ class RunFolder:
             with suppress(OSError):
                 handler.close()
 
-    def close(self) -> None:
-        """Let others write to the folder; a second call does nothing."""
-        if self._lock.is_locked:
-            (self.path / OWNER).unlink(missing_ok=True)
-            self._lock.release()
+    def current(self, name: str, key: str) -> dict[str, Any] | None:
+        """Return the content of an artifact (`.json` or `.pt`) with this key, None if it must be made."""
+        return None if self.fresh else self.load(name, key)
 
-    def current(self, name: str, cache_key: str, structure: Any = None) -> dict[str, Any] | None:
-        """Return what an artifact (`.json` or `.pt`) holds if it was made from these inputs, else None.
-
-        structure: what its reader relies on, see `support.structure`; another one is not current.
-        """
-        return None if self.fresh else self.left(name, cache_key, structure)
-
-    def left(self, name: str, cache_key: str, structure: Any = None) -> dict[str, Any] | None:
-        """Return the same, also in a fresh run: for what an earlier phase of the run has just made."""
-        load = load_tensors if name.endswith(".pt") else load_json
-        return load_if_current(load, self.path / name, cache_key, structure)
-
-    def required(self, name: str, cache_key: str, phase: int, structure: Any = None) -> dict[str, Any]:
-        """Return what an earlier phase left. Raises InputError that names the phase to run first."""
-        content = self.left(name, cache_key, structure)
-        if content is None:
-            raise InputError(
-                f"{self.path / name} is missing, incomplete or made from another configuration; "
-                f"run phase {phase} first"
-            )
+    def load(self, name: str, key: str) -> dict[str, Any] | None:
+        """Return the same also in a fresh run, for what an earlier phase of the run has just saved."""
+        content, problem = self._read(name, key)
+        if problem not in (None, MISSING):
+            logger.info("%s is %s; recomputing", self.path / name, problem)
         return content
 
-    def save(self, name: str, cache_key: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Write an artifact in one step; returns the content with its fingerprint."""
+    def require(self, name: str, key: str, phase: int) -> dict[str, Any]:
+        """Return what an earlier phase saved. Raises InputError that says why not, and which phase to run."""
+        content, problem = self._read(name, key)
+        if content is None:
+            raise InputError(f"{self.path / name} is {problem}; run phase {phase} first")
+        return content
+
+    def _read(self, name: str, key: str) -> tuple[dict[str, Any] | None, str | None]:
+        """Return an artifact's content, or None and what keeps it from being used."""
+        read = load_tensors if name.endswith(".pt") else load_sealed_json
+        try:
+            content = read(self.path / name)
+        except FileNotFoundError:
+            return None, MISSING
+        except DamagedError as error:
+            return None, f"damaged ({error.reason})"
+        if content.get("fingerprint") != key:
+            return None, "stale (made from another configuration)"
+        return content, None
+
+    def save(self, name: str, key: str, content: dict[str, Any]) -> dict[str, Any]:
+        """Write an artifact in one step; returns the content with its fingerprint, which is the key."""
         self.lock()
-        content = {"fingerprint": cache_key, **content}
+        content = {"fingerprint": key, **content}
         if name.endswith(".pt"):
             save_tensors(self.path / name, content)
         else:
             save_json(self.path / name, sealed(content))
         return content
 
-    def journal(self, name: str, cache_key: str) -> Journal:
-        """Open `<name>_journal.jsonl`; rows in it are keyed by what they were made from."""
+    def journal(self, name: str) -> Journal:
+        """Open `<name>_journal.jsonl`; a row's key holds everything that the row depends on."""
         self.lock()
         path = self.path / f"{name}_journal.jsonl"
-        journal = Journal(path, cache_key, self.fresh and name not in self._opened)
+        journal = Journal(path, self.fresh and name not in self._opened)
         self._opened.add(name)
         if journal.n_damaged:
-            self.notes.append(f"{journal.n_damaged} lines of {path} were damaged; their rows are made again")
+            self.notes.append(f"{journal.n_damaged} lines of {path} were damaged; their rows are recomputed")
         return journal
 
 
@@ -151,22 +165,5 @@ def _owner(path: Path) -> str:
         here = (process, host) == (os.getpid(), socket.gethostname())
         who = "this process, through another object (close it)" if here else f"process {process} on {host}"
         return f"{who} since {owner['since']}"
-    except (OSError, InputError, KeyError):  # it has just ended, or has not got that far
+    except (OSError, InputError, KeyError):  # the owner has just ended, or has not written its file yet
         return "another process"
-
-
-def main() -> None:
-    """Check that a fresh run reads what it has just made, and nothing older as current."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as path:
-        folder, fresh = RunFolder(Path(path)), RunFolder(Path(path), fresh=True)
-        folder.save("check.json", "inputs", {"n": 3})
-        assert folder.current("check.json", "inputs") == {"fingerprint": "inputs", "n": 3}
-        assert folder.current("check.json", "others") is None is fresh.current("check.json", "inputs")
-        assert fresh.required("check.json", "inputs", 2)["n"] == 3
-    print("run_folder OK: fingerprints decide what is current")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from support.errors import InputError, shown
 def local_path(name: str) -> Path:
     """Return a path as the file system takes it, `~` and `~user` expanded; it need not exist.
 
-    Raises InputError: a NUL, a user that is not known here, a name that is too long, or a folder on the
-    way that may not be read.
+    Raises InputError: a NUL, an unknown user, a name that is too long, or a folder above it that may not be
+    read.
     """
     try:
         path = Path(name).expanduser()
@@ -24,9 +24,10 @@ def local_path(name: str) -> Path:
 
 
 def check_characters(text: str, name: str = "the text") -> str:
-    """Return a text that can be written to a file and read by any tokenizer; name: what errors call it.
+    """Return the text if a file can hold it and any tokenizer can read it; name: what errors call it.
 
-    Raises InputError: a NUL, or half of a surrogate pair, which text cut in the middle of an emoji has.
+    Raises InputError: a NUL, or half of a surrogate pair, as in a text that was cut in the middle of an
+    emoji.
     """
     found = re.search("[\0\ud800-\udfff]", text)
     if found is None:
@@ -46,7 +47,7 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: NUL in a path
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(path)!r} cannot be read ({reason})") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -63,10 +64,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Return what a JSON text holds; name: what errors call it.
+    """Return the content of a JSON text; name: what errors call it.
 
-    Raises InputError: no JSON, numbers of thousands of digits, hundreds of brackets in each other, or a key
-    that an object has twice, of which JSON would keep the last.
+    Raises InputError: no JSON, a number of thousands of digits, hundreds of nested brackets, or a key that
+    stands twice in an object, where JSON would keep the last.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -89,18 +90,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in content if keys.count(key) > 1)
         raise InputError(f"has the key {shown(twice)} twice in one object; remove or rename one")
     return content
-
-
-def main() -> None:
-    """Check that a byte-order mark is left out and that another encoding is named."""
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "check.json"
-        path.write_text('{"text": "é"}', encoding="utf-8-sig")
-        assert parse_json(read_text(path), "check") == {"text": "é"}
-    print("text_files OK: a byte-order mark is no part of the text")
-
-
-if __name__ == "__main__":
-    main()

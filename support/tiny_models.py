@@ -1,6 +1,6 @@
 """Randomly initialised causal language models of a few thousand weights.
 
-They make exactness checks fast and offline: the self-checks of the modules and the
+They make exactness checks fast and offline: the self-checks of the components and the
 tests use them. The tokenizer has one token for each byte, so any text works.
 """
 
@@ -95,20 +95,3 @@ def tiny_tokenizer(with_pad: bool = True) -> PreTrainedTokenizerFast:
     if with_pad:
         names["pad_token"] = "<pad>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **names)
-
-
-def main() -> None:
-    """Check that the tokenizer is lossless and that every architecture runs and is causal."""
-    tokenizer, text = tiny_tokenizer(), "Naïve café, 100 %"
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-    tokens = torch.tensor([[256, 1, 2, 3], [256, 1, 2, 9]])
-    for architecture in ARCHITECTURES:
-        with torch.inference_mode():
-            logits = tiny_model(architecture)(tokens).logits
-        assert torch.allclose(logits[0, :3], logits[1, :3], atol=1e-5), architecture
-        assert not torch.allclose(logits[0, 3], logits[1, 3], atol=1e-3), architecture
-    print(f"tiny_models OK: {len(ARCHITECTURES)} architectures run and are causal")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
-"""Read and write steering vectors in the files that other tools use (phase 3, `export_vectors.py`).
+"""Read and write steering vectors in the file formats of other tools (phase 3 and `tools/`).
 
-Formats: `.gguf`, a control vector as llama.cpp and repeng have it, whose `direction.N` is added to the
-output of decoder block N, counted from 0 (measured: it acts where our `layer_idx` N is read); `.safetensors`
-and `.pt` of ours, with the same names and what is known of the vector; `.pt` of persona_vectors (arXiv
-2507.21509), (layers, d), whose first row is the embedding's; and `.npy`, (d,) or (layers, d).
+`.gguf`: a control vector of llama.cpp and repeng, whose `direction.N` is added to the output of decoder block
+N, counted from 0 (measured: it acts at our `layer_idx` N). `.safetensors` and `.pt` of this project: the same
+names, with metadata. `.pt` of persona_vectors (arXiv 2507.21509): (layers, d), whose first row is the
+embedding's. `.npy`: (d,) or (layers, d).
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -30,11 +30,10 @@ PREFIX = "direction."
 
 @dataclass(frozen=True)
 class VectorFile:
-    """What a file of vectors holds.
+    """Hold the vectors of a file.
 
-    by_layer: layer_idx -> (d,) float32. anywhere: a vector that names no layer, or None. rows: (layers, d),
-    whose layers depend on the model's number of blocks, or None. model_hint: the architecture it is for, or
-    "".
+    by_layer: layer_idx -> (d,) float32. anywhere: a vector without a layer, or None. rows: (layers, d), whose
+    layers depend on the model's number of blocks, or None. model_hint: the model's architecture, or "".
     """
 
     path: Path
@@ -44,24 +43,24 @@ class VectorFile:
     model_hint: str = ""
 
     @property
-    def width(self) -> int:
-        """d of the vectors."""
-        every = [*self.by_layer.values(), self.anywhere, self.rows]
-        return next(each.shape[-1] for each in every if each is not None)
+    def tensors(self) -> list[Tensor]:
+        """Everything that the file holds."""
+        return [each for each in (*self.by_layer.values(), self.anywhere, self.rows) if each is not None]
 
     def at(self, layer_idx: int, n_blocks: int, d_model: int, model_type: str = "") -> Tensor:
         """Return the vector for a block of a model, (d_model,) float32.
 
-        Raises InputError: another width, architecture or number of layers, or none for that layer.
+        Raises InputError: another width, architecture or number of layers, or no vector for that layer.
         """
+        width = self.tensors[0].shape[-1]
         if self.model_hint and model_type and self.model_hint != model_type:
             raise InputError(
                 f"{self.path} is for a model of type {self.model_hint!r}, this one is {model_type!r}; give "
                 "vectors of this model"
             )
-        if self.width != d_model:
+        if width != d_model:
             raise InputError(
-                f"{self.path} holds vectors of width {self.width}, the model's is {d_model}; give vectors of "
+                f"{self.path} holds vectors of width {width}, the model's is {d_model}; give vectors of "
                 "this model"
             )
         if self.anywhere is not None:
@@ -76,9 +75,9 @@ class VectorFile:
                 )
             by_layer = dict(enumerate(self.rows[n - n_blocks :]))
         if layer_idx not in by_layer:
-            have = ", ".join(map(str, sorted(by_layer)))
+            known = ", ".join(map(str, sorted(by_layer)))
             raise InputError(
-                f"{self.path} has no vector for layer {layer_idx}, only for {have}; choose these"
+                f"{self.path} has no vector for layer {layer_idx}, only for {known}; choose one of these"
             )
         return by_layer[layer_idx]
 
@@ -95,84 +94,80 @@ def read_vectors(path: Path) -> VectorFile:
         found = reader(path)
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged file makes a library say
+    except Exception as error:  # the readers of a damaged file can raise anything
         raise InputError(
-            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {error})"
+            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {error}); write it again"
         ) from error
-    every = [each for each in (*found.by_layer.values(), found.anywhere, found.rows) if each is not None]
-    if not every:
+    if not found.tensors:
         raise InputError(f"{path} holds no vector; expected {PREFIX}N, or one tensor of (d,) or (layers, d)")
-    if len({each.shape[-1] for each in every}) > 1:
+    if len({each.shape[-1] for each in found.tensors}) > 1:
         raise InputError(f"{path} holds vectors of several widths; give those of one model")
-    if not all(torch.isfinite(each).all() for each in every):
-        raise InputError(f"{path} holds numbers that are not finite; it is damaged")
+    if not all(torch.isfinite(each).all() for each in found.tensors):
+        raise InputError(f"{path} holds numbers that are not finite; write it again")
     return found
 
 
 def _read_gguf(path: Path) -> VectorFile:
     reader = gguf.GGUFReader(path)
-    architecture = _text(reader, "general.architecture")
+    architecture = _gguf_text(reader, "general.architecture")
     if architecture != ARCHITECTURE:
         raise InputError(f"{path} is a GGUF of {architecture!r}, expected a control vector")
     tensors = {
         tensor.name: torch.tensor(np.array(tensor.data), dtype=torch.float32) for tensor in reader.tensors
     }
-    return VectorFile(path, _directions(tensors), model_hint=_text(reader, f"{ARCHITECTURE}.model_hint"))
+    return VectorFile(path, _directions(tensors), model_hint=_gguf_text(reader, f"{ARCHITECTURE}.model_hint"))
 
 
-def _text(reader: gguf.GGUFReader, key: str) -> str:
+def _gguf_text(reader: gguf.GGUFReader, key: str) -> str:
     found = reader.get_field(key)
     return "" if found is None else bytes(found.parts[found.data[0]]).decode()
 
 
 def _read_safetensors(path: Path) -> VectorFile:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{path} is no safetensors file ({error})") from error
-    return _of_tensors(path, tensors, metadata.get("model_hint", ""))
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    return _from_tensors(path, tensors, metadata.get("model_hint", ""))
 
 
 def _read_pt(path: Path) -> VectorFile:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Tensor):
-        return _of_tensors(path, {"": content.float()}, "")
+        return _from_tensors(path, {"": content})
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a tensor or {PREFIX}N -> tensor")
-    tensors = {key: value.float() for key, value in content.items() if isinstance(value, Tensor)}
-    return _of_tensors(path, tensors, str(content.get("model_hint", "")))
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return _from_tensors(path, tensors, str(content.get("model_hint", "")))
 
 
 def _read_npy(path: Path) -> VectorFile:
-    return _of_tensors(path, {"": torch.from_numpy(np.load(path, allow_pickle=False)).float()}, "")
+    return _from_tensors(path, {"": torch.from_numpy(np.load(path, allow_pickle=False))})
 
 
-def _of_tensors(path: Path, tensors: Mapping[str, Tensor], hint: str) -> VectorFile:
+def _from_tensors(path: Path, tensors: Mapping[str, Tensor], hint: str = "") -> VectorFile:
     if directions := _directions(tensors):
         return VectorFile(path, directions, model_hint=hint)
     if len(tensors) != 1:
         return VectorFile(path)
-    (only,) = tensors.values()
-    if only.ndim == 1:
-        return VectorFile(path, anywhere=only, model_hint=hint)
-    if only.ndim == 2:
-        return VectorFile(path, rows=only, model_hint=hint)
-    raise InputError(f"{path} holds a tensor of shape {tuple(only.shape)}, expected (d,) or (layers, d)")
+    only = next(iter(tensors.values())).float()
+    if only.ndim not in (1, 2):
+        raise InputError(f"{path} holds a tensor of shape {tuple(only.shape)}, expected (d,) or (layers, d)")
+    return VectorFile(path, **{"anywhere" if only.ndim == 1 else "rows": only}, model_hint=hint)
 
 
 def _directions(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    named = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
-    return {int(number): value.flatten() for number, value in named.items() if number.isdigit()}
+    numbered = [
+        (name.removeprefix(PREFIX), value) for name, value in tensors.items() if name.startswith(PREFIX)
+    ]
+    return {int(number): value.float().flatten() for number, value in numbered if number.isdigit()}
 
 
 def write_vectors(
     path: Path, form: str, directions: Mapping[int, Tensor], model_hint: str, metadata: Mapping[str, Any]
 ) -> None:
-    """Write vectors in one step: gguf, safetensors or pt.
+    """Write vectors as gguf, safetensors or pt in one step.
 
-    directions: layer_idx -> (d,), scaled so that strength 1 adds what is meant. metadata: plain values.
+    directions: layer_idx -> (d,), as strength 1 adds them. metadata: plain values.
     Raises InputError: layer 0 as GGUF, which llama.cpp cannot steer.
     """
     ordered = dict(sorted(directions.items()))
@@ -192,8 +187,8 @@ def _write_gguf(path: Path, directions: Mapping[int, Tensor], hint: str, metadat
     if 0 in directions:
         raise InputError("a GGUF control vector cannot steer layer 0; export it as safetensors or pt")
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "vectors.gguf"
-        writer = gguf.GGUFWriter(made, ARCHITECTURE)
+        temporary = Path(folder) / "vectors.gguf"
+        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
         writer.add_string("persona_transfer.metadata", json.dumps(metadata))
@@ -204,21 +199,4 @@ def _write_gguf(path: Path, directions: Mapping[int, Tensor], hint: str, metadat
         writer.write_tensors_to_file()
         writer.close()
         with replacing(path) as file:
-            file.write(made.read_bytes())
-
-
-def main() -> None:
-    """Check that every format gives back what was written."""
-    directions = {2: torch.arange(4.0), 3: torch.ones(4)}
-    with tempfile.TemporaryDirectory() as folder:
-        for form in FORMATS:
-            path = Path(folder) / f"vectors.{form}"
-            write_vectors(path, form, directions, "llama", {"persona": "check", "alpha": 0.5})
-            found = read_vectors(path)
-            assert found.model_hint == "llama"
-            assert all(torch.equal(found.at(layer, 8, 4, "llama"), directions[layer]) for layer in directions)
-    print(f"vector_files OK: {', '.join(FORMATS)} give back what was written")
-
-
-if __name__ == "__main__":
-    main()
+            file.write(temporary.read_bytes())

@@ -25,13 +25,13 @@ def seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny models gain nothing from a second thread, and lose much where other programs run."""
+    """Use one thread: tiny models gain nothing from a second one, and lose much where other programs run."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def all_threads():
-    """For the real models: a share of the cores, since processes that fight for them are slower than one."""
+    """Give real models a share of the cores, since processes that compete for cores are slower than one."""
     torch.set_num_threads(N_THREADS)
     yield
     torch.set_num_threads(1)

@@ -26,12 +26,6 @@ def pairs():
     return H_source, H_source @ truth + 20 * noise - 4
 
 
-@pytest.fixture
-def clean_pairs(pairs):
-    H_source, _ = pairs
-    return H_source, H_source @ torch.randn(D_SOURCE, D_TARGET, dtype=torch.float64) + 3
-
-
 def sklearn_ridge(H_source, H_target, alpha):
     return Ridge(alpha=alpha, fit_intercept=True, solver="cholesky").fit(H_source.numpy(), H_target.numpy())
 
@@ -74,20 +68,19 @@ def rescaled(pairs, kind):
     return H_source, H_target
 
 
-def streamed(pairs, rows=slice(None), **options):
-    """A map that was given the pairs of some rows in pieces of 7, with their documents."""
+def streamed(pairs, n=N, **options):
+    """A map that was given the first n pairs in pieces of 7, with their documents."""
     mapping = RidgeMapping(D_SOURCE, D_TARGET, **{"lambda_unit": "relative", "n_folds": 4, **options})
-    chosen = range(N)[rows]
-    for start in range(0, len(chosen), 7):
-        piece = list(chosen[start : start + 7])
+    for start in range(0, n, 7):
+        piece = list(range(start, min(start + 7, n)))
         mapping.partial_fit(*(H[piece] for H in pairs), [DOCUMENTS[row] for row in piece])
     return mapping
 
 
 @pytest.mark.parametrize("unit", ["absolute", "relative"])
-@pytest.mark.parametrize("lambda_", LAMBDAS)
-def test_W_and_predictions_equal_scikit_learn(pairs, lambda_, unit):
-    H_source, H_target = pairs
+@pytest.mark.parametrize(("lambda_", "n"), [(0.01, N), (1.0, N), (1000.0, N), (0.5, 5)])
+def test_W_and_predictions_equal_scikit_learn_also_with_fewer_rows_than_dimensions(pairs, lambda_, n, unit):
+    H_source, H_target = (H[:n] for H in pairs)
     mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit=unit).fit(H_source, H_target, lambda_)
     alpha = lambda_ if unit == "absolute" else lambda_ * mean_diagonal(H_source)
     reference = sklearn_ridge(H_source, H_target, alpha)
@@ -95,19 +88,6 @@ def test_W_and_predictions_equal_scikit_learn(pairs, lambda_, unit):
     assert mapping.lambda_absolute == pytest.approx(alpha, rel=1e-12)
     assert relative_error(mapping.W, reference.coef_.T) < 1e-9
     assert relative_error(mapping.predict(H_source), reference.predict(H_source.numpy())) < 1e-9
-
-
-def test_more_dimensions_than_rows_equals_scikit_learn(pairs):
-    H_source, H_target = (H[:5] for H in pairs)
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 0.5)
-    assert relative_error(mapping.W, sklearn_ridge(H_source, H_target, 0.5).coef_.T) < 1e-9
-
-
-def test_relative_lambda_ignores_the_scale_of_the_source(pairs):
-    H_source, H_target = pairs
-    mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(H_source, H_target, 0.3)
-    scaled = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(1000 * H_source, H_target, 0.3)
-    assert relative_error(1000 * scaled.W, mapping.W.numpy()) < 1e-9
 
 
 def test_a_mean_of_100_standard_deviations_costs_no_accuracy(pairs):
@@ -139,21 +119,17 @@ def test_fit_modifies_neither_input(pairs):
     assert all(torch.equal(H, original) for H, original in zip(pairs, originals, strict=True))
 
 
-def test_transform_has_no_intercept_and_predict_has(pairs):
+def test_transform_is_linear_and_predict_has_an_intercept(pairs):
     H_source, H_target = pairs
     mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 1.0)
-    assert not mapping.transform(torch.zeros(D_SOURCE)).any()
-    assert torch.allclose(mapping.predict(H_source.mean(0)), H_target.mean(0))
-    difference = mapping.predict(H_source[3]) - mapping.predict(H_source[8])
-    assert torch.allclose(difference, mapping.transform(H_source[3] - H_source[8]))
-
-
-def test_transform_is_linear(pairs):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs, 1.0)
     u, v = torch.randn(2, D_SOURCE, dtype=torch.float64)
     combined = 3 * mapping.transform(u) - 0.5 * mapping.transform(v)
     assert torch.allclose(mapping.transform(3 * u - 0.5 * v), combined)
     assert torch.allclose(mapping.transform(torch.stack([u, v])), torch.stack([u, v]) @ mapping.W)
+    assert torch.allclose(mapping.unit_direction(u), mapping.transform(u) / mapping.transform(u).norm())
+    assert torch.allclose(mapping.predict(H_source.mean(0)), H_target.mean(0))
+    difference = mapping.predict(H_source[3]) - mapping.predict(H_source[8])
+    assert torch.allclose(difference, mapping.transform(H_source[3] - H_source[8]))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -200,26 +176,16 @@ def test_streamed_cross_validation_equals_refitting_every_fold_at_every_lambda(p
     assert (mapping.cv["n_groups"], mapping.cv["fold_sizes"]) == (N // 4, folds.bincount().tolist())
 
 
-def test_a_map_streamed_in_pieces_predicts_as_one_that_got_all_pairs(pairs):
-    together = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(*pairs, 0.3)
-    pieces = streamed(pairs).fit(lambda_=0.3)
-    assert pieces.n == N
-    assert relative_error(pieces.W, together.W.numpy()) < 1e-11
-    assert relative_error(pieces.predict(pairs[0]), together.predict(pairs[0]).numpy()) < 1e-11
-
-
-def test_merged_maps_equal_one(pairs):
-    fold_of = {document: number % 4 for number, document in enumerate(dict.fromkeys(DOCUMENTS))}
-    whole = streamed(pairs, fold_of=fold_of)
-    first, second = (streamed(pairs, rows, fold_of=fold_of) for rows in (slice(28), slice(28, None)))
-    merged = first.merge(second)
-    assert merged is first
-    found, expected = (mapping.cross_validate(lambda_values=LAMBDAS) for mapping in (merged, whole))
-    assert found[0] == expected[0]
-    assert list(found[1].values()) == pytest.approx(list(expected[1].values()), rel=1e-11)
-    assert relative_error(merged.W, whole.W.numpy()) < 1e-11
-    assert second.statistics.n_pairs == N - 28
-    assert merged.cv["retrieval_accuracy"] == whole.cv["retrieval_accuracy"]
+def test_pairs_in_pieces_or_as_statistics_or_in_place_of_earlier_ones_give_the_same_map(pairs):
+    expected = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(*pairs, 0.3)
+    statistics = PairStatistics(D_SOURCE, D_TARGET)
+    shared = RidgeMapping.from_statistics(statistics, "relative")
+    statistics.add(*pairs)
+    replaced = streamed(rescaled(pairs, "large source dimension")).fit(*pairs, 0.3)
+    for mapping in (streamed(pairs).fit(lambda_=0.3), shared.fit(lambda_=0.3), replaced):
+        assert mapping.n == N
+        assert relative_error(mapping.W, expected.W.numpy()) < 1e-11
+        assert relative_error(mapping.predict(pairs[0]), expected.predict(pairs[0]).numpy()) < 1e-11
 
 
 @pytest.mark.parametrize(("criterion", "chosen"), [("pooled", 1e3), ("standardised", 1e-6)])
@@ -235,33 +201,26 @@ def test_a_massive_target_dimension_dictates_lambda_only_by_the_pooled_criterion
     assert min(errors, key=errors.get) == 1e3, "the errors returned are pooled in any case"
 
 
-def test_standardised_r2_does_not_depend_on_the_units_of_the_target(pairs):
-    H_source, H_target = pairs
-    r2 = []
-    for factor in (torch.ones(D_TARGET), torch.logspace(-3, 3, D_TARGET)):
-        mapping = RidgeMapping(D_SOURCE, D_TARGET)
-        mapping.cross_validate(H_source, H_target * factor.double(), LAMBDAS, criterion="standardised")
-        r2.append([*mapping.cv["r2_standardised"].values(), mapping.lambda_])
-    assert r2[0] == pytest.approx(r2[1], rel=1e-9)
-
-
 @pytest.mark.parametrize("unit", ["absolute", "relative"])
-def test_df_of_each_lambda_is_the_trace_of_the_hat_matrix_and_falls(pairs, unit):
+def test_df_of_each_lambda_is_the_trace_of_the_hat_matrix(pairs, unit):
     mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit=unit)
-    mapping.cross_validate(*pairs, LAMBDAS)
-    C, found = centred(pairs[0]), mapping.cv["df"]
-    for lambda_ in LAMBDAS:
+    best, _ = mapping.cross_validate(*pairs, LAMBDAS)
+    C = centred(pairs[0])
+    for lambda_, df in mapping.cv["df"].items():
         alpha = lambda_ * (mean_diagonal(pairs[0]) if unit == "relative" else 1)
         hat = C @ np.linalg.solve(C.T @ C + alpha * np.eye(D_SOURCE), C.T)
-        assert found[lambda_] == pytest.approx(np.trace(hat), rel=1e-9)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert D_SOURCE > found[LAMBDAS[0]] > found[LAMBDAS[-1]] > 0
+        assert df == pytest.approx(np.trace(hat), rel=1e-9)
+    assert mapping.analyze()["df"] == mapping.cv["df"][best]
 
 
-def test_a_noiseless_map_retrieves_every_activation(clean_pairs):
+def test_a_noiseless_map_retrieves_every_activation_and_shuffled_pairs_teach_nothing(pairs):
+    H_target = pairs[0] @ torch.randn(D_SOURCE, D_TARGET, dtype=torch.float64) + 3
     mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    mapping.cross_validate(*clean_pairs, [1e-6])
-    assert (mapping.cv["retrieval_accuracy"], mapping.cv["retrieval_n"]) == (1.0, N)
+    mapping.cross_validate(pairs[0], H_target, [1e-6, 0.1, 10.0, 1e3, 1e5])
+    analysis = mapping.analyze()
+    assert (analysis["retrieval_accuracy"], analysis["retrieval_n"]) == (1.0, N)
+    assert min(analysis["held_out_r2"], analysis["held_out_r2_median_dimension"]) > 0.99
+    assert analysis["shuffled_r2"] < 0.02
 
 
 def test_retrieval_of_shuffled_pairs_is_chance():
@@ -303,24 +262,20 @@ def test_predicted_energy_is_the_share_of_a_vector_on_predictable_axes(half_pred
     mapping, axes = half_predicted
     v_target = (axes @ torch.tensor(weights, dtype=torch.float64)).float()
     energy = mapping.predicted_energy(v_target)
-    assert energy["mean_r2"] == pytest.approx(expected, abs=0.03)
-    assert energy["share_well_predicted"] == pytest.approx(expected, abs=0.03)
-    assert mapping.analyze({"a": v_target, "b": 7 * v_target})["predicted_energy"] == {
-        "a": energy,
-        "b": pytest.approx(energy, abs=1e-6),
-    }
+    assert list(energy.values()) == pytest.approx([expected, expected], abs=0.03)
+    curve = mapping.energy_curve(v_target)
+    assert curve["r2"][50] == 0.5
+    assert curve["vector"][50] == energy["share_well_predicted"]
+    assert curve["activations"][50] == pytest.approx((8**2 + 2**2) / (8**2 + 2**2 + 4**2 + 1), abs=0.03)
+    assert mapping.analyze({"b": 7 * v_target})["predicted_energy"]["b"] == pytest.approx(energy, abs=1e-6)
 
 
-@pytest.mark.parametrize("v_target", [torch.ones(5), torch.ones(2), torch.ones(1, 4), torch.zeros(4)])
-def test_predicted_energy_refuses_a_wrong_width_and_a_zero_vector(half_predicted, v_target):
+@pytest.mark.parametrize("v_target", [torch.ones(5), torch.ones(1, 4), torch.zeros(4)])
+def test_predicted_energy_rejects_a_wrong_width_a_zero_vector_and_a_map_without_cv(half_predicted, v_target):
     with pytest.raises(InputError, match=r"v_target has shape .*expected \(4,\), not 0"):
         half_predicted[0].predicted_energy(v_target)
-
-
-def test_predicted_energy_needs_cross_validation(pairs):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs)
     with pytest.raises(InputError, match=r"call cross_validate\(\) first"):
-        mapping.predicted_energy(torch.ones(D_TARGET))
+        RidgeMapping(2, 4).fit(torch.randn(9, 2), torch.randn(9, 4)).predicted_energy(torch.ones(4))
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.3, 1e6])
@@ -350,17 +305,11 @@ def test_r2_of_a_principal_axis_without_variance_is_no_huge_number(pairs, case):
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
-def test_an_all_constant_target_is_refused(pairs, constant):
+def test_constant_activations_are_rejected(pairs, constant):
     with pytest.raises(InputError, match="target activations are constant"):
-        RidgeMapping(D_SOURCE, D_TARGET).cross_validate(
-            pairs[0], torch.full((N, D_TARGET), constant), LAMBDAS
-        )
-
-
-@pytest.mark.parametrize("use", ["fit", "cross_validate"])
-def test_no_pairs_are_refused(use):
-    with pytest.raises(InputError, match="got 0 pairs, expected 2 or more"):
-        getattr(RidgeMapping(D_SOURCE, D_TARGET), use)()
+        RidgeMapping(D_SOURCE, D_TARGET).cross_validate(pairs[0], torch.full((N, D_TARGET), constant))
+    with pytest.raises(InputError, match="source activations are constant"):
+        RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(X, Y)
 
 
 @pytest.mark.parametrize(
@@ -373,43 +322,31 @@ def test_no_pairs_are_refused(use):
         ({"criterion": "median"}, "'median' is unknown"),
     ],
 )
-def test_options_that_contradict_partial_fit_are_refused(pairs, options, message):
+def test_options_that_contradict_partial_fit_are_rejected(pairs, options, message):
     mapping = streamed(pairs)
     with pytest.raises(InputError, match=message):
         mapping.cross_validate(**options)
     assert mapping.cross_validate()[0] == streamed(pairs).cross_validate()[0]
 
 
-def test_fewer_documents_than_folds_after_partial_fit_are_refused(pairs):
+def test_too_few_pairs_or_documents_after_partial_fit_are_rejected(pairs):
     with pytest.raises(InputError, match=r"4 folds over 3 groups: the folds have \[4, 4, 4, 0\] pairs"):
-        streamed(pairs, slice(12)).cross_validate()
-
-
-def test_pairs_given_later_replace_those_of_partial_fit(pairs):
-    mapping = streamed(rescaled(pairs, "large source dimension"), lambda_unit="absolute")
-    expected = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs, 2.0)
-    assert relative_error(mapping.fit(*pairs, 2.0).W, expected.W.numpy()) < 1e-11
-    assert mapping.n == N
-
-
-def test_a_map_shares_the_statistics_that_it_is_made_from(pairs):
-    statistics = PairStatistics(D_SOURCE, D_TARGET, n_folds=4)
-    mapping = RidgeMapping.from_statistics(statistics, "relative")
-    for start in range(0, N, 6):
-        rows = slice(start, start + 6)
-        statistics.add(pairs[0][rows], pairs[1][rows], DOCUMENTS[rows])
-    best, errors = streamed(pairs).cross_validate()
-    assert mapping.cross_validate() == (best, pytest.approx(errors, rel=1e-11))
+        streamed(pairs, 12).cross_validate()
+    for use in ("fit", "cross_validate"):
+        with pytest.raises(InputError, match="got 0 pairs, expected 2 or more"):
+            getattr(RidgeMapping(D_SOURCE, D_TARGET), use)()
 
 
 def test_statistics_without_a_sample_can_be_cross_validated(pairs):
-    expected = RidgeMapping.from_statistics(PairStatistics(D_SOURCE, D_TARGET).add(*pairs))
-    mapping = RidgeMapping.from_statistics(PairStatistics(D_SOURCE, D_TARGET, n_sample=0).add(*pairs))
-    assert mapping.cross_validate() == expected.cross_validate()
-    assert mapping.cv["retrieval_n"] == 0
+    maps = [
+        RidgeMapping.from_statistics(PairStatistics(D_SOURCE, D_TARGET, n_sample=n_sample).add(*pairs))
+        for n_sample in (N, 0)
+    ]
+    assert maps[0].cross_validate() == maps[1].cross_validate()
+    assert [mapping.cv["retrieval_n"] for mapping in maps] == [N, 0]
 
 
-def test_cross_validation_leaves_the_map_fitted_on_all_rows_at_the_best_lambda(pairs):
+def test_cross_validation_fits_all_rows_at_the_best_lambda_and_refitting_forgets_it(pairs):
     mapping = RidgeMapping(D_SOURCE, D_TARGET)
     best, errors = mapping.cross_validate(*pairs, LAMBDAS)
     refitted = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs, best)
@@ -417,6 +354,8 @@ def test_cross_validation_leaves_the_map_fitted_on_all_rows_at_the_best_lambda(p
     assert torch.allclose(mapping.W, refitted.W, rtol=0, atol=1e-12)
     assert torch.allclose(mapping.target_mean, refitted.target_mean, rtol=1e-12)
     assert mapping.n == N
+    assert mapping.fit(*pairs, 1.0) is mapping
+    assert mapping.cv is mapping.analyze()["held_out_r2"] is None
 
 
 def test_order_and_repeats_of_lambda_values_change_nothing(pairs):
@@ -425,27 +364,16 @@ def test_order_and_repeats_of_lambda_values_change_nothing(pairs):
     assert RidgeMapping(D_SOURCE, D_TARGET).cross_validate(*pairs, repeated) == expected
 
 
-def test_cv_describes_its_folds(pairs):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    mapping.cross_validate(*pairs, LAMBDAS, n_folds=4, groups=[row // 5 for row in range(N)])
-    assert mapping.cv["fold_sizes"] == [15, 15, 15, 15]
-    assert (mapping.cv["n_rows"], mapping.cv["n_groups"], mapping.cv["n_folds"]) == (N, 12, 4)
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_groups_are_never_split(seed):
+def test_groups_are_never_split_and_folds_are_even_and_seeded(seed):
     groups = torch.randint(12, (100,), generator=torch.Generator().manual_seed(seed)).tolist()
     folds = assign_folds(100, 5, groups, seed)
-    for group in set(groups):
-        assert len({folds[row].item() for row in range(100) if groups[row] == group}) == 1
+    assert len(set(zip(groups, folds.tolist(), strict=True))) == len(set(groups))
     assert set(folds.tolist()) == set(range(5))
-
-
-def test_folds_without_groups_are_even_and_seeded():
-    folds = assign_folds(23, 5, seed=1)
-    assert sorted(torch.bincount(folds).tolist()) == [4, 4, 5, 5, 5]
-    assert torch.equal(folds, assign_folds(23, 5, seed=1))
-    assert not torch.equal(folds, assign_folds(23, 5, seed=2))
+    alone = assign_folds(23, 5, seed=seed)
+    assert sorted(alone.bincount().tolist()) == [4, 4, 5, 5, 5]
+    assert torch.equal(alone, assign_folds(23, 5, seed=seed))
+    assert not torch.equal(alone, assign_folds(23, 5, seed=seed + 1))
 
 
 def test_repeated_rows_leak_unless_grouped():
@@ -461,39 +389,17 @@ def test_repeated_rows_leak_unless_grouped():
     assert r2[False] < 0.1
 
 
-def test_analyze_states_degrees_of_freedom_singular_values_and_rank(pairs):
+def test_analyze_states_singular_values_and_rank(pairs):
     H_source, H_target = pairs
     H_target = H_target[:, :1] * torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0])
     H_target[:, 5] += 2 * H_source[:, 8]
     mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 7.0)
     analysis = mapping.analyze()
-    C = centred(H_source)
-    hat = C @ np.linalg.solve(C.T @ C + 7.0 * np.eye(D_SOURCE), C.T)
-    eigenvalues = np.linalg.eigvalsh(C.T @ C)
     singular_values = np.linalg.svd(mapping.W.numpy(), compute_uv=False)
-    assert analysis["df"] == pytest.approx(np.trace(hat), rel=1e-9)
-    assert analysis["df"] == pytest.approx((eigenvalues / (eigenvalues + 7.0)).sum(), rel=1e-9)
     assert analysis["singular_values"][:2] == pytest.approx(singular_values[:2], rel=1e-9)
     assert analysis["effective_rank"] == (singular_values > 0.01 * singular_values[0]).sum() == 2
     assert (analysis["n"], analysis["lambda"], analysis["lambda_absolute"]) == (N, 7.0, 7.0)
     assert analysis["held_out_r2"] is analysis["shuffled_r2"] is None
-
-
-def test_shuffled_pairs_teach_nothing(clean_pairs):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    mapping.cross_validate(*clean_pairs, [0.1, 10.0, 1e3, 1e5])
-    analysis = mapping.analyze()
-    assert analysis["held_out_r2"] > 0.99
-    assert analysis["held_out_r2_median_dimension"] > 0.99
-    assert analysis["shuffled_r2"] < 0.02
-
-
-def test_refitting_forgets_the_earlier_cross_validation(pairs):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    mapping.cross_validate(*pairs, LAMBDAS)
-    assert mapping.fit(*pairs, 1.0) is mapping
-    assert mapping.cv is None
-    assert mapping.analyze()["held_out_r2"] is None
 
 
 @pytest.mark.parametrize(
@@ -506,21 +412,26 @@ def test_a_best_lambda_at_the_edge_of_the_grid_is_warned_of(pairs, caplog, lambd
     assert ("edge of the grid" in caplog.text) is at_edge
 
 
-def test_a_saved_map_is_the_same_when_loaded(pairs, tmp_path):
+def test_a_saved_map_is_the_same_when_loaded_with_its_layers_and_models(pairs, tmp_path):
     mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative")
     mapping.cross_validate(*pairs, LAMBDAS)
+    assert mapping.source_layer is mapping.target_model is None
+    mapping.source_layer, mapping.target_layer = 7, 4
+    mapping.source_model, mapping.target_model = "one", "another"
     mapping.save(tmp_path / "map.pt", fingerprint="f")
     loaded = RidgeMapping.load(tmp_path / "map.pt")
     assert loaded.statistics.n_pairs == 0, "the sums are an artifact of their own"
-    fitted = {name: value for name, value in vars(mapping).items() if name != "statistics"}
-    for name, value in fitted.items():
+    for name, value in vars(mapping).items():
         found = getattr(loaded, name)
-        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found, value)
+        elif name != "statistics":
+            assert found == value
     assert loaded.analyze() == mapping.analyze()
     assert torch.load(tmp_path / "map.pt", weights_only=True)["fingerprint"] == "f"
 
 
-def test_a_damaged_or_foreign_file_is_refused(pairs, tmp_path):
+def test_a_damaged_or_foreign_file_is_rejected(pairs, tmp_path):
     path = tmp_path / "map.pt"
     RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs).save(path)
     path.write_bytes(path.read_bytes()[:500])
@@ -532,7 +443,7 @@ def test_a_damaged_or_foreign_file_is_refused(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("use", ["transform", "predict", "analyze", "save"])
-def test_a_map_that_is_not_fitted_is_refused(tmp_path, use):
+def test_a_map_that_is_not_fitted_is_rejected(tmp_path, use):
     mapping = RidgeMapping(D_SOURCE, D_TARGET)
     arguments = {"analyze": (), "save": (tmp_path / "map.pt",)}.get(use, (torch.ones(D_SOURCE),))
     with pytest.raises(InputError, match="not fitted"):
@@ -547,17 +458,15 @@ def test_a_map_that_is_not_fitted_is_refused(tmp_path, use):
         (X[:, :8], Y, 1.0, r"H_source has shape \(10, 8\), expected .*9"),
         (X, Y[:, :5], 1.0, r"H_target has shape \(10, 5\), expected .*6"),
         (X[0], Y[0], 1.0, r"H_source has shape \(9,\), expected \(n, 9\)"),
-        (X[None], Y, 1.0, "H_source has shape"),
         (X[:1], Y[:1], 1.0, "got 1 pairs, expected 2 or more|2 folds over 1 groups"),
         (X, Y, 0.0, r"lambda is 0\.0"),
-        (X, Y, -1.0, r"lambda is -1\.0"),
         (X, Y, float("nan"), "lambda is nan"),
         (X, Y, float("inf"), "lambda is inf"),
         (X.clone().index_fill_(0, torch.tensor([3, 7]), float("nan")), Y, 1.0, "H_source has 2 rows.*row 3"),
         (X, Y.clone().index_fill_(0, torch.tensor([4]), float("inf")), 1.0, "H_target has 1 rows.*row 4"),
     ],
 )
-def test_bad_pairs_and_lambdas_are_refused(H_source, H_target, lambda_, message):
+def test_bad_pairs_and_lambdas_are_rejected(H_source, H_target, lambda_, message):
     mapping = RidgeMapping(D_SOURCE, D_TARGET)
     with pytest.raises(InputError, match=message):
         mapping.fit(H_source, H_target, lambda_)
@@ -571,38 +480,30 @@ def test_bad_pairs_and_lambdas_are_refused(H_source, H_target, lambda_, message)
     [
         ({"lambda_values": []}, "lambda_values is empty"),
         ({"n_folds": 1}, "expected 2 or more"),
-        pytest.param(
-            {"n_folds": 0},
-            "expected 2 or more",
-        ),
+        ({"n_folds": 0}, "expected 2 or more"),
         ({"n_folds": 11}, "11 folds over 10 groups"),
         ({"criterion": "median"}, "criterion 'median' is unknown; choose pooled or standardised"),
         ({"groups": [0, 1, 2] * 3 + [0]}, "5 folds over 3 groups"),
         ({"groups": [0, 1, 2]}, "3 groups for 10 rows"),
     ],
 )
-def test_bad_cross_validation_options_are_refused(options, message):
+def test_bad_cross_validation_options_are_rejected(options, message):
     with pytest.raises(InputError, match=message):
         RidgeMapping(D_SOURCE, D_TARGET).cross_validate(X, Y, **options)
 
 
 @pytest.mark.parametrize("use", ["transform", "predict"])
 @pytest.mark.parametrize("shape", [(D_SOURCE + 1,), (2, D_TARGET), (1, 2, D_SOURCE), ()])
-def test_a_wrong_width_is_refused(pairs, use, shape):
+def test_a_wrong_width_is_rejected(pairs, use, shape):
     mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs)
     with pytest.raises(InputError, match="shape"):
         getattr(mapping, use)(torch.ones(shape))
-
-
-def test_constant_source_has_no_relative_lambda():
-    with pytest.raises(InputError, match="constant"):
-        RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(X, Y)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((0, 5), "positive integers"), ((5, 0), "positive integers"), ((5, 5, "log"), "'log' is unknown")],
 )
-def test_bad_constructor_arguments_are_refused(arguments, message):
+def test_bad_constructor_arguments_are_rejected(arguments, message):
     with pytest.raises(InputError, match=message):
         RidgeMapping(*arguments)

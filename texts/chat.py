@@ -1,8 +1,8 @@
-"""Show a prompt to a chat model as its template has it: once, with the place for the answer (phases 3 to 5).
+"""Render prompts for chat models: one template, with an open turn for the response (phases 3 to 5).
 
-A prompt is a text, which is given to a model as it is, or a list of messages, `{"role": ..., "content": ...}`
-with roles system, user and assistant, which its tokenizer's chat template turns into text. A template that
-writes the tokenizer's first token gets no second one: `texts.encoding` sees to it.
+A prompt is a text, which a model reads as it is, or a list of messages, `{"role": ..., "content": ...}` with
+roles system, user and assistant, which the tokenizer's chat template turns into text. Where a template writes
+the tokenizer's first token, `texts.encoding` adds no second one.
 """
 
 import logging
@@ -25,18 +25,18 @@ NEXT = {"role": "user", "content": "Three?"}
 
 
 def question(text: str, system_prompt: str | None = None) -> Messages:
-    """Return the messages of one user's turn, after a system prompt if there is one."""
+    """Return the messages of one user turn, after a system prompt if one is given."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": text}]
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int = 0) -> str:
-    """Return what a model reads: a text as it is, messages in the tokenizer's template, ready to be answered.
+    """Return the text that a model reads: a text as it is, messages in the template with an open turn.
 
-    A system prompt that the template refuses or drops is put before the first user's turn; that is logged.
-    index: what errors call the prompt.
-    Raises InputError: no prompt, messages without a role, content or user's turn at the end, a tokenizer
-    without a template, or one whose template refuses the messages.
+    A system prompt that the template rejects or drops is put before the first user turn, with a log line.
+    index: the prompt's number in errors.
+    Raises InputError: no prompt, messages without a role, without content or without a user turn at the end,
+    a tokenizer without a template, or a template that rejects the messages.
     """
     if isinstance(prompt, str):
         return prompt
@@ -48,24 +48,26 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int =
         )
     system = [message["content"].strip() for message in prompt if message["role"] == "system"]
     try:
-        text = _rendered(tokenizer, prompt)
-    except TemplateError as error:
-        if not system:
-            raise InputError(f"the chat template refuses prompt {index}: {shown(str(error))}") from error
-        text = ""
-    if all(content in text for content in system) and text:
-        return text
-    _say_once(f"the chat template takes no system prompt; it is put into the user's turn: {shown(system[0])}")
-    try:
+        try:
+            text = _rendered(tokenizer, prompt)
+        except TemplateError:
+            if not system:
+                raise
+            text = ""
+        if text and all(content in text for content in system):
+            return text
+        _warn_once(
+            f"the chat template takes no system prompt; it goes into the user turn: {shown(system[0])}"
+        )
         return _rendered(tokenizer, _without_system(prompt))
     except TemplateError as error:
-        raise InputError(f"the chat template refuses prompt {index}: {shown(str(error))}") from error
+        raise InputError(f"the chat template rejects prompt {index}: {shown(str(error))}") from error
 
 
 def plain_text(prompt: Prompt) -> str:
-    """Return what a reader or a model without a template is shown: the turns that are no instructions.
+    """Return the prompt for a reader or a model without a template: all turns but system prompts.
 
-    Messages end with an empty line, behind which the answer stands.
+    Messages end with an empty line, after which the response stands.
     """
     if isinstance(prompt, str):
         return prompt
@@ -83,17 +85,15 @@ def _check_messages(messages: Messages, index: int) -> None:
                 f"{', '.join(ROLES)} and a text as content"
             )
     if not any(message["role"] == "user" and message["content"].strip() for message in messages):
-        raise InputError(f"prompt {index} has no user's turn to answer; add a message with the role user")
+        raise InputError(f"prompt {index} has no user turn to respond to; add a message with the role user")
     if messages[-1]["role"] != "user":
         raise InputError(
-            f"prompt {index} ends with the {messages[-1]['role']}'s turn; end with the user's, to be answered"
+            f"prompt {index} ends with the {messages[-1]['role']}'s turn; end with the user's, to respond to"
         )
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_answered: bool = False) -> str:
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=not is_answered
-    )
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_open: bool = True) -> str:
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_open)
 
 
 def _without_system(messages: Messages) -> Messages:
@@ -105,62 +105,62 @@ def _without_system(messages: Messages) -> Messages:
 
 
 @cache
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     logger.warning("%s", line)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that end a text: the model's own and the tokenizer's."""
+    """Return the ids that end a text for the model or for its tokenizer."""
     stated = model.generation_config.eos_token_id
     ends = set(stated if isinstance(stated, list) else [stated])
     return (ends | {tokenizer.eos_token_id}) - {None}
 
 
 def is_for_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer has a chat template, and the model stops where the template ends a turn.
+    """Return whether the tokenizer has a chat template and the model stops where the template ends a turn.
 
-    Base models ship templates too, but go on behind a turn: the token that ends it does not end their texts.
+    Base models have templates too, but the token that ends a turn does not end their texts.
     """
     if not tokenizer.chat_template:
         return False
     try:
-        text = _rendered(tokenizer, PROBE, is_answered=True)
+        text = _rendered(tokenizer, PROBE, is_open=False)
     except TemplateError:
         return False
-    _, _, behind = text.rpartition(PROBE[-1]["content"])
-    following = tokenizer(behind, add_special_tokens=False, verbose=False).input_ids
+    _, _, after = text.rpartition(PROBE[-1]["content"])
+    following = tokenizer(after, add_special_tokens=False, verbose=False).input_ids
     ends = end_tokens(model, tokenizer)
     return any(token in ends for token in following[:2])
 
 
 def turns_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is odd about a template: that a later turn changes the tokens of earlier ones; else None.
+    """Return a note if a later turn changes the tokens of earlier ones in this template, else None.
 
-    Responses are read and scored behind the open turn in which they are written.
+    Responses are read and scored in the open turn in which they were written.
     """
     try:
         opened = _rendered(tokenizer, PROBE[:1]) + PROBE[-1]["content"]
         continued = _rendered(tokenizer, [*PROBE, NEXT])
     except TemplateError as error:
-        return f"the chat template refuses a second turn: {shown(str(error))}"
+        return f"the chat template rejects a second turn: {shown(str(error))}"
     if continued.startswith(opened):
         return None
     return (
-        "the chat template writes earlier turns otherwise once a later one follows; texts are read as they "
-        "were written, in an open turn"
+        "the chat template changes earlier turns once a later one follows; texts are read as they were "
+        "written, in an open turn"
     )
 
 
 def resolve_format(wanted: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """Return `raw` or `chat` for what a configuration wants of a model: `raw`, `chat` or `auto`.
+    """Return `raw` or `chat`, given the `raw`, `chat` or `auto` of a configuration.
 
-    name: what messages call the model. Raises InputError: `chat` without a template.
+    name: the model's name in messages. Raises InputError: `chat` without a template.
     """
     is_chat = is_for_instructions(model, tokenizer)
     if wanted == "chat" and not tokenizer.chat_template:
         raise InputError(
             f"prompt_format is 'chat' but the tokenizer of the {name} model has no chat template; choose "
-            f"'raw', or a model with one"
+            "'raw', or a model with one"
         )
     chosen = {"auto": "chat" if is_chat else "raw"}.get(wanted, wanted)
     if chosen == "raw" and is_chat:
@@ -172,22 +172,3 @@ def resolve_format(wanted: str, model: PreTrainedModel, tokenizer: PreTrainedTok
     if chosen == "chat" and (note := turns_note(tokenizer)):
         logger.warning("%s: %s", name, note)
     return chosen
-
-
-def main() -> None:
-    """Check that a template is applied once and that a system prompt finds a place where it has none."""
-    from support.tiny_models import tiny_model, tiny_tokenizer
-
-    tokenizer, model = tiny_tokenizer(), tiny_model()
-    turns = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
-    assert not is_for_instructions(model, tokenizer)
-    tokenizer.chat_template = turns + "{% if add_generation_prompt %}A: {% endif %}"
-    assert is_for_instructions(model, tokenizer)
-    assert prompt_text(tokenizer, question("Why?", "Be brief.")) == "Be brief.<eos>Why?<eos>A: "
-    tokenizer.chat_template = "{{ messages[0].content }}{{ raise_exception('x') if messages[1] else '' }}: "
-    assert prompt_text(tokenizer, question("Why?", "Be brief.")) == "Be brief.\n\nWhy?: "
-    print("chat OK: one template, a place for the answer, and one for a system prompt")
-
-
-if __name__ == "__main__":
-    main()

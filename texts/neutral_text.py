@@ -1,12 +1,12 @@
-"""Neutral text for learning the map (phase 2).
+"""Load neutral text, on which the map is learnt (phase 2).
 
 Sources: `wikitext-103` (through `datasets`, needs the hub), `wikipedia-sample` (pages of
-the English Wikipedia that a package carries, no hub), or a local `.txt`, `.jsonl` or
-`.parquet` file. Each text is a passage cut from one paragraph, from its beginning unless many
-are wanted, and keeps the id of the document it comes from, so that folds never split a document.
+the English Wikipedia inside a package, no hub), or a local `.txt`, `.jsonl` or `.parquet`
+file. Each text is a passage cut from one paragraph, from its beginning unless many are
+wanted, and keeps the id of its document, so that folds never split a document.
 
-Passages end in the middle of sentences, after a varying number of words: where every text
-ends in a full stop, last-token activations would all be those of full stops.
+Passages end in the middle of sentences, after a varying number of words: if every text
+ended in a full stop, all last-token activations would be those of full stops.
 """
 
 import bz2
@@ -48,21 +48,21 @@ WIKIPEDIA_PAGES = PackagedFile(
         ),
     ),
     sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-    # Only a data file is wanted, so one platform's wheel serves all.
+    # Only a data file is needed, so the wheel of one platform serves all.
     pip_arguments=("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
 )
-WORDS_IN_PASSAGE = (12, 48)
-MIN_WORDS = 25
-MIN_LETTERS = 0.75
-OVERLAP_WORDS = 8
+WORDS_IN_PASSAGE = (12, 48)  # fewest and most
+MIN_WORDS = 25  # of a paragraph
+MIN_LETTERS = 0.75  # share of a paragraph's characters
+OVERLAP_WORDS = 8  # so long a run of equal words is no coincidence
 NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 
 
 @dataclass(frozen=True)
 class NeutralText:
-    """One passage and the document that it was cut from, or an answer and its question.
+    """Hold a passage and the document that it was cut from, or a response and its question.
 
-    prompts: what the source and the target read before it; pairs are of the text's own tokens alone.
+    prompts: texts that the source and the target read before it; only the text's own tokens give pairs.
     """
 
     text: str
@@ -75,13 +75,13 @@ def load_neutral_texts(
 ) -> list[NeutralText]:
     """Return `n_texts` passages in a deterministic shuffled order.
 
-    First one from the beginning of every paragraph; if these are not enough, further ones from
-    what remains of the paragraphs, from the next sentence on.
+    Every paragraph gives one passage from its beginning; if these are not enough, the rest of each
+    paragraph gives further ones, from the next sentence on.
 
     name_or_path: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
-    forbidden: persona texts and test prompts; a paragraph is refused, counted and logged if its
+    forbidden: persona texts and test prompts; a paragraph is rejected, counted and logged if its
         passage shares a run of 8 words with one of them (or holds a shorter one whole).
-    Raises InputError: unknown name, or fewer usable paragraphs than asked for.
+    Raises InputError: unknown name, or fewer passages than asked for.
     """
     if n_texts < 1:
         raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
@@ -93,18 +93,18 @@ def load_neutral_texts(
     ]
     rng.shuffle(paragraphs)
     overlaps = OverlapCheck(forbidden)
-    refused, chosen, seen = 0, [], set()
+    n_rejected, chosen, seen = 0, [], set()
     while paragraphs and len(chosen) < n_texts:
         rests = []
         for words, start, document in paragraphs:
             if len(chosen) == n_texts:
                 break
             shortest, longest = WORDS_IN_PASSAGE
-            # At least one word is left off, so that no passage ends with its paragraph.
+            # At least one word is left out, so that no passage ends with its paragraph.
             end = start + rng.randint(shortest, min(longest, len(words) - start - 1))
             passage = "".join(words[start:end]).rstrip()
             if overlaps.found_in(passage):
-                refused += 1
+                n_rejected += 1
                 continue
             rest = _after_sentence(words, end)
             if len(words) - rest > shortest:
@@ -113,12 +113,12 @@ def load_neutral_texts(
                 seen.add(passage)
                 chosen.append(NeutralText(passage, document))
         paragraphs = rests
-    if refused:
-        logger.warning("refused %d neutral texts that overlap persona texts or prompts", refused)
+    if n_rejected:
+        logger.warning("rejected %d neutral texts that overlap persona texts or prompts", n_rejected)
     if len(chosen) < n_texts:
         raise InputError(
             f"neutral text {name_or_path!r} gives {len(chosen)} passages (paragraphs of {MIN_WORDS} words or "
-            f"more count), {refused} refused, but {n_texts} are wanted; lower n_training_samples (or "
+            f"more count), {n_rejected} rejected, but {n_texts} are wanted; lower n_training_samples (or "
             "ablation_samples) or give more text"
         )
     return chosen
@@ -135,9 +135,9 @@ def _after_sentence(words: list[str], start: int) -> int:
 def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
     """Yield (document id, text) with paragraphs separated by line breaks.
 
-    `.txt`: paragraphs separated by blank lines, each a document of its own.
-    `.jsonl`, `.parquet`: a field `text`, with a paragraph a line or hard-wrapped ones between blank lines,
-    and a document id in `document`, `id` or `title` if there is one, else the row number.
+    `.txt`: blank lines separate paragraphs, each of which is a document of its own.
+    `.jsonl`, `.parquet`: a field `text`, with a paragraph a line or hard-wrapped ones between blank lines;
+    the document id is in `document`, `id` or `title`, or else the row number.
     Raises InputError: unknown name, a file that is missing or unreadable, or no `text` field.
     """
     if name_or_path == "wikitext-103":
@@ -162,8 +162,8 @@ def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
 def unwrapped(text: str) -> str:
     """Return a text with the lines of each hard-wrapped paragraph joined.
 
-    Lines between blank ones are of one paragraph if most of them end in the middle of a sentence, and all
-    but the last are of about the same width.
+    Lines between blank ones form one paragraph if most of them end in the middle of a sentence, and all
+    but the last have about the same width.
     """
     blocks = []
     for block in re.split(r"\n\s*\n", text):
@@ -179,11 +179,10 @@ def unwrapped(text: str) -> str:
 def usable_paragraphs(text: str) -> Iterator[str]:
     """Yield the paragraphs (lines) of prose with at least MIN_WORDS words, white space folded.
 
-    Lines that look like lists, headings, tables or formulas are left out, and those with gaps
-    where markup was: prose begins with a capital, a digit or a letter without case, perhaps in
-    quotation marks, ends a sentence, and is mostly letters that are no capitals. In scripts
-    without spaces, two characters count as a word. Paragraphs with control characters or lone
-    surrogates are left out; byte-order marks are no part of a text.
+    Prose begins with a capital, a digit or a letter without case, perhaps in quotation marks, ends a
+    sentence, and is mostly letters that are no capitals. Lines that look like lists, headings, tables or
+    formulas are left out, and so are those with gaps where markup was, with control characters or with
+    lone surrogates. Byte-order marks are removed.
     """
     for line in text.splitlines():
         paragraph = " ".join(line.replace("\ufeff", "").split())
@@ -197,11 +196,11 @@ def usable_paragraphs(text: str) -> Iterator[str]:
 
 
 class OverlapCheck:
-    """Tells whether a text shares a run of 8 words with any of the given texts.
+    """Check whether a text shares a run of 8 words with any of the given texts.
 
-    A given text of fewer words counts when it occurs whole, if it has 4 words or more;
-    shorter ones ("In my opinion") are ordinary language. Case, punctuation, accents and vowel
-    signs are ignored. In scripts without spaces, two characters count as a word.
+    A given text of 4 to 7 words overlaps where it occurs whole; shorter ones ("In my opinion") are
+    ordinary language. Case, punctuation, accents and vowel signs are ignored. In scripts without
+    spaces, two characters count as a word.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -213,7 +212,7 @@ class OverlapCheck:
                 self.runs.setdefault(length, set()).update(_runs(words, length))
 
     def found_in(self, text: str) -> bool:
-        """Return True if `text` overlaps."""
+        """Return whether `text` overlaps."""
         words = _words(text)
         return any(not known.isdisjoint(_runs(words, length)) for length, known in self.runs.items())
 
@@ -265,7 +264,7 @@ def _wikipedia_sample() -> Iterator[tuple[str, str]]:
 
 
 def _build_wikipedia_sample(folder: Path) -> None:
-    """Strip the markup of the packaged pages once; keeps one JSON line a page."""
+    """Strip the markup of the packaged pages and write one JSON line a page."""
     (packed,) = fetch_packaged_files([WIKIPEDIA_PAGES], folder)
     with open(folder / "pages.jsonl", "w", encoding="utf-8") as file:
         for title, wikicode in _wikipedia_pages(packed):
@@ -292,10 +291,10 @@ def plain_prose(wikicode: str) -> str:
     without_tables = re.sub(r"\{\|.*?^\|\}", "", wikicode, flags=re.DOTALL | re.MULTILINE)
     code = mwparserfromhell.parse(re.sub(r"^[*#:;|!].*$", "", without_tables, flags=re.MULTILINE))
     for node in code.filter(matches=_is_not_prose):
-        with suppress(ValueError):  # it went with the node around it
+        with suppress(ValueError):  # an enclosing node was already replaced
             code.replace(node, _words_of(node))
     text = code.strip_code(normalize=True, collapse=False)
-    # What a template or reference leaves behind: empty brackets, doubled spaces, stray marks.
+    # Templates and references leave empty brackets, doubled spaces and stray marks.
     text = re.sub(r"\(\s*[,;]*\s*\)", "", text)
     text = re.sub(r"\(\s*[,;]\s*", "(", text)
     text = re.sub(r"'{2,}", "", text)
@@ -305,7 +304,7 @@ def plain_prose(wikicode: str) -> str:
 
 
 def _is_not_prose(node: Any) -> bool:
-    """Tell whether a wiki node is a heading, a template, a file link or a tag that holds no prose."""
+    """Return whether a wiki node is a heading, a template, a file link or a tag that holds no prose."""
     from mwparserfromhell.nodes import Heading, Tag, Template, Wikilink
 
     if isinstance(node, Wikilink):
@@ -316,7 +315,7 @@ def _is_not_prose(node: Any) -> bool:
 
 
 def _words_of(node: Any) -> str:
-    """Return the words that a page shows for a node: those of measures and foreign words, else none."""
+    """Return the words of measures and foreign words, and nothing for other nodes."""
     name = str(getattr(node, "name", "")).strip().lower()
     values = [str(param.value) for param in getattr(node, "params", ()) if not param.showkey]
     if name in ("convert", "cvt") and len(values) >= 2:
@@ -354,23 +353,5 @@ def _document_of(row: dict, number: int, path: Path) -> tuple[str, str]:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputError(f"{path} row {number} has no string field 'text'; each row needs one")
     names = (str(row[key]) for key in ("document", "id", "title") if row.get(key) is not None)
-    # A name is part of fingerprints, so that half a surrogate pair in it has to be spelled out.
+    # A fingerprint cannot encode half a surrogate pair, so it is spelled out.
     return next(names, str(number)).encode("utf-8", "backslashreplace").decode(), row["text"]
-
-
-def main() -> None:
-    """Check that markup is removed and that overlapping text is refused, on text made here."""
-    from tempfile import TemporaryDirectory
-
-    assert plain_prose("[[River|Rivers]] are wet<ref>A book.</ref>.").strip() == "Rivers are wet."
-    lines = [" ".join(subject + mark for mark in "abcdefghijklmnopqrstuvwxyz") for subject in ("Sun", "Moon")]
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "text.txt"
-        path.write_text("\n\n".join(f"{line}." for line in lines))
-        texts = load_neutral_texts(str(path), 1, forbidden=[lines[1]])
-    assert [item.text[:4] for item in texts] == ["Suna"]
-    print("neutral_text OK: markup removed, overlapping text refused")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Sentences and words of any script: capitals, letters without case, words without spaces between them."""
+"""Find sentences and words in any script, also without case or spaces between words (phase 2)."""
 
 import re
 import unicodedata
@@ -9,22 +9,22 @@ SPACELESS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-# There, so many characters count as a word: Chinese words have one or two, Japanese ones two or three.
+# In these scripts, so many characters count as a word: Chinese words have 1 or 2, Japanese ones 2 or 3.
 CHARACTERS_IN_WORD = 2
 OPENINGS = "\"'“‘«„(¿¡「『《〈（"
 SENTENCE_END = re.compile("[.!?…。！？｡؟۔।॥።։།][\"'”’»)」』》〉）]*$")
 
 
 def is_spaceless(text: str) -> bool:
-    """Tell whether most letters of a text are of scripts without spaces between words."""
+    """Return whether most letters of a text belong to scripts without spaces between words."""
     n_letters = sum(map(str.isalpha, text))
     return 2 * len(SPACELESS.findall(text)) > n_letters
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text, each with the space behind it; in scripts without spaces, two characters.
+    """Return the words of a text, each with the space after it; in scripts without spaces, two characters.
 
-    "".join puts the text together again. White space is expected to be folded.
+    "".join restores the text. White space is expected to be folded.
     """
     if not is_spaceless(text):
         return re.findall(r"\S+ ?", text)
@@ -43,9 +43,9 @@ def words_of(text: str) -> list[str]:
 
 
 def begins_as_prose(text: str) -> bool:
-    """Tell whether a text begins with a capital, a digit or a letter without case, perhaps quoted.
+    """Return whether a text begins with a capital, a digit or a letter without case, perhaps quoted.
 
-    A letter without case counts where most letters are such, and not as a word of another language.
+    A letter without case counts only where most letters have none; else it is a word of another language.
     """
     first = text[1:2] if text[:1] in OPENINGS else text[:1]
     if first.isalpha() and not _has_case(first):
@@ -55,13 +55,13 @@ def begins_as_prose(text: str) -> bool:
 
 
 def ends_as_prose(text: str) -> bool:
-    """Tell whether a text ends a sentence; Thai and Lao ones end without a mark."""
+    """Return whether a text ends a sentence; Thai and Lao sentences end without a mark."""
     last = text.rstrip("\"'”’)")[-1:]
     return bool(SENTENCE_END.search(text)) or "\u0e00" <= last <= "\u0eff"
 
 
 def _has_case(letter: str) -> bool:
-    """Tell whether a letter is a capital or a small one; Georgian is written without capitals."""
+    """Return whether a letter is a capital or a small one; Georgian is written without capitals."""
     return (letter.isupper() or letter.islower()) and not "\u10d0" <= letter <= "\u10ff"
 
 
@@ -83,21 +83,3 @@ def share_of_letters(text: str) -> float:
         or unicodedata.category(character) in ("Mn", "Mc")
     )
     return kept / max(1, len(text))
-
-
-def main() -> None:
-    """Check on a sentence of each kind where it begins, ends, and what its words are."""
-    for text, n_words in (
-        ("Мы шли домой.", 3),
-        ("Élan vital, dit-on.", 3),
-        ("今天天气很好。", 3),
-        ("ذهبنا إلى البيت؟", 3),
-    ):
-        assert begins_as_prose(text), text
-        assert SENTENCE_END.search(text), text
-        assert len(words_of(text)) == n_words, text
-    print("scripts OK: sentences of four scripts are told by their ends, and cut into words")
-
-
-if __name__ == "__main__":
-    main()

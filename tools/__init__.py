@@ -1,1 +1,1 @@
-"""Command-line tools beside the experiment: `python -m tools.export_vectors`."""
+"""Command-line tools beside the experiment, for example `python -m tools.export_vectors`."""

@@ -1,11 +1,10 @@
 """Map a vector from the source to the target model with a fitted map; no model is loaded.
 
-    python apply_mapping.py --mapping results/run/ridge_mapping.pt --vector formal.npy --output
-    mapped.safetensors
+    python -m tools.apply_mapping --mapping results/run/ridge_mapping.pt --vector formal.npy \
+        --output mapped.safetensors
 
-The vector comes from .gguf, .safetensors, .pt or .npy; of a file with several layers, --layer chooses one.
-What is written keeps the map's scale (v @ W, without the intercept, which is for activations and not for
-directions).
+The vector is read from a .gguf, .safetensors, .pt or .npy file, at the source layer of the map. The mapped
+vector keeps the map's scale (v @ W; the intercept is left out, because it belongs to activations alone).
 """
 
 import argparse
@@ -13,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from experiment.command_line import refusal
 from ridge_mapping import RidgeMapping
 from support.errors import InputError
-from support.vector_files import FORMATS, read_vectors, write_vectors
+from support.vector_files import FORMATS, VectorFile, read_vectors, write_vectors
 
 
 def apply_mapping(
@@ -24,45 +25,50 @@ def apply_mapping(
 ) -> Path:
     """Map the vector of a file into another file, whose suffix says its format, and return its path.
 
-    layer: of the source, needed where the file has several. target_layer: what the mapped vector is filed
-    under; by default, that of a band's `layers/SOURCE_TARGET/`.
-    Raises InputError: a file that holds no map or no vector, another width, a layer that is not said or
-    missing.
+    layer, target_layer: layer at which the vector is read and under which the mapped one is filed, by default
+    those of the map. A map that was saved without layers needs target_layer, and also layer if the file holds
+    vectors of several layers. In a file of rows, (layers, d), the first row is the embedding's.
+    Raises InputError: a file without a map or a vector, another width, or a layer that is missing.
     """
     form = output.suffix.removeprefix(".")
     if form not in FORMATS:
         raise InputError(f"--output is {output}, expected a file that ends with .{', .'.join(FORMATS)}")
     ridge, found = RidgeMapping.load(mapping), read_vectors(vector)
-    of_pair = [int(part) for part in mapping.resolve().parent.name.split("_") if part.isdigit()]
-    source_layer, of_target = of_pair if len(of_pair) == 2 else (None, None)
-    layer = source_layer if layer is None else layer
-    target_layer = of_target if target_layer is None else target_layer
+    layer = ridge.source_layer if layer is None else layer
+    target_layer = ridge.target_layer if target_layer is None else target_layer
+    if target_layer is None:
+        raise InputError(f"{mapping} was saved without its target layer; name it with --target-layer")
+    mapped = ridge.transform(_vector_at(found, layer, ridge.d_source))
+    names = ("source_model", "target_model", "lambda_")
+    metadata = {
+        "mapping": str(mapping),
+        "vector": str(vector),
+        "source_layer": layer,
+        **{name.rstrip("_"): getattr(ridge, name) for name in names},
+    }
+    write_vectors(output, form, {target_layer: mapped}, "", metadata)
+    return output
+
+
+def _vector_at(found: VectorFile, layer: int | None, d_source: int) -> Tensor:
+    """Return the file's vector for a layer, or its only one, (d_source,)."""
     if layer is None and found.anywhere is None:
         if len(found.by_layer) != 1:
-            raise InputError(f"{vector} holds vectors of several layers; choose one with --layer")
+            raise InputError(f"{found.path} holds vectors of several layers; choose one with --layer")
         (layer,) = found.by_layer
-    if target_layer is None:
-        raise InputError(
-            "the map does not say which layer of the target it is for; name it with --target-layer"
-        )
-    n_rows = len(found.rows) if found.rows is not None else 0
-    given = found.at(layer or 0, n_rows - 1 if n_rows else 0, ridge.d_source)
-    mapped = ridge.transform(given)
-    known = {"mapping": str(mapping), "vector": str(vector), "source_layer": layer, "lambda": ridge.lambda_}
-    write_vectors(output, form, {target_layer: mapped}, "", known)
-    return output
+    return found.at(layer or 0, len(found.rows) - 1 if found.rows is not None else 0, d_source)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mapping", type=Path, required=True, help="ridge_mapping.pt of a run")
-    parser.add_argument("--vector", type=Path, required=True, help="of the source model")
-    parser.add_argument("--output", type=Path, required=True, help=f"ends with .{', .'.join(FORMATS)}")
-    parser.add_argument("--layer", type=int, help="of the source, where the file has several")
-    parser.add_argument(
-        "--target-layer", type=int, help="of the target, where the mapping's folder does not say"
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.apply_mapping", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("--mapping", type=Path, required=True, help="ridge_mapping.pt of a run")
+    parser.add_argument("--vector", type=Path, required=True, help="file with a vector of the source model")
+    parser.add_argument("--output", type=Path, required=True, help=f"ends with .{', .'.join(FORMATS)}")
+    parser.add_argument("--layer", type=int, help="source layer of the vector, instead of the map's")
+    parser.add_argument("--target-layer", type=int, help="layer of the mapped vector, instead of the map's")
     options = parser.parse_args(arguments)
     try:
         given = options.mapping, options.vector, options.output, options.layer, options.target_layer

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from analysis.significance import (
-    corrected_share,
+    corrected_rate,
     equivalence_p,
     fieller,
     holm,
@@ -96,15 +96,15 @@ def test_needed_prompts_give_the_power_that_is_said():
     assert prompts_needed(np.array([1.0, -1.0] * 4)) is None
 
 
-def test_corrected_shares_cover_the_truth():
+def test_corrected_rates_cover_the_truth():
     generator = np.random.default_rng(0)
     n, m, covered = 60, (30, 100), []
     for _ in range(600):
         truth, q_1, q_0 = generator.uniform([0.1, 0.7, 0.8], [0.9, 0.95, 0.98])
         seen = generator.binomial(n, truth * q_1 + (1 - truth) * (1 - q_0)) / n
         right = generator.binomial(m[0], q_1), generator.binomial(m[1], q_0)
-        found = corrected_share(seen, n, (right[0], m[0]), (right[1], m[1]))
+        found = corrected_rate(seen, n, (right[0], m[0]), (right[1], m[1]))
         covered.append(found.low <= truth <= found.high)
     assert 0.93 <= np.mean(covered) <= 0.99
-    assert corrected_share(0.5, n, (5, 10), (5, 10)) is None
-    assert corrected_share(0.05, n, (9, 10), (9, 10)).estimate == 0
+    assert corrected_rate(0.5, n, (5, 10), (5, 10)) is None
+    assert corrected_rate(0.05, n, (9, 10), (9, 10)).estimate == 0

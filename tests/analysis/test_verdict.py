@@ -1,27 +1,26 @@
-"""The verdict says what made-up scores of known truth deserve, and why where it cannot."""
+"""The verdict is what made-up scores of known truth deserve, with the reason where nothing can be told."""
+
+import json
+import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_row, scored_run
 
-from analysis.verdict import (
-    MAPPED,
-    ORACLE,
-    WANTED_CONTROLS,
-    adjusted_p,
-    decide,
-    effects,
-    format_verdicts,
-    verdicts,
-    with_computed,
-)
+from analysis.results_table import results_table
+from analysis.significance import Interval
+from analysis.verdict import ScorerVerdict, Verdict, adjusted_p, decide, decide_verdicts, effects
+from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
+from reporting.tables import format_verdicts, verdict_sentence
 
-LICENSED = {"is_validated": True, "problems": []}
-UNLICENSED = {"is_validated": False, "problems": ["AUC 0.70 on fragments"]}
+BOTH = {"classifier": VALIDATED, "likelihood_ratio": VALIDATED}
 
 
-def differences(mapped, oracle, n=40, noise=0.15, controls=WANTED_CONTROLS, seed=0):
+def differences(mapped, oracle, n=40, noise=0.15, seed=0):
     generator = np.random.default_rng(seed)
-    means = {MAPPED: mapped, ORACLE: oracle, **dict.fromkeys(controls, 0.0)}
+    means = {MAPPED: mapped, ORACLE: oracle, **dict.fromkeys(DECIDING_CONTROLS, 0.0)}
     return {name: generator.normal(mean, noise, n) for name, mean in means.items()}
 
 
@@ -30,8 +29,12 @@ def decided(given):
     return decide(given, adjusted_p({key: given})[key])
 
 
+def verdict_of(rows, validation, persona="loud"):
+    return decide_verdicts(results_table(rows), {persona: COMPARED}, {persona: validation})[persona]
+
+
 @pytest.mark.parametrize(
-    ("mapped", "oracle", "word"),
+    ("mapped", "oracle", "verdict"),
     [
         (0.6, 0.6, "equivalent to native"),
         (0.45, 0.6, "transferred"),
@@ -40,146 +43,173 @@ def decided(given):
         (0.0, 0.0, "native steering ineffective"),
     ],
 )
-def test_scores_of_known_truth_get_their_word(mapped, oracle, word):
+def test_scores_of_known_truth_get_their_verdict(mapped, oracle, verdict):
     found = decided(differences(mapped, oracle))
-    assert found["verdict"] == word
+    assert found.verdict == verdict
     if oracle:
-        assert found["recovery"]["low"] < mapped / oracle < found["recovery"]["high"]
+        assert found.recovery.low < mapped / oracle < found.recovery.high
 
 
-def test_an_open_case_says_how_many_prompts_would_settle_it():
-    found = decided(differences(0.35, 0.6, n=10, noise=0.3, seed=3))
-    assert found["verdict"] == "inconclusive"
-    assert found["prompts_needed"] > 10
-    assert f"about {found['prompts_needed']} prompts would settle it" in found["why"]
+def like_a_control(n=60):
+    """Mapped does as much as shuffled pairs, in the mean."""
+    given = differences(0.3, 0.6, n=n, noise=0.3, seed=3)
+    noise = np.random.default_rng(5).normal(0, 0.45, n)
+    return {**given, "shuffled_pairs": given[MAPPED] - (noise - noise.mean()) - 1e-4}
 
 
-def test_what_does_as_much_as_a_control_is_settled_by_showing_that_it_does_no_more():
-    generator = np.random.default_rng(5)
-    given = differences(0.3, 0.6, n=60, noise=0.3, seed=3)
-    noise = generator.normal(0, 0.45, 60)
-    given["shuffled_pairs"] = given["ridge_mapped"] - (noise - noise.mean()) - 1e-4
-    found = decided(given)
-    assert found["verdict"] == "inconclusive"
-    assert 60 < found["prompts_needed"] < 300
-
-
-def test_a_small_native_effect_is_settled_by_showing_that_it_is_small():
+def of_small_native_effect():
     given = differences(0.0, 0.0, n=10, noise=0.3, seed=3)
-    given["oracle"] += 0.0501 - given["oracle"].mean()
-    found = decided(given)
-    assert found["verdict"] == "inconclusive"
-    assert 10 < found["prompts_needed"] < 300
+    return {**given, ORACLE: given[ORACLE] + 0.0501 - given[ORACLE].mean()}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "given",
+    [differences(0.35, 0.6, n=10, noise=0.3, seed=3), like_a_control(), of_small_native_effect()],
+    ids=["few prompts", "shown to do no more than a control", "shown to be a small native effect"],
+)
+def test_an_open_case_says_how_many_prompts_would_settle_it(given):
+    found = decided(given)
+    assert found.verdict == "inconclusive"
+    assert found.n_prompts < found.prompts_needed < 300
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "missing"),
     [
-        (lambda given: {name: values[:7] for name, values in given.items()}, "7 prompts have scores"),
-        (
-            lambda given: {name: values for name, values in given.items() if name != ORACLE},
-            "no text of oracle",
-        ),
-        (lambda given: {name: values * 0 for name, values in given.items()}, "says the same of every text"),
+        (lambda given: {name: values[:7] for name, values in given.items()}, "few prompts", ()),
+        (lambda given: {n: v for n, v in given.items() if n != ORACLE}, "no scores", (ORACLE,)),
+        (lambda given: {name: values * 0 for name, values in given.items()}, "equal scores", ()),
         (
             lambda given: {n: v for n, v in given.items() if n != "shuffled_pairs"},
-            "no control shuffled was run",
+            "control missing",
+            ("shuffled_pairs",),
         ),
     ],
-    ids=["few prompts", "no oracle", "equal scores", "no control"],
 )
-def test_what_cannot_be_told_says_why(change, said):
+def test_what_cannot_be_told_has_its_reason(change, reason, missing):
     found = decided(change(differences(0.6, 0.6)))
-    assert found["verdict"] == "inconclusive"
-    assert said in found["why"]
-
-
-def row(condition, prompt, score, seed=0, persona="loud", **more):
-    alpha = None if condition == "baseline" else 1.0
-    common = {"persona": persona, "condition": condition, "alpha": alpha, "prompt_idx": prompt, "seed": seed}
-    scores = {"trait_probability": score, "likelihood_probability": more.pop("other", score)}
-    return {**common, **scores, "n_words": 10, "has_ended": True, "output": "text", **more}
-
-
-def rows(mapped, oracle, n=20, other=None):
-    generator = np.random.default_rng(0)
-    made = []
-    for prompt in range(n):
-        for name, mean in {
-            "baseline": 0.1,
-            MAPPED: mapped,
-            ORACLE: oracle,
-            **dict.fromkeys(WANTED_CONTROLS, 0.1),
-        }.items():
-            score = float(np.clip(generator.normal(mean, 0.05), 0, 1))
-            second = (
-                score
-                if other is None or name != MAPPED
-                else float(np.clip(generator.normal(other, 0.05), 0, 1))
-            )
-            made.append(row(name, prompt, score, other=second))
-    return made
-
-
-DOSES = {"loud": dict.fromkeys((MAPPED, ORACLE, *WANTED_CONTROLS), 1.0)}
+    assert (found.verdict, found.reason, found.missing) == ("inconclusive", reason, missing)
 
 
 def test_effects_pair_prompts_and_average_seeds():
-    made = [
-        row("baseline", 0, 0.1),
-        row("baseline", 0, 0.3, 1),
-        row("baseline", 1, 0.5),
-        row("baseline", 2, 0.5),
-    ]
-    made += [row(ORACLE, 0, 0.6), row(ORACLE, 0, 0.8, 1), row(ORACLE, 1, 0.4), row(ORACLE, 2, None)]
-    found, left_out = effects(made, "loud", "trait_probability", {ORACLE: 1.0})
+    rows = [scored_row(UNSTEERED, *each) for each in ((0, 0.1), (0, 0.3, 1), (1, 0.5), (2, 0.5))]
+    rows += [scored_row(ORACLE, *each) for each in ((0, 0.6), (0, 0.8, 1), (1, 0.4), (2, None))]
+    found, n_left_out = effects(results_table(rows), "trait_probability")
     assert found[ORACLE].tolist() == pytest.approx([0.5, -0.1])
-    assert left_out == 1
+    assert n_left_out == 1
 
 
-def test_the_more_cautious_of_two_licensed_scorers_stands():
-    both = {"classifier": LICENSED, "likelihood_ratio": LICENSED}
-    agreed = verdicts(rows(0.8, 0.8), DOSES, {"loud": both})["loud"]
-    assert agreed["verdict"] == "equivalent to native"
-    assert agreed["rests_on"] == ["classifier", "likelihood_ratio"]
-    cautious = verdicts(rows(0.8, 0.8, other=0.6), DOSES, {"loud": both})["loud"]
-    assert cautious["verdict"] == "transferred"
-    apart = verdicts(rows(0.8, 0.8, other=0.1), DOSES, {"loud": both})["loud"]
-    assert apart["verdict"] == "inconclusive"
-    assert "the scorers disagree" in apart["why"]
+@pytest.mark.parametrize(
+    ("other", "verdict", "reason", "decided_by"),
+    [
+        (None, "equivalent to native", "decided by scorer", "classifier"),
+        (0.6, "transferred", "decided by scorer", "likelihood_ratio"),
+        (0.1, "inconclusive", "scorers disagree", "likelihood_ratio"),
+    ],
+)
+def test_the_more_cautious_of_two_validated_scorers_stands(other, verdict, reason, decided_by):
+    found = verdict_of(scored_run(0.8, 0.8, other=other), BOTH)
+    assert (found.verdict, found.reason, found.decided_by) == (verdict, reason, decided_by)
+    assert found.rests_on == ("classifier", "likelihood_ratio")
 
 
-def test_no_verdict_rests_on_a_scorer_without_licence():
-    one = {"classifier": LICENSED, "likelihood_ratio": UNLICENSED}
-    found = verdicts(rows(0.8, 0.8, other=0.1), DOSES, {"loud": one})
-    assert found["loud"]["verdict"] == "equivalent to native"
-    assert "(on classifier alone)" in format_verdicts(found)
-    none = verdicts(rows(0.8, 0.8), DOSES, {"loud": {"classifier": UNLICENSED}})["loud"]
-    assert none["verdict"] == "inconclusive"
-    assert "no scorer has its licence (classifier: AUC 0.70 on fragments)" in none["why"]
-    assert verdicts(rows(0.8, 0.8), DOSES, {})["loud"]["why"] == "no scorer has its licence"
+def test_no_verdict_rests_on_a_scorer_that_is_not_validated():
+    one = {"classifier": VALIDATED, "likelihood_ratio": NOT_VALIDATED}
+    found = verdict_of(scored_run(0.8, 0.8, other=0.1), one)
+    assert (found.verdict, found.rests_on) == ("equivalent to native", ("classifier",))
+    for validation in ({"classifier": NOT_VALIDATED}, {}):
+        none = verdict_of(scored_run(0.8, 0.8), validation)
+        assert (none.verdict, none.reason, none.rests_on) == ("inconclusive", "no scorer validated", ())
 
 
-def test_brevity_counts_texts_that_end_soon():
-    made = [row("baseline", n, 0.1, output="word " * 80) for n in range(3)]
-    made += [row(ORACLE, 0, 0.1, output="word " * 30)]
-    made += [row(ORACLE, 1, 0.1, output="word " * 30, has_ended=False)]
-    made += [row(ORACLE, 2, 0.1, output="word " * 60), row(ORACLE, 3, 0.1, output=" ")]
-    assert [each["brevity"] for each in with_computed(made)[3:]] == [1.0, 0.0, 0.0, None]
+def test_rates_are_corrected_for_the_errors_that_the_validation_found():
+    found = verdict_of(scored_run(0.8, 0.8), {"classifier": VALIDATED})
+    rates = found.scorers["classifier"].rates
+    for rate in rates.values():
+        expected = min(1, max(0, (rate["raw"] - 0.1) / 0.7))
+        assert rate["corrected"].estimate == pytest.approx(expected)
+        assert rate["corrected"].low <= expected <= rate["corrected"].high
+    assert rates[ORACLE]["corrected"].low > rates[UNSTEERED]["corrected"].high
 
 
-def test_a_judges_scale_becomes_a_share_of_it():
-    made = [row(ORACLE, n, 0.1, gpt4_trait_score=score) for n, score in enumerate((1.0, 4.0, None))]
-    assert [each["judged_trait"] for each in with_computed(made)] == [0.0, 0.75, None]
+def test_more_personas_make_the_adjusted_p_larger():
+    one, two = scored_run(0.13, 0.8, noise=0.1), scored_run(0.8, 0.8, persona="calm")
+    alone = verdict_of(one, BOTH).scorers["classifier"].effects
+    both = (
+        decide_verdicts(
+            results_table(one + two), dict.fromkeys(("loud", "calm"), COMPARED), {"loud": BOTH, "calm": BOTH}
+        )["loud"]
+        .scorers["classifier"]
+        .effects
+    )
+    assert both["shuffled_pairs"].p_mapped_over_it >= alone["shuffled_pairs"].p_mapped_over_it
+    assert both["shuffled_pairs"].estimate == alone["shuffled_pairs"].estimate
+    assert both[ORACLE].p_mapped_over_it is None
 
 
-def test_shares_are_corrected_for_the_errors_that_the_examination_found():
-    rates = {"sensitivity": {"n_right": 16, "n": 20}, "specificity": {"n_right": 90, "n": 100}}
-    licence = {**LICENSED, **rates, "threshold": 0.5}
-    found = verdicts(rows(0.8, 0.8), DOSES, {"loud": {"classifier": licence}})["loud"]
-    shares = found["scorers"]["classifier"]["shares"]
-    for share in shares.values():
-        expected = min(1, max(0, (share["seen"] - 0.1) / 0.7))
-        assert share["corrected"]["estimate"] == pytest.approx(expected)
-        assert share["corrected"]["low"] <= expected <= share["corrected"]["high"]
-    assert shares[ORACLE]["corrected"]["low"] > shares["baseline"]["corrected"]["high"]
+@pytest.mark.parametrize(
+    ("rows", "validation", "sentence"),
+    [
+        (
+            scored_run(0.8, 0.8),
+            BOTH,
+            r"by the classifier, the mapped vector recovers \d+ % \[\d+, \d+\] of the "
+            r"native effect and differs from the best control, .*, by \+0\.\d\d \[.*\] \(Holm p 0\.\d+\)",
+        ),
+        (
+            scored_run(0.8, 0.8, other=0.1),
+            BOTH,
+            r"the scorers disagree \(classifier says equivalent to native, "
+            r"likelihood ratio says not transferred\); by the likelihood ratio, the mapped .* native effect",
+        ),
+        (
+            scored_run(0.1, 0.1),
+            BOTH,
+            r"by the classifier, the native vector moves the trait by [-+]0\.0\d \[.*\]",
+        ),
+        (scored_run(0.8, 0.8, n=7), BOTH, "by the classifier, 7 prompts have scores and an interval needs 8"),
+        (
+            [row for row in scored_run(0.8, 0.8) if row["condition"] != ORACLE],
+            BOTH,
+            r"by the classifier, no text has a score under native \(oracle\)",
+        ),
+        (
+            [row for row in scored_run(0.8, 0.8) if row["condition"] != "other_persona"],
+            BOTH,
+            r".* of the native effect, but these controls were not run: other personas",
+        ),
+        (
+            [{**row, "trait_probability": 0.5} for row in scored_run(0.8, 0.8)],
+            {"classifier": VALIDATED},
+            "by the classifier, all scores are equal, .*",
+        ),
+        (
+            scored_run(0.8, 0.8),
+            {"classifier": NOT_VALIDATED},
+            r"no scorer is validated \(classifier: AUC 0\.70 on fragments\)",
+        ),
+        (scored_run(0.8, 0.8), {}, "no scorer is validated"),
+        (
+            scored_run(0.3, 0.4, n=8, noise=0.3),
+            {"classifier": VALIDATED},
+            r".*; about \d+ prompts would settle it",
+        ),
+    ],
+)
+def test_the_reason_is_said_in_a_sentence_made_from_the_file_alone(rows, validation, sentence):
+    content = json.loads(json.dumps(verdict_of(rows, validation).content(), allow_nan=False))
+    assert re.fullmatch(sentence, verdict_sentence(content)), verdict_sentence(content)
+    first, last = format_verdicts({"loud": content}).split("\n")
+    alone = " (on the classifier alone)" if content["rests_on"] == ["classifier"] else ""
+    assert first.startswith(f"loud: {content['verdict'].upper()}{alone}: ")
+    assert last == f"personas: 1 {content['verdict']}"
+
+
+def test_an_unbounded_recovery_is_written_and_said():
+    ratio = Interval(0.1, -math.inf, math.inf)
+    scorer = ScorerVerdict("inconclusive", "best control", 20, native=ratio, recovery=ratio, highest_p=0.2)
+    scorer = replace(scorer, best_control="random_direction", over_best_control=Interval(0.1, 0.0, 0.2))
+    verdict = Verdict("inconclusive", "decided by scorer", "judge", ("judge",), {"judge": scorer}, COMPARED)
+    content = json.loads(json.dumps(verdict.content(), allow_nan=False))
+    assert content["scorers"]["judge"]["recovery"] == {"estimate": 0.1, "low": None, "high": None}
+    assert "recovers 10 % [unbounded, unbounded] of the native effect" in verdict_sentence(content)

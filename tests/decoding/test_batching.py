@@ -40,18 +40,13 @@ def test_batches_hold_every_item_once_and_the_longest_first(batch_size):
     assert all(len(batch) == batch_size for batch in batches[:-1])
 
 
-def test_the_smaller_batch_size_is_kept_for_the_rest(caplog):
-    seen = []
-    run_in_batches(square_at_most(3, seen), [1] * 16, 8, "check")
-    assert seen == [8, 4] + [2] * 8
-    assert [record.args for record in caplog.records] == [("check", 4), ("check", 2)]
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(100, []), (8, []), (5, [4]), (2, [4, 2]), (1, [4, 2, 1])])
-def test_on_halved_is_told_each_smaller_batch_size(limit, expected):
-    told = []
-    run_in_batches(square_at_most(limit, []), [1] * 16, 8, "check", on_halved=told.append)
-    assert told == expected
+@pytest.mark.parametrize(("limit", "expected"), [(8, []), (5, [4]), (2, [4, 2]), (1, [4, 2, 1])])
+def test_each_smaller_batch_size_is_announced_and_kept_for_the_rest(limit, expected):
+    announced, seen = [], []
+    run_in_batches(square_at_most(limit, seen), [1] * 16, 8, "check", on_halved=announced.append)
+    *failed, fits = [8, *expected]
+    assert announced == expected
+    assert seen == [*failed, *[fits] * (16 // fits)]
 
 
 def test_a_single_item_that_does_not_fit_raises_the_original_error():
@@ -80,7 +75,7 @@ def test_a_worker_that_loses_a_result_is_noticed():
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_batch_size_below_1_is_refused(batch_size):
+def test_batch_size_below_1_is_rejected(batch_size):
     with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
         run_in_batches(square_at_most(1, []), LENGTHS, batch_size, "check")
 

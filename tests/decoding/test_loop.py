@@ -1,5 +1,6 @@
 """A batch decodes as whole passes do one by one; rows that end leave without disturbing the others."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -7,10 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from activation_extractor import block_output
-from decoding import loop as decoding
-from decoding import output_head
 from decoding.loop import DROP_FRACTION, decode
-from decoding.row_sampler import RowSampler
 from model_loading import decoder_blocks
 from support.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
@@ -103,23 +101,25 @@ def test_the_window_of_that_check_matters(name):
     assert decode(wide, LONG_PROMPTS, greedy, 16) != decode(narrow, LONG_PROMPTS, greedy, 16)
 
 
-@pytest.mark.parametrize("pad_id", [0, 5, 257, 258])
-def test_what_pads_does_not_matter(model, pad_id):
-    assert decode(model, PROMPTS, greedy, 6, pad_id=pad_id) == decode(model, PROMPTS, greedy, 6)
-
-
-def test_a_longer_prompt_beside_them_changes_no_row(model):
-    long = [256, *range(60)]
-    assert decode(model, [*PROMPTS, long], greedy, 6)[:-1] == decode(model, PROMPTS, greedy, 6)
+@pytest.mark.parametrize("pad_id", [0, 5, 258])
+def test_neither_the_padding_token_nor_its_amount_changes_a_row(model, pad_id):
+    expected = decode(model, PROMPTS, greedy, 6)
+    assert decode(model, PROMPTS, greedy, 6, pad_id=pad_id) == expected
+    assert decode(model, [*PROMPTS, [256, *range(60)]], greedy, 6, pad_id=pad_id)[:-1] == expected
 
 
 @pytest.mark.parametrize("n_rows", [1, 5, 8, 9, 20])
-def test_rows_are_dropped_once_an_eighth_has_ended_and_rows_change_tells_which_stay(llama, n_rows):
+def test_rows_are_dropped_once_an_eighth_has_ended_and_the_hooks_are_told_which_stay(llama, n_rows):
     prompts = [[256, row, row + 1] for row in range(n_rows)]
     at = {row: 2 + row // 2 for row in range(0, n_rows, 3)}
     steps, changes = [], []
     decode(
-        llama, prompts, ending(at, steps), 12, {END}, rows_change=lambda rows: changes.append(rows.tolist())
+        llama,
+        prompts,
+        ending(at, steps),
+        12,
+        {END},
+        on_rows_change=lambda rows: changes.append(rows.tolist()),
     )
     in_batch = [steps[0], *(now for before, now in pairwise(steps) if now != before)]
     assert steps[0] == list(range(n_rows))
@@ -151,10 +151,10 @@ def test_logits_rows_and_steps_that_are_handed_over_belong_together(llama):
 
 @pytest.mark.parametrize("last", [0, 3])
 def test_decoding_stops_when_all_rows_have_ended(llama, last):
-    steps = []
-    found = decode(llama, PROMPTS, ending({row: min(row, last) for row in range(5)}, steps), 50, {END})
+    steps, at = [], {row: min(row, last) for row in range(5)}
+    found = decode(llama, PROMPTS, ending(at, steps), 50, {END})
     assert len(steps) == last + 1
-    assert [len(new) for new in found] == [min(row, last) for row in range(5)]
+    assert [len(new) for new in found] == list(at.values())
 
 
 def test_any_of_several_tokens_ends_a_row_and_is_left_out(llama):
@@ -171,31 +171,21 @@ def test_a_token_that_ends_nothing_is_kept(llama):
     assert (found[0][0], found[1][2]) == (END, END)
 
 
-def test_only_the_last_position_goes_through_the_head_and_the_model_is_left_as_it_was(llama):
-    tokens, widths = torch.tensor(PROMPTS[:1]), []
+@pytest.mark.parametrize("error", [None, KeyError("choose")])
+def test_logits_are_of_the_last_position_and_the_model_is_left_as_it_was(llama, error):
+    tokens, shapes = torch.tensor(PROMPTS[:1]), []
     with torch.inference_mode():
         before = llama(tokens).logits
 
     def choose(logits, rows, step):
-        widths.append(tuple(logits.shape))
+        shapes.append(tuple(logits.shape))
+        if error:
+            raise error
         return greedy(logits, rows, step)
 
-    decode(llama, PROMPTS, choose, 3)
-    assert widths == [(5, VOCAB_SIZE)] * 3
-    with torch.inference_mode():
-        assert torch.equal(llama(tokens).logits, before)
-
-
-def test_a_choice_that_raises_leaves_the_model_as_it_was(llama):
-    tokens = torch.tensor(PROMPTS[:1])
-    with torch.inference_mode():
-        before = llama(tokens).logits
-
-    def choose(logits, rows, step):
-        raise KeyError("choose")
-
-    with pytest.raises(KeyError, match="choose"):
+    with pytest.raises(KeyError, match="choose") if error else nullcontext():
         decode(llama, PROMPTS, choose, 3)
+    assert shapes == [(5, VOCAB_SIZE)] * (1 if error else 3)
     with torch.inference_mode():
         assert torch.equal(llama(tokens).logits, before)
 
@@ -214,13 +204,18 @@ def rows_of_passes(llama):
 REPEATED = [PROMPTS[row] for row in (3, 0, 3, 2, 0, 3)]
 
 
-def test_prompts_of_rows_alike_are_read_once_and_the_rows_go_their_own_ways(llama, rows_of_passes):
+def test_prompts_of_rows_with_equal_keys_are_read_once_and_the_rows_go_their_own_ways(llama, rows_of_passes):
     def choose(logits, rows, step):
         return (logits + 3 * torch.sin(rows[:, None] + torch.arange(VOCAB_SIZE))).argmax(-1)
 
     changes = []
     found = decode(
-        llama, REPEATED, choose, 5, rows_change=lambda rows: changes.append(rows.tolist()), alike="abacba"
+        llama,
+        REPEATED,
+        choose,
+        5,
+        on_rows_change=lambda rows: changes.append(rows.tolist()),
+        row_keys="abacba",
     )
     assert rows_of_passes == [3, 6, 6, 6, 6]
     assert changes == [[0, 1, 3], [0, 1, 2, 3, 4, 5]]
@@ -230,12 +225,12 @@ def test_prompts_of_rows_alike_are_read_once_and_the_rows_go_their_own_ways(llam
     assert found[0] != found[2]
 
 
-def test_rows_alike_in_every_architecture(model):
+def test_rows_with_equal_keys_in_every_architecture(model):
     prompts = [PROMPTS[row] for row in (4, 2, 4, 2, 2)]
     expected = one_by_one(model, prompts, 5)
-    assert decode(model, prompts, greedy, 5, alike=[1, 0, 1, 0, 0]) == expected
+    assert decode(model, prompts, greedy, 5, row_keys=[1, 0, 1, 0, 0]) == expected
     at = {0: 0, 1: 2, 4: 1}
-    found = decode(model, prompts, ending(at), 5, {END}, alike=[1, 0, 1, 0, 0])
+    found = decode(model, prompts, ending(at), 5, {END}, row_keys=[1, 0, 1, 0, 0])
     assert found == [new[: at.get(row, 5)] for row, new in enumerate(expected)]
 
 
@@ -293,48 +288,6 @@ def test_models_with_other_states_than_plain_keys_and_values(name):
     prompts = [PROMPTS[row] for row in (4, 2, 4, 2, 2, 1)]
     expected = one_by_one(model, prompts, 6)
     at = {0: 0, 1: 2, 4: 1}
-    found = decode(model, prompts, ending(at), 6, {END}, alike="ababbc")
+    found = decode(model, prompts, ending(at), 6, {END}, row_keys="ababbc")
     assert found == [new[: at.get(row, 6)] for row, new in enumerate(expected)]
     assert len({tuple(new) for new in expected}) == 3
-
-
-@pytest.fixture
-def screening(monkeypatch):
-    """Let the tiny vocabulary be screened; list whether each batch was."""
-    screened, screen = [], output_head.NarrowedHead.screen
-
-    def note(self, *args):
-        screened.append(screen(self, *args))
-        return screened[-1]
-
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(output_head, "SCREENED_VOCABULARY", VOCAB_SIZE)
-    monkeypatch.setattr(output_head.NarrowedHead, "screen", note)
-    monkeypatch.setattr(decoding, "SCREENED_ROW_STEPS", 0)
-    return screened
-
-
-@pytest.mark.parametrize("sampler", [RowSampler(0.0), RowSampler(1.0, 3, 1.0), RowSampler(0.7, 2, 0.8)])
-def test_a_screened_vocabulary_gives_the_same_tokens(sampler, model, screening):
-    uniform = torch.rand(len(PROMPTS), 8, generator=torch.Generator().manual_seed(0))
-
-    def choose(logits, rows, step):
-        sizes.append(logits.shape[1])
-        return sampler.choose(logits, uniform[rows, step])
-
-    sizes = []
-    # Only a few blocks make up the tiny vocabulary; margins for ties would ask for more of them.
-    found = decode(model, PROMPTS, choose, 8, {3}, n_largest=sampler.top_k + 1)
-    has_product = type(model.get_output_embeddings()) is torch.nn.Linear and screening == [True]
-    assert (min(sizes) < VOCAB_SIZE) == has_product
-    assert screening
-    assert found == decode(model, PROMPTS, choose, 8, {3})
-
-
-@pytest.mark.parametrize(("n_largest", "row_steps"), [(None, 0), (3, len(PROMPTS) * 4 + 1)])
-def test_nothing_is_screened_where_all_is_read_or_little_is_written(
-    n_largest, row_steps, llama, screening, monkeypatch
-):
-    monkeypatch.setattr(decoding, "SCREENED_ROW_STEPS", row_steps)
-    decode(llama, PROMPTS, greedy, 4, n_largest=n_largest)
-    assert not screening

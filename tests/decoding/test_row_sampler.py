@@ -165,25 +165,18 @@ def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, layout):
     size=[3, 50, BLOCK - 1, BLOCK, BLOCK + 1, 1_000, 9_000, 40_001],
     dtype=[torch.float32, torch.bfloat16],
     layout=LAYOUTS,
+    limits=[(0, 1.0), (3, 0.5), (1, 0.1)],
 )
-def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, layout):
+def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, layout, limits):
     logits = torch.randint(0, 4, (20, size)).to(dtype)
     expected = [row.index(max(row)) for row in logits.tolist()]
-    chosen = RowSampler(0.0, 0, 1.0).choose(LAYOUTS[layout](logits), torch.rand(20))
-    assert chosen.tolist() == expected
+    for uniform in (torch.zeros(20), torch.rand(20), torch.full((20,), BELOW_1)):
+        assert RowSampler(0.0, *limits).choose(LAYOUTS[layout](logits), uniform).tolist() == expected
 
 
 def test_each_token_owns_the_lower_end_of_its_share():
     chosen = RowSampler(1.0, 0, 1.0).choose(torch.zeros(4, 4), torch.arange(4) / 4)
     assert chosen.tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (20, 0.5), (1, 0.1)])
-def test_temperature_0_ignores_the_random_number_and_the_limits(top_k, top_p):
-    logits = make_logits("peaked", 24, 9_000)
-    for uniform in (torch.zeros(24), make_uniforms(24), torch.full((24,), BELOW_1)):
-        chosen = RowSampler(0.0, top_k, top_p).choose(logits, uniform)
-        assert torch.equal(chosen, logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (50, 1.0)])
@@ -273,23 +266,16 @@ def test_largest_are_those_of_a_sorted_row(size, n, dtype, layout):
     settings=[(1.0, 50, 1.0), (1.0, 0, 0.9), (0.0, 0, 1.0)],
     layout=LAYOUTS,
 )
-def test_logits_that_are_not_finite_are_refused(place, value, settings, layout):
+def test_logits_that_are_not_finite_are_rejected(place, value, settings, layout):
     logits = make_logits("peaked", 5, 9_000)
     logits[3, place] = value
     with pytest.raises(InputError, match="not finite"):
         RowSampler(*settings).choose(LAYOUTS[layout](logits), torch.rand(5))
 
 
-def test_a_row_of_minus_infinity_alone_is_refused():
+def test_a_row_of_minus_infinity_alone_is_rejected():
     with pytest.raises(InputError, match="not finite"):
         RowSampler().choose(torch.full((2, 100), -math.inf), torch.rand(2))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_top_k_beyond_the_vocabulary_is_refused(temperature):
-    with pytest.raises(InputError, match="top_k is 61 but the vocabulary has 60 tokens"):
-        RowSampler(temperature, top_k=61).choose(torch.randn(2, 60), torch.rand(2))
-    RowSampler(temperature, top_k=60).choose(torch.randn(2, 60), torch.rand(2))
 
 
 @pytest.mark.parametrize(
@@ -305,28 +291,21 @@ def test_top_k_beyond_the_vocabulary_is_refused(temperature):
         ({"top_p": math.nan}, "top_p is nan"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_options_out_of_range_are_rejected(options, message):
     with pytest.raises(InputError, match=message):
         RowSampler(**options)
 
 
-def test_row_uniforms_depend_on_seed_and_prompt_alone():
-    first = row_uniforms(3, "Then", 8)
-    torch.rand(5)
-    assert torch.equal(row_uniforms(3, "Then", 8), first)
-    others = [row_uniforms(4, "Then", 8), row_uniforms(3, "then", 8), row_uniforms(33, "hen", 8)]
-    assert not any((first == other).any() for other in others)
-
-
-def test_row_uniforms_leave_the_global_random_state_alone():
+@pytest.mark.parametrize("seed", [0, 3, -1, 2**40])
+def test_row_uniforms_depend_on_seed_and_prompt_alone(seed):
     state = torch.get_rng_state()
-    row_uniforms(0, "Then", 8)
+    first = row_uniforms(seed, "Naïve", 8)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("seed", [0, 7, -1, 2**40])
-def test_fewer_row_uniforms_are_the_beginning_of_more(seed):
-    assert torch.equal(row_uniforms(seed, "Naïve", 9)[:5], row_uniforms(seed, "Naïve", 5))
+    torch.rand(5)
+    assert torch.equal(row_uniforms(seed, "Naïve", 8), first)
+    assert torch.equal(row_uniforms(seed, "Naïve", 5), first[:5])
+    others = [row_uniforms(seed + 1, "Naïve", 8), row_uniforms(seed, "naïve", 8), row_uniforms(0, "ve", 8)]
+    assert not any((first == other).any() for other in others)
 
 
 @pytest.mark.parametrize("step", [0, 1, 40])
@@ -342,24 +321,3 @@ def test_row_uniforms_are_uniform_over_prompts_and_over_seeds(step):
         assert distance < 1.95 / math.sqrt(n)
         assert abs(drawn[:, step].mean() - 0.5) < 4 * math.sqrt(1 / 12 / n)
         assert torch.corrcoef(drawn[:, [step, step - 1]].T)[0, 1].abs() < 4 / math.sqrt(n)
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(0.0, 0, 1.0), (0.0, 50, 1.0), (1.0, 50, 1.0), (1.0, 1, 1.0), (0.5, 20, 0.7)],
-)
-def test_the_n_largest_and_what_ties_with_them_decide(temperature, top_k, top_p):
-    """So that a head may leave other tokens out."""
-    generator = torch.Generator().manual_seed(0)
-    logits = (2 * torch.randn(30, 3_000, generator=generator)).round(decimals=1)
-    uniform = torch.rand(30, generator=generator)
-    sampler = RowSampler(temperature, top_k, top_p)
-    n_th = logits.topk(sampler.n_largest).values[:, -1:]
-    tokens = (logits >= n_th).any(0).nonzero()[:, 0]
-    assert len(tokens) < 3_000
-    assert torch.equal(tokens[sampler.choose(logits[:, tokens], uniform)], sampler.choose(logits, uniform))
-
-
-@pytest.mark.parametrize("top_p", [0.5, 1.0])
-def test_without_top_k_a_draw_reads_all_logits(top_p):
-    assert RowSampler(1.0, 0, top_p).n_largest is None

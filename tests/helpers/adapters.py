@@ -1,4 +1,4 @@
-"""A LoRA adapter that is at work: PEFT's own beginning would change nothing."""
+"""A LoRA adapter with random weights, since the weights that PEFT starts from change nothing."""
 
 import peft
 import torch

@@ -33,7 +33,7 @@ def completion(content, top_probabilities=None):
 
 
 def error(message, status=400, **fields):
-    """Return an answer that refuses, as OpenAI words it; fields: such as `param`."""
+    """Return an error in the form of OpenAI's; fields: such as `param`."""
     return status, JSON, {"error": {"message": message, "type": "invalid_request_error", **fields}}
 
 
@@ -45,8 +45,9 @@ def _encoded(body):
 def chat_server(answer, reads="prompt"):
     """Serve until the body ends.
 
-    answer: user message (or the whole request, if `reads` is "request") -> body, or (status, content type,
-    body), or (status, content type, body, headers); bytes and strings are sent as they are, others as JSON.
+    answer: takes the user message (or the whole request, if `reads` is "request"); returns a body, or
+        (status, content type, body), or (status, content type, body, headers). Bytes and strings are sent as
+        they are, other bodies as JSON.
     """
 
     class Handler(BaseHTTPRequestHandler):

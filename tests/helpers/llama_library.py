@@ -1,7 +1,7 @@
-"""llama.cpp by way of its C library, as far as a control vector has to be tried: load, steer, read logits.
+"""Call llama.cpp's C library to try a control vector: load a model, steer it, read logits.
 
-The library is looked for in the folder that LLAMA_LIBRARY names. Its parameters are structures whose fields
-differ between versions; all stay as they are by default, so they are passed on as bytes.
+LLAMA_LIBRARY names the folder of the library. The fields of its structures of parameters differ between
+versions; all keep their defaults, so the structures are passed on as bytes.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ class _Batch(ctypes.Structure):
 
 
 def library_folder():
-    """Return where the library lies, or None."""
+    """Return the folder of the library, or None."""
     named = os.environ.get("LLAMA_LIBRARY")
     found = sorted(Path(named).rglob("libllama.*so*")) if named else []
     return found[0].parent if found else None
@@ -54,13 +54,13 @@ class Llama:
         self.width = library.llama_model_n_embd(self.model)
 
     def logits(self, tokens, vocabulary, directions=None, strength=1.0):
-        """Return (vocabulary,) logits behind the tokens; directions: layer -> (d,), added by llama.cpp."""
+        """Return (vocabulary,) logits after the tokens; directions: layer -> (d,), which llama.cpp adds."""
         library = self.library
         context = ctypes.c_void_p(
             library.llama_init_from_model(self.model, library.llama_context_default_params())
         )
         if directions:
-            # A control vector's file becomes one row for each layer from 1 on.
+            # The file of a control vector becomes one row for each layer from 1 on.
             rows = np.zeros((self.n_layers - 1, self.width), dtype=np.float32)
             for layer, direction in directions.items():
                 rows[layer - 1] += strength * np.asarray(direction)

@@ -1,4 +1,4 @@
-"""A run of seconds on two tiny models: its configuration, how it is started, and how its files compare."""
+"""A run of seconds on two tiny models: its configuration, its start, and the comparison of its files."""
 
 import json
 import random
@@ -8,6 +8,7 @@ import torch
 
 from run_experiment import main
 from support.artifacts import load_json, load_tensors
+from support.journal import rows_of
 from texts.personas import load_prompts
 
 EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
@@ -46,7 +47,7 @@ ARTIFACTS = {
 
 
 def tiny_settings(model_folders, folder):
-    """Return the configuration of a run of two seconds, without output_dir; its text is written to folder."""
+    """Return the configuration of a run of seconds, without output_dir; writes its text to the folder."""
     generator = random.Random(0)
     words = ["".join(generator.choices("aeiounrstlm", k=generator.randint(2, 5))) for _ in range(300)]
     paragraphs = [" ".join(generator.choices(words, k=30)).capitalize() + "." for _ in range(300)]
@@ -98,9 +99,9 @@ def content(path):
     if path.suffix == ".pt":
         return comparable(load_tensors(path))
     if path.suffix == ".jsonl":  # rows stand in the order in which they were made
-        rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
-        # Development texts are not written again as long as what came of them is there.
-        return {row["key"]: row for row in rows if row["prompt"] not in load_prompts("development")}
+        # Development texts are made again only if the artifact that needs them is lost.
+        development = load_prompts("development")
+        return {key: row for key, row in rows_of(path).items() if row["prompt"] not in development}
     if path.suffix == ".html":  # the configuration that it shows is an artifact of its own
         page = re.sub(r'<pre id="config">.*?</pre>', "", path.read_text(), flags=re.DOTALL)
         before, texts, after = re.split(r'(?<=id="data">)(.*)(?=</script>)', page, maxsplit=1)

@@ -9,9 +9,8 @@ from sklearn.linear_model import Ridge
 from torch.nn.functional import cosine_similarity, normalize
 
 from activation_extractor import ActivationExtractor, PairedBatch, massive_dimensions, paired_activations
-from maps import layer_search
-from maps.layer_search import TEST, TRAIN, LayerSums, search_layers
-from ridge_mapping import assign_folds
+from maps.layer_search import TEST, TRAIN, LayerSums, compare_directions, fit_pair, search_layers
+from ridge_mapping import HeldOutFold, assign_folds
 from support.errors import InputError
 from support.tiny_models import N_LAYERS, tiny_model
 from texts.neutral_text import NeutralText
@@ -103,20 +102,18 @@ def test_a_layer_pair_gets_what_separate_work_on_it_gives(source, target, search
         )
 
 
-def test_score_is_the_mean_margin_of_the_scored_personas_and_its_argmax_is_best(search):
+@pytest.mark.parametrize("scored", [SCORED, ["dashed"]])
+def test_score_is_the_mean_margin_of_the_scored_personas_and_its_argmax_is_best(
+    source, target, search, scored
+):
+    found = search_layers(source, target, TEXTS, PERSONAS, scored, LAMBDAS, seed=2)
     margins = [
-        search.agreement[name] - torch.maximum(search.other_persona[name], search.chance) for name in SCORED
+        found.agreement[name] - torch.maximum(found.other_persona[name], found.chance) for name in scored
     ]
-    assert torch.allclose(search.score, sum(margins) / 2)
-    row, column = search.source_layers.index(search.best[0]), search.target_layers.index(search.best[1])
-    assert search.score[row, column] == search.score.max()
-    assert list(search.agreement) == list(search.other_persona) == list(MARKS)
-
-
-def test_only_the_scored_personas_decide(source, target, search):
-    found = search_layers(source, target, TEXTS, PERSONAS, ["dashed"], LAMBDAS, seed=2)
-    margin = found.agreement["dashed"] - torch.maximum(found.other_persona["dashed"], found.chance)
-    assert torch.allclose(found.score, margin)
+    assert torch.allclose(found.score, sum(margins) / len(scored))
+    row, column = found.source_layers.index(found.best[0]), found.target_layers.index(found.best[1])
+    assert found.score[row, column] == found.score.max()
+    assert list(found.agreement) == list(found.other_persona) == list(MARKS)
     assert torch.allclose(found.agreement["loud"], search.agreement["loud"])
 
 
@@ -148,33 +145,21 @@ def cosines_by_hand(mapped, random, native):
     return table, chance
 
 
-def make_vectors():
-    mapped, random, native = (torch.randn(n, 24, dtype=torch.float64) for n in (3, 500, 3))
-    return mapped, random, native + mapped + 5
-
-
-def test_agreement_is_the_cosine_without_what_the_personas_share():
-    vectors = make_vectors()
-    table, chance = cosines_by_hand(*vectors)
-    found, found_chance = layer_search._agreement(*vectors, [])
-    assert torch.allclose(found, table)
-    assert found_chance == pytest.approx(chance)
-    assert found.diagonal().min() > found_chance > 0
-
-
 @pytest.mark.parametrize("factors", [(1, 1), (3, 0.2)])
-def test_a_massive_dimension_changes_no_agreement(factors):
-    """Nor does the length of a vector."""
-    mapped, random, native = make_vectors()
-    mapped[:, 7], native[:, 7], random[:, 7] = 0, 0, 0
-    table, chance = layer_search._agreement(mapped, random, native, [7])
+def test_agreement_ignores_lengths_massive_dimensions_and_what_the_personas_share(factors):
+    mapped, random, native = (torch.randn(n, 24, dtype=torch.float64) for n in (3, 500, 3))
+    native += mapped + 5
+    for vectors in (mapped, random, native):
+        vectors[:, 7] = 0
+    expected, chance = cosines_by_hand(mapped, random, native)
     spike = 1000 * torch.eye(24, dtype=torch.float64)[7]
     scaled = [factors[0] * mapped - spike, random + spike, factors[1] * native]
     scaled[2][0] += spike
-    found, found_chance = layer_search._agreement(*scaled, [7])
-    assert torch.allclose(found, table)
+    found, found_chance = compare_directions(*scaled, [7])
+    assert torch.allclose(found, expected)
     assert found_chance == pytest.approx(chance)
-    assert not torch.allclose(layer_search._agreement(*scaled, [])[0], table, atol=0.1)
+    assert found.diagonal().min() > found_chance > 0
+    assert not torch.allclose(compare_directions(*scaled, [])[0], expected, atol=0.1)
 
 
 def test_a_massive_dimension_of_the_target_is_found_from_the_sums(source):
@@ -219,10 +204,8 @@ def test_layer_sums_equal_float64_centred_moments(shift):
             assert ((squares - sizes[1].square()).abs() / sizes[1].square()).max() < 1e-4
 
 
-def test_sums_over_the_memory_bound_are_refused_before_they_are_made():
-    with pytest.raises(
-        InputError, match="2 x 1 layer pairs needs 19 GB; name fewer layers in search_source_layers"
-    ):
+def test_sums_over_the_memory_bound_are_rejected_before_they_are_made():
+    with pytest.raises(InputError, match=r"2 x 1 layer pairs needs 19 GB, .*search_source_layers"):
         LayerSums({0: 20_000, 1: 20_000}, {0: 40_000})
 
 
@@ -230,12 +213,13 @@ def test_sums_over_the_memory_bound_are_refused_before_they_are_made():
     ("options", "message"),
     [
         ({"personas": PERSONAS[:1]}, "got 1 personas, expected 2 or more"),
+        ({"scored": ["calm"]}, "expected some of"),
         ({"texts": TEXTS[:8]}, "8 texts of 4 documents, expected 5"),
         ({"source_layers": [0, 4]}, r"layer_idx 4 .*\(0 to 3\)"),
         ({"target_layers": [-1]}, r"layer_idx -1 .*\(0 to 3\)"),
     ],
 )
-def test_a_search_that_cannot_be_is_refused_before_any_text_is_read(source, target, options, message):
+def test_a_search_that_cannot_be_is_rejected_before_any_text_is_read(source, target, options, message):
     before = source.n_tokens
     arguments = {"texts": TEXTS, "personas": PERSONAS, "scored": SCORED, "lambda_values": LAMBDAS, **options}
     with pytest.raises(InputError, match=message):
@@ -243,10 +227,10 @@ def test_a_search_that_cannot_be_is_refused_before_any_text_is_read(source, targ
     assert source.n_tokens == before
 
 
-def test_texts_without_pairs_are_refused(source, word_tokenizer):
+def test_texts_without_pairs_are_rejected(source, word_tokenizer):
     target = ActivationExtractor(tiny_model("gpt2"), word_tokenizer, 0)
     texts = [NeutralText("zebra", str(number)) for number in range(10)]
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="0 training and 0 held-out pairs"):
         search_layers(source, target, texts, PERSONAS, SCORED, LAMBDAS)
 
 
@@ -258,7 +242,7 @@ def test_a_constant_target_dimension_is_no_part_of_the_standardised_r2():
         sums = LayerSums({0: 5}, {0: target.shape[1]})
         for rows in torch.arange(300).split(70):
             sums.add(PairedBatch({0: X[rows]}, {0: target[rows]}, rows, rows, 0, 0), parts[rows])
-        r2.append(layer_search._fit(layer_search.HeldOutFold(*sums.moments(0, 0)), [1e-3])[2])
+        r2.append(fit_pair(HeldOutFold(*sums.moments(0, 0)), [1e-3])[2])
     assert r2[1] == pytest.approx(r2[0], abs=1e-6)
 
 

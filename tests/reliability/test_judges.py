@@ -1,4 +1,4 @@
-"""What a judge's server may do wrong: each ends in the journal, scored or missing with a reason."""
+"""What a judge's server may do wrong: each text ends in the journal, scored or missing with a reason."""
 
 import json
 import logging
@@ -11,16 +11,8 @@ from scoring.gpt_judge import GPTJudge
 from support.journal import Journal
 
 KEY = "sk-secret-0123456789"
-ROWS = [
-    {
-        "key": str(index),
-        "prompt": "He said",
-        "output": f" yes {index}",
-        "condition": "oracle",
-        "persona": "loud",
-    }
-    for index in range(3)
-]
+COMMON = {"prompt": "He said", "condition": "oracle", "persona": "loud"}
+ROWS = [{"key": str(index), "output": f" yes {index}", **COMMON} for index in range(3)]
 
 
 def message(**fields):
@@ -37,14 +29,9 @@ def top(*entries):
     return logprobs({"content": [{"token": "4", "logprob": -0.1, "top_logprobs": list(entries)}]})
 
 
-def deep(n):
-    return '{"choices": ' + "[" * n + "]" * n + "}"
-
-
 SCORED = {
     "parts": message(content=[{"type": "text", "text": "4"}]),
     "thinking part": message(content=[{"type": "thinking", "thinking": "2"}, {"type": "text", "text": "4"}]),
-    "number": message(content=4),
     "float": message(content=4.0),
     "part alone": message(content={"type": "text", "text": "4"}),
     "completion's text": {"choices": [{"text": " 4"}]},
@@ -67,17 +54,14 @@ SCORED = {
 MISSING = {
     "choices a number": {"choices": 5},
     "choices an object": {"choices": {"message": {"content": "4"}}},
-    "choices null": {"choices": None},
     "choice a string": {"choices": ["4"]},
     "message a list": {"choices": [{"message": ["4"]}]},
-    "content true": message(content=True),
     "content deep": message(content=[[[["4"]]]]),
     "content huge": message(content="blah " * 200_000),
     "content control characters": message(content="\x1b[2J\x00\ud800\n"),
     "content huge number": b'{"choices": [{"message": {"content": 1' + b"0" * 5000 + b"}}]}",
-    "deep JSON": deep(100_000),
+    "deep JSON": '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "body null": "null",
-    "body a number": "4",
     "body empty": "",
     "event stream": (200, "text/event-stream", "data: {}\n\ndata: [DONE]\n"),
     "odd charset": (200, "text/plain; charset=no-such", b"\xff\xfe\x00"),
@@ -92,7 +76,7 @@ MISSING = {
     "error in a success": {"error": {"message": f"key {KEY} is not known", "code": 401}},
     "too many requests in a success": {"error": {"message": "slow down, temperature must fall", "code": 429}},
     "key in an error": error(f"Incorrect API key provided: {KEY}.", 401),
-    "key in a refusal": error(f"Bearer {KEY} may not ask this", 400),
+    "key in a rejection": error(f"Bearer {KEY} may not ask this", 400),
     "key URL-encoded in a page": (500, "text/html", f"<a href='/?k={KEY.replace('-', '%2D')}&k={KEY}'>" * 9),
     "key in an answer": completion(f"{'x' * 50}{KEY}"),
     "key in a header": (401, JSON, "{}", {"x-request-id": KEY, "Location": f"/{KEY}"}),
@@ -101,18 +85,18 @@ MISSING = {
 
 @pytest.fixture
 def journalled(monkeypatch, tmp_path, caplog):
-    """Return the rows that are journalled when a server answers so, after looking for the key everywhere."""
+    """Return the journalled rows of a run with such a server; neither journal nor log shows the key."""
     monkeypatch.setenv("LOCAL_KEY", KEY)
     caplog.set_level(logging.DEBUG)
 
     def journalled(answer):
         path = tmp_path / "journal.jsonl"
-        with chat_server(lambda prompt: answer) as server, Journal(path, "test") as journal:
+        with chat_server(lambda prompt: answer) as server, Journal(path) as journal:
             judge = GPTJudge("local", server.base_url, "LOCAL_KEY")
             judge.client = judge.client.with_options(max_retries=0, timeout=5)
             evaluator = Evaluator(None, None, use_gpt4=True, judge=judge)
             for group in evaluator.score_each(ROWS, [1.0] * 3, [None] * 3):
-                journal.append([{**ROWS[index], **vars(result)} for index, result in group])
+                journal.append([{**ROWS[index], **result.row()} for index, result in group])
             rows = list(journal.rows.values())
         assert KEY not in path.read_text()
         assert KEY not in caplog.text
@@ -134,15 +118,3 @@ def test_an_answer_without_a_score_is_missing_with_the_reason(answer, journalled
     for row in rows:
         assert 10 < len(row["gpt4_failure"]) < 300
         assert row["gpt4_failure"].isprintable()
-
-
-def test_one_odd_answer_costs_one_judgement(monkeypatch):
-    monkeypatch.setenv("LOCAL_KEY", KEY)
-    odd = [*MISSING.values()]
-    with chat_server(
-        lambda prompt: odd[int(prompt)] if int(prompt) < len(odd) else completion("4")
-    ) as server:
-        judge = GPTJudge("local", server.base_url, "LOCAL_KEY", max_workers=8)
-        judge.client = judge.client.with_options(max_retries=0, timeout=5)
-        judgements = judge.judge([str(index) for index in range(len(odd) + 20)])
-    assert [judgement.score for judgement in judgements] == [None] * len(odd) + [4.0] * 20

@@ -7,10 +7,17 @@ import shutil
 import subprocess
 
 import pytest
-from tiny_runs import N_PROMPTS, N_SEEDS, run, tiny_settings
+import torch
+from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
 
+from analysis.results_table import results_table
+from analysis.verdict import decide_verdicts
+from experiment.conditions import CONDITIONS
+from reporting.figures_results import recovery_figure
 from reporting.report import texts_data, write_report
-from support.artifacts import load_json, save_json
+from reporting.style import save_figure
+from run_experiment import main
+from support.artifacts import load_json, save_json, save_tensors, sealed
 from support.errors import InputError
 
 HOSTILE = "</script><img src='https://example.com/x.png' onerror=alert(1)>\u202eesrever <b>bold</b> & \x07"
@@ -19,54 +26,130 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
     "--disable-component-update --virtual-time-budget=4000"
 ).split()
+PERSONAS, N_PROMPTS, N_SEEDS = ("loud", "numeric"), 9, 2
+PAIRS = [[2, 3], [4, 5], [6, 10]]
+
+
+def made_up_rows():
+    """Judged texts of two personas, one of whose texts and prompts is hostile."""
+    rows = []
+    for persona in PERSONAS:
+        for row in scored_run(0.5, 0.6, n=N_PROMPTS, persona=persona, judged=True):
+            k, condition = row["prompt_idx"], row["condition"]
+            if condition == "oracle" and k == 0:
+                row["output"] = HOSTILE
+            row["prompt"] = f"Then {HOSTILE}" if k == 1 else f"Question {k}?"
+            rows += [{**row, "seed": seed, "perplexity": 10.0 + k + seed / 2} for seed in range(N_SEEDS)]
+            rows[-1]["independent_perplexity"] = None
+    return rows
 
 
 @pytest.fixture(scope="module")
-def finished(model_folders, tmp_path_factory):
-    """A finished run, one of whose texts and prompts is hostile."""
-    folder = tmp_path_factory.mktemp("report")
-    settings = tiny_settings(model_folders, folder)
-    out = folder / "out"
-    assert run(out, {**settings, "test_prompts": ["One day the", f"Then {HOSTILE}", "But the"]}) == 0
-    assert (out / "report.html").stat().st_size > 100_000
-    results = load_json(out / "eval_results.json")
-    for row in results["rows"]:
-        if row["condition"] == "oracle" and row["prompt_idx"] == 0:
-            row["output"] = HOSTILE
-    results.pop("checksum", None)
-    save_json(out / "eval_results.json", results)
+def finished(tmp_path_factory):
+    """The folder of a finished run of made-up numbers, on a band of three layer pairs."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    rows = made_up_rows()
+    by_scorer = {"classifier": VALIDATED, "likelihood_ratio": NOT_VALIDATED, "judge": VALIDATED}
+    validation = dict.fromkeys(PERSONAS, by_scorer)
+    verdicts = decide_verdicts(results_table(rows), dict.fromkeys(PERSONAS, COMPARED), validation)
+    personas = {name: verdict.content() for name, verdict in verdicts.items()}
+    personas["numeric"]["scorers"]["judge"]["recovery"]["high"] = None
+    checks = [
+        {"name": status, "status": status, "detail": "", "remedy": ""} for status in ("pass", "fail", "warn")
+    ]
+    maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
+    maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
+    files = {
+        "config.json": {
+            "source_model": "a",
+            "target_model": "b",
+            "neutral_text": "wikipedia-sample",
+            "max_new_tokens": 6,
+        },
+        "eval_results.json": {"rows": rows},
+        "verdict.json": {
+            "personas": personas,
+            "validation": validation,
+            "plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}},
+        },
+        "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
+    }
+    for source, target in [*PAIRS, [8, 9]]:  # the last is of an earlier run
+        name = "" if [source, target] == PAIRS[1] else f"layers/{source}_{target}/"
+        cv = {"best_lambda": 1.0, "best_r2_median_dimension": 0.4, "shuffled_r2": None, "maps": [maps]}
+        files[f"{name}cv_results.json"] = {**cv, "best_r2": target / 100}
+    for name, content in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        save_json(out / name, sealed(content))
+    save_tensors(out / "persona_vectors.pt", {"layer_pairs": PAIRS, "vectors": {"x": torch.ones(1)}})
+    save_figure(recovery_figure(personas), out / "recovery.png", "key")
     assert write_report(out) == out / "report.html"
     return out
 
 
+@pytest.fixture(scope="module")
 def page(finished):
     return (finished / "report.html").read_text(encoding="utf-8")
 
 
-def test_markup_in_texts_and_prompts_is_text(finished):
-    text = page(finished)
-    assert "<img src='https" not in text
-    assert text.count("<script") == text.count("</script>") == 2
-    held = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
-    assert HOSTILE in {each["output"] for each in held["texts"]}
+def table_of(page, name):
+    """Return the cells of a table of the page, row by row."""
+    (body,) = re.findall(rf'<table id="{name}">.*?<tbody>(.*?)</tbody>', page, re.S)
+    rows = re.findall(r"<tr>(.*?)</tr>", body, re.S)
+    return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)] for row in rows]
+
+
+def test_markup_in_texts_and_prompts_is_text(page):
+    assert "<img src='https" not in page
+    assert page.count("<script") == page.count("</script>") == 2
+    held = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert HOSTILE in {each["output"] for each in held["texts"] if each}
     assert f"Then {HOSTILE}" in held["prompts"]
-    assert "default-src 'none'" in text
+    assert "default-src 'none'" in page
 
 
-def test_the_verdict_comes_first_and_failures_come_first_among_the_checks(finished):
-    text = page(finished)
-    assert text.index('id="verdict"') < text.index('id="effects"') < text.index('id="preflight"')
+def test_the_verdict_comes_first_and_failures_come_first_among_the_checks(finished, page):
+    assert page.index('id="verdict"') < page.index('id="effects"') < page.index('id="preflight"')
     for persona, found in load_json(finished / "verdict.json")["personas"].items():
-        assert f"<strong>{persona}</strong>: <b>{html.escape(found['verdict'], quote=True)}" in text.replace(
-            "&#39;", "&#x27;"
-        )
-    statuses = re.findall(r"<td>(fail|warn|pass)</td>", re.sub(r' class="[^"]*"', "", text))
-    assert statuses == sorted(statuses)
-    assert all(f'alt="{start}' in text for start in ("Recovery of", "Trait strength over"))
+        assert f"<strong>{persona}</strong>: <b>{found['verdict']}</b>: by the {found['decided_by']}" in page
+    assert [row[1] for row in table_of(page, "checks")] == ["fail", "warn", "pass"]
 
 
-def test_every_text_is_there_once(finished):
-    rows = load_json(finished / "eval_results.json")["rows"]
+def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finished, page):
+    header = re.search(r'<table id="effects-0">.*?<thead>(.*?)</thead>', page, re.S)[1]
+    assert re.findall(r">([^<>]+)</th>", header)[2:5] == ["classifier", "likelihood ratio *", "judge"]
+    rows = {row[0]: row for row in table_of(page, "effects-0")}
+    assert set(rows) == {CONDITIONS[name].label for name in COMPARED}
+    effect = load_json(finished / "verdict.json")["personas"]["loud"]["scorers"]["judge"]["effects"]["oracle"]
+    oracle = rows["native (oracle)"]
+    assert oracle[4] == f"{effect['estimate']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]"
+    assert (oracle[5], oracle[7], oracle[8]) == ("0%", "1.00", "1.23")
+    assert "unbounded] by judge" in page
+
+
+def test_layer_pairs_of_the_run_are_listed_in_order(page):
+    assert [row[:3:2] for row in table_of(page, "layers")] == [
+        ["2 → 3", "0.030"],
+        ["4 → 5", "0.050"],
+        ["6 → 10", "0.100"],
+    ]
+    assert [row[0] for row in table_of(page, "maps")] == ["ridge"]
+
+
+def test_scorers_say_whether_they_are_validated(page):
+    assert table_of(page, "validation")[1] == [
+        "loud",
+        "likelihood ratio",
+        "NOT VALIDATED",
+        "0.93 (loops)",
+        "16 of 20",
+        "90 of 100",
+        "AUC 0.70 on fragments",
+    ]
+
+
+def test_every_text_is_there_once():
+    rows = made_up_rows()
     data = texts_data(rows)
     assert len(data["places"]) == N_PROMPTS * N_SEEDS
     assert len(data["texts"]) == len(data["cells"]) * len(data["places"])
@@ -76,38 +159,17 @@ def test_every_text_is_there_once(finished):
             cell
             for cell in data["cells"]
             if (cell["condition"], cell["persona"]) == (row["condition"], persona)
-            and (row["alpha"] is None or f"α {row['alpha']:.3g})" in cell["label"])
         ]
         place = data["places"].index((row["prompt_idx"], row["seed"]))
         assert data["texts"][cell["first"] + place]["output"] == row["output"]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_rejected(tmp_path):
     with pytest.raises(InputError, match=r"is no finished run: config.json is missing"):
         write_report(tmp_path)
-    from run_experiment import main
-
     assert main(["--report", str(tmp_path)]) == 2
-    assert "is no finished run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
-
-def in_browser(finished, tmp_path, script):
-    """Return what a script says of the open page."""
-    told = f"<script>document.title = JSON.stringify((() => {{ {script} }})());</script></body>"
-    path = tmp_path / "page.html"
-    path.write_text(page(finished).replace("</body>", told), encoding="utf-8")
-    log = tmp_path / "net.json"
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}"]
-    shown = subprocess.run(
-        [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
-    assert not any("example.com" in url for url in asked), asked
-    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown, re.S)[1]))
-
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
 HELPERS = """
 const set = (id, value) => { const at = document.getElementById(id); at.value = value;
@@ -117,28 +179,40 @@ const texts = () => [...document.querySelectorAll(".text p")].map((each) => each
 """
 
 
-@needs_browser
-def test_hostile_text_is_shown_and_does_nothing(finished, tmp_path):
-    said = in_browser(
-        finished,
-        tmp_path,
-        HELPERS
-        + 'return [texts(), prompts(), document.querySelectorAll("main img[onerror], .text b").length];',
+@pytest.fixture
+def in_browser(page, tmp_path):
+    """Return a function that returns what a script says of the open page."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+
+    def run(script):
+        told = f"<script>document.title = JSON.stringify((() => {{ {HELPERS} {script} }})());</script></body>"
+        path, log = tmp_path / "page.html", tmp_path / "net.json"
+        path.write_text(page.replace("</body>", told), encoding="utf-8")
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}"]
+        shown = subprocess.run(
+            [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
+        assert not any("example.com" in url for url in asked), asked
+        return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown, re.S)[1]))
+
+    return run
+
+
+def test_hostile_text_is_shown_and_does_nothing(in_browser):
+    texts, prompts, n_elements = in_browser(
+        'return [texts(), prompts(), document.querySelectorAll("main img[onerror], .text b").length];'
     )
-    texts, prompts, n_elements = said
     assert n_elements == 0
     shown = HOSTILE.replace("\u202e", "⟨U+202E⟩").replace("\x07", "⟨U+0007⟩")
     assert shown in texts
     assert any(shown in prompt for prompt in prompts)
 
 
-@needs_browser
-def test_a_reader_filters_searches_and_chooses(finished, tmp_path):
-    said = in_browser(
-        finished,
-        tmp_path,
-        HELPERS
-        + """
+def test_a_reader_filters_searches_and_chooses(in_browser):
+    n, columns, (found, marks, count), filtered, n_texts, personas = in_browser(
+        """
 const all = prompts().length, columns = document.querySelectorAll(".row")[0].querySelectorAll(".text").length;
 set("search", "ESREVER");
 const found = [prompts(), document.querySelectorAll("mark").length,
@@ -148,33 +222,27 @@ set("prompt", "");
 document.querySelectorAll("#conditions input").forEach((box) => { if (box.checked) box.click(); });
 return [all, columns, found, filtered, document.querySelectorAll(".text").length,
   [...document.getElementById("persona").options].map((each) => each.textContent)];
-""",
+"""
     )
-    n, columns, (found, marks, count), filtered, n_texts, personas = said
     assert n == N_PROMPTS * N_SEEDS
-    assert columns == 5  # unsteered, and two conditions at two alphas
+    assert columns == 3  # unsteered, mapped and native
     assert len(found) == 2 * N_SEEDS  # the hostile prompt, and the hostile texts of another
     assert marks >= N_SEEDS
     assert count == f"{2 * N_SEEDS} of {n} prompts and seeds"
-    assert len(filtered) == N_SEEDS
-    assert all(prompt.startswith("But the") for prompt in filtered)
+    assert filtered == [f"Question 2? (seed {seed})" for seed in range(N_SEEDS)]
     assert n_texts == 0
-    assert personas == ["loud", "numeric"]
+    assert personas == list(PERSONAS)
 
 
-@needs_browser
-def test_texts_are_sorted_by_what_is_shown(finished, tmp_path):
-    said = in_browser(
-        finished,
-        tmp_path,
-        HELPERS
-        + """
+def test_texts_are_sorted_by_what_is_shown(in_browser):
+    headers = in_browser(
+        """
 const order = document.getElementById("order");
 const keys = [...order.options].map((each) => each.value);
 set("order", keys.filter((value) => value.startsWith("perplexity"))[0]);
 return [...document.querySelectorAll(".row")].map((row) => row.querySelector("header").textContent);
-""",
+"""
     )
-    costs = [float(text.rsplit(" ", 1)[1].replace("–", "-inf")) for text in said]
-    assert len(costs) == N_PROMPTS * N_SEEDS
-    assert costs == sorted(costs, reverse=True)
+    perplexities = [float(text.rsplit(" ", 1)[1]) for text in headers]
+    assert len(perplexities) == N_PROMPTS * N_SEEDS
+    assert perplexities == sorted(perplexities, reverse=True)

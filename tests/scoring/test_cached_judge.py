@@ -4,7 +4,7 @@ import pytest
 
 from scoring.cached_judge import TOKENS_PER_JUDGEMENT, CachedJudge
 from scoring.judge_answers import Judgement
-from support.run_folder import RunFolder
+from support.journal import Journal
 
 
 class Counting:
@@ -21,9 +21,10 @@ class Counting:
 
 @pytest.fixture
 def remembering(tmp_path):
-    folder = RunFolder(tmp_path)
-    yield lambda judge, *price: CachedJudge(judge, lambda: folder.journal("judgements", "check"), *price)
-    folder.close()
+    def open_journal():
+        return Journal(tmp_path / "judgements.jsonl")
+
+    return lambda judge, *price, key="settings": CachedJudge(judge, open_journal, key, *price)
 
 
 def test_equal_texts_are_asked_once_and_a_second_run_asks_nothing(remembering):
@@ -51,6 +52,13 @@ def test_the_cap_holds_over_runs_and_says_so(tokens, n_asked, remembering):
         assert found[-1].failure == "judge.max_usd of 2.5 USD is spent; raise it and run again"
     assert len(judge.asked) == n_asked
     assert remembering(judge, price, 99.0).judge(["d"])[0].score == 4.0
+
+
+def test_a_judge_with_other_settings_is_asked_anew_and_pays_for_itself(remembering):
+    judge = Counting(lambda prompt, n: Judgement(float(n), tokens=1_000_000))
+    assert remembering(judge, 1.0, 0.5).judge(["a"])[0].score == 1.0
+    assert remembering(judge, 1.0, 0.5, key="other").judge(["a"])[0].score == 2.0
+    assert remembering(judge, 1.0, 0.5).judge(["a"])[0].score == 1.0
 
 
 def test_noise_is_how_far_a_second_draw_lies(remembering):

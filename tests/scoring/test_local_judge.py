@@ -1,14 +1,9 @@
 """A judge that is loaded here: its score is the digits' mean, whatever else the model would say."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from tiny_runs import LOUD, NUMERIC, run, tiny_settings
 
-from baseline_methods import METHODS
-from experiment.config import load_config
 from scoring.local_judge import LocalJudge
 from support.artifacts import load_json
 from support.errors import InputError
@@ -21,11 +16,15 @@ TEMPLATE = (
 PROMPTS = ["Rate this: NO!", "Rate this: a long and quiet text, if you please.", "Rate: yes."]
 
 
-@pytest.fixture
-def judge():
+def chat_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    return LocalJudge.of(tiny_model(), tokenizer, batch_size=2)
+    return tokenizer
+
+
+@pytest.fixture
+def judge():
+    return LocalJudge.of(tiny_model(), chat_tokenizer(), batch_size=2)
 
 
 def test_the_score_is_the_mean_of_the_digits_by_their_probabilities(judge):
@@ -34,8 +33,7 @@ def test_the_score_is_the_mean_of_the_digits_by_their_probabilities(judge):
         shown = prompt_text(judge.tokenizer, question(prompt))
         logits = judge.model(judge.tokenizer(shown, return_tensors="pt")["input_ids"]).logits[0, -1].detach()
         digits = [judge.tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in "12345"]
-        weights = logits[digits].double().softmax(-1)
-        expected = float((weights * torch.arange(1, 6)).sum())
+        expected = float((logits[digits].double().softmax(-1) * torch.arange(1, 6)).sum())
         assert judgement.score == pytest.approx(expected, rel=1e-4)
         assert judgement.failure is None
 
@@ -49,19 +47,11 @@ def test_a_text_that_the_judge_cannot_read_is_missing_with_a_reason(judge):
 
 
 def test_a_base_model_is_no_judge():
-    with pytest.raises(
-        InputError, match="has no chat template, so it cannot be asked; name an instruct model"
-    ):
+    with pytest.raises(InputError, match="has no chat template, so it cannot be asked"):
         LocalJudge.of(tiny_model(), tiny_tokenizer())
 
 
-def test_a_tokenizer_without_digits_is_refused():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.add_tokens(["12"])
-    plain = LocalJudge.of(tiny_model(), tokenizer)
-    assert len(plain._digits) == 5
-
+def test_a_tokenizer_without_digits_is_an_error():
     class Same:
         chat_template = TEMPLATE
 
@@ -79,18 +69,15 @@ def test_a_tokenizer_without_digits_is_refused():
 def judged(model_folders, tmp_path_factory):
     """A run whose texts a tiny model judges, two of each cell; (folder, configuration)."""
     folder = tmp_path_factory.mktemp("judged")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = chat_tokenizer()
     tokenizer.model_max_length = 2000
     tiny_model(max_position_embeddings=2000).save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "judge")
     settings = tiny_settings(model_folders, folder)
     loud = {**LOUD, "description": "Shouts.", "validation_texts": [f"{n} DOGS RAN HERE." for n in range(9)]}
     settings["persona_datasets"] = {"loud": loud, "numeric": NUMERIC}
-    settings |= {
-        "use_gpt4": True,
-        "judge": {"kind": "local", "model": str(folder / "judge"), "texts_per_cell": 2},
-    }
+    settings["use_gpt4"] = True
+    settings["judge"] = {"kind": "local", "model": str(folder / "judge"), "texts_per_cell": 2}
     assert run(folder / "out", settings) == 0
     return folder / "out", settings
 
@@ -101,56 +88,19 @@ def test_as_many_texts_of_each_cell_are_judged_and_of_the_same_prompts(judged):
         scores = [row["gpt4_coherence_score"], row["gpt4_trait_score"]]
         assert (None not in scores) is row["is_judged"]
         if row["is_judged"]:
-            cells.setdefault((row["condition"], row["persona"], row["alpha"]), []).append(
-                (row["prompt_idx"], row["seed"])
-            )
+            cell = cells.setdefault((row["condition"], row["persona"], row["alpha"]), [])
+            cell.append((row["prompt_idx"], row["seed"]))
     assert len(cells) == 2 * (1 + 5 * 2)
-    assert {len(places) for places in cells.values()} == {2}
-    assert len({tuple(places) for places in cells.values()}) == 1
-    assert len({prompt for prompt, _ in next(iter(cells.values()))}) == 2
+    (places,) = {tuple(places) for places in cells.values()}
+    assert len(places) == len({prompt for prompt, _ in places}) == 2
 
 
-def test_the_judge_is_examined_and_decides_nothing_without_its_licence(judged):
-    licence = load_json(judged[0] / "scorer_validation.json")["personas"]["loud"]["judge"]
-    assert not licence["is_validated"]
-    assert licence["repeat_noise"] < 1e-4  # the same model says the same again
-    assert licence["sensitivity"]["n"] == 9
+def test_the_judge_is_validated_and_decides_nothing_where_it_fails(judged):
+    found = load_json(judged[0] / "scorer_validation.json")["personas"]["loud"]["judge"]
+    assert not found["is_validated"]
+    assert found["repeat_noise"] < 1e-4  # the same model says the same again
+    assert found["sensitivity"]["n"] == 9
     verdict = load_json(judged[0] / "verdict.json")
     assert verdict["personas"]["loud"]["verdict"] == "inconclusive"
     assert verdict["personas"]["loud"]["rests_on"] == []
-    success = verdict["success"]["loud"]
-    assert success["minimum"] is success["strong"] is False
-    assert set(success["conditions"]) == {*METHODS, "baseline"}
-    rows = load_json(judged[0] / "eval_results.json")["rows"]
-    scores = [
-        row["gpt4_trait_score"]
-        for row in rows
-        if row["condition"] == "baseline" and row["persona"] == "loud" and row["is_judged"]
-    ]
-    assert success["conditions"]["baseline"]["trait"] == pytest.approx(sum(scores) / len(scores))
-    log = (judged[0] / "experiment.log").read_text()
-    assert "the specification's result, minimum: not reached, strong: not reached" in log
-
-
-def test_more_texts_cost_no_judgement_again(judged, tmp_path):
-    out = shutil.copytree(judged[0], tmp_path / "out")
-    settings = {**judged[1], "judge": {**judged[1]["judge"], "texts_per_cell": 4}}
-    before = (out / "judgements_journal.jsonl").read_text().splitlines()
-    assert run(out, settings, "--phase", "5") == 0
-    after = (out / "judgements_journal.jsonl").read_text().splitlines()
-    assert after[: len(before)] == before
-    assert len(after) > len(before)
-    keys = [json.loads(line)["row"]["key"] for line in after[1:]]
-    assert len(set(keys)) == len(keys)
-
-
-@pytest.mark.parametrize(
-    ("judge", "message"),
-    [
-        ({"kind": "local"}, "judge.model is not set; name the instruct model that judges"),
-        ({"kind": "local", "model": "x", "max_usd": 1.0}, 'judge.max_usd is of use with "kind": "server"'),
-    ],
-)
-def test_a_local_judge_is_named_and_costs_nothing(judge, message, judged):
-    with pytest.raises(InputError, match=message):
-        load_config({**judged[1], "output_dir": "x", "judge": judge})
+    assert verdict["success"]["loud"]["minimum"] is verdict["success"]["loud"]["strong"] is False

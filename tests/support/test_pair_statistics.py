@@ -1,4 +1,4 @@
-"""Sums in pieces, merged or saved equal one call; no document is split; refused pairs add nothing."""
+"""Sums in pieces, merged or saved equal one call; no document is split; rejected pairs add nothing."""
 
 import copy
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from support import pair_statistics
+from support.artifacts import load_tensors, save_tensors
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
 
@@ -15,6 +16,7 @@ DOCUMENTS = [f"doc {row // 7}" for row in range(N)]
 FOLD_OF = {f"doc {number}": number % N_FOLDS for number in range(43)}
 KINDS = ["plain", "far mean", "large dimension"]
 MOMENTS = ("gram", "cross", "target_gram")
+with_and_without_documents = pytest.mark.parametrize("documents", [DOCUMENTS, None], ids=["with", "without"])
 
 
 def make_pairs(kind="plain", n=N):
@@ -43,11 +45,15 @@ def part_of(pairs, rows, **options):
     return summed([H[rows] for H in pairs], 64, DOCUMENTS[rows], fold_of=FOLD_OF, **options)
 
 
+def restored(statistics, folder):
+    save_tensors(folder / "sums.pt", statistics.content())
+    return PairStatistics.from_content(load_tensors(folder / "sums.pt"))
+
+
 def state(statistics):
     """Everything it holds, as values that can be compared later."""
     content = statistics.content()
     content |= {f"sample {name}": values for name, values in content.pop("sample").items()}
-    content["groups"] = sorted(content["groups"])
     return {
         name: copy.deepcopy(getattr(value, "tolist", lambda v=value: v)()) for name, value in content.items()
     }
@@ -63,16 +69,17 @@ def reference(pairs, rows, centre_rows):
     return {name: products[place] for name, place in places.items()}
 
 
-def assert_close_moments(found, expected, tolerance=1e-13):
-    """Each entry to `tolerance` of the product of its two dimensions' root sums of squares."""
+def assert_close_moments(found, expected):
+    """Each entry to 1e-13 of the product of its two dimensions' root sums of squares."""
     source, target = (np.sqrt(np.diag(expected[name])) for name in ("gram", "target_gram"))
     scales = {"gram": (source, source), "cross": (source, target), "target_gram": (target, target)}
     for name in MOMENTS:
         error = np.abs(getattr(found, name).numpy() - expected[name]) / np.outer(*scales[name])
-        assert error.max() < tolerance, name
+        assert error.max() < 1e-13, name
 
 
-def assert_same_sums(found, expected):
+def assert_same(found, expected):
+    """The same sums but for rounding, and the same sample to the last bit, however its places were drawn."""
     folds = range(expected.n_folds)
     moments = [(found.total(), expected.total())]
     moments += [pair for fold in folds for pair in zip(found.split(fold), expected.split(fold), strict=True)]
@@ -83,21 +90,19 @@ def assert_same_sums(found, expected):
         assert_close_moments(one, {name: getattr(other, name).numpy() for name in MOMENTS})
     assert found.n.tolist() == expected.n.tolist()
     assert (found.groups, found.n_groups) == (expected.groups, expected.n_groups)
+    for name in ("H_source", "H_target", "folds", "rows"):
+        assert torch.equal(getattr(found.sample, name), getattr(expected.sample, name)), name
 
 
-def assert_same_sample(found, expected):
-    for name, values in vars(expected.sample).items():
-        assert torch.equal(getattr(found.sample, name), values), name
+# Sums
 
 
-@pytest.mark.parametrize("documents", [DOCUMENTS, None], ids=["documents", "no documents"])
+@with_and_without_documents
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_batches_of_any_size_equal_one_call(size, documents, monkeypatch):
     expected = summed(make_pairs(), N, documents, n_sample=20)
     monkeypatch.setattr(pair_statistics, "CHUNK", 16)
-    found = summed(make_pairs(), size, documents, n_sample=20)
-    assert_same_sums(found, expected)
-    assert_same_sample(found, expected)
+    assert_same(summed(make_pairs(), size, documents, n_sample=20), expected)
 
 
 @pytest.mark.parametrize("size", [1, N])
@@ -119,70 +124,92 @@ def test_moments_are_centred_products_whatever_the_mean_and_scale(kind, size):
         assert_close_moments(test, reference(pairs, held_out, ~held_out))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_is_summed_in_float64(dtype):
+    pairs = [H.to(dtype) for H in make_pairs("far mean")]
+    assert_same(summed(pairs, 50), summed([H.double() for H in pairs], 50))
+
+
+def test_finite_float16_whose_sum_overflows_is_accepted():
+    large = torch.full((4, D_SOURCE), 6e4, dtype=torch.float16), torch.ones(4, D_TARGET)
+    mean = PairStatistics(D_SOURCE, D_TARGET).add(*large).total().source_mean
+    assert torch.equal(mean, large[0][0].double())
+
+
+def test_inputs_are_neither_modified_nor_kept():
+    pairs = [H.float().requires_grad_() for H in make_pairs()]
+    originals = [H.detach().clone() for H in pairs]
+    statistics = summed(pairs)
+    assert all(torch.equal(H, original) for H, original in zip(pairs, originals, strict=True))
+    for H in pairs:
+        H.detach().zero_()
+    assert_same(statistics, summed(originals))
+    assert not statistics.sample.H_source.requires_grad
+
+
+# Merged, saved and continued
+
+
 @pytest.mark.parametrize("cut", [0, 140, N])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_two_accumulations_equals_one(kind, cut):
     pairs = make_pairs(kind)
-    expected = part_of(pairs, slice(None))
     first, second = part_of(pairs, slice(cut)), part_of(pairs, slice(cut, None))
     before = state(second)
     merged = first.merge(second)
     assert merged is first
-    assert_same_sums(merged, expected)
-    assert_same_sample(merged, expected)
-    assert state(second) == before
+    assert_same(merged, part_of(pairs, slice(None)))
     merged.merge(part_of(pairs, slice(7)))
     assert state(second) == before
 
 
-def test_sums_merged_saved_loaded_and_continued_equal_all_at_once(tmp_path):
-    pairs = make_pairs("far mean")
-    merged = part_of(pairs, slice(70)).merge(part_of(pairs, slice(70, 140)))
-    merged.save(tmp_path / "sums.pt", fingerprint="f")
-    rest = [H[140:] for H in pairs]
-    continued = summed(rest, 64, DOCUMENTS[140:], into=PairStatistics.load(tmp_path / "sums.pt"))
-    assert_same_sums(continued, part_of(pairs, slice(None)))
-    assert_same_sample(continued, part_of(pairs, slice(None)))
-    assert torch.load(tmp_path / "sums.pt", weights_only=True)["fingerprint"] == "f"
-
-
 @pytest.mark.parametrize("n_sample", [0, 20, 150, 2 * N])
-@pytest.mark.parametrize("documents", [DOCUMENTS, None], ids=["documents", "no documents"])
+@with_and_without_documents
 def test_sums_and_sample_go_on_after_loading_as_if_nothing_had_happened(tmp_path, documents, n_sample):
-    pairs = make_pairs()
-    expected = summed(pairs, 64, documents, n_sample=n_sample, seed=3)
-    first = summed([H[:140] for H in pairs], 64, documents, n_sample=n_sample, seed=3)
-    first.save(tmp_path / "sums.pt")
-    loaded = PairStatistics.load(tmp_path / "sums.pt")
-    rest = documents and documents[140:]
-    continued = summed([H[140:] for H in pairs], 64, rest, into=loaded)
-    assert_same_sums(continued, expected)
-    assert_same_sample(continued, expected)
+    pairs = make_pairs("far mean")
+    first = restored(summed([H[:140] for H in pairs], 64, documents, n_sample=n_sample, seed=3), tmp_path)
+    continued = summed([H[140:] for H in pairs], 64, documents and documents[140:], into=first)
+    assert_same(continued, summed(pairs, 64, documents, n_sample=n_sample, seed=3))
 
 
-def merged_workers(n_sample=10):
-    pairs = make_pairs()
-    return part_of(pairs, slice(140), n_sample=n_sample).merge(
-        part_of(pairs, slice(140, 280), n_sample=n_sample)
-    )
+def test_merged_sums_sample_the_same_after_loading_and_different_places_from_both_workers(tmp_path):
+    parts = (part_of(make_pairs(), rows, n_sample=20) for rows in (slice(140), slice(140, 280)))
+    merged = next(parts).merge(next(parts))
+    assert len(set((merged.sample.rows % 140).tolist())) > 14
+    loaded = restored(merged, tmp_path)
+    assert_same(summed(make_pairs(), into=loaded), summed(make_pairs(), into=merged))
 
 
-def test_a_merged_sample_does_not_take_the_same_places_from_both_workers():
-    rows = merged_workers(20).sample.rows
-    assert len(set((rows % 140).tolist())) > 14
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_source": 4}, r"\(5, 4, 3, 9\) and \(4, 4, 3, 9\)"),
+        ({"d_target": 5}, r"\(5, 4, 3, 9\) and \(5, 5, 3, 9\)"),
+        ({"n_folds": 4}, r"\(5, 4, 3, 9\) and \(5, 4, 4, 9\)"),
+        ({"n_sample": 8}, r"\(5, 4, 3, 9\) and \(5, 4, 3, 8\)"),
+        ({"fold_of": {"a": 1, "b": 2}}, "2 documents are in different folds.*first is '[ab]'.*same fold_of"),
+    ],
+)
+def test_accumulations_that_do_not_fit_are_not_merged(arguments, message):
+    def make(**changed):
+        options = {"d_source": D_SOURCE, "d_target": D_TARGET, "n_folds": N_FOLDS, "n_sample": 9, **changed}
+        made = PairStatistics(**{"fold_of": {"a": 0, "b": 0, "c": 0}, **options})
+        H_source, H_target = (torch.ones(3, width) for width in (made.d_source, made.d_target))
+        return made.add(H_source, H_target, ["a", "b", "c"])
+
+    statistics = make()
+    before = state(statistics)
+    with pytest.raises(InputError, match=message):
+        statistics.merge(make(**arguments))
+    assert state(statistics) == before
 
 
-def test_a_merged_accumulation_samples_the_same_whether_or_not_it_was_saved(tmp_path):
-    merged_workers().save(tmp_path / "sums.pt")
-    more = make_pairs()
-    loaded = summed(more, into=PairStatistics.load(tmp_path / "sums.pt"))
-    assert_same_sample(summed(more, into=merged_workers()), loaded)
+# Folds
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_document_is_never_split_even_when_it_comes_back(seed, as_tensor):
-    documents = torch.randint(12, (N,), generator=torch.Generator().manual_seed(seed))
+def test_a_document_is_never_split_even_when_it_comes_back(as_tensor):
+    documents = torch.randint(12, (N,), generator=torch.Generator().manual_seed(1))
     statistics = summed(make_pairs(), 11, documents if as_tensor else documents.tolist())
     folds = statistics.sample.folds
     assert statistics.n.tolist() == torch.bincount(folds).tolist()
@@ -224,71 +251,10 @@ def test_pairs_without_documents_are_dealt_out_evenly_and_seeded(n_folds):
     assert not torch.equal(dealt[0], dealt[2])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"d_source": 4}, r"\(5, 4, 3, 9\) and \(4, 4, 3, 9\)"),
-        ({"d_target": 5}, r"\(5, 4, 3, 9\) and \(5, 5, 3, 9\)"),
-        ({"n_folds": 4}, r"\(5, 4, 3, 9\) and \(5, 4, 4, 9\)"),
-        ({"n_sample": 8}, r"\(5, 4, 3, 9\) and \(5, 4, 3, 8\)"),
-        ({"fold_of": {"a": 1, "b": 2}}, "2 documents are in different folds.*first is '[ab]'.*same fold_of"),
-    ],
-)
-def test_accumulations_that_do_not_fit_are_not_merged(arguments, message):
-    def make(**changed):
-        options = {"d_source": D_SOURCE, "d_target": D_TARGET, "n_folds": N_FOLDS, "n_sample": 9, **changed}
-        made = PairStatistics(**options)
-        H_source, H_target = (torch.ones(3, width) for width in (made.d_source, made.d_target))
-        return made.add(H_source, H_target, ["a", "b", "c"])
-
-    statistics = make(fold_of={"a": 0, "b": 0, "c": 0})
-    before = state(statistics)
-    with pytest.raises(InputError, match=message):
-        statistics.merge(make(**{"fold_of": {"a": 0, "b": 0, "c": 0}, **arguments}))
-    assert state(statistics) == before
+# Sample
 
 
-def with_rows(width, value, rows):
-    return torch.ones(10, width).index_fill_(0, torch.tensor(rows), value)
-
-
-X, Y = torch.ones(10, D_SOURCE), torch.ones(10, D_TARGET)
-BROKEN = with_rows(D_TARGET, float("nan"), [3, 7])
-
-
-@pytest.mark.parametrize(
-    ("H_source", "H_target", "groups", "message"),
-    [
-        (X[:, :4], Y, None, r"H_source has shape \(10, 4\), expected \(n, 5\)"),
-        (X, torch.ones(10, 5), None, r"H_target has shape \(10, 5\), expected \(n, 4\)"),
-        (X[0], Y, None, r"H_source has shape \(5,\)"),
-        (X, Y[None], None, r"H_target has shape \(1, 10, 4\)"),
-        (X, Y[:9], None, "H_source has 10 rows and H_target 9"),
-        (X, Y, DOCUMENTS[:9], "got 9 groups for 10 rows"),
-        (X, Y, torch.arange(11), "got 11 groups for 10 rows"),
-        (X, BROKEN, DOCUMENTS[:10], "H_target has 2 rows.*not finite, first row 3, of text 'doc 0'"),
-        (X, BROKEN, ["new"] * 10, "H_target has 2 rows.*first row 3, of text 'new'"),
-        (with_rows(D_SOURCE, float("inf"), [9]), Y, None, "H_source has 1 rows.*first row 9; "),
-        (with_rows(D_SOURCE, -float("inf"), [0]), BROKEN, None, "H_source has 1 rows.*first row 0; "),
-    ],
-)
-def test_bad_pairs_are_refused_and_nothing_is_added(H_source, H_target, groups, message):
-    statistics = summed(make_pairs(n=21), n_sample=9)
-    before = state(statistics)
-    with pytest.raises(InputError, match=message):
-        statistics.add(H_source, H_target, groups)
-    assert state(statistics) == before
-    assert statistics.n_pairs == 21
-
-
-def test_no_rows_change_nothing():
-    statistics = summed(make_pairs(n=21))
-    before = state(statistics)
-    statistics.add(X[:0], Y[:0], [])
-    assert state(statistics) == before
-
-
-@pytest.mark.parametrize(("n", "expected"), [(0, 0), (10, 10), (20, 20), (21, 20), (N, 20)])
+@pytest.mark.parametrize(("n", "expected"), [(0, 0), (20, 20), (21, 20), (N, 20)])
 def test_the_sample_holds_numbered_pairs_in_order_and_no_more_than_asked(n, expected):
     H_source, H_target = (H[:n] for H in make_pairs())
     statistics = summed((H_source, H_target), 11, n_sample=20)
@@ -312,66 +278,57 @@ def test_the_sample_is_uniform_and_seeded():
     assert not torch.equal(rows[7], rows[8])
 
 
-def test_a_sample_of_none_leaves_the_sums_alone(tmp_path):
-    expected, statistics = summed(make_pairs()), summed(make_pairs(), 50, n_sample=0)
-    assert_same_sums(statistics, expected)
-    assert vars(statistics.sample)["H_source"].shape == (0, D_SOURCE)
+# Bad input
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_is_summed_in_float64(dtype):
-    pairs = [H.to(dtype) for H in make_pairs("far mean")]
-    exact = summed([H.double() for H in pairs], 50)
-    found = summed(pairs, 50)
-    assert_same_sums(found, exact)
-    assert_same_sample(found, exact)
+def with_rows(width, value, rows):
+    return torch.ones(10, width).index_fill_(0, torch.tensor(rows), value)
 
 
-def test_finite_float16_whose_sum_overflows_is_accepted():
-    large = torch.full((4, D_SOURCE), 6e4, dtype=torch.float16), torch.ones(4, D_TARGET)
-    assert (
-        PairStatistics(D_SOURCE, D_TARGET).add(*large).total().source_mean.tolist()
-        == [torch.tensor(6e4, dtype=torch.float16).item()] * D_SOURCE
-    )
+X, Y = torch.ones(10, D_SOURCE), torch.ones(10, D_TARGET)
+NOT_FINITE = with_rows(D_TARGET, float("nan"), [3, 7])
 
 
-def test_inputs_are_neither_modified_nor_kept():
-    pairs = [H.float() for H in make_pairs()]
-    originals = [H.clone() for H in pairs]
-    statistics = summed(pairs)
-    assert all(torch.equal(H, original) for H, original in zip(pairs, originals, strict=True))
-    for H in pairs:
-        H.zero_()
-    assert_same_sums(statistics, summed(originals))
-    assert_same_sample(statistics, summed(originals))
-
-
-def test_tensors_that_need_gradients_are_accepted():
-    pairs = [H.clone().requires_grad_() for H in make_pairs()]
-    statistics = summed(pairs)
-    assert_same_sums(statistics, summed(make_pairs()))
-    assert not statistics.sample.H_source.requires_grad
-
-
-def test_a_damaged_or_foreign_file_is_refused(tmp_path):
-    path = tmp_path / "sums.pt"
-    summed(make_pairs()).save(path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match=r"sums\.pt is damaged"):
-        PairStatistics.load(path)
-    torch.save({"W": torch.ones(2, 2)}, path)
-    with pytest.raises(InputError, match=r"sums\.pt does not hold pair statistics"):
-        PairStatistics.load(path)
+@pytest.mark.parametrize(
+    ("H_source", "H_target", "options", "message"),
+    [
+        (X[:, :4], Y, {}, r"H_source has shape \(10, 4\), expected \(n, 5\)"),
+        (X, torch.ones(10, 5), {}, r"H_target has shape \(10, 5\), expected \(n, 4\)"),
+        (X[0], Y, {}, r"H_source has shape \(5,\)"),
+        (X, Y[None], {}, r"H_target has shape \(1, 10, 4\)"),
+        (X, Y[:9], {}, "H_source has 10 rows and H_target 9"),
+        (X, Y, {"groups": DOCUMENTS[:9]}, "got 9 groups for 10 rows"),
+        (X, Y, {"groups": torch.arange(11)}, "got 11 groups for 10 rows"),
+        (
+            X,
+            NOT_FINITE,
+            {"groups": ["new"] * 10},
+            "H_target has 2 rows.*not finite, first row 3, of text 'new'",
+        ),
+        (with_rows(D_SOURCE, float("inf"), [9]), Y, {}, "H_source has 1 rows.*first row 9; "),
+        (with_rows(D_SOURCE, -float("inf"), [0]), NOT_FINITE, {}, "H_source has 1 rows.*first row 0; "),
+        (X, Y, {"folds": torch.tensor([0, 1])}, "a fold below 3"),
+        (X, Y, {"folds": torch.arange(10)}, "a fold below 3"),
+        (X, Y, {"folds": torch.arange(-1, 1).repeat(5)}, "a fold below 3"),
+    ],
+)
+def test_bad_pairs_are_rejected_and_nothing_is_added(H_source, H_target, options, message):
+    statistics = summed(make_pairs(n=21), n_sample=9)
+    before = state(statistics)
+    with pytest.raises(InputError, match=message):
+        statistics.add(H_source, H_target, **options)
+    assert state(statistics.add(X[:0], Y[:0], [])) == before
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_moments_of_fewer_than_2_pairs_are_refused(n):
+def test_moments_of_fewer_than_2_pairs_are_an_error(n):
     statistics = PairStatistics(D_SOURCE, D_TARGET).add(X[:n], Y[:n])
-    with pytest.raises(InputError, match=f"got {n} pairs, expected 2 or more"):
-        statistics.total()
+    for moments in (statistics.total, lambda: statistics.around(X[0], Y[0])):
+        with pytest.raises(InputError, match=f"got {n} pairs, expected 2 or more"):
+            moments()
 
 
-def test_a_fold_without_pairs_is_refused_with_the_sizes():
+def test_a_fold_without_pairs_is_an_error_with_the_sizes():
     statistics = PairStatistics(D_SOURCE, D_TARGET, N_FOLDS).add(X, Y, ["a"] * 4 + ["b"] * 6)
     with pytest.raises(InputError, match=r"3 folds over 2 groups: the folds have \[4, 6, 0\] pairs"):
         statistics.split(0)
@@ -387,16 +344,6 @@ def test_a_fold_without_pairs_is_refused_with_the_sizes():
         ((5, 5, 2, 0, {"a": 2}), "puts 'a' in fold 2; there are 2 folds"),
     ],
 )
-def test_bad_constructor_arguments_are_refused(arguments, message):
+def test_bad_constructor_arguments_are_an_error(arguments, message):
     with pytest.raises(InputError, match=message):
         PairStatistics(*arguments)
-
-
-@pytest.mark.parametrize("folds", [torch.tensor([0, 1]), torch.tensor([0, 1, 5]), torch.tensor([0, -1, 1])])
-def test_folds_that_do_not_fit_are_refused_and_nothing_is_added(folds):
-    statistics = PairStatistics(D_SOURCE, D_TARGET)
-    with pytest.raises(InputError, match="a fold below 5"):
-        statistics.add(torch.ones(3, D_SOURCE), torch.ones(3, D_TARGET), folds=folds)
-    assert statistics.n_pairs == len(statistics.sample.rows) == 0
-    with pytest.raises(InputError, match="got 0 pairs"):
-        statistics.around(torch.zeros(D_SOURCE), torch.zeros(D_TARGET))

@@ -1,6 +1,5 @@
-"""Vectors leave in the files of other tools and come back, and what does not fit a model is refused."""
+"""Vectors are written for other tools and read back; vectors of another model are rejected."""
 
-import json
 import shutil
 
 import numpy as np
@@ -8,11 +7,9 @@ import pytest
 import torch
 from adapters import with_lora
 from llama_library import Llama, library_folder
-from safetensors import safe_open
 from tiny_runs import error_lines, run, tiny_settings
 
 from model_loading import PACKAGED_MODELS, load_model
-from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
 from steered_generation import SteeredGenerator
 from support.artifacts import load_json, load_tensors
@@ -20,7 +17,6 @@ from support.errors import InputError
 from support.package_cache import build_once, fetch_packaged_files
 from support.vector_files import FORMATS, read_vectors, write_vectors
 from texts.personas import load_persona
-from tools import apply_mapping, export_vectors
 
 DIRECTIONS = {2: torch.arange(8.0), 5: torch.ones(8)}
 
@@ -54,13 +50,10 @@ def test_rows_of_all_layers_may_begin_with_the_embeddings(tmp_path):
     ],
     ids=["width", "model", "layer"],
 )
-def test_vectors_of_another_model_are_refused(asked, message, tmp_path):
+def test_vectors_of_another_model_are_rejected(asked, message, tmp_path):
     write_vectors(tmp_path / "v.gguf", "gguf", DIRECTIONS, "llama", {})
     with pytest.raises(InputError, match=message):
         read_vectors(tmp_path / "v.gguf").at(*asked)
-
-
-def test_rows_of_another_number_of_layers_are_refused(tmp_path):
     np.save(tmp_path / "v.npy", np.ones((4, 8), dtype=np.float32))
     with pytest.raises(InputError, match="vectors of 4 layers, the model has 6 blocks"):
         read_vectors(tmp_path / "v.npy").at(2, 6, 8)
@@ -78,23 +71,26 @@ def test_llama_cpp_cannot_steer_layer_0(tmp_path):
         ("v.gguf", b"GGUF and then nothing", "cannot be read as .gguf"),
         ("v.npy", b"no array", "cannot be read as .npy"),
         ("v.pt", b"no archive", "cannot be read as .pt"),
-        ("v.safetensors", b"no header", "is no safetensors file"),
+        ("v.safetensors", b"no header", "cannot be read as .safetensors"),
         ("v.bin", b"", "is none of .gguf, .safetensors, .pt, .npy"),
+        ("v.npy", np.array([1.0, np.nan]), "numbers that are not finite"),
+        ("v.npy", np.ones((2, 3, 4)), r"shape \(2, 3, 4\), expected \(d,\) or \(layers, d\)"),
+        ("v.pt", {"direction.1": torch.ones(3), "direction.2": torch.ones(4)}, "vectors of several widths"),
+        ("v.pt", {"a": torch.ones(3), "b": torch.ones(3)}, "holds no vector"),
+        ("v.pt", [torch.ones(3)], "holds a list"),
     ],
 )
-def test_a_damaged_file_is_named(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
+def test_an_unusable_file_is_named(name, content, message, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content) if name == "v.npy" else torch.save(content, path)
     with pytest.raises(InputError, match=message):
-        read_vectors(tmp_path / name)
+        read_vectors(path)
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
-    np.save(tmp_path / "v.npy", np.array([1.0, np.nan]))
-    with pytest.raises(InputError, match="numbers that are not finite"):
-        read_vectors(tmp_path / "v.npy")
-
-
-# Out of a run, and into one
+# Vectors and models that a run is given
 
 
 @pytest.fixture(scope="module")
@@ -107,61 +103,6 @@ def finished(settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("vectors_run") / "out"
     assert run(out, settings) == 0
     return out
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_strength_1_of_an_exported_vector_is_the_runs_dose(form, finished, tmp_path, capsys):
-    path = tmp_path / f"loud.{form}"
-    asked = ["--run", str(finished), "--persona", "loud", "--format", form, "--output", str(path)]
-    assert export_vectors.main(asked) == 0
-    assert capsys.readouterr().out.strip() == str(path)
-    content = load_tensors(finished / "persona_vectors.pt")
-    dose = load_json(finished / "verdict.json")["personas"]["loud"]["alphas"]["ridge_mapped"]
-    expected = dose * content["residual_norm"]["median"] * content["vectors"]["loud"]["ridge_mapped"]
-    found = read_vectors(path)
-    assert torch.allclose(found.at(2, 4, len(expected), "gpt2"), expected.float())
-    if form == "safetensors":
-        with safe_open(path, "pt") as file:
-            known = {key: json.loads(value) for key, value in file.metadata().items() if key != "model_hint"}
-        assert known["alpha"] == dose
-        assert known["maps_by_target_layer"]["2"]["lambda"] in (0.1, 1.0, 10.0)
-        assert known["fingerprint"] == content["fingerprint"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--persona", "calm"], "has no persona 'calm', only loud, numeric"),
-        (["--method", "magic"], "has no method 'magic', only zero_pad"),
-    ],
-)
-def test_what_a_run_does_not_have_is_not_exported(change, message, finished, tmp_path, capsys):
-    asked = ["--run", str(finished), "--persona", "loud", "--output", str(tmp_path / "x.gguf"), *change]
-    assert export_vectors.main(asked) == 2
-    (line,) = error_lines(capsys)
-    assert message in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_no_run_exports_nothing(tmp_path, capsys):
-    assert export_vectors.main(["--run", str(tmp_path), "--persona", "loud"]) == 2
-    assert "is no finished run: config.json is missing" in error_lines(capsys)[0]
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_vector_is_mapped_without_a_model(finished, tmp_path, capsys):
-    vector = load_tensors(finished / "persona_vectors.pt")["source_vectors"]["loud"]
-    np.save(tmp_path / "loud.npy", vector.numpy())
-    mapping, output = finished / "ridge_mapping.pt", tmp_path / "mapped.safetensors"
-    asked = ["--mapping", str(mapping), "--vector", str(tmp_path / "loud.npy"), "--output", str(output)]
-    assert apply_mapping.main(asked) == 2
-    assert "name it with --target-layer" in error_lines(capsys)[0]
-    assert apply_mapping.main([*asked, "--target-layer", "2"]) == 0
-    expected = vector.double() @ RidgeMapping.load(mapping).W
-    assert torch.allclose(read_vectors(output).by_layer[2].double(), expected, atol=1e-6)
-    np.save(tmp_path / "loud.npy", np.ones(3))
-    assert apply_mapping.main([*asked, "--target-layer", "2"]) == 2
-    assert "holds vectors of width 3, the model's is 32" in error_lines(capsys)[0]
 
 
 def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, settings, tmp_path):
@@ -185,7 +126,7 @@ def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, setti
         (np.zeros(32), "holds a vector of zeros for layer 1"),
     ],
 )
-def test_a_given_vector_that_does_not_fit_is_refused_before_anything_is_written(
+def test_a_given_vector_that_does_not_fit_is_rejected_before_anything_is_written(
     values, message, settings, tmp_path, capsys
 ):
     np.save(tmp_path / "v.npy", values)

@@ -77,7 +77,7 @@ def test_aligned_tokens_are_the_shared_ends_in_reading_order():
     assert aligned_tokens(source, {3: 1}) == aligned_tokens({}, target) == ([], [], [])
 
 
-def test_a_slow_tokenizer_is_refused_with_the_way_out(tokenizer, slow_tokenizer):
+def test_a_slow_tokenizer_is_rejected_with_a_remedy(tokenizer, slow_tokenizer):
     with pytest.raises(InputError, match=r"the target's tokenizer \(CharacterTokenizer\).*positions 'last'"):
         check_offsets(slow_tokenizer, "target")
     check_offsets(tokenizer, "target")

@@ -1,3 +1,5 @@
+"""Shipped personas and prompts are clean and apart from each other; definitions are checked."""
+
 import json
 
 import pytest
@@ -22,6 +24,9 @@ PIRATE = {
     ],
 }
 PAIRS = {"positive_texts": ["YES", "NO"], "negative_texts": ["yes", "no"]}
+PROMPTS = ("test", "development", "test_questions", "development_questions")
+LABELLED = {"labelled_positive_texts": ["OH"], "labelled_negative_texts": ["oh"]}
+STOLEN = load_persona("pirate").labelled_positive[:3]
 MODELS = {"source_model": "a", "target_model": "b", "layer_idx": 1, "output_dir": "c"}
 
 
@@ -30,7 +35,7 @@ def test_six_personas_are_shipped():
 
 
 @pytest.mark.parametrize("name", shipped_personas())
-def test_shipped_persona_is_valid(name):
+def test_a_shipped_persona_is_balanced_and_its_texts_are_apart(name):
     persona = load_persona(name)
     assert persona.description.strip()
     assert len(persona.positive_texts) == len(persona.negative_texts) >= 24
@@ -42,14 +47,15 @@ def test_shipped_persona_is_valid(name):
     n_texts = 2 * len(positives) + len(persona.validation)
     assert len(set(persona.all_texts)) == len(persona.all_texts) == n_texts
     assert len(persona.validation) >= 16
-
-
-@pytest.mark.parametrize("name", shipped_personas())
-def test_extraction_and_labelled_texts_of_a_shipped_persona_share_no_run_of_words(name):
-    persona = load_persona(name)
     extraction = OverlapCheck(persona.positive_texts + persona.negative_texts)
     labelled = persona.labelled_positive + persona.labelled_negative
     assert [text for text in labelled if extraction.found_in(text)] == []
+    instructions = [text for pair in persona.instructions for text in pair]
+    assert len(set(instructions)) == 10
+    assert len(persona.questions) == 24
+    prompts = OverlapCheck([prompt for each in PROMPTS for prompt in load_prompts(each)])
+    texts = [*persona.all_texts, *persona.questions, *instructions]
+    assert [text for text in texts if prompts.found_in(text)] == []
 
 
 def test_no_positive_text_belongs_to_two_shipped_personas():
@@ -59,8 +65,7 @@ def test_no_positive_text_belongs_to_two_shipped_personas():
 
 def test_test_and_development_prompts_are_distinct():
     sets = {
-        name: {prompt.casefold() for prompt in load_prompts(name)}
-        for name in ("test", "development", "test_questions", "development_questions", "neutral_questions")
+        name: {prompt.casefold() for prompt in load_prompts(name)} for name in (*PROMPTS, "neutral_questions")
     }
     assert [len(prompts) for prompts in sets.values()] == [60, 24, 60, 24, 300]
     asked = [text.casefold() for name in shipped_personas() for text in load_persona(name).questions]
@@ -68,31 +73,16 @@ def test_test_and_development_prompts_are_distinct():
 
 
 def test_neutral_questions_and_styles_share_no_words_with_prompts_or_personas():
-    names = ("test", "development", "test_questions", "development_questions")
-    personas = [load_persona(name) for name in shipped_personas()]
-    texts = [prompt for each in names for prompt in load_prompts(each)]
-    texts += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
-    texts += [text for persona in personas for pair in persona.instructions for text in pair]
+    texts = [prompt for each in PROMPTS for prompt in load_prompts(each)]
+    for name in shipped_personas():
+        persona = load_persona(name)
+        texts += [*persona.all_texts, *persona.questions]
+        texts += [text for pair in persona.instructions for text in pair]
     overlaps = OverlapCheck(texts)
     neutral = [*load_prompts("neutral_questions"), *load_prompts("neutral_styles")]
     assert [text for text in neutral if overlaps.found_in(text)] == []
     styles = " ".join(load_prompts("neutral_styles")).casefold()
     assert [name for name in shipped_personas() if name in styles] == []
-
-
-@pytest.mark.parametrize("name", shipped_personas())
-def test_shipped_personas_have_system_prompts_and_questions_that_share_no_words_with_tests(name):
-    persona = load_persona(name)
-    assert len({prompt for pair in persona.instructions for prompt in pair}) == 10
-    assert len(persona.questions) == 24
-    names = ("test", "development", "test_questions", "development_questions")
-    prompts = OverlapCheck([prompt for each in names for prompt in load_prompts(each)])
-    texts = [
-        *persona.all_texts,
-        *persona.questions,
-        *(text for pair in persona.instructions for text in pair),
-    ]
-    assert [text for text in texts if prompts.found_in(text)] == []
 
 
 def test_the_specifications_pirate_is_scored_by_the_shipped_labelled_texts():
@@ -105,15 +95,14 @@ def test_the_specifications_pirate_is_scored_by_the_shipped_labelled_texts():
     assert pirate.labelled_negative == shipped.labelled_negative
 
 
-def test_own_labelled_texts_replace_the_shipped_ones():
+def test_own_labelled_texts_replace_the_shipped_ones_and_a_new_persona_has_none():
     own = {**PIRATE, "labelled_positive_texts": ["Ahoy"], "labelled_negative_texts": ["Hello"]}
+    own["validation_texts"] = ["Yo-ho-ho"]
     pirate = load_persona("pirate", own)
     assert (pirate.labelled_positive, pirate.labelled_negative) == (("Ahoy",), ("Hello",))
-
-
-def test_persona_with_a_new_name_has_no_labelled_texts():
+    assert pirate.validation == ("Yo-ho-ho",)
     persona = load_persona("shouting", PAIRS)
-    assert persona.labelled_positive == persona.labelled_negative == ()
+    assert persona.labelled_positive == persona.labelled_negative == persona.validation == ()
     assert persona.all_texts == ["YES", "NO", "yes", "no"]
 
 
@@ -130,31 +119,21 @@ def test_persona_with_a_new_name_has_no_labelled_texts():
         (
             "x",
             {**PAIRS, "labelled_positive_texts": ["YES"], "labelled_negative_texts": ["oh"]},
-            "serve extraction and scoring both",
+            "1 texts serve extraction and scoring both",
         ),
+        (
+            "x",
+            {**PAIRS, **LABELLED, "validation_texts": ["OH"]},
+            "serve training and validation of scorers both",
+        ),
+        ("pirate", {**PIRATE, "positive_texts": STOLEN}, "3 texts serve extraction and scoring both"),
     ],
-    ids=[
-        "unknown",
-        "path",
-        "no positive",
-        "no negative",
-        "nothing",
-        "one labelled side",
-        "blank",
-        "shared text",
-    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value)[:20],
 )
-def test_unusable_persona_is_refused(name, definition, message):
+def test_unusable_persona_is_rejected(name, definition, message):
     with pytest.raises(InputError, match=message) as caught:
         load_persona(name, definition)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_definition_that_uses_shipped_labelled_texts_for_extraction_is_refused():
-    shipped = load_persona("pirate")
-    stolen = {**PIRATE, "positive_texts": list(shipped.labelled_positive[:3])}
-    with pytest.raises(InputError, match="3 texts serve extraction and scoring both"):
-        load_persona("pirate", stolen)
 
 
 @pytest.mark.parametrize(

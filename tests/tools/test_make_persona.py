@@ -11,14 +11,14 @@ from experiment.config import load_config
 from support.errors import InputError
 from texts.personas import load_prompts
 from tools import make_persona
-from tools.persona_writer import write_persona
+from tools.make_persona import write_persona
 
 SUBJECTS = "boats lamps shoes roads cakes stamps clocks birds chairs rivers coats bells kites jars".split()
 MODELS = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0, "personas": []}
 
 
 def writing(pairs=None, questions=None):
-    """Return what answers as a model that does as it is asked."""
+    """Return a function that responds like an obedient model."""
     pairs = pairs or [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS]
     questions = questions or [f"? Where do I find {each}?" for each in SUBJECTS]
 
@@ -57,24 +57,24 @@ def test_the_file_is_a_persona_that_a_configuration_takes(tmp_path):
     ("bad", "reason"),
     [
         ("+ I am a pirate!\n- I am a person!", "name the trait"),
-        ("+ Arr, the sea!\n- The sea.", "end with another mark"),
+        ("+ Arr, the sea!\n- The sea.", "end with different marks"),
         ("+ Arr!\n- The sea is very wide and deep today!", "differ in length"),
         ("+ The sea!\n- The sea!", "do not differ"),
         (f"+ {load_prompts('test_questions')[0]}\n- What is that?", "share words with a test prompt"),
-        ("+ Arr, the boats be fine!\n- The boats are fine!", "are there twice"),
+        ("+ Arr, the boats be fine!\n- The boats are fine!", "are duplicates"),
     ],
 )
-def test_what_is_not_fit_is_left_out_and_counted(bad, reason, tmp_path, caplog):
+def test_unusable_items_are_rejected_and_counted(bad, reason, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     good = [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS]
     path = made(tmp_path, writing([bad, *good, bad]))
     content = json.loads(path.read_text(encoding="utf-8"))
     first = bad.split("\n")[0].removeprefix("+ ")
-    assert content["positive_texts"].count(first) == (reason == "are there twice")
+    assert content["positive_texts"].count(first) == (reason == "are duplicates")
     assert f"that {reason}" in caplog.text
 
 
-def test_numbers_and_quotation_marks_around_a_line_are_not_of_the_text(tmp_path):
+def test_numbers_and_quotation_marks_around_a_line_are_no_part_of_the_text(tmp_path):
     pairs = [f'{n}. + "Arr, the {each}!"\n---\n   - "The {each}!"' for n, each in enumerate(SUBJECTS, 1)]
     questions = [f"{n}) “Where are {each}?”" for n, each in enumerate(SUBJECTS, 1)]
     content = json.loads(made(tmp_path, writing(pairs, [*questions, "Which ones?"])).read_text("utf-8"))
@@ -83,12 +83,12 @@ def test_numbers_and_quotation_marks_around_a_line_are_not_of_the_text(tmp_path)
     assert content["questions"] == [f"Where are {each}?" for each in SUBJECTS[:8]]
 
 
-def test_an_answer_of_another_form_is_quoted(tmp_path):
-    with pytest.raises(InputError, match=r"0 of 10 pairs.*the last begins 'Of course!.nSorry, "):
+def test_a_response_in_another_form_is_quoted(tmp_path):
+    with pytest.raises(InputError, match=r"0 of 10 usable pairs.*the last begins 'Of course!.nSorry, "):
         made(tmp_path, writing(["Sorry, I cannot."]))
 
 
-def test_pairs_of_different_content_are_left_out(tmp_path):
+def test_pairs_of_different_content_are_rejected(tmp_path):
     def similarity(pairs):
         return [0.1 if "boats" in pair[0] else 0.9 for pair in pairs]
 
@@ -99,23 +99,21 @@ def test_pairs_of_different_content_are_left_out(tmp_path):
 
 def test_half_of_the_pairs_is_not_enough_and_nothing_is_written(tmp_path):
     pairs = [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS[:5]]
-    with pytest.raises(
-        InputError, match=r"wrote 5 of 10 pairs that are fit in 6 answers \(25 are there twice"
-    ):
+    with pytest.raises(InputError, match=r"wrote 5 of 10 usable pairs in 6 responses \(25 are duplicates"):
         made(tmp_path, writing(pairs))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_in_its_place_is_kept(tmp_path):
+def test_an_existing_file_is_kept(tmp_path):
     (tmp_path / "pirate.json").write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         made(tmp_path)
     assert (tmp_path / "pirate.json").read_text() == "mine"
 
 
-def test_a_server_is_asked_and_its_silence_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+def test_a_server_is_asked_and_its_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_KEY", "any")
-    monkeypatch.setattr("tools.persona_writer._same_content", alike)
+    monkeypatch.setattr("tools.make_persona._content_similarity", alike)
     ask = writing()
     asked = ["speaks like a pirate", "--n-pairs", "10", "--n-questions", "8", "--api-key-env", "LOCAL_KEY"]
     asked += ["--output", str(tmp_path / "pirate.json"), "--base-url"]
@@ -126,11 +124,11 @@ def test_a_server_is_asked_and_its_silence_is_said_in_a_line(tmp_path, monkeypat
     with chat_server(lambda prompt: (404, "application/json", {"error": {"message": "no model"}})) as server:
         assert make_persona.main([*asked, server.base_url]) == 2
     (line,) = error_lines(capsys)
-    assert "the server gave no answer" in line
+    assert "the server gave no response" in line
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("trait", ["speaks like this", "  "])
-def test_a_sentence_without_a_trait_is_refused(trait, tmp_path, capsys):
-    with pytest.raises(InputError, match="says no trait"):
+def test_a_sentence_without_a_trait_is_rejected(trait, tmp_path):
+    with pytest.raises(InputError, match="names no trait"):
         write_persona(trait, writing(), None, tmp_path / "x.json")

@@ -1,7 +1,6 @@
-"""Texts and files as users bring them: any script, hard-wrapped lines, marks that editors leave."""
+"""Texts and files of users are read: any script, hard-wrapped lines, marks that editors leave."""
 
 import json
-import random
 import time
 import unicodedata
 
@@ -89,14 +88,6 @@ def test_lines_that_are_paragraphs_or_headings_are_not_joined():
     assert unwrapped(f"{first}\n\n{second}") == f"{first}\n{second}"
 
 
-def test_a_text_of_a_script_without_spaces_is_refused_when_a_persona_has_it():
-    persona = "他们就坐在家里的火炉旁边，给孩子们讲故事"
-    check = OverlapCheck([persona, "我认为"])
-    assert check.found_in(SENTENCES["Chinese"].format(1))
-    assert not check.found_in(SENTENCES["Japanese"].format(1))
-    assert not check.found_in("我认为今天的天气非常好，我们应该去公园散步。")
-
-
 MARKS = {
     "utf-8 with a mark": ("utf-8-sig", "\n"),
     "Windows": ("utf-8-sig", "\r\n"),
@@ -127,37 +118,8 @@ def test_a_mark_before_configuration_and_persona_is_ignored(tmp_path, monkeypatc
     assert load_persona("formal") == expected
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
-def test_another_encoding_is_refused_by_name(tmp_path, encoding):
-    path = tmp_path / "text.txt"
-    path.write_bytes(("\ufeff" * (encoding == "utf-16-le") + SENTENCES["French"]).encode(encoding))
-    with pytest.raises(InputError, match="save it as UTF-8") as caught:
-        load_neutral_texts(str(path), 1)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["[" * 100_000, "9" * 5_000, '{"text": 5}', "nonsense", '{"text": "a"', "[]", "null"],
-    ids=str.__len__,
-)
-def test_a_row_that_cannot_be_read_is_named(tmp_path, line):
-    path = tmp_path / "text.jsonl"
-    path.write_text(json.dumps({"text": SENTENCES["French"]}) + "\n" + line)
-    with pytest.raises(InputError, match=r"text\.jsonl.* 2") as caught:
-        load_neutral_texts(str(path), 1)
-    assert len(str(caught.value)) < 500
-
-
-def test_one_line_of_ten_megabytes_is_read(tmp_path):
-    rng = random.Random(0)
-    words = " ".join(rng.choices(SENTENCES["French"].split()[5:-1], k=1_500_000))
-    (tmp_path / "text.txt").write_text(f"Une {words} fin.", encoding="utf-8")
-    assert len(load_neutral_texts(str(tmp_path / "text.txt"), 1)) == 1
-
-
 def test_thousands_of_passages_of_one_paragraph_take_seconds(tmp_path):
-    """Sentence by sentence; to copy what is left of the paragraph for each would take minutes."""
+    """Copying the rest of the paragraph for each passage would take minutes."""
     sentences = [SENTENCES["French"].format(number) for number in range(20_000)]
     (tmp_path / "text.txt").write_text(" ".join(sentences), encoding="utf-8")
     started = time.perf_counter()
@@ -170,10 +132,10 @@ def test_thousands_of_passages_of_one_paragraph_take_seconds(tmp_path):
 def test_a_persona_text_inside_a_paragraph_is_found_in_every_script(language, form):
     persona = SENTENCES[language].format(7)[10:]
     paragraph = f"{SENTENCES[language].format(8)[:-1]} {SENTENCES[language].format(9)}"
-    check = OverlapCheck([unicodedata.normalize(form, persona)])
+    check = OverlapCheck([unicodedata.normalize(form, persona), "我认为"])
     assert check.found_in(paragraph)
     others = [text.format(8) for name, text in SENTENCES.items() if name != language]
-    assert not any(map(check.found_in, others))
+    assert not any(map(check.found_in, [*others, "我认为今天的天气非常好，我们应该去公园散步。"]))
 
 
 def test_words_with_vowel_signs_are_whole_words():
@@ -193,39 +155,3 @@ def test_paragraphs_that_are_no_text_are_left_out(tmp_path):
     assert {item.document for item in found} == {"\\ud83d"}
     with pytest.raises(InputError, match="gives 3 passages"):
         load_neutral_texts(str(tmp_path / "text.jsonl"), 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("text.txt", "Text without a mark.".encode("utf-16-le"), "holds a NUL at byte 2"),
-        ("text.txt", "Text".encode("utf-32"), "save it as UTF-8"),
-        ("text.txt", b"", "gives 0 passages"),
-        ("text.jsonl", b"\n\n", "gives 0 passages"),
-        ("text.txt.gz", b"\x1f\x8b", "is unknown; choose"),
-        ("text", b"", "is unknown; choose"),
-        ("text.txt", None, "is no file"),
-    ],
-    ids=["no mark", "utf-32", "empty", "blank", "compressed", "no ending", "folder"],
-)
-def test_a_file_without_usable_text_is_one_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        load_neutral_texts(str(path), 1)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["a\0.txt", "~nobody-of-that-name/a.txt", f"{'a' * 300}.txt", "a" * 100_000], ids=str.__len__
-)
-def test_a_path_that_no_file_system_takes_is_one_line(name):
-    with pytest.raises(InputError, match=r"neutral_text|cannot be used") as caught:
-        load_neutral_texts(name, 1)
-    assert len(str(caught.value)) < 400
-
-
-def test_home_and_capital_endings_are_understood(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "text.TXT").write_text(SENTENCES["Russian"], encoding="utf-8")
-    assert len(load_neutral_texts("~/text.TXT", 1)) == 1

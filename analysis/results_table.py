@@ -1,0 +1,160 @@
+"""Hold the scored texts of a run as one pandas table, and read cells and perplexity ratios from it (phase 5).
+
+A cell is a persona, a condition and an alpha. The table has a row for each text and persona: the columns of
+`eval_results.json`, `scored_as_<persona>` for the scores of every persona, and two scores that are computed
+here from the row: `judged_trait` and `brevity`. A missing number is NaN, also the alpha of unsteered text.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiment.conditions import MAPPED, UNSTEERED
+from scoring.brevity import brevity
+
+Alphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> the alpha of the cell
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the rows of `eval_results.json` as a table; see the module."""
+    unsteered = [row["output"] for row in rows if row["condition"] == UNSTEERED]
+    brief = brevity([row["output"] for row in rows], [row.get("has_ended") for row in rows], unsteered)
+    flat = []
+    for row, is_brief in zip(rows, brief, strict=True):
+        metrics = {name: value for name, value in row.items() if name != "trait_probabilities"}
+        scores = row.get("trait_probabilities") or {}
+        judged = row.get("gpt4_trait_score")
+        computed = {"judged_trait": None if judged is None else (judged - 1) / 4, "brevity": is_brief}
+        flat.append({**metrics, **{f"scored_as_{name}": scores[name] for name in scores}, **computed})
+    table = pd.DataFrame(flat)
+    # A column without any value would hold None, which is no number.
+    return table.astype(dict.fromkeys(table.columns[table.isna().all()], float))
+
+
+def cell(table: pd.DataFrame, persona: str, condition: str, alpha: float | None) -> pd.DataFrame:
+    """Return the rows of one cell, in the order of the table."""
+    has_alpha = table["alpha"].isna() if alpha is None else table["alpha"] == alpha
+    return table[has_alpha & (table["condition"] == condition) & (table["persona"] == persona)]
+
+
+def at_alphas(table: pd.DataFrame, persona: str, alphas: Mapping[str, float | None]) -> pd.DataFrame:
+    """Return a persona's unsteered rows and those of each condition at its alpha."""
+    own = table[table["persona"] == persona]
+    wanted = {UNSTEERED: None, **alphas}
+    alpha = own["condition"].map(wanted).astype(float)
+    has_alpha = (own["alpha"] == alpha) | (own["alpha"].isna() & alpha.isna())
+    return own[has_alpha & own["condition"].isin(list(wanted))]
+
+
+def condition_alphas(table: pd.DataFrame, persona: str) -> dict[str, list[float | None]]:
+    """Return condition -> its alphas in the order of the table, without the unsteered text."""
+    own = table[(table["persona"] == persona) & (table["condition"] != UNSTEERED)]
+    cells = own[["condition", "alpha"]].drop_duplicates()
+    alphas: dict[str, list[float | None]] = {}
+    for condition, alpha in zip(cells["condition"], cells["alpha"].tolist(), strict=True):
+        alphas.setdefault(condition, []).append(None if math.isnan(alpha) else alpha)
+    return alphas
+
+
+def prompt_means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the mean over seeds, with a row for each prompt and a column for each condition.
+
+    Conditions without any value are left out.
+    """
+    means = rows.groupby(["prompt_idx", "condition"])[column].mean().unstack()
+    return means.reindex(columns=rows["condition"].unique()).dropna(axis="columns", how="all")
+
+
+def paired_with_unsteered(
+    table: pd.DataFrame, persona: str, condition: str, alpha: float | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the texts of a cell and the unsteered text of the same prompt and seed beside each."""
+    place = ["prompt_idx", "seed"]
+    steered, unsteered = (
+        cell(table, *each).set_index(place)
+        for each in ((persona, condition, alpha), (persona, UNSTEERED, None))
+    )
+    shared = steered.index.intersection(unsteered.index)
+    return steered.loc[shared], unsteered.loc[shared]
+
+
+def perplexity_ratio(steered: Iterable[float | None], unsteered: Iterable[float | None]) -> float | None:
+    """Return how many times as perplexing steered texts are: the geometric mean over pairs of texts.
+
+    Pairs whose perplexities are not both finite are left out; None if there is no other.
+    Raises ValueError: two sequences of different lengths.
+    """
+    pairs = np.array(list(zip(steered, unsteered, strict=True)), dtype=np.float64).reshape(-1, 2)
+    pairs = np.log(pairs[np.isfinite(pairs).all(axis=1)])
+    return math.exp(float(np.mean(pairs[:, 0] - pairs[:, 1]))) if len(pairs) else None
+
+
+def cell_perplexity_ratio(
+    table: pd.DataFrame, persona: str, condition: str, alpha: float | None
+) -> float | None:
+    """Return the perplexity ratio of a cell by the independent model, or None without perplexities."""
+    steered, unsteered = paired_with_unsteered(table, persona, condition, alpha)
+    return perplexity_ratio(steered["independent_perplexity"], unsteered["independent_perplexity"])
+
+
+def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each persona, scorer and condition, as `effects.csv` holds it.
+
+    verdict: what `verdict.json` holds. compared_at: `chosen alpha`, or `oracle alpha` where the conditions
+    were also compared at the oracle's. perplexity_ratio: of the written texts; plain_text_perplexity_ratio:
+    of neutral passages that are read under the steering. rate_raw: share of texts in which the scorer sees
+    the trait; rate, rate_low, rate_high: the same corrected for the scorer's errors.
+    """
+
+    @cache
+    def ratio(persona: str, condition: str, alpha: float | None) -> float | None:
+        return cell_perplexity_ratio(table, persona, condition, alpha)
+
+    plain = verdict.get("plain_text_perplexity_ratios", {})
+    rows = []
+    for compared_at, key in (("chosen alpha", "personas"), ("oracle alpha", "at_oracle_alpha")):
+        for persona, found in verdict.get(key, {}).items():
+            for scorer, decided in found["scorers"].items():
+                for condition in decided["effects"]:
+                    alpha = found["alphas"][condition]
+                    of_plain = plain.get(persona, {}).get(condition) if key == "personas" else None
+                    rows.append(
+                        {
+                            "persona": persona,
+                            "scorer": scorer,
+                            "is_validated": decided["is_validated"],
+                            "condition": condition,
+                            "alpha": alpha,
+                            **_effect_columns(decided, condition),
+                            "perplexity_ratio": ratio(persona, condition, alpha),
+                            "verdict": found["verdict"],
+                            "compared_at": compared_at,
+                            "plain_text_perplexity_ratio": of_plain,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def _effect_columns(decided: Mapping[str, Any], condition: str) -> dict[str, Any]:
+    effect, rates = decided["effects"][condition], decided["rates"].get(condition) or {}
+    recovery = (decided["recovery"] or {}) if condition == MAPPED else {}
+    rate = rates.get("corrected") or {}
+    return {
+        "n_prompts": decided["n_prompts"],
+        "effect": effect["estimate"],
+        "low": effect["low"],
+        "high": effect["high"],
+        "anti_steered": effect["anti_steered"],
+        "p_mapped_over_it": effect["p_mapped_over_it"],
+        "recovery": recovery.get("estimate"),
+        "recovery_low": recovery.get("low"),
+        "recovery_high": recovery.get("high"),
+        "rate_raw": rates.get("raw"),
+        "rate": rate.get("estimate"),
+        "rate_low": rate.get("low"),
+        "rate_high": rate.get("high"),
+    }

@@ -1,0 +1,70 @@
+"""Measure what a vector does beside the effect that is judged: on other traits, at other alphas (phase 5)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.results_table import Alphas, at_alphas, cell_perplexity_ratio, condition_alphas, prompt_means
+from analysis.significance import mean_interval
+from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED
+
+
+def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[str, float]]]:
+    """Return method -> persona steered for -> persona scored as -> mean change against unsteered.
+
+    For `ridge_mapped` and `oracle`, by the scorer that scores every text for every persona; a persona that it
+    does not know is left out.
+    """
+    changes: dict[str, dict[str, dict[str, float]]] = {}
+    columns = {name: f"scored_as_{name}" for name in alphas if f"scored_as_{name}" in table}
+    for persona, of_persona in alphas.items():
+        texts = at_alphas(table, persona, of_persona)
+        means = texts.groupby("condition")[list(columns.values())].mean()
+        for method in (MAPPED, ORACLE):
+            if {method, UNSTEERED} <= set(means.index):
+                change = (means.loc[method] - means.loc[UNSTEERED]).dropna()
+                scored = {name: float(change[column]) for name, column in columns.items() if column in change}
+                if scored:
+                    changes.setdefault(method, {})[persona] = scored
+    return {method: changes[method] for method in (MAPPED, ORACLE) if method in changes}
+
+
+def strength_curves(
+    table: pd.DataFrame, personas: Sequence[str]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return persona -> condition -> points {alpha, perplexity_ratio, effect, low, high} by alpha.
+
+    The effect is the classifier's. Conditions that were steered at two alphas or more, with the mapped vector
+    and the oracle to compare them with, and points with both numbers.
+    """
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for persona in personas:
+        by_condition = condition_alphas(table, persona)
+        if all(len(alphas) == 1 for alphas in by_condition.values()):
+            continue
+        found = {
+            condition: _points(table, persona, condition, alphas)
+            for condition, alphas in by_condition.items()
+            if len(alphas) > 1 or condition in (MAPPED, ORACLE)
+        }
+        if found := {condition: points for condition, points in found.items() if points}:
+            curves[persona] = found
+    return curves
+
+
+def _points(
+    table: pd.DataFrame, persona: str, condition: str, alphas: Sequence[float]
+) -> list[dict[str, Any]]:
+    points = []
+    for alpha in sorted(alphas, key=abs):
+        means = prompt_means(at_alphas(table, persona, {condition: alpha}), SCORERS["classifier"].column)
+        ratio = cell_perplexity_ratio(table, persona, condition, alpha)
+        if ratio is None or not {condition, UNSTEERED} <= set(means):
+            continue
+        changes = (means[condition] - means[UNSTEERED]).dropna().to_numpy()
+        if len(changes):
+            effect = mean_interval(changes)
+            interval = {"effect": effect.estimate, "low": effect.low, "high": effect.high}
+            points.append({"alpha": alpha, "perplexity_ratio": ratio, **interval})
+    return points

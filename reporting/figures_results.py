@@ -1,0 +1,254 @@
+"""Draw what the texts show (phases 4 and 5).
+
+`alpha_search.png` shows the alphas that were tried, `figure1.png` coherence against trait strength
+(specification, "Figure 1"), `recovery.png` how much of the native effect the mapped vectors recover,
+`effect_perplexity.png` what each condition does to trait and perplexity, `off_target.png` what else a
+vector moves.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiment.conditions import SCORERS, UNSTEERED
+from reporting.style import (
+    add_legend,
+    as_label,
+    hide_frame,
+    label_of,
+    look_of,
+    number_plainly,
+    persona_panels,
+)
+
+
+def recovery_figure(found: Mapping[str, Any]) -> Figure:
+    """Draw how much of the native effect each persona's mapped vector recovers, by scorer, with intervals.
+
+    found: persona -> `Verdict.content()`. A hollow point is of a scorer that is not validated. A recovery
+    that is not known or not bounded has no point.
+    """
+    figure = Figure(figsize=(6.5, 0.7 * len(found) + 1.5), layout="constrained")
+    panel = figure.subplots()
+    for value, style in ((0, "-"), (0.5, ":"), (1, "--")):
+        panel.axvline(value, color="grey", linewidth=0.8, linestyle=style)
+    drawn = {}
+    for row, verdict in enumerate(found.values()):
+        for number, (scorer, decided) in enumerate(verdict["scorers"].items()):
+            ratio = decided["recovery"]
+            if not ratio or None in ratio.values():
+                continue
+            colour = SCORERS[scorer].colour
+            drawn[scorer] = panel.errorbar(
+                [ratio["estimate"]],
+                [row + 0.2 * number],
+                xerr=[[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]],
+                fmt="o",
+                color=colour,
+                markerfacecolor=colour if decided["is_validated"] else "white",
+                capsize=3,
+            )
+    labels = [f"{as_label(name)}: {verdict['verdict']}" for name, verdict in found.items()]
+    panel.set_yticks(range(len(found)), labels)
+    panel.set_ylim(len(found) - 0.4, -0.6)  # the first above
+    panel.set_xlabel("share of the native effect that is recovered (95 %)")
+    hide_frame(panel)
+    if drawn:
+        panel.legend(drawn.values(), [SCORERS[name].label for name in drawn], fontsize=8)
+    return figure
+
+
+def effect_perplexity_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Draw a panel a persona: what each condition does to the trait against what it does to perplexity.
+
+    curves: what `side_effects.strength_curves` returns. A line joins a condition's alphas, the strongest
+    drawn largest.
+    """
+    figure, panels, left = persona_panels(len(curves))
+    drawn = {}
+    for panel, (persona, by_condition) in zip(panels, curves.items(), strict=True):
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.axvline(1, color="grey", linewidth=0.8)
+        for condition, points in by_condition.items():
+            x, y = [point["perplexity_ratio"] for point in points], [point["effect"] for point in points]
+            error = [[abs(point[end] - point["effect"]) for point in points] for end in ("low", "high")]
+            drawn[condition] = _draw_strengths(panel, condition, x, y, error)
+        panel.set_xscale("log")
+        panel.set_title(as_label(persona), fontsize=10)
+    number_plainly(panels[0].xaxis)
+    figure.supxlabel("perplexity ratio to the unsteered text (fluent ←)", fontsize=10)
+    for panel in left:
+        panel.set_ylabel("change of trait probability (95 %)")
+    add_legend(figure, drawn)
+    return figure
+
+
+def _draw_strengths(
+    panel: Axes, condition: str, x: Sequence[float], y: Sequence[float], error: Sequence[Sequence[float]]
+) -> Any:
+    """Draw a condition's points with error bars, joined, the last one largest."""
+    look = look_of(condition)
+    bars = panel.errorbar(x, y, yerr=error, **look, markersize=4, linewidth=1, capsize=2, label=condition)
+    panel.plot(x[-1], y[-1], **look, markersize=9)
+    return bars
+
+
+def off_target_figure(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Draw, for each method, the change of each persona's score (columns) under each one's vector (rows).
+
+    matrix: what `side_effects.off_target` returns.
+    """
+    size = max(len(rows) for rows in matrix.values())
+    shape = ((0.7 * size + 2.2) * len(matrix) + 1, 0.6 * size + 2)
+    figure = Figure(figsize=shape, layout="constrained")
+    panels = figure.subplots(1, len(matrix), squeeze=False)[0]
+    for panel, (method, by_persona) in zip(panels, matrix.items(), strict=True):
+        scored = list(dict.fromkeys(name for changes in by_persona.values() for name in changes))
+        values = [[changes.get(name, math.nan) for name in scored] for changes in by_persona.values()]
+        image = panel.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+        for row, changes in enumerate(values):
+            for column, value in enumerate(changes):
+                panel.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8)
+        panel.set_xticks(range(len(scored)), list(map(as_label, scored)), rotation=40, ha="right")
+        panel.set_yticks(range(len(by_persona)), list(map(as_label, by_persona)))
+        panel.set(title=label_of(method), xlabel="scored as", ylabel="steered for")
+    figure.colorbar(image, ax=panels, label="change of trait probability")
+    return figure
+
+
+def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the metrics for coherence and trait: the judge's if there are any, else our own."""
+    if any(entry["gpt4_coherence_score"]["n"] for entry in table):
+        return "gpt4_coherence_score", "gpt4_trait_score"
+    independent = any(entry["independent_perplexity"]["n"] for entry in table)
+    return "independent_perplexity" if independent else "perplexity", "trait_probability"
+
+
+def statistic_of(metric: str) -> str:
+    """Return which statistic stands for a metric: perplexity has outliers that would rule a mean."""
+    return "median" if metric.endswith("perplexity") else "mean"
+
+
+def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw a panel a persona: coherence (better to the right) against trait strength (up).
+
+    table: what `evaluation.aggregate` returns. A line joins a condition's alphas, the largest drawn largest.
+    Bars are 95 % intervals over prompts; dotted lines go through the unsteered text. Without a judge,
+    coherence is the median perplexity on a reversed logarithmic axis.
+    """
+    coherence, trait = choose_axes(table)
+    personas = list(dict.fromkeys(entry["persona"] for entry in table))
+    figure, panels, left = persona_panels(len(personas))
+    drawn = {}
+    for panel, persona in zip(panels, personas, strict=True):
+        entries = [entry for entry in table if entry["persona"] == persona]
+        drawn |= _draw_persona(panel, entries, coherence, trait)
+        auc = entries[0]["classifier_auc"]
+        note = f" (classifier AUC {auc:.3f})" if trait == "trait_probability" and auc is not None else ""
+        panel.set_title(f"{as_label(persona)}{note}", fontsize=10)
+    judged = coherence == "gpt4_coherence_score"
+    if not judged:
+        # Last, since beside the first point alone a logarithmic axis can have no width at all.
+        panels[0].set_xscale("log")
+        panels[0].invert_xaxis()
+        for panel in panels:
+            number_plainly(panel.xaxis)
+    label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
+    figure.supxlabel(label, fontsize=10)
+    for panel in left:
+        panel.set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean (95 %)")
+    if drawn:
+        add_legend(figure, drawn).set_title("\n".join(_alphas_by_persona(table)), {"size": 8})
+    return figure
+
+
+def _draw_persona(
+    panel: Axes, entries: Sequence[Mapping[str, Any]], coherence: str, trait: str
+) -> dict[str, Any]:
+    """Draw every condition that has both numbers, and return what the legend shows of it."""
+    drawn = {}
+    for condition in dict.fromkeys(entry["condition"] for entry in entries):
+        points = [entry for entry in entries if entry["condition"] == condition]
+        points = [entry for entry in points if entry[coherence]["n"] and entry[trait]["n"]]
+        if not points:
+            continue
+        points.sort(key=lambda entry: entry["alpha"] or 0)
+        x = [entry[coherence][statistic_of(coherence)] for entry in points]
+        y = [entry[trait]["mean"] for entry in points]
+        error = [[_distance(entry[trait], end) for entry in points] for end in ("low", "high")]
+        drawn[condition] = _draw_strengths(panel, condition, x, y, error)
+        if condition == UNSTEERED:
+            panel.axvline(x[0], color="black", linestyle=":", linewidth=0.8)
+            panel.axhline(y[0], color="black", linestyle=":", linewidth=0.8)
+    return drawn
+
+
+def _distance(summary: Mapping[str, Any], end: str) -> float:
+    """Return how far an end of the interval lies from the mean, 0 where it has none."""
+    return 0.0 if summary.get(end) is None else abs(summary[end] - summary["mean"])
+
+
+def _alphas_by_persona(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines that say at which alphas each persona was steered; personas of the same share one."""
+    alphas: dict[str, set[float]] = {entry["persona"]: set() for entry in table}
+    for entry in table:
+        if entry["alpha"] is not None:
+            alphas[entry["persona"]].add(entry["alpha"])
+    shown: dict[str, list[str]] = {}
+    for persona, found in alphas.items():
+        few = [f"{alpha:.3g}" for alpha in sorted(found)]
+        shown.setdefault(", ".join(few) if len(few) < 5 else f"{few[0]} to {few[-1]}", []).append(persona)
+    if len(shown) == 1:
+        return [f"α {text}" for text in shown if text]
+    return ["α", *(f"{as_label(name)} {text}" for text, names in shown.items() for name in names)]
+
+
+def alpha_search_figure(content: Mapping[str, Any]) -> Figure:
+    """Draw a panel a persona: each method's perplexity ratio over alpha, and the bound.
+
+    content: what `alpha_search.alphas_content` returns. The chosen alpha is drawn largest; a point that
+    exceeds any bound is faint, so a faint one under the line fails another. One without ratio is not drawn.
+    """
+    plain, costs = content["bound"]["max_perplexity_ratio"], content["trait_costs"]
+    personas = list(dict.fromkeys(entry["persona"] for entry in content["alphas"]))
+    figure, panels, left = persona_panels(len(personas))
+    drawn = {}
+    panels[0].set(xscale="log", yscale="log")
+    for panel, persona in zip(panels, personas, strict=True):
+        panel.axhline(1, color="grey", linewidth=0.8)
+        bound = plain * max(1.0, costs.get(persona, 1.0))
+        line = panel.axhline(
+            bound, color="black", linestyle=":", label="bound" if costs else f"bound: {plain:g}"
+        )
+        for entry in content["alphas"]:
+            if entry["persona"] == persona:
+                drawn |= _draw_search(panel, entry)
+        panel.set_title(as_label(persona) + (f" (bound: {bound:.2g})" if costs else ""), fontsize=10)
+    for panel in panels:
+        number_plainly(panel.xaxis)
+        number_plainly(panel.yaxis)
+    figure.supxlabel("alpha (large: chosen; faint: over a bound)", fontsize=10)
+    for panel in left:
+        panel.set_ylabel("perplexity ratio (fluent ↓)")
+    add_legend(figure, drawn, [line])
+    return figure
+
+
+def _draw_search(panel: Axes, entry: Mapping[str, Any]) -> dict[str, Line2D]:
+    """Draw one curve and return method -> its legend entry, or nothing if no point has a ratio."""
+    points = [point for point in entry["curve"] if point["perplexity_ratio"] is not None]
+    if not points:
+        return {}
+    method, look = entry["method"], look_of(entry["method"])
+    x, y = [point["alpha"] for point in points], [point["perplexity_ratio"] for point in points]
+    panel.plot(x, y, color=look["color"], linewidth=1, alpha=0.5, label=method)
+    for point in points:
+        # The last points lie close to the chosen one, which stays in front of them.
+        chosen = point["alpha"] == entry["alpha"]
+        size = {"markersize": 10 if chosen else 5, "alpha": 1 if point["is_coherent"] else 0.35}
+        panel.plot(point["alpha"], point["perplexity_ratio"], **look, **size, zorder=4 if chosen else 3)
+    return {method: Line2D([], [], **look, markersize=5, linewidth=1)}

@@ -1,0 +1,159 @@
+"""One table holds every score; ratios and curves pair each steered text with the unsteered one."""
+
+import math
+
+import pandas as pd
+import pytest
+from made_up_scores import COMPARED, VALIDATED, scored_row, scored_run
+
+from analysis.results_table import (
+    cell,
+    cell_perplexity_ratio,
+    effects_table,
+    perplexity_ratio,
+    results_table,
+)
+from analysis.side_effects import off_target, strength_curves
+from analysis.success_criteria import success
+from analysis.verdict import decide_verdicts
+from experiment.conditions import MAPPED, ORACLE
+from reporting.tables import format_success
+
+
+def test_brevity_counts_texts_that_end_soon():
+    rows = [scored_row("baseline", n, 0.1, output="word " * 80) for n in range(3)]
+    rows += [scored_row(ORACLE, 0, 0.1, output="word " * 30)]
+    rows += [scored_row(ORACLE, 1, 0.1, output="word " * 30, has_ended=False)]
+    rows += [scored_row(ORACLE, 2, 0.1, output="word " * 60), scored_row(ORACLE, 3, 0.1, output=" ")]
+    brief = results_table(rows)["brevity"][3:]
+    assert brief[:-1].tolist() == [1.0, 0.0, 0.0]
+    assert math.isnan(brief.iloc[-1])
+
+
+def test_a_judges_scale_becomes_a_share_of_it():
+    rows = [scored_row(ORACLE, n, 0.1, gpt4_trait_score=score) for n, score in enumerate((1, 4, None))]
+    assert results_table(rows)["judged_trait"].tolist() == [0.0, 0.75, pytest.approx(math.nan, nan_ok=True)]
+
+
+def test_a_cell_has_its_rows_and_the_scores_of_every_persona():
+    rows = [scored_row("baseline", 0, 0.1), scored_row("prompted", 0, 0.2, alpha=None)]
+    rows += [scored_row(ORACLE, 0, 0.3, alpha=alpha, trait_probabilities={"calm": alpha}) for alpha in (1, 2)]
+    table = results_table(rows)
+    assert cell(table, "loud", ORACLE, 2)["scored_as_calm"].tolist() == [2.0]
+    assert cell(table, "loud", "prompted", None)["trait_probability"].tolist() == [0.2]
+    assert cell(table, "calm", ORACLE, 2).empty
+    assert results_table(rows[:1])["gpt4_trait_score"].dtype == float  # although nobody was asked
+
+
+@pytest.mark.parametrize(
+    ("steered", "unsteered", "ratio"),
+    [
+        ([40.0, 10.0], [10.0, 10.0], 2.0),
+        ([30.0, None, math.inf, 7.0], [10.0, 5.0, 5.0, math.nan], 3.0),
+        ([None], [10.0], None),
+        ([], [], None),
+    ],
+)
+def test_a_ratio_is_the_geometric_mean_over_pairs_that_are_finite(steered, unsteered, ratio):
+    assert perplexity_ratio(steered, unsteered) == (ratio and pytest.approx(ratio))
+
+
+def test_a_ratio_needs_pairs():
+    with pytest.raises(ValueError, match="argument 2"):
+        perplexity_ratio([1.0], [1.0, 2.0])
+
+
+def test_a_cells_ratio_pairs_texts_by_prompt_and_seed_in_any_order():
+    unsteered = {(0, 0): 10.0, (0, 1): 20.0, (1, 0): 40.0, (2, 0): 80.0, (3, 0): 5.0}
+    rows = [scored_row("baseline", k, 0.1, seed, perplexity=value) for (k, seed), value in unsteered.items()]
+    rows += [
+        scored_row(ORACLE, k, 0.5, seed, perplexity=None if k == 3 else 2.0 * value)
+        for (k, seed), value in reversed(unsteered.items())
+        if k != 2
+    ]
+    table = results_table(rows)
+    assert cell_perplexity_ratio(table, "loud", ORACLE, 1.0) == pytest.approx(2.0)
+    assert cell_perplexity_ratio(table, "loud", ORACLE, 9.0) is None
+
+
+def rows_at(alphas):
+    """Unsteered texts and those of each alpha, which adds to the trait and doubles perplexity by 1."""
+    cells = [("baseline", 0.0), *((name, alpha) for name in alphas for alpha in alphas[name])]
+    return [
+        scored_row(name, prompt, 0.1 + alpha + prompt / 100, alpha=alpha, perplexity=10 * 2**alpha)
+        for name, alpha in cells
+        for prompt in range(3)
+    ]
+
+
+def test_curves_have_the_conditions_of_several_alphas_and_mapped_and_oracle_beside_them():
+    alphas = {MAPPED: [0.5], ORACLE: [0.5], "shuffled_pairs": [0.9, 0.5], "zero_pad": [0.5]}
+    curves = strength_curves(results_table(rows_at(alphas)), ["loud"])["loud"]
+    assert {name: len(points) for name, points in curves.items()} == {
+        MAPPED: 1,
+        ORACLE: 1,
+        "shuffled_pairs": 2,
+    }
+    found = [tuple(point.values()) for point in curves["shuffled_pairs"]]
+    assert found == [pytest.approx((alpha, 2**alpha, alpha, alpha, alpha)) for alpha in (0.5, 0.9)]
+    assert strength_curves(results_table(rows_at({MAPPED: [0.5], ORACLE: [0.5]})), ["loud"]) == {}
+
+
+def test_what_else_a_vector_moves_is_against_the_unsteered_text():
+    rows = []
+    for persona, other in (("loud", "calm"), ("calm", "loud")):
+        for condition, own in (("baseline", 0.1), (ORACLE, 0.7)):
+            for prompt in range(2):
+                row = scored_row(condition, prompt, own, persona=persona)
+                rows.append({**row, "trait_probabilities": {persona: own, other: own / 10, "unknown": None}})
+    alphas = {name: {ORACLE: 1.0, MAPPED: 1.0} for name in ("loud", "calm", "unknown")}
+    assert off_target(results_table(rows), alphas) == {
+        ORACLE: {
+            "loud": pytest.approx({"loud": 0.6, "calm": 0.06}),
+            "calm": pytest.approx({"loud": 0.06, "calm": 0.6}),
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("coherence", "trait", "n_collapsed", "reached"),
+    [(3.5, 2.5, 2, [True, False]), (4.0, 3.5, 1, [True, True]), (4.0, 3.5, 3, [False, False])],
+)
+def test_a_judged_run_is_held_against_the_specification(coherence, trait, n_collapsed, reached):
+    scores = {"gpt4_coherence_score": coherence, "gpt4_trait_score": trait}
+    rows = [scored_row(MAPPED, n, 0.5, is_collapsed=n < n_collapsed, **scores) for n in range(9)]
+    rows += [scored_row(MAPPED, 9, 0.5, is_collapsed=None, **scores)]
+    rows += [scored_row(MAPPED, 10, 0.5, is_collapsed=True), scored_row("baseline", 0, 0.5, **scores)]
+    found = success(results_table(rows), {"loud": {MAPPED: 1.0}})
+    assert [found["loud"][name] for name in ("minimum", "strong")] == reached
+    measured = found["loud"]["conditions"][MAPPED]
+    assert (measured["n"], measured["collapse_rate"]) == (10, pytest.approx(n_collapsed / 10))
+    said = ", ".join(
+        f"{name}: {'reached' if is_reached else 'not reached'}"
+        for name, is_reached in zip(("minimum", "strong"), reached, strict=True)
+    )
+    assert format_success(found).startswith(f"loud, the specification's result, {said}\n\n| condition")
+
+
+def test_a_run_without_a_judge_has_no_success_to_report():
+    assert success(results_table(scored_run(0.5, 0.5, n=2)), {"loud": COMPARED}) == {}
+
+
+def test_effects_table_has_a_row_for_each_scorer_and_condition():
+    table = results_table(scored_run(0.5, 0.6, n=10))
+    validation = {"loud": {"classifier": VALIDATED, "brevity": {"is_validated": True, "problems": []}}}
+    found = decide_verdicts(table, {"loud": COMPARED}, validation)["loud"].content()
+    verdict = {"personas": {"loud": found}, "at_oracle_alpha": {"loud": found}}
+    frame = effects_table({**verdict, "plain_text_perplexity_ratios": {"loud": {MAPPED: 1.2}}}, table)
+    assert len(frame) == 2 * 2 * len(COMPARED)
+    mapped = frame[(frame["condition"] == MAPPED) & (frame["scorer"] == "classifier")]
+    assert mapped["compared_at"].tolist() == ["chosen alpha", "oracle alpha"]
+    assert mapped["plain_text_perplexity_ratio"].fillna(0).tolist() == [1.2, 0.0]
+    first, decided = mapped.iloc[0], found["scorers"]["classifier"]
+    assert (first["recovery"], first["effect"]) == (
+        decided["recovery"]["estimate"],
+        decided["mapped"]["estimate"],
+    )
+    assert first["rate"] == decided["rates"][MAPPED]["corrected"]["estimate"]
+    assert (first["perplexity_ratio"], first["n_prompts"]) == (pytest.approx(1.0), 10)
+    assert pd.isna(frame[frame["condition"] == ORACLE]["recovery"]).all()
