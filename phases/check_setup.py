@@ -1,5 +1,4 @@
-"""Check the set-up before the experiment: the debugging checklist as code, kept in `preflight.json` (phase
-1).
+"""Check the set-up before the experiment: the debugging checklist as code (phase 1).
 
 A technical check that fails stops the run, since every later number would be wrong. A check of the
 experiment's premises (stable vectors, fluent unsteered text, an oracle that works) that fails is repeated in
@@ -10,7 +9,7 @@ import logging
 import platform
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -195,8 +194,8 @@ def check_baseline(scorer: tuple[Any, Any], prompts: Sequence[str], outputs: Seq
     """
     rng = random.Random(0)
     shuffled = [" " + " ".join(rng.sample(words := output.split(), len(words))) for output in outputs]
-    plain = _median(continuation_perplexities(*scorer, prompts, outputs))
-    mixed = _median(continuation_perplexities(*scorer, prompts, shuffled))
+    plain = _average(statistics.median, continuation_perplexities(*scorer, prompts, outputs))
+    mixed = _average(statistics.median, continuation_perplexities(*scorer, prompts, shuffled))
     collapsed = [repetition_metrics(output)["is_collapsed"] for output in outputs]
     rate = sum(value is not False for value in collapsed) / len(collapsed)
     ratio = plain / mixed if plain is not None and mixed else float("inf")
@@ -219,31 +218,25 @@ def check_oracle(
     """
     checks = []
     for persona, by_alpha in steered.items():
+        name = f"oracle_moves_{persona}"
         if persona not in classifiers:
-            checks.append(
-                Check(
-                    f"oracle_moves_{persona}",
-                    False,
-                    "pending",
-                    "no classifier: not checked",
-                    "give the persona labelled texts",
-                )
-            )
+            remedy = "give the persona labelled texts"
+            checks.append(Check(name, False, "pending", "no classifier: not checked", remedy))
             continue
         score = classifiers[persona].score
-        before = _mean(score(unsteered))
+        before = _average(statistics.fmean, score(unsteered))
         if before is None:
             raise InputError("every unsteered text is empty; check the target model and max_new_tokens")
-        after = {alpha: _mean(score(texts)) for alpha, texts in by_alpha.items()}
-        effects = {alpha: None if mean is None else mean - before for alpha, mean in after.items()}
+        after = {alpha: _average(statistics.fmean, score(texts)) for alpha, texts in by_alpha.items()}
+        effects = {alpha: mean - before for alpha, mean in after.items() if mean is not None}
         shown = ", ".join(
-            f"{'no text' if effect is None else format(effect, '+.2f')} at alpha {alpha:g}"
-            for alpha, effect in effects.items()
+            f"{format(effects[alpha], '+.2f') if alpha in effects else 'no text'} at alpha {alpha:g}"
+            for alpha in after
         )
         checks.append(
             _check(
-                f"oracle_moves_{persona}",
-                any(effect is not None and effect >= MIN_ORACLE_EFFECT for effect in effects.values()),
+                name,
+                max(effects.values(), default=0.0) >= MIN_ORACLE_EFFECT,
                 f"trait probability unsteered {before:.2f}, change {shown} ({len(unsteered)} texts)",
                 f"other alpha_values (wanted {MIN_ORACLE_EFFECT:+.2f}), another target layer, or a model "
                 "that can show this trait: without a working oracle there is nothing to recover",
@@ -300,14 +293,9 @@ def failures(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _median(values: Sequence[float | None]) -> float | None:
+def _average(of: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
-    return statistics.median(present) if present else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return statistics.fmean(present) if present else None
+    return of(present) if present else None
 
 
 def _key(run: Run) -> str:

@@ -11,9 +11,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from maps.layer_bands import LayerPair
-from reporting.figures_mapping import mapping_figure
-from reporting.style import draw_once
 from torch import Tensor
 
 from activation_extractor import ResidualNorm, measure_residual_norm
@@ -21,8 +18,11 @@ from experiment.conditions import vector_names
 from experiment.executor import collect_in_chunks
 from experiment.run import FORMAT_VERSION, Artifact, Run, pair_folder
 from maps.comparison_maps import KINDS, ComparisonMap, maps_table
+from maps.layer_bands import LayerPair
 from maps.pair_collection import PairSettings, collection_notes, statistics_content
 from phases.collect_responses import neutral_responses_key
+from reporting.figures_mapping import mapping_figure
+from reporting.style import draw_once
 from reporting.tables import format_maps
 from ridge_mapping import RidgeMapping
 from support.artifacts import fingerprint

@@ -18,7 +18,6 @@ from decoding.batching import length_sorted_batches
 from experiment.executor import GenerationSettings
 from experiment.plan import Cell, Row, SteeringVectors, rows_key, shown_prompts, text_rows
 from experiment.run import Run
-from support.errors import InputError
 from support.journal import Journal
 from support.progress import HIDDEN, tqdm
 
@@ -36,12 +35,8 @@ def generate_texts(run: Run, planned: Sequence[Row], steering: SteeringVectors) 
 
 
 def generated_texts(run: Run, planned: Sequence[Row]) -> list[Row]:
-    """Return what phase 4 left of the planned rows. Raises InputError: it is missing, or holds other rows."""
-    rows = run.folder.require(NAME, rows_key(planned), 4)["rows"]
-    if [row["key"] for row in rows] != [row["key"] for row in planned]:
-        path = run.folder.path / NAME
-        raise InputError(f"{path} holds other rows than it says; delete it and run phase 4 again")
-    return rows
+    """Return what phase 4 left of the planned rows. Raises InputError where it is not there."""
+    return run.folder.require(NAME, rows_key(planned), 4)["rows"]
 
 
 def generate_steered(run: Run, planned: Sequence[Row], steering: SteeringVectors) -> tuple[list[Row], str]:
