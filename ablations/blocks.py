@@ -10,17 +10,16 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from maps.layer_bands import nested_bands
-from reporting.figures_ablations import block_ablation_figure
-from reporting.style import save_figure
-
 from analysis.alpha_search import AlphaKey, ChosenAlpha
 from experiment.plan import UNSTEERED_CELL, SteeringVectors
 from experiment.run import Run
+from maps.layer_bands import nested_bands
 from phases.choose_alphas import ALPHA_SEARCH, find_alphas, trait_costs
 from phases.fit_maps import fit_maps
 from phases.generate_texts import generate_development
 from phases.make_vectors import make_vectors
+from reporting.figures_ablations import block_ablation_figure
+from reporting.style import save_figure
 from reporting.tables import markdown_table
 from support.artifacts import fingerprint
 from support.errors import InputError
