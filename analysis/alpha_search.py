@@ -1,18 +1,17 @@
 """Find how strongly each vector can be added before the text stops being coherent (phases 4 and 5).
 
 With `"alpha_values": "auto"`, the strongest alpha whose texts on the development prompts stay within a stated
-bound of the unsteered ones is searched for by bisection on log alpha, for each persona and method. All are
-searched side by side, so that a round is one batch of generations. The trait is reported and never used to
-choose. With alphas that are listed, the strongest coherent one of them is where the verdict compares.
+bound of the unsteered ones is searched for by bisection on log alpha, for each persona and method, all side
+by side, so that a round is one batch of generations. The trait is reported and never used to choose. With
+listed alphas, the verdict compares at the strongest coherent one of them.
 
 Some traits raise perplexity by themselves: text that talks like a pirate is less predictable than text that
 does not. The bound is on what exceeds the trait's own perplexity ratio, if that is given.
 
-After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10
-come within 5 % of a threshold. Coherence need not fall steadily with alpha. What holds in any case: an alpha
-that is called coherent was measured to be, and the next stronger alpha measured is not, unless the alpha is
-the top of the bracket. Coherent alphas further up, and incoherent ones below it, can go unseen. Few prompts
-make a noisy ratio, and an alpha chosen by it looks a little more coherent here than on other prompts.
+After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10 come
+within 5 % of a threshold. Coherence need not fall steadily with alpha: an alpha that is called coherent was
+measured to be, and the next stronger one measured is not, but others can go unseen. Few prompts make a noisy
+ratio, and an alpha chosen by it looks a little more coherent here than on other prompts.
 """
 
 import math
@@ -42,16 +41,6 @@ class ScoredText:
     perplexity: float | None
     repetition: float | None
     trait_probability: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.perplexity is not None and self.perplexity <= 0:
-            raise ValueError(
-                f"perplexity is {self.perplexity}, expected a number above 0, or None if missing"
-            )
-        for name in ("repetition", "trait_probability"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}, expected 0 to 1, or None if missing")
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ScoredText":
@@ -87,10 +76,6 @@ class CoherenceBound:
     max_perplexity_ratio: float = 1.5
     max_repetition_increase: float = 0.05
     max_missing_increase: float = 0.1
-
-    def of_trait(self, cost: float) -> "CoherenceBound":
-        """Return the bound of text that shows a trait which multiplies the perplexity by `cost` itself."""
-        return replace(self, max_perplexity_ratio=self.max_perplexity_ratio * max(1.0, cost))
 
 
 DEFAULT_BOUND = CoherenceBound()
@@ -154,32 +139,28 @@ def search_alphas(
 
     measure: called once a round with (key, alpha) pairs, one for each key; returns a list
         of texts for each pair, for the prompts and seeds of `unsteered` and in its order.
-    bracket: (low, high), both above 0. The ends are measured only if all midpoints point to them:
+    bracket: (low, high), 0 < low < high. The ends are measured only if all midpoints point to them:
         the last evaluation is of low if no midpoint was coherent, of high if all were.
     n_evaluations: for each key, 2 or more.
     trait_costs: persona -> how many times as perplexing a text is for showing the trait. A persona's bound is
         this many times `max_perplexity_ratio`; a cost below 1, as 1, never makes it stricter.
-    Raises InputError: unsteered texts without any finite perplexity or any repetition rate. ValueError: a
-    bracket without room, too few evaluations, equal keys, or another number of texts than asked for.
+    Raises InputError: unsteered texts without any finite perplexity or any repetition rate. ValueError:
+    `measure` returned another number of texts.
     """
-    low, high = map(float, bracket)
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"bracket is ({low}, {high}), expected two finite alphas, 0 < low < high")
-    if n_evaluations < 2:
-        raise ValueError(f"n_evaluations is {n_evaluations}, expected 2 or more")
-    if not keys or len(set(keys)) < len(keys):
-        raise ValueError(f"keys are {list(keys)}, expected one or more, each once")
     _check_unsteered(unsteered)
-    bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
     curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in keys}
+    bounds = {}
+    for persona, _ in keys:
+        cost = max(1.0, (trait_costs or {}).get(persona, 1.0))
+        bounds[persona] = replace(bound, max_perplexity_ratio=bound.max_perplexity_ratio * cost)
     for round_idx in tqdm(
         range(n_evaluations), desc="alpha search", unit="round", disable=HIDDEN, leave=False
     ):
         is_last = round_idx == n_evaluations - 1
-        asked = [(key, _next_alpha(curve, (low, high), is_last)) for key, curve in curves.items()]
+        asked = [(key, _next_alpha(curve, bracket, is_last)) for key, curve in curves.items()]
         for (key, alpha), texts in zip(asked, measure(asked), strict=True):
             curves[key].append(compare(alpha, texts, unsteered, bounds[key[0]]))
-    return {key: _choose(curve, (low, high)) for key, curve in curves.items()}
+    return {key: _choose(curve, bracket) for key, curve in curves.items()}
 
 
 def _check_unsteered(unsteered: Sequence[ScoredText]) -> None:

@@ -114,13 +114,14 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
     def ratio(persona: str, condition: str, alpha: float | None) -> float | None:
         return cell_perplexity_ratio(table, persona, condition, alpha)
 
-    plain = verdict.get("plain_text_perplexity_ratios", {})
+    plain = verdict["plain_text_perplexity_ratios"]
     rows = []
     for compared_at, key in (("chosen alpha", "personas"), ("oracle alpha", "at_oracle_alpha")):
-        for persona, found in verdict.get(key, {}).items():
+        for persona, found in verdict[key].items():
             for scorer, decided in found["scorers"].items():
-                for condition in decided["effects"]:
+                for condition, effect in decided["effects"].items():
                     alpha = found["alphas"][condition]
+                    rates = decided["rates"].get(condition) or {}
                     of_plain = plain.get(persona, {}).get(condition) if key == "personas" else None
                     rows.append(
                         {
@@ -129,7 +130,13 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
                             "is_validated": decided["is_validated"],
                             "condition": condition,
                             "alpha": alpha,
-                            **_effect_columns(decided, condition),
+                            "n_prompts": decided["n_prompts"],
+                            **_columns(effect, "effect", "low", "high"),
+                            "anti_steered": effect["anti_steered"],
+                            "p_mapped_over_it": effect["p_mapped_over_it"],
+                            **_columns(decided["recovery"] if condition == MAPPED else None, "recovery"),
+                            "rate_raw": rates.get("raw"),
+                            **_columns(rates.get("corrected"), "rate"),
                             "perplexity_ratio": ratio(persona, condition, alpha),
                             "verdict": found["verdict"],
                             "compared_at": compared_at,
@@ -139,22 +146,8 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-def _effect_columns(decided: Mapping[str, Any], condition: str) -> dict[str, Any]:
-    effect, rates = decided["effects"][condition], decided["rates"].get(condition) or {}
-    recovery = (decided["recovery"] or {}) if condition == MAPPED else {}
-    rate = rates.get("corrected") or {}
-    return {
-        "n_prompts": decided["n_prompts"],
-        "effect": effect["estimate"],
-        "low": effect["low"],
-        "high": effect["high"],
-        "anti_steered": effect["anti_steered"],
-        "p_mapped_over_it": effect["p_mapped_over_it"],
-        "recovery": recovery.get("estimate"),
-        "recovery_low": recovery.get("low"),
-        "recovery_high": recovery.get("high"),
-        "rate_raw": rates.get("raw"),
-        "rate": rate.get("estimate"),
-        "rate_low": rate.get("low"),
-        "rate_high": rate.get("high"),
-    }
+def _columns(interval: Mapping[str, Any] | None, name: str, *ends: str) -> dict[str, Any]:
+    """Return an interval's numbers under the names of their columns."""
+    low, high = ends or (f"{name}_low", f"{name}_high")
+    found = interval or {}
+    return {name: found.get("estimate"), low: found.get("low"), high: found.get("high")}

@@ -5,7 +5,7 @@
 Experiments are made by resampling the prompts of a finished run, the conditions of a prompt together.
 Null: the texts of the shuffled-pair map stand in the place of the mapped vector's, and those of the random
 directions in the place of the shuffled map's. True recovery of r: the mapped vector's differences are moved
-to r times the mean of the oracle's, and keep how they vary. Only personas whose own vector works are drawn.
+to r times the mean of the oracle's, and keep how they vary. Only personas whose native vector works are drawn.
 """
 
 import argparse
@@ -17,19 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from analysis.results_table import at_alphas, results_table
 from analysis.significance import mean_interval
-from analysis.verdict import (
-    CONTROLS,
-    MAPPED,
-    NATIVE_WORKS,
-    ORACLE,
-    SCORES,
-    VERDICTS,
-    WANTED_CONTROLS,
-    adjusted_p,
-    decide,
-    effects,
-)
+from analysis.verdict import NATIVE_WORKS, VERDICTS, adjusted_p, decide, effects
+from experiment.conditions import CONTROLS, DECIDING_CONTROLS, MAPPED, ORACLE, SCORERS
 from reporting.tables import markdown_table
 from support.artifacts import load_json
 
@@ -40,15 +31,14 @@ TRUTHS = ((None, False), *((truth, is_moved) for truth in (1.0, 0.6, 0.3) for is
 
 def pool(folder: Path) -> list[dict[str, np.ndarray]]:
     """Return the differences of every persona and scorer whose native effect is there."""
-    rows = load_json(folder / "eval_results.json")["rows"]
+    table = results_table(load_json(folder / "eval_results.json")["rows"])
     verdict = load_json(folder / "verdict.json")["personas"]
     found = []
     for persona, of_persona in verdict.items():
+        texts = at_alphas(table, persona, of_persona["alphas"])
         for scorer in of_persona["scorers"]:
-            if SCORES[scorer] not in rows[0]:
-                continue
-            differences, _ = effects(rows, persona, SCORES[scorer], of_persona["alphas"])
-            is_whole = {ORACLE, MAPPED, *WANTED_CONTROLS} <= differences.keys()
+            differences, _ = effects(texts, SCORERS[scorer].column)
+            is_whole = {ORACLE, MAPPED, *DECIDING_CONTROLS} <= differences.keys()
             if is_whole and mean_interval(differences[ORACLE]).low > NATIVE_WORKS:
                 found.append(differences)
     return found
@@ -67,7 +57,7 @@ def experiment(
         if is_moved:
             made |= {name: made[name] - real[name].mean() for name in CONTROLS if name in made}
     key = ("resampled", "scorer")
-    return decide(made, adjusted_p({key: made})[key])["verdict"]
+    return decide(made, adjusted_p({key: made})[key]).verdict
 
 
 def main() -> None:

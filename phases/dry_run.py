@@ -160,7 +160,7 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
 
 
 def _cached_rows(run: Run) -> tuple[int, int, int]:
-    """Return how many texts and evaluations of the grid the journals hold, and how many texts are to be read."""
+    """Return how many texts and evaluations of the grid are cached, and how many texts are yet to be read."""
     if run.folder.fresh or not _has_alphas(run):
         return 0, 0, 0
     texts = rows_of(run.folder.path / "generation_journal.jsonl")

@@ -181,11 +181,14 @@ def _subtitle(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
     )
 
 
-def _picture(folder: Path, name: str, alt: str, caption: str) -> list[Picture]:
-    path = folder / name
-    if not path.is_file():
-        return []
-    return [Picture(base64.b64encode(path.read_bytes()).decode(), alt, caption)]
+def _pictures(folder: Path, **shown: tuple[str, str]) -> list[Picture]:
+    """Return the figures that the run has. shown: name -> (alternative text, caption)."""
+    paths = {name: folder / f"{name}.png" for name in shown}
+    return [
+        Picture(base64.b64encode(path.read_bytes()).decode(), *shown[name])
+        for name, path in paths.items()
+        if path.is_file()
+    ]
 
 
 def _effects_part(folder: Path, verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Part:
@@ -195,9 +198,7 @@ def _effects_part(folder: Path, verdict: Mapping[str, Any], rows: Sequence[Mappi
         for scorer, decided in found["scorers"].items()
         if decided["recovery"]
     ]
-    figures = _picture(
-        folder,
-        "recovery.png",
+    recovery = (
         "Recovery of the native effect: " + ("; ".join(recoveries) or "no persona has one") + ".",
         "How much of the native vector's effect the mapped vector recovers. Hollow points are of scorers "
         "that are not validated.",
@@ -231,52 +232,45 @@ def _effects_part(folder: Path, verdict: Mapping[str, Any], rows: Sequence[Mappi
         "unsteered ones of the same prompt and seed; on plain text: of neutral passages that are read under "
         "the steering."
     )
-    return Part("effects", "Effects", text, figures, tables)
+    return Part("effects", "Effects", text, _pictures(folder, recovery=recovery), tables)
 
 
 def _strength_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Part:
     n_cells = len({(row["condition"], row["persona"], row["alpha"]) for row in rows})
-    figures = _picture(
+    figures = _pictures(
         folder,
-        "figure1.png",
-        f"Trait strength over coherence for {n_cells} conditions, a panel for each persona; the tables above "
-        "have the numbers.",
-        "Up: more of the trait. Right: more fluent. Dotted lines go through the unsteered text.",
-    )
-    figures += _picture(
-        folder,
-        "effect_perplexity.png",
-        "Change of the trait over the perplexity ratio by alpha, a panel for each persona.",
-        "How much trait each steering strength gives at how much perplexity; the strongest alpha is drawn "
-        "largest.",
-    )
-    figures += _picture(
-        folder,
-        "alpha_search.png",
-        "Perplexity ratio over alpha for each persona and method, with the bound.",
-        "The search for alphas on development prompts.",
-    )
-    figures += _picture(
-        folder,
-        "off_target.png",
-        "Matrix of the change of every persona's score under each persona's vector.",
-        "What else a vector moves: the diagonal is what it is for.",
+        figure1=(
+            f"Trait strength over coherence for {n_cells} conditions, a panel for each persona; the tables "
+            "above have the numbers.",
+            "Up: more of the trait. Right: more fluent. Dotted lines go through the unsteered text.",
+        ),
+        effect_perplexity=(
+            "Change of the trait over the perplexity ratio by alpha, a panel for each persona.",
+            "How much of the trait each alpha gives, and at which perplexity; the strongest is drawn largest.",
+        ),
+        alpha_search=(
+            "Perplexity ratio over alpha for each persona and method, with the bound.",
+            "The search for alphas on development prompts.",
+        ),
+        off_target=(
+            "Matrix of the change of every persona's score under each persona's vector.",
+            "What else a vector moves: the diagonal is what it is for.",
+        ),
     )
     return Part("alphas", "Steering strength and side effects", figures=figures)
 
 
 def _map_part(folder: Path) -> Part:
-    figures = _picture(
+    figures = _pictures(
         folder,
-        "mapping_analysis.png",
-        "Cross-validation, degrees of freedom, R² by dimension and principal axis, spectrum, and rival maps.",
-        "What the map knows; of a band, the map of its middle layer pair.",
-    )
-    figures += _picture(
-        folder,
-        "layer_search.png",
-        "Heat maps of R² and agreement over all layer pairs; the best pair is marked.",
-        "The search for a layer pair.",
+        mapping_analysis=(
+            "Cross-validation, degrees of freedom, R² by dimension and axis, spectrum, and maps compared.",
+            "What the map knows; of a band, the map of its middle layer pair.",
+        ),
+        layer_search=(
+            "Heat maps of R² and agreement over all layer pairs; the best pair is marked.",
+            "The search for a layer pair.",
+        ),
     )
     found = _cross_validations(folder)
     if not found:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from watching import logits
 
 from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
@@ -38,8 +39,6 @@ from support.tiny_models import (
     tiny_tokenizer,
 )
 
-TOKENS = torch.tensor([[256, 10, 20, 30]])
-
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
@@ -64,45 +63,37 @@ def test_decoder_blocks_are_the_list_that_runs_in_order(model):
         block.register_forward_hook(lambda module, args, output, index=index: ran.append(index))
         for index, block in enumerate(blocks)
     ]
-    with torch.inference_mode():
-        model(TOKENS)
+    logits(model)
     for handle in handles:
         handle.remove()
     assert ran == list(range(N_LAYERS))
 
 
-def test_configuration_states_depth_width_and_context(model, tokenizer):
+def test_every_architecture_is_causal_and_states_depth_width_and_context(model, tokenizer):
+    assert is_causal(model)
     assert n_layers(model) == N_LAYERS
     assert d_model(model) == D_MODEL
     assert context_length(model, tokenizer) == CONTEXT
 
 
-def test_every_architecture_is_causal(model):
-    assert is_causal(model)
-
-
-def test_masked_language_model_is_not_causal():
-    bert = BertForMaskedLM(BertConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_attention_heads=4))
-    assert not is_causal(bert.eval())
-
-
 @pytest.mark.parametrize(
     ("stated", "tokenizer_limit", "expected"),
-    [(64, CONTEXT, 64), (1024, CONTEXT, CONTEXT), (64, int(1e30), 64), (4096, int(1e30), 4096)],
+    [
+        (64, CONTEXT, 64),
+        (1024, CONTEXT, CONTEXT),
+        (64, int(1e30), 64),
+        (4096, int(1e30), 4096),
+        (None, int(1e30), 2048),
+    ],
 )
-def test_context_is_the_lower_limit(stated, tokenizer_limit, expected):
+def test_context_is_the_lower_limit_or_2048_without_one(stated, tokenizer_limit, expected):
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = tokenizer_limit
-    assert context_length(tiny_model(max_position_embeddings=stated), tokenizer) == expected
+    model = tiny_model(max_position_embeddings=stated) if stated else tiny_model("bloom")
+    assert context_length(model, tokenizer) == expected
 
 
-def test_model_without_a_limit_gets_2048():
-    tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = int(1e30)
-    assert context_length(tiny_model("bloom"), tokenizer) == 2048
-
-
-def test_several_possible_block_lists_are_refused_unless_a_path_is_given():
+def test_several_possible_block_lists_are_rejected_unless_a_path_is_given():
     model = tiny_model()
     model.other = nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
     with pytest.raises(InputError, match=r'model\.layers, other.*"source_block_path"'):
@@ -110,7 +101,7 @@ def test_several_possible_block_lists_are_refused_unless_a_path_is_given():
     assert decoder_blocks(model, "model.layers") is model.model.layers
 
 
-def test_no_block_list_of_the_stated_length_is_refused():
+def test_no_block_list_of_the_stated_length_is_rejected():
     model = tiny_model()
     model.config.num_hidden_layers = 7
     with pytest.raises(InputError, match=r'7 decoder blocks.*no list of that length.*"source_block_path"'):
@@ -139,28 +130,25 @@ def test_block_list_of_a_vision_tower_is_ignored():
         ("model.layers.0", "expected the Modul"),
     ],
 )
-def test_a_block_path_without_a_list_is_refused(llama, block_path, message):
+def test_a_block_path_without_a_list_is_rejected(llama, block_path, message):
     with pytest.raises(InputError, match=message):
         decoder_blocks(llama, block_path)
 
 
 @pytest.mark.parametrize("layer_idx", [-1, N_LAYERS, 100])
-def test_layer_out_of_range_is_refused_with_the_range(llama, layer_idx):
+def test_layer_out_of_range_is_rejected_with_the_range(llama, layer_idx):
+    blocks = decoder_blocks(llama)
+    for inside in (0, N_LAYERS - 1):
+        check_layer(inside, blocks)
     with pytest.raises(InputError, match=rf"layer_idx {layer_idx} .*4 decoder blocks \(0 to 3\)"):
-        check_layer(layer_idx, decoder_blocks(llama))
-
-
-@pytest.mark.parametrize("layer_idx", [0, N_LAYERS - 1])
-def test_layer_in_range_is_accepted(llama, layer_idx):
-    assert check_layer(layer_idx, decoder_blocks(llama)) is None
+        check_layer(layer_idx, blocks)
 
 
 def test_a_local_folder_loads_as_it_was_saved(model_folders):
     model, tokenizer = load_model(model_folders["source"], device="cpu")
     assert not model.training
     assert model.dtype == torch.float32
-    with torch.inference_mode():
-        assert torch.equal(model(TOKENS).logits, tiny_model("llama")(TOKENS).logits)
+    assert torch.equal(logits(model), logits(tiny_model("llama")))
     assert tokenizer("Naïve").input_ids == tiny_tokenizer()("Naïve").input_ids
 
 
@@ -178,7 +166,7 @@ def test_a_model_loads_in_the_stated_dtype(model_folders, dtype, expected):
         (T5ForConditionalGeneration, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
     ],
 )
-def test_a_model_that_is_not_causal_is_refused(tmp_path, architecture, config):
+def test_a_model_that_is_not_causal_is_rejected(tmp_path, architecture, config):
     config.vocab_size = VOCAB_SIZE
     architecture(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -195,31 +183,38 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path, architecture, config):
         ("", "no config.json"),
     ],
 )
-def test_a_source_that_names_nothing_is_refused(source, message, tmp_path, monkeypatch):
+def test_a_source_that_names_nothing_is_rejected(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         load_model(source)
 
 
-def test_a_folder_without_configuration_is_refused(folder):
-    (folder / "config.json").unlink()
-    with pytest.raises(InputError, match=r"has no config\.json"):
-        load_model(str(folder))
-
-
-@pytest.mark.parametrize("pattern", ["*.safetensors", "token*"])
-def test_a_folder_without_weights_or_tokenizer_is_refused(folder, pattern):
+def remove(folder, pattern):
     for path in folder.glob(pattern):
         path.unlink()
-    with pytest.raises(InputError, match="cannot load a causal language model from"):
-        load_model(str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_truncated_file_in_a_folder_is_an_input_error(folder, name):
-    path = folder / name
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="cannot load a causal language model from"):
+def truncate(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+CANNOT = "cannot load a causal language model from"
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (remove, "config.json", r"has no config\.json"),
+        (remove, "*.safetensors", CANNOT),
+        (remove, "token*", CANNOT),
+        (truncate, "config.json", CANNOT),
+        (truncate, "tokenizer.json", CANNOT),
+        (truncate, "model.safetensors", CANNOT),
+    ],
+)
+def test_a_missing_or_truncated_file_in_a_folder_is_an_input_error(folder, damage, name, message):
+    damage(folder, name)
+    with pytest.raises(InputError, match=message):
         load_model(str(folder))
 
 
@@ -238,7 +233,7 @@ def test_a_damaged_gguf_file_is_an_input_error_and_leaves_no_cache_entry(tmp_pat
 
 
 def test_a_model_whose_logits_are_not_finite_is_an_input_error(tmp_path):
-    """As Gemma-3 in float16: the message must not call it something other than causal."""
+    """Gemma-3 in float16 is one. The message must not deny that it is causal."""
     model = tiny_model()
     model.model.norm.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path)
@@ -247,15 +242,23 @@ def test_a_model_whose_logits_are_not_finite_is_an_input_error(tmp_path):
         load_model(str(tmp_path), device="cpu")
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
-def test_a_device_that_cannot_be_used_is_refused(model_folders, device):
-    with pytest.raises(InputError, match=f"device '{device}' cannot be used here"):
-        load_model(model_folders["source"], device=device)
-
-
-def test_unknown_dtype_is_refused(model_folders):
-    with pytest.raises(InputError, match="'int8' is unknown; choose auto, fastest, float32, bfloat16, "):
-        load_model(model_folders["source"], device="cpu", dtype="int8")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "nonsense"}, "device 'nonsense' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"dtype": "int8"}, "'int8' is unknown; choose auto, fastest, float32, bfloat16, "),
+        ({"device_map": "nonsense"}, CANNOT),
+        ({"device_map": {"": "cpu", "model.layers.1": "disk"}}, CANNOT),
+        ({"revision": "main"}, "revision 'main' is for hub ids"),
+        ({"quantization": "3bit"}, "quantization '3bit' is unknown"),
+        ({"quantization": "8bit"}, "needs a CUDA device and the package bitsandbytes"),
+        ({"quantization": "4bit"}, "needs a CUDA device and the package bitsandbytes"),
+    ],
+)
+def test_options_that_cannot_be_used_are_rejected(model_folders, options, message):
+    with pytest.raises(InputError, match=message):
+        load_model(model_folders["source"], **{"device": "cpu", **options})
 
 
 def test_auto_dtype_follows_the_device():
@@ -278,13 +281,7 @@ def test_auto_device_is_one_that_works():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_fingerprint_is_the_same_for_equal_models(tokenizer):
-    fingerprint = model_fingerprint(tiny_model(), tokenizer)
-    assert fingerprint == model_fingerprint(tiny_model(), tiny_tokenizer())
-    assert len(fingerprint) == 64
-
-
-def test_fingerprint_does_not_depend_on_the_folder(model_folders, folder):
+def test_fingerprint_is_the_same_for_equal_models_in_other_folders(model_folders, folder):
     first, second = (load_model(str(path), device="cpu") for path in (model_folders["source"], folder))
     assert model_fingerprint(*first) == model_fingerprint(*second)
 
@@ -312,20 +309,15 @@ def test_fingerprint_changes_with_dtype_configuration_and_tokenizer(tokenizer):
 @pytest.mark.parametrize(
     ("side", "expected", "mask"),
     [
-        ("left", [[0, 0, 7], [1, 2, 3], [0, 4, 5]], [[0, 0, 1], [1, 1, 1], [0, 1, 1]]),
-        ("right", [[7, 0, 0], [1, 2, 3], [4, 5, 0]], [[1, 0, 0], [1, 1, 1], [1, 1, 0]]),
+        ("left", [[5, 5, 7], [1, 2, 3], [5, 4, 5]], [[0, 0, 1], [1, 1, 1], [0, 1, 1]]),
+        ("right", [[7, 5, 5], [1, 2, 3], [4, 5, 5]], [[1, 0, 0], [1, 1, 1], [1, 1, 0]]),
     ],
 )
-def test_tokens_are_padded_on_the_stated_side(side, expected, mask):
-    tokens, attention_mask = pad_tokens([[7], [1, 2, 3], [4, 5]], 0, side, torch.device("cpu"))
+def test_tokens_are_padded_on_the_stated_side_and_the_mask_knows_real_ones(side, expected, mask):
+    tokens, attention_mask = pad_tokens([[7], [1, 2, 3], [4, 5]], 5, side, torch.device("cpu"))
     assert tokens.tolist() == expected
     assert attention_mask.tolist() == mask
     assert tokens.dtype == attention_mask.dtype == torch.int64
-
-
-def test_mask_does_not_mistake_a_real_token_for_padding():
-    _, mask = pad_tokens([[9, 9], [9]], 9, "right", torch.device("cpu"))
-    assert mask.tolist() == [[1, 1], [1, 0]]
 
 
 def test_padding_falls_back_to_the_end_token_and_then_to_0():
@@ -373,11 +365,6 @@ def offloaded(request, tmp_path_factory):
         yield load_model(str(folder / "model"), device="cpu")[0], model
 
 
-@torch.inference_mode()
-def logits(model):
-    return model(TOKENS).logits
-
-
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "cpu", "auto"])
 @pytest.mark.parametrize("name", ["source", "target"])
 def test_a_device_map_onto_one_device_changes_nothing(model_folders, name, device_map):
@@ -407,7 +394,7 @@ def test_blocks_on_disk_are_read_and_steered_as_any(offloaded, tokenizer, layer_
     )
     assert torch.equal(read, expected)
     vector = torch.randn(D_MODEL)
-    rows = {"layer_idx": [layer_idx, set()], "steering_vectors": vector.expand(2, -1), "alphas": [2.0, 1.0]}
+    rows = {"steering_vectors": {layer_idx: vector.expand(2, -1)}, "alphas": [2.0, 0.0]}
     written = []
     for m in (plain, model):
         with SteeredGenerator(m, tokenizer) as generator:
@@ -441,17 +428,11 @@ def test_two_models_with_blocks_on_disk_keep_their_own_weights(name, tmp_path, t
         assert torch.allclose(logits(found), logits(expected), rtol=0, atol=1e-5)
 
 
-def test_embeddings_left_on_disk_are_refused(tmp_path, tokenizer):
+def test_embeddings_left_on_disk_are_rejected(tmp_path, tokenizer):
     tiny_model("gpt_neox").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="disk"):
         load_model(str(tmp_path), device="cpu", device_map={"": "disk"})
-
-
-@pytest.mark.parametrize("device_map", ["nonsense", {"": "cpu", "model.layers.1": "disk"}])
-def test_a_device_map_that_does_not_fit_is_an_input_error(model_folders, device_map):
-    with pytest.raises(InputError, match="cannot load a causal language model from"):
-        load_model(model_folders["source"], device="cpu", device_map=device_map)
 
 
 @pytest.mark.parametrize(("pad_token_id", "expected"), [(0, 1), (1, 0), (258, 0), (None, 0)])

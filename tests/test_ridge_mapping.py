@@ -90,16 +90,6 @@ def test_W_and_predictions_equal_scikit_learn_also_with_fewer_rows_than_dimensio
     assert relative_error(mapping.predict(H_source), reference.predict(H_source.numpy())) < 1e-9
 
 
-def test_a_mean_of_100_standard_deviations_costs_no_accuracy(pairs):
-    H_source, H_target = pairs
-    shift = 100 * H_source.std(0)
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 0.1)
-    shifted = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source + shift, H_target + 1e4, 0.1)
-    assert relative_error(shifted.W, mapping.W.numpy()) < 1e-9
-    expected = mapping.predict(H_source).numpy()
-    assert relative_error(shifted.predict(H_source + shift) - 1e4, expected) < 1e-9
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_input_is_solved_in_float64(pairs, dtype):
     H_source, H_target = (H.to(dtype) for H in pairs)
@@ -111,12 +101,6 @@ def test_low_precision_input_is_solved_in_float64(pairs, dtype):
         mapped = map_it(H_source)
         assert mapped.dtype == dtype
         assert torch.equal(mapped, exactly(H_source.double()).to(dtype))
-
-
-def test_fit_modifies_neither_input(pairs):
-    originals = [H.clone() for H in pairs]
-    RidgeMapping(D_SOURCE, D_TARGET).cross_validate(*pairs, LAMBDAS)
-    assert all(torch.equal(H, original) for H, original in zip(pairs, originals, strict=True))
 
 
 def test_transform_is_linear_and_predict_has_an_intercept(pairs):
@@ -132,47 +116,51 @@ def test_transform_is_linear_and_predict_has_an_intercept(pairs):
     assert torch.allclose(difference, mapping.transform(H_source[3] - H_source[8]))
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+def check_against_refits(mapping, pairs, folds, values, unit):
+    """Compare what cross-validation left in a map with a refit of every fold by scikit-learn."""
+    H_source, H_target = pairs
+    cv, best = mapping.cv, mapping.lambda_
+    residual, total = refitted_folds(*pairs, folds, values, unit)
+    weights = 1 / H_target.numpy().var(0)
+    axes = np.linalg.eigh(np.cov(H_target.numpy().T))[1][:, ::-1]
+    C = centred(H_source)
+    assert list(cv["errors"]) == values
+    for lambda_, rows in residual.items():
+        assert cv["errors"][lambda_] == pytest.approx((rows**2).mean(), rel=1e-9)
+        assert 1 - cv["r2"][lambda_] == pytest.approx((rows**2).sum() / (total**2).sum(), rel=1e-9)
+        standardised = (rows**2 @ weights).sum() / (total**2 @ weights).sum()
+        assert 1 - cv["r2_standardised"][lambda_] == pytest.approx(standardised, rel=1e-9)
+        alpha = lambda_ * (mean_diagonal(H_source) if unit == "relative" else 1)
+        trace = np.trace(C @ np.linalg.solve(C.T @ C + alpha * np.eye(D_SOURCE), C.T))
+        assert cv["df"][lambda_] == pytest.approx(trace, rel=1e-6)
+    assert best == min(values, key=cv["errors"].get) == cv["best_lambda"]
+    assert (cv["best_r2"], cv["best_r2_standardised"]) == (cv["r2"][best], cv["r2_standardised"][best])
+    per_dimension = (residual[best] ** 2).sum(0) / (total**2).sum(0)
+    assert 1 - np.array(cv["best_r2_per_dimension"]) == pytest.approx(per_dimension, rel=1e-9)
+    by_component = ((residual[best] @ axes) ** 2).sum(0) / ((total @ axes) ** 2).sum(0)
+    assert 1 - np.array(cv["best_r2_per_component"]) == pytest.approx(by_component, rel=1e-8)
+    shares = ((total @ axes) ** 2).sum(0) / (total**2).sum()
+    assert cv["component_variance"] == pytest.approx(shares, rel=1e-8)
+    assert mapping.analyze()["df"] == cv["df"][best]
+    assert relative_error(mapping.W, sklearn_ridge(*pairs, mapping.lambda_absolute).coef_.T) < 1e-9
+
+
+@pytest.mark.parametrize("groups", [None, DOCUMENTS], ids=["rows", "documents"])
 @pytest.mark.parametrize("unit", ["absolute", "relative"])
-def test_cross_validation_equals_refitting_every_fold(pairs, unit, grouped):
-    groups = [row // 4 for row in range(N)] if grouped else None
+def test_cross_validation_equals_refitting_every_fold(pairs, unit, groups):
     mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit=unit)
-    best, errors = mapping.cross_validate(*pairs, LAMBDAS, n_folds=4, groups=groups, seed=2)
-    residual, total = refitted_folds(*pairs, assign_folds(N, 4, groups, seed=2), LAMBDAS, unit)
-    total = (total**2).sum(0)
-    residual = {lambda_: (rows**2).sum(0) for lambda_, rows in residual.items()}
-    assert sorted(errors) == LAMBDAS
-    for lambda_ in LAMBDAS:
-        assert errors[lambda_] == pytest.approx(residual[lambda_].sum() / (N * D_TARGET), rel=1e-9)
-        assert mapping.cv["r2"][lambda_] == pytest.approx(1 - residual[lambda_].sum() / total.sum(), rel=1e-9)
-    assert best == min(LAMBDAS, key=lambda value: residual[value].sum())
-    per_dimension = 1 - residual[best] / total
-    assert mapping.cv["best_r2_per_dimension"] == pytest.approx(per_dimension.tolist(), rel=1e-9)
-    assert mapping.cv["best_r2"] == mapping.cv["r2"][best]
+    result = mapping.cross_validate(*pairs, LAMBDAS, n_folds=4, groups=groups, seed=2)
+    assert result == (mapping.lambda_, mapping.cv["errors"])
+    check_against_refits(mapping, pairs, assign_folds(N, 4, groups, seed=2), LAMBDAS, unit)
 
 
 @pytest.mark.parametrize("kind", ["plain", "large source dimension", "large target dimension", "far means"])
 def test_streamed_cross_validation_equals_refitting_every_fold_at_every_lambda(pairs, kind):
-    H_source, H_target = pairs = rescaled(pairs, kind)
+    pairs = rescaled(pairs, kind)
     mapping = streamed(pairs)
-    best, errors = mapping.cross_validate(lambda_values=TWELVE_DECADES)
+    mapping.cross_validate(lambda_values=TWELVE_DECADES)
     folds = mapping.statistics.sample.folds
-    residual, total = refitted_folds(*pairs, folds, TWELVE_DECADES)
-    weights = 1 / H_target.numpy().var(0)
-    axes = np.linalg.eigh(np.cov(H_target.numpy().T))[1][:, ::-1]
-    assert list(errors) == TWELVE_DECADES
-    for lambda_, rows in residual.items():
-        assert errors[lambda_] == pytest.approx((rows**2).mean(), rel=1e-9)
-        standardised = (rows**2 @ weights).sum() / (total**2 @ weights).sum()
-        assert 1 - mapping.cv["r2_standardised"][lambda_] == pytest.approx(standardised, rel=1e-9)
-    assert best == min(errors, key=errors.get) == mapping.lambda_
-    assert mapping.cv["best_r2_standardised"] == mapping.cv["r2_standardised"][best]
-    by_component = ((residual[best] @ axes) ** 2).sum(0) / ((total @ axes) ** 2).sum(0)
-    assert 1 - np.array(mapping.cv["best_r2_per_component"]) == pytest.approx(by_component, rel=1e-8)
-    shares = ((total @ axes) ** 2).sum(0) / (total**2).sum()
-    assert mapping.cv["component_variance"] == pytest.approx(shares, rel=1e-8)
-    alpha = best * mean_diagonal(H_source)
-    assert relative_error(mapping.W, sklearn_ridge(H_source, H_target, alpha).coef_.T) < 1e-9
+    check_against_refits(mapping, pairs, folds, TWELVE_DECADES, "relative")
     assert (mapping.cv["n_groups"], mapping.cv["fold_sizes"]) == (N // 4, folds.bincount().tolist())
 
 
@@ -199,18 +187,6 @@ def test_a_massive_target_dimension_dictates_lambda_only_by_the_pooled_criterion
     best, errors = mapping.cross_validate(H_source, H_target, [1e-6, 1.0, 1e3], criterion=criterion)
     assert best == mapping.lambda_ == mapping.cv["best_lambda"] == chosen
     assert min(errors, key=errors.get) == 1e3, "the errors returned are pooled in any case"
-
-
-@pytest.mark.parametrize("unit", ["absolute", "relative"])
-def test_df_of_each_lambda_is_the_trace_of_the_hat_matrix(pairs, unit):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit=unit)
-    best, _ = mapping.cross_validate(*pairs, LAMBDAS)
-    C = centred(pairs[0])
-    for lambda_, df in mapping.cv["df"].items():
-        alpha = lambda_ * (mean_diagonal(pairs[0]) if unit == "relative" else 1)
-        hat = C @ np.linalg.solve(C.T @ C + alpha * np.eye(D_SOURCE), C.T)
-        assert df == pytest.approx(np.trace(hat), rel=1e-9)
-    assert mapping.analyze()["df"] == mapping.cv["df"][best]
 
 
 def test_a_noiseless_map_retrieves_every_activation_and_shuffled_pairs_teach_nothing(pairs):
@@ -376,19 +352,6 @@ def test_groups_are_never_split_and_folds_are_even_and_seeded(seed):
     assert not torch.equal(alone, assign_folds(23, 5, seed=seed + 1))
 
 
-def test_repeated_rows_leak_unless_grouped():
-    """Each random pair occurs five times: only a split by group shows that nothing is learnt."""
-    H_source = torch.randn(30, 40).repeat(5, 1)
-    H_target = torch.randn(30, 3).repeat(5, 1)
-    r2 = {}
-    for groups in (None, list(range(30)) * 5):
-        mapping = RidgeMapping(40, 3)
-        mapping.cross_validate(H_source, H_target, [0.01], groups=groups)
-        r2[groups is None] = mapping.cv["best_r2"]
-    assert r2[True] > 0.9
-    assert r2[False] < 0.1
-
-
 def test_analyze_states_singular_values_and_rank(pairs):
     H_source, H_target = pairs
     H_target = H_target[:, :1] * torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0])
@@ -480,7 +443,6 @@ def test_bad_pairs_and_lambdas_are_rejected(H_source, H_target, lambda_, message
     [
         ({"lambda_values": []}, "lambda_values is empty"),
         ({"n_folds": 1}, "expected 2 or more"),
-        ({"n_folds": 0}, "expected 2 or more"),
         ({"n_folds": 11}, "11 folds over 10 groups"),
         ({"criterion": "median"}, "criterion 'median' is unknown; choose pooled or standardised"),
         ({"groups": [0, 1, 2] * 3 + [0]}, "5 folds over 3 groups"),

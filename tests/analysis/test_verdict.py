@@ -147,57 +147,31 @@ def test_more_personas_make_the_adjusted_p_larger():
     assert both[ORACLE].p_mapped_over_it is None
 
 
-@pytest.mark.parametrize(
-    ("rows", "validation", "sentence"),
-    [
-        (
-            scored_run(0.8, 0.8),
-            BOTH,
-            r"by the classifier, the mapped vector recovers \d+ % \[\d+, \d+\] of the "
-            r"native effect and differs from the best control, .*, by \+0\.\d\d \[.*\] \(Holm p 0\.\d+\)",
-        ),
-        (
-            scored_run(0.8, 0.8, other=0.1),
-            BOTH,
-            r"the scorers disagree \(classifier says equivalent to native, "
-            r"likelihood ratio says not transferred\); by the likelihood ratio, the mapped .* native effect",
-        ),
-        (
-            scored_run(0.1, 0.1),
-            BOTH,
-            r"by the classifier, the native vector moves the trait by [-+]0\.0\d \[.*\]",
-        ),
-        (scored_run(0.8, 0.8, n=7), BOTH, "by the classifier, 7 prompts have scores and an interval needs 8"),
-        (
-            [row for row in scored_run(0.8, 0.8) if row["condition"] != ORACLE],
-            BOTH,
-            r"by the classifier, no text has a score under native \(oracle\)",
-        ),
-        (
-            [row for row in scored_run(0.8, 0.8) if row["condition"] != "other_persona"],
-            BOTH,
-            r".* of the native effect, but these controls were not run: other personas",
-        ),
-        (
-            [{**row, "trait_probability": 0.5} for row in scored_run(0.8, 0.8)],
-            {"classifier": VALIDATED},
-            "by the classifier, all scores are equal, .*",
-        ),
-        (
-            scored_run(0.8, 0.8),
-            {"classifier": NOT_VALIDATED},
-            r"no scorer is validated \(classifier: AUC 0\.70 on fragments\)",
-        ),
-        (scored_run(0.8, 0.8), {}, "no scorer is validated"),
-        (
-            scored_run(0.3, 0.4, n=8, noise=0.3),
-            {"classifier": VALIDATED},
-            r".*; about \d+ prompts would settle it",
-        ),
-    ],
-)
-def test_the_reason_is_said_in_a_sentence_made_from_the_file_alone(rows, validation, sentence):
-    content = json.loads(json.dumps(verdict_of(rows, validation).content(), allow_nan=False))
+RUN, ONE = scored_run(0.8, 0.8), {"classifier": VALIDATED}
+INTERVAL = r"[-+]0\.\d\d \[[-+]0\.\d\d, [-+]0\.\d\d\]"
+RECOVERS = r"the mapped vector recovers -?\d+ % \[-?\d+, \d+\] of the native effect"
+SAID = {
+    f"by the classifier, {RECOVERS} and differs from the best control, .*, by {INTERVAL} "
+    r"\(Holm p 0\.\d+\)": (RUN, BOTH),
+    r"the scorers disagree \(classifier says equivalent to native, likelihood ratio says not transferred\); "
+    f"by the likelihood ratio, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
+    f"by the classifier, the native vector moves the trait by {INTERVAL}": (scored_run(0.1, 0.1), BOTH),
+    ".* 7 prompts have scores and an interval needs 8": (scored_run(0.8, 0.8, n=7), BOTH),
+    r".* no text has a score under native \(oracle\)": ([r for r in RUN if r["condition"] != ORACLE], BOTH),
+    f".* {RECOVERS}, but these controls were not run: other personas": (
+        [r for r in RUN if r["condition"] != "other_persona"],
+        ONE,
+    ),
+    ".* all scores are equal, .*": ([{**r, "trait_probability": 0.5} for r in RUN], ONE),
+    r"no scorer is validated \(classifier: AUC 0\.70 on fragments\)": (RUN, {"classifier": NOT_VALIDATED}),
+    "no scorer is validated": (RUN, {}),
+    r".*; about \d+ prompts would settle it": (scored_run(0.3, 0.4, n=8, noise=0.3), ONE),
+}
+
+
+@pytest.mark.parametrize("sentence", SAID)
+def test_the_reason_is_said_in_a_sentence_made_from_the_file_alone(sentence):
+    content = json.loads(json.dumps(verdict_of(*SAID[sentence]).content(), allow_nan=False))
     assert re.fullmatch(sentence, verdict_sentence(content)), verdict_sentence(content)
     first, last = format_verdicts({"loud": content}).split("\n")
     alone = " (on the classifier alone)" if content["rests_on"] == ["classifier"] else ""

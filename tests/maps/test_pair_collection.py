@@ -122,12 +122,6 @@ def test_pairs_behind_prompts_are_of_the_texts_tokens_as_both_models_read_them(s
     assert collected.statistics[1, 2].n_pairs == len(batch.end)
 
 
-def test_a_layer_pair_named_twice_is_summed_once(sides, collected):
-    again = collect(sides, TEXTS, PairSettings(((1, 2), (1, 2)), n_folds=4, seed=3))
-    assert again.statistics[1, 2].n_pairs == collected.statistics[1, 2].n_pairs
-    assert len(again.statistics) == 1
-
-
 @pytest.mark.parametrize(
     ("texts", "layer_pairs", "message"),
     [

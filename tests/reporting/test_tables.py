@@ -2,8 +2,9 @@ import re
 
 import pytest
 
+from analysis.alpha_search import AlphaPoint, ChosenAlpha
 from evaluation import METRICS, aggregate
-from reporting.tables import format_table, markdown_table
+from reporting.tables import format_alphas, format_table, markdown_table
 
 
 def rows(condition, persona, alpha, n=12, auc=0.97, **values):
@@ -91,3 +92,20 @@ def test_a_name_stays_in_its_cell(name):
     # As Markdown reads a row: a backslash takes the bars and backslashes behind it out of the count.
     cells = re.findall(r"(?:\\[|\\]|[^|\\])+", row)
     assert [re.sub(r"\\([|\\])", r"\1", cell).strip() for cell in cells] == [name, "1"]
+
+
+@pytest.mark.parametrize(
+    ("at", "reason", "note"),
+    [
+        ("inside", None, ""),
+        ("highest", None, "at the top of the bracket"),
+        ("lowest", None, "at the bottom of the bracket"),
+        ("lowest", "texts missing", "not coherent even there: texts missing"),
+    ],
+)
+def test_chosen_alphas_are_shown_with_what_was_measured_there(at, reason, note):
+    point = AlphaPoint(0.5, None if reason else 1.25, None if reason else 0.02, 4, 0, reason is None, reason)
+    chosen = ChosenAlpha(0.5, reason is None, at, [point])
+    row = format_alphas({("loud", "oracle"): chosen}).split("\n")[2]
+    shown = ("–", "–") if reason else ("1.25", "+0.020")
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["loud", "oracle", "0.5", *shown, note]

@@ -44,7 +44,7 @@ def settings(chat_folders, tmp_path_factory):
     return tiny_settings(chat_folders, tmp_path_factory.mktemp("settings"))
 
 
-def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_take_turns(settings, tmp_path):
+def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_are_rotated(settings, tmp_path):
     asked = {
         **settings,
         "methods": ["prompted", "random_direction", "oracle"],
@@ -64,12 +64,12 @@ def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_take_tur
         assert plain.generate(words, 6, seed=row["seed"]) == row["output"]
     for row in rows:
         if row["condition"] == "random_direction":
-            direction = vectors[row["persona"]][f"random_{row['prompt_idx'] % 3 + 1}"]
+            direction = vectors[row["persona"]][f"random_direction_{row['prompt_idx'] % 3 + 1}"]
             shown = inputs.shown_prompt("target", row["prompt"])
             (steered,) = plain.generate_batch(
-                [shown], 6, seeds=[row["seed"]], steering_vectors={layer: direction[None]}, alphas=[4.0]
+                [shown], 6, seeds=[row["seed"]], steering_vectors={layer: direction}, alphas=[4.0]
             )
-            assert steered == row["output"]
+            assert steered.text == row["output"]
     scored = load_json(tmp_path / "out" / "eval_results.json")["rows"]
     assert {row["condition"] for row in scored} == {"baseline", "prompted", "random_direction", "oracle"}
 
@@ -142,7 +142,7 @@ TRAIT = {
 
 @pytest.fixture(scope="module")
 def responses(settings, tmp_path_factory):
-    """A finished run whose vectors come from answers, of a trait file."""
+    """A finished run whose vectors come from responses to the questions of a trait file."""
     folder = tmp_path_factory.mktemp("responses")
     (folder / "loud.json").write_text(json.dumps(TRAIT))
     changed = {
@@ -154,7 +154,7 @@ def responses(settings, tmp_path_factory):
     return folder / "out", changed
 
 
-def test_vectors_are_made_from_answers_to_contrasting_system_prompts(responses):
+def test_vectors_are_made_from_responses_to_contrasting_system_prompts(responses):
     folder, changed = responses
     rows = load_json(folder / "extraction_responses.json")["rows"]
     assert len(rows) == 2 * 2 * 2
@@ -178,11 +178,11 @@ def test_vectors_are_made_from_answers_to_contrasting_system_prompts(responses):
             ]
             means.append(extractor.extract_batch(read, "response").mean(0))
         expected = (means[0] - means[1]) / (means[0] - means[1]).norm()
-        vector = found["loud"] if side == "source" else found["loud"]["oracle"]
+        vector = (found["loud"] if side == "source" else found["loud"]["oracle"])[0]
         assert torch.allclose(vector, expected, atol=1e-4)
 
 
-def test_answers_are_journalled_and_not_asked_for_again(responses, caplog):
+def test_responses_are_journalled_and_not_asked_for_again(responses, caplog):
     folder, changed = responses
     (folder / "extraction_responses.json").unlink()
     caplog.set_level(logging.INFO)
@@ -222,7 +222,7 @@ def test_other_questions_make_other_vectors_and_texts(responses):
     ],
     ids=str,
 )
-def test_what_responses_cannot_be_made_from_is_refused_before_anything_is_written(
+def test_what_responses_cannot_be_made_from_is_rejected_before_anything_is_written(
     responses, tmp_path, capsys, change, named
 ):
     _, changed = responses
@@ -235,7 +235,7 @@ def test_what_responses_cannot_be_made_from_is_refused_before_anything_is_writte
     assert not (tmp_path / "out").exists()
 
 
-def test_answers_that_are_all_left_out_are_counted(responses, tmp_path, capsys, monkeypatch):
+def test_responses_that_are_all_rejected_are_counted(responses, tmp_path, capsys, monkeypatch):
     _, changed = responses
     monkeypatch.setattr(
         "phases.collect_responses._is_kept", lambda row, score, middle: not row["is_positive"]
@@ -280,7 +280,7 @@ def test_a_judge_is_asked_a_trait_files_question_and_once(responses, tmp_path, c
     assert {asked for asked, _ in inputs.answers["target"]["loud"][1]} >= {"Where is my hat?"}
 
 
-def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses, tmp_path):
+def test_some_personas_may_be_made_from_texts_and_others_from_responses(responses, tmp_path):
     _, changed = responses
     both = {"loud": changed["persona_datasets"]["loud"], "numeric": NUMERIC}
     extraction = {**changed["extraction"], "from_texts": ["numeric"]}
@@ -291,12 +291,17 @@ def test_some_personas_may_be_made_from_texts_and_others_from_answers(responses,
     inputs = load_inputs(load_config({**settings, "output_dir": str(tmp_path / "out")}))
     texts = (NUMERIC["positive_texts"], NUMERIC["negative_texts"])
     expected = inputs.target.extractor.extract_persona_vector(*texts, "mean")
-    found = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]["numeric"]["oracle"]
+    found = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]["numeric"]["oracle"][0]
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp_path, caplog):
-    changed = {**settings, "mapping_data": "answers", "n_training_samples": 310, "system_prompt": "Be kind."}
+def test_a_map_may_be_learnt_from_responses_as_each_model_reads_them(settings, tmp_path, caplog):
+    changed = {
+        **settings,
+        "mapping_data": "responses",
+        "n_training_samples": 310,
+        "system_prompt": "Be kind.",
+    }
     caplog.set_level(logging.INFO)
     assert run(tmp_path / "out", changed, "--phase", "1") == 0
     assert run(tmp_path / "out", changed, "--phase", "2") == 0
@@ -331,7 +336,7 @@ def test_a_map_may_be_learnt_from_answers_as_each_model_reads_them(settings, tmp
     assert "310 answers by the target model, 310 of them already there" in caplog.text
 
 
-def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(settings, tmp_path, caplog):
+def test_responses_for_the_map_may_be_in_other_styles_that_are_no_personas(settings, tmp_path, caplog):
     changed = {
         **settings,
         "mapping_data": "styled_responses",
@@ -354,7 +359,7 @@ def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(setting
     shown = prompt_text(inputs.target.tokenizer, question(read[0].document, "Be kind."))
     assert read[0].prompts == (read[0].document + "\n\n", shown)  # without the style
 
-    plain = {**changed, "mapping_data": "answers", "output_dir": str(tmp_path / "out")}
+    plain = {**changed, "mapping_data": "responses", "output_dir": str(tmp_path / "out")}
     assert neutral_responses_fingerprint(load_inputs(load_config(plain))) != neutral_responses_fingerprint(
         inputs
     )
@@ -369,20 +374,20 @@ def test_answers_for_the_map_may_be_in_other_styles_that_are_no_personas(setting
 
 def test_neutral_questions_that_a_test_asks_are_left_out(settings, tmp_path, caplog):
     asked = load_prompts("neutral_questions")
-    changed = {**settings, "mapping_data": "answers", "test_prompts": asked[:7], "n_test_prompts": 7}
+    changed = {**settings, "mapping_data": "responses", "test_prompts": asked[:7], "n_test_prompts": 7}
     changed["output_dir"] = str(tmp_path)
     inputs = load_inputs(load_config(changed))
     assert inputs.neutral_questions == tuple(asked[7:])
     assert "refused 7 neutral questions" in caplog.text
 
 
-def test_answers_for_the_map_need_a_model_that_can_be_asked(settings, tmp_path, capsys):
-    changed = {**settings, "mapping_data": "answers", "prompt_format": "raw"}
+def test_responses_for_the_map_need_a_model_that_can_be_asked(settings, tmp_path, capsys):
+    changed = {**settings, "mapping_data": "responses", "prompt_format": "raw"}
     assert run(tmp_path / "out", changed) == 2
     assert "mapping_data 'responses' asks a chat model, but neither model is one" in error_lines(capsys)[0]
-    assert run(tmp_path / "out", {**settings, "mapping_data": "answers"}, "--ablate", "samples") == 2
-    assert "choose mapping_data 'passages'" in error_lines(capsys)[0]
-    few = {**settings, "mapping_data": "answers", "n_training_samples": 10, "n_folds": 11}
+    assert run(tmp_path / "out", {**settings, "mapping_data": "responses"}, "--ablate", "samples") == 2
+    assert "choose mapping_data 'neutral_text'" in error_lines(capsys)[0]
+    few = {**settings, "mapping_data": "responses", "n_training_samples": 10, "n_folds": 11}
     assert not list(tmp_path.glob("out/*journal*"))
     assert run(tmp_path / "few", few) == 2
     assert "n_folds is 11, but the map is learnt from answers to 10 questions" in error_lines(capsys)[0]
@@ -425,7 +430,7 @@ def test_of_the_packaged_pair_the_instruct_model_is_shown_a_template(packaged):
 
 
 @pytest.mark.real_models
-def test_answers_that_do_not_show_the_trait_they_were_asked_for_are_left_out(packaged):
+def test_responses_that_do_not_show_the_requested_trait_are_left_out(packaged):
     inputs, _ = packaged
     rows = load_json(Path(inputs.config.output_dir) / "extraction_responses.json")["rows"]
     assert len(rows) == 2 * 5 * 4
@@ -440,7 +445,7 @@ def test_answers_that_do_not_show_the_trait_they_were_asked_for_are_left_out(pac
 
 
 @pytest.mark.real_models
-def test_a_mapped_persona_shows_in_a_chat_models_answers(packaged):
+def test_a_mapped_persona_shows_in_a_chat_models_responses(packaged):
     _, table = packaged
     trait = {(entry["persona"], entry["condition"]): entry["trait_probability"]["mean"] for entry in table}
     for condition in ("ridge_mapped", "oracle"):

@@ -235,7 +235,6 @@ def test_overlap_is_a_run_of_eight_words_or_a_whole_shorter_text(known, text, fo
         paragraph(1).replace("Number 1 ", "Number 1 , "),
         " ".join(["12 345 | 67"] * 20) + ".",
     ],
-    ids=["short", "no capital", "no full stop", "capitals", "list", "bracket gap", "comma gap", "table"],
 )
 def test_lines_that_are_no_prose_are_left_out(line):
     assert list(usable_paragraphs(f"{paragraph(0)}\n{line}\n{paragraph(2)}")) == [paragraph(0), paragraph(2)]
@@ -255,19 +254,6 @@ def test_lines_that_are_no_prose_are_left_out(line):
         ("text<!-- hidden --> here", "text here"),
         ("== Heading ==\ntext\n* item\n# number\n{|\n| cell\n|}\n", "text"),
         ("see [http://example.com the site] here", "see the site here"),
-    ],
-    ids=[
-        "quotes",
-        "links",
-        "references",
-        "measures",
-        "languages",
-        "empty brackets",
-        "template",
-        "file",
-        "comment",
-        "lists and tables",
-        "web link",
     ],
 )
 def test_markup_is_removed(wikicode, prose):
