@@ -28,12 +28,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.results_table import effects_table, results_table
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ablations.blocks import ablate_blocks
 from ablations.layers import ablate_layers
 from ablations.samples import ablate_samples
+from analysis.results_table import effects_table, results_table
 from experiment.config import ExperimentConfig
 from experiment.executor import Executor, start_executor
 from experiment.inputs import Inputs, configured, load_inputs, read_personas_and_prompts

@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from maps.layer_bands import LayerPair
-from reporting.figures_ablations import layer_ablation_figure
-from reporting.style import save_figure
-
 from experiment.conditions import MAPPED, ORACLE
 from experiment.inputs import Inputs
 from experiment.plan import SteeringVectors
 from experiment.run import Run
+from maps.layer_bands import LayerPair
 from phases.choose_alphas import choose_alphas
 from phases.decide_verdicts import aggregate_scores, decide
 from phases.fit_maps import PAIR_STATISTICS, LearnedMaps, collect_sums, fit_maps
@@ -24,6 +21,8 @@ from phases.generate_texts import generate_texts
 from phases.make_vectors import grid_rows, make_vectors
 from phases.score_texts import score_texts
 from phases.validate_scorers import validate_scorers
+from reporting.figures_ablations import layer_ablation_figure
+from reporting.style import save_figure
 from support.artifacts import fingerprint
 from support.progress import HIDDEN, tqdm
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from reporting.figures_ablations import sample_ablation_figure
-from reporting.style import save_figure
 
 from activation_extractor import PairedBatch, paired_activations
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from reporting.figures_ablations import sample_ablation_figure
+from reporting.style import save_figure
 from ridge_mapping import RidgeMapping, residual_squares, target_weights
 from support.artifacts import fingerprint
 from support.errors import InputError

@@ -13,13 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from maps.layer_bands import LayerPair, band_of
-
 from activation_extractor import PersonaVector
 from experiment.conditions import SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
 from experiment.models import SIDES, LoadedModel, Side, SideSettings
 from experiment.prompting import Prompting
+from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
 from model_loading import fastest_dtype, plain_model
 from scoring.gpt_judge import GPTJudge

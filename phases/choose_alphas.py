@@ -8,10 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from analysis.results_table import perplexity_ratio
-from reporting.figures_results import alpha_search_figure
-from reporting.style import draw_once
-
 from activation_extractor import ResidualNorm
 from analysis.alpha_search import (
     AlphaKey,
@@ -22,12 +18,15 @@ from analysis.alpha_search import (
     alphas_from_content,
     search_alphas,
 )
+from analysis.results_table import perplexity_ratio
 from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.fit_maps import mapping_data_key
 from phases.generate_texts import generate_development
 from phases.make_vectors import grid_cells
 from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
+from reporting.figures_results import alpha_search_figure
+from reporting.style import draw_once
 from reporting.tables import format_alphas
 from support.artifacts import fingerprint
 
@@ -93,9 +92,12 @@ def alpha_bracket(run: Run, norm: ResidualNorm) -> tuple[float, float]:
 def coherence_bounds(run: Run) -> dict[str, CoherenceBound]:
     """Return persona -> the bound within which its texts count as coherent."""
     settings = run.config.alpha_search
-    bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
     costs = trait_costs(run)
-    return {name: bound.of_trait(costs.get(name, 1.0)) for name in run.config.persona_names}
+    factors = {name: max(1.0, costs.get(name, 1.0)) for name in run.config.persona_names}
+    return {
+        name: CoherenceBound(settings.max_perplexity_ratio * factor, settings.max_repetition_increase)
+        for name, factor in factors.items()
+    }
 
 
 def trait_costs(run: Run) -> dict[str, float]:

@@ -3,11 +3,10 @@
 import logging
 from typing import Any
 
-from reporting.figures_mapping import layer_search_figure
-from reporting.style import draw_once
-
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from maps.layer_search import search_layers
+from reporting.figures_mapping import layer_search_figure
+from reporting.style import draw_once
 from support.artifacts import fingerprint
 from texts.encoding import encode
 from texts.neutral_text import NeutralText

@@ -6,17 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
-from analysis.results_table import Alphas, effects_table, results_table
-from analysis.side_effects import off_target, strength_curves
-from reporting.figures_results import (
-    coherence_trait_figure,
-    effect_perplexity_figure,
-    off_target_figure,
-    recovery_figure,
-)
-from reporting.style import save_figure
 
 from analysis.alpha_search import compared_alphas, oracle_alphas
+from analysis.results_table import Alphas, effects_table, results_table
+from analysis.side_effects import off_target, strength_curves
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregate
@@ -26,6 +19,13 @@ from phases.check_setup import PREFLIGHT, check_lambda, failures
 from phases.choose_alphas import coherence_bounds
 from phases.fit_maps import CV_RESULTS
 from phases.side_effects import plain_text_ratios
+from reporting.figures_results import (
+    coherence_trait_figure,
+    effect_perplexity_figure,
+    off_target_figure,
+    recovery_figure,
+)
+from reporting.style import save_figure
 from reporting.tables import format_success, format_verdicts, verdict_sentence
 from scoring.trait_classifier import auc_notes
 from support.artifacts import fingerprint, save_text

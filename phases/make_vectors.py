@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from maps.layer_bands import LayerPair
 from torch import Tensor
 
 from activation_extractor import PersonaVector, ReadText
@@ -21,6 +20,7 @@ from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
 from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, other_personas, text_rows
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from maps.layer_bands import LayerPair
 from phases.collect_responses import persona_responses_key
 from phases.fit_maps import LearnedMaps, load_maps, mapping_data_key, maps_key
 from reporting.tables import format_cosines

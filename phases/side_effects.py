@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from analysis.results_table import perplexity_ratio
 
+from analysis.results_table import perplexity_ratio
 from experiment.conditions import vector_names
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS

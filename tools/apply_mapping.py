@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from experiment.command_line import refusal
+from experiment.command_line import input_error_status
 from ridge_mapping import RidgeMapping
 from support.errors import InputError
 from support.vector_files import FORMATS, VectorFile, read_vectors, write_vectors
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = options.mapping, options.vector, options.output, options.layer, options.target_layer
         print(apply_mapping(*given))
     except (InputError, OSError) as error:
-        return refusal(error)
+        return input_error_status(error)
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment.command_line import refusal
+from experiment.command_line import input_error_status
 from experiment.conditions import condition_of
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = options.run, options.persona, options.method, options.format, options.output, options.alpha
         print(export_vector(*given))
     except (InputError, OSError) as error:
-        return refusal(error)
+        return input_error_status(error)
     return 0
 
 

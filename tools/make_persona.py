@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import openai
 
-from experiment.command_line import refusal
+from experiment.command_line import input_error_status
 from experiment.config import load_config
 from model_loading import load_model
 from scoring.gpt_judge import read_key
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = options.n_pairs, options.n_questions
         print(write_persona(options.trait, ask, options.name, options.output, *counts))
     except (InputError, OSError, KeyboardInterrupt) as error:
-        return refusal(error)
+        return input_error_status(error)
     return 0
 
 

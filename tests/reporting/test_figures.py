@@ -1,6 +1,5 @@
 """Figures draw the numbers that they are given, under any name, and a saved one keeps its fingerprint."""
 
-
 import matplotlib.figure
 import numpy as np
 import pytest
