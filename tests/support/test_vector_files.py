@@ -107,8 +107,8 @@ def finished(settings, tmp_path_factory):
 
 def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, settings, tmp_path):
     content = load_tensors(finished / "persona_vectors.pt")
-    np.save(tmp_path / "source.npy", 3 * content["source_vectors"]["loud"].numpy())
-    torch.save(content["vectors"]["loud"]["zero_pad"], tmp_path / "target.pt")
+    np.save(tmp_path / "source.npy", 3 * content["source_vectors"]["loud"][0].numpy())
+    torch.save(content["vectors"]["loud"]["zero_pad"][0], tmp_path / "target.pt")
     given = {"loud": {"source": str(tmp_path / "source.npy"), "target": str(tmp_path / "target.pt")}}
     out = shutil.copytree(finished, tmp_path / "out")
     assert run(out, {**settings, "vectors": given}) == 0
