@@ -77,6 +77,10 @@ class CoherenceBound:
     max_repetition_increase: float = 0.05
     max_missing_increase: float = 0.1
 
+    def of_trait(self, cost: float) -> "CoherenceBound":
+        """Return the bound of text that shows a trait which is `cost` times as perplexing by itself."""
+        return replace(self, max_perplexity_ratio=self.max_perplexity_ratio * max(1.0, cost))
+
 
 DEFAULT_BOUND = CoherenceBound()
 
@@ -149,10 +153,7 @@ def search_alphas(
     """
     _check_unsteered(unsteered)
     curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in keys}
-    bounds = {}
-    for persona, _ in keys:
-        cost = max(1.0, (trait_costs or {}).get(persona, 1.0))
-        bounds[persona] = replace(bound, max_perplexity_ratio=bound.max_perplexity_ratio * cost)
+    bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
     for round_idx in tqdm(
         range(n_evaluations), desc="alpha search", unit="round", disable=HIDDEN, leave=False
     ):

@@ -5,7 +5,8 @@
 Experiments are made by resampling the prompts of a finished run, the conditions of a prompt together.
 Null: the texts of the shuffled-pair map stand in the place of the mapped vector's, and those of the random
 directions in the place of the shuffled map's. True recovery of r: the mapped vector's differences are moved
-to r times the mean of the oracle's, and keep how they vary. Only personas whose native vector works are drawn.
+to r times the mean of the oracle's, and keep how they vary. Personas whose native vector does not work are
+left out.
 """
 
 import argparse

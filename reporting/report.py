@@ -246,7 +246,7 @@ def _strength_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Part:
         ),
         effect_perplexity=(
             "Change of the trait over the perplexity ratio by alpha, a panel for each persona.",
-            "How much of the trait each alpha gives, and at which perplexity; the strongest is drawn largest.",
+            "How much of the trait an alpha gives, and at which perplexity; the strongest is drawn largest.",
         ),
         alpha_search=(
             "Perplexity ratio over alpha for each persona and method, with the bound.",

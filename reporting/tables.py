@@ -95,6 +95,33 @@ def format_verdicts(content: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, f"personas: {in_all}"])
 
 
+def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return a line for each scorer of each persona: whether it is validated, and how it does.
+
+    validation: persona -> scorer -> what `scoring.validation.validate` returns.
+    """
+    lines = []
+    for persona, by_scorer in validation.items():
+        if not by_scorer:
+            lines.append(f"{persona}: no scorer")
+        for scorer, found in by_scorer.items():
+            word = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
+            lines.append(f"{persona}, {scorer}: {word}; {_validation_detail(found)}")
+    return "\n".join(lines)
+
+
+def _validation_detail(found: Mapping[str, Any]) -> str:
+    if not found.get("auc"):
+        return found.get("measure", "not measured")
+    lowest = min(found["auc"], key=found["auc"].get)
+    detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest})"
+    for name in ("sensitivity", "specificity"):
+        detail += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
+    if found.get("repeat_noise") is not None:
+        detail += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
+    return detail
+
+
 def format_success(found: Mapping[str, Any]) -> str:
     """Return a Markdown table a persona: what was measured, and in brackets what the specification expects.
 
@@ -239,30 +266,3 @@ def markdown_table(
         for row in (header, rule, *rows)
     ]
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return a line for each scorer of each persona: whether it is validated, and how it does.
-
-    validation: persona -> scorer -> what `scoring.validation.validate` returns.
-    """
-    lines = []
-    for persona, by_scorer in validation.items():
-        if not by_scorer:
-            lines.append(f"{persona}: no scorer")
-        for scorer, found in by_scorer.items():
-            word = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
-            lines.append(f"{persona}, {scorer}: {word}; {_validation_detail(found)}")
-    return "\n".join(lines)
-
-
-def _validation_detail(found: Mapping[str, Any]) -> str:
-    if not found.get("auc"):
-        return found.get("measure", "not measured")
-    lowest = min(found["auc"], key=found["auc"].get)
-    detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest})"
-    for name in ("sensitivity", "specificity"):
-        detail += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
-    if found.get("repeat_noise") is not None:
-        detail += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
-    return detail

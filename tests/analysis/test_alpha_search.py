@@ -84,18 +84,15 @@ def test_each_round_is_one_call_for_all_conditions_and_no_alpha_is_measured_twic
         assert alone == {condition: chosen}
 
 
-@pytest.mark.parametrize("threshold", [HIGH, 11.0, 1e6])
-def test_threshold_from_the_top_up_gives_the_top_itself(threshold):
+@pytest.mark.parametrize(
+    ("threshold", "ends_at"),
+    [(HIGH, (HIGH, True, "highest")), (1e6, (HIGH, True, "highest")), (0.499, (LOW, False, "lowest"))],
+)
+def test_threshold_outside_the_bracket_gives_its_end(threshold, ends_at):
     chosen = search(coherent_where(lambda alpha: alpha <= threshold))
-    assert (chosen.alpha, chosen.is_coherent, chosen.at) == (HIGH, True, "highest")
-
-
-@pytest.mark.parametrize("threshold", [0.499, 0.01, 0])
-def test_threshold_below_the_bottom_gives_the_bottom_as_incoherent(threshold):
-    chosen = search(coherent_where(lambda alpha: alpha <= threshold))
-    assert (chosen.alpha, chosen.is_coherent, chosen.at) == (LOW, False, "lowest")
-    assert not any(point.is_coherent for point in chosen.curve)
-    assert chosen.point.reason == "perplexity"
+    assert (chosen.alpha, chosen.is_coherent, chosen.at) == ends_at
+    assert {point.is_coherent for point in chosen.curve} == {chosen.is_coherent}
+    assert chosen.point.reason == (None if chosen.is_coherent else "perplexity")
 
 
 @pytest.mark.parametrize("frequency", [3, 7, 20, 45])
@@ -164,23 +161,12 @@ def test_more_missing_texts_than_the_bound_are_incoherent(n_missing_before, n_mi
     assert point.reason == (None if is_coherent else "texts missing")
 
 
-def test_the_chosen_alpha_is_found_by_repetition_alone():
-    chosen = search(Measure(lambda _, alpha: times(0.9, 0.1 if alpha <= 2.0 else 0.6)))
-    assert chosen.alpha == pytest.approx(2.0, rel=0.05)
-    assert {point.reason for point in chosen.curve if not point.is_coherent} == {"repetition"}
-
-
 @pytest.mark.parametrize(
-    ("bound", "is_coherent"),
-    [
-        (CoherenceBound(), False),
-        (CoherenceBound(max_perplexity_ratio=2.5, max_repetition_increase=0.3), True),
-        (CoherenceBound(max_perplexity_ratio=2.5), False),
-        (CoherenceBound(max_repetition_increase=0.3), False),
-    ],
+    ("bounds", "is_coherent"),
+    [((1.5, 0.05), False), ((2.5, 0.3), True), ((2.5, 0.05), False), ((1.5, 0.3), False)],
 )
-def test_bounds_are_those_given(bound, is_coherent):
-    assert compare(1.0, times(2.0, 0.3), UNSTEERED, bound).is_coherent is is_coherent
+def test_bounds_are_those_given(bounds, is_coherent):
+    assert compare(1.0, times(2.0, 0.3), UNSTEERED, CoherenceBound(*bounds)).is_coherent is is_coherent
 
 
 @pytest.mark.parametrize(("cost", "is_coherent"), [(3.0, True), (1.4, True), (1.3, False), (0.2, False)])

@@ -9,7 +9,7 @@ from reporting.tables import format_alphas, format_table, markdown_table
 
 def rows(condition, persona, alpha, n=12, auc=0.97, **values):
     one = {"condition": condition, "persona": persona, "alpha": alpha, "classifier_auc": auc}
-    return [{**one, **dict.fromkeys(METRICS), **values} for _ in range(n)]
+    return [{**one, **dict.fromkeys((*METRICS, "trait_probability")), **values} for _ in range(n)]
 
 
 def cells(text):

@@ -1,0 +1,67 @@
+"""Scored texts of a known truth, as `eval_results.json` holds them."""
+
+import numpy as np
+
+from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
+
+VALIDATED = {
+    "is_validated": True,
+    "problems": [],
+    "auc": {"ordinary": 0.98, "loops": 0.93},
+    "sensitivity": {"n_right": 16, "n": 20},
+    "specificity": {"n_right": 90, "n": 100},
+    "threshold": 0.5,
+}
+NOT_VALIDATED = {**VALIDATED, "is_validated": False, "problems": ["AUC 0.70 on fragments"]}
+COMPARED = dict.fromkeys((MAPPED, ORACLE, *DECIDING_CONTROLS), 1.0)  # condition -> alpha
+
+
+def scored_row(condition, prompt, score, seed=0, persona="loud", alpha=1.0, perplexity=10.0, **more):
+    """One text of a persona; `score` is what both trained scorers give it."""
+    return {
+        "persona": persona,
+        "condition": condition,
+        "alpha": None if condition == UNSTEERED else alpha,
+        "prompt_idx": prompt,
+        "prompt": f"Question {prompt}?",
+        "seed": seed,
+        "output": "What a fine day it is!",
+        "has_ended": True,
+        "trait_probability": score,
+        "likelihood_probability": score,
+        "trait_probabilities": {persona: score},
+        "classifier_auc": 0.97,
+        "independent_perplexity": perplexity,
+        "perplexity": perplexity,
+        "repetition": 0.1,
+        "is_collapsed": False,
+        "gpt4_coherence_score": None,
+        "gpt4_trait_score": None,
+        **more,
+    }
+
+
+def scored_run(mapped, oracle, n=20, other=None, persona="loud", noise=0.05, judged=False):
+    """All conditions that a claim needs, with these mean scores where nothing gives 0.1.
+
+    other: the likelihood ratio's mean of the mapped vector, where it differs from the classifier's.
+    """
+    generator = np.random.default_rng(0)
+    means = {UNSTEERED: 0.1, MAPPED: mapped, ORACLE: oracle, **dict.fromkeys(DECIDING_CONTROLS, 0.1)}
+
+    def drawn(mean):
+        return float(np.clip(generator.normal(mean, noise), 0, 1))
+
+    rows = []
+    for prompt in range(n):
+        for name, mean in means.items():
+            row = scored_row(name, prompt, drawn(mean), persona=persona)
+            if other is not None and name == MAPPED:
+                row["likelihood_probability"] = drawn(other)
+            if judged:
+                row |= {
+                    "gpt4_coherence_score": 4,
+                    "gpt4_trait_score": 1 + round(4 * row["trait_probability"]),
+                }
+            rows.append(row)
+    return rows
