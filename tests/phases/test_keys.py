@@ -10,7 +10,6 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from functools import cache
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -40,7 +39,6 @@ from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import ALPHA_SEARCH
 from phases.validate_scorers import SCORER_VALIDATION
 from run_experiment import PersonaTransferExperiment
-from support.journal import rows_of
 from support.tiny_models import tiny_model, tiny_tokenizer
 
 LABELLED = {
