@@ -81,13 +81,6 @@ def test_a_sample_of_the_pairs_is_kept_with_what_was_read(tiny, finished):
         assert torch.allclose(extractor.extract(pairs["texts"][row]), pairs["H_target"][row], atol=1e-4)
 
 
-def test_pairs_may_be_those_of_last_tokens_alone(tiny, tmp_path):
-    assert run(tmp_path / "out", {**tiny, "mapping_positions": "last"}, "--phase", "2") == 0
-    pairs = load_tensors(tmp_path / "out" / "training_data.pt")
-    assert pairs["n_pairs"] == len(set(pairs["texts"])) == 60
-    assert load_json(tmp_path / "out" / "cv_results.json")["n_rows"] == 60
-
-
 def test_a_run_returns_the_aggregated_table_and_its_frame(tiny, out, no_drawing):
     experiment = PersonaTransferExperiment({**tiny, "output_dir": str(out)})
     assert experiment.run() == load_json(out / "aggregated_results.json")["conditions"]
@@ -215,7 +208,6 @@ def bad_paths(tmp_path_factory):
     bert = BertLMHeadModel(BertConfig(vocab_size=VOCAB_SIZE, initializer_range=0.5, **sizes))
     bert.save_pretrained(folder / "bert")
     tiny_tokenizer().save_pretrained(folder / "bert")
-    (folder / "empty").mkdir()
     (folder / "file").write_text("a regular file")
     (folder / "short.txt").write_text("Too short.")
     return {path.name: str(path) for path in folder.iterdir()}
@@ -231,35 +223,22 @@ def assert_rejected(output_dir, status, named, capsys):
 
 PROMPT = "The first thing I do is"
 LEAKING = {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}}
-LABELLED = {f"labelled_{side}_texts": [f"{side} {i}" for i in range(9)] for side in ("positive", "negative")}
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"layer_ix": 3}, "did you mean 'layer_idx'"),
-        ({"layer_idx": "auto"}, "leave out source_layer_idx"),
-        ({"layer_idx": "deep"}, "'band' or 'auto'"),
         ({"source_layer_idx": 4}, "layer_idx 4 is out of range: the model has 4 decoder blocks"),
-        ({"target_layer_idx": 99}, "layer_idx 99 is out of range"),
-        ({"persona_datasets": {"x": {**LOUD, "negative_texts": []}}}, "'x' has no negative texts"),
-        ({"personas": ["sardonic"]}, "'sardonic' is neither shipped"),
         ({"target_model": "{bert}"}, "not a causal language model"),
-        ({"source_model": "{empty}"}, "no config.json"),
         ({"source_model": "/no/such/folder"}, "/no/such/folder"),
         ({"source_block_path": "model.nowhere"}, "model.nowhere"),
         ({"device": "warp"}, "'warp'"),
         ({"use_gpt4": True, "judge": {"api_key_env": "ABSENT_KEY"}}, "ABSENT_KEY is not set"),
-        ({"neutral_text": "/no/such/file.txt"}, "/no/such/file.txt"),
         ({"neutral_text": "{short.txt}"}, "gives 0 passages"),
         ({"n_training_samples": 1301}, "1301 are wanted; lower n_training_samples"),
-        ({"n_folds": 61}, "n_folds"),
-        ({"n_test_prompts": 61}, "there are 60 prompts"),
-        ({"test_prompts": [PROMPT] * 3}, "holds a prompt twice"),
         ({"persona_datasets": LEAKING, "n_test_prompts": 1, "test_prompts": [PROMPT]}, "with a test prompt"),
-        ({"persona_datasets": {"x": {**LOUD, **LABELLED}}}, "9 labelled texts"),
         ({"max_new_tokens": CONTEXT}, "max_new_tokens"),
-        ({"test_prompts": ["word " * CONTEXT], "n_test_prompts": 1}, "prompt"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

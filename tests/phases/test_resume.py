@@ -13,7 +13,6 @@ from tiny_runs import (
     content,
     error_lines,
     is_close,
-    rows,
     run,
     texts,
 )
@@ -141,14 +140,6 @@ def test_a_text_is_written_again_only_if_it_would_be_another(change, n_new, n_ke
     assert (len(keys - known), len(keys & known)) == (n_new, n_kept)
 
 
-def test_a_renamed_persona_keeps_its_texts_under_the_new_name(tiny, finished, out):
-    assert run(out, {**tiny, "persona_datasets": {"shouting": LOUD, "numeric": NUMERIC}}) == 0
-    assert texts(out) == texts(finished)
-    scored = rows(out, "eval_results.json")
-    assert {row["persona"] for row in scored} == {"shouting", "numeric"}
-    assert len(scored) == len(rows(finished, "eval_results.json"))
-
-
 def test_other_sampling_leaves_what_was_written_to_be_taken_back(tiny, finished, out):
     assert run(out, {**tiny, "temperature": 0.5}, "--phase", "4") == 0
     assert not texts(out).keys() & texts(finished).keys()
@@ -178,13 +169,6 @@ def test_a_fresh_run_makes_everything_anew(tiny, finished, out):
     assert set(texts(out).values()) == {"tampered"}
     assert run(out, tiny, "--fresh") == 0
     assert_same(out, finished, except_for=["preflight.json"])
-
-
-def test_texts_do_not_depend_on_the_batch_size(tiny, finished, out):
-    (out / "generation_journal.jsonl").unlink()
-    (out / "generation_results.json").unlink()
-    assert run(out, {**tiny, "generation_batch_size": 4}, "--phase", "4") == 0
-    assert texts(out) == texts(finished)
 
 
 # Damage

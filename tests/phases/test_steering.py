@@ -158,9 +158,8 @@ def test_alphas_by_method_are_tried_with_the_oracles_beside_them(tiny, out):
 def test_plain_text_is_read_under_every_steering(finished):
     found = load_json(finished / "side_effects.json")["personas"]
     assert found == load_json(finished / "verdict.json")["plain_text_perplexity_ratios"]
-    assert {name: set(ratios) for name, ratios in found.items()} == dict.fromkeys(
-        ("loud", "numeric"), set(METHODS)
-    )
+    assert set(found) == {"loud", "numeric"}
+    assert all(set(ratios) == set(METHODS) for ratios in found.values())
     ratios = [ratio for of_persona in found.values() for ratio in of_persona.values()]
     assert all(0.2 < ratio < 50 for ratio in ratios)
     assert len({round(ratio, 6) for ratio in ratios}) == len(ratios)
