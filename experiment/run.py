@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maps.layer_bands import LayerPair
-
 from experiment.config import ExperimentConfig
 from experiment.executor import Executor
 from experiment.inputs import Inputs
+from maps.layer_bands import LayerPair
 from support.run_folder import RunFolder
 
 FORMAT_VERSION = 2  # of all artifacts and journals; those of earlier versions are recomputed
