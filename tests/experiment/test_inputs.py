@@ -63,12 +63,12 @@ def test_more_neutral_texts_begin_with_those_of_the_run(inputs):
     assert inputs.more_texts(70)[:60] == list(inputs.neutral_texts)
 
 
-def test_neutral_text_holds_no_persona_text_and_no_prompt(settings, inputs, tmp_path):
-    (tmp_path / "more.txt").write_text("\n\n".join([item.text for item in inputs.neutral_texts]))
-    definition = {"positive_texts": [inputs.neutral_texts[0].text], "negative_texts": ["no"]}
-    change = {"persona_datasets": {"leaky": definition}, "neutral_text": str(tmp_path / "more.txt")}
-    found = loaded(settings, **change, n_training_samples=59)
-    assert inputs.neutral_texts[0].text not in {item.text for item in found.neutral_texts}
+def test_neutral_text_holds_no_persona_text(settings, inputs):
+    first, *others = inputs.neutral_texts
+    definition = {"positive_texts": [first.text], "negative_texts": ["no"]}
+    found = loaded(settings, persona_datasets={"leaky": definition}).neutral_texts
+    assert first not in found
+    assert set(others) < set(found)
 
 
 @pytest.mark.parametrize("text", [load_prompts("test")[0], load_prompts("test_questions")[0]])
@@ -89,7 +89,7 @@ def test_a_persona_text_that_holds_a_test_prompt_is_an_error(settings, text, pla
         ({"system_prompt": "Be kind."}, "system_prompt is of use where the target is shown a chat template"),
         (
             {"mapping_data": "responses"},
-            "mapping_data 'responses' asks a chat model, but neither model is one",
+            "'responses' asks a chat model, but neither model is one",
         ),
         ({"source_prompt_format": "chat"}, "tokenizer of the source model has no chat template"),
         ({"layer_idx": "auto", "source_layer_idx": None, "search_target_layers": [9]}, "0 to 3"),
@@ -105,9 +105,7 @@ def test_what_a_later_phase_would_reject_is_an_error_at_once(settings, change, m
 
 def test_a_map_from_responses_needs_as_many_questions_as_folds(chat_settings):
     change = {"mapping_data": "responses", "n_training_samples": 10, "n_folds": 11}
-    with pytest.raises(
-        InputError, match="n_folds is 11, but the map is learnt from responses to 10 questions"
-    ):
+    with pytest.raises(InputError, match="n_folds is 11, but .* responses to 10 questions"):
         loaded(chat_settings, **change)
 
 

@@ -74,11 +74,8 @@ CELL = Cell("oracle", "loud", 1.0, "vector")
 )
 def test_what_a_text_depends_on_is_in_its_key(settings, inputs, change, cell):
     other = load_inputs(load_config({**settings, **change})) if change else inputs
-    (before,), (after,) = (
-        text_rows(loaded, [planned], PROMPTS[:1], SEEDS[:1])
-        for loaded, planned in ((inputs, CELL), (other, cell))
-    )
-    assert before["key"] != after["key"]
+    before, after = text_rows(inputs, [CELL], PROMPTS, SEEDS), text_rows(other, [cell], PROMPTS, SEEDS)
+    assert not {row["key"] for row in before} & {row["key"] for row in after}
 
 
 def test_equal_vectors_of_two_conditions_share_their_texts(inputs):
