@@ -105,7 +105,7 @@ def test_what_a_later_phase_would_reject_is_an_error_at_once(settings, change, m
 
 def test_a_map_from_responses_needs_as_many_questions_as_folds(chat_settings):
     change = {"mapping_data": "responses", "n_training_samples": 10, "n_folds": 11}
-    with pytest.raises(InputError, match="n_folds is 11, but .* responses to 10 questions"):
+    with pytest.raises(InputError, match=r"n_folds is 11, but .* responses to 10 questions"):
         loaded(chat_settings, **change)
 
 

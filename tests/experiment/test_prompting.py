@@ -1,4 +1,4 @@
-"""Prompts are shown as each model reads them, and only the prompting baseline asks for the persona in words."""
+"""Each model reads prompts in its own form; the prompting baseline alone asks for the persona in words."""
 
 import pytest
 from chat_models import chatting
@@ -14,9 +14,8 @@ CHAT, NONE = ("target",), ()
 
 
 def prompting(chat_sides, system_prompt=None):
-    tokenizers = {
-        name: chatting() if name in chat_sides else tiny_tokenizer() for name in ("source", "target")
-    }
+    sides = ("source", "target")
+    tokenizers = {name: chatting() if name in chat_sides else tiny_tokenizer() for name in sides}
     return Prompting(tokenizers, chat_sides, system_prompt)
 
 
