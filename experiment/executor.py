@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,16 +30,6 @@ from texts.neutral_text import NeutralText
 logger = logging.getLogger(__name__)
 
 EXTRACTION_CHUNK = 500  # texts
-
-
-class Executor(Protocol):
-    """What runs chunks of work on the models."""
-
-    def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-        """Yield (chunk index, Worker.method(*chunk)) as chunks finish."""
-
-    def close(self) -> None:
-        """Let workers go."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +198,10 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Do nothing; a Ray executor lets its workers go."""
+
+
+# `run(method, chunks)` yields (chunk index, Worker.method(*chunk)) as they finish; `close()` ends the workers.
+Executor = LocalExecutor | RayExecutor
 
 
 def start_executor(inputs: Inputs) -> Executor:

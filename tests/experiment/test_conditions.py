@@ -61,3 +61,4 @@ def test_a_trained_scorer_can_be_loaded_and_its_key_says_what_it_is_trained_on(n
     assert len(set(keys)) == 3
     assert SCORERS[name].key([formal, pirate]) == keys[0]
     assert callable(import_module(SCORERS[name].module).load_scorers)
+    assert SCORERS[name].column.endswith("_probability")  # by which tables and `aggregate` find it

@@ -175,7 +175,7 @@ def test_a_pickled_worker_generates_the_same(config):
 
 
 def in_chunks(worker, method, size, by_row, options):
-    """Return the results of a method on chunks; by_row: sequences that are cut, options: what chunks share."""
+    """Return a method's results on chunks. by_row: sequences that are cut. options: what chunks share."""
     starts = range(0, len(by_row[0]), size)
     chunks = [(*(rows[start : start + size] for rows in by_row), *options) for start in starts]
     return [part for _, part in LocalExecutor(worker).run(method, chunks)]
