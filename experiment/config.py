@@ -196,7 +196,7 @@ def alphas_of(given: Any, persona: str, method: str) -> Sequence[float | None]:
 
 
 class AlphaSearchConfig(_Strict):
-    """The search for steering strengths when `alpha_values` is `auto`; see `analysis.alpha_search`.
+    """The search for alphas when `alpha_values` is `auto`; see `analysis.alpha_search`.
 
     bracket: the weakest and the strongest alpha to consider, in median block-output norms without massive
         dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
@@ -417,7 +417,7 @@ class ExperimentConfig(_Strict):
             return
         if isinstance(given, dict) and (odd := set(self.persona_names) ^ set(given)):
             raise ValueError(
-                f"alpha_values has strengths for each persona, but {shown(sorted(odd)[0])} is in one of "
+                f"alpha_values has alphas for each persona, but {shown(sorted(odd)[0])} is in one of "
                 "alpha_values and personas alone; name the same ones in both"
             )
         alphas: list[float] = []

@@ -200,7 +200,7 @@ class LocalExecutor:
         """Do nothing; a Ray executor lets its workers go."""
 
 
-# `run(method, chunks)` yields (chunk index, Worker.method(*chunk)) as they finish; `close()` ends the workers.
+# `run(method, chunks)` yields (chunk index, Worker.method(*chunk)) as they finish; `close()` ends workers.
 Executor = LocalExecutor | RayExecutor
 
 
