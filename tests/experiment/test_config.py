@@ -127,6 +127,42 @@ def test_alphas_may_be_given_for_each_persona_or_method():
     assert config.n_cells == 1 + len(METHODS) * (1 + 2 + 1) + 1
 
 
+OUT_OF_RANGE = {
+    "source_model": [None, ""],
+    "output_dir": [None, ""],
+    "layer_idx": [-1, 1.5, "middle"],
+    "dtype": ["int8", ["float32"]],
+    "device_map": [{"model": 1001}, ""],
+    "n_training_samples": [9],
+    "lambda_values": [[], [0.0, 1.0], [1.0, -1.0], [math.inf], [1, 1.0]],
+    "lambda_unit": ["percent"],
+    "n_folds": [1],
+    "prompt_format": ["xml"],
+    "system_prompt": [" "],
+    "personas": [[], "formal"],
+    "persona_position": ["first", "response"],
+    "methods": [[], ["ridge"], ["oracle", "oracle"]],
+    "test_prompts": [[]],
+    "n_test_prompts": [0],
+    "alpha_values": [[], "all", [1.0, 0.0], [math.nan], [1e308], [2, 2]],
+    "alpha_unit": ["relative"],
+    "n_seeds": [0],
+    "max_new_tokens": [0],
+    "temperature": [-0.1, math.inf, 1e-300],
+    "top_k": [-1],
+    "top_p": [0.0, 1.1],
+    "use_gpt4": ["perhaps"],
+    "generation_batch_size": [0],
+    "seed": [-1, 2**70],
+}
+
+
+@pytest.mark.parametrize("key", OUT_OF_RANGE)
+def test_value_out_of_range_is_an_error_that_names_its_key(key):
+    for value in OUT_OF_RANGE[key]:
+        assert key in error_of({**SMALL, key: value})
+
+
 def silly(alphas):
     return {"personas": ["silly"], "alpha_values": {"silly": alphas}}
 
@@ -135,9 +171,7 @@ def silly(alphas):
     ("change", "named"),
     [
         ({"layer_ix": 3}, "'layer_ix' is unknown; did you mean 'layer_idx'"),
-        ({"alphas": [1]}, "'alphas' is unknown; did you mean 'alpha_values'"),
         ({"judge": {"modle": "x"}}, "'judge.modle' is unknown; see docs/configuration.md"),
-        ({"judge": {"max_answer_tokens": 0}}, "'judge.max_answer_tokens' is 0"),
         ({"judge": {"kind": "local"}}, "judge.model is not set"),
         ({"judge": {"kind": "local", "model": "x", "max_usd": 1}}, "judge.max_usd is of use"),
         ({"executor": {"n_workers": 2}}, 'of use with "kind": "ray" alone'),
@@ -149,52 +183,16 @@ def silly(alphas):
         ),
         ({"persona_datasets": {"x": {"positive_texts": ["a"]}}}, "negative_texts is missing"),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": [""]}}}, "positive_texts.0"),
-        ({"persona_datasets": {"x": {**PAIR, "positive_texts": "YES"}}}, "positive_texts"),
-        ({"source_model": None}, "'source_model'"),
-        ({"target_model": ""}, "'target_model'"),
-        ({"output_dir": ""}, "'output_dir'"),
         ({"layer_idx": None}, "source_layer_idx is not set"),
         ({"layer_idx": None, "source_layer_idx": 3}, "target_layer_idx is not set"),
-        ({"layer_idx": -1}, "'layer_idx'"),
-        ({"layer_idx": 1.5}, "'layer_idx'"),
-        ({"layer_idx": "middle"}, "'layer_idx'"),
         ({"layer_idx": "band", "target_layer_idx": 3}, "leave out target_layer_idx"),
         ({"search_source_layers": [1]}, 'search_source_layers is of use with "layer_idx": "auto" alone'),
         ({"source_layer_idx": [1, 2], "target_layer_idx": [1]}, "a band of 2 and 1; give two lists"),
         ({"source_layer_idx": [1, 2], "target_layer_idx": 3}, "a band of 2 and one layer"),
         ({"target_layer_idx": [1, 2]}, "a band of one layer and 2"),
         ({"source_layer_idx": [1, 2], "target_layer_idx": [4, 4]}, "names a block twice"),
-        ({"source_layer_idx": [], "target_layer_idx": []}, "at least 1 item"),
-        ({"dtype": "int8"}, "'dtype'"),
-        ({"dtype": ["float32"]}, "'dtype'"),
-        ({"device_map": {"model": 1001}}, "'device_map'"),
-        ({"n_training_samples": 9}, "'n_training_samples'"),
-        ({"lambda_values": []}, "'lambda_values'"),
-        ({"lambda_values": [0.0, 1.0]}, "'lambda_values.0'"),
-        ({"lambda_values": [1.0, -1.0]}, "'lambda_values.1'"),
-        ({"lambda_values": [math.inf]}, "'lambda_values.0'"),
-        ({"lambda_values": [1, 1.0]}, "lambda_values holds a value twice"),
-        ({"lambda_unit": "percent"}, "'lambda_unit'"),
-        ({"n_folds": 1}, "'n_folds'"),
-        ({"prompt_format": "xml"}, "'prompt_format'"),
-        ({"system_prompt": " "}, "'system_prompt'"),
-        ({"personas": []}, "personas is empty"),
-        ({"personas": "formal"}, "'personas'"),
-        ({"persona_position": "first"}, "'persona_position'"),
-        ({"persona_position": "response"}, "responses are always read at all of their tokens"),
-        ({"extraction": {"n_questions": 0}}, "'extraction.n_questions'"),
         ({"extraction": {"from_texts": ["shy"]}}, "extraction.from_texts names 'shy'"),
-        ({"methods": []}, "'methods'"),
-        ({"methods": ["ridge"]}, "'methods.0'"),
-        ({"methods": ["oracle", "oracle"]}, "methods holds a value twice"),
         ({"personas": ["silly"], "methods": ["other_persona"]}, "name a second persona"),
-        ({"n_test_prompts": 0}, "'n_test_prompts'"),
-        ({"test_prompts": []}, "'test_prompts'"),
-        ({"alpha_values": []}, "'alpha_values'"),
-        ({"alpha_values": "all"}, "'alpha_values' is 'all': expected a list of numbers"),
-        ({"alpha_values": [1.0, 0.0]}, "alpha_values must be finite and not 0"),
-        ({"alpha_values": [math.nan]}, "alpha_values must be finite"),
-        ({"alpha_values": [2, 2]}, "alpha_values holds a value twice"),
         ({"alpha_values": "auto", "independent_perplexity": False}, "by the independent perplexity"),
         ({"alpha_values": {"silly": [1.0], "formal": [2.0]}}, "'concise' is in one of alpha_values"),
         (silly([1.0, 1.0]), "holds a value twice"),
@@ -206,23 +204,11 @@ def silly(alphas):
         (silly({"oracle": 1.0, "shuffled_pairs": 2.0}), "'shuffled_pairs', which is not among the methods"),
         (silly({"oracle": math.inf}), "must be finite and not 0"),
         (silly({"orcle": 1.0}), "'alpha_values.silly'"),
-        ({"alpha_search": {"bound": "none"}}, "'alpha_search.bound'"),
         ({"alpha_search": {"bracket": [2, 1]}}, "a lower and a higher alpha"),
-        ({"alpha_unit": "relative"}, "'alpha_unit'"),
-        ({"n_seeds": 0}, "'n_seeds'"),
-        ({"max_new_tokens": 0}, "'max_new_tokens'"),
-        ({"temperature": -0.1}, "'temperature'"),
-        ({"temperature": math.inf}, "'temperature'"),
-        ({"top_k": -1}, "'top_k'"),
-        ({"top_p": 0.0}, "'top_p'"),
-        ({"top_p": 1.1}, "'top_p'"),
-        ({"use_gpt4": "perhaps"}, "'use_gpt4'"),
-        ({"generation_batch_size": 0}, "'generation_batch_size'"),
-        ({"seed": 2**70}, "'seed'"),
     ],
     ids=str,
 )
-def test_bad_value_is_an_error_that_names_its_key(change, named):
+def test_keys_that_contradict_each_other_are_an_error_with_a_remedy(change, named):
     assert named in error_of({**SMALL, **change})
 
 

@@ -88,12 +88,12 @@ def changed(config, inside, key, value, name="x"):
 
 
 @st.composite
-def configurations(draw, values=VALUE):
+def configurations(draw):
     """A small valid configuration with one to four keys changed, known ones or any."""
     config = dict(SMALL)
     for _ in range(draw(st.integers(1, 4))):
         inside, key = draw(st.sampled_from(KEYS) | st.tuples(st.none(), TEXT))
-        config = changed(config, inside, key, draw(values), draw(TEXT))
+        config = changed(config, inside, key, draw(VALUE), draw(TEXT))
     return config
 
 
@@ -133,9 +133,11 @@ few = partial(settings, derandomize=True, deadline=None, database=None)
 
 
 @pytest.mark.parametrize(("inside", "key"), KEYS)
-def test_any_awkward_value_for_any_key_is_valid_or_an_error(inside, key):
+def test_any_awkward_value_is_valid_or_an_error_that_names_its_key(inside, key):
     for value in AWKWARD:
-        outcome(changed(SMALL, inside, key, value))
+        found = outcome(changed(SMALL, inside, key, value))
+        if isinstance(found, str):
+            assert key in found or key.replace("_", " ") in found
 
 
 @few(max_examples=200)
@@ -143,12 +145,6 @@ def test_any_awkward_value_for_any_key_is_valid_or_an_error(inside, key):
 @example(config={**SMALL, "personas": ["\ud800"]})
 @example(config={**SMALL, "alpha_values": {"a": []}})
 def test_any_values_for_some_keys_are_valid_or_an_error(config, folder):
-    check(config, folder)
-
-
-@few(max_examples=100)
-@given(config=configurations(NUMBER | st.lists(NUMBER, min_size=1, max_size=3)))
-def test_any_numbers_for_some_keys_are_valid_or_an_error(config, folder):
     check(config, folder)
 
 
@@ -172,13 +168,7 @@ START = json.dumps(SMALL)[:-1]
             "the grid has 22,800,000 texts .* at most 10,000,000; lower n_seeds",
         ),
         (f'{START}, "n_seeds": {"9" * 5000}}}', "number of thousands of digits"),
-        (f'{START}, "max_new_tokens": 1e300}}', "'max_new_tokens' is 1e\\+300"),
         (f'{START}, "lambda_values": [1e308]}}', "'lambda_values.0' is 1e\\+308: .*; lower it"),
-        (f'{START}, "lambda_values": [1e-300]}}', "'lambda_values.0' is 1e-300: .*; raise it"),
-        (f'{START}, "lambda_values": [NaN]}}', "'lambda_values.0' is nan"),
-        (f'{START}, "temperature": Infinity}}', "'temperature' is inf"),
-        (f'{START}, "temperature": 1e-300}}', "temperature is 1e-300, expected 0 .greedy. or 1e-06 or more"),
-        (f'{START}, "alpha_values": [1e308]}}', "alpha_values must be 1e-9 to 1e9"),
         (json.dumps({**SMALL, "output_dir": "a\0b"}), "'output_dir' .*holds a NUL"),
         (json.dumps({**SMALL, "output_dir": "~nobody-of-that-name/x"}), "'output_dir' .*cannot be used"),
         (json.dumps({**SMALL, "source_model": "a" * 5000}), "'source_model' .*File name too long"),
@@ -272,12 +262,9 @@ def test_home_is_understood_for_the_configuration_and_the_folder_of_a_run(tmp_pa
     assert RunFolder(config.output_dir).path == tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    "content", [DEEP, f'{START}, "n_seeds": {"9" * 5000}}}', f'{START}, "personas": [""]}}']
-)
-def test_the_command_line_ends_with_status_2_and_one_line(content, tmp_path):
+def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(content)
+    path.write_text(DEEP)
     command = [sys.executable, "run_experiment.py", "--config", str(path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "LC_ALL": "C"}
