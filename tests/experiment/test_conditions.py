@@ -4,6 +4,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+from tiny_runs import tiny_settings
 
 import baseline_methods
 from experiment.conditions import (
@@ -19,8 +20,12 @@ from experiment.conditions import (
     vector_names,
 )
 from experiment.config import load_config
+from experiment.inputs import load_inputs
+from experiment.run import Run
 from maps.comparison_maps import KINDS
-from phases.make_vectors import CONTROL_MAKERS
+from phases import make_vectors
+from phases.make_vectors import CONTROL_MAKERS, PERSONA_VECTORS
+from support.run_folder import RunFolder
 from texts.personas import load_persona
 
 SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
@@ -62,3 +67,14 @@ def test_a_trained_scorer_can_be_loaded_and_its_key_says_what_it_is_trained_on(n
     assert SCORERS[name].key([formal, pirate]) == keys[0]
     assert callable(import_module(SCORERS[name].module).load_scorers)
     assert SCORERS[name].column.endswith("_probability")  # by which tables and `aggregate` find it
+
+
+def test_all_vectors_are_made_anew_where_the_table_has_another_condition(
+    model_folders, tmp_path, monkeypatch
+):
+    settings = {**tiny_settings(model_folders, tmp_path), "output_dir": str(tmp_path)}
+    run = Run(load_inputs(load_config(settings)), RunFolder(tmp_path), None)
+    before = PERSONA_VECTORS.key(run)
+    assert PERSONA_VECTORS.key(run) == before
+    monkeypatch.setattr(make_vectors, "STEERED", STEERED[:-1])
+    assert PERSONA_VECTORS.key(run) != before
