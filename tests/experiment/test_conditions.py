@@ -1,6 +1,5 @@
 """The tables of conditions and of scorers are complete, and their names and looks are unambiguous."""
 
-from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -59,17 +58,14 @@ def test_controls_that_decide_have_several_draws_each_with_a_vector_name_of_its_
 
 
 @pytest.mark.parametrize("name", TRAINED_SCORERS)
-def test_a_trained_scorer_can_be_loaded_and_its_key_says_what_it_is_trained_on(name):
-    formal, pirate = map(load_persona, ("formal", "pirate"))
-    fewer = replace(formal, labelled_positive=formal.labelled_positive[1:])
-    keys = [SCORERS[name].key(personas) for personas in ([formal, pirate], [fewer, pirate], [formal])]
-    assert len(set(keys)) == 3
-    assert SCORERS[name].key([formal, pirate]) == keys[0]
+def test_a_trained_scorer_can_be_loaded_and_has_a_key_that_no_order_changes(name):
+    personas = list(map(load_persona, ("formal", "pirate")))
+    assert SCORERS[name].key(personas) == SCORERS[name].key(personas[::-1])
     assert callable(import_module(SCORERS[name].module).load_scorers)
     assert SCORERS[name].column.endswith("_probability")  # by which tables and `aggregate` find it
 
 
-def test_all_vectors_are_made_anew_where_the_table_has_another_condition(
+def test_all_vectors_are_recomputed_where_the_table_has_another_condition(
     model_folders, tmp_path, monkeypatch
 ):
     settings = {**tiny_settings(model_folders, tmp_path), "output_dir": str(tmp_path)}
