@@ -1,7 +1,8 @@
-"""Plan the texts of a run: which conditions, personas and strengths there are, and a row for each text."""
+"""Plan the texts of a run: which conditions, personas and alphas there are, and a row for each text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from activation_extractor import ResidualNorm
 from experiment.conditions import N_DRAWS, PROMPTED, UNSTEERED, vector_names
-from experiment.config import alphas_of_method
+from experiment.config import alphas_of
 from experiment.inputs import Inputs
 from experiment.run import FORMAT_VERSION
 from support.artifacts import fingerprint
@@ -83,8 +84,7 @@ def grid(inputs: Inputs, alphas: Alphas, vector_key: VectorKey) -> list[Cell]:
             cells.append(Cell(PROMPTED, persona, None, UNSTEERED))
         for method in inputs.config.steering_methods:
             key = vector_key(persona, method)
-            given = alphas[persona] if isinstance(alphas, Mapping) else alphas
-            cells += [Cell(method, persona, alpha, key) for alpha in alphas_of_method(given, method)]
+            cells += [Cell(method, persona, alpha, key) for alpha in alphas_of(alphas, persona, method)]
     return cells
 
 
@@ -107,16 +107,12 @@ def text_rows(
 def shown_prompts(inputs: Inputs, rows: Sequence[Row]) -> list[str]:
     """Return each row's prompt as the target reads it; equal ones are rendered once."""
     personas = {persona.name: persona for persona in inputs.personas}
-    known: dict[tuple[str | None, str], str] = {}
-    shown = []
-    for row in rows:
-        condition, prompt = row["condition"], row["prompt"]
-        place = (row["persona"] if condition == PROMPTED else None, prompt)
-        if place not in known:
-            persona = personas.get(row["persona"])
-            known[place] = inputs.prompting.prompt("target", prompt, condition, persona)
-        shown.append(known[place])
-    return shown
+
+    @cache
+    def show(prompt: str, persona: str | None) -> str:
+        return inputs.prompting.prompt("target", prompt, personas.get(persona))
+
+    return [show(row["prompt"], row["persona"] if row["condition"] == PROMPTED else None) for row in rows]
 
 
 def rows_key(rows: Sequence[Row]) -> str:

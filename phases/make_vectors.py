@@ -15,7 +15,7 @@ from torch import Tensor
 
 from activation_extractor import PersonaVector, ReadText
 from baseline_methods import BaselineTransfer
-from experiment.conditions import CONDITIONS, MAPPED, ORACLE, vector_names
+from experiment.conditions import CONDITIONS, MAPPED, ORACLE, STEERED, vector_names
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
 from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, other_personas, text_rows
@@ -55,7 +55,8 @@ def _native_key(run: Run) -> str:
 
 def vectors_key(run: Run) -> str:
     """Return what all vectors of a run depend on."""
-    return fingerprint(_native_key(run), maps_key(run), run.config.seed)
+    made = [vector_names(name) for name in STEERED]
+    return fingerprint(_native_key(run), maps_key(run), run.config.seed, made)
 
 
 def vector_key(run: Run, persona: str, condition: str) -> str:
