@@ -95,12 +95,22 @@ def _verdicts(
 
 
 def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
-    path = run.folder.path
+    config, path = run.config, run.folder.path
+    matrix, curves = off_target(table, alphas), strength_curves(table, config.persona_names)
     save_figure(recovery_figure(content["personas"]), path / "recovery.png", key)
-    if matrix := off_target(table, alphas):
+    if matrix:
         save_figure(off_target_figure(matrix), path / "off_target.png", key)
-    if curves := strength_curves(table, run.config.persona_names):
+    if curves:
         save_figure(effect_perplexity_figure(curves), path / "effect_perplexity.png", key)
+    # The report shows what it finds, so figures of an earlier configuration may not stay.
+    has_figure = {
+        "off_target.png": matrix,
+        "effect_perplexity.png": curves,
+        "alpha_search.png": config.alpha_values == "auto",
+        "layer_search.png": config.layer_idx == "auto",
+    }
+    for name in (name for name, found in has_figure.items() if not found):
+        (path / name).unlink(missing_ok=True)
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -111,11 +111,9 @@ def evaluation_rows(run: Run, texts: Sequence[Row], scorers: Sequence[str]) -> l
     """
     inputs = run.inputs
     descriptions = {persona.name: judged_description(persona) for persona in inputs.personas}
-    of_perplexity, of_scorers, of_judge = (
-        perplexity_key(run),
-        scorers_key(run, scorers),
-        judge_key(run.config),
-    )
+    # A text is scored for every persona of the run, so that a further persona is a further score.
+    of_scorers = [scorers_key(run, scorers), sorted(run.config.persona_names)]
+    of_perplexity, of_judge = perplexity_key(run), judge_key(run.config)
     shown = {
         prompt: [inputs.prompting.prompt(side, prompt) for side in inputs.perplexity_sides]
         for prompt in {text["prompt"] for text in texts}

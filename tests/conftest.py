@@ -1,10 +1,13 @@
 """Shared fixtures: tiny seeded models on disk and in memory."""
 
 import os
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from chat_models import chatting
+from tiny_runs import band_settings, blank_figures, run, tiny_settings
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from support.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
@@ -106,3 +109,46 @@ def model_folders(tmp_path_factory):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     return {"source": str(folder / "source"), "target": str(folder / "target")}
+
+
+@pytest.fixture(scope="session")
+def tiny(model_folders, tmp_path_factory):
+    """The configuration of a run of seconds, without output_dir."""
+    return tiny_settings(model_folders, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """The folder of a whole run of it, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    assert run(folder, tiny) == 0
+    return folder
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of it, to be continued or damaged."""
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def band(tiny, tmp_path_factory):
+    """The configuration of a band with a chat target, responses and searched alphas."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_model("gpt2", seed=1, n_embd=48).save_pretrained(folder)
+    chatting().save_pretrained(folder)
+    return band_settings(tiny, str(folder))
+
+
+@pytest.fixture(scope="session")
+def finished_band(band, tmp_path_factory):
+    """The folder of a whole run of it, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished_band") / "out"
+    assert run(folder, band) == 0
+    return folder
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Runs save figures without content."""
+    blank_figures(monkeypatch)

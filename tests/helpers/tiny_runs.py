@@ -1,12 +1,18 @@
 """A run of seconds on two tiny models: its configuration, its start, and the comparison of its files."""
 
 import json
+import math
 import random
 import re
+import zlib
 
 import torch
+from matplotlib.figure import Figure
 
+from phases import choose_alphas, choose_layers, decide_verdicts, fit_maps
+from reporting.style import figure_fingerprint
 from run_experiment import main
+from scoring import likelihood_ratio, trait_classifier
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from texts.personas import load_prompts
@@ -17,10 +23,15 @@ NUMERIC = {
     "positive_texts": ["12 and 30 is 42.", "we saw 17 ships.", "room 204 is on floor 2.", "99 or 100 it is."],
     "negative_texts": ["some and more is much.", "we saw ships.", "that room is up.", "so much it is."],
 }
+ASKED = {
+    "instruction": [{"pos": "Shout.", "neg": "Whisper."}, {"pos": "Be loud.", "neg": "Be quiet."}],
+    "questions": ["What is that noise?", "Who is at the door?", "Where is my hat?", "Is it late?"],
+}
 N_PROMPTS, N_SEEDS = 3, 2
 ARTIFACTS = {
     "config.json",
     "preflight.json",
+    "native_vectors.pt",
     "pair_statistics.pt",
     "training_data.pt",
     "ridge_mapping.pt",
@@ -36,8 +47,9 @@ ARTIFACTS = {
     "aggregated_results.json",
     "figure1.png",
     "scorer_validation.json",
-    "verdict.json",
+    "trait_costs.json",
     "side_effects.json",
+    "verdict.json",
     "results.csv",
     "effects.csv",
     "recovery.png",
@@ -72,12 +84,58 @@ def tiny_settings(model_folders, folder):
     }
 
 
+def band_settings(tiny, chat_target):
+    """Return a band whose target is a chat model: vectors and map are made of responses, alphas searched."""
+    return {
+        **tiny,
+        "target_model": chat_target,
+        "source_layer_idx": [0, 2],
+        "target_layer_idx": [1, 3],
+        "mapping_data": "styled_responses",
+        "extraction": {"kind": "responses", "from_texts": ["numeric"], "max_new_tokens": 4},
+        "persona_datasets": {"loud": {**LOUD, **ASKED}, "numeric": NUMERIC},
+        "system_prompt": "Be kind.",
+        "methods": ["ridge_mapped", "shuffled_pairs", "oracle"],
+        "alpha_values": "auto",
+        "alpha_search": {
+            "n_evaluations": 3,
+            "n_seeds": 1,
+            "bracket": [0.1, 2.0],
+            "max_perplexity_ratio": 1.2,
+        },
+    }
+
+
 def run(output_dir, settings, *flags):
     """Run from the command line, with the configuration in a file beside the output."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     path = output_dir.parent / f"{output_dir.name}_config.json"
     path.write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
     return main(["--config", str(path), *flags])
+
+
+def blank_figures(patch):
+    """Have runs save figures without content, which keep their fingerprints; most of a tiny run draws."""
+    for module in (choose_alphas, choose_layers, decide_verdicts, fit_maps):
+        for name in [name for name in vars(module) if name.endswith("_figure") and name != "save_figure"]:
+            patch.setattr(module, name, lambda *arguments: Figure(figsize=(1, 1)))
+
+
+def score_by_characters(patch):
+    """Replace the trained scorers by two that score any text in no time, since tiny models write no words."""
+    patch.setattr(trait_classifier, "load_scorers", _by_characters(7))
+    patch.setattr(likelihood_ratio, "load_scorers", _by_characters(11))
+
+
+def _by_characters(divisor):
+    class Scorer:
+        threshold, auc = 0.5, 0.99
+
+        def score(self, texts):
+            found = [zlib.crc32(text.encode()) % divisor / (divisor - 1) for text in texts]
+            return [score if text.strip() else None for text, score in zip(texts, found, strict=True)]
+
+    return lambda names, personas: dict.fromkeys(names, Scorer())
 
 
 def visible_files(folder):
@@ -92,20 +150,31 @@ def error_lines(capsys):
     return printed[printed.index("error: ") :].splitlines()
 
 
+def rows(output_dir, name="generation_results.json"):
+    return load_json(output_dir / name)["rows"]
+
+
+def texts(output_dir):
+    """Return key -> text of the grid."""
+    return {row["key"]: row["output"] for row in rows(output_dir)}
+
+
 def content(path):
     """Return what an artifact holds, in a form that can be compared."""
     if path.suffix == ".json":
         return load_json(path)
     if path.suffix == ".pt":
         return comparable(load_tensors(path))
+    if path.suffix == ".png":
+        return {"fingerprint": figure_fingerprint(path)}
     if path.suffix == ".jsonl":  # rows stand in the order in which they were made
         # Development texts are made again only if the artifact that needs them is lost.
         development = load_prompts("development")
         return {key: row for key, row in rows_of(path).items() if row["prompt"] not in development}
     if path.suffix == ".html":  # the configuration that it shows is an artifact of its own
         page = re.sub(r'<pre id="config">.*?</pre>', "", path.read_text(), flags=re.DOTALL)
-        before, texts, after = re.split(r'(?<=id="data">)(.*)(?=</script>)', page, maxsplit=1)
-        return {"page": before + after, "texts": json.loads(texts)}
+        before, found, after = re.split(r'(?<=id="data">)(.*)(?=</script>)', page, maxsplit=1)
+        return {"page": before + after, "texts": json.loads(found)}
     return path.read_bytes()
 
 
@@ -115,3 +184,23 @@ def comparable(value):
     if isinstance(value, dict):
         return {key: comparable(item) for key, item in value.items()}
     return value
+
+
+def artifacts(folder):
+    """Return name -> content of everything that carries a fingerprint, also in folders below."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".pt", ".png") and not path.name.startswith((".", "config.json")):
+            found[str(path.relative_to(folder))] = content(path)
+    return found
+
+
+def is_close(value, other):
+    """Tell whether two contents are equal but for rounding, which the shapes of batches decide."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(is_close(value[key], other[key]) for key in value)
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(is_close, value, other))
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-4)
+    return value == other
