@@ -1,8 +1,7 @@
 """Ask a judge nothing twice and nothing beyond a price; all judgements of a run go through this module.
 
-Judgements stand in a journal, keyed by the judge's settings and the text of the judging prompt, whichever
-phase asks: the evaluation does not pay again for what was judged in the validation, and a changed
-classifier costs no judgement. Failures are not kept; the next run asks again.
+Judgements stand in a journal, keyed by the judge's settings and the judging prompt, whichever phase asks.
+Failures are not kept; the next run asks again.
 """
 
 import logging
@@ -10,9 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from statistics import fmean
 
-from scoring.gpt_judge import GPTJudge
-from scoring.judge_answers import Judgement
-from scoring.local_judge import LocalJudge
+from scoring.judge_answers import Judge, Judgement
 from support.artifacts import fingerprint
 from support.journal import Journal
 
@@ -22,7 +19,7 @@ TOKENS_PER_JUDGEMENT = 200  # with an answer of one token, where the server does
 N_REPEATED = 20  # texts that are judged twice
 
 
-class CachedJudge:
+class CachedJudge(Judge):
     """A judge with a memory and a price limit.
 
     judge: a GPTJudge or LocalJudge. open_journal: opens the journal of judgements.
@@ -34,7 +31,7 @@ class CachedJudge:
 
     def __init__(
         self,
-        judge: GPTJudge | LocalJudge,
+        judge: Judge,
         open_journal: Callable[[], Journal],
         key: str,
         usd_per_million_tokens: float = 0.0,
@@ -45,11 +42,6 @@ class CachedJudge:
         self._key = key
         self._usd_per_token = usd_per_million_tokens / 1e6
         self._max_usd = max_usd
-
-    def judge(self, prompts: Sequence[str]) -> list[Judgement]:
-        """Return a judgement for each complete judging prompt, in order."""
-        found = dict(self.judge_each(prompts))
-        return [found[index] for index in range(len(prompts))]
 
     def judge_each(self, prompts: Sequence[str], draw: int = 0) -> Iterator[tuple[int, Judgement]]:
         """Yield the index of a prompt and its judgement: first the known ones, then as they come.
