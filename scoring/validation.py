@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from scoring.degenerate_text import any_cut, loop, shuffled, word_salad
 from support.artifacts import fingerprint
-from support.package_cache import build_once, cache_folder
+from support.package_cache import build_once
 from texts.personas import Persona
 
 LOWEST_AUC = 0.90
@@ -112,16 +112,13 @@ def at_most(sets: Sets, n: int) -> Sets:
 
 
 def remembered(score: Score, key: str, texts: Sequence[str]) -> Score:
-    """Return a `score` that knows the scores of these texts, which were computed once on this machine.
-
-    For texts that every run's validation scores. key: what the scorer depends on.
-    """
+    """Return a `score` that computes those of these texts once on this machine; key: what they depend on."""
 
     def build(folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(list(score(texts))), encoding="utf-8")
 
-    stored = (build_once(_entry(key, texts), build) / FILE).read_text(encoding="utf-8")
-    known = dict(zip(texts, json.loads(stored), strict=True))
+    folder = build_once(f"validation_scores/{fingerprint(key, list(texts))[:32]}", build)
+    known = dict(zip(texts, json.loads((folder / FILE).read_text(encoding="utf-8")), strict=True))
 
     def remembering(asked: Sequence[str]) -> list[float | None]:
         new = [text for text in asked if text not in known]
@@ -129,15 +126,6 @@ def remembered(score: Score, key: str, texts: Sequence[str]) -> Score:
         return [found[text] for text in asked]
 
     return remembering
-
-
-def are_remembered(key: str, texts: Sequence[str]) -> bool:
-    """Tell whether `remembered` knows the scores of these texts."""
-    return (cache_folder() / _entry(key, texts)).is_dir()
-
-
-def _entry(key: str, texts: Sequence[str]) -> str:
-    return f"validation_scores/{fingerprint(key, list(texts))[:32]}"
 
 
 def validate(score: Score, sets: Sets, threshold: float) -> dict[str, Any]:
