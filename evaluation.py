@@ -10,8 +10,8 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, fields
-from itertools import chain
+from dataclasses import dataclass, field, fields
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -52,80 +52,60 @@ Row = Mapping[str, Any]  # of a table: a text, what is known of it, and its metr
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All metrics of one text; None means missing.
-
-    perplexity: of the continuation given its prompt, by the evaluated model without steering.
-    independent_perplexity: the same by another model with its own tokenizer.
-    repetition: share of 3-grams of words and marks that occurred before in the text, 0 to 1.
-    is_collapsed: whether repetition is above 0.5.
-    distinct_1, distinct_2: different uni- and bigrams / all of them (Li et al. 2016).
-    trait_scores: column of a scorer -> score for the trait of the text's persona.
-    trait_probabilities: persona -> score for its trait, also of personas that the text was not steered for.
-    classifier_auc: cross-validated AUC of the scorer that gives `trait_probabilities`, if it has one.
-    gpt4_coherence_score, gpt4_trait_score: 1 to 5; gpt4_failure says why one is missing.
-    """
+    """All metrics of one text; None means missing."""
 
     condition: str
     persona: str | None
     alpha: float | None
-    perplexity: float | None
-    independent_perplexity: float | None
-    repetition: float | None
-    is_collapsed: bool | None
-    distinct_1: float | None
-    distinct_2: float | None
+    perplexity: float | None  # of the text given its prompt, by the evaluated model without steering
+    independent_perplexity: float | None  # the same by another model with its own tokenizer
+    repetition: float | None  # share of 3-grams of words and marks that occurred before in the text
+    is_collapsed: bool | None  # repetition above 0.5
+    distinct_1: float | None  # different words and marks / all of them (Li et al. 2016)
+    distinct_2: float | None  # the same of pairs
     n_words: int
     n_characters: int
-    trait_scores: dict[str, float | None]
-    trait_probabilities: dict[str, float | None]
-    classifier_auc: float | None
-    gpt4_coherence_score: float | None
-    gpt4_trait_score: float | None
-    gpt4_failure: str | None
+    trait_scores: dict[str, float | None]  # column of a scorer -> score for the trait of the text's persona
+    trait_probabilities: dict[str, float | None]  # persona -> score for its trait, by one of the scorers
+    classifier_auc: float | None  # cross-validated AUC of that scorer, if it has one
+    gpt4_coherence_score: float | None  # 1 to 5
+    gpt4_trait_score: float | None  # 1 to 5
+    gpt4_failure: str | None  # why one of the two is missing
 
     def row(self) -> dict[str, Any]:
         """Return all fields as a row of a table, each trait score under its column."""
-        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        row = {each.name: getattr(self, each.name) for each in fields(self)}
         return row | row.pop("trait_scores")
 
 
+@dataclass
 class Evaluator:
     """Evaluate texts that a model wrote.
 
     model, tokenizer: the target, without steering; gives `perplexity`.
     use_gpt4: ask `judge` (by default a GPTJudge that reads OPENAI_API_KEY) for both scores.
-    scorers: column -> persona -> trait scorer with `score(texts)`, see `TraitClassifier`; a column ends in
-        `_probability`.
+    scorers: column -> persona -> trait scorer, such as a TraitClassifier; a column ends in `_probability`.
     descriptions: persona -> description for the judge. eval_prompts: persona -> judging prompt that replaces
         ours, with the places {question} and {answer}.
     independent: (model, tokenizer) for `independent_perplexity`.
     batch_size: texts in a batch for perplexity; halved when memory runs out.
     every_persona: the column whose scorers score every text for every persona.
+    Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        use_gpt4: bool = False,
-        judge: Judge | None = None,
-        scorers: Mapping[str, Mapping[str, Any]] | None = None,
-        descriptions: Mapping[str, str] | None = None,
-        eval_prompts: Mapping[str, str] | None = None,
-        independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
-        batch_size: int = 8,
-        every_persona: str = TRAIT_COLUMN,
-    ) -> None:
-        """Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column."""
-        self.model = model
-        self.tokenizer = tokenizer
-        self.judge = (judge or GPTJudge()) if use_gpt4 else None
-        self.scorers = dict(scorers or {})
-        self.descriptions = dict(descriptions or {})
-        self.eval_prompts = dict(eval_prompts or {})
-        self.independent = independent
-        self.batch_size = batch_size
-        self.every_persona = every_persona
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    use_gpt4: bool = False
+    judge: Judge | None = None
+    scorers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    eval_prompts: Mapping[str, str] = field(default_factory=dict)
+    independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    batch_size: int = 8
+    every_persona: str = TRAIT_COLUMN
+
+    def __post_init__(self) -> None:
+        self.judge = (self.judge or GPTJudge()) if self.use_gpt4 else None
         for column in self.scorers:
             if not column.endswith(TRAIT_SUFFIX):
                 raise ValueError(
@@ -216,14 +196,10 @@ class Evaluator:
         """Return persona -> score of each row's text, for the row's persona or for every persona."""
         scores: list[dict[str, float | None]] = [{} for _ in rows]
         for persona, scorer in self.scorers[column].items():
-            scored = [
-                index
-                for index, row in enumerate(rows)
-                if column == self.every_persona or row.get("persona") == persona
-            ]
-            found = scorer.score([rows[index]["output"] for index in scored])
-            for index, score in zip(scored, found, strict=True):
-                scores[index][persona] = score
+            is_read = [column == self.every_persona or row.get("persona") == persona for row in rows]
+            found = scorer.score([row["output"] for row in compress(rows, is_read)])
+            for of_row, score in zip(compress(scores, is_read), found, strict=True):
+                of_row[persona] = score
         return scores
 
     def _judged(self, rows: Sequence[Row]) -> Iterator[list[tuple[int, list[Judgement]]]]:
@@ -250,12 +226,12 @@ class Evaluator:
 
     def _judging_prompts(self, row: Row) -> list[str]:
         """Return the judging prompts for coherence and, if the row has a persona, for its trait."""
-        texts = {"prompt": plain_text(row["prompt"]), "output": row["output"]}
-        prompts = [COHERENCE_PROMPT.format(**texts)]
-        if name := row.get("persona"):
-            own = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
-            prompts.append(trait_prompt(name, *own, **texts))
-        return prompts
+        prompt, output, name = plain_text(row["prompt"]), row["output"], row.get("persona")
+        coherence = COHERENCE_PROMPT.format(prompt=prompt, output=output)
+        if not name:
+            return [coherence]
+        own = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
+        return [coherence, trait_prompt(name, *own, prompt, output)]
 
 
 def continuation_perplexities(
@@ -341,12 +317,11 @@ def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Group rows by condition, persona and alpha, in the order in which groups first appear.
 
     rows: as `EvaluationResult.row` returns them, with `prompt_idx` and `has_ended` where they are known.
-    Each of METRICS, each trait score and `has_ended` becomes {mean, std, median, n, missing, low, high}:
-    the sample standard deviation (n - 1), None with fewer than two values; n counts values and `missing`
-    the rows without one; low and high are the 95 % interval of the mean, where all texts of a prompt count
-    as one, None with fewer than two prompts. `trait_change` is the difference of `trait_probability` to the
-    unsteered texts of the same prompt and persona, {mean, low, high, n} over prompts; None where either is
-    missing.
+    Each of METRICS, each trait score and `has_ended` becomes {mean, std, median, n, missing, low, high}: std
+    is the sample's (n - 1), n counts values and `missing` the rows without one; low and high are the 95 %
+    interval of the mean, where all texts of a prompt count as one. `trait_change` is the difference of
+    `trait_probability` to the unsteered texts of the same prompt and persona, {mean, low, high, n} over
+    prompts. None where there are too few values.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:

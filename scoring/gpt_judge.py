@@ -166,7 +166,7 @@ def _named_option(error: openai.APIStatusError, options: Options) -> str | None:
     named = re.search(
         rf"(?<![A-Za-z_])({'|'.join(options)})(?![A-Za-z_])", error.response.text[:ERROR_LENGTH]
     )
-    return (named and named[1]) or None  # without options left, the pattern finds nothing between words
+    return (named and named[1]) or None  # with no option left the pattern matches nothing
 
 
 def _without(options: Options, name: str) -> Options:
