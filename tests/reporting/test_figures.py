@@ -164,7 +164,7 @@ def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
 
 def test_mapping_figure_draws_what_was_cross_validated(mapping):
     cv, analysis = mapping.cv, mapping.analyze()
-    rank = ComparisonMap.from_statistics("reduced_rank", mapping.statistics).cross_validate_from(mapping)
+    rank = ComparisonMap.fitted("reduced_rank", mapping)
     table = maps_table(mapping, [rank])
     by_lambda, df, by_dimension, by_component, spectrum, compared = mapping_figure(analysis, cv, table).axes
     assert list(by_lambda.lines[0].get_ydata()) == list(cv["r2"].values())
