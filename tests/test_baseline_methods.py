@@ -116,15 +116,6 @@ def test_inputs_are_not_modified(transfer, v_source, d_target):
         assert torch.equal(value, original)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_any_float_dtype_is_accepted(transfer, v_source, d_target, dtype):
-    mapping, v_oracle = fitted(d_target), torch.randn(d_target)
-    vectors = transfer.apply_all_baselines(v_source.to(dtype), v_oracle.to(dtype), mapping)
-    expected = transfer.apply_all_baselines(v_source.to(dtype).float(), v_oracle.to(dtype).float(), mapping)
-    for name, vector in vectors.items():
-        assert torch.equal(vector, expected[name])
-
-
 @pytest.mark.parametrize(
     ("v_source", "v_oracle", "message"),
     [
