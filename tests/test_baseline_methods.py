@@ -144,9 +144,3 @@ def test_bad_vectors_are_rejected(v_source, v_oracle, message):
 def test_a_mapping_that_does_not_fit_is_rejected(mapping, message):
     with pytest.raises(InputError, match=message):
         BaselineTransfer(D_SOURCE, 7).ridge_mapped(torch.ones(D_SOURCE), mapping)
-
-
-@pytest.mark.parametrize("widths", [(0, 5), (5, -1)])
-def test_widths_below_1_are_rejected(widths):
-    with pytest.raises(InputError, match="expected positive integers"):
-        BaselineTransfer(*widths)

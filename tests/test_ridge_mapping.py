@@ -410,7 +410,7 @@ def test_bad_pairs_and_lambdas_are_rejected(H_source, H_target, lambda_, message
     ("options", "message"),
     [
         ({"lambda_values": []}, "lambda_values is empty"),
-        ({"n_folds": 1}, "expected 2 or more"),
+        ({"n_folds": 1}, "expected 2 folds or more"),
         ({"n_folds": 11}, "11 folds over 10 groups"),
         ({"criterion": "median"}, "criterion 'median' is unknown; choose pooled or standardised"),
         ({"groups": [0, 1, 2] * 3 + [0]}, "5 folds over 3 groups"),
