@@ -126,8 +126,10 @@ def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
     the document id is in `document`, `id` or `title`, or else the row number.
     Raises InputError: unknown name, a file that is missing or unreadable, or no `text` field.
     """
-    if name_or_path in (named := {"wikitext-103": _wikitext, "wikipedia-sample": _wikipedia_sample}):
-        return named[name_or_path]()
+    if name_or_path == "wikitext-103":
+        return _wikitext()
+    if name_or_path == "wikipedia-sample":
+        return _wikipedia_sample()
     path = local_path(name_or_path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     ending = path.suffix.lower()
