@@ -4,7 +4,7 @@ A journal is a JSONL file. Each line is `{"row": {...}, "crc": ...}` in ASCII, w
 `json.dumps(row, sort_keys=True)`. A row's own key names everything that the row depends on, so rows of
 several configurations may stand in one file. Appending adds lines and rewrites nothing.
 
-One process writes at a time, from one thread.
+One process writes at a time, from one thread; `support.run_folder` sees to it.
 """
 
 import json
@@ -12,16 +12,11 @@ import logging
 import os
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from support.artifacts import named_in_errors, nan_to_none, replacing
-from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -36,50 +31,30 @@ class Journal:
     left out and counted.
 
     rows: key -> row as it reads back from the file. n_damaged: lines that were left out.
-
-    Raises InputError if another journal object, here or in another process, has the file open.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.callback(self._lock().release)
-            if fresh or not self.path.exists():
-                with replacing(self.path):
-                    pass
-                _sync_folder(self.path.parent)
-            self.rows, self.n_damaged, self._size = _read(self.path)
-            if self.n_damaged:
-                logger.warning("%s: %d damaged lines are left out", self.path, self.n_damaged)
-            self._file: FileIO = stack.enter_context(open(self.path, "ab", buffering=0))
-            self._file.truncate(self._size)
-            self._open = stack.pop_all()
-
-    def _lock(self) -> BaseFileLock:
-        """Return the lock of the file, held; the system releases that of a process that is killed."""
-        # The lock is not bound to a thread, so that any thread may close the journal.
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0, thread_local=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"another run is writing to this folder ({self.path} is in use); "
-                "wait until it ends, stop it, or choose another folder with --output-dir"
-            ) from error
-        return lock
+        if fresh or not self.path.exists():
+            with replacing(self.path):
+                pass
+            _sync_folder(self.path.parent)
+        self.rows, self.n_damaged, self._size = _read(self.path)
+        if self.n_damaged:
+            logger.warning("%s: %d damaged lines are left out", self.path, self.n_damaged)
+        self._file: FileIO = open(self.path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
+        self._file.truncate(self._size)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Let another run write; nothing can be appended any more. A second call does nothing."""
-        self._open.close()
+        self._file.close()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows; they are on the disk when this returns. A non-finite number becomes null.
