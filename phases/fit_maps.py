@@ -154,7 +154,7 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     ridge.source_layer, ridge.target_layer = pair
     ridge.source_model, ridge.target_model = config.source_model, config.target_model
     others = {
-        name: ComparisonMap.from_statistics(kind, statistics, draw).cross_validate_from(ridge)
+        name: ComparisonMap.fitted(kind, ridge, draw)
         for kind in KINDS
         for draw, name in enumerate(vector_names(kind))
     }
@@ -195,8 +195,7 @@ def _training_data(run: Run, sums: dict[str, Any], statistics: PairStatistics) -
 def _read(
     run: Run, results: dict[str, Any], ridge: dict[str, Any], others: dict[str, Any], *_: Any
 ) -> LearnedMaps:
-    path = str(COMPARISON_MAPS.path(run))
-    maps = {name: ComparisonMap.from_content(entry, path) for name, entry in others["maps"].items()}
+    maps = {name: ComparisonMap.from_content(entry) for name, entry in others["maps"].items()}
     return LearnedMaps(RidgeMapping.from_content(ridge, str(RIDGE_MAPPING.path(run))), maps, results)
 
 

@@ -53,10 +53,7 @@ def export_vector(
         )
     }
     metadata = {
-        "persona": persona,
-        "method": method,
-        "alpha": alpha,
-        "alpha_unit": config["alpha_unit"],
+        **{"persona": persona, "method": method, "alpha": alpha, "alpha_unit": config["alpha_unit"]},
         "layer_pairs": content["layer_pairs"],
         "maps_by_target_layer": _describe_maps(folder, content["layer_pairs"]),
         "verdict": decided.get("verdict", ""),

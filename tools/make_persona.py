@@ -69,7 +69,6 @@ after "? ", and nothing else."""
 
 Ask = Callable[[str], str]  # prompt -> response
 Item = tuple[str, ...]  # a pair of texts, or one question
-Similarity = Callable[[Sequence[Item]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,10 @@ def write_persona(
     output: Path | None = None,
     n_pairs: int = 24,
     n_questions: int = 20,
-    similarity: Similarity | None = None,
 ) -> Path:
     """Write a persona file from a sentence and return its path.
 
-    ask: returns a model's response to a prompt. similarity: compares the contents of pairs, by default by the
-    cosine of sentence embeddings.
+    ask: returns a model's response to a prompt.
     Raises InputError: the file exists, an unusable name, or too few usable items after six requests; nothing
     is written then.
     """
@@ -139,39 +136,27 @@ def write_persona(
     path = output or Path(f"{name}.json")
     if path.exists():
         raise InputError(f"{path} exists already; name another file with --output, or delete it")
-    rejected: Counter[str] = Counter()
-    pairs = Kind("pairs", PAIRS, _pairs_in, is_matched=True)
-    instructions = Kind("system prompts", INSTRUCTIONS, _pairs_in, may_name_trait=True)
-    questions = Kind("questions", QUESTIONS, _questions_in)
-    wanted = ((pairs, n_pairs), (instructions, N_INSTRUCTIONS), (questions, n_questions))
-    items = {
-        kind.name: _collect(kind, n, trait, ask, rejected, similarity or _content_similarity)
-        for kind, n in wanted
-    }
+    matched = Kind("pairs", PAIRS, _pairs_in, is_matched=True)
+    instructing = Kind("system prompts", INSTRUCTIONS, _pairs_in, may_name_trait=True)
+    pairs = _collect(matched, n_pairs, trait, ask)
     content = {
         "description": f"The text {trait}.",
-        "positive_texts": [pair[0] for pair in items["pairs"]],
-        "negative_texts": [pair[1] for pair in items["pairs"]],
-        "instruction": [{"pos": pair[0], "neg": pair[1]} for pair in items["system prompts"]],
-        "questions": [text for (text,) in items["questions"]],
+        "positive_texts": [positive for positive, _ in pairs],
+        "negative_texts": [negative for _, negative in pairs],
+        "instruction": [{"pos": a, "neg": b} for a, b in _collect(instructing, N_INSTRUCTIONS, trait, ask)],
+        "questions": [
+            text for (text,) in _collect(Kind("questions", QUESTIONS, _questions_in), n_questions, trait, ask)
+        ],
     }
-    for reason, count in rejected.most_common():
-        logger.info("rejected: %d that %s", count, reason)
-    _check_loads(name, content)
+    # A persona that a configuration would reject is not written.
+    models = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0}
+    load_config({**models, "personas": [], "persona_datasets": {name: content}}).load_personas()
     save_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
-def _check_loads(name: str, content: dict) -> None:
-    """Raise InputError: a configuration would reject the persona."""
-    models = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0}
-    load_config({**models, "personas": [], "persona_datasets": {name: content}}).load_personas()
-
-
-def _collect(
-    kind: Kind, n: int, trait: str, ask: Ask, rejected: Counter[str], similarity: Similarity
-) -> list[Item]:
-    """Return n usable items of a kind, with up to six requests; add the reasons of others to `rejected`."""
+def _collect(kind: Kind, n: int, trait: str, ask: Ask) -> list[Item]:
+    """Return n usable items of a kind, with up to six requests, and log why others were rejected."""
     kept: dict[Item, Item] = {}
     reasons: Counter[str] = Counter()
     for _ in range(MAX_REQUESTS):
@@ -180,7 +165,7 @@ def _collect(
         problems = {item: _problem(item, kind, trait) for item in found}
         usable = [item for item in problems if problems[item] is None]
         if kind.is_matched and usable:
-            for item, cosine in zip(usable, similarity(usable), strict=True):
+            for item, cosine in zip(usable, _content_similarity(usable), strict=True):
                 problems[item] = None if cosine >= MIN_SIMILARITY else "differ in content"
         for item in found:
             words = tuple(" ".join(re.findall(r"\w+", text.casefold())) for text in item)
@@ -191,14 +176,15 @@ def _collect(
                 kept[words] = item
         if len(kept) >= n:
             break
-    rejected += reasons
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if len(kept) < n:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         counts = counts or f"none in the requested form; the last begins {shown(response)}"
         raise InputError(
             f"the model wrote {len(kept)} of {n} usable {kind.name} in {MAX_REQUESTS} responses ({counts}); "
             "ask for fewer, or name another model"
         )
+    if counts:
+        logger.info("rejected %s: %s", kind.name, counts)
     return list(kept.values())[:n]
 
 

@@ -25,7 +25,6 @@ from activation_extractor import ActivationExtractor, paired_activations
 from decoding.steering_hooks import active_steering
 from evaluation import Evaluator, continuation_perplexities
 from model_loading import load_model
-from ridge_mapping import RidgeMapping
 from steered_generation import SteeredGenerator
 from support.errors import InputError
 from support.tiny_models import D_MODEL, VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -377,15 +376,6 @@ def test_a_decoder_without_position_ids_writes_in_a_batch_what_it_writes_alone(
 
 
 # Lengths of vectors
-
-
-def test_a_mapped_direction_of_unit_length_is_there_by_name():
-    H_source = torch.randn(200, 8, dtype=torch.float64)
-    mapping = RidgeMapping(8, 12).fit(H_source, H_source @ torch.randn(8, 12, dtype=torch.float64), 0.1)
-    vector = torch.randn(8)
-    unit = mapping.unit_direction(vector)
-    assert unit.norm() == pytest.approx(1, abs=1e-6)
-    assert torch.allclose(unit * mapping.transform(vector).norm(), mapping.transform(vector), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.double])

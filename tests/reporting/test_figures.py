@@ -166,8 +166,8 @@ def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
 
 def test_mapping_figure_draws_what_was_cross_validated(mapping):
     cv, analysis = mapping.cv, mapping.analyze()
-    rival = ComparisonMap.from_statistics("reduced_rank", mapping.statistics).cross_validate_from(mapping)
-    table = maps_table(mapping, {"reduced_rank": rival})
+    rank = ComparisonMap.fitted("reduced_rank", mapping)
+    table = maps_table(mapping, {"reduced_rank": rank})
     by_lambda, df, by_dimension, by_component, spectrum, compared = mapping_figure(analysis, cv, table).axes
     assert list(by_lambda.lines[0].get_ydata()) == list(cv["r2"].values())
     assert list(by_lambda.lines[1].get_ydata()) == list(cv["r2_standardised"].values())
