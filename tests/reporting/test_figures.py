@@ -295,7 +295,7 @@ def searched_alphas(ratio, personas=("loud", "calm"), methods=("oracle", "zero_p
 
     keys = [(persona, method) for persona in personas for method in methods]
     bound = CoherenceBound(max_perplexity_ratio=1.75)
-    return alphas_content(search_alphas(keys, measure, [ScoredText(20.0, 0.1)], bracket, bound), bound)
+    return alphas_content(search_alphas(keys, measure, [ScoredText(20.0, 0.1)], bracket, bound), bound, {})
 
 
 def test_alpha_figure_draws_every_point_the_bound_and_the_chosen_alpha_largest():

@@ -55,7 +55,7 @@ def finished(tmp_path_factory):
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
     personas["numeric"]["scorers"]["judge"]["recovery"]["high"] = None
     checks = [
-        {"name": status, "status": status, "detail": "", "remedy": ""} for status in ("pass", "fail", "warn")
+        {"name": status, "status": status, "detail": "", "remedy": ""} for status in ("pass", "fail", "pending")
     ]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
@@ -112,7 +112,7 @@ def test_the_verdict_comes_first_and_failures_come_first_among_the_checks(finish
     assert page.index('id="verdict"') < page.index('id="effects"') < page.index('id="preflight"')
     for persona, found in load_json(finished / "verdict.json")["personas"].items():
         assert f"<strong>{persona}</strong>: <b>{found['verdict']}</b>: by the {found['decided_by']}" in page
-    assert [row[1] for row in table_of(page, "checks")] == ["fail", "warn", "pass"]
+    assert [row[1] for row in table_of(page, "checks")] == ["fail", "pending", "pass"]
 
 
 def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finished, page):
