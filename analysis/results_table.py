@@ -21,13 +21,13 @@ Alphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> the
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the rows of `eval_results.json` as a table; see the module."""
-    table = pd.DataFrame(rows).drop(columns="trait_probabilities", errors="ignore")
-    by_persona = pd.DataFrame([row.get("trait_probabilities") or {} for row in rows], index=table.index)
+    table = pd.DataFrame(rows).drop(columns="trait_probabilities")
+    by_persona = pd.DataFrame([row["trait_probabilities"] for row in rows], index=table.index)
     table = table.join(by_persona.add_prefix("scored_as_"))
     # A column without any value would hold None, which is no number.
     table = table.astype(dict.fromkeys(table.columns[table.isna().all()], float))
     unsteered = table["output"][table["condition"] == UNSTEERED]
-    have_ended = [row.get("has_ended") for row in rows]
+    have_ended = [row["has_ended"] for row in rows]
     return table.assign(
         judged_trait=(table["gpt4_trait_score"] - 1) / 4,
         brevity=np.array(brevity(table["output"], have_ended, unsteered), dtype=float),

@@ -177,10 +177,8 @@ def adjusted_p(found: Mapping[Key, Scores]) -> dict[Key, dict[str, float]]:
     for key, differences in found.items():
         mapped = differences.get(MAPPED, np.array([]))
         if len(mapped) >= FEWEST_PROMPTS:
-            p_values[key, UNSTEERED] = sign_flip_p(mapped)
-            for name in CONTROLS:
-                if name in differences:
-                    p_values[key, name] = sign_flip_p(mapped - differences[name])
+            others = {UNSTEERED: 0.0, **{name: differences[name] for name in CONTROLS if name in differences}}
+            p_values |= {(key, name): sign_flip_p(mapped - other) for name, other in others.items()}
     adjusted: dict[Key, dict[str, float]] = {key: {} for key in found}
     for scorer in {scorer for _, scorer in found}:
         tests = [test for test in p_values if test[0][1] == scorer]

@@ -4,8 +4,8 @@ It is made from the artifacts of the output directory alone, after phase 5 or by
 of models, personas and files is escaped; the page's policy forbids it to load anything.
 """
 
-import base64
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,70 +37,6 @@ LICENCES = {
     "gemma-3-270m": "Gemma terms of use",
     "wikipedia-sample": "CC BY-SA",
 }
-# Section -> title, introduction, and figures: name -> (alternative text, caption).
-SECTIONS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
-    "effects": (
-        "Effects",
-        "* marks a scorer that is not validated for the persona; no verdict rests on it. Anti-steered: the "
-        "share of prompts on which the trait's score falls. Holm p: of the mapped vector doing no more than "
-        "the condition. Both are by the first scorer that has effects. Perplexity ratio: of written texts to "
-        "unsteered ones of the same prompt and seed; on plain text: of neutral passages that are read under "
-        "the steering.",
-        {
-            "recovery": (
-                "Recovery of the native effect: {recoveries}.",
-                "How much of the native vector's effect the mapped vector recovers. Hollow points are of "
-                "scorers that are not validated.",
-            )
-        },
-    ),
-    "alphas": (
-        "Steering strength and side effects",
-        "",
-        {
-            "figure1": (
-                "Trait strength over coherence for each condition, a panel for each persona; the tables "
-                "above have the numbers.",
-                "Up: more of the trait. Right: more fluent. Dotted lines go through the unsteered text.",
-            ),
-            "effect_perplexity": (
-                "Change of the trait over the perplexity ratio by alpha, a panel for each persona.",
-                "How much of the trait an alpha gives, and at which perplexity; the strongest is drawn "
-                "largest.",
-            ),
-            "alpha_search": (
-                "Perplexity ratio over alpha for each persona and method, with the bound.",
-                "The search for alphas on development prompts.",
-            ),
-            "off_target": (
-                "Matrix of the change of every persona's score under each persona's vector.",
-                "What else a vector moves: the diagonal is what it is for.",
-            ),
-        },
-    ),
-    "map": (
-        "The map",
-        "",
-        {
-            "mapping_analysis": (
-                "Cross-validation, degrees of freedom, R² by dimension and axis, spectrum, maps compared.",
-                "What the map knows; of a band, the map of its middle layer pair.",
-            ),
-            "layer_search": (
-                "Heat maps of R² and agreement over all layer pairs; the best pair is marked.",
-                "The search for a layer pair.",
-            ),
-        },
-    ),
-    "scorers": (
-        "Can the scorers be trusted?",
-        "Each scorer was validated on texts unlike its training: other words, genres and lengths, the "
-        "target's own unsteered texts, other personas, and degenerate text. It needs an AUC of 0.90 on every "
-        "set and at most 5 % false positives on unsteered and degenerate text.",
-        {},
-    ),
-    "preflight": ("Preflight", "", {}),
-}
 
 
 @dataclass(frozen=True)
@@ -130,19 +66,6 @@ def write_report(folder: Path) -> Path:
         )
     config, results, verdict, checked = (load_json(folder / name) for name in NEEDED)
     rows = results["rows"]
-    tables = {
-        "effects": _effects_tables(verdict, rows),
-        "map": _map_tables(folder),
-        "scorers": [_validation_table(verdict["validation"])],
-        "preflight": [_checks_table(checked["checks"])],
-    }
-    parts = [
-        {"id": id_, "title": title, "text": text, "figures": figures, "tables": tables.get(id_, [])}
-        for id_, (title, text, shown) in SECTIONS.items()
-        if (figures := _figures(folder, shown, _recoveries(verdict))) or id_ in tables
-    ]
-    sections = [("verdict", "Verdict"), *((part["id"], part["title"]) for part in parts)]
-    sections += [("texts", "Texts"), ("configuration", "Configuration")]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -151,12 +74,16 @@ def write_report(folder: Path) -> Path:
         source=config["source_model"],
         target=config["target_model"],
         subtitle=_subtitle(config, rows),
-        sections=sections,
         verdicts=[
             (persona, found["verdict"], COLOURS[found["verdict"]], alone(found), verdict_sentence(found))
             for persona, found in verdict["personas"].items()
         ],
-        parts=parts,
+        recoveries=_recoveries(verdict),
+        figures={path.stem: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
+        effects=_effects_tables(verdict, rows),
+        maps=_map_tables(folder),
+        validation=_validation_table(verdict["validation"]),
+        checks=_checks_table(checked["checks"]),
         provenance=_provenance(folder, config, checked["environment"]),
         configuration=json.dumps(config, indent=2, ensure_ascii=False),
         texts=texts_data(rows),
@@ -210,19 +137,6 @@ def _subtitle(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
         f"tokens, {len(rows)} scored texts. Effects are changes of the trait's score against "
         "unsteered text of the same prompt, with 95 % intervals over prompts."
     )
-
-
-def _figures(folder: Path, shown: Mapping[str, tuple[str, str]], recoveries: str) -> list[dict[str, str]]:
-    """Return the figures that the run has, as base64 of their PNG files."""
-    return [
-        {
-            "data": base64.b64encode((folder / f"{name}.png").read_bytes()).decode(),
-            "alt": alt.format(recoveries=recoveries),
-            "caption": caption,
-        }
-        for name, (alt, caption) in shown.items()
-        if (folder / f"{name}.png").is_file()
-    ]
 
 
 def _recoveries(verdict: Mapping[str, Any]) -> str:

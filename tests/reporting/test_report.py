@@ -55,7 +55,8 @@ def finished(tmp_path_factory):
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
     personas["numeric"]["scorers"]["judge"]["recovery"]["high"] = None
     checks = [
-        {"name": status, "status": status, "detail": "", "remedy": ""} for status in ("pass", "fail", "pending")
+        {"name": status, "status": status, "detail": "", "remedy": ""}
+        for status in ("pass", "fail", "pending")
     ]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
