@@ -60,18 +60,15 @@ def finished(tmp_path_factory):
     ]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
+    models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
+    ratios = {"loud": {"oracle": 1.23}}
     files = {
-        "config.json": {
-            "source_model": "a",
-            "target_model": "b",
-            "neutral_text": "wikipedia-sample",
-            "max_new_tokens": 6,
-        },
+        "config.json": {**models, "max_new_tokens": 6},
         "eval_results.json": {"rows": rows},
         "verdict.json": {
             "personas": personas,
             "validation": validation,
-            "plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}},
+            "plain_text_perplexity_ratios": ratios,
         },
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
     }
@@ -131,11 +128,8 @@ def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finis
 
 
 def test_layer_pairs_of_the_run_are_listed_in_order(page):
-    assert [row[:3:2] for row in table_of(page, "layers")] == [
-        ["2 → 3", "0.030"],
-        ["4 → 5", "0.050"],
-        ["6 → 10", "0.100"],
-    ]
+    layers = [["2 → 3", "0.030"], ["4 → 5", "0.050"], ["6 → 10", "0.100"]]
+    assert [row[:3:2] for row in table_of(page, "layers")] == layers
     assert [row[0] for row in table_of(page, "maps")] == ["ridge"]
 
 
@@ -146,11 +140,11 @@ def test_every_text_is_there_once():
     assert len(data["texts"]) == len(data["cells"]) * len(data["places"])
     for row in rows:
         persona = None if row["condition"] == "baseline" else data["personas"].index(row["persona"])
-        (cell,) = [
-            cell
-            for cell in data["cells"]
-            if (cell["condition"], cell["persona"]) == (row["condition"], persona)
-        ]
+        cell = next(
+            each
+            for each in data["cells"]
+            if (each["condition"], each["persona"]) == (row["condition"], persona)
+        )
         place = data["places"].index((row["prompt_idx"], row["seed"]))
         assert data["texts"][cell["first"] + place]["output"] == row["output"]
 
