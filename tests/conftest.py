@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from chat_models import chatting
 from tiny_runs import band_settings, blank_figures, run, tiny_settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from support.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
