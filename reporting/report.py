@@ -18,7 +18,6 @@ from reporting.tables import alone, interval, lowest_auc, maps_rows, number, per
 from support.artifacts import load_json, load_tensors, save_text
 from support.errors import InputError
 
-NAME = "report.html"
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
 VECTORS = "persona_vectors.pt"
@@ -69,7 +68,7 @@ def write_report(folder: Path) -> Path:
         configuration=json.dumps(config, indent=2, ensure_ascii=False),
         texts=texts_data(rows),
     )
-    path = folder / NAME
+    path = folder / "report.html"
     save_text(path, page)
     return path
 
