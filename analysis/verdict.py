@@ -6,7 +6,7 @@ cautious verdict stands. Why a verdict stands is data here; `reporting.tables` m
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -195,7 +195,12 @@ def decide(differences: Scores, p_values: Mapping[str, float], **known: Any) -> 
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
     n_prompts = len(next(iter(differences.values()), []))
-    known |= {"n_prompts": n_prompts, "effects": _effects_by_condition(differences, p_values)}
+    known["n_prompts"] = n_prompts
+    if n_prompts >= FEWEST_PROMPTS:
+        known["effects"] = {
+            name: Effect(*astuple(mean_interval(values)), float(np.mean(values < 0)), p_values.get(name))
+            for name, values in differences.items()
+        }
     if missing := tuple(name for name in (ORACLE, MAPPED) if name not in differences):
         return ScorerVerdict("inconclusive", "no scores", missing=missing, **known)
     if n_prompts < FEWEST_PROMPTS:
@@ -248,18 +253,6 @@ def _decide_by_recovery(
 def _fewest_needed(*contrasts: np.ndarray) -> int | None:
     """Return the prompts that settle the first of these, each of which would decide the case in its way."""
     return min(filter(None, map(prompts_needed, contrasts)), default=None)
-
-
-def _effects_by_condition(differences: Scores, adjusted: Mapping[str, float]) -> dict[str, Effect]:
-    return {
-        name: Effect(
-            **asdict(mean_interval(values)),
-            anti_steered=float(np.mean(values < 0)),
-            p_mapped_over_it=adjusted.get(name),
-        )
-        for name, values in differences.items()
-        if len(values) >= FEWEST_PROMPTS
-    }
 
 
 def _rates(texts: pd.DataFrame, column: str, validated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

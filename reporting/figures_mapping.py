@@ -18,11 +18,7 @@ HEAT_MAPS = (
     ("agreement", "Cosine of mapped to native vectors, mean"),
     ("score", "Agreement above chance and other personas"),
 )
-MEASURES = (
-    ("r2", "R², pooled"),
-    ("r2_standardised", "R², standardised"),
-    ("retrieval_accuracy", "retrieval"),
-)
+MEASURES = {"r2": "R², pooled", "r2_standardised": "R², standardised", "retrieval_accuracy": "retrieval"}
 
 
 def mapping_figure(
@@ -95,7 +91,7 @@ def _draw_spectrum(panel: Axes, analysis: Mapping[str, Any]) -> None:
 
 def _draw_maps(panel: Axes, maps: Sequence[Mapping[str, Any]]) -> None:
     names = [row["map"] if row["rank"] is None else f"{row['map']}\n(rank {row['rank']})" for row in maps]
-    for number, (key, label) in enumerate(MEASURES):
+    for number, (key, label) in enumerate(MEASURES.items()):
         heights = [row[key] or 0.0 for row in maps]
         panel.bar([index + 0.27 * (number - 1) for index in range(len(maps))], heights, 0.25, label=label)
     panel.axhline(0, color="grey", linewidth=0.8)

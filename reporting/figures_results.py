@@ -34,16 +34,12 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
             ratio = decided["recovery"]
             if not ratio or None in ratio.values():
                 continue
-            colour = SCORERS[scorer].colour
-            drawn[scorer] = panel.errorbar(
-                [ratio["estimate"]],
-                [row + 0.2 * number],
-                xerr=[[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]],
-                fmt="o",
-                color=colour,
-                markerfacecolor=colour if decided["is_validated"] else "white",
-                capsize=3,
-            )
+            look = {"color": SCORERS[scorer].colour}
+            if not decided["is_validated"]:
+                look["markerfacecolor"] = "white"
+            ends = [[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]]
+            place = ratio["estimate"], row + 0.2 * number
+            drawn[scorer] = panel.errorbar(*place, xerr=ends, fmt="o", capsize=3, **look)
     labels = [f"{as_label(name)}: {verdict['verdict']}" for name, verdict in found.items()]
     panel.set_yticks(range(len(found)), labels)
     panel.set_ylim(len(found) - 0.4, -0.6)  # the first above
@@ -228,8 +224,8 @@ def _draw_search(panel: Axes, entry: Mapping[str, Any]) -> dict[str, Line2D]:
     if not points:
         return {}
     method, look = entry["method"], look_of(entry["method"])
-    x, y = [point["alpha"] for point in points], [point["perplexity_ratio"] for point in points]
-    panel.plot(x, y, color=look["color"], linewidth=1, alpha=0.5, label=method)
+    curve = [[point[key] for point in points] for key in ("alpha", "perplexity_ratio")]
+    panel.plot(*curve, color=look["color"], linewidth=1, alpha=0.5, label=method)
     for point in points:
         # The last points lie close to the chosen one, which stays in front of them.
         chosen = point["alpha"] == entry["alpha"]

@@ -7,7 +7,6 @@ of models, personas and files is escaped; the page's policy forbids it to load a
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,7 @@ from reporting.tables import alone, interval, lowest_auc, maps_rows, number, per
 from support.artifacts import load_json, load_tensors, save_text
 from support.errors import InputError
 
-NAME = "report.html"
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
-COLOURS = {
-    "equivalent to native": "good",
-    "transferred": "good",
-    "partial": "some",
-    "inconclusive": "some",
-    "not transferred": "bad",
-    "native steering ineffective": "bad",
-}
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
 VECTORS = "persona_vectors.pt"
 # The licences of what is fetched from packages; for other models, see their cards.
@@ -39,18 +29,7 @@ LICENCES = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the page.
-
-    wrapped: indices of the columns with long text.
-    """
-
-    id: str
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    wrapped: Sequence[int] = ()
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 
 
 def write_report(folder: Path) -> Path:
@@ -71,24 +50,25 @@ def write_report(folder: Path) -> Path:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     page = environment.get_template("report.html.j2").render(
-        source=config["source_model"],
-        target=config["target_model"],
-        subtitle=_subtitle(config, rows),
-        verdicts=[
-            (persona, found["verdict"], COLOURS[found["verdict"]], alone(found), verdict_sentence(found))
-            for persona, found in verdict["personas"].items()
-        ],
-        recoveries=_recoveries(verdict),
+        config=config,
+        n_prompts=len({row["prompt_idx"] for row in rows}),
+        n_seeds=len({row["seed"] for row in rows}),
+        n_texts=len(rows),
+        verdicts=verdict["personas"],
+        note=alone,
+        why=verdict_sentence,
+        recoveries=_recoveries(verdict["personas"]),
         figures={path.stem: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),
-        maps=_map_tables(folder),
+        maps=maps_rows(load_json(folder / "cv_results.json")["maps"]),
+        layers=_layers_table(folder),
         validation=_validation_table(verdict["validation"]),
         checks=_checks_table(checked["checks"]),
         provenance=_provenance(folder, config, checked["environment"]),
         configuration=json.dumps(config, indent=2, ensure_ascii=False),
         texts=texts_data(rows),
     )
-    path = folder / NAME
+    path = folder / "report.html"
     save_text(path, page)
     return path
 
@@ -130,28 +110,19 @@ def texts_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _subtitle(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    n_prompts, n_seeds = (len({row[key] for row in rows}) for key in ("prompt_idx", "seed"))
-    return (
-        f"{n_prompts} test prompts × {n_seeds} seed{'s' * (n_seeds > 1)}, at most {config['max_new_tokens']} "
-        f"tokens, {len(rows)} scored texts. Effects are changes of the trait's score against "
-        "unsteered text of the same prompt, with 95 % intervals over prompts."
-    )
-
-
-def _recoveries(verdict: Mapping[str, Any]) -> str:
+def _recoveries(personas: Mapping[str, Any]) -> str:
     recoveries = [
         f"{persona} {percent(decided['recovery'])} by {SCORERS[scorer].label}"
-        for persona, found in verdict["personas"].items()
+        for persona, found in personas.items()
         for scorer, decided in found["scorers"].items()
         if decided["recovery"]
     ]
     return "; ".join(recoveries) or "no persona has one"
 
 
-def _effects_tables(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    table, tables = results_table(rows), []
-    for position, (persona, found) in enumerate(verdict["personas"].items()):
+def _effects_tables(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    table, tables = results_table(rows), {}
+    for persona, found in verdict["personas"].items():
         scorers, plain = found["scorers"], verdict["plain_text_perplexity_ratios"].get(persona, {})
         names = [SCORERS[name].label + ("" if scorers[name]["is_validated"] else " *") for name in scorers]
         header = ("condition", "α", *names, "anti-steered", "Holm p", "perplexity ratio", "on plain text")
@@ -168,26 +139,20 @@ def _effects_tables(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
                 number(plain.get(condition)),
             )
             lines.append((CONDITIONS[condition].label, *line))
-        tables.append(Table(f"effects-{position}", f"{persona}: effect by scorer", header, lines))
+        tables[persona] = header, lines
     return tables
 
 
-def _map_tables(folder: Path) -> list[Table]:
-    maps = maps_rows(load_json(folder / "cv_results.json")["maps"])
+def _layers_table(folder: Path) -> Table:
     pairs = load_tensors(folder / VECTORS)["layer_pairs"]
-    layers = []
+    rows = []
     for position, (source, target) in enumerate(pairs):
         # The middle pair of a band lies on top.
         place = folder if position == len(pairs) // 2 else folder / "layers" / f"{source}_{target}"
         cv = load_json(place / "cv_results.json")
         r2 = [number(cv[key], ".3f") for key in ("best_r2", "best_r2_median_dimension", "shuffled_r2")]
-        layers.append((f"{source} → {target}", f"{cv['best_lambda']:g}", *r2))
-    header = ("source → target layer", "λ", "R²", "median dimension", "shuffled pairs")
-    tables = [
-        Table("maps", "Maps compared on held-out documents", *maps),
-        Table("layers", "Held-out R² by layer pair", header, layers),
-    ]
-    return tables if len(pairs) > 1 else tables[:1]
+        rows.append((f"{source} → {target}", f"{cv['best_lambda']:g}", *r2))
+    return ("source → target layer", "λ", "R²", "median dimension", "shuffled pairs"), rows
 
 
 def _validation_table(validation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
@@ -206,15 +171,14 @@ def _validation_table(validation: Mapping[str, Mapping[str, Mapping[str, Any]]])
         for persona, by_scorer in validation.items()
         for scorer, found in by_scorer.items()
     ]
-    header = ("persona", "scorer", "validation", "lowest AUC", "sensitivity", "specificity", "problems")
-    return Table("validation", "Validation of the scorers", header, rows, (6,))
+    return ("persona", "scorer", "validation", "lowest AUC", "sensitivity", "specificity", "problems"), rows
 
 
 def _checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
     header = ("name", "status", "detail", "remedy")
     ordered = sorted(checks, key=lambda check: ("fail", "pending", "pass").index(check["status"]))
     rows = [[check[name] for name in header] for check in ordered]
-    return Table("checks", "Failures first", ("check", *header[1:]), rows, (2, 3))
+    return ("check", *header[1:]), rows
 
 
 def _provenance(folder: Path, config: Mapping[str, Any], environment: Mapping[str, str]) -> Table:
@@ -225,5 +189,4 @@ def _provenance(folder: Path, config: Mapping[str, Any], environment: Mapping[st
         cache_key = load_json(path).get("fingerprint") if path.name != "config.json" else None
         if cache_key:
             rows.append((path.name, cache_key, ""))
-    header = ("what", "version, name or fingerprint", "licence")
-    return Table("provenance", "Versions, fingerprints and licences", header, rows)
+    return ("what", "version, name or fingerprint", "licence"), rows

@@ -114,8 +114,16 @@ def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]])
         if not by_scorer:
             lines.append(f"{persona}: no scorer")
         for scorer, found in by_scorer.items():
-            word = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
-            lines.append(f"{persona}, {scorer}: {word}; {_validation_detail(found)}")
+            line = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
+            if not found.get("auc"):
+                line += f"; {found.get('measure', 'not measured')}"
+            else:
+                line += f"; lowest AUC {lowest_auc(found)}"
+                for name in ("sensitivity", "specificity"):
+                    line += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
+            if found.get("repeat_noise") is not None:
+                line += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
+            lines.append(f"{persona}, {scorer}: {line}")
     return "\n".join(lines)
 
 
@@ -123,17 +131,6 @@ def lowest_auc(found: Mapping[str, Any]) -> str:
     """Return a scorer's lowest AUC and its set, or a dash. found: of `scoring.validation.validate`."""
     lowest = min(found.get("auc") or {}, key=lambda name: found["auc"][name], default=None)
     return "–" if lowest is None else f"{found['auc'][lowest]:.2f} ({lowest})"
-
-
-def _validation_detail(found: Mapping[str, Any]) -> str:
-    if not found.get("auc"):
-        return found.get("measure", "not measured")
-    detail = f"lowest AUC {lowest_auc(found)}"
-    for name in ("sensitivity", "specificity"):
-        detail += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
-    if found.get("repeat_noise") is not None:
-        detail += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
-    return detail
 
 
 def format_success(found: Mapping[str, Any]) -> str:

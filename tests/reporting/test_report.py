@@ -138,15 +138,11 @@ def test_every_text_is_there_once():
     data = texts_data(rows)
     assert len(data["places"]) == N_PROMPTS * N_SEEDS
     assert len(data["texts"]) == len(data["cells"]) * len(data["places"])
+    cells = {(cell["condition"], cell["persona"]): cell["first"] for cell in data["cells"]}
     for row in rows:
         persona = None if row["condition"] == "baseline" else data["personas"].index(row["persona"])
-        cell = next(
-            each
-            for each in data["cells"]
-            if (each["condition"], each["persona"]) == (row["condition"], persona)
-        )
         place = data["places"].index((row["prompt_idx"], row["seed"]))
-        assert data["texts"][cell["first"] + place]["output"] == row["output"]
+        assert data["texts"][cells[row["condition"], persona] + place]["output"] == row["output"]
 
 
 def test_a_folder_that_is_no_run_is_rejected(tmp_path):
