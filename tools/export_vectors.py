@@ -29,8 +29,9 @@ def export_vector(
     method: name of the vector in `persona_vectors.pt`. form: gguf, safetensors or pt. output: by default
     `<persona>_<method>.<form>` in the run's folder. alpha: steering strength at strength 1 of the file, by
     default the verdict's.
-    Raises InputError: no finished run, an unknown persona, method or alpha, or layer 0 as GGUF.
+    Raises InputError: no finished run, an unknown persona, method, format or alpha, or layer 0 as GGUF.
     """
+    _check_has("format", form, FORMATS)
     for name in NEEDED:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is no finished run: {name} is missing; name its output_dir")
