@@ -55,13 +55,11 @@ class VectorFile:
         """
         width, remedy = self.tensors[0].shape[-1], "give vectors of this model"
         if self.model_hint and model_type and self.model_hint != model_type:
-            raise InputError(
-                f"{self.path} is for a model of type {self.model_hint!r}, this one is {model_type!r}; {remedy}"
-            )
+            problem = f"is for a model of type {self.model_hint!r}, this one is {model_type!r}"
+            raise InputError(f"{self.path} {problem}; {remedy}")
         if width != d_model:
-            raise InputError(
-                f"{self.path} holds vectors of width {width}, the model's is {d_model}; {remedy}"
-            )
+            problem = f"holds vectors of width {width}, the model's is {d_model}"
+            raise InputError(f"{self.path} {problem}; {remedy}")
         if self.anywhere is not None:
             return self.anywhere
         by_layer = self.by_layer
@@ -108,15 +106,10 @@ def read_vectors(path: Path) -> VectorFile:
 
 def _read_gguf(path: Path) -> VectorFile:
     reader = gguf.GGUFReader(path)
-    fields = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if key in ("general.architecture", MODEL_HINT)
-    }
-    if fields.get("general.architecture") != ARCHITECTURE:
-        raise InputError(
-            f"{path} is a GGUF of {fields.get('general.architecture', '')!r}, expected a control vector"
-        )
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = fields.get("general.architecture", "")
+    if architecture != ARCHITECTURE:
+        raise InputError(f"{path} is a GGUF of {architecture!r}, expected a control vector")
     tensors = {each.name: torch.tensor(np.array(each.data), dtype=torch.float32) for each in reader.tensors}
     return _from_tensors(path, tensors, fields.get(MODEL_HINT, ""))
 

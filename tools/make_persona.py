@@ -16,7 +16,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -69,17 +68,6 @@ after "? ", and nothing else."""
 
 Ask = Callable[[str], str]  # prompt -> response
 Item = tuple[str, ...]  # a pair of texts, or one question
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Describe one kind of text to ask for. is_matched: its pairs must differ in the trait alone."""
-
-    name: str
-    prompt: str
-    read: Callable[[str], list[Item]]
-    is_matched: bool = False
-    may_name_trait: bool = False
 
 
 def ask_server(model: str, base_url: str | None, api_key_env: str) -> Ask:
@@ -136,17 +124,14 @@ def write_persona(
     path = output or Path(f"{name}.json")
     if path.exists():
         raise InputError(f"{path} exists already; name another file with --output, or delete it")
-    matched = Kind("pairs", PAIRS, _pairs_in, is_matched=True)
-    instructing = Kind("system prompts", INSTRUCTIONS, _pairs_in, may_name_trait=True)
-    pairs = _collect(matched, n_pairs, trait, ask)
+    pairs = _collect("pairs", n_pairs, trait, ask)
+    prompts = _collect("system prompts", N_INSTRUCTIONS, trait, ask)
     content = {
         "description": f"The text {trait}.",
         "positive_texts": [positive for positive, _ in pairs],
         "negative_texts": [negative for _, negative in pairs],
-        "instruction": [{"pos": a, "neg": b} for a, b in _collect(instructing, N_INSTRUCTIONS, trait, ask)],
-        "questions": [
-            text for (text,) in _collect(Kind("questions", QUESTIONS, _questions_in), n_questions, trait, ask)
-        ],
+        "instruction": [{"pos": positive, "neg": negative} for positive, negative in prompts],
+        "questions": [text for (text,) in _collect("questions", n_questions, trait, ask)],
     }
     # A persona that a configuration would reject is not written.
     models = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0}
@@ -155,16 +140,21 @@ def write_persona(
     return path
 
 
-def _collect(kind: Kind, n: int, trait: str, ask: Ask) -> list[Item]:
+def _collect(kind: str, n: int, trait: str, ask: Ask) -> list[Item]:
     """Return n usable items of a kind, with up to six requests, and log why others were rejected."""
+    form, read = {
+        "pairs": (PAIRS, _pairs_in),
+        "system prompts": (INSTRUCTIONS, _pairs_in),
+        "questions": (QUESTIONS, _questions_in),
+    }[kind]
     kept: dict[Item, Item] = {}
     reasons: Counter[str] = Counter()
     for _ in range(MAX_REQUESTS):
-        response = ask(kind.prompt.format(n=min(ITEMS_PER_REQUEST, n), trait=trait))
-        found = kind.read(response)
+        response = ask(form.format(n=min(ITEMS_PER_REQUEST, n), trait=trait))
+        found = read(response)
         problems = {item: _problem(item, kind, trait) for item in found}
         usable = [item for item in problems if problems[item] is None]
-        if kind.is_matched and usable:
+        if kind == "pairs" and usable:
             for item, cosine in zip(usable, _content_similarity(usable), strict=True):
                 problems[item] = None if cosine >= MIN_SIMILARITY else "differ in content"
         for item in found:
@@ -180,22 +170,22 @@ def _collect(kind: Kind, n: int, trait: str, ask: Ask) -> list[Item]:
     if len(kept) < n:
         counts = counts or f"none in the requested form; the last begins {shown(response)}"
         raise InputError(
-            f"the model wrote {len(kept)} of {n} usable {kind.name} in {MAX_REQUESTS} responses ({counts}); "
+            f"the model wrote {len(kept)} of {n} usable {kind} in {MAX_REQUESTS} responses ({counts}); "
             "ask for fewer, or name another model"
         )
     if counts:
-        logger.info("rejected %s: %s", kind.name, counts)
+        logger.info("rejected %s: %s", kind, counts)
     return list(kept.values())[:n]
 
 
-def _problem(item: Item, kind: Kind, trait: str) -> str | None:
+def _problem(item: Item, kind: str, trait: str) -> str | None:
     """Return the reason to reject an item, or None."""
     words = {word for text in item for word in re.findall(r"\w+", text.casefold())}
-    if not kind.may_name_trait and _trait_words(trait) & words:
+    if kind != "system prompts" and _trait_words(trait) & words:
         return "name the trait"
     if any(_test_prompts().found_in(text) for text in item):
         return "share words with a test prompt"
-    if kind.is_matched:
+    if kind == "pairs":
         if item[0][-1] != item[1][-1]:
             return "end with different marks"
         lengths = sorted(len(text.split()) for text in item)
