@@ -72,9 +72,9 @@ def test_a_cut_answer_names_the_remedy():
     "text", ["4" * 10**6, "Score: " * 150_000, "<think>" * 150_000, "a. " * 300_000, " 4\n5" * 200_000]
 )
 def test_a_huge_answer_is_read_in_seconds_and_shown_in_one_line(text):
-    started = time.perf_counter()
+    started = time.process_time()
     judgement = score_answer(completion(text), KEY)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert judgement.score is None
     assert len(judgement.failure) < 150
 
