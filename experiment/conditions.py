@@ -1,7 +1,7 @@
 """The table of conditions and the table of scorers: what a run compares, and by what it measures.
 
 Configuration, plan, verdict, figures, tables and report read these two tables, so that a new control is a row
-here and a function in `phases/make_vectors.py`, and a new scorer a row here and a module in `scoring/`.
+here and a function in `analysis/vector_transfer.py`, and a new scorer a row here and a module in `scoring/`.
 Nothing heavy is imported, since the command line reads this before torch.
 """
 

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from activation_extractor import ResidualNorm
-from experiment.conditions import N_DRAWS, PROMPTED, UNSTEERED, vector_names
+from experiment.conditions import PROMPTED, UNSTEERED, vector_names
 from experiment.config import alphas_of
 from experiment.inputs import Inputs
 from experiment.run import FORMAT_VERSION
@@ -124,12 +123,3 @@ def sampling(inputs: Inputs, max_new_tokens: int | None = None) -> list[Any]:
     """Return the settings that every sampled text depends on."""
     config = inputs.config
     return [max_new_tokens or config.max_new_tokens, config.temperature, config.top_k, config.top_p]
-
-
-def other_personas(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return persona -> the N_DRAWS whose mapped vectors are its control: the next ones, if there are others.
-
-    Where there are fewer others, some come more than once.
-    """
-    others = {name: [*names[index + 1 :], *names[:index]] for index, name in enumerate(names)}
-    return {name: list(islice(cycle(found), N_DRAWS)) for name, found in others.items() if found}

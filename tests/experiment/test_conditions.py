@@ -6,6 +6,7 @@ import pytest
 from tiny_runs import tiny_settings
 
 import baseline_methods
+from analysis.vector_transfer import CONTROL_MAKERS
 from experiment.conditions import (
     CONDITIONS,
     CONTROLS,
@@ -23,7 +24,7 @@ from experiment.inputs import load_inputs
 from experiment.run import Run
 from maps.comparison_maps import KINDS
 from phases import make_vectors
-from phases.make_vectors import CONTROL_MAKERS, PERSONA_VECTORS
+from phases.make_vectors import PERSONA_VECTORS
 from support.run_folder import RunFolder
 from texts.personas import load_persona
 

@@ -5,9 +5,10 @@ import torch
 from tiny_runs import tiny_settings
 
 from activation_extractor import ResidualNorm
+from analysis.vector_transfer import other_personas
 from experiment.config import load_config
 from experiment.inputs import load_inputs
-from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, grid, other_personas, text_rows
+from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, grid, text_rows
 
 MAPPED_BY_METHOD = {"oracle": 1.0, "ridge_mapped": 2.0}
 PROMPTS, SEEDS = ["One", "Two", "Three"], [0, 1]
