@@ -361,8 +361,10 @@ def packaged(all_threads, tmp_path_factory):
         "n_training_samples": 60,
         "personas": ["formal", "pirate"],
         "extraction": {"kind": "responses", "from_texts": ["formal"], "n_questions": 4, "max_new_tokens": 32},
+        "methods": ["other_persona", "ridge_mapped", "oracle"],
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
+        "likelihood_ratio": False,
         "max_new_tokens": 32,
         "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),
     }
