@@ -61,7 +61,7 @@ def decide(
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    run.folder.save("verdict.json", fingerprint(rows_key(rows), validation), content)
+    content = run.folder.save("verdict.json", fingerprint(rows_key(rows), validation), content)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
     _draw(run, table, alphas, content, rows_key(rows))

@@ -3,9 +3,11 @@ import logging
 import numpy as np
 import pytest
 import torch
+from tiny_runs import error_lines, run, visible_files
 from torch import nn
 
 from activation_extractor import ActivationExtractor, PersonaVector
+from phases import check_setup
 from phases.check_setup import (
     Check,
     check_baseline,
@@ -20,6 +22,7 @@ from phases.check_setup import (
 )
 from scoring.trait_classifier import train_trait_classifiers
 from steered_generation import SteeredGenerator
+from support.artifacts import load_json
 from support.tiny_models import D_MODEL, N_LAYERS, tiny_model
 from texts.personas import Persona
 
@@ -130,7 +133,7 @@ def classifier():
         ({1.0: letters(3), 2.0: letters(3)}, "fail"),
         ({1.0: letters(0), 2.0: letters(1)}, "fail"),
     ],
-    ids=["moves", "stays", "wrong way"],
+    ids=["moves", "stays", "anti-steered"],
 )
 def test_oracle_must_raise_the_trait_at_some_alpha(by_alpha, status, classifier):
     (check,) = check_oracle({"shown": classifier}, letters(3), {"shown": by_alpha})
@@ -215,3 +218,16 @@ def test_failures_are_lines_for_the_summary_and_warnings_in_the_log(caplog):
     assert failures(rows) == ["preflight: premise failed: noisy. Try: more texts"]
     levels = {record.getMessage().split()[2]: record.levelname for record in caplog.records}
     assert levels == {"good:": "INFO", "premise:": "WARNING", "later:": "INFO"}
+
+
+def test_a_failed_technical_check_stops_the_run_and_is_made_again(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(check_setup, "EXACT_TOLERANCE", {torch.float32: 0.0})
+        assert run(out, tiny) == 1
+    (line,) = error_lines(capsys)
+    assert line.startswith("error: preflight failed: source_extraction")
+    assert visible_files(out) == {"config.json", "native_vectors.pt", "preflight.json", "experiment.log"}
+    assert run(out, tiny, "--phase", "1") == 0
+    checks = load_json(out / "preflight.json")["checks"]
+    assert all(check["status"] == "pass" for check in checks if check["technical"])

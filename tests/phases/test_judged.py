@@ -8,6 +8,7 @@ from chat_server import chat_server, completion
 from tiny_runs import rows, run
 
 from reporting.style import figure_fingerprint
+from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json
 from support.journal import Journal
 
@@ -53,6 +54,8 @@ def test_a_judged_run_ends_with_the_judges_recovery_in_figure_and_report(tiny, t
             assert set(found["effects"]) == set(METHODS)
             assert f"{persona} {found['recovery']['estimate']:.0%}".replace("%", " %") in page
         assert "by judge" in page
+        effects = PersonaTransferExperiment({**settings, "output_dir": str(out)}).results_frame(effects=True)
+        assert set(effects[effects["scorer"] == "judge"]["condition"]) == set(METHODS)
         figure = figure_fingerprint(out / "recovery.png")
         assert figure is not None
 

@@ -1,0 +1,120 @@
+"""Ablations of layers, samples and blocks: what they compare, and that a second run makes nothing."""
+
+import pytest
+from matplotlib.figure import Figure
+from tiny_runs import artifacts, is_close, rows, run
+
+from ablations import blocks, layers, samples
+from run_experiment import PersonaTransferExperiment
+from support.artifacts import load_json
+from support.errors import InputError
+from support.run_folder import RunFolder
+from texts.personas import load_prompts
+
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    for module, name in (
+        (blocks, "block_ablation_figure"),
+        (layers, "layer_ablation_figure"),
+        (samples, "sample_ablation_figure"),
+    ):
+        monkeypatch.setattr(module, name, lambda *arguments: Figure(figsize=(1, 1)))
+
+
+def journals(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+
+
+def test_layers_are_compared_on_development_prompts_and_once(tiny, tmp_path):
+    out = tmp_path / "out"
+    settings = {
+        **tiny,
+        "ablation_layer_pairs": [[0, 3], [2, 1]],
+        "methods": ["ridge_mapped", "shuffled_pairs"],
+    }
+    assert run(out, settings, "--ablate", "layers") == 0
+    found = load_json(out / "ablation_layers.json")["layer_pairs"]
+    assert [(entry["source_layer"], entry["target_layer"]) for entry in found] == [(0, 3), (2, 1)]
+    assert found[0]["best_r2"] != found[1]["best_r2"]
+    for entry in found:
+        conditions = {(row["condition"], row["alpha"]) for row in entry["conditions"]}
+        assert conditions == {("baseline", None), ("ridge_mapped", 1.0), ("shuffled_pairs", 1.0)}
+    for name in ("0_3", "2_1"):
+        assert {row["prompt"] for row in rows(out / "ablation_layers" / name)} == set(
+            load_prompts("development")
+        )
+    before = artifacts(out), journals(out)
+    assert (out / "figure2.png").exists()
+    assert run(out, settings, "--ablate", "layers") == 0
+    assert (artifacts(out), journals(out)) == before
+
+
+def test_amounts_of_text_are_compared_and_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "N_HELD_OUT", 20)
+    settings = {**tiny, "ablation_samples": [30, 60, 90]}
+    assert run(tmp_path / "whole", settings, "--ablate", "samples") == 0
+    whole = load_json(tmp_path / "whole" / "ablation_samples.json")
+    assert [(point["positions"], point["n_texts"]) for point in whole["points"]] == [
+        (positions, n_texts) for n_texts in (30, 60, 90) for positions in ("last", "aligned")
+    ]
+    assert [point["n_pairs"] for point in whole["points"]][::2] == [30, 60, 90]
+
+    save, n_saved = RunFolder.save, 0
+
+    def stopping(folder, name, *arguments):
+        nonlocal n_saved
+        n_saved += name == "ablation_samples.pt"
+        if n_saved == 4:
+            raise KeyboardInterrupt
+        return save(folder, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", stopping)
+        assert run(tmp_path / "stopped", settings, "--ablate", "samples") == 130
+    read, paired = [], samples.paired_activations
+    monkeypatch.setattr(samples, "paired_activations", lambda *sides: read.extend(sides[2]) or paired(*sides))
+    assert run(tmp_path / "stopped", settings, "--ablate", "samples") == 0
+    assert len(read) < 90
+    assert is_close(load_json(tmp_path / "stopped" / "ablation_samples.json"), whole)
+
+
+def test_amounts_of_text_need_fast_tokenizers(tiny, tmp_path, monkeypatch):
+    experiment = PersonaTransferExperiment({**tiny, "output_dir": str(tmp_path / "out")})
+    monkeypatch.setattr(type(experiment.inputs.target.tokenizer), "is_fast", False)
+    with pytest.raises(InputError, match="needs fast tokenizers on both sides"):
+        experiment.ablate("samples")
+
+
+def test_more_and_more_blocks_are_steered_each_at_an_alpha_of_its_own(tiny, tmp_path):
+    out = tmp_path / "out"
+    unbounded = {"max_perplexity_ratio": 1e6, "max_repetition_increase": 1}
+    settings = {
+        **tiny,
+        "methods": ["shuffled_pairs", "oracle"],
+        "alpha_unit": "residual_norm",
+        "alpha_search": {"n_evaluations": 2, "n_seeds": 1, **unbounded},
+    }
+    assert run(out, settings, "--ablate", "blocks") == 0
+    points = load_json(out / "ablation_blocks.json")["points"]
+    bands = [[1], [0, 1, 2], [0, 1, 2, 3]]
+    cells = [(name, method) for name in ("loud", "numeric") for method in ("shuffled_pairs", "oracle")]
+    assert [(point["persona"], point["method"], point["target_layers"]) for point in points] == [
+        (*cell, band) for band in bands for cell in cells
+    ]
+    for point in points:
+        # Every text is within the bound, so that the strongest alpha is found, which a band shares.
+        assert point["alpha"] == pytest.approx(2.0 / len(point["target_layers"]))
+        assert point["perplexity_ratio"] > 0
+    before = artifacts(out), journals(out)
+    assert (out / "figure4.png").exists()
+    assert run(out, settings, "--ablate", "blocks") == 0
+    assert (artifacts(out), journals(out)) == before
+
+
+@pytest.mark.parametrize("flags", [("--phase", "2"), ("--dry-run",)])
+def test_an_ablation_runs_instead_of_the_phases(flags, tiny, tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", tiny, "--ablate", "layers", *flags)

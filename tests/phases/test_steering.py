@@ -1,0 +1,248 @@
+"""What the texts of a run were steered with, and at which strength."""
+
+import math
+from statistics import fmean
+
+import pytest
+import torch
+from tiny_runs import LOUD, N_PROMPTS, N_SEEDS, NUMERIC, rows, run
+
+from baseline_methods import METHODS
+from evaluation import continuation_perplexities
+from experiment.conditions import vector_names
+from experiment.run import Run
+from maps.comparison_maps import KINDS
+from model_loading import load_model
+from phases.choose_alphas import trait_costs
+from run_experiment import PersonaTransferExperiment
+from steered_generation import SteeredGenerator
+from support.artifacts import load_json, load_tensors, save_tensors
+from support.journal import rows_of
+from texts.personas import load_prompts
+
+pytestmark = pytest.mark.usefixtures("no_drawing")
+N_PER_CELL = N_PROMPTS * N_SEEDS
+
+
+def outputs(folder):
+    return [row["output"] for row in rows(folder)]
+
+
+def steered_by_hand(settings, folder, chosen):
+    """Return the texts of rows that are steered by the folder's vectors, one at a time."""
+    content, found = load_tensors(folder / "persona_vectors.pt"), []
+    model, tokenizer = load_model(settings["target_model"])
+    norms = {
+        target: norm["median"]
+        for (_, target), norm in zip(content["layer_pairs"], content["residual_norms"], strict=True)
+    }
+    unit = settings.get("alpha_unit", "absolute")
+    for row in chosen:
+        names = vector_names(row["condition"])
+        vectors = content["vectors"][row["persona"]][names[row["prompt_idx"] % len(names)]]
+        with SteeredGenerator(model, tokenizer, alpha_unit=unit, residual_norms=norms) as generator:
+            for (_, layer), vector in zip(content["layer_pairs"], vectors, strict=True):
+                generator.register_steering(layer, vector, row["alpha"])
+            shown = row["prompt"]
+            if "system_prompt" in settings:
+                shown = tokenizer.apply_chat_template(
+                    [
+                        {"role": "system", "content": settings["system_prompt"]},
+                        {"role": "user", "content": shown},
+                    ],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            found.append(generator.generate(shown, settings["max_new_tokens"], seed=row["seed"]))
+    return found
+
+
+def test_texts_are_those_of_the_stored_vectors(tiny, finished):
+    chosen = [row for row in rows(finished) if row["alpha"]][:: N_PER_CELL - 1]
+    assert {row["condition"] for row in chosen} == set(METHODS)
+    assert steered_by_hand(tiny, finished, chosen) == [row["output"] for row in chosen]
+
+
+def test_texts_of_a_band_are_steered_at_all_its_blocks(band, finished_band):
+    chosen = [row for row in rows(finished_band) if row["alpha"]][::5]
+    assert {row["condition"] for row in chosen} == {"ridge_mapped", "shuffled_pairs", "oracle"}
+    assert steered_by_hand(band, finished_band, chosen) == [row["output"] for row in chosen]
+
+
+def test_every_condition_changes_some_text(finished):
+    unsteered = {(row["prompt"], row["seed"]): row["output"] for row in rows(finished)[:N_PER_CELL]}
+    for method in METHODS:
+        steered = [row for row in rows(finished) if row["condition"] == method and row["alpha"] == 4.0]
+        assert any(row["output"] != unsteered[row["prompt"], row["seed"]] for row in steered), method
+
+
+def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
+    content = load_tensors(finished / "persona_vectors.pt")
+    drawn = [name for condition in ("other_persona", "random_direction") for name in vector_names(condition)]
+    mapped = [name for kind in KINDS for name in vector_names(kind)]
+    assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
+    for persona, by_name in content["vectors"].items():
+        assert set(by_name) == {*METHODS, *mapped, *drawn}
+        for vector, width in [
+            *((each, 48) for each in by_name.values()),
+            (content["source_vectors"][persona], 32),
+        ]:
+            assert vector.shape == (1, width)
+            assert vector.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["random_direction", "shuffled_pairs"])
+def test_the_three_draws_of_a_control_are_rotated_over_the_prompts(method, tiny, out):
+    content = load_tensors(out / "persona_vectors.pt")
+    for vectors in content["vectors"].values():
+        for draw in (1, 3):
+            vectors[f"{method}_{draw}"].zero_()
+    save_tensors(out / "persona_vectors.pt", content)
+    assert run(out, {**tiny, "methods": [method, "oracle"], "alpha_values": [40.0]}, "--phase", "4") == 0
+    written = rows(out)
+    unsteered = {(row["prompt_idx"], row["seed"]): row["output"] for row in written[:N_PER_CELL]}
+    changed = {
+        row["prompt_idx"]
+        for row in written
+        if row["condition"] == method and row["output"] != unsteered[row["prompt_idx"], row["seed"]]
+    }
+    assert changed == {prompt for prompt in range(N_PROMPTS) if prompt % 3 == 1}
+
+
+def test_residual_norm_is_the_unit_of_alpha(tiny, finished, out):
+    (norm,) = load_json(finished / "persona_similarities.json")["residual_norms"]
+    alphas = [alpha / norm["median"] for alpha in tiny["alpha_values"]]
+    unit = {**tiny, "alpha_values": alphas, "alpha_unit": "residual_norm"}
+    assert run(out, unit, "--phase", "4") == 0
+    assert outputs(out) == outputs(finished)
+
+
+def test_steering_from_the_response_on_changes_steered_texts_alone(tiny, finished, out):
+    assert run(out, {**tiny, "steer_positions": "response"}, "--phase", "4") == 0
+    assert outputs(out)[:N_PER_CELL] == outputs(finished)[:N_PER_CELL]
+    assert outputs(out) != outputs(finished)
+
+
+def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny, out):
+    alphas = {"loud": [4.0], "numeric": [1.0, 4.0]}
+    settings = {**tiny, "methods": ["other_persona", "ridge_mapped"], "alpha_values": alphas}
+    assert run(out, settings, "--phase", "4") == 0
+    vectors = load_tensors(out / "persona_vectors.pt")["vectors"]
+    cells = {}
+    for row in rows(out):
+        cells.setdefault((row["persona"], row["condition"], row["alpha"]), []).append(row["output"])
+    tried = {
+        (name, method, alpha) for name in alphas for method in settings["methods"] for alpha in alphas[name]
+    }
+    assert set(cells) == {(None, "baseline", None), *tried}
+    for name, other in (("loud", "numeric"), ("numeric", "loud")):
+        for drawn in vector_names("other_persona"):
+            assert torch.equal(vectors[name][drawn], vectors[other]["ridge_mapped"])
+        assert cells[name, "other_persona", 4.0] == cells[other, "ridge_mapped", 4.0]
+    assert cells["loud", "other_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
+
+
+def test_alphas_by_method_are_tried_with_the_oracles_beside_them(tiny, out):
+    alphas = {"loud": {"oracle": 4.0, "ridge_mapped": 2.0}, "numeric": [1.0, 4.0]}
+    methods = ["zero_pad", "ridge_mapped", "oracle"]
+    assert run(out, {**tiny, "methods": methods, "alpha_values": alphas}) == 0
+    cells = {(row["condition"], row["alpha"]) for row in rows(out) if row["persona"] == "loud"}
+    assert cells == {("zero_pad", 4.0), ("ridge_mapped", 2.0), ("ridge_mapped", 4.0), ("oracle", 4.0)}
+    verdict = load_json(out / "verdict.json")
+    assert verdict["personas"]["loud"]["alphas"] == {"zero_pad": 4.0, "ridge_mapped": 2.0, "oracle": 4.0}
+    assert set(verdict["at_oracle_alpha"]) == {"loud"}
+    assert set(verdict["at_oracle_alpha"]["loud"]["alphas"].values()) == {4.0}
+    assert len(set(verdict["personas"]["numeric"]["alphas"].values())) == 1
+
+
+def test_plain_text_is_read_under_every_steering(finished):
+    found = load_json(finished / "side_effects.json")["personas"]
+    assert found == load_json(finished / "verdict.json")["plain_text_perplexity_ratios"]
+    assert set(found) == {"loud", "numeric"}
+    assert all(set(ratios) == set(METHODS) for ratios in found.values())
+    ratios = [ratio for of_persona in found.values() for ratio in of_persona.values()]
+    assert all(0.2 < ratio < 50 for ratio in ratios)
+    assert len({round(ratio, 6) for ratio in ratios}) == len(ratios)
+
+
+def test_what_a_trait_costs_is_the_perplexity_ratio_of_its_labelled_texts(tiny, tmp_path):
+    labelled = {
+        f"labelled_{side}_texts": [
+            f"{number} {text}" for number in range(5) for text in LOUD[f"{side}_texts"]
+        ]
+        for side in ("positive", "negative")
+    }
+    datasets = {"loud": {**LOUD, **labelled}, "numeric": NUMERIC}
+    config = {**tiny, "persona_datasets": datasets, "output_dir": str(tmp_path / "out")}
+    experiment = PersonaTransferExperiment(config)
+    source = experiment.inputs.source
+    found = trait_costs(Run(experiment.inputs, experiment.folder, experiment.executor))
+    experiment.close()
+    positive, negative = (
+        fmean(map(math.log, continuation_perplexities(source.model, source.tokenizer, [""] * 20, texts)))
+        for texts in labelled.values()
+    )
+    assert found == {"loud": pytest.approx(math.exp(positive - negative), rel=1e-4)}
+
+
+# Searched alphas
+
+
+def test_every_condition_is_tested_at_the_strongest_coherent_alpha_that_was_tried(finished_band):
+    methods = ("ridge_mapped", "shuffled_pairs", "oracle")
+    search = load_json(finished_band / "alpha_search.json")["alphas"]
+    found = {(entry["persona"], entry["method"]): entry for entry in search}
+    assert set(found) == {(name, method) for name in ("loud", "numeric") for method in methods}
+    middle = load_json(finished_band / "persona_similarities.json")["residual_norms"][1]["median"]
+    for entry in found.values():
+        tried = [point["alpha"] for point in entry["curve"]]
+        assert 1 < len(tried) <= 3
+        # The bracket is shared among the two blocks.
+        assert all(0.0999 * middle / 2 <= alpha <= 2.001 * middle / 2 for alpha in tried)
+        chosen = next(point for point in entry["curve"] if point["alpha"] == entry["alpha"])
+        assert chosen["is_coherent"] is entry["is_coherent"]
+        assert not any(point["is_coherent"] for point in entry["curve"] if point["alpha"] > entry["alpha"])
+    assert len({entry["alpha"] for entry in found.values()}) > 1
+    cells = {(row["persona"], row["condition"], row["alpha"]) for row in rows(finished_band)}
+    own = {(*cell, entry["alpha"]) for cell, entry in found.items()}
+    at_oracle = {(name, method, found[name, "oracle"]["alpha"]) for name, method in found}
+    assert cells == {(None, "baseline", None), *own, *at_oracle}
+    verdict = load_json(finished_band / "verdict.json")
+    for name, method in found:
+        assert verdict["personas"][name]["alphas"][method] == found[name, method]["alpha"]
+        assert verdict["at_oracle_alpha"][name]["alphas"][method] == found[name, "oracle"]["alpha"]
+
+
+def test_alphas_are_searched_on_development_prompts_alone(finished_band):
+    prompts = {row["prompt"] for row in rows_of(finished_band / "generation_journal.jsonl").values()}
+    tested = {row["prompt"] for row in rows(finished_band)}
+    assert prompts - tested == set(load_prompts("development_questions"))
+    assert not tested & set(load_prompts("development_questions"))
+
+
+def test_the_ratio_at_an_alpha_is_that_of_its_texts(finished_band):
+    evaluated = {}
+    for row in rows_of(finished_band / "evaluation_journal.jsonl").values():
+        if row["prompt"] in load_prompts("development_questions"):
+            cell = row["condition"], row["persona"], row["alpha"]
+            evaluated.setdefault(cell, {})[row["prompt"], row["seed"]] = row["independent_perplexity"]
+    (unsteered,) = (found for (condition, _, _), found in evaluated.items() if condition == "baseline")
+    for entry in load_json(finished_band / "alpha_search.json")["alphas"]:
+        for point in entry["curve"]:
+            steered = evaluated[entry["method"], entry["persona"], point["alpha"]]
+            pairs = [(steered[text], unsteered[text]) for text in steered]
+            logs = [math.log(one / other) for one, other in pairs if None not in (one, other)]
+            assert len(logs) == point["n_pairs"] > 0
+            assert math.exp(fmean(logs)) == pytest.approx(point["perplexity_ratio"])
+
+
+def test_a_band_has_the_maps_and_norms_of_its_layer_pairs(finished_band):
+    content = load_tensors(finished_band / "persona_vectors.pt")
+    assert content["layer_pairs"] == [[0, 1], [2, 3]]
+    for index, folder in enumerate((finished_band / "layers" / "0_1", finished_band)):
+        mapping, results = load_tensors(folder / "ridge_mapping.pt"), load_json(folder / "cv_results.json")
+        assert [mapping["source_layer"], mapping["target_layer"]] == content["layer_pairs"][index]
+        assert content["residual_norms"][index] == results["target_residual_norm"]
+        for persona, vectors in content["vectors"].items():
+            mapped = content["source_vectors"][persona][index] @ mapping["W"].float()
+            assert torch.allclose(vectors["ridge_mapped"][index], mapped / mapped.norm(), atol=1e-5)
