@@ -24,11 +24,7 @@ class BaselineTransfer:
     """
 
     def __init__(self, d_source: int, d_target: int, seed: int = 0) -> None:
-        if d_source < 1 or d_target < 1:
-            raise InputError(f"widths are {d_source} and {d_target}, expected positive integers")
-        self.d_source = d_source
-        self.d_target = d_target
-        self.seed = seed
+        self.d_source, self.d_target, self.seed = d_source, d_target, seed
 
     def zero_pad(self, v_source: Tensor) -> Tensor:
         """Return v_source followed by zeros; cut it where the target is narrower."""

@@ -1,10 +1,8 @@
 """Measure steered text: fluency, repetition, trait strength (phase 5).
 
-Every metric of every text may be missing (an empty text, a judgement that failed, a persona without a trait
-scorer). Missing is None, never a default, and is counted in the aggregation.
-
-The target's own perplexity rewards repetition loops; it is to be read beside the repetition rate and the
-perplexity of an independent model.
+A metric of a text may be missing (None): of an empty text, of a judgement that failed, of a persona without a
+trait scorer. The target's own perplexity rewards repetition loops, so it is to be read beside the repetition
+rate and the perplexity of an independent model.
 """
 
 import logging
@@ -12,24 +10,21 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, fields
-from itertools import chain
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from itertools import chain, compress
+from typing import Any
 
 import torch
 from scipy import stats
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, filler_token_id, pad_tokens, plain_model
-from scoring.cached_judge import CachedJudge
 from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
 from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
-from scoring.judge_answers import Judgement
-from scoring.local_judge import LocalJudge
+from scoring.judge_answers import Judge, Judgement
 from support.errors import InputError
 from texts.chat import Prompt, plain_text, prompt_text
 from texts.encoding import encode_continuations
@@ -52,91 +47,65 @@ TRAIT_SUFFIX = "_probability"  # a trait scorer's column ends so, which is how `
 TRAIT_COLUMN = "trait_probability"
 CONFIDENCE = 0.95
 
-
-class TraitScorer(Protocol):
-    """A persona's trait scorer, as `scoring.trait_classifier` and `scoring.likelihood_ratio` load them."""
-
-    threshold: float
-
-    def score(self, texts: Sequence[str]) -> list[float | None]:
-        """Return each text's probability of the trait, None for an empty text."""
+Row = Mapping[str, Any]  # of a table: a text, what is known of it, and its metrics
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All metrics of one text; None means missing.
-
-    perplexity: of the continuation given its prompt, by the evaluated model without steering.
-    independent_perplexity: the same by another model with its own tokenizer.
-    repetition: share of 3-grams of words and marks that occurred before in the text, 0 to 1.
-    is_collapsed: whether repetition is above 0.5.
-    distinct_1, distinct_2: different uni- and bigrams / all of them (Li et al. 2016).
-    trait_scores: column of a scorer -> score for the trait of the text's persona.
-    trait_probabilities: persona -> score for its trait, also of personas that the text was not steered for.
-    classifier_auc: cross-validated AUC of the scorer that gives `trait_probabilities`, if it has one.
-    gpt4_coherence_score, gpt4_trait_score: 1 to 5; gpt4_failure says why one is missing.
-    """
+    """All metrics of one text; None means missing."""
 
     condition: str
     persona: str | None
     alpha: float | None
-    perplexity: float | None
-    independent_perplexity: float | None
-    repetition: float | None
-    is_collapsed: bool | None
-    distinct_1: float | None
-    distinct_2: float | None
+    perplexity: float | None  # of the text given its prompt, by the evaluated model without steering
+    independent_perplexity: float | None  # the same by another model with its own tokenizer
+    repetition: float | None  # share of 3-grams of words and marks that occurred before in the text
+    is_collapsed: bool | None  # repetition above 0.5
+    distinct_1: float | None  # different words and marks / all of them (Li et al. 2016)
+    distinct_2: float | None  # the same of pairs
     n_words: int
     n_characters: int
-    trait_scores: dict[str, float | None]
-    trait_probabilities: dict[str, float | None]
-    classifier_auc: float | None
-    gpt4_coherence_score: float | None
-    gpt4_trait_score: float | None
-    gpt4_failure: str | None
+    trait_scores: dict[str, float | None]  # column of a scorer -> score for the trait of the text's persona
+    trait_probabilities: dict[str, float | None]  # persona -> score for its trait, by one of the scorers
+    classifier_auc: float | None  # cross-validated AUC of that scorer, if it has one
+    gpt4_coherence_score: float | None  # 1 to 5
+    gpt4_trait_score: float | None  # 1 to 5
+    gpt4_failure: str | None  # why one of the two is missing
 
     def row(self) -> dict[str, Any]:
         """Return all fields as a row of a table, each trait score under its column."""
-        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        row = {each.name: getattr(self, each.name) for each in fields(self)}
         return row | row.pop("trait_scores")
 
 
+@dataclass
 class Evaluator:
     """Evaluate texts that a model wrote.
 
     model, tokenizer: the target, without steering; gives `perplexity`.
     use_gpt4: ask `judge` (by default a GPTJudge that reads OPENAI_API_KEY) for both scores.
-    scorers: column -> persona -> trait scorer; a column ends in `_probability`.
+    scorers: column -> persona -> trait scorer, such as a TraitClassifier; a column ends in `_probability`.
     descriptions: persona -> description for the judge. eval_prompts: persona -> judging prompt that replaces
         ours, with the places {question} and {answer}.
     independent: (model, tokenizer) for `independent_perplexity`.
     batch_size: texts in a batch for perplexity; halved when memory runs out.
     every_persona: the column whose scorers score every text for every persona.
+    Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        use_gpt4: bool = False,
-        judge: GPTJudge | LocalJudge | CachedJudge | None = None,
-        scorers: Mapping[str, Mapping[str, TraitScorer]] | None = None,
-        descriptions: Mapping[str, str] | None = None,
-        eval_prompts: Mapping[str, str] | None = None,
-        independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
-        batch_size: int = 8,
-        every_persona: str = TRAIT_COLUMN,
-    ) -> None:
-        """Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column."""
-        self.model = model
-        self.tokenizer = tokenizer
-        self.judge = (judge or GPTJudge()) if use_gpt4 else None
-        self.scorers = dict(scorers or {})
-        self.descriptions = dict(descriptions or {})
-        self.eval_prompts = dict(eval_prompts or {})
-        self.independent = independent
-        self.batch_size = batch_size
-        self.every_persona = every_persona
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    use_gpt4: bool = False
+    judge: Judge | None = None
+    scorers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    eval_prompts: Mapping[str, str] = field(default_factory=dict)
+    independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    batch_size: int = 8
+    every_persona: str = TRAIT_COLUMN
+
+    def __post_init__(self) -> None:
+        self.judge = (self.judge or GPTJudge()) if self.use_gpt4 else None
         for column in self.scorers:
             if not column.endswith(TRAIT_SUFFIX):
                 raise ValueError(
@@ -155,24 +124,21 @@ class Evaluator:
         row = {"prompt": prompt, "output": output, "condition": condition, "persona": persona, "alpha": alpha}
         return self.evaluate_batch([row])[0]
 
-    def evaluate_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[EvaluationResult]:
+    def evaluate_batch(self, rows: Sequence[Row]) -> list[EvaluationResult]:
         """Return the metrics of each row, in order.
 
         rows: `prompt` (a text or messages), `output` (the continuation without the prompt), `condition`, and
         optionally `persona` (whose trait is scored) and `alpha`.
         """
-        prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
-        own, independent = (
-            continuation_perplexities(*pair, prompts, outputs, self.batch_size)
-            if pair
-            else [None] * len(rows)
-            for pair in ((self.model, self.tokenizer), self.independent)
-        )
-        return self.score(rows, own, independent)
+        texts = [row["prompt"] for row in rows], [row["output"] for row in rows]
+        own = continuation_perplexities(self.model, self.tokenizer, *texts, self.batch_size)
+        if self.independent is None:
+            return self.score(rows, own, [None] * len(rows))
+        return self.score(rows, own, continuation_perplexities(*self.independent, *texts, self.batch_size))
 
     def score(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Row],
         perplexities: Sequence[float | None],
         independent: Sequence[float | None],
     ) -> list[EvaluationResult]:
@@ -182,7 +148,7 @@ class Evaluator:
 
     def score_each(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Row],
         perplexities: Sequence[float | None],
         independent: Sequence[float | None],
         wanted: Sequence[int] | None = None,
@@ -226,21 +192,17 @@ class Evaluator:
         """Return metrics by condition, persona and alpha; see `aggregate`."""
         return aggregate([result.row() for result in results])
 
-    def _trait_scores(self, column: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+    def _trait_scores(self, column: str, rows: Sequence[Row]) -> list[dict[str, float | None]]:
         """Return persona -> score of each row's text, for the row's persona or for every persona."""
         scores: list[dict[str, float | None]] = [{} for _ in rows]
         for persona, scorer in self.scorers[column].items():
-            scored = [
-                index
-                for index, row in enumerate(rows)
-                if column == self.every_persona or row.get("persona") == persona
-            ]
-            found = scorer.score([rows[index]["output"] for index in scored])
-            for index, score in zip(scored, found, strict=True):
-                scores[index][persona] = score
+            is_read = [column == self.every_persona or row.get("persona") == persona for row in rows]
+            found = scorer.score([row["output"] for row in compress(rows, is_read)])
+            for of_row, score in zip(compress(scores, is_read), found, strict=True):
+                of_row[persona] = score
         return scores
 
-    def _judged(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, list[Judgement]]]]:
+    def _judged(self, rows: Sequence[Row]) -> Iterator[list[tuple[int, list[Judgement]]]]:
         """Yield (index of the row, its judgements) of the rows that a new judgement completes.
 
         A row's prompts are asked one after the other, and equal prompts once.
@@ -262,14 +224,14 @@ class Evaluator:
         if n_failed := sum(len(waiting[prompt]) for prompt, found in known.items() if found.failure):
             logger.warning("%d judgements failed and are missing", n_failed)
 
-    def _judging_prompts(self, row: Mapping[str, Any]) -> list[str]:
+    def _judging_prompts(self, row: Row) -> list[str]:
         """Return the judging prompts for coherence and, if the row has a persona, for its trait."""
-        texts = {"prompt": plain_text(row["prompt"]), "output": row["output"]}
-        prompts = [COHERENCE_PROMPT.format(**texts)]
-        if name := row.get("persona"):
-            own = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
-            prompts.append(trait_prompt(name, *own, **texts))
-        return prompts
+        prompt, output, name = plain_text(row["prompt"]), row["output"], row.get("persona")
+        coherence = COHERENCE_PROMPT.format(prompt=prompt, output=output)
+        if not name:
+            return [coherence]
+        own = self.descriptions.get(name, ""), self.eval_prompts.get(name, "")
+        return [coherence, trait_prompt(name, *own, prompt, output)]
 
 
 def continuation_perplexities(
@@ -292,64 +254,47 @@ def continuation_perplexities(
         raise InputError(f"got {len(prompts)} prompts and {len(outputs)} outputs; give one output a prompt")
     texts = [prompt_text(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
     pairs = list(zip(texts, outputs, strict=True))
-    # The unsteered text is one row for each persona.
-    unique = list(dict.fromkeys(pairs))
+    unique = list(dict.fromkeys(pairs))  # the unsteered text is one row for each persona
     if not unique:
         return []
-    with nullcontext() if is_steered else unsteered(model):
-        values = _unique_perplexities(model, tokenizer, unique, batch_size)
-    known = dict(zip(unique, values, strict=True))
-    return [known[pair] for pair in pairs]
-
-
-def _unique_perplexities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[tuple[str, str]],
-    batch_size: int,
-) -> list[float | None]:
     limit = context_length(model, tokenizer)
-    whole = encode_continuations(tokenizer, texts, model)
-    n_cut = sum(len(tokens) > limit for tokens, _ in whole)
-    pairs = [(tokens[-limit:], max(1, start - max(0, len(tokens) - limit))) for tokens, start in whole]
-    scored = [index for index, (tokens, start) in enumerate(pairs) if start < len(tokens)]
-    if n_cut:
+    whole = encode_continuations(tokenizer, unique, model)
+    if n_cut := sum(len(tokens) > limit for tokens, _ in whole):
         logger.warning("%d texts exceed the context of %d tokens and lost their beginning", n_cut, limit)
+    cut = [(tokens[-limit:], max(1, start - max(0, len(tokens) - limit))) for tokens, start in whole]
+    scored = {pair: each for pair, each in zip(unique, cut, strict=True) if each[1] < len(each[0])}
+    with nullcontext() if is_steered else unsteered(model):
+        values = _perplexities(model, list(scored.values()), batch_size)
+    known = dict(zip(scored, values, strict=True))
+    return [known.get(pair) for pair in pairs]
 
+
+@torch.inference_mode()
+def _perplexities(
+    model: PreTrainedModel, texts: Sequence[tuple[list[int], int]], batch_size: int
+) -> list[float]:
+    """Return the perplexity of each text; texts: (tokens, index of the first scored token, 1 or more)."""
     before_scored = torch.empty(0)
 
     def run(indices: list[int]) -> list[float]:
         nonlocal before_scored
-        batch = [pairs[scored[index]] for index in indices]
+        batch = [texts[index] for index in indices]
         # With padding on the right causality hides it, and no mask is needed.
         tokens, _ = pad_tokens([ids for ids, _ in batch], filler_token_id(model), "right", model.device)
         before_scored = torch.zeros_like(tokens, dtype=torch.bool)
         for row, (ids, start) in enumerate(batch):
             before_scored[row, start - 1 : len(ids) - 1] = True
-        likelihood = _log_likelihoods(model, tokens, before_scored)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        # A model whose head cannot be narrowed returns the logits of all tokens.
+        logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
+        following = tokens.roll(-1, dims=1)[before_scored]
+        likelihood = token_log_likelihoods(logits, following.to(logits.device))
         parts = likelihood.split([len(ids) - start for ids, start in batch])
         return [math.exp(-part.mean().item()) for part in parts]
 
-    lengths = [len(pairs[index][0]) for index in scored]
     # Logits at the prompt's tokens would take most of the memory, and they are not needed.
     with narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]):
-        values = run_in_batches(run, lengths, batch_size, "perplexity")
-    perplexities: list[float | None] = [None] * len(pairs)
-    for index, value in zip(scored, values, strict=True):
-        perplexities[index] = value
-    return perplexities
-
-
-@torch.inference_mode()
-def _log_likelihoods(model: PreTrainedModel, tokens: Tensor, before_scored: Tensor) -> Tensor:
-    """Return log p of each token that follows a position in `before_scored`, (positions,) float64.
-
-    tokens, before_scored: (rows, positions). The head may return the logits at those positions alone.
-    """
-    logits = model(input_ids=tokens, use_cache=False).logits
-    logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
-    following = tokens.roll(-1, dims=1)[before_scored]
-    return token_log_likelihoods(logits, following.to(logits.device))
+        return run_in_batches(run, [len(ids) for ids, _ in texts], batch_size, "perplexity")
 
 
 def repetition_metrics(text: str) -> dict[str, Any]:
@@ -368,18 +313,17 @@ def repetition_metrics(text: str) -> dict[str, Any]:
     }
 
 
-def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Group rows by condition, persona and alpha, in the order in which groups first appear.
 
     rows: as `EvaluationResult.row` returns them, with `prompt_idx` and `has_ended` where they are known.
-    Each of METRICS, each trait score and `has_ended` becomes {mean, std, median, n, missing, low, high}:
-    the sample standard deviation (n - 1), None with fewer than two values; n counts values and `missing`
-    the rows without one; low and high are the 95 % interval of the mean, where all texts of a prompt count
-    as one, None with fewer than two prompts. `trait_change` is the difference of `trait_probability` to the
-    unsteered texts of the same prompt and persona, {mean, low, high, n} over prompts; None where either is
-    missing.
+    Each of METRICS, each trait score and `has_ended` becomes {mean, std, median, n, missing, low, high}: std
+    is the sample's (n - 1), n counts values and `missing` the rows without one; low and high are the 95 %
+    interval of the mean, where all texts of a prompt count as one. `trait_change` is the difference of
+    `trait_probability` to the unsteered texts of the same prompt and persona, {mean, low, high, n} over
+    prompts. None where there are too few values.
     """
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["condition"], row["persona"], row["alpha"]), []).append(row)
     trait_columns = dict.fromkeys(name for row in rows for name in row if name.endswith(TRAIT_SUFFIX))
@@ -394,37 +338,40 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _summary(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    values = [row.get(metric) for row in rows]
-    present = [float(value) for value in values if value is not None and math.isfinite(value)]
-    low, high = _interval(list(prompt_means(rows, metric).values()))
+def _summary(rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    by_prompt = _by_prompt(rows, metric)
+    present = list(chain.from_iterable(by_prompt.values()))
+    low, high = _interval(list(map(statistics.fmean, by_prompt.values())))
     return {
         "mean": statistics.fmean(present) if present else None,
         "std": statistics.stdev(present) if len(present) > 1 else None,
         "median": statistics.median(present) if present else None,
         "n": len(present),
-        "missing": len(values) - len(present),
+        "missing": len(rows) - len(present),
         "low": low,
         "high": high,
     }
 
 
-def _change(steered: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    after, before = (prompt_means(rows, TRAIT_COLUMN) for rows in (steered, baseline))
-    changes = [after[prompt] - before[prompt] for prompt in after.keys() & before.keys()]
+def _change(steered: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
+    after, before = (_by_prompt(rows, TRAIT_COLUMN) for rows in (steered, baseline))
+    changes = [
+        statistics.fmean(after[prompt]) - statistics.fmean(before[prompt])
+        for prompt in after.keys() & before.keys()
+    ]
     low, high = _interval(changes)
     mean = statistics.fmean(changes) if changes else None
     return {"mean": mean, "low": low, "high": high, "n": len(changes)}
 
 
-def prompt_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Return prompt -> mean over its texts; each row without `prompt_idx` counts as a prompt of its own."""
+def _by_prompt(rows: Sequence[Row], metric: str) -> dict[int, list[float]]:
+    """Return prompt -> finite values; each row without `prompt_idx` counts as a prompt of its own."""
     by_prompt: dict[int, list[float]] = {}
     for index, row in enumerate(rows):
         value = row.get(metric)
         if value is not None and math.isfinite(value):
             by_prompt.setdefault(row.get("prompt_idx", index), []).append(float(value))
-    return {prompt: statistics.fmean(values) for prompt, values in by_prompt.items()}
+    return by_prompt
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:

@@ -92,35 +92,17 @@ def load_model(
     Raises InputError: nothing to load at `name_or_path`, weights that do not fit the architecture there, or
         a model that is not causal.
     """
-    chosen_device = resolve_device(device)
-    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    place = resolve_device(device)
+    chosen = resolve_dtype(dtype, place)
+    options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     try:
-        location = _resolve_name(name_or_path)
-        if revision is not None and Path(location).exists():
-            raise InputError(f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine")
-        base = _base_of_adapter(location)
-        source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if revision is not None:
-            source["revision"] = revision
-        has_tokenizer = base is None or (Path(location) / TOKENIZER_CONFIG).exists()
-        tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **source)
-        placed = _quantised(quantization, chosen_device, chosen_dtype)
-        if device_map is not None:
-            placed |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
-        elif placed or _is_quantised(base or location, source):
-            placed["device_map"] = {"": chosen_device}  # quantised weights cannot be moved afterwards
-        model = _with_all_weights(base or location, dtype=chosen_dtype, **source, **placed)
-        if base is not None:
-            model = _with_adapter(model, location)
-        if "device_map" not in placed:
-            model = model.to(chosen_device)
+        model, tokenizer = _load(name_or_path, place, chosen, device_map, quantization, options)
     except InputError:
         raise
     except Exception as error:  # libraries and a repository's own code raise anything
         raise InputError(
             f"cannot load a causal language model from {name_or_path!r}: {_reason(error, name_or_path)}"
         ) from error
-    model.eval()
     if model.device.type == "meta":
         raise InputError(
             f"device_map {device_map!r} leaves the embeddings of {name_or_path!r} on disk; give them a device"
@@ -133,6 +115,34 @@ def load_model(
     return model, tokenizer
 
 
+def _load(
+    name_or_path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | dict[str, int | str] | None,
+    quantization: str,
+    options: Mapping[str, Any],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer, not yet checked; options: for every `from_pretrained`."""
+    location = _resolve_name(name_or_path)
+    if "revision" in options and Path(location).exists():
+        revision = options["revision"]
+        raise InputError(f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine")
+    base = _base_of_adapter(location)
+    has_tokenizer = base is None or (Path(location) / TOKENIZER_CONFIG).exists()
+    tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **options)
+    config = AutoConfig.from_pretrained(base or location, **options)
+    placed = _quantised(quantization, device, dtype)
+    if device_map is not None:
+        placed |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
+    elif placed or getattr(config, "quantization_config", None) is not None:
+        placed["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
+    model = _with_all_weights(base or location, dtype=dtype, **options, **placed)
+    if base is not None:
+        model = _with_adapter(model, location)
+    return (model if "device_map" in placed else model.to(device)).eval(), tokenizer
+
+
 def _quantised(quantization: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the option of `from_pretrained` that quantises weights; none for `none`."""
     if quantization not in QUANTIZATIONS:
@@ -143,19 +153,9 @@ def _quantised(quantization: str, device: torch.device, dtype: torch.dtype) -> d
         raise InputError(
             f"quantization {quantization!r} needs a CUDA device and the package bitsandbytes; choose 'none'"
         )
-    config = BitsAndBytesConfig(
-        load_in_8bit=quantization == "8bit",
-        load_in_4bit=quantization == "4bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-    )
+    widths = {"load_in_8bit": quantization == "8bit", "load_in_4bit": quantization == "4bit"}
+    config = BitsAndBytesConfig(**widths, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config}
-
-
-def _is_quantised(location: str, source: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint's weights are quantised."""
-    config = AutoConfig.from_pretrained(location, **source)
-    return getattr(config, "quantization_config", None) is not None
 
 
 def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ difference of two activations cancels it. So `predict` adds it and `transform` d
 """
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,12 @@ class HeldOutFold:
     U diag(1 / (s + lambda)) U'X'Y, so one decomposition serves every lambda: the held-out
     error is a quadratic form in the d_source numbers 1 / (s + lambda). (The spectral form
     of ridge regression: Hastie, Tibshirani & Friedman 2009, section 3.4.1.)
+
+    train, test: moments that are both centred on the training folds' means.
+    decomposed: a fold with the same Gram matrices, whose decomposition is used again.
     """
 
     def __init__(self, train: Moments, test: Moments, decomposed: "HeldOutFold | None" = None) -> None:
-        """Take moments that are both centred on the training folds' means.
-
-        decomposed: a fold with the same Gram matrices, whose decomposition is used again.
-        """
         self.train, self.test = train, test
         if decomposed is None:
             eigenvalues, self.basis = torch.linalg.eigh(train.gram)
@@ -117,12 +116,11 @@ class RidgeMapping:
     Minimises ||Y - X @ W||^2 + lambda * ||W||^2 for centred X (n, d_source) and Y (n, d_target),
     so W = solve(X'X + lambda I, X'Y) (Hoerl & Kennard 1970; specification, "Ridge Regression").
 
-    Give all pairs to `fit` or `cross_validate`, or give them in pieces to `partial_fit` and call
-    these without pairs: the result is the same to rounding.
+    Give all pairs to `fit` or `cross_validate`, or sum them up in pieces with `PairStatistics.add`, make the
+    map `from_statistics` and call these without pairs: the result is the same to rounding.
 
     lambda_unit: `absolute`, or `relative`: multiples of the mean diagonal of X'X, which gives
         a value the same meaning for models with other activation scales and other n.
-    n_folds, seed: the folds that `partial_fit` fills, see `PairStatistics`.
     source_layer, target_layer, source_model, target_model: where the activations come from, None
         if the caller does not set them. They are saved, so that a map can be used alone.
     Memory: what `PairStatistics` needs; `cross_validate` takes about twice as much again.
@@ -131,19 +129,11 @@ class RidgeMapping:
     axes of the target activations in columns, largest variance first.
     """
 
-    def __init__(
-        self,
-        d_source: int,
-        d_target: int,
-        lambda_unit: str = "absolute",
-        n_folds: int = 5,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, d_source: int, d_target: int, lambda_unit: str = "absolute") -> None:
         if lambda_unit not in LAMBDA_UNITS:
             raise InputError(f"lambda_unit {lambda_unit!r} is unknown; choose 'absolute' or 'relative'")
-        self.statistics = PairStatistics(d_source, d_target, n_folds, seed)
         self.d_source, self.d_target, self.lambda_unit = d_source, d_target, lambda_unit
-        self.n_folds, self.seed = n_folds, seed
+        self.statistics: PairStatistics | None = None
         self.source_layer: int | None = None
         self.target_layer: int | None = None
         self.source_model: str | None = None
@@ -160,18 +150,10 @@ class RidgeMapping:
 
     @classmethod
     def from_statistics(cls, statistics: PairStatistics, lambda_unit: str = "absolute") -> "RidgeMapping":
-        """Make an unfitted map on pairs that were summed before; the statistics are shared."""
-        widths = statistics.d_source, statistics.d_target
-        mapping = cls(*widths, lambda_unit, statistics.n_folds, statistics.seed)
+        """Make an unfitted map on pairs that are summed elsewhere; the statistics are shared."""
+        mapping = cls(statistics.d_source, statistics.d_target, lambda_unit)
         mapping.statistics = statistics
         return mapping
-
-    def partial_fit(
-        self, H_source: Tensor, H_target: Tensor, groups: Sequence[Hashable] | Tensor | None = None
-    ) -> "RidgeMapping":
-        """Add pairs for `fit` and `cross_validate`; returns self. See `PairStatistics.add`."""
-        self.statistics.add(H_source, H_target, groups)
-        return self
 
     def fit(
         self, H_source: Tensor | None = None, H_target: Tensor | None = None, lambda_: float = 1.0
@@ -179,14 +161,14 @@ class RidgeMapping:
         """Fit W and the means; returns self.
 
         H_source: (n, d_source), H_target: (n, d_target), any float dtype; solved in float64.
-        They replace the pairs given before; without them, the earlier pairs are used.
+        Without them, the map's statistics are used.
         Raises InputError: shapes that don't match, n < 2, lambda_ <= 0, non-finite input.
         """
-        _check_lambda(lambda_)
-        if H_source is not None or H_target is not None:
-            self._replace_pairs(H_source, H_target, self.n_folds, None, self.seed, split=False)
+        (lambda_,) = _checked_lambdas([lambda_])
+        if self._has_pairs(H_source, H_target):
+            self.statistics = PairStatistics(self.d_source, self.d_target).add(H_source, H_target)
         moments = self.statistics.total()
-        self.lambda_, self.lambda_absolute = float(lambda_), self.absolute_lambda(lambda_, moments.gram)
+        self.lambda_, self.lambda_absolute = lambda_, self.absolute_lambda(lambda_, moments.gram)
         self.W = solve_ridge(moments, self.lambda_absolute)
         self.source_mean, self.target_mean = moments.source_mean, moments.target_mean
         self.gram_eigenvalues = torch.linalg.eigvalsh(moments.gram).clamp(min=0)
@@ -199,15 +181,14 @@ class RidgeMapping:
         H_source: Tensor | None = None,
         H_target: Tensor | None = None,
         lambda_values: Sequence[float] = DEFAULT_LAMBDAS,
-        n_folds: int | None = None,
+        n_folds: int = 5,
         groups: Sequence[Hashable] | Tensor | None = None,
-        seed: int | None = None,
+        seed: int = 0,
         criterion: str = "pooled",
     ) -> tuple[float, dict[float, float]]:
         """Choose lambda by held-out error, then fit on all pairs at the best one.
 
-        Pairs replace the ones given before; n_folds, groups and seed (by default the constructor's)
-        say how to split them. Without pairs, the folds that `partial_fit` filled are used.
+        n_folds, groups, seed: how to split the pairs; statistics have folds of their own.
         groups: a document id for each row; a document is never split over folds.
         criterion: `pooled`: squared error over all target dimensions, in which those of large
             variance dominate; `standardised`: every target dimension scaled to variance 1.
@@ -219,15 +200,10 @@ class RidgeMapping:
         values = _checked_lambdas(lambda_values)
         if criterion not in LAMBDA_CRITERIA:
             raise InputError(f"criterion {criterion!r} is unknown; choose {' or '.join(LAMBDA_CRITERIA)}")
-        n_folds = self.n_folds if n_folds is None else n_folds
-        seed = self.seed if seed is None else seed
-        if H_source is not None or H_target is not None:
-            self._replace_pairs(H_source, H_target, n_folds, groups, seed)
-        elif groups is not None or n_folds != self.statistics.n_folds:
-            raise InputError(
-                f"the folds were filled by partial_fit ({self.statistics.n_folds} of them); give n_folds to "
-                "the constructor and groups to partial_fit, or the pairs to cross_validate"
-            )
+        if self._has_pairs(H_source, H_target):
+            folds_of_rows = assign_folds(len(H_source), n_folds, groups, seed)
+            statistics = PairStatistics(self.d_source, self.d_target, n_folds, seed)
+            self.statistics = statistics.add(H_source, H_target, groups, folds_of_rows)
         total = self.statistics.total()
         weights = target_weights(total)
         folds = [HeldOutFold(*self.statistics.split(fold)) for fold in range(self.statistics.n_folds)]
@@ -254,7 +230,7 @@ class RidgeMapping:
             "best_at_edge": at_edge,
             "n_rows": total.n,
             "n_folds": self.statistics.n_folds,
-            "seed": seed,
+            "seed": self.statistics.seed,
             "fold_sizes": self.statistics.n.tolist(),
             "n_groups": self.statistics.n_groups,
             "errors": by_lambda(pooled / (total.n * self.d_target)),
@@ -266,22 +242,18 @@ class RidgeMapping:
                 value: self._degrees_of_freedom(self.absolute_lambda(value, total.gram)) for value in values
             },
             **details,
-            **self._shuffled_control(values, seed),
+            **self._shuffled_control(values),
         }
         return best, self.cv["errors"]
 
     def transform(self, v_source: Tensor) -> Tensor:
         """Map directions, (d_source,) or (n, d_source), to the target, without intercept.
 
-        The map changes the length of a unit vector, often several times: steer with `unit_direction`,
+        The map changes the length of a unit vector, often several times: divide by the norm before steering,
         or alpha means another steering strength. Keeps device and floating dtype.
         Raises InputError: a wrong width, or a map that is not fitted.
         """
         return map_directions(self._fitted_W(), v_source)
-
-    def unit_direction(self, v_source: Tensor) -> Tensor:
-        """Map directions as `transform` does, and divide each by its L2 norm, for steering."""
-        return torch.nn.functional.normalize(self.transform(v_source), dim=-1)
 
     def predict(self, H_source: Tensor) -> Tensor:
         """Map activations, (d_source,) or (n, d_source), to the target, with intercept.
@@ -290,11 +262,8 @@ class RidgeMapping:
         """
         return map_activations(self._fitted_W(), self.source_mean, self.target_mean, H_source)
 
-    def analyze(self, vectors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    def analyze(self) -> dict[str, Any]:
         """Describe the fitted map.
-
-        vectors: name -> (d_target,), for example the native persona vectors; `predicted_energy` is
-        returned for each.
 
         effective_rank counts the singular values of W over 1 % of the largest (specification,
         "Analysis via SVD"). df is the effective degrees of freedom of each target dimension, the sum
@@ -313,18 +282,15 @@ class RidgeMapping:
             "df": self._degrees_of_freedom(self.lambda_absolute),
             **{f"held_out_{name}": cv.get(f"best_{name}") for name in HELD_OUT_R2},
             **{name: cv.get(name) for name in ("retrieval_accuracy", "retrieval_n", "shuffled_r2")},
-            "predicted_energy": {
-                name: self.predicted_energy(vector) for name, vector in (vectors or {}).items()
-            },
         }
 
     def predicted_energy(self, v_target: Tensor) -> dict[str, float]:
         """Return how much of a target direction lies where the map predicts well.
 
-        v_target: (d_target,). Its squared length is split over the principal axes of the target's
+        v_target: (d_target,), not 0. Its squared length is split over the principal axes of the target's
         activations. mean_r2 is the mean of the axes' held-out R2 (negative ones as 0), weighted by
-        these shares; share_well_predicted is the share on axes with an R2 of 0.5 or more.
-        Raises InputError: a wrong width, norm 0, or a map fitted without cross-validation.
+        these shares; share_well_predicted is the share on axes with an R2 of 0.5 or more. The map must
+        be cross-validated.
         """
         shares, r2 = self._energy_shares(v_target)
         return {
@@ -349,12 +315,6 @@ class RidgeMapping:
 
     def _energy_shares(self, v_target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shares of v_target's squared length on the principal axes, and the axes' R2."""
-        if self.cv is None:
-            raise InputError("held-out R2 is not known; call cross_validate() first")
-        if v_target.shape != (self.d_target,) or not v_target.any():
-            raise InputError(
-                f"v_target has shape {tuple(v_target.shape)}, expected ({self.d_target},), not 0"
-            )
         energy = (v_target.double().cpu() @ self.target_components).square()
         return energy / energy.sum(), torch.tensor(self.cv["best_r2_per_component"], dtype=torch.float64)
 
@@ -380,22 +340,11 @@ class RidgeMapping:
             raise InputError(f"{name} has no entry {error}; it is not a ridge mapping") from error
         return mapping
 
-    def _replace_pairs(
-        self,
-        H_source: Tensor | None,
-        H_target: Tensor | None,
-        n_folds: int,
-        groups: Sequence[Hashable] | Tensor | None,
-        seed: int,
-        split: bool = True,
-    ) -> None:
-        """Replace the earlier pairs by these; `split` says whether folds are needed."""
-        if H_source is None or H_target is None:
-            raise InputError("give both H_source and H_target, or neither after partial_fit")
-        statistics = PairStatistics(self.d_source, self.d_target, n_folds, seed)
-        statistics.check_pairs(H_source, H_target)
-        folds = assign_folds(len(H_source), n_folds, groups, seed) if split else None
-        self.statistics = statistics.add(H_source, H_target, groups, folds)
+    def _has_pairs(self, H_source: Tensor | None, H_target: Tensor | None) -> bool:
+        """Return whether pairs are given. Raises InputError: one side alone, or neither and no statistics."""
+        if (H_source is None) != (H_target is None) or (H_source is None and self.statistics is None):
+            raise InputError("give both H_source and H_target, or neither to a map made from_statistics")
+        return H_source is not None
 
     def _error_path(
         self, folds: Sequence[HeldOutFold], values: Sequence[float], weights: Tensor
@@ -415,27 +364,27 @@ class RidgeMapping:
             (fold.train, fold.test, fold.solution(self.absolute_lambda(best, fold.train.gram)))
             for fold in folds
         ]
-        by_component = [residual_squares(test, W, self.target_components) for _, test, W in solved]
-        residual, total = _summed(by_component)
-        summary = held_out_summary(self.statistics, solved, weights)
+        residual, total = _summed(
+            [residual_squares(test, W, self.target_components) for _, test, W in solved]
+        )
         # A principal axis without variance can be predicted by nothing; its R2 is set to 0.
         varying = total > torch.finfo(torch.float64).eps * total.max()
         r2 = torch.where(varying, 1 - residual / total.where(varying, 1.0), 0.0)
+        summary = held_out_summary(self.statistics, solved, weights)
+        kept = ("n_constant_dimensions", "retrieval_accuracy", "retrieval_n")
         return {
             "best_r2_median_dimension": summary["r2_median_dimension"],
             "best_r2_per_dimension": summary["r2_per_dimension"],
             "best_r2_per_component": r2.tolist(),
             "component_variance": (total / total.sum()).tolist(),
-            **{
-                name: summary[name] for name in ("n_constant_dimensions", "retrieval_accuracy", "retrieval_n")
-            },
+            **{name: summary[name] for name in kept},
         }
 
-    def _shuffled_control(self, values: Sequence[float], seed: int) -> dict[str, Any]:
+    def _shuffled_control(self, values: Sequence[float]) -> dict[str, Any]:
         """Return the best held-out R2 on shuffled pairs; None without a sample to shuffle."""
         if len(self.statistics.sample.rows) < 2:
             return {"shuffled_r2": None, "shuffled_best_lambda": None, "shuffled_n": 0}
-        shuffled = shuffled_pairs(self.statistics, seed)
+        shuffled = shuffled_pairs(self.statistics, self.statistics.seed)
         folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(shuffled.n_folds)]
         errors, total = self._error_path(folds, values, torch.ones(self.d_target, dtype=torch.float64))
         best = int(errors.argmin())
@@ -575,18 +524,13 @@ def _float_dtype(values: Tensor) -> torch.dtype:
 
 
 def _checked_lambdas(lambda_values: Sequence[float]) -> list[float]:
+    """Return the distinct values in order. Raises InputError: none, or one that is not finite and above 0."""
     if not lambda_values:
         raise InputError("lambda_values is empty; give at least one value")
-    values = sorted({float(value) for value in lambda_values})
-    for value in values:
-        _check_lambda(value)
-    return values
-
-
-def _check_lambda(lambda_: float) -> None:
-    """Raise InputError unless lambda is a finite number above 0."""
-    if not (lambda_ > 0 and lambda_ < float("inf")):
-        raise InputError(f"lambda is {lambda_}, expected a finite number above 0")
+    for value in lambda_values:
+        if not 0 < value < float("inf"):
+            raise InputError(f"lambda is {value}, expected a finite number above 0")
+    return sorted({float(value) for value in lambda_values})
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from ablations.samples import ablate_samples
 from analysis.results_table import effects_table, results_table
 from experiment.config import ExperimentConfig
 from experiment.executor import Executor, start_executor
-from experiment.inputs import Inputs, configured, load_inputs, read_personas_and_prompts
+from experiment.inputs import Inputs, configured, load_inputs, read_personas
 from experiment.plan import Row, SteeringVectors
 from experiment.run import Run
 from model_loading import quiet_transformers
@@ -79,7 +79,7 @@ class PersonaTransferExperiment:
     ) -> None:
         self.config, self._loaded = configured(config, source, target)
         self.fresh = fresh
-        read_personas_and_prompts(self.config)
+        read_personas(self.config)
         self.folder = RunFolder(Path(self.config.output_dir), fresh)
         check_writable(self.folder.path)
 

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
@@ -45,10 +46,8 @@ class ScoredText:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ScoredText":
         """Return the metrics of a row; a perplexity that a text of some words lacks counts as infinite."""
-        perplexity, repetition, trait = (
-            None if value is None or math.isnan(value) else value
-            for value in map(row.get, ("independent_perplexity", "repetition", "trait_probability"))
-        )
+        names = ("independent_perplexity", "repetition", "trait_probability")
+        perplexity, repetition, trait = (None if pd.isna(row.get(name)) else row[name] for name in names)
         if perplexity is None and row["output"].strip():
             perplexity = math.inf  # JSON holds no such number
         return cls(perplexity, repetition, trait)
@@ -61,7 +60,7 @@ class ScoredText:
     @property
     def is_infinite(self) -> bool:
         """Whether the perplexity says that the text is not coherent."""
-        return self.perplexity is not None and not math.isfinite(self.perplexity)
+        return self.perplexity is not None and not self.is_finite
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def search_alphas(
     bracket: tuple[float, float],
     bound: CoherenceBound = DEFAULT_BOUND,
     n_evaluations: int = 7,
-    trait_costs: Mapping[str, float] | None = None,
+    trait_costs: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[AlphaKey, ChosenAlpha]:
     """Return the strongest coherent alpha of each key.
 
@@ -153,28 +152,21 @@ def search_alphas(
     """
     _check_unsteered(unsteered)
     curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in keys}
-    bounds = {persona: bound.of_trait((trait_costs or {}).get(persona, 1.0)) for persona, _ in keys}
-    for round_idx in tqdm(
-        range(n_evaluations), desc="alpha search", unit="round", disable=HIDDEN, leave=False
-    ):
-        is_last = round_idx == n_evaluations - 1
-        asked = [(key, _next_alpha(curve, bracket, is_last)) for key, curve in curves.items()]
+    bounds = {persona: bound.of_trait(trait_costs.get(persona, 1.0)) for persona, _ in keys}
+    rounds = range(n_evaluations)
+    for number in tqdm(rounds, desc="alpha search", unit="round", disable=HIDDEN, leave=False):
+        asked = [(key, _next_alpha(curve, bracket, number == rounds[-1])) for key, curve in curves.items()]
         for (key, alpha), texts in zip(asked, measure(asked), strict=True):
             curves[key].append(compare(alpha, texts, unsteered, bounds[key[0]]))
     return {key: _choose(curve, bracket) for key, curve in curves.items()}
 
 
 def _check_unsteered(unsteered: Sequence[ScoredText]) -> None:
+    none = f"none of the {len(unsteered)} unsteered texts has a"
     if not any(text.is_finite for text in unsteered):
-        raise InputError(
-            f"none of the {len(unsteered)} unsteered texts has a finite perplexity to compare with; give "
-            "development prompts that the model continues, and a model that scores the texts"
-        )
+        raise InputError(f"{none} finite perplexity; give development prompts that the model continues")
     if all(text.repetition is None for text in unsteered):
-        raise InputError(
-            f"none of the {len(unsteered)} unsteered texts has a repetition rate to compare with, which "
-            "takes three words or marks; raise max_new_tokens"
-        )
+        raise InputError(f"{none} repetition rate, which takes three words or marks; raise max_new_tokens")
 
 
 def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_last: bool) -> float:
@@ -192,7 +184,7 @@ def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_la
 def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float]) -> ChosenAlpha:
     """Return the largest coherent alpha, or the lowest, which a search without any measured last."""
     curve = sorted(curve, key=lambda point: point.alpha)
-    best = max((point for point in curve if point.is_coherent), key=lambda p: p.alpha, default=curve[0])
+    best = next((point for point in reversed(curve) if point.is_coherent), curve[0])
     at = {bracket[0]: "lowest", bracket[1]: "highest"}.get(best.alpha, "inside")
     return ChosenAlpha(best.alpha, best.is_coherent, at, curve)
 
@@ -210,11 +202,8 @@ def compare(
     """
     pairs = list(zip(steered, unsteered, strict=True))
     ratio = perplexity_ratio(*([text.perplexity for text in texts] for texts in (steered, unsteered)))
-    rates = [
-        (text.repetition, before.repetition)
-        for text, before in pairs
-        if text.repetition is not None and before.repetition is not None
-    ]
+    rates = [(text.repetition, before.repetition) for text, before in pairs]
+    rates = [both for both in rates if None not in both]
     increase = fmean(rate for rate, _ in rates) - fmean(rate for _, rate in rates) if rates else None
     n_missing = sum(not text.is_finite for text in steered)
     more_missing = n_missing - sum(not text.is_finite for text in unsteered)
@@ -228,30 +217,21 @@ def compare(
         "repetition": increase is not None and increase > bound.max_repetition_increase,
     }
     reason = ", ".join(name for name, is_failed in failed.items() if is_failed) or None
+    n_pairs = sum(text.is_finite and before.is_finite for text, before in pairs)
     traits = [text.trait_probability for text in steered if text.trait_probability is not None]
-    return AlphaPoint(
-        alpha=alpha,
-        perplexity_ratio=ratio,
-        repetition_increase=increase,
-        n_pairs=sum(text.is_finite and before.is_finite for text, before in pairs),
-        n_missing=n_missing,
-        is_coherent=reason is None,
-        reason=reason,
-        trait_probability=fmean(traits) if traits else None,
-    )
+    trait = fmean(traits) if traits else None
+    return AlphaPoint(alpha, ratio, increase, n_pairs, n_missing, reason is None, reason, trait)
 
 
 def alphas_content(
-    alphas: Mapping[AlphaKey, ChosenAlpha],
-    bound: CoherenceBound,
-    trait_costs: Mapping[str, float] | None = None,
+    alphas: Mapping[AlphaKey, ChosenAlpha], bound: CoherenceBound, trait_costs: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return everything as numbers, strings, lists and dictionaries, as `alpha_search.json` holds it."""
     entries = [
         {"persona": persona, "method": method, **asdict(chosen)}
         for (persona, method), chosen in alphas.items()
     ]
-    return {"bound": asdict(bound), "trait_costs": dict(trait_costs or {}), "alphas": entries}
+    return {"bound": asdict(bound), "trait_costs": dict(trait_costs), "alphas": entries}
 
 
 def alphas_from_content(content: Mapping[str, Any]) -> dict[AlphaKey, ChosenAlpha]:
@@ -264,28 +244,6 @@ def alphas_from_content(content: Mapping[str, Any]) -> dict[AlphaKey, ChosenAlph
     return alphas
 
 
-def strongest_coherent(
-    table: pd.DataFrame,
-    persona: str,
-    condition: str,
-    alphas: Collection[float],
-    bound: CoherenceBound = DEFAULT_BOUND,
-) -> float:
-    """Return the strongest of a cell's listed alphas at which its texts are coherent, else the weakest.
-
-    table: from `results_table`.
-    """
-    coherent = []
-    for alpha in alphas:
-        steered, unsteered = (
-            [ScoredText.from_row(row) for row in texts.to_dict("records")]
-            for texts in paired_with_unsteered(table, persona, condition, alpha)
-        )
-        if compare(alpha, steered, unsteered, bound).is_coherent:
-            coherent.append(alpha)
-    return max(coherent, key=abs) if coherent else min(alphas, key=abs)
-
-
 def compared_alphas(
     table: pd.DataFrame,
     personas: Sequence[str],
@@ -294,17 +252,27 @@ def compared_alphas(
 ) -> dict[str, dict[str, float | None]]:
     """Return persona -> condition -> the alpha at which the verdict compares.
 
-    with_own_alphas: personas each of whose conditions has one alpha of its own, searched or given. For the
-    others it is the strongest listed alpha at which the oracle's texts are coherent, or the weakest.
+    table: from `results_table`. with_own_alphas: personas each of whose conditions has one alpha of its own,
+    searched or given. For the others it is the strongest listed alpha at which the oracle's texts are
+    coherent, or the weakest.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for persona in personas:
         alphas = condition_alphas(table, persona)
         common = None
-        if persona not in with_own_alphas and ORACLE in alphas:
-            common = strongest_coherent(table, persona, ORACLE, alphas[ORACLE], bound)
+        if persona not in with_own_alphas and (listed := alphas.get(ORACLE)):
+            coherent = [alpha for alpha in listed if _is_coherent(table, persona, alpha, bound)]
+            common = max(coherent, key=abs) if coherent else min(listed, key=abs)
         chosen[persona] = _at(common, alphas)
     return chosen
+
+
+def _is_coherent(table: pd.DataFrame, persona: str, alpha: float, bound: CoherenceBound) -> bool:
+    steered, unsteered = (
+        [ScoredText.from_row(row) for row in texts.to_dict("records")]
+        for texts in paired_with_unsteered(table, persona, ORACLE, alpha)
+    )
+    return compare(alpha, steered, unsteered, bound).is_coherent
 
 
 def oracle_alphas(

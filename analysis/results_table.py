@@ -7,7 +7,7 @@ here from the row: `judged_trait` and `brevity`. A missing number is NaN, also t
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,17 @@ Alphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> the
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the rows of `eval_results.json` as a table; see the module."""
-    unsteered = [row["output"] for row in rows if row["condition"] == UNSTEERED]
-    brief = brevity([row["output"] for row in rows], [row.get("has_ended") for row in rows], unsteered)
-    flat = []
-    for row, is_brief in zip(rows, brief, strict=True):
-        metrics = {name: value for name, value in row.items() if name != "trait_probabilities"}
-        scores = row.get("trait_probabilities") or {}
-        judged = row.get("gpt4_trait_score")
-        computed = {"judged_trait": None if judged is None else (judged - 1) / 4, "brevity": is_brief}
-        flat.append({**metrics, **{f"scored_as_{name}": scores[name] for name in scores}, **computed})
-    table = pd.DataFrame(flat)
+    table = pd.DataFrame(rows).drop(columns="trait_probabilities")
+    by_persona = pd.DataFrame([row["trait_probabilities"] for row in rows], index=table.index)
+    table = table.join(by_persona.add_prefix("scored_as_"))
     # A column without any value would hold None, which is no number.
-    return table.astype(dict.fromkeys(table.columns[table.isna().all()], float))
+    table = table.astype(dict.fromkeys(table.columns[table.isna().all()], float))
+    unsteered = table["output"][table["condition"] == UNSTEERED]
+    have_ended = [row["has_ended"] for row in rows]
+    return table.assign(
+        judged_trait=(table["gpt4_trait_score"] - 1) / 4,
+        brevity=np.array(brevity(table["output"], have_ended, unsteered), dtype=float),
+    )
 
 
 def cell(table: pd.DataFrame, persona: str, condition: str, alpha: float | None) -> pd.DataFrame:
@@ -53,11 +52,10 @@ def at_alphas(table: pd.DataFrame, persona: str, alphas: Mapping[str, float | No
 def condition_alphas(table: pd.DataFrame, persona: str) -> dict[str, list[float | None]]:
     """Return condition -> its alphas in the order of the table, without the unsteered text."""
     own = table[(table["persona"] == persona) & (table["condition"] != UNSTEERED)]
-    cells = own[["condition", "alpha"]].drop_duplicates()
-    alphas: dict[str, list[float | None]] = {}
-    for condition, alpha in zip(cells["condition"], cells["alpha"].tolist(), strict=True):
-        alphas.setdefault(condition, []).append(None if math.isnan(alpha) else alpha)
-    return alphas
+    return {
+        condition: [None if math.isnan(alpha) else alpha for alpha in alphas.unique().tolist()]
+        for condition, alphas in own.groupby("condition", sort=False)["alpha"]
+    }
 
 
 def prompt_means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -97,8 +95,8 @@ def cell_perplexity_ratio(
     table: pd.DataFrame, persona: str, condition: str, alpha: float | None
 ) -> float | None:
     """Return the perplexity ratio of a cell by the independent model, or None without perplexities."""
-    steered, unsteered = paired_with_unsteered(table, persona, condition, alpha)
-    return perplexity_ratio(steered["independent_perplexity"], unsteered["independent_perplexity"])
+    pairs = paired_with_unsteered(table, persona, condition, alpha)
+    return perplexity_ratio(*(texts["independent_perplexity"] for texts in pairs))
 
 
 def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
@@ -110,19 +108,16 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
     the trait; rate, rate_low, rate_high: the same corrected for the scorer's errors.
     """
 
-    @cache
-    def ratio(persona: str, condition: str, alpha: float | None) -> float | None:
-        return cell_perplexity_ratio(table, persona, condition, alpha)
-
-    plain = verdict["plain_text_perplexity_ratios"]
+    ratio = cache(partial(cell_perplexity_ratio, table))
     rows = []
     for compared_at, key in (("chosen alpha", "personas"), ("oracle alpha", "at_oracle_alpha")):
+        plain = verdict["plain_text_perplexity_ratios"] if key == "personas" else {}
         for persona, found in verdict[key].items():
             for scorer, decided in found["scorers"].items():
                 for condition, effect in decided["effects"].items():
                     alpha = found["alphas"][condition]
+                    recovery = decided["recovery"] if condition == MAPPED else None
                     rates = decided["rates"].get(condition) or {}
-                    of_plain = plain.get(persona, {}).get(condition) if key == "personas" else None
                     rows.append(
                         {
                             "persona": persona,
@@ -131,23 +126,22 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
                             "condition": condition,
                             "alpha": alpha,
                             "n_prompts": decided["n_prompts"],
-                            **_columns(effect, "effect", "low", "high"),
-                            "anti_steered": effect["anti_steered"],
+                            "effect": effect["estimate"],
+                            **{name: effect[name] for name in ("low", "high", "anti_steered")},
                             "p_mapped_over_it": effect["p_mapped_over_it"],
-                            **_columns(decided["recovery"] if condition == MAPPED else None, "recovery"),
+                            **_columns("recovery", recovery),
                             "rate_raw": rates.get("raw"),
-                            **_columns(rates.get("corrected"), "rate"),
+                            **_columns("rate", rates.get("corrected")),
                             "perplexity_ratio": ratio(persona, condition, alpha),
                             "verdict": found["verdict"],
                             "compared_at": compared_at,
-                            "plain_text_perplexity_ratio": of_plain,
+                            "plain_text_perplexity_ratio": plain.get(persona, {}).get(condition),
                         }
                     )
     return pd.DataFrame(rows)
 
 
-def _columns(interval: Mapping[str, Any] | None, name: str, *ends: str) -> dict[str, Any]:
+def _columns(name: str, interval: Mapping[str, float | None] | None) -> dict[str, float | None]:
     """Return an interval's numbers under the names of their columns."""
-    low, high = ends or (f"{name}_low", f"{name}_high")
-    found = interval or {}
-    return {name: found.get("estimate"), low: found.get("low"), high: found.get("high")}
+    ends = {"estimate": name, "low": f"{name}_low", "high": f"{name}_high"}
+    return {column: (interval or {}).get(end) for end, column in ends.items()}

@@ -16,18 +16,16 @@ def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[
     For `ridge_mapped` and `oracle`, by the scorer that scores every text for every persona; a persona that it
     does not know is left out.
     """
-    changes: dict[str, dict[str, dict[str, float]]] = {}
-    columns = {name: f"scored_as_{name}" for name in alphas if f"scored_as_{name}" in table}
+    found: dict[str, dict[str, dict[str, float]]] = {MAPPED: {}, ORACLE: {}}
+    columns = {f"scored_as_{name}": name for name in alphas if f"scored_as_{name}" in table}
     for persona, of_persona in alphas.items():
         texts = at_alphas(table, persona, of_persona)
-        means = texts.groupby("condition")[list(columns.values())].mean()
-        for method in (MAPPED, ORACLE):
+        means = texts.groupby("condition")[list(columns)].mean().rename(columns=columns)
+        for method, by_persona in found.items():
             if {method, UNSTEERED} <= set(means.index):
-                change = (means.loc[method] - means.loc[UNSTEERED]).dropna()
-                scored = {name: float(change[column]) for name, column in columns.items() if column in change}
-                if scored:
-                    changes.setdefault(method, {})[persona] = scored
-    return {method: changes[method] for method in (MAPPED, ORACLE) if method in changes}
+                by_persona[persona] = (means.loc[method] - means.loc[UNSTEERED]).dropna().to_dict()
+    rows = {method: {name: row for name, row in found[method].items() if row} for method in found}
+    return {method: by_persona for method, by_persona in rows.items() if by_persona}
 
 
 def strength_curves(
@@ -44,11 +42,12 @@ def strength_curves(
         if all(len(alphas) == 1 for alphas in by_condition.values()):
             continue
         found = {
-            condition: _points(table, persona, condition, alphas)
+            condition: points
             for condition, alphas in by_condition.items()
             if len(alphas) > 1 or condition in (MAPPED, ORACLE)
+            if (points := _points(table, persona, condition, alphas))
         }
-        if found := {condition: points for condition, points in found.items() if points}:
+        if found:
             curves[persona] = found
     return curves
 

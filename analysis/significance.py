@@ -44,7 +44,7 @@ def mean_interval(differences: Differences) -> Interval:
     return Interval(mean, *map(float, stats.t.interval(CONFIDENCE, len(differences) - 1, mean, error)))
 
 
-def sign_flip_p(differences: Differences, seed: int = 0) -> float:
+def sign_flip_p(differences: Differences) -> float:
     """Return the one-sided p of a mean over 0 under random signs: all of them, up to 12 prompts.
 
     The observed signs count as one of the draws, so p is never 0. `scipy.stats.permutation_test` does the
@@ -52,17 +52,17 @@ def sign_flip_p(differences: Differences, seed: int = 0) -> float:
     needs hundreds of tests.
     """
     tolerance = 1e-12 * np.abs(differences).sum()  # sums of the same numbers differ by rounding
-    signs = _signs(len(differences), seed)
+    signs = _signs(len(differences))
     n_at_least = np.sum(signs @ differences >= differences.sum() - tolerance)
     return float((1 + n_at_least) / (1 + len(signs)))
 
 
 @functools.lru_cache(maxsize=4)
-def _signs(n: int, seed: int) -> np.ndarray:
-    """Return rows of n signs each: all but the observed ones, or N_FLIPS that the seed draws."""
+def _signs(n: int) -> np.ndarray:
+    """Return rows of n signs each: all but the observed ones, or N_FLIPS that are drawn."""
     if n <= EXACT_PROMPTS:
         return np.array(list(itertools.product((1.0, -1.0), repeat=n))[1:])
-    return np.random.default_rng(seed).choice((1.0, -1.0), size=(N_FLIPS, n))
+    return np.random.default_rng(0).choice((1.0, -1.0), size=(N_FLIPS, n))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -74,7 +74,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def recovery(mapped: Differences, oracle: Differences, seed: int = 0) -> Interval:
+def recovery(mapped: Differences, oracle: Differences) -> Interval:
     """Return mean(mapped) / mean(oracle) with a bootstrap interval; prompts are resampled together.
 
     A resample in which the oracle's mean has the other sign counts as an infinite ratio; where more than the
@@ -84,27 +84,15 @@ def recovery(mapped: Differences, oracle: Differences, seed: int = 0) -> Interva
 
     def ratio(mapped: np.ndarray, oracle: np.ndarray, axis: int) -> np.ndarray:
         above, below = mapped.mean(axis=axis), oracle.mean(axis=axis)
-        is_sound = sign * below > 0
-        return np.where(is_sound, above / np.where(is_sound, below, 1.0), np.copysign(math.inf, sign * above))
+        return np.where(sign * below > 0, above / below, np.copysign(math.inf, sign * above))
 
-    with np.errstate(
-        invalid="ignore"
-    ):  # of the interval that scipy makes of infinite ratios, which is not used
-        resampled = stats.bootstrap(
-            (mapped, oracle),
-            ratio,
-            paired=True,
-            vectorized=True,
-            n_resamples=N_RESAMPLES,
-            method="percentile",
-            rng=seed,
-        )
-    ratios = resampled.bootstrap_distribution
+    options = {"paired": True, "n_resamples": N_RESAMPLES, "method": "percentile", "rng": 0}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = stats.bootstrap((mapped, oracle), ratio, **options).bootstrap_distribution
     estimate = float(mapped.mean() / oracle.mean()) if oracle.mean() else math.inf
     if np.mean(np.isinf(ratios)) > tail:
         return Interval(estimate, -math.inf, math.inf)
-    low, high = np.quantile(ratios, (tail, 1 - tail), method="nearest")
-    return Interval(estimate, float(low), float(high))
+    return Interval(estimate, *map(float, np.quantile(ratios, (tail, 1 - tail), method="nearest")))
 
 
 def fieller(mapped: Differences, oracle: Differences) -> Interval:
@@ -122,16 +110,13 @@ def fieller(mapped: Differences, oracle: Differences) -> Interval:
     return Interval(estimate, (b - root) / a, (b + root) / a)
 
 
-def equivalence_p(mapped: Differences, oracle: Differences, margin: float = MARGIN) -> float:
-    """Return p of two one-sided tests that mapped lies within 1 - margin to 1 + margin times the oracle.
+def equivalence_p(mapped: Differences, oracle: Differences) -> float:
+    """Return p of two one-sided tests that mapped lies within 1 - MARGIN to 1 + MARGIN times the oracle.
 
     Both bounds are paired differences of a prompt (mapped - 0.8 oracle and 1.2 oracle - mapped), so that the
     margin needs no estimate of the oracle's mean (Schuirmann 1987).
     """
-    return max(
-        one_sided_p(mapped - (1 - margin) * oracle),
-        one_sided_p((1 + margin) * oracle - mapped),
-    )
+    return max(map(one_sided_p, (mapped - (1 - MARGIN) * oracle, (1 + MARGIN) * oracle - mapped)))
 
 
 def one_sided_p(differences: Differences) -> float:
@@ -153,22 +138,17 @@ def corrected_rate(
     1998). None if the scorer is no better than chance.
     """
     (right_1, m_1), (right_0, m_0) = sensitivity, specificity
-    q_1, q_0 = right_1 / m_1, right_0 / m_0
-    if q_1 + q_0 <= 1:
-        return None
-    estimate = (rate + q_0 - 1) / (q_0 + q_1 - 1)
+    raw_gain = right_0 / m_0 + right_1 / m_1 - 1
     p = (rate * n + Z**2 / 2) / (n + Z**2)
     q_1, q_0 = (right_1 + 1) / (m_1 + 2), (right_0 + 1) / (m_0 + 2)
     gain = q_0 + q_1 - 1
-    if gain <= 0:
+    if raw_gain <= 0 or gain <= 0:
         return None
-    centre = min(1.0, max(0.0, (p + q_0 - 1) / gain))
+    estimate, centre = np.clip([(rate + right_0 / m_0 - 1) / raw_gain, (p + q_0 - 1) / gain], 0, 1).tolist()
     variance = p * (1 - p) / (n + Z**2)
     variance += (1 - centre) ** 2 * q_0 * (1 - q_0) / (m_0 + 2) + centre**2 * q_1 * (1 - q_1) / (m_1 + 2)
     half = Z * math.sqrt(variance) / gain
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    estimate = min(1.0, max(0.0, estimate))
-    return Interval(estimate, min(low, estimate), max(high, estimate))
+    return Interval(estimate, min(max(0.0, centre - half), estimate), max(min(1.0, centre + half), estimate))
 
 
 def prompts_needed(contrast: Differences) -> int | None:

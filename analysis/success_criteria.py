@@ -4,7 +4,6 @@ The specification says what a minimum viable and a strong result of the mapped v
 scale of 1 to 5. Its figures for the other conditions are expectations, to be shown beside what was measured.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -24,6 +23,12 @@ EXPECTED = {
 # The mapped vector needs at least this coherence and trait strength, and less than this collapse rate.
 CRITERIA = {"minimum": (3.5, 2.5, 0.30), "strong": (4.0, 3.5, 0.15)}
 SCORES = ["gpt4_coherence_score", "gpt4_trait_score"]
+MEASURES = {
+    "coherence": ("gpt4_coherence_score", "mean"),
+    "trait": ("gpt4_trait_score", "mean"),
+    "collapse_rate": ("is_collapsed", "mean"),
+    "n": ("is_collapsed", "size"),
+}
 
 
 def success(table: pd.DataFrame, alphas: Alphas) -> dict[str, Any]:
@@ -35,25 +40,16 @@ def success(table: pd.DataFrame, alphas: Alphas) -> dict[str, Any]:
     found = {}
     for persona, of_persona in alphas.items():
         judged = at_alphas(table, persona, of_persona).dropna(subset=SCORES)
-        by_condition = dict(iter(judged.groupby("condition")))
-        conditions = {name: _measured(by_condition[name]) for name in EXPECTED if name in by_condition}
-        if mapped := conditions.get(MAPPED):
-            reached = {name: _reaches(mapped, bounds) for name, bounds in CRITERIA.items()}
+        # A text too short to repeat itself, whose `is_collapsed` is missing, has not collapsed.
+        judged = judged.assign(is_collapsed=judged["is_collapsed"].eq(True))
+        by_condition = judged.groupby("condition").agg(**MEASURES).to_dict("index")
+        if mapped := by_condition.get(MAPPED):
+            reached = {
+                name: mapped["coherence"] >= coherence
+                and mapped["trait"] >= trait
+                and mapped["collapse_rate"] < collapse_rate
+                for name, (coherence, trait, collapse_rate) in CRITERIA.items()
+            }
+            conditions = {name: by_condition[name] for name in EXPECTED if name in by_condition}
             found[persona] = {"conditions": conditions, **reached}
     return found
-
-
-def _measured(judged: pd.DataFrame) -> dict[str, float]:
-    coherence, trait = (float(judged[name].mean()) for name in SCORES)
-    # A text too short to repeat itself, whose `is_collapsed` is missing, has not collapsed.
-    collapse_rate = float(judged["is_collapsed"].eq(True).mean())
-    return {"coherence": coherence, "trait": trait, "collapse_rate": collapse_rate, "n": len(judged)}
-
-
-def _reaches(measured: Mapping[str, float], bounds: tuple[float, float, float]) -> bool:
-    coherence, trait, collapse = bounds
-    return (
-        measured["coherence"] >= coherence
-        and measured["trait"] >= trait
-        and measured["collapse_rate"] < collapse
-    )

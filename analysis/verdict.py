@@ -6,7 +6,7 @@ cautious verdict stands. Why a verdict stands is data here; `reporting.tables` m
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -136,26 +136,23 @@ def decide_verdicts(
     a score that needs no validation says that it is validated.
     """
     texts = {persona: at_alphas(table, persona, of_persona) for persona, of_persona in alphas.items()}
-    found: dict[Key, Scores] = {}
-    n_left_out: dict[Key, int] = {}
-    for persona in alphas:
-        for scorer in validation.get(persona, {}):
-            key = (persona, scorer)
-            found[key], n_left_out[key] = effects(texts[persona], SCORERS[scorer].column)
-    adjusted = adjusted_p(found)
+    columns = {
+        (persona, scorer): SCORERS[scorer].column for persona in alphas for scorer in validation[persona]
+    }
+    found = {key: effects(texts[key[0]], column) for key, column in columns.items()}
+    adjusted = adjusted_p({key: differences for key, (differences, _) in found.items()})
     verdicts = {}
     for persona, of_persona in alphas.items():
         scorers = {}
-        for scorer, validated in validation.get(persona, {}).items():
-            key = (persona, scorer)
+        for scorer, validated in validation[persona].items():
+            differences, n_left_out = found[persona, scorer]
             scorers[scorer] = decide(
-                found[key],
-                adjusted[key],
+                differences,
+                adjusted[persona, scorer],
                 is_validated=validated["is_validated"],
                 problems=tuple(validated["problems"]),
-                n_left_out=n_left_out[key],
-                effects=_effects_by_condition(found[key], adjusted[key]),
-                rates=_rates(texts[persona], SCORERS[scorer].column, validated),
+                n_left_out=n_left_out,
+                rates=_rates(texts[persona], columns[persona, scorer], validated),
             )
         verdicts[persona] = Verdict(*_combined(scorers), scorers, of_persona)
     return verdicts
@@ -180,10 +177,8 @@ def adjusted_p(found: Mapping[Key, Scores]) -> dict[Key, dict[str, float]]:
     for key, differences in found.items():
         mapped = differences.get(MAPPED, np.array([]))
         if len(mapped) >= FEWEST_PROMPTS:
-            p_values[key, UNSTEERED] = sign_flip_p(mapped)
-            for name in CONTROLS:
-                if name in differences:
-                    p_values[key, name] = sign_flip_p(mapped - differences[name])
+            others = {UNSTEERED: 0.0, **{name: differences[name] for name in CONTROLS if name in differences}}
+            p_values |= {(key, name): sign_flip_p(mapped - other) for name, other in others.items()}
     adjusted: dict[Key, dict[str, float]] = {key: {} for key in found}
     for scorer in {scorer for _, scorer in found}:
         tests = [test for test in p_values if test[0][1] == scorer]
@@ -199,7 +194,13 @@ def decide(differences: Scores, p_values: Mapping[str, float], **known: Any) -> 
     the verdict that decide nothing.
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
-    known["n_prompts"] = n_prompts = len(next(iter(differences.values()), []))
+    n_prompts = len(next(iter(differences.values()), []))
+    known["n_prompts"] = n_prompts
+    if n_prompts >= FEWEST_PROMPTS:
+        known["effects"] = {
+            name: Effect(*astuple(mean_interval(values)), float(np.mean(values < 0)), p_values.get(name))
+            for name, values in differences.items()
+        }
     if missing := tuple(name for name in (ORACLE, MAPPED) if name not in differences):
         return ScorerVerdict("inconclusive", "no scores", missing=missing, **known)
     if n_prompts < FEWEST_PROMPTS:
@@ -233,42 +234,25 @@ def _decide_by_recovery(
     controls = [name for name in CONTROLS if name in differences]
     best = max(controls, key=lambda name: differences[name].mean())
     over, least = mapped - differences[best], NO_BETTER * known["native"].estimate
+    over_best = mean_interval(over)
     highest_p = max(p_values[name] for name in (*controls, UNSTEERED))
-    beats = highest_p < SIGNIFICANT
-    numbers = {
-        **known,
-        "best_control": best,
-        "over_best_control": mean_interval(over),
-        "highest_p": highest_p,
-    }
+    beats, needed = highest_p < SIGNIFICANT, None
     if beats and ratio.low > TRANSFERRED:
-        is_equivalent = known["equivalence_p"] < SIGNIFICANT
-        return ScorerVerdict(
-            "equivalent to native" if is_equivalent else "transferred", "best control", **numbers
-        )
-    if beats and ratio.high < 1:
-        return ScorerVerdict("partial", "best control", **numbers)
-    if not beats and numbers["over_best_control"].high < least:
-        return ScorerVerdict("not transferred", "best control", **numbers)
-    needed = _fewest_needed(mapped - TRANSFERRED * native) if beats else _fewest_needed(over, over - least)
-    return ScorerVerdict("inconclusive", "best control", prompts_needed=needed, **numbers)
+        verdict = "equivalent to native" if known["equivalence_p"] < SIGNIFICANT else "transferred"
+    elif beats and ratio.high < 1:
+        verdict = "partial"
+    elif not beats and over_best.high < least:
+        verdict = "not transferred"
+    else:
+        verdict = "inconclusive"
+        needed = _fewest_needed(*([mapped - TRANSFERRED * native] if beats else [over, over - least]))
+    known = {**known, "over_best_control": over_best, "highest_p": highest_p, "prompts_needed": needed}
+    return ScorerVerdict(verdict, "best control", best_control=best, **known)
 
 
 def _fewest_needed(*contrasts: np.ndarray) -> int | None:
     """Return the prompts that settle the first of these, each of which would decide the case in its way."""
     return min(filter(None, map(prompts_needed, contrasts)), default=None)
-
-
-def _effects_by_condition(differences: Scores, adjusted: Mapping[str, float]) -> dict[str, Effect]:
-    return {
-        name: Effect(
-            **asdict(mean_interval(values)),
-            anti_steered=float(np.mean(values < 0)),
-            p_mapped_over_it=adjusted.get(name),
-        )
-        for name, values in differences.items()
-        if len(values) >= FEWEST_PROMPTS
-    }
 
 
 def _rates(texts: pd.DataFrame, column: str, validated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -280,16 +264,13 @@ def _rates(texts: pd.DataFrame, column: str, validated: Mapping[str, Any]) -> di
     if None in known:
         return {}
     errors = [(rate["n_right"], rate["n"]) for rate in known]
-    scores = texts[column]
-    is_over = (scores > validated["threshold"]).where(scores.notna()).astype(float)
+    is_over = (texts[column] > validated["threshold"]).where(texts[column].notna()).astype(float)
     shares = prompt_means(texts.assign(is_over=is_over), "is_over")
-    return {
-        condition: {
-            "raw": (raw := float(shares[condition].mean())),
-            "corrected": corrected_rate(raw, int(shares[condition].count()), *errors),
-        }
-        for condition in shares
-    }
+    rates = {}
+    for condition, raw in shares.mean().items():
+        corrected = corrected_rate(float(raw), int(shares[condition].count()), *errors)
+        rates[condition] = {"raw": float(raw), "corrected": corrected}
+    return rates
 
 
 def _combined(scorers: Mapping[str, ScorerVerdict]) -> tuple[str, str, str | None, tuple[str, ...]]:

@@ -303,7 +303,7 @@ def write_with_generate(
     work: Work, setting: dict[str, float], rows: Sequence[int], timed_steps: int
 ) -> Written:
     """Write rows with one call of `model.generate`; steps that are not timed count as the mean one."""
-    clock, pad_id = StepClock(), pad_token_id(work.tokenizer)
+    clock, pad_id = StepClock(), pad_token_id(work.tokenizer, work.model)
     start = time.perf_counter()
     prompts = [work.prompts[row] for row in rows]
     encoded = work.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -601,7 +601,7 @@ def recorded_logits(
         return sampler.choose(logits, uniform[rows, step])
 
     tokens = [tokenizer(prompt).input_ids for prompt in prompts]
-    decode(model, tokens, choose, n_steps, pad_id=pad_token_id(tokenizer))
+    decode(model, tokens, choose, n_steps, pad_id=pad_token_id(tokenizer, model))
     return kept
 
 

@@ -296,7 +296,7 @@ def fit_blocks(n: int) -> float:
         return peak_memory()
     generator = torch.Generator().manual_seed(SEED)
     source, target = synthetic_pairs(BLOCK)
-    mapping = RidgeMapping(D_SOURCE, D_TARGET, "relative", N_FOLDS)
+    statistics = PairStatistics(D_SOURCE, D_TARGET, N_FOLDS)
     for index, start in enumerate(range(0, n, BLOCK)):
         kept = min(BLOCK, n - start)
         scale = 1 + 0.2 * np.sin(index)
@@ -304,8 +304,8 @@ def fit_blocks(n: int) -> float:
             scale * fixed[:kept] + 0.01 * torch.randn(kept, fixed.shape[1], generator=generator)
             for fixed in (source, target)
         ]
-        mapping.partial_fit(*noisy)
-    mapping.cross_validate(lambda_values=LAMBDAS)
+        statistics.add(*noisy)
+    RidgeMapping.from_statistics(statistics, "relative").cross_validate(lambda_values=LAMBDAS)
     return peak_memory()
 
 

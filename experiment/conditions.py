@@ -1,7 +1,7 @@
 """The table of conditions and the table of scorers: what a run compares, and by what it measures.
 
 Configuration, plan, verdict, figures, tables and report read these two tables, so that a new control is a row
-here and a function in `phases/make_vectors.py`, and a new scorer a row here and a module in `scoring/`.
+here and a function in `analysis/vector_transfer.py`, and a new scorer a row here and a module in `scoring/`.
 Nothing heavy is imported, since the command line reads this before torch.
 """
 
@@ -87,10 +87,10 @@ def condition_of(vector_name: str) -> str:
 class Scorer:
     """One measure of a trait, 0 to 1.
 
-    column: of the results table. module: in `scoring/`, with `load_scorers(names, personas)`, which returns
-    persona -> an object with `score(texts)` and `threshold`, and `scorer_key(personas)`, what these depend
-    on; None for a score that is computed elsewhere. scores_all: every text is scored for every persona, for
-    effects on traits that were not steered for.
+    column: of the results table; a trained scorer's ends in `_probability`. module: in `scoring/`, with
+        `load_scorers(names, personas)`, which returns persona -> an object with `score(texts)` and
+        `threshold`, and `scorer_key(personas)`, what these depend on; None for a score that is computed
+        elsewhere. A configuration may leave a trained scorer out by a key of its name that is false.
     """
 
     name: str
@@ -98,7 +98,6 @@ class Scorer:
     label: str
     colour: str
     module: str | None = None
-    scores_all: bool = False
 
     def load(self, names: Sequence[str], personas: Sequence[Any]) -> dict[str, Any]:
         """Return persona -> scorer, trained on the personas' labelled texts."""
@@ -110,7 +109,7 @@ class Scorer:
 
 
 _SCORERS = (
-    Scorer("classifier", "trait_probability", "classifier", "#0072b2", "scoring.trait_classifier", True),
+    Scorer("classifier", "trait_probability", "classifier", "#0072b2", "scoring.trait_classifier"),
     Scorer(
         "likelihood_ratio",
         "likelihood_probability",

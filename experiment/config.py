@@ -5,12 +5,11 @@ Unknown keys and values out of range are errors that name the key; `config_error
 the specification's, except where METHODOLOGY.md says why not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -55,32 +54,56 @@ DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "or
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
 
 
-def _text_if_string(value: Any) -> Any:
-    return check_characters(value, "it") if isinstance(value, str) else value
+def _if_string(check: Callable[[str], Any]) -> BeforeValidator:
+    """Return a validator that checks strings, and leaves other values to the field's type."""
 
+    def checked(value: Any) -> Any:
+        if isinstance(value, str):
+            check(value)
+        return value  # as given, since keys of artifacts hold it
 
-def _usable_path(value: str) -> str:
-    local_path(value)
-    return value  # as given: it is part of what artifacts were made from
+    return BeforeValidator(checked)
 
 
 # Upper bounds are where a run could never end, or where float32 and float64 would overflow.
 Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 Lambda = Annotated[float, Field(ge=1e-12, le=1e12, allow_inf_nan=False)]
+Lambdas = Annotated[list[Lambda], Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 LargeCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Samples = Annotated[int, Field(ge=10, le=10_000_000)]
 Layer = Annotated[int, Field(ge=0, le=LAST_LAYER)]
 Layers = Annotated[list[Layer], Field(min_length=1, max_length=1000)]
+LayerPairs = Annotated[list[tuple[Layer, Layer]], Field(min_length=1, max_length=1000)]
 Alphas = Annotated[list[float], Field(min_length=1, max_length=1000)]
 Method = Literal[METHODS]
-AlphasByMethod = Annotated[dict[Method, float], Field(min_length=1)]
-String = Annotated[str, BeforeValidator(_text_if_string)]
+String = Annotated[str, _if_string(check_characters)]
 Text = Annotated[String, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(max_length=100_000)]
 Prompt = Annotated[String, Field(pattern=r"\S")]
-LocalPath = Annotated[Text, AfterValidator(_usable_path)]
-Name = Annotated[str, BeforeValidator(lambda value: check_name(value) if isinstance(value, str) else value)]
+LocalPath = Annotated[str, _if_string(local_path), _if_string(check_characters), Field(min_length=1)]
+Name = Annotated[str, _if_string(check_name)]
+
+
+def _list_or_auto(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError("expected a list of numbers, such a list for each persona, or 'auto'")
+    return value
+
+
+# Each form has a tag, chosen by the type of what is given, so that errors are about that form alone.
+PersonaAlphas = Annotated[
+    Annotated[Alphas, Tag("tag-list")]
+    | Annotated[dict[Method, float], Field(min_length=1), Tag("tag-methods")],
+    Discriminator(lambda value: "tag-methods" if isinstance(value, dict) else "tag-list"),
+]
+AlphaValues = Annotated[
+    Annotated[Alphas, Tag("tag-list")]
+    | Annotated[dict[Name, PersonaAlphas], Tag("tag-personas")]
+    | Annotated[Literal["auto"], Tag("tag-auto")],
+    Discriminator(lambda value: {str: "tag-auto", dict: "tag-personas"}.get(type(value), "tag-list")),
+    BeforeValidator(_list_or_auto),
+]
 
 
 def _layer(value: Any) -> int | str | None:
@@ -90,14 +113,14 @@ def _layer(value: Any) -> int | str | None:
 
 
 def _device_map(value: Any) -> str | dict[str, int | str] | None:
-    if value is None or (isinstance(value, str) and value):
-        return _text_if_string(value)
-    places = value.items() if isinstance(value, dict) else [(None, None)]
-    for module, place in places:
-        is_place = isinstance(place, str) or (type(place) is int and 0 <= place <= 1000)
-        if not isinstance(module, str) or not is_place:
+    if value is None:
+        return None
+    places = value if isinstance(value, dict) else {"": value or None}
+    for module, place in places.items():
+        is_device = type(place) is int and isinstance(value, dict) and 0 <= place <= 1000
+        if not isinstance(module, str) or not (isinstance(place, str) or is_device):
             raise ValueError("expected 'auto' or the like, or an object from module names to devices")
-        check_characters(module, "it"), _text_if_string(place)
+        check_characters(f"{module}{place}")
     return value
 
 
@@ -156,34 +179,24 @@ class ExtractionConfig(_Strict):
     max_new_tokens: LargeCount = 64
 
 
-def _list_or_auto(value: Any) -> Any:
-    if isinstance(value, str) and value != "auto":
-        raise ValueError("expected a list of numbers, such a list for each persona, or 'auto'")
-    return value
-
-
 def _check_differ(name: str, values: list[Any]) -> None:
     if len(set(values)) != len(values):
         raise ValueError(f"{name} holds a value twice: {shown(values)}")
 
 
-def _form_of_alphas(value: Any) -> str:
-    return {str: "tag-auto", dict: "tag-personas"}.get(type(value), "tag-list")
+def alphas_of(given: Any, persona: str, method: str) -> Sequence[float | None]:
+    """Return the alphas at which a persona's method is tried: those listed, or its own and the oracle's.
 
-
-def _form_of_persona_alphas(value: Any) -> str:
-    return "tag-methods" if isinstance(value, dict) else "tag-list"
-
-
-def alphas_of_method(alphas: Sequence[float] | dict[str, float], method: str) -> Sequence[float]:
-    """Return the strengths at which a method is tried: those listed, or its own and the oracle's."""
+    given: a list, persona -> list, or persona -> method -> alpha.
+    """
+    alphas = given[persona] if isinstance(given, dict) else given
     if not isinstance(alphas, dict):
         return alphas
     return list(dict.fromkeys(alphas[name] for name in (method, ORACLE) if name in alphas))
 
 
 class AlphaSearchConfig(_Strict):
-    """The search for steering strengths when `alpha_values` is `auto`; see `analysis.alpha_search`.
+    """The search for alphas when `alpha_values` is `auto`; see `analysis.alpha_search`.
 
     bracket: the weakest and the strongest alpha to consider, in median block-output norms without massive
         dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
@@ -312,13 +325,7 @@ class ExperimentConfig(_Strict):
     n_training_samples: Samples = 5000
     mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
     mapping_positions: PairPositions = "aligned"
-    lambda_values: Annotated[list[Lambda], Field(min_length=1, max_length=1000)] = [
-        0.01,
-        0.1,
-        1.0,
-        10.0,
-        100.0,
-    ]
+    lambda_values: Lambdas = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: LambdaUnit = "absolute"
     lambda_criterion: LambdaCriterion = "pooled"
     n_folds: Annotated[int, Field(ge=2, le=1000)] = 5
@@ -337,22 +344,7 @@ class ExperimentConfig(_Strict):
     methods: Annotated[list[Method], Field(min_length=1)] = list(DEFAULT_METHODS)
     n_test_prompts: LargeCount = 30
     test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
-    alpha_values: Annotated[
-        Annotated[Alphas, Tag("tag-list")]
-        | Annotated[
-            dict[
-                Name,
-                Annotated[
-                    Annotated[Alphas, Tag("tag-list")] | Annotated[AlphasByMethod, Tag("tag-methods")],
-                    Discriminator(_form_of_persona_alphas),
-                ],
-            ],
-            Tag("tag-personas"),
-        ]
-        | Annotated[Literal["auto"], Tag("tag-auto")],
-        Discriminator(_form_of_alphas),
-        BeforeValidator(_list_or_auto),
-    ] = [0.5, 1.0, 2.0, 3.0, 5.0]
+    alpha_values: AlphaValues = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
     alpha_search: AlphaSearchConfig = AlphaSearchConfig()
     steer_positions: SteerPositions = "all"
@@ -363,9 +355,7 @@ class ExperimentConfig(_Strict):
     top_k: Annotated[int, Field(ge=0, le=10_000_000)] = 50
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
-    ablation_layer_pairs: (
-        Annotated[list[tuple[Layer, Layer]], Field(min_length=1, max_length=1000)] | None
-    ) = None
+    ablation_layer_pairs: LayerPairs | None = None
     ablation_samples: Annotated[list[Samples], Field(min_length=2, max_length=100)] | None = None
 
     use_gpt4: bool = False
@@ -390,31 +380,34 @@ class ExperimentConfig(_Strict):
             raise ValueError(
                 f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"
             )
-        if not self.persona_names:
-            raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
-        if len(self.persona_names) > MOST_PERSONAS:
-            raise ValueError(
-                f"{len(self.persona_names)} personas, expected at most {MOST_PERSONAS}; split the run"
-            )
-        check_names_differ(self.persona_names)
-        others = [name for name in self.methods if "other_personas" in CONDITIONS[name].needs]
-        if others and len(self.persona_names) < 2:
-            raise ValueError(f"methods has {others[0]!r}, another persona's vector; name a second persona")
+        self._check_personas()
         self._check_size()
         return self
 
+    def _check_personas(self) -> None:
+        n = len(self.persona_names)
+        if n == 0:
+            raise ValueError(f"personas is empty; name some of {', '.join(shipped_personas())}")
+        if n > MOST_PERSONAS:
+            raise ValueError(f"{n} personas, expected at most {MOST_PERSONAS}; split the run")
+        check_names_differ(self.persona_names)
+        others = [name for name in self.methods if "other_personas" in CONDITIONS[name].needs]
+        if others and n < 2:
+            raise ValueError(f"methods has {others[0]!r}, another persona's vector; name a second persona")
+
     def _check_layers(self) -> None:
-        given = [name for name in ("source_layer_idx", "target_layer_idx") if getattr(self, name) is not None]
+        sides = ("source", "target")
+        given = [f"{side}_layer_idx" for side in sides if getattr(self, f"{side}_layer_idx") is not None]
+        searched = [f"search_{side}_layers" for side in sides if getattr(self, f"search_{side}_layers")]
         if self.layer_idx in ("auto", "band") and given:
             raise ValueError(
                 f"layer_idx {self.layer_idx!r} chooses the blocks of both models; leave out {given[0]}"
             )
-        for name in ("search_source_layers", "search_target_layers"):
-            if self.layer_idx != "auto" and getattr(self, name) is not None:
-                raise ValueError(f'{name} is of use with "layer_idx": "auto" alone; leave it out')
-        for name in ("source_layer_idx", "target_layer_idx"):
-            if self.layer_idx is None and name not in given:
-                raise ValueError(f"{name} is not set; set layer_idx for both models, or this one")
+        if self.layer_idx != "auto" and searched:
+            raise ValueError(f'{searched[0]} is of use with "layer_idx": "auto" alone; leave it out')
+        missing = [f"{side}_layer_idx" for side in sides if f"{side}_layer_idx" not in given]
+        if self.layer_idx is None and missing:
+            raise ValueError(f"{missing[0]} is not set; set layer_idx for both models, or this one")
 
     def _check_alphas(self) -> None:
         given = self.alpha_values
@@ -424,17 +417,17 @@ class ExperimentConfig(_Strict):
             return
         if isinstance(given, dict) and (odd := set(self.persona_names) ^ set(given)):
             raise ValueError(
-                f"alpha_values has strengths for each persona, but {shown(sorted(odd)[0])} is in one of "
+                f"alpha_values has alphas for each persona, but {shown(sorted(odd)[0])} is in one of "
                 "alpha_values and personas alone; name the same ones in both"
             )
-        alphas = []
+        alphas: list[float] = []
         for persona, values in given.items() if isinstance(given, dict) else [("", given)]:
             if isinstance(values, dict):
                 self._check_methods_of(persona, values)
-                alphas += values.values()
+                values = list(values.values())
             else:
                 _check_differ("alpha_values", values)
-                alphas += values
+            alphas += values
         if any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in alphas):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
         if any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in alphas):
@@ -455,34 +448,33 @@ class ExperimentConfig(_Strict):
             )
 
     def _check_size(self) -> None:
-        n_cells = self.n_cells
-        n_texts = n_cells * self.n_test_prompts * self.n_seeds
+        n_texts = self.n_cells * self.n_test_prompts * self.n_seeds
         if n_texts > MOST_TEXTS:
             raise ValueError(
-                f"the grid has {n_texts:,} texts ({n_cells} cells, {self.n_test_prompts} prompts, "
+                f"the grid has {n_texts:,} texts ({self.n_cells} cells, {self.n_test_prompts} prompts, "
                 f"{self.n_seeds} seeds), expected at most {MOST_TEXTS:,}; lower n_seeds or n_test_prompts, "
                 "or name fewer alphas"
             )
 
     def _check_extraction(self) -> None:
-        responding = [name for name in self.persona_names if self.kind_of(name) == "responses"]
-        if unknown := [name for name in self.vectors if name not in self.persona_names]:
-            raise ValueError(f"vectors names {unknown[0]!r}, which is no persona of this run")
-        if self.vectors and self.layer_idx == "auto":
+        names, layers_are_searched = self.persona_names, self.layer_idx == "auto"
+        for key, named in (("vectors", self.vectors), ("extraction.from_texts", self.extraction.from_texts)):
+            if unknown := [name for name in named if name not in names]:
+                raise ValueError(f"{key} names {unknown[0]!r}, which is no persona of this run")
+        if self.vectors and layers_are_searched:
             raise ValueError("layer_idx 'auto' searches with text pairs; with 'vectors', name the layers")
-        if unknown := [name for name in self.extraction.from_texts if name not in self.persona_names]:
-            raise ValueError(f"extraction.from_texts names {unknown[0]!r}, which is no persona of this run")
         if self.persona_position == "response":
             raise ValueError(
                 "persona_position says how texts are read; responses are always read at all of their tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        if responding and len(responding) == len(self.persona_names) and self.persona_position != "last":
+        responding = [name for name in names if self.kind_of(name) == "responses"]
+        if responding and len(responding) == len(names) and self.persona_position != "last":
             raise ValueError(
                 f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
                 "the mean over the response; leave persona_position out"
             )
-        if responding and self.layer_idx == "auto":
+        if responding and layers_are_searched:
             raise ValueError(
                 "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
                 "'extraction' of kind 'texts'"
@@ -493,16 +485,17 @@ class ExperimentConfig(_Strict):
         return "texts" if persona in self.extraction.from_texts else self.extraction.kind
 
     def _check_band(self) -> None:
-        source, target = self.source_layer_idx, self.target_layer_idx
-        if not (isinstance(source, list) or isinstance(target, list)):
-            return
-        if not (isinstance(source, list) and isinstance(target, list)) or len(source) != len(target):
-            sizes = [len(layers) if isinstance(layers, list) else "one layer" for layers in (source, target)]
+        target = self.target_layer_idx
+        sizes = [
+            len(layers) if isinstance(layers, list) else "one layer"
+            for layers in (self.source_layer_idx, target)
+        ]
+        if sizes[0] != sizes[1]:
             raise ValueError(
                 f"source_layer_idx and target_layer_idx are a band of {sizes[0]} and {sizes[1]}; give two "
                 "lists of equal length, a source block for each target block"
             )
-        if len(set(target)) < len(target):
+        if isinstance(target, list) and len(set(target)) < len(target):
             raise ValueError(f"target_layer_idx names a block twice: {target}; each is steered once")
 
     @property
@@ -522,9 +515,8 @@ class ExperimentConfig(_Strict):
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
 
     def alphas_of(self, persona: str, method: str) -> Sequence[float]:
-        """Return the strengths of a persona's method, where they are given and not searched for."""
-        given = self.alpha_values
-        return alphas_of_method(given[persona] if isinstance(given, dict) else given, method)
+        """Return the alphas of a persona's method, where they are given and not searched for."""
+        return alphas_of(self.alpha_values, persona, method)
 
     def has_alphas_by_method(self, persona: str) -> bool:
         """Return whether each method has an alpha of its own, searched for or given."""
@@ -557,14 +549,11 @@ class ExperimentConfig(_Strict):
 
     def load_personas(self) -> list[Persona]:
         """Return the personas to run. Raises InputError: unknown name, or a side without texts."""
-        personas = [self._load_persona(name) for name in self.persona_names]
+        given = {name: definition.model_dump() for name, definition in self.persona_datasets.items()}
+        personas = [load_persona(name, given.get(name)) for name in self.persona_names]
         for persona in personas:
             check_extraction(persona, self.kind_of(persona.name))
         return personas
-
-    def _load_persona(self, name: str) -> Persona:
-        definition = self.persona_datasets.get(name)
-        return load_persona(name, definition and definition.model_dump())
 
     def format_of(self, side: str) -> str:
         """Return how the model of a side, `source` or `target`, is to be shown prompts: raw, chat or auto."""
@@ -599,13 +588,9 @@ def load_config(config: dict[str, Any] | str | Path | ExperimentConfig) -> Exper
     try:
         return ExperimentConfig.model_validate(config)
     except ValidationError as error:
-        # Where a list or 'auto' is expected, the complaint about the list is the one that helps.
-        problems = [problem for problem in error.errors() if "literal['auto']" not in problem["loc"]]
+        problems, known = error.errors(), list(ExperimentConfig.model_fields)
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
-        raise InputError(
-            "; ".join(explain(problem, list(ExperimentConfig.model_fields)) for problem in problems[:2])
-            + more
-        ) from error
+        raise InputError("; ".join(explain(each, known) for each in problems[:2]) + more) from error
     except ValueError as error:  # pydantic leaves a number of thousands of digits to Python
         raise InputError(f"the configuration cannot be read ({str(error)[:100]})") from error
 

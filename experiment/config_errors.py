@@ -1,6 +1,4 @@
-"""Word what pydantic finds wrong with a configuration: the key, what was given, what was expected, what to
-do.
-"""
+"""Word what pydantic finds wrong with a configuration: the key, what was given and expected, what to do."""
 
 import difflib
 import re
@@ -51,9 +49,11 @@ def explain(problem: Mapping[str, Any], known_keys: Sequence[str]) -> str:
     if not parts:
         return message
     remedy = {"less_than_equal": "; lower it", "greater_than_equal": "; raise it"}.get(problem["type"], "")
-    if problem["type"] == "literal_error" and problem["input"] in RENAMED_VALUES:
-        remedy = f"; it is called {RENAMED_VALUES[problem['input']]!r} now"
-    return f"configuration key {key} is {shown(problem['input'])}: {message}{remedy}"
+    value = problem["input"]
+    renamed = RENAMED_VALUES.get(value) if isinstance(value, str) else None
+    if renamed and f"'{renamed}'" in message:
+        remedy = f"; it is called {renamed!r} now"
+    return f"configuration key {key} is {shown(value)}: {message}{remedy}"
 
 
 def _hint(parts: Sequence[str], known_keys: Sequence[str]) -> str:

@@ -6,20 +6,21 @@ Worker each. What a chunk gives depends on the chunk alone, so both executors gi
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from evaluation import continuation_perplexities
+from experiment.config import ExperimentConfig
 from experiment.inputs import Inputs
-from experiment.models import Side, SideSettings
+from experiment.models import Side, load_side
 from experiment.ray_executor import RayExecutor
 from maps.pair_collection import CollectedPairs, PairSettings, document_folds, merge_pairs, read_pairs
 from model_loading import DTYPES, PACKAGED_MODELS, plain_model
@@ -29,16 +30,6 @@ from texts.neutral_text import NeutralText
 logger = logging.getLogger(__name__)
 
 EXTRACTION_CHUNK = 500  # texts
-
-
-class Executor(Protocol):
-    """What runs chunks of work on the models."""
-
-    def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-        """Yield (chunk index, Worker.method(*chunk)) as chunks finish."""
-
-    def close(self) -> None:
-        """Let workers go."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +87,10 @@ class GenerationSettings:
 class Worker:
     """Both models, loaded when first used.
 
-    sides: `source` and `target` -> a loaded side or how to load it.
+    sides: `source` and `target` -> a side, or what loads it.
     """
 
-    def __init__(self, sides: Mapping[str, Side | SideSettings]) -> None:
+    def __init__(self, sides: Mapping[str, Side | Callable[[], Side]]) -> None:
         self._sides = dict(sides)
         self._generators: dict[GenerationSettings, SteeredGenerator] = {}
         self._copies: dict[tuple[str, str], PreTrainedModel] = {}
@@ -107,8 +98,8 @@ class Worker:
     def side(self, name: str) -> Side:
         """Return a side, loading it first if need be."""
         side = self._sides[name]
-        if isinstance(side, SideSettings):
-            side = self._sides[name] = side.load()
+        if not isinstance(side, Side):
+            side = self._sides[name] = side()
         return side
 
     def pairs(
@@ -209,23 +200,27 @@ class LocalExecutor:
         """Do nothing; a Ray executor lets its workers go."""
 
 
+# `run(method, chunks)` yields (chunk index, Worker.method(*chunk)) as they finish; `close()` ends workers.
+Executor = LocalExecutor | RayExecutor
+
+
 def start_executor(inputs: Inputs) -> Executor:
     """Return what runs the chunks of the phases: this process, or the workers of a Ray cluster."""
     settings = inputs.config.executor
     if settings.kind == "local":
         return LocalExecutor(Worker({side.name: side for side in inputs.sides}))
-    sides = {side.name: _remote_settings(inputs, side) for side in inputs.sides}
+    sides = {side.name: _loader(inputs.config, side) for side in inputs.sides}
     return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers)
 
 
-def _remote_settings(inputs: Inputs, side: Side) -> SideSettings:
-    """Return how a worker elsewhere loads the same model in the same dtype as this process."""
-    settings = SideSettings.of(inputs.config, side.name)
-    path = Path(settings.model_name).expanduser()
-    if settings.model_name not in PACKAGED_MODELS and path.exists():
-        settings = replace(settings, model_name=str(path.resolve()))
-    dtype = str(side.model.dtype).removeprefix("torch.")
-    return replace(settings, dtype=dtype, expected_fingerprint=side.fingerprint)
+def _loader(config: ExperimentConfig, side: Side) -> Callable[[], Side]:
+    """Return what loads the same model in the same dtype in another process, also from another folder."""
+    changes = {"dtype": str(side.model.dtype).removeprefix("torch.")}
+    path = Path(side.model_name).expanduser()
+    if side.model_name not in PACKAGED_MODELS and path.exists():
+        changes[f"{side.name}_model"] = str(path.resolve())
+    changed = config.model_copy(update=changes)
+    return partial(load_side, changed, side.name, expected_fingerprint=side.fingerprint)
 
 
 def collect_in_chunks(

@@ -16,7 +16,7 @@ from typing import Any
 from activation_extractor import PersonaVector
 from experiment.conditions import SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
-from experiment.models import SIDES, LoadedModel, Side, SideSettings
+from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
 from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
@@ -50,10 +50,10 @@ class Inputs:
     layer_pairs: (source layer, target layer) of every block that is steered, ordered by target layer.
     load_scorers: name of a trained scorer -> persona -> scorer; trains at the first call, remembers the rest.
     given: (side, persona) -> file of vectors that are taken as they are.
-    neutral_questions, neutral_styles: what is asked if the map is learnt from responses, and the system
-        prompts, none a persona's, under which it is asked in rotation; neutral_responses: what came of it.
-    responses: side -> what its persona vectors are made from, if they are made from responses.
-        Both are empty until `phases.collect_responses` has run.
+    neutral_questions: asked where the map is learnt from responses. neutral_styles: system prompts, none a
+        persona's, under which they are asked in rotation.
+    neutral_responses, responses: what came of neutral_questions, and side -> what its persona vectors are
+        made from; both are empty until `phases.collect_responses` has run.
     """
 
     config: ExperimentConfig
@@ -180,30 +180,26 @@ class Inputs:
         return PersonaVector(vector / norm, norm, None, 0, 0)
 
 
-def read_personas_and_prompts(
-    config: ExperimentConfig,
-) -> tuple[tuple[Persona, ...], dict[bool, tuple[str, ...]]]:
-    """Return the personas to run, and the test prompts if they are questions (True) and if not (False).
+def read_personas(config: ExperimentConfig) -> tuple[Persona, ...]:
+    """Return the personas to run.
 
     Raises InputError: a persona or prompt that cannot be used, or a prompt that occurs in persona texts,
     which would leak into the test.
     """
-    personas = tuple(config.load_personas())
-    prompts = {
-        are_questions: tuple(config.load_test_prompts(are_questions)) for are_questions in (False, True)
-    }
-    overlaps = OverlapCheck([*prompts[False], *prompts[True]])
+    personas, questions = tuple(config.load_personas()), config.load_test_prompts(True)
+    overlaps = OverlapCheck([*config.load_test_prompts(False), *questions])
     for persona in personas:
         texts = [*persona.all_texts, *persona.questions, *chain.from_iterable(persona.instructions)]
         leaking = [text for text in texts if overlaps.found_in(text)]
-        asked = [text for text in persona.questions if text in prompts[True]]  # may be too short to overlap
-        if leaking := [*leaking, *asked]:
+        # A question may be too short to count as an overlap.
+        leaking += [text for text in persona.questions if text in questions and text not in leaking]
+        if leaking:
             raise InputError(
                 f"persona {persona.name!r} has {len(leaking)} texts that share words with a test prompt "
                 f"({leaking[0][:50]!r}); change the text or the prompt"
             )
     check_labelled(personas)
-    return personas, prompts
+    return personas
 
 
 def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | None = None) -> Inputs:
@@ -212,50 +208,35 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     loaded: side -> model and tokenizer, of sides that need not be loaded.
     Raises InputError for whatever cannot be used; for texts before a model is loaded.
     """
-    personas, prompts = read_personas_and_prompts(config)
-    judge = load_judge(config) if config.use_gpt4 else None
-    given = {
-        (side, name): read_vectors(local_path(path))
-        for name, files in config.vectors.items()
-        for side, path in (("source", files.source), ("target", files.target))
-        if path is not None
-    }
-    texts = _checked_neutral_texts(config, personas)
+    personas = read_personas(config)
     others = [name for name in shipped_personas() if name not in config.persona_names]
     labelled = (*personas, *map(load_persona, others))
-    source, target = (SideSettings.of(config, name, (loaded or {}).get(name)).load() for name in SIDES)
-    prompting = Prompting(
-        {side.name: side.tokenizer for side in (source, target)},
-        tuple(
-            side.name
-            for side in (source, target)
-            if resolve_format(config.format_of(side.name), side.model, side.tokenizer, side.name) == "chat"
-        ),
-        config.system_prompt,
-    )
+    judge, given = _load_judge(config), _read_given(config)
+    passages = _checked_neutral_texts(config, personas)
+    questions, styles = _neutral_questions(config, personas), _neutral_styles(config, personas)
+    source, target = (load_side(config, name, (loaded or {}).get(name)) for name in SIDES)
+    prompting = _prompting(config, source, target)
     asks = prompting.asks_questions
-    from_responses = config.mapping_data != "neutral_text"
     inputs = Inputs(
-        config,
-        personas,
-        labelled,
-        prompts[asks],
-        tuple(load_prompts("development_questions" if asks else "development")),
-        texts,
-        source,
-        target,
-        ((source.extractor.layer_idx, target.extractor.layer_idx),),
-        prompting,
-        judge,
-        cache(partial(_load_scorers, config.persona_names, labelled)),
-        given,
-        _neutral_questions(config, personas) if from_responses else (),
-        _neutral_styles(personas) if config.mapping_data == "styled_responses" else (),
+        config=config,
+        personas=personas,
+        labelled_personas=labelled,
+        prompts=tuple(config.load_test_prompts(asks)),
+        development_prompts=tuple(load_prompts("development_questions" if asks else "development")),
+        neutral_texts=passages,
+        source=source,
+        target=target,
+        layer_pairs=((source.extractor.layer_idx, target.extractor.layer_idx),),
+        prompting=prompting,
+        judge=judge,
+        load_scorers=cache(partial(_load_scorers, config.persona_names, labelled)),
+        given=given,
+        neutral_questions=questions,
+        neutral_styles=styles,
     )
-    if config.layer_idx == "band":
-        inputs = inputs.at_pairs(band_of(source.n_blocks, target.n_blocks))
-    elif config.layer_pairs is not None:
-        inputs = inputs.at_pairs(config.layer_pairs)
+    pairs = band_of(source.n_blocks, target.n_blocks) if config.layer_idx == "band" else config.layer_pairs
+    if pairs is not None:
+        inputs = inputs.at_pairs(pairs)
     _check_layers(inputs)
     _check_prompts(inputs)
     return inputs
@@ -284,9 +265,11 @@ def configured(
     return checked, loaded
 
 
-def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge:
-    """Return the judge that a configuration names. Raises InputError: no key, or no instruct model."""
+def _load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
+    """Return the judge if one is wanted. Raises InputError: no key, or no instruct model."""
     settings = config.judge
+    if not config.use_gpt4:
+        return None
     if settings.kind == "local":
         return LocalJudge(settings.model, config.device, config.dtype, config.evaluation_batch_size)
     return GPTJudge(
@@ -295,6 +278,29 @@ def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge:
         settings.api_key_env,
         settings.max_workers,
         settings.max_answer_tokens,
+    )
+
+
+def _read_given(config: ExperimentConfig) -> dict[tuple[str, str], VectorFile]:
+    """Return the files of vectors that a configuration names. Raises InputError: one cannot be read."""
+    return {
+        (side, name): read_vectors(local_path(path))
+        for name, files in config.vectors.items()
+        for side in SIDES
+        if (path := getattr(files, side)) is not None
+    }
+
+
+def _prompting(config: ExperimentConfig, *sides: Side) -> Prompting:
+    """Return how the models are shown prompts. Raises InputError: `chat` for one without a template."""
+    formats = {
+        side.name: resolve_format(config.format_of(side.name), side.model, side.tokenizer, side.name)
+        for side in sides
+    }
+    return Prompting(
+        {side.name: side.tokenizer for side in sides},
+        tuple(name for name, found in formats.items() if found == "chat"),
+        config.system_prompt,
     )
 
 
@@ -320,16 +326,14 @@ def _check_prompts(inputs: Inputs) -> None:
     take.
     """
     config, prompting = inputs.config, inputs.prompting
-    if not prompting.chat_sides:
-        if inputs.responding_personas:
+    for setting, is_chosen, remedy in (
+        ("'extraction' of kind 'responses'", inputs.responding_personas, "choose kind 'texts'"),
+        (f"mapping_data {config.mapping_data!r}", inputs.neutral_questions, "choose 'neutral_text'"),
+    ):
+        if is_chosen and not prompting.chat_sides:
             raise InputError(
-                "'extraction' of kind 'responses' asks a chat model, but neither model is one "
-                f"(prompt_format: {config.prompt_format!r}); choose kind 'texts', or give an instruct model"
-            )
-        if inputs.neutral_questions:
-            raise InputError(
-                f"mapping_data {config.mapping_data!r} asks a chat model, but neither model is one "
-                f"(prompt_format: {config.prompt_format!r}); choose 'neutral_text', or give an instruct model"
+                f"{setting} asks a chat model, but neither model is one (prompt_format: "
+                f"{config.prompt_format!r}); {remedy}, or give an instruct model"
             )
     if config.system_prompt and not prompting.asks_questions:
         raise InputError(
@@ -360,10 +364,13 @@ def _checked_neutral_texts(config: ExperimentConfig, personas: Sequence[Persona]
 
 
 def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
-    """Return the questions of `prompts/neutral_questions.txt` that are in no prompt and no persona.
+    """Return the questions of `prompts/neutral_questions.txt` that are in no prompt and no persona, if the
+    map is learnt from responses to them.
 
     Raises InputError: fewer are asked than there are folds, which never split the responses to one question.
     """
+    if config.mapping_data == "neutral_text":
+        return ()
     others = [*config.load_test_prompts(True), *load_prompts("development_questions")]
     others += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
     overlaps, asked = OverlapCheck(others), load_prompts("neutral_questions")
@@ -382,11 +389,14 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     return kept
 
 
-def _neutral_styles(personas: Sequence[Persona]) -> tuple[str, ...]:
-    """Return the system prompts of `prompts/neutral_styles.txt` that name no persona and overlap none's own.
+def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the system prompts of `prompts/neutral_styles.txt` that name no persona and overlap none's own,
+    if responses are to be styled.
 
     Raises InputError: none is left.
     """
+    if config.mapping_data != "styled_responses":
+        return ()
     overlaps = OverlapCheck(text for persona in personas for pair in persona.instructions for text in pair)
     names = [words for persona in personas if (words := _words(persona.name))]
     styles = load_prompts("neutral_styles")

@@ -61,83 +61,43 @@ class Side:
         return replace(self, extractor=extractor)
 
 
-@dataclass(frozen=True)
-class SideSettings:
-    """How to load a side; see `model_loading.load_model`.
+def load_side(
+    config: ExperimentConfig,
+    name: str,
+    loaded: LoadedModel | None = None,
+    expected_fingerprint: str | None = None,
+) -> Side:
+    """Load the model of a side; its extractor reads the middle block until a layer is chosen.
 
-    expected_fingerprint: of the side as another process has loaded it. loaded: model and tokenizer that are
-        loaded already; then the other settings only name and read them.
+    name: `source` or `target`. loaded: model and tokenizer that need not be loaded.
+    expected_fingerprint: of the side as another process has loaded it.
+    Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
     """
-
-    name: str
-    model_name: str
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    device_map: str | dict[str, int | str] | None = None
-    block_path: str | None = None
-    revision: str | None = None
-    quantization: str = "none"
-    batch_size: int = 8
-    expected_fingerprint: str | None = None
-    loaded: LoadedModel | None = None
-
-    @classmethod
-    def of(cls, config: ExperimentConfig, name: str, loaded: LoadedModel | None = None) -> "SideSettings":
-        """Return how a configuration's `source` or `target` is loaded."""
-        return cls(
-            name,
-            getattr(config, f"{name}_model"),
+    model_name, block_path = getattr(config, f"{name}_model"), getattr(config, f"{name}_block_path")
+    if loaded is None:
+        logger.info("loading the %s model %s", name, model_name)
+        model, tokenizer = load_model(
+            model_name,
             config.device,
             config.dtype,
             config.trust_remote_code,
             config.device_map,
-            getattr(config, f"{name}_block_path"),
             getattr(config, f"{name}_revision"),
             config.quantization,
-            config.extraction_batch_size,
-            loaded=loaded,
         )
-
-    def load(self) -> Side:
-        """Load model and tokenizer; the extractor reads the middle block until a layer is chosen.
-
-        Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
-        """
-        model, tokenizer = self._loaded()
-        middle = len(decoder_blocks(model, self.block_path)) // 2
-        extractor = ActivationExtractor(
-            model, tokenizer, middle, batch_size=self.batch_size, block_path=self.block_path
+    else:
+        model, tokenizer = plain_model(loaded[0]).eval(), loaded[1]
+    middle, size = len(decoder_blocks(model, block_path)) // 2, config.extraction_batch_size
+    extractor = ActivationExtractor(model, tokenizer, middle, batch_size=size, block_path=block_path)
+    found = model_fingerprint(model, tokenizer)
+    if block_path:
+        found = fingerprint(found, block_path)
+    if expected_fingerprint not in (None, found):
+        raise InputError(
+            f"the {name} model {model_name} differs between the machines of this run; "
+            "give all of them the same files, library versions and dtype"
         )
-        logger.info(
-            "%s: %d dimensions, %d blocks, %s on %s",
-            self.name,
-            extractor.d_model,
-            len(extractor.blocks),
-            model.dtype,
-            model.device,
-        )
-        found = model_fingerprint(model, tokenizer)
-        if self.block_path:
-            found = fingerprint(found, self.block_path)
-        if self.expected_fingerprint not in (None, found):
-            raise InputError(
-                f"the {self.name} model {self.model_name} differs between the machines of this run; "
-                "give all of them the same files, library versions and dtype"
-            )
-        return Side(self.name, self.model_name, model, tokenizer, extractor, found)
-
-    def _loaded(self) -> LoadedModel:
-        if self.loaded:
-            model, tokenizer = self.loaded
-            return plain_model(model).eval(), tokenizer
-        logger.info("loading the %s model %s", self.name, self.model_name)
-        return load_model(
-            self.model_name,
-            self.device,
-            self.dtype,
-            self.trust_remote_code,
-            self.device_map,
-            self.revision,
-            self.quantization,
-        )
+    side = Side(name, model_name, model, tokenizer, extractor, found)
+    shape = f"{side.d_model} dimensions, {side.n_blocks} blocks"
+    logger.info("%s: %s, %s on %s", name, shape, model.dtype, model.device)
+    return side

@@ -1,16 +1,16 @@
-"""Plan the texts of a run: which conditions, personas and strengths there are, and a row for each text."""
+"""Plan the texts of a run: which conditions, personas and alphas there are, and a row for each text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from activation_extractor import ResidualNorm
-from experiment.conditions import N_DRAWS, PROMPTED, UNSTEERED, vector_names
-from experiment.config import alphas_of_method
+from experiment.conditions import PROMPTED, UNSTEERED, vector_names
+from experiment.config import alphas_of
 from experiment.inputs import Inputs
 from experiment.run import FORMAT_VERSION
 from support.artifacts import fingerprint
@@ -83,8 +83,7 @@ def grid(inputs: Inputs, alphas: Alphas, vector_key: VectorKey) -> list[Cell]:
             cells.append(Cell(PROMPTED, persona, None, UNSTEERED))
         for method in inputs.config.steering_methods:
             key = vector_key(persona, method)
-            given = alphas[persona] if isinstance(alphas, Mapping) else alphas
-            cells += [Cell(method, persona, alpha, key) for alpha in alphas_of_method(given, method)]
+            cells += [Cell(method, persona, alpha, key) for alpha in alphas_of(alphas, persona, method)]
     return cells
 
 
@@ -107,16 +106,12 @@ def text_rows(
 def shown_prompts(inputs: Inputs, rows: Sequence[Row]) -> list[str]:
     """Return each row's prompt as the target reads it; equal ones are rendered once."""
     personas = {persona.name: persona for persona in inputs.personas}
-    known: dict[tuple[str | None, str], str] = {}
-    shown = []
-    for row in rows:
-        condition, prompt = row["condition"], row["prompt"]
-        place = (row["persona"] if condition == PROMPTED else None, prompt)
-        if place not in known:
-            persona = personas.get(row["persona"])
-            known[place] = inputs.prompting.prompt("target", prompt, condition, persona)
-        shown.append(known[place])
-    return shown
+
+    @cache
+    def show(prompt: str, persona: str | None) -> str:
+        return inputs.prompting.prompt("target", prompt, personas.get(persona))
+
+    return [show(row["prompt"], row["persona"] if row["condition"] == PROMPTED else None) for row in rows]
 
 
 def rows_key(rows: Sequence[Row]) -> str:
@@ -128,12 +123,3 @@ def sampling(inputs: Inputs, max_new_tokens: int | None = None) -> list[Any]:
     """Return the settings that every sampled text depends on."""
     config = inputs.config
     return [max_new_tokens or config.max_new_tokens, config.temperature, config.top_k, config.top_p]
-
-
-def other_personas(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return persona -> the N_DRAWS whose mapped vectors are its control: the next ones, if there are others.
-
-    Where there are fewer others, some come more than once.
-    """
-    others = {name: [*names[index + 1 :], *names[:index]] for index, name in enumerate(names)}
-    return {name: list(islice(cycle(found), N_DRAWS)) for name, found in others.items() if found}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from experiment.conditions import PROMPTED, UNSTEERED
 from texts.chat import plain_text, prompt_text, question
 from texts.personas import Persona
 
@@ -44,22 +43,18 @@ class Prompting:
             return prompt_text(self.tokenizers[side], messages)
         return plain_text(messages)
 
-    def prompt(
-        self, side: str, prompt: str, condition: str = UNSTEERED, persona: Persona | None = None
-    ) -> str:
-        """Return a test or development prompt as a side's model reads it under a condition.
+    def prompt(self, side: str, prompt: str, persona: Persona | None = None) -> str:
+        """Return a test or development prompt as a side's model reads it.
 
-        The prompting baseline asks for the persona in words; every other condition sees the same prompt.
+        persona: which the prompting baseline asks for in words; every other condition sees the same prompt.
         """
-        if condition != PROMPTED:
+        if persona is None:
             return self.question(side, prompt, self.system_prompt) if self.asks_questions else prompt
         if not self.asks_questions:
             return f"{persona.description or f'The text is {persona.name}.'}\n\n{prompt}"
-        instruction = (
-            persona.instructions[0][0]
-            if persona.instructions
-            else f"Answer in this style. {persona.description or persona.name}"
-        )
+        instruction = f"Answer in this style. {persona.description or persona.name}"
+        if persona.instructions:
+            instruction, _ = persona.instructions[0]
         return self.question(side, prompt, self.with_instruction(instruction))
 
     def with_instruction(self, instruction: str | None) -> str | None:

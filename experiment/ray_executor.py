@@ -1,13 +1,11 @@
 """Run chunks of work on a Ray cluster, with one worker for each device.
 
 A worker is an object that holds the models. It is made in a process of its own at the first chunk and
-kept over several runs. When its process dies, Ray starts it again and repeats the chunk that it was
-working on. When its node is lost, the other workers take over its chunk.
+kept over several runs. When its process dies, Ray starts it again and repeats its chunk. When its node is
+lost, the other workers take over its chunk. Warnings that a worker logs are logged here too.
 
-Conventions: every node has the same versions of Python, Ray and the packages of requirements.txt.
-Workers return tensors on the CPU. On CPU-only clusters a worker computes with as many threads as it has
-CPUs, so its floats are those of a local run with as many threads. Warnings that a worker logs are logged
-here too, under the same logger and with the worker's number; what it prints stays in Ray's log files.
+Every node needs the same versions of Python, Ray and the packages of requirements.txt. Workers return tensors
+on the CPU. On CPU-only clusters a worker computes with as many threads as it has CPUs.
 
 A local Ray and a Ray that the caller has started find modules as the caller's Python does. Any other
 cluster is sent the project's modules, and its workers run in a copy of that folder: paths in their
@@ -25,6 +23,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -71,15 +70,14 @@ class RayExecutor:
             raise InputError(
                 "the Ray executor needs Ray, which is not installed: pip install -r requirements-ray.txt"
             ) from error
-        self._ray = ray
-        self._actors: list[Any] = []
-        self._started_ray = not self._ray.is_initialized()
+        self._ray, self._actors = ray, []
+        self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            _connect(self._ray, address)
+            _connect(ray, address)
         sends_code = self._started_ray and address is not None
         try:
-            for number, place in enumerate(plan_places(self._ray.nodes(), n_workers)):
-                actor = self._ray.remote(_Host).options(**_options(place, sends_code))
+            for number, place in enumerate(plan_places(ray.nodes(), n_workers)):
+                actor = ray.remote(_Host).options(**_options(place, sends_code))
                 self._actors.append(actor.remote(number, make_worker))
             self._wait_for_places()
         except BaseException:
@@ -113,7 +111,11 @@ class RayExecutor:
                     # The pool gives this worker its next chunk before the caller works on this result.
                     chunk_idx, value, records = pool.get_next_unordered()
                 except RayTaskError as failure:
-                    raise _original_error(failure) from None
+                    if not isinstance(failure.cause, _Failure):  # Ray's own: what cannot be sent
+                        raise failure from None
+                    error, records = failure.cause.args
+                    _log_again(records)
+                    raise error from None
                 except RayError as error:  # the chunk waits for another worker, behind all other chunks
                     loss = error
                     continue
@@ -140,7 +142,7 @@ class RayExecutor:
             self._started_ray = False
 
     def _wait_for_places(self) -> None:
-        calls = [actor.ready.remote() for actor in self._actors]
+        calls = [actor.__ray_ready__.remote() for actor in self._actors]
         ready, late = self._ray.wait(calls, num_returns=len(calls), timeout=PLACEMENT_SECONDS)
         self._ray.get(ready)  # raises an error of a node that cannot import the project
         if late:
@@ -154,7 +156,7 @@ class RayExecutor:
     def _drop_lost_workers(self) -> None:
         """Go on without the workers that Ray will not start again."""
         for actor in list(self._actors):
-            ready, _ = self._ray.wait([actor.ready.remote()], timeout=1.0)
+            ready, _ = self._ray.wait([actor.__ray_ready__.remote()], timeout=1.0)
             try:
                 self._ray.get(ready)
             except self._ray.exceptions.RayError as error:
@@ -172,8 +174,8 @@ class _Host:
     def __init__(self, number: int, make_worker: Callable[[], Any]) -> None:
         import ray
 
-        self._make_worker = make_worker
-        self._worker: Any = None
+        # Not called before the first chunk: Ray counts a death while the models load only if there is one.
+        self._worker = cache(make_worker)
         self._records: queue.SimpleQueue = queue.SimpleQueue()
         sent = logging.handlers.QueueHandler(self._records)
         sent.setFormatter(logging.Formatter(f"worker {number}: %(message)s"))
@@ -184,16 +186,10 @@ class _Host:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             logger.warning("its process died and was started again; the chunk that it had is repeated")
 
-    def ready(self) -> None:
-        """Return, which shows that this process has its place."""
-
     def call(self, chunk_idx: int, method: str, chunk: tuple) -> tuple[int, Any, list[logging.LogRecord]]:
         """Return the chunk's index, its value and what was logged."""
         try:
-            # Not earlier: Ray counts a death while the models load only if there is a chunk to repeat.
-            if self._worker is None:
-                self._worker = self._make_worker()
-            value = getattr(self._worker, method)(*chunk)
+            value = getattr(self._worker(), method)(*chunk)
         except Exception as error:  # every kind: the executor raises it again
             error.add_note(f"In the worker:\n{traceback.format_exc()}")
             raise _Failure(error, self._take_records()) from None
@@ -204,9 +200,8 @@ class _Host:
 
 
 def plan_places(nodes: Sequence[Mapping[str, Any]], n_workers: int | None = None) -> list[Place]:
-    """Return the place of every worker.
+    """Return the place of every worker; nodes: as ray.nodes() describes them.
 
-    nodes: as ray.nodes() describes them.
     With GPUs in the cluster a worker gets one GPU and its share of the node's CPUs. Without, a node's
     workers share its CPUs; more workers go where there is more for each.
     Raises InputError if a worker would be left without a GPU, or without a CPU.
@@ -306,15 +301,6 @@ def _code() -> dict[str, Any] | None:
     return {"working_dir": str(PROJECT_FOLDER), "excludes": excludes}
 
 
-def _original_error(failure: Any) -> Exception:
-    """Return what the worker raised, and log what it had logged before."""
-    if not isinstance(failure.cause, _Failure):  # of Ray itself: a value or an error that cannot be sent
-        return failure
-    error, records = failure.cause.args
-    _log_again(records)
-    return error
-
-
 def _reason(error: Exception) -> str:
     """Return what happened; Ray's last line says that, and then guesses at length."""
     return str(error).strip().split("\n")[-1].partition(" Some common causes")[0]
@@ -323,6 +309,5 @@ def _reason(error: Exception) -> str:
 def _log_again(records: Sequence[logging.LogRecord]) -> None:
     """Hand a worker's log records to the loggers of this process."""
     for record in records:
-        target = logging.getLogger(record.name)
-        if target.isEnabledFor(record.levelno):
+        if (target := logging.getLogger(record.name)).isEnabledFor(record.levelno):
             target.handle(record)

@@ -12,6 +12,7 @@ All three kinds have an intercept:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -26,106 +27,73 @@ from ridge_mapping import (
     target_weights,
 )
 from support.errors import InputError
-from support.pair_statistics import Moments, PairStatistics
+from support.pair_statistics import Moments
 
 KINDS = ("procrustes", "reduced_rank", "shuffled_pairs")
-_SAVED = ("W", "source_mean", "target_mean", "rank", "cv")
 
 
+@dataclass(frozen=True)
 class ComparisonMap:
     """A map of one of KINDS, on the pairs that ridge regression was fitted on.
 
     draw: the number of the shuffle, from 0.
-    After `cross_validate_from` or `from_content`: W (d_source, d_target), source_mean (d_source,) and
-    target_mean (d_target,), all float64; rank, None but for `reduced_rank`; and cv, the result of
-    `ridge_mapping.held_out_summary` with the kind, lambda, rank and number of pairs.
+    W (d_source, d_target), source_mean (d_source,), target_mean (d_target,): float64.
+    rank: None but for `reduced_rank`. cv: the result of `ridge_mapping.held_out_summary` with the kind,
+    lambda, rank and number of pairs.
     """
 
-    def __init__(self, kind: str, draw: int = 0) -> None:
-        if kind not in KINDS:
-            raise InputError(f"kind {kind!r} is unknown; choose {', '.join(KINDS)}")
-        self.kind = kind
-        self.draw = draw
-        self.statistics: PairStatistics | None = None
-        self.rank: int | None = None
-        self.W: Tensor | None = None
-        self.source_mean: Tensor | None = None
-        self.target_mean: Tensor | None = None
-        self.cv: dict[str, Any] | None = None
+    kind: str
+    draw: int
+    W: Tensor
+    source_mean: Tensor
+    target_mean: Tensor
+    rank: int | None
+    cv: dict[str, Any]
 
     @classmethod
-    def from_statistics(cls, kind: str, statistics: PairStatistics, draw: int = 0) -> "ComparisonMap":
-        """Make an unfitted map on pairs that were summed before; the statistics are shared.
-
-        Raises InputError: an unknown kind, or `shuffled_pairs` of statistics without a sample to shuffle.
-        """
-        made = cls(kind, draw)
-        if kind == "shuffled_pairs" and len(statistics.sample.rows) < 2:
-            raise InputError(
-                f"'shuffled_pairs' got a sample of {len(statistics.sample.rows)} pairs, expected 2 or more; "
-                "raise n_sample"
-            )
-        made.statistics = statistics
-        return made
-
-    def cross_validate_from(self, ridge: RidgeMapping) -> "ComparisonMap":
-        """Take ridge regression's lambda, choose the rank of `reduced_rank`, and fit; returns self.
+    def fitted(cls, kind: str, ridge: RidgeMapping, draw: int = 0) -> "ComparisonMap":
+        """Take ridge regression's lambda, choose the rank of `reduced_rank`, and fit.
 
         Lambda is the best one of `ridge`, cross-validated on the same pairs (for `shuffled_pairs`, its
         best one on the first shuffle); the rank is the one with the least pooled held-out error.
-        Raises InputError: `ridge` has not been cross-validated.
         """
-        if ridge.cv is None:
-            raise InputError("the ridge mapping was not cross-validated; call its cross_validate() first")
-        statistics, lambda_ = self.statistics, ridge.lambda_
-        if self.kind == "shuffled_pairs":
-            statistics = shuffled_pairs(statistics, ridge.cv["seed"], self.draw)
+        statistics, lambda_ = ridge.statistics, ridge.lambda_
+        if kind == "shuffled_pairs":
+            statistics = shuffled_pairs(statistics, ridge.cv["seed"], draw)
             lambda_ = ridge.cv["shuffled_best_lambda"]
 
         def absolute(moments: Moments) -> float:
             return ridge.absolute_lambda(lambda_, moments.gram)
 
         splits = [statistics.split(fold) for fold in range(statistics.n_folds)]
-        rank = best_rank(splits, absolute) if self.kind == "reduced_rank" else None
+        rank = best_rank(splits, absolute) if kind == "reduced_rank" else None
         solve = {
             "procrustes": procrustes,
             "reduced_rank": lambda moments: reduced_rank_ridge(moments, absolute(moments), rank),
             "shuffled_pairs": lambda moments: solve_ridge(moments, absolute(moments)),
-        }[self.kind]
+        }[kind]
         total = statistics.total()
-        self.W, self.rank = solve(total), rank
-        self.source_mean, self.target_mean = total.source_mean, total.target_mean
+        W = solve(total)
         solved = [(train, test, solve(train)) for train, test in splits]
         summary = held_out_summary(statistics, solved, target_weights(total))
-        used = None if self.kind == "procrustes" else lambda_
-        self.cv = {"kind": self.kind, "lambda": used, "rank": rank, "n": statistics.n_pairs, **summary}
-        return self
+        used = None if kind == "procrustes" else lambda_
+        cv = {"kind": kind, "lambda": used, "rank": rank, "n": statistics.n_pairs, **summary}
+        return cls(kind, draw, W, total.source_mean, total.target_mean, rank, cv)
 
     def transform(self, v_source: Tensor) -> Tensor:
         """Map directions without intercept; see `RidgeMapping.transform`."""
-        return map_directions(self._fitted_W(), v_source)
+        return map_directions(self.W, v_source)
 
     def content(self) -> dict[str, Any]:
         """Return the fitted map as tensors and numbers."""
-        d_source, d_target = self._fitted_W().shape
+        d_source, d_target = self.W.shape
         widths = {"d_source": d_source, "d_target": d_target}
-        return {"kind": self.kind, "draw": self.draw, **widths, **{key: getattr(self, key) for key in _SAVED}}
+        return {"kind": self.kind, "draw": self.draw, **widths, **vars(self)}
 
     @classmethod
-    def from_content(cls, content: Mapping[str, Any], name: str = "content") -> "ComparisonMap":
-        """Make a map from what `content` returned. Raises InputError: an entry is missing."""
-        try:
-            made = cls(content["kind"], content["draw"])
-            for key in _SAVED:
-                setattr(made, key, content[key])
-        except KeyError as error:
-            raise InputError(f"{name} has no entry {error}; it is not a comparison map") from error
-        return made
-
-    def _fitted_W(self) -> Tensor:
-        if self.W is None:
-            raise InputError("the map is not fitted; call cross_validate_from() first")
-        return self.W
+    def from_content(cls, content: Mapping[str, Any]) -> "ComparisonMap":
+        """Make a map from what `content` returned."""
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
 
 
 def best_rank(splits: Sequence[tuple[Moments, Moments]], lambda_absolute: Callable[[Moments], float]) -> int:
@@ -145,21 +113,12 @@ def best_rank(splits: Sequence[tuple[Moments, Moments]], lambda_absolute: Callab
 def maps_table(ridge: RidgeMapping, others: Mapping[str, ComparisonMap]) -> list[dict[str, Any]]:
     """Return a row for each cross-validated map: its name, lambda, held-out R2 and retrieval accuracy."""
     cv = ridge.cv
-    first = {
-        "map": "ridge",
-        "n": cv["n_rows"],
-        "lambda": cv["best_lambda"],
-        "rank": None,
-        "r2": cv["best_r2"],
-        "r2_standardised": cv["best_r2_standardised"],
-        "r2_median_dimension": cv["best_r2_median_dimension"],
-        "retrieval_accuracy": cv["retrieval_accuracy"],
-        "retrieval_n": cv["retrieval_n"],
-    }
-    return [
-        first,
-        *({key: {"map": name, **other.cv}[key] for key in first} for name, other in others.items()),
-    ]
+    scores = "r2", "r2_standardised", "r2_median_dimension"
+    first = {"map": "ridge", "n": cv["n_rows"], "lambda": cv["best_lambda"], "rank": None}
+    first |= {score: cv[f"best_{score}"] for score in scores}
+    first |= {key: cv[key] for key in ("retrieval_accuracy", "retrieval_n")}
+    rows = [{"map": name, **other.cv} for name, other in others.items()]
+    return [first, *({key: row[key] for key in first} for row in rows)]
 
 
 def procrustes(moments: Moments) -> Tensor:

@@ -2,7 +2,7 @@
 
 One pass over neutral text sums up all layers of both models; then each pair of layers
 gets a ridge map, its held-out R2, and the agreement of mapped with native persona
-vectors. Only neutral text and the personas' extraction texts are used, no test prompt.
+vectors. No test prompt is used.
 
 Sums are float32 around a pilot mean, which is enough to rank pairs (R2 to about 1e-4); the
 chosen pair is fitted again in float64. Memory: 8 * (sum of source widths) * (sum of target
@@ -167,9 +167,14 @@ def search_layers(
         averaged. position: token of a persona text, see `ActivationExtractor`. positions: tokens of neutral
         text, see `paired_activations`. lambda_values: relative, see `RidgeMapping`.
     source_layers, target_layers: layers to search, by default all.
-    Raises InputError: too few personas or documents, or too much memory needed.
+    Raises InputError: too few documents or pairs, or too much memory needed.
     """
-    _check_search(texts, personas, scored)
+    n_documents = len({item.document for item in texts})
+    if n_documents < N_PARTS:
+        raise InputError(
+            f"the layer search got {len(texts)} texts of {n_documents} documents, expected {N_PARTS} "
+            "documents or more; raise search_tokens or n_training_samples, or give more documents"
+        )
     source_layers = source.check_layers(source_layers or range(len(source.blocks)))
     target_layers = target.check_layers(target_layers or range(len(target.blocks)))
     sums = LayerSums(
@@ -190,62 +195,48 @@ def search_layers(
             f"{len(texts)} texts give {sums.n[TRAIN]} training and {sums.n[TEST]} held-out pairs, expected "
             "2 or more of each; give more text, or use mapping_positions 'last'"
         )
-    native = {
-        side: {persona.name: _difference(extractor, persona, layers, position) for persona in personas}
-        for side, extractor, layers in (("source", source, source_layers), ("target", target, target_layers))
-    }
-    return _compare_layers(sums, native["source"], native["target"], scored, lambda_values, n_tokens, seed)
-
-
-def _check_search(texts: Sequence[NeutralText], personas: Sequence[Persona], scored: Sequence[str]) -> None:
-    if len(personas) < 2:
-        raise InputError(f"the layer search got {len(personas)} personas, expected 2 or more to compare")
+    vectors = [
+        _differences(extractor, personas, layers, position)
+        for extractor, layers in ((source, source_layers), (target, target_layers))
+    ]
     names = [persona.name for persona in personas]
-    if not scored or not set(scored) <= set(names):
-        raise InputError(f"scored is {list(scored)}, expected some of {names}")
-    n_documents = len({item.document for item in texts})
-    if n_documents < N_PARTS:
-        raise InputError(
-            f"the layer search got {len(texts)} texts of {n_documents} documents, expected {N_PARTS} "
-            "documents or more; raise search_tokens or n_training_samples, or give more documents"
-        )
+    return _compare_layers(sums, *vectors, names, scored, lambda_values, n_tokens, seed)
 
 
-def _difference(
-    extractor: ActivationExtractor, persona: Persona, layers: Sequence[int], position: str
+def _differences(
+    extractor: ActivationExtractor, personas: Sequence[Persona], layers: Sequence[int], position: str
 ) -> dict[int, Tensor]:
-    """Return layer_idx -> the persona's difference of means, (d,) float64."""
-    texts, n_positive = [*persona.positive_texts, *persona.negative_texts], len(persona.positive_texts)
-    return {
-        layer: rows[:n_positive].double().mean(0) - rows[n_positive:].double().mean(0)
-        for layer, rows in extractor.extract_layers(texts, layers, position).items()
-    }
+    """Return layer_idx -> the personas' differences of means, (personas, d) float64."""
+    differences: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for persona in personas:
+        texts, n_positive = [*persona.positive_texts, *persona.negative_texts], len(persona.positive_texts)
+        for layer, rows in extractor.extract_layers(texts, layers, position).items():
+            rows = rows.double()
+            differences[layer].append(rows[:n_positive].mean(0) - rows[n_positive:].mean(0))
+    return {layer: torch.stack(rows) for layer, rows in differences.items()}
 
 
 def _compare_layers(
     sums: LayerSums,
-    source_vectors: Mapping[str, Mapping[int, Tensor]],
-    target_vectors: Mapping[str, Mapping[int, Tensor]],
+    source_vectors: Mapping[int, Tensor],
+    target_vectors: Mapping[int, Tensor],
+    names: Sequence[str],
     scored: Sequence[str],
     lambda_values: Sequence[float],
     n_tokens: dict[str, int],
     seed: int,
 ) -> LayerSearch:
     """Fit a map for every pair of layers, and compare the mapped vectors with the native ones."""
-    names, shape = list(source_vectors), (len(sums.source), len(sums.target))
-
-    def table() -> Tensor:
-        return torch.empty(shape, dtype=torch.float64)
-
-    r2, r2_standardised, chance = table(), table(), table()
-    agreement, other_persona = {name: table() for name in names}, {name: table() for name in names}
+    source_layers, target_layers = list(sums.source), list(sums.target)
+    shape = len(source_layers), len(target_layers)
+    r2, r2_standardised, chance = torch.empty(3, *shape, dtype=torch.float64)
+    agreement, other_persona = torch.empty(2, len(names), *shape, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    massive = {layer: massive_by_scale(sums.target_scale(layer)) for layer in sums.target}
-    rows = tqdm(sums.source, desc="fitting", unit="layer", disable=HIDDEN, leave=False)
+    massive = {layer: massive_by_scale(sums.target_scale(layer)) for layer in target_layers}
+    rows = tqdm(source_layers, desc="fitting", unit="layer", disable=HIDDEN, leave=False)
     for row, source_layer in enumerate(rows):
         decomposed: HeldOutFold | None = None
-        vectors = torch.stack([source_vectors[name][source_layer] for name in names])
-        for column, target_layer in enumerate(sums.target):
+        for column, target_layer in enumerate(target_layers):
             at = row, column
             fold = HeldOutFold(*sums.moments(source_layer, target_layer), decomposed)
             if decomposed is None:
@@ -253,24 +244,27 @@ def _compare_layers(
                 noise = torch.randn(N_RANDOM, len(fold.basis), generator=generator, dtype=torch.float64)
                 random = noise * fold.eigenvalues.sqrt() @ fold.basis.T
             W, r2[at], r2_standardised[at] = fit_pair(fold, lambda_values)
-            native = torch.stack([target_vectors[name][target_layer] for name in names])
-            cosines, chance[at] = compare_directions(vectors @ W, random @ W, native, massive[target_layer])
-            for index, name in enumerate(names):
-                agreement[name][at] = cosines[index, index]
-                other_persona[name][at] = cosines[index, [n for n in range(len(names)) if n != index]].max()
-    margins = [agreement[name] - torch.maximum(other_persona[name], chance) for name in scored]
-    score = torch.stack(margins).mean(0)
+            cosines, chance[at] = compare_directions(
+                source_vectors[source_layer] @ W,
+                random @ W,
+                target_vectors[target_layer],
+                massive[target_layer],
+            )
+            agreement[:, row, column] = cosines.diagonal()
+            other_persona[:, row, column] = cosines.fill_diagonal_(-torch.inf).max(1).values
+    margins = agreement - torch.maximum(other_persona, chance)
+    score = margins[[names.index(name) for name in scored]].mean(0)
     row, column = divmod(int(score.argmax()), shape[1])
     return LayerSearch(
-        source_layers=list(sums.source),
-        target_layers=list(sums.target),
-        r2=r2,
-        r2_standardised=r2_standardised,
-        agreement=agreement,
-        other_persona=other_persona,
+        source_layers,
+        target_layers,
+        r2,
+        r2_standardised,
+        agreement=dict(zip(names, agreement, strict=True)),
+        other_persona=dict(zip(names, other_persona, strict=True)),
         chance=chance,
         score=score,
-        best=(list(sums.source)[row], list(sums.target)[column]),
+        best=(source_layers[row], target_layers[column]),
         n_pairs=sum(sums.n),
         n_tokens=n_tokens,
     )

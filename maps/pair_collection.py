@@ -6,6 +6,7 @@ number of layer pairs and not on the number of texts.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ class PairSettings:
 class CollectedPairs:
     """Hold the sums over the pairs of some texts, for one or more layer pairs.
 
-    statistics: layer pair -> sums; their folds never split a document.
     text_idx, end: (n,) int64, for each pair its text and the number of its characters that were read.
     n_texts_without_pairs: texts in which the two tokenizers nowhere end on the same character.
     n_truncated: side -> number of texts that were cut to the model's context.
@@ -92,7 +92,8 @@ def read_pairs(
     }
     layers = [[pair[side] for pair in statistics] for side in (0, 1)]
     text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
-    cut_before = {"source": source.n_truncated, "target": target.n_truncated}
+    extractors = {"source": source, "target": target}
+    cut_before = {side: extractor.n_truncated for side, extractor in extractors.items()}
     with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=HIDDEN, leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, settings.positions, *layers):
@@ -113,8 +114,7 @@ def read_pairs(
         n_source_tokens=n_source_tokens,
         n_target_tokens=n_target_tokens,
         n_truncated={
-            "source": source.n_truncated - cut_before["source"],
-            "target": target.n_truncated - cut_before["target"],
+            side: extractor.n_truncated - cut_before[side] for side, extractor in extractors.items()
         },
     )
 
@@ -124,13 +124,10 @@ def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
 
     Raises InputError: no pair at all.
     """
-    whole = None
-    for part in parts:
-        whole = part if whole is None else _joined(whole, part)
-    if whole is None or not len(whole.text_idx):
-        n_texts = whole.n_texts if whole else 0
+    whole = reduce(_joined, parts)
+    if not len(whole.text_idx):
         raise InputError(
-            f"the two tokenizers never end a token on the same character in {n_texts} texts; "
+            f"the two tokenizers never end a token on the same character in {whole.n_texts} texts; "
             "use mapping_positions 'last'"
         )
     return whole

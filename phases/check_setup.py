@@ -71,17 +71,10 @@ def _check(name: str, passed: bool, detail: str, remedy: str, technical: bool = 
     return Check(name, technical, "pass" if passed else "fail", detail, "" if passed else remedy)
 
 
-def technical_failures(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the technical checks that failed."""
-    return [check for check in checks if check["technical"] and check["status"] == "fail"]
-
-
-def raise_on_technical_failure(checks: Sequence[Mapping[str, Any]]) -> None:
-    """Raise PreflightError that names every technical check that failed and what to try."""
-    failed = technical_failures(checks)
-    if failed:
-        reasons = "; ".join(f"{item['name']}: {item['detail']}. Try: {item['remedy']}" for item in failed)
-        raise PreflightError(f"preflight failed: {reasons}")
+def technical_failures(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a phrase for each technical check that failed, with what to try."""
+    failed = [check for check in checks if check["technical"] and check["status"] == "fail"]
+    return [f"{check['name']}: {check['detail']}. Try: {check['remedy']}" for check in failed]
 
 
 def check_extraction(side: str, extractor: ActivationExtractor) -> list[Check]:
@@ -322,7 +315,8 @@ def check_setup(run: Run) -> dict[str, Any]:
     if done is None or technical_failures(done["checks"]):
         checks = report(_run_checks(run))
         done = PREFLIGHT.save(run, {"environment": environment(), "checks": checks})
-    raise_on_technical_failure(done["checks"])
+    if failed := technical_failures(done["checks"]):
+        raise PreflightError(f"preflight failed: {'; '.join(failed)}")
     passed = sum(check["status"] == "pass" for check in done["checks"])
     logger.info("%d of %d preflight checks passed, %s", passed, len(done["checks"]), PREFLIGHT.path(run))
     return done
@@ -386,7 +380,7 @@ def _neutral_activations(run: Run) -> list[Tensor]:
 
 
 def _alphas(run: Run, norm: ResidualNorm, persona: str) -> list[float]:
-    """Return three of a persona's alphas, or three between the ends of the bracket to be searched."""
+    """Return the alphas that the preflight tries."""
     planned = _planned(run, persona)
     if run.config.alpha_values != "auto":
         return planned
@@ -395,9 +389,7 @@ def _alphas(run: Run, norm: ResidualNorm, persona: str) -> list[float]:
 
 
 def _planned(run: Run, persona: str) -> list[float]:
-    """Return the alphas that the preflight tries: of those listed, or the depths of the bracket to be
-    searched.
-    """
+    """Return three of the listed alphas, or the depths of the bracket to be searched."""
     if run.config.alpha_values == "auto":
         return list(SEARCH_DEPTHS)
     ordered = sorted(run.config.alphas_of(persona, ORACLE))

@@ -92,20 +92,15 @@ def alpha_bracket(run: Run, norm: ResidualNorm) -> tuple[float, float]:
 def coherence_bounds(run: Run) -> dict[str, CoherenceBound]:
     """Return persona -> the bound within which its texts count as coherent."""
     settings = run.config.alpha_search
+    bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
     costs = trait_costs(run)
-    factors = {name: max(1.0, costs.get(name, 1.0)) for name in run.config.persona_names}
-    return {
-        name: CoherenceBound(settings.max_perplexity_ratio * factor, settings.max_repetition_increase)
-        for name, factor in factors.items()
-    }
+    return {name: bound.of_trait(costs.get(name, 1.0)) for name in run.config.persona_names}
 
 
 def trait_costs(run: Run) -> dict[str, float]:
-    """Return persona -> perplexity ratio of its labelled positive to its negative texts, by the independent
-    model.
+    """Return persona -> perplexity ratio of its labelled positive to its negative texts.
 
-    Empty where the bound is `plain` or no independent model is asked; a persona without labelled texts has
-    none.
+    By the independent model; empty where there is none or the bound is `plain`.
     """
     if run.config.alpha_search.bound == "plain" or not run.config.independent_perplexity:
         return {}
@@ -117,10 +112,8 @@ def _measure_costs(run: Run) -> dict[str, Any]:
     sides = [texts for each in personas for texts in (each.labelled_positive, each.labelled_negative)]
     size, dtype = run.config.evaluation_batch_size, run.inputs.evaluation_dtype
     chunks = [({"source": [""] * len(texts)}, list(texts), size, dtype) for texts in sides]
-    found: dict[int, list[float | None]] = {}
     with closing(run.executor.run("perplexities", chunks)) as results:
-        for number, by_side in results:
-            found[number] = by_side["source"]
+        found = {number: by_side["source"] for number, by_side in results}
     costs = {}
     for number, persona in enumerate(personas):
         positive, negative = found[2 * number], found[2 * number + 1]

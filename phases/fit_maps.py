@@ -62,6 +62,7 @@ TRAINING_DATA = Artifact("training_data.pt", 2, _pairs_key)
 RIDGE_MAPPING = Artifact("ridge_mapping.pt", 2, _maps_key)
 COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _maps_key)
 CV_RESULTS = Artifact("cv_results.json", 2, _maps_key)
+DESCRIBED = ("source_layer", "target_layer", "source_model", "target_model")  # in every file of a map
 OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 
@@ -153,13 +154,12 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
     ridge.source_layer, ridge.target_layer = pair
     ridge.source_model, ridge.target_model = config.source_model, config.target_model
+    described = {name: getattr(ridge, name) for name in DESCRIBED}
     others = {
-        name: ComparisonMap.from_statistics(kind, statistics, draw).cross_validate_from(ridge)
+        name: ComparisonMap.fitted(kind, ridge, draw)
         for kind in KINDS
         for draw, name in enumerate(vector_names(kind))
     }
-    described = {"source_layer": pair[0], "target_layer": pair[1]}
-    described |= {"source_model": config.source_model, "target_model": config.target_model}
     results = {
         **described,
         **ridge.cv,
@@ -195,8 +195,7 @@ def _training_data(run: Run, sums: dict[str, Any], statistics: PairStatistics) -
 def _read(
     run: Run, results: dict[str, Any], ridge: dict[str, Any], others: dict[str, Any], *_: Any
 ) -> LearnedMaps:
-    path = str(COMPARISON_MAPS.path(run))
-    maps = {name: ComparisonMap.from_content(entry, path) for name, entry in others["maps"].items()}
+    maps = {name: ComparisonMap.from_content(entry) for name, entry in others["maps"].items()}
     return LearnedMaps(RidgeMapping.from_content(ridge, str(RIDGE_MAPPING.path(run))), maps, results)
 
 

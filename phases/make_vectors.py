@@ -1,12 +1,12 @@
 """Make each persona's vectors: both models' own, and those carried from source to target (phase 3).
 
-The vectors of a condition are made here: by `BaselineTransfer` and the comparison maps, or by a function in
-`CONTROL_MAKERS` for controls that need more than one persona's vector and a map.
+`analysis.vector_transfer` carries the vectors over at one layer pair; here every layer pair has its turn, and
+the keys say what each condition's vectors depend on.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from activation_extractor import PersonaVector, ReadText
-from baseline_methods import BaselineTransfer
-from experiment.conditions import CONDITIONS, MAPPED, ORACLE, vector_names
+from analysis.vector_transfer import measures, other_personas, transfer_pair
+from experiment.conditions import CONDITIONS, ORACLE, STEERED, vector_names
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
-from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, other_personas, text_rows
+from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, text_rows
 from experiment.run import FORMAT_VERSION, Artifact, Run
-from maps.layer_bands import LayerPair
 from phases.collect_responses import persona_responses_key
 from phases.fit_maps import LearnedMaps, load_maps, mapping_data_key, maps_key
 from reporting.tables import format_cosines
@@ -29,7 +28,6 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
 NativeVectors = dict[str, dict[str, list[PersonaVector]]]  # side -> persona -> a vector for each layer pair
 
 
@@ -55,7 +53,8 @@ def _native_key(run: Run) -> str:
 
 def vectors_key(run: Run) -> str:
     """Return what all vectors of a run depend on."""
-    return fingerprint(_native_key(run), maps_key(run), run.config.seed)
+    made = [vector_names(name) for name in STEERED]
+    return fingerprint(_native_key(run), maps_key(run), run.config.seed, made)
 
 
 def vector_key(run: Run, persona: str, condition: str) -> str:
@@ -66,17 +65,15 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
     inputs, config, needs = run.inputs, run.config, CONDITIONS[condition].needs
     source_layers = [source for source, _ in inputs.layer_pairs]
     by_name = {each.name: each for each in inputs.personas}
+
+    def in_source(*names: str) -> list[Any]:
+        keys = [persona_key(run, by_name[name], ["source"]) for name in names]
+        return [inputs.source.fingerprint, source_layers, keys]
+
     parts: dict[str, Callable[[], Any]] = {
-        "source_vector": lambda: [
-            inputs.source.fingerprint,
-            source_layers,
-            persona_key(run, by_name[persona], ["source"]),
-        ],
+        "source_vector": lambda: in_source(persona),
         "target_vector": lambda: persona_key(run, by_name[persona], ["target"]),
-        "other_personas": lambda: [
-            [inputs.source.fingerprint, source_layers, persona_key(run, by_name[other], ["source"])]
-            for other in other_personas(config.persona_names)[persona]
-        ],
+        "other_personas": lambda: in_source(*other_personas(config.persona_names)[persona]),
         "map": lambda: maps_key(run),
         "seed": lambda: config.seed,
     }
@@ -106,8 +103,8 @@ def native_vectors(run: Run) -> NativeVectors:
     return {
         side: {
             name: [
-                PersonaVector(vector, **measures)
-                for vector, measures in zip(rows, content["measures"][side][name], strict=True)
+                PersonaVector(vector, **known)
+                for vector, known in zip(rows, content["measures"][side][name], strict=True)
             ]
             for name, rows in by_persona.items()
         }
@@ -120,14 +117,14 @@ def _measure(run: Run) -> dict[str, Any]:
     are.
     """
     vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
-    measures: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
+    known: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
         layers = [pair[number] for pair in run.inputs.layer_pairs]
         for persona in run.inputs.personas:
             found = _native(run, side, persona, layers)
             vectors[side.name][persona.name] = torch.stack([each.vector for each in found])
-            measures[side.name][persona.name] = list(map(_numbers, found))
-    return {"layer_pairs": _listed(run), "models": _models(run), "vectors": vectors, "measures": measures}
+            known[side.name][persona.name] = list(map(measures, found))
+    return {"layer_pairs": _listed(run), "models": _models(run), "vectors": vectors, "measures": known}
 
 
 def _native(run: Run, side: Side, persona: Persona, layers: Sequence[int]) -> list[PersonaVector]:
@@ -146,10 +143,6 @@ def _read_texts(run: Run, side: str, persona: Persona) -> tuple[Sequence[Sequenc
     by_sign = run.inputs.responses[side][persona.name]
     ask = run.inputs.prompting.question
     return [[(ask(side, asked), response) for asked, response in found] for found in by_sign], "response"
-
-
-def _numbers(persona: PersonaVector) -> dict[str, Any]:
-    return {key: value for key, value in vars(persona).items() if key != "vector"}
 
 
 def _listed(run: Run) -> list[list[int]]:
@@ -190,15 +183,16 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 
 
 def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
-    natives, pairs = native_vectors(run), run.inputs.layer_pairs
+    natives = native_vectors(run)
     found = [
         transfer_pair(
-            pair,
-            {side: {name: rows[index] for name, rows in natives[side].items()} for side in SIDES},
-            of_pair,
+            *({name: rows[index] for name, rows in natives[side].items()} for side in SIDES),
+            learned.ridge,
+            learned.transforms,
+            learned.residual_norm.massive_dimensions,
             run.config.seed,
         )
-        for index, (pair, of_pair) in enumerate(zip(pairs, maps, strict=True))
+        for index, learned in enumerate(maps)
     ]
     middle = found[len(found) // 2]
     return {
@@ -219,81 +213,3 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
             for name, by_name in middle.vectors.items()
         },
     }
-
-
-@dataclass(frozen=True, repr=False)
-class PairTransfer:
-    """The vectors of one layer pair: persona -> vector name -> (d_target,), and persona -> cosines and
-    measures.
-    """
-
-    vectors: dict[str, dict[str, Tensor]]
-    report: dict[str, dict[str, Any]]
-
-
-def transfer_pair(
-    pair: LayerPair, natives: Mapping[str, Mapping[str, PersonaVector]], maps: LearnedMaps, seed: int
-) -> PairTransfer:
-    """Carry every persona from source to target in every way, and compare with the oracle.
-
-    natives: side -> persona -> its own vector at this layer pair.
-    """
-    norm, ridge = maps.residual_norm, maps.ridge
-    source, target = natives["source"], natives["target"]
-    baseline = BaselineTransfer(ridge.d_source, ridge.d_target, seed)
-    vectors, report = {}, {}
-    for name in source:
-        arguments = (source[name].vector, target[name].vector, ridge)
-        vectors[name] = baseline.apply_all_baselines(*arguments, other_maps=maps.transforms)
-        compare = partial(baseline.compare_to_oracle, *arguments, other_maps=maps.transforms)
-        report[name] = {
-            "cosine_to_oracle": compare(),
-            "cosine_without_massive": compare(left_out=norm.massive_dimensions),
-        }
-    for condition, make in CONTROL_MAKERS.items():
-        for name, made in make(vectors, pair, seed).items():
-            vectors[name] |= zip(vector_names(condition), made, strict=True)
-    for name, by_name in vectors.items():
-        others = [vectors[other][ORACLE] for other in vectors if other != name]
-        report[name] |= {
-            "highest_cosine_to_other_oracles": _highest_cosine(
-                by_name[MAPPED], others, norm.massive_dimensions
-            ),
-            "oracle_energy": ridge.predicted_energy(by_name[ORACLE]),
-            "source": _numbers(source[name]),
-            "target": _numbers(target[name]),
-        }
-    return PairTransfer(vectors, report)
-
-
-Vectors = Mapping[str, Mapping[str, Tensor]]  # persona -> vector name -> (d_target,)
-
-
-def _of_other_personas(vectors: Vectors, pair: LayerPair, seed: int) -> dict[str, list[Tensor]]:
-    """Return persona -> the mapped vectors of other personas."""
-    return {
-        name: [vectors[other][MAPPED] for other in others]
-        for name, others in other_personas(list(vectors)).items()
-    }
-
-
-def _random_directions(vectors: Vectors, pair: LayerPair, seed: int) -> dict[str, list[Tensor]]:
-    """Return persona -> directions of unit norm: the same for all, others for each block and seed."""
-    d_target = len(next(iter(vectors.values()))[ORACLE])
-    generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + pair[1])
-    drawn = [torch.randn(d_target, generator=generator) for _ in vector_names("random_direction")]
-    return {name: [direction / direction.norm() for direction in drawn] for name in vectors}
-
-
-# control -> makes its vectors: (vectors so far, layer pair, seed) -> persona -> a vector for each draw
-CONTROL_MAKERS: dict[str, Callable[[Vectors, LayerPair, int], dict[str, list[Tensor]]]] = {
-    "other_persona": _of_other_personas,
-    "random_direction": _random_directions,
-}
-
-
-def _highest_cosine(vector: Tensor, others: Sequence[Tensor], left_out: Sequence[int]) -> float | None:
-    kept = torch.ones(len(vector))
-    kept[list(left_out)] = 0.0
-    cosines = [torch.cosine_similarity(vector * kept, other * kept, dim=0).item() for other in others]
-    return max(cosines, default=None)

@@ -4,12 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiment.conditions import CONDITIONS, MAPPED, ORACLE
 from reporting.figures_results import choose_axes, statistic_of
-from reporting.style import add_legend, as_label, hide_frame, look_of, number_plainly
+from reporting.style import add_legend, hide_frame, look_of, number_plainly, persona_columns
 
 LOWEST_R2 = -0.6  # at which the panels of R2 are cut
 
@@ -26,26 +25,22 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
     metrics = choose_axes([entry for table in tables for entry in table.values()])
     pairs = [f"{result['source_layer']}→{result['target_layer']}" for result in results]
     personas = list(dict.fromkeys(persona for persona, _ in tables[0]))
-    figure = Figure(figsize=(3.6 * len(personas) + 1.6, 6.4), layout="constrained")
-    panels = figure.subplots(2, len(personas), squeeze=False)
+    ylabels = (f"{metrics[0].replace('_', ' ')} (coherent ↑)", metrics[1].replace("_", " "))
+    figure, columns = persona_columns(personas, (3.6, 6.4), ylabels)
     drawn = {}
-    for column, persona in enumerate(personas):
-        for panel, metric in zip(panels[:, column], metrics, strict=True):
+    for persona, panels in columns.items():
+        for panel, metric in zip(panels, metrics, strict=True):
             for condition in CONDITIONS:
                 found = [table.get((persona, condition), {}).get(metric, {}) for table in tables]
                 values = [each.get(statistic_of(metric)) for each in found]
                 if any(value is not None for value in values):
                     y = [math.nan if value is None else value for value in values]
                     (drawn[condition],) = panel.plot(pairs, y, markersize=5, **look_of(condition))
-            hide_frame(panel)
             if metric.endswith("perplexity"):
                 panel.set_yscale("log")
                 panel.invert_yaxis()
                 number_plainly(panel.yaxis)
-        panels[0][column].set_title(as_label(persona), fontsize=10)
-        panels[1][column].set_xlabel("layer pair, source → target")
-    panels[0][0].set_ylabel(f"{metrics[0].replace('_', ' ')} (coherent ↑)")
-    panels[1][0].set_ylabel(metrics[1].replace("_", " "))
+        panels[1].set_xlabel("layer pair, source → target")
     add_legend(figure, drawn)
     return figure
 
@@ -59,16 +54,17 @@ def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     personas = list(dict.fromkeys(point["persona"] for point in points))
     methods = list(dict.fromkeys(point["method"] for point in points))
     sizes = sorted({len(point["target_layers"]) for point in points})
-    figure = Figure(figsize=(2.9 * len(personas) + 1.6, 5.2), layout="constrained")
-    panels = figure.subplots(2, len(personas), squeeze=False, sharex=True, sharey="row")
+    ylabels = ("trait probability, change", "perplexity ratio (fluent ↓)")
+    figure, columns = persona_columns(personas, (2.9, 5.2), ylabels, sharex=True, sharey="row")
     drawn = {}
-    for column, persona in enumerate(personas):
-        for panel, metric, nothing in zip(
-            panels[:, column], ("trait_change", "perplexity_ratio"), (0, 1), strict=True
+    for persona, panels in columns.items():
+        of_persona = [point for point in points if point["persona"] == persona]
+        for panel, metric, unsteered in zip(
+            panels, ("trait_change", "perplexity_ratio"), (0, 1), strict=True
         ):
-            panel.axhline(nothing, color="grey", linewidth=0.8)
+            panel.axhline(unsteered, color="grey", linewidth=0.8)
             for method in methods:
-                own = [point for point in points if (point["persona"], point["method"]) == (persona, method)]
+                own = [point for point in of_persona if point["method"] == method]
                 own = [point for point in own if point[metric] is not None]
                 x = [sizes.index(len(point["target_layers"])) for point in own]
                 look = {**look_of(method), "markersize": 5}
@@ -76,15 +72,11 @@ def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
                 for place, point in zip(x, own, strict=True):
                     if not point["is_coherent"]:
                         panel.plot(place, point[metric], **look, markerfacecolor="white")
-            hide_frame(panel)
-        panels[0][column].set_title(as_label(persona), fontsize=10)
-        panels[1][column].set_xticks(range(len(sizes)), [*map(str, sizes[:-1]), f"all {sizes[-1]}"])
-        panels[1][column].set_yscale("log")
-    for panel in panels[1]:
-        number_plainly(panel.yaxis)
+        panels[1].set_xticks(range(len(sizes)), [*map(str, sizes[:-1]), f"all {sizes[-1]}"])
+        panels[1].set_yscale("log")
+    for panels in columns.values():
+        number_plainly(panels[1].yaxis)
     figure.supxlabel("blocks of the target that are steered", fontsize=10)
-    panels[0][0].set_ylabel("trait probability, change")
-    panels[1][0].set_ylabel("perplexity ratio (fluent ↓)")
     add_legend(figure, drawn)
     return figure
 
@@ -96,17 +88,15 @@ def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
     """
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     by_pairs, *by_texts = figure.subplots(1, 3)
-    for positions, label, condition in (
-        ("last", "map of last tokens", ORACLE),
-        ("aligned", "map of every aligned position", MAPPED),
-    ):
+    labels = {"last": "map of last tokens", "aligned": "map of every aligned position"}
+    for positions, condition in (("last", ORACLE), ("aligned", MAPPED)):
         points = [point for point in content["points"] if point["positions"] == positions]
         colour = CONDITIONS[condition].colour
-        style = {"label": label, "marker": "o", "markersize": 4, "color": colour}
+        style = {"label": labels[positions], "marker": "o", "markersize": 4, "color": colour}
         errors = [1 - point["held_out"]["last"]["r2"] for point in points]
         by_pairs.loglog([point["n_pairs"] for point in points], errors, **style)
         texts = [point["n_texts"] for point in points]
-        for panel, tested in zip(by_texts, ("last", "aligned"), strict=True):
+        for panel, tested in zip(by_texts, labels, strict=True):
             held_out = [point["held_out"][tested] for point in points]
             panel.semilogx(texts, [each["r2"] for each in held_out], **style)
             standardised = [each["r2_standardised"] for each in held_out]
@@ -114,20 +104,16 @@ def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
     by_pairs.set(xlabel="pairs", ylabel="error on held-out last tokens (1 − R²)", title="Error against pairs")
     number_plainly(by_pairs.yaxis)
     for panel, tested in zip(by_texts, ("last tokens", "all positions"), strict=True):
-        _finish_r2(panel, tested)
+        lowest = min(min(line.get_ydata()) for line in panel.lines)
+        panel.set(
+            xlabel="texts read by both models (forward passes)",
+            ylabel="R² (dotted: standardised dimensions)",
+            title=f"R² on held-out {tested}{', cut at −0.6' if lowest < LOWEST_R2 else ''}",
+            ylim=(max(LOWEST_R2, min(0.0, lowest)), 1),
+        )
+        panel.axhline(0, color="grey", linewidth=0.8)
     for panel in (by_pairs, *by_texts):
         panel.title.set_size(10)
         panel.legend(fontsize=8)
         hide_frame(panel)
     return figure
-
-
-def _finish_r2(panel: Axes, tested: str) -> None:
-    lowest = min(min(line.get_ydata()) for line in panel.lines)
-    panel.set(
-        xlabel="texts read by both models (forward passes)",
-        ylabel="R² (dotted: standardised dimensions)",
-        title=f"R² on held-out {tested}{', cut at −0.6' if lowest < LOWEST_R2 else ''}",
-        ylim=(max(LOWEST_R2, min(0.0, lowest)), 1),
-    )
-    panel.axhline(0, color="grey", linewidth=0.8)

@@ -18,11 +18,7 @@ HEAT_MAPS = (
     ("agreement", "Cosine of mapped to native vectors, mean"),
     ("score", "Agreement above chance and other personas"),
 )
-MEASURES = (
-    ("r2", "R², pooled"),
-    ("r2_standardised", "R², standardised"),
-    ("retrieval_accuracy", "retrieval"),
-)
+MEASURES = {"r2": "R², pooled", "r2_standardised": "R², standardised", "retrieval_accuracy": "retrieval"}
 
 
 def mapping_figure(
@@ -34,8 +30,7 @@ def mapping_figure(
     """
     figure = Figure(figsize=(13, 7.4), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
-    _draw_cross_validation(panels[0], cv)
-    _draw_degrees_of_freedom(panels[1], cv)
+    _draw_lambdas(panels[0], panels[1], cv)
     _draw_dimensions(panels[2], cv)
     _draw_components(panels[3], cv)
     _draw_spectrum(panels[4], analysis)
@@ -46,26 +41,19 @@ def mapping_figure(
     return figure
 
 
-def _draw_cross_validation(panel: Axes, cv: Mapping[str, Any]) -> None:
-    values = cv["lambda_values"]
+def _draw_lambdas(r2: Axes, df: Axes, cv: Mapping[str, Any]) -> None:
+    values, best = cv["lambda_values"], cv["best_lambda"]
     for key, label, style in (("r2", "pooled", "o-"), ("r2_standardised", "standardised dimensions", "s--")):
-        panel.semilogx(values, [cv[key][value] for value in values], style, markersize=4, label=label)
-    panel.axvline(cv["best_lambda"], color="black", linestyle=":", label=f"best: {cv['best_lambda']:g}")
-    panel.axhline(cv["shuffled_r2"], color="grey", linestyle="--", label="shuffled pairs, best case")
-    panel.set(xlabel=_lambda_label(cv), ylabel="held-out R²", title=f"Cross-validation, {cv['n_rows']} pairs")
-    panel.legend(fontsize=8)
-
-
-def _draw_degrees_of_freedom(panel: Axes, cv: Mapping[str, Any]) -> None:
-    values = cv["lambda_values"]
-    panel.semilogx(values, [cv["df"][value] for value in values], "o-", color=COLOUR)
-    panel.axvline(cv["best_lambda"], color="black", linestyle=":")
-    title = f"Degrees of freedom: {cv['df'][cv['best_lambda']]:.0f}"
-    panel.set(xlabel=_lambda_label(cv), ylabel="df(λ)", ylim=(0, None), title=title)
-
-
-def _lambda_label(cv: Mapping[str, Any]) -> str:
-    return f"λ ({'in units of the mean Gram diagonal' if cv['lambda_unit'] == 'relative' else 'absolute'})"
+        r2.semilogx(values, [cv[key][value] for value in values], style, markersize=4, label=label)
+    r2.axvline(best, color="black", linestyle=":", label=f"best: {best:g}")
+    r2.axhline(cv["shuffled_r2"], color="grey", linestyle="--", label="shuffled pairs, best case")
+    unit = "in units of the mean Gram diagonal" if cv["lambda_unit"] == "relative" else "absolute"
+    r2.set(xlabel=f"λ ({unit})", ylabel="held-out R²", title=f"Cross-validation, {cv['n_rows']} pairs")
+    r2.legend(fontsize=8)
+    df.semilogx(values, [cv["df"][value] for value in values], "o-", color=COLOUR)
+    df.axvline(best, color="black", linestyle=":")
+    title = f"Degrees of freedom: {cv['df'][best]:.0f}"
+    df.set(xlabel=f"λ ({unit})", ylabel="df(λ)", ylim=(0, None), title=title)
 
 
 def _draw_dimensions(panel: Axes, cv: Mapping[str, Any]) -> None:
@@ -103,7 +91,7 @@ def _draw_spectrum(panel: Axes, analysis: Mapping[str, Any]) -> None:
 
 def _draw_maps(panel: Axes, maps: Sequence[Mapping[str, Any]]) -> None:
     names = [row["map"] if row["rank"] is None else f"{row['map']}\n(rank {row['rank']})" for row in maps]
-    for number, (key, label) in enumerate(MEASURES):
+    for number, (key, label) in enumerate(MEASURES.items()):
         heights = [row[key] or 0.0 for row in maps]
         panel.bar([index + 0.27 * (number - 1) for index in range(len(maps))], heights, 0.25, label=label)
     panel.axhline(0, color="grey", linewidth=0.8)

@@ -14,16 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiment.conditions import SCORERS, UNSTEERED
-from reporting.style import (
-    add_legend,
-    as_label,
-    hide_frame,
-    label_of,
-    look_of,
-    number_plainly,
-    persona_panels,
-)
+from experiment.conditions import CONDITIONS, SCORERS, UNSTEERED
+from reporting.style import add_legend, as_label, hide_frame, look_of, number_plainly, persona_panels
 
 
 def recovery_figure(found: Mapping[str, Any]) -> Figure:
@@ -42,16 +34,12 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
             ratio = decided["recovery"]
             if not ratio or None in ratio.values():
                 continue
-            colour = SCORERS[scorer].colour
-            drawn[scorer] = panel.errorbar(
-                [ratio["estimate"]],
-                [row + 0.2 * number],
-                xerr=[[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]],
-                fmt="o",
-                color=colour,
-                markerfacecolor=colour if decided["is_validated"] else "white",
-                capsize=3,
-            )
+            look = {"color": SCORERS[scorer].colour}
+            if not decided["is_validated"]:
+                look["markerfacecolor"] = "white"
+            ends = [[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]]
+            place = ratio["estimate"], row + 0.2 * number
+            drawn[scorer] = panel.errorbar(*place, xerr=ends, fmt="o", capsize=3, **look)
     labels = [f"{as_label(name)}: {verdict['verdict']}" for name, verdict in found.items()]
     panel.set_yticks(range(len(found)), labels)
     panel.set_ylim(len(found) - 0.4, -0.6)  # the first above
@@ -68,21 +56,18 @@ def effect_perplexity_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[
     curves: what `side_effects.strength_curves` returns. A line joins a condition's alphas, the strongest
     drawn largest.
     """
-    figure, panels, left = persona_panels(len(curves))
+    xlabel = "perplexity ratio to the unsteered text (fluent ←)"
+    figure, panels = persona_panels(list(curves), xlabel, "change of trait probability (95 %)")
     drawn = {}
-    for panel, (persona, by_condition) in zip(panels, curves.items(), strict=True):
+    for persona, panel in panels.items():
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.axvline(1, color="grey", linewidth=0.8)
-        for condition, points in by_condition.items():
+        for condition, points in curves[persona].items():
             x, y = [point["perplexity_ratio"] for point in points], [point["effect"] for point in points]
             error = [[abs(point[end] - point["effect"]) for point in points] for end in ("low", "high")]
             drawn[condition] = _draw_strengths(panel, condition, x, y, error)
         panel.set_xscale("log")
-        panel.set_title(as_label(persona), fontsize=10)
-    number_plainly(panels[0].xaxis)
-    figure.supxlabel("perplexity ratio to the unsteered text (fluent ←)", fontsize=10)
-    for panel in left:
-        panel.set_ylabel("change of trait probability (95 %)")
+    number_plainly(panel.xaxis)
     add_legend(figure, drawn)
     return figure
 
@@ -115,7 +100,7 @@ def off_target_figure(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -
                 panel.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8)
         panel.set_xticks(range(len(scored)), list(map(as_label, scored)), rotation=40, ha="right")
         panel.set_yticks(range(len(by_persona)), list(map(as_label, by_persona)))
-        panel.set(title=label_of(method), xlabel="scored as", ylabel="steered for")
+        panel.set(title=CONDITIONS[method].label, xlabel="scored as", ylabel="steered for")
     figure.colorbar(image, ax=panels, label="change of trait probability")
     return figure
 
@@ -141,26 +126,23 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     coherence is the median perplexity on a reversed logarithmic axis.
     """
     coherence, trait = choose_axes(table)
-    personas = list(dict.fromkeys(entry["persona"] for entry in table))
-    figure, panels, left = persona_panels(len(personas))
+    judged = coherence == "gpt4_coherence_score"
+    xlabel = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
+    ylabel = "trait strength, judged 1 to 5" if judged else "trait probability, mean (95 %)"
+    aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
+    figure, panels = persona_panels(list(aucs), xlabel, ylabel)
     drawn = {}
-    for panel, persona in zip(panels, personas, strict=True):
+    for persona, panel in panels.items():
         entries = [entry for entry in table if entry["persona"] == persona]
         drawn |= _draw_persona(panel, entries, coherence, trait)
-        auc = entries[0]["classifier_auc"]
-        note = f" (classifier AUC {auc:.3f})" if trait == "trait_probability" and auc is not None else ""
-        panel.set_title(f"{as_label(persona)}{note}", fontsize=10)
-    judged = coherence == "gpt4_coherence_score"
+        if not judged and aucs[persona] is not None:
+            panel.set_title(f"{panel.get_title()} (classifier AUC {aucs[persona]:.3f})", fontsize=10)
     if not judged:
         # Last, since beside the first point alone a logarithmic axis can have no width at all.
-        panels[0].set_xscale("log")
-        panels[0].invert_xaxis()
-        for panel in panels:
+        panel.set_xscale("log")
+        panel.invert_xaxis()
+        for panel in panels.values():
             number_plainly(panel.xaxis)
-    label = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
-    figure.supxlabel(label, fontsize=10)
-    for panel in left:
-        panel.set_ylabel("trait strength, judged 1 to 5" if judged else "trait probability, mean (95 %)")
     if drawn:
         add_legend(figure, drawn).set_title("\n".join(_alphas_by_persona(table)), {"size": 8})
     return figure
@@ -194,10 +176,10 @@ def _distance(summary: Mapping[str, Any], end: str) -> float:
 
 def _alphas_by_persona(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return lines that say at which alphas each persona was steered; personas of the same share one."""
-    alphas: dict[str, set[float]] = {entry["persona"]: set() for entry in table}
-    for entry in table:
-        if entry["alpha"] is not None:
-            alphas[entry["persona"]].add(entry["alpha"])
+    alphas = {
+        persona: {entry["alpha"] for entry in table if entry["persona"] == persona} - {None}
+        for persona in dict.fromkeys(entry["persona"] for entry in table)
+    }
     shown: dict[str, list[str]] = {}
     for persona, found in alphas.items():
         few = [f"{alpha:.3g}" for alpha in sorted(found)]
@@ -215,25 +197,23 @@ def alpha_search_figure(content: Mapping[str, Any]) -> Figure:
     """
     plain, costs = content["bound"]["max_perplexity_ratio"], content["trait_costs"]
     personas = list(dict.fromkeys(entry["persona"] for entry in content["alphas"]))
-    figure, panels, left = persona_panels(len(personas))
+    xlabel, ylabel = "alpha (large: chosen; faint: over a bound)", "perplexity ratio (fluent ↓)"
+    figure, panels = persona_panels(personas, xlabel, ylabel)
     drawn = {}
-    panels[0].set(xscale="log", yscale="log")
-    for panel, persona in zip(panels, personas, strict=True):
+    panels[personas[0]].set(xscale="log", yscale="log")
+    for persona, panel in panels.items():
         panel.axhline(1, color="grey", linewidth=0.8)
         bound = plain * max(1.0, costs.get(persona, 1.0))
-        line = panel.axhline(
-            bound, color="black", linestyle=":", label="bound" if costs else f"bound: {plain:g}"
-        )
+        label = "bound" if costs else f"bound: {plain:g}"
+        line = panel.axhline(bound, color="black", linestyle=":", label=label)
         for entry in content["alphas"]:
             if entry["persona"] == persona:
                 drawn |= _draw_search(panel, entry)
-        panel.set_title(as_label(persona) + (f" (bound: {bound:.2g})" if costs else ""), fontsize=10)
-    for panel in panels:
+        if costs:
+            panel.set_title(f"{panel.get_title()} (bound: {bound:.2g})", fontsize=10)
+    for panel in panels.values():
         number_plainly(panel.xaxis)
         number_plainly(panel.yaxis)
-    figure.supxlabel("alpha (large: chosen; faint: over a bound)", fontsize=10)
-    for panel in left:
-        panel.set_ylabel("perplexity ratio (fluent ↓)")
     add_legend(figure, drawn, [line])
     return figure
 
@@ -244,8 +224,8 @@ def _draw_search(panel: Axes, entry: Mapping[str, Any]) -> dict[str, Line2D]:
     if not points:
         return {}
     method, look = entry["method"], look_of(entry["method"])
-    x, y = [point["alpha"] for point in points], [point["perplexity_ratio"] for point in points]
-    panel.plot(x, y, color=look["color"], linewidth=1, alpha=0.5, label=method)
+    curve = [[point[key] for point in points] for key in ("alpha", "perplexity_ratio")]
+    panel.plot(*curve, color=look["color"], linewidth=1, alpha=0.5, label=method)
     for point in points:
         # The last points lie close to the chosen one, which stays in front of them.
         chosen = point["alpha"] == entry["alpha"]

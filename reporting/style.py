@@ -68,28 +68,46 @@ def as_label(name: str) -> str:
     return "\n".join(textwrap.wrap(name, NAME_WIDTH) or [""]).replace("$", r"\$")
 
 
-def label_of(condition: str) -> str:
-    """Return what figures call a condition."""
-    return CONDITIONS[condition].label
-
-
 def look_of(condition: str) -> dict[str, str]:
     """Return a condition's colour and marker as arguments of a plot."""
     return {"color": CONDITIONS[condition].colour, "marker": CONDITIONS[condition].marker}
 
 
-def persona_panels(n: int, size: tuple[float, float] = (4.4, 3.6)) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Return a figure, n panels of the same axes, three in a row, and the leftmost of each row."""
-    n_columns = min(3, n)
-    n_rows = math.ceil(n / n_columns)
-    figure = Figure(figsize=(size[0] * n_columns + 1.6, size[1] * n_rows + 0.6), layout="constrained")
+def persona_panels(personas: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure and persona -> its panel, three in a row, all with the same axes."""
+    n_columns = min(3, len(personas))
+    n_rows = math.ceil(len(personas) / n_columns)
+    figure = Figure(figsize=(4.4 * n_columns + 1.6, 3.6 * n_rows + 0.6), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
-    for panel in panels.flatten()[n:]:
+    for panel in panels.flatten()[len(personas) :]:
         panel.remove()
-    for panel in panels.flatten()[:n]:
+    for panel in panels[:, 0]:
+        panel.set_ylabel(ylabel)
+    figure.supxlabel(xlabel, fontsize=10)
+    by_persona = dict(zip(personas, panels.flatten(), strict=False))
+    for persona, panel in by_persona.items():
         panel.tick_params(labelbottom=True)
+        panel.set_title(as_label(persona), fontsize=10)
         hide_frame(panel)
-    return figure, list(panels.flatten()[:n]), list(panels[:, 0])
+    return figure, by_persona
+
+
+def persona_columns(
+    personas: Sequence[str], size: tuple[float, float], ylabels: Sequence[str], **shared: Any
+) -> tuple[Figure, dict[str, list[Axes]]]:
+    """Return a figure and persona -> its two panels, one above the other.
+
+    size: width of a column and height of the figure. shared: axes, as arguments of `subplots`.
+    """
+    figure = Figure(figsize=(size[0] * len(personas) + 1.6, size[1]), layout="constrained")
+    panels = figure.subplots(2, len(personas), squeeze=False, **shared)
+    for panel, label in zip(panels[:, 0], ylabels, strict=True):
+        panel.set_ylabel(label)
+    for panel, persona in zip(panels[0], personas, strict=True):
+        panel.set_title(as_label(persona), fontsize=10)
+    for panel in panels.flatten():
+        hide_frame(panel)
+    return figure, dict(zip(personas, map(list, panels.T), strict=True))
 
 
 def hide_frame(panel: Axes) -> None:
@@ -99,10 +117,9 @@ def hide_frame(panel: Axes) -> None:
 
 def add_legend(figure: Figure, drawn: Mapping[str, Artist], others: Sequence[Artist] = ()) -> Any:
     """Put a legend beside the panels: conditions in the order of their table, then other artists."""
-    names = [name for name in CONDITIONS if name in drawn]
-    handles = [*(drawn[name] for name in names), *others]
-    labels = [*map(label_of, names), *(artist.get_label() for artist in others)]
-    return figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    shown = {CONDITIONS[name].label: drawn[name] for name in CONDITIONS if name in drawn}
+    shown |= {artist.get_label(): artist for artist in others}
+    return figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize=8)
 
 
 def number_plainly(axis: Axis) -> None:

@@ -8,8 +8,19 @@ from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import FEWEST_PROMPTS, VERDICTS
 from experiment.conditions import CONDITIONS, SCORERS
 
-HEADER = ("condition", "alpha", "trait", "change", "ppl", "indep ppl", "repeat", "collapsed", "n", "missing")
-ALPHA_HEADER = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
+NO_ARTICLE = ("brevity",)  # scorers that a sentence names without an article
+# heading -> metric, statistic and format of a condition's numbers.
+COLUMNS = {
+    "trait": ("trait_probability", "mean", ".2f"),
+    "change": ("trait_change", "mean", "+.2f"),
+    "ppl": ("perplexity", "median", ".1f"),
+    "indep ppl": ("independent_perplexity", "median", ".1f"),
+    "repeat": ("repetition", "mean", ".2f"),
+    "collapsed": ("is_collapsed", "mean", ".0%"),
+}
+OF_LENGTH = {"words": ("n_words", "mean", ".0f"), "ended": ("has_ended", "mean", ".0%")}
+OF_JUDGE = {f"judged {name}": (f"gpt4_{name}_score", "mean", ".2f") for name in ("coherence", "trait")}
+MEASURED = {"coherence": ".1f", "trait": ".1f", "collapse_rate": ".0%"}  # in the order of EXPECTED
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
 
@@ -37,18 +48,18 @@ def verdict_sentence(found: Mapping[str, Any]) -> str:
     """Return why a persona's verdict stands. found: `Verdict.content()`."""
     scorers = found["scorers"]
     if found["reason"] == "no scorer validated":
-        problems = "; ".join(
-            f"{SCORERS[name].label}: {', '.join(scorer['problems'])}" for name, scorer in scorers.items()
-        )
-        return "no scorer is validated" + (f" ({problems})" if problems else "")
-    decided_by = found["decided_by"]
-    why = f"by the {SCORERS[decided_by].label}, {_scorer_sentence(scorers[decided_by])}"
-    if found["reason"] == "scorers disagree":
-        said = ", ".join(
-            f"{SCORERS[name].label} says {scorers[name]['verdict']}" for name in found["rests_on"]
-        )
-        return f"the scorers disagree ({said}); {why}"
-    return why
+        named = [f"{SCORERS[name].label}: {', '.join(scorers[name]['problems'])}" for name in scorers]
+        return "no scorer is validated" + (f" ({'; '.join(named)})" if named else "")
+    why = f"by {_named(found['decided_by'])}, {_scorer_sentence(scorers[found['decided_by']])}"
+    if found["reason"] == "decided by scorer":
+        return why
+    said = [f"{SCORERS[name].label} says {scorers[name]['verdict']}" for name in found["rests_on"]]
+    return f"the scorers disagree ({', '.join(said)}); {why}"
+
+
+def _named(scorer: str) -> str:
+    """Return a scorer's label as a sentence holds it."""
+    return SCORERS[scorer].label if scorer in NO_ARTICLE else f"the {SCORERS[scorer].label}"
 
 
 def _scorer_sentence(found: Mapping[str, Any]) -> str:
@@ -69,16 +80,14 @@ def _scorer_sentence(found: Mapping[str, Any]) -> str:
     if found["reason"] == "control missing":
         return f"{recovers}, but these controls were not run: {missing}"
     best, over = CONDITIONS[found["best_control"]].label, interval(found["over_best_control"])
-    return (
-        f"{recovers} and differs from the best control, {best}, by {over} (Holm p {found['highest_p']:.3f})"
-        f"{needed}"
-    )
+    differs = f"differs from the best control, {best}, by {over} (Holm p {found['highest_p']:.3f})"
+    return f"{recovers} and {differs}{needed}"
 
 
 def alone(found: Mapping[str, Any]) -> str:
     """Return a note for a verdict that rests on one scorer, else nothing. found: `Verdict.content()`."""
     rests_on = found["rests_on"]
-    return f" (on the {SCORERS[rests_on[0]].label} alone)" if len(rests_on) == 1 else ""
+    return f" (on {_named(rests_on[0])} alone)" if len(rests_on) == 1 else ""
 
 
 def format_verdicts(content: Mapping[str, Mapping[str, Any]]) -> str:
@@ -105,21 +114,23 @@ def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]])
         if not by_scorer:
             lines.append(f"{persona}: no scorer")
         for scorer, found in by_scorer.items():
-            word = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
-            lines.append(f"{persona}, {scorer}: {word}; {_validation_detail(found)}")
+            line = "validated" if found["is_validated"] else f"NOT VALIDATED ({'; '.join(found['problems'])})"
+            if not found.get("auc"):
+                line += f"; {found.get('measure', 'not measured')}"
+            else:
+                line += f"; lowest AUC {lowest_auc(found)}"
+                for name in ("sensitivity", "specificity"):
+                    line += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
+            if found.get("repeat_noise") is not None:
+                line += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
+            lines.append(f"{persona}, {scorer}: {line}")
     return "\n".join(lines)
 
 
-def _validation_detail(found: Mapping[str, Any]) -> str:
-    if not found.get("auc"):
-        return found.get("measure", "not measured")
-    lowest = min(found["auc"], key=found["auc"].get)
-    detail = f"lowest AUC {found['auc'][lowest]:.2f} ({lowest})"
-    for name in ("sensitivity", "specificity"):
-        detail += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
-    if found.get("repeat_noise") is not None:
-        detail += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
-    return detail
+def lowest_auc(found: Mapping[str, Any]) -> str:
+    """Return a scorer's lowest AUC and its set, or a dash. found: of `scoring.validation.validate`."""
+    lowest = min(found.get("auc") or {}, key=lambda name: found["auc"][name], default=None)
+    return "–" if lowest is None else f"{found['auc'][lowest]:.2f} ({lowest})"
 
 
 def format_success(found: Mapping[str, Any]) -> str:
@@ -132,16 +143,9 @@ def format_success(found: Mapping[str, Any]) -> str:
         said = [f"{name}: {'reached' if of_persona[name] else 'not reached'}" for name in CRITERIA]
         rows = []
         for condition, measured in of_persona["conditions"].items():
-            coherence, trait, collapse = EXPECTED[condition]
-            rows.append(
-                (
-                    condition,
-                    f"{measured['coherence']:.1f} ({coherence})",
-                    f"{measured['trait']:.1f} ({trait})",
-                    f"{measured['collapse_rate']:.0%} ({collapse:.0%})",
-                    str(measured["n"]),
-                )
-            )
+            names = zip(MEASURED.items(), EXPECTED[condition], strict=True)
+            cells = [f"{measured[name]:{form}} ({expected:{form}})" for (name, form), expected in names]
+            rows.append((condition, *cells, str(measured["n"])))
         table = markdown_table(("condition", "coherence", "trait", "collapsed", "n"), rows)
         blocks.append(f"{persona}, the specification's result, {', '.join(said)}\n\n{table}")
     return "\n\n".join(blocks)
@@ -159,7 +163,8 @@ def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
         )
         for key, chosen in alphas.items()
     ]
-    return markdown_table(ALPHA_HEADER, rows, left=("persona", "method", "note"))
+    header = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
+    return markdown_table(header, rows, left=("persona", "method", "note"))
 
 
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
@@ -170,37 +175,28 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     A judge's scores come in two more columns if there are any; so do, where unsteered texts end, the mean
     number of words and the share of texts that the model ended before the limit.
     """
-    judged = any(entry["gpt4_coherence_score"]["n"] for entry in table)
-    ending = any((entry["has_ended"]["mean"] or 0) >= ENDING for entry in table if entry["alpha"] is None)
-    header = HEADER + ("words", "ended") * ending + ("judged coherence", "judged trait") * judged
+    more = {}
+    if any((entry["has_ended"]["mean"] or 0) >= ENDING for entry in table if entry["alpha"] is None):
+        more |= OF_LENGTH
+    if any(entry["gpt4_coherence_score"]["n"] for entry in table):
+        more |= OF_JUDGE
+    header = ("condition", "alpha", *COLUMNS, "n", "missing", *more)
     blocks = []
     for persona in dict.fromkeys(entry["persona"] for entry in table):
         entries = [entry for entry in table if entry["persona"] == persona]
         auc = entries[0]["classifier_auc"]
         note = f"trait by a classifier with cross-validated AUC {auc:.3f}" if auc else "no trait classifier"
-        rows = [_cells(entry, judged, ending) for entry in entries]
+        rows = []
+        for entry in entries:
+            alpha = "" if entry["alpha"] is None else f"{entry['alpha']:.4g}"
+            shown, behind = (
+                [number(entry[metric][statistic], form) for metric, statistic, form in columns.values()]
+                for columns in (COLUMNS, more)
+            )
+            n_missing = entry["trait_probability"]["missing"]
+            rows.append((entry["condition"], alpha, *shown, str(entry["n"]), str(n_missing), *behind))
         blocks.append(f"{persona} ({note})\n\n{markdown_table(header, rows)}")
     return "\n\n".join(blocks)
-
-
-def _cells(entry: Mapping[str, Any], judged: bool, ending: bool) -> list[str]:
-    columns = [
-        ("trait_probability", "mean", ".2f"),
-        ("trait_change", "mean", "+.2f"),
-        ("perplexity", "median", ".1f"),
-        ("independent_perplexity", "median", ".1f"),
-        ("repetition", "mean", ".2f"),
-        ("is_collapsed", "mean", ".0%"),
-    ]
-    more = [("n_words", "mean", ".0f"), ("has_ended", "mean", ".0%")] * ending
-    more += [("gpt4_coherence_score", "mean", ".2f"), ("gpt4_trait_score", "mean", ".2f")] * judged
-    shown, behind = (
-        [number(entry[metric][statistic], form) for metric, statistic, form in chosen]
-        for chosen in (columns, more)
-    )
-    alpha = "" if entry["alpha"] is None else f"{entry['alpha']:.4g}"
-    counts = [str(entry["n"]), str(entry["trait_probability"]["missing"])]
-    return [entry["condition"], alpha, *shown, *counts, *behind]
 
 
 def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
@@ -213,16 +209,13 @@ def format_maps(table: Sequence[Mapping[str, Any]]) -> str:
 
 def maps_rows(table: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows of the same table."""
+    columns = {"n": "d", "lambda": "g", "rank": "d"}
+    columns |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), ".3f")
     header = ("map", "pairs", "lambda", "rank", "R2", "standardised", "median dim", "retrieval")
     rows = [
         (
             row["map"],
-            str(row["n"]),
-            number(row["lambda"], "g"),
-            number(row["rank"], "d"),
-            number(row["r2"], ".3f"),
-            number(row["r2_standardised"], ".3f"),
-            number(row["r2_median_dimension"], ".3f"),
+            *(number(row[name], form) for name, form in columns.items()),
             f"{number(row['retrieval_accuracy'], '.1%')} of {row['retrieval_n']}",
         )
         for row in table
@@ -236,14 +229,13 @@ def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
     personas: name -> what phase 3 reports. The last columns: the highest cosine of the mapped vector
     to another persona's oracle, and the share of the oracle that the map predicts.
     """
-    methods = list(next(iter(personas.values()))["cosine_to_oracle"])
-    header = ("persona", *methods, "other oracles", "predicted energy")
-    rows = []
+    header, rows = (), []
     for name, entry in personas.items():
-        pairs = [(entry["cosine_to_oracle"][key], entry["cosine_without_massive"][key]) for key in methods]
-        cells = [f"{cosine:.2f} / {without:.2f}" for cosine, without in pairs]
+        cosines, without = entry["cosine_to_oracle"], entry["cosine_without_massive"]
+        cells = {method: f"{cosines[method]:.2f} / {without[method]:.2f}" for method in cosines}
         energy = number(entry["oracle_energy"]["mean_r2"], ".0%")
-        rows.append((name, *cells, number(entry["highest_cosine_to_other_oracles"]), energy))
+        rows.append((name, *cells.values(), number(entry["highest_cosine_to_other_oracles"]), energy))
+        header = ("persona", *cells, "other oracles", "predicted energy")
     return markdown_table(header, rows)
 
 

@@ -1,18 +1,16 @@
 """Ask a judge nothing twice and nothing beyond a price; all judgements of a run go through this module.
 
-Judgements stand in a journal, keyed by the judge's settings and the text of the judging prompt, whichever
-phase asks: the evaluation does not pay again for what was judged in the validation, and a changed
-classifier costs no judgement. Failures are not kept; the next run asks again.
+Judgements stand in a journal, keyed by the judge's settings and the judging prompt, whichever phase asks.
+Failures are not kept; the next run asks again.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from statistics import fmean
 
-from scoring.gpt_judge import GPTJudge
-from scoring.judge_answers import Judgement
-from scoring.local_judge import LocalJudge
+from scoring.judge_answers import Judge, Judgement
 from support.artifacts import fingerprint
 from support.journal import Journal
 
@@ -22,34 +20,17 @@ TOKENS_PER_JUDGEMENT = 200  # with an answer of one token, where the server does
 N_REPEATED = 20  # texts that are judged twice
 
 
-class CachedJudge:
-    """A judge with a memory and a price limit.
+@dataclass(frozen=True)
+class CachedJudge(Judge):
+    """A judge with a memory and a price limit."""
 
-    judge: a GPTJudge or LocalJudge. open_journal: opens the journal of judgements.
-    key: what a judgement depends on besides its prompt, such as the judge's model and settings.
-    usd_per_million_tokens: the judge's price; 0 for a local model.
-    max_usd: what all judgements of this key may cost, in this run and earlier ones; judgements beyond it are
-        missing and say so. At most `max_workers` requests exceed it.
-    """
-
-    def __init__(
-        self,
-        judge: GPTJudge | LocalJudge,
-        open_journal: Callable[[], Journal],
-        key: str,
-        usd_per_million_tokens: float = 0.0,
-        max_usd: float | None = None,
-    ) -> None:
-        self.judge_itself = judge
-        self._open_journal = open_journal
-        self._key = key
-        self._usd_per_token = usd_per_million_tokens / 1e6
-        self._max_usd = max_usd
-
-    def judge(self, prompts: Sequence[str]) -> list[Judgement]:
-        """Return a judgement for each complete judging prompt, in order."""
-        found = dict(self.judge_each(prompts))
-        return [found[index] for index in range(len(prompts))]
+    model: Judge
+    open_journal: Callable[[], Journal]
+    key: str  # what a judgement depends on besides its prompt, such as the judge's model and settings
+    usd_per_million_tokens: float = 0.0
+    # What all judgements of this key may cost, in this run and earlier ones; those beyond it are missing and
+    # say so. At most `max_workers` requests exceed it.
+    max_usd: float | None = None
 
     def judge_each(self, prompts: Sequence[str], draw: int = 0) -> Iterator[tuple[int, Judgement]]:
         """Yield the index of a prompt and its judgement: first the known ones, then as they come.
@@ -58,42 +39,38 @@ class CachedJudge:
         """
         indices: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
-            indices.setdefault(fingerprint(self._key, prompt, draw), []).append(index)
-        with self._open_journal() as journal:
+            indices.setdefault(fingerprint(self.key, prompt, draw), []).append(index)
+        with self.open_journal() as journal:
             known = {key: Judgement(journal.rows[key]["score"]) for key in indices if key in journal.rows}
             for key, judgement in known.items():
                 yield from ((index, judgement) for index in indices.pop(key))
-            tokens = (row["tokens"] for row in journal.rows.values() if row["judge"] == self._key)
-            spent = sum(tokens) * self._usd_per_token
+            spent = sum(row["tokens"] for row in journal.rows.values() if row["judge"] == self.key)
             if indices and not self._is_over(spent):
                 asked = list(indices)
                 texts = [prompts[indices[key][0]] for key in asked]
-                with closing(self.judge_itself.judge_each(texts)) as judged:
+                with closing(self.model.judge_each(texts)) as judged:
                     for number, judgement in judged:
                         tokens = judgement.tokens or TOKENS_PER_JUDGEMENT
-                        spent += tokens * self._usd_per_token
+                        spent += tokens
                         if not judgement.failure:
-                            row = {"key": asked[number], "judge": self._key}
+                            row = {"key": asked[number], "judge": self.key}
                             journal.append([{**row, "score": judgement.score, "tokens": tokens}])
                         yield from ((index, judgement) for index in indices.pop(asked[number]))
                         if self._is_over(spent):
                             break
         if indices:
-            reason = f"judge.max_usd of {self._max_usd:g} USD is spent; raise it and run again"
+            reason = f"judge.max_usd of {self.max_usd:g} USD is spent; raise it and run again"
             logger.warning("%d texts are not judged: %s", len(indices), reason)
             missing = Judgement(None, reason)
             yield from ((index, missing) for of_text in indices.values() for index in of_text)
 
     def repeat_noise(self, prompts: Sequence[str]) -> float | None:
-        """Return the mean absolute difference of a second judgement, 1 to 5; None if all failed.
-
-        Computed on the first 20 prompts.
-        """
+        """Return the mean absolute difference of second judgements of 20 prompts; None if all failed."""
         prompts = list(dict.fromkeys(prompts))[:N_REPEATED]
         draws = [dict(self.judge_each(prompts, draw)) for draw in (0, 1)]
         pairs = [[found[index].score for found in draws] for index in range(len(prompts))]
         differences = [abs(one - other) for one, other in pairs if None not in (one, other)]
         return fmean(differences) if differences else None
 
-    def _is_over(self, spent: float) -> bool:
-        return self._max_usd is not None and spent >= self._max_usd
+    def _is_over(self, n_tokens: int) -> bool:
+        return self.max_usd is not None and n_tokens * self.usd_per_million_tokens / 1e6 >= self.max_usd

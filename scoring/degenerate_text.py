@@ -14,16 +14,11 @@ FEWEST_WORDS = 4  # different words that a text needs to be corrupted
 LONGEST = 60  # words in a degenerate text
 
 
-def cut(text: str, n_words: int, start: int = 0) -> str:
-    """Return n_words words of a text, from the word of index `start` on."""
-    return " ".join(text.split()[start : start + n_words])
-
-
 def any_cut(text: str, generator: random.Random, fewest: int = 6, most: int = 25) -> str:
     """Return a part of a text, one in three from its middle, as a token limit cuts texts."""
-    n_words = generator.randint(fewest, most)
-    last = max(0, len(text.split()) - fewest)
-    return cut(text, n_words, generator.choice([0, 0, generator.randint(0, last)]))
+    words, n_words = text.split(), generator.randint(fewest, most)
+    start = generator.choice([0, 0, generator.randint(0, max(0, len(words) - fewest))])
+    return " ".join(words[start : start + n_words])
 
 
 def shuffled(text: str, generator: random.Random) -> str:

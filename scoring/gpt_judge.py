@@ -2,11 +2,8 @@
 
 Any server that speaks OpenAI's chat API will do. The score is the mean of the digits 1 to 5, weighted by
 their token probabilities where the server returns them (arXiv 2507.21509), or else the digit that the model
-wrote; `judge_answers` reads it. A judgement that fails is missing and says why: there is no default score,
-and nothing that a server sends ends the run.
-
-A server may reject an option of the request (`max_tokens`, temperature 0, log-probabilities). If its error
-names the option, that option is replaced or left out for the rest of the run, and this is logged.
+wrote. A judgement that fails is missing and says why: nothing that a server sends ends the run. An option of
+the request that a server's error names is replaced or left out for the rest of the run.
 """
 
 import json
@@ -14,17 +11,15 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import openai
 
-from scoring.judge_answers import Judgement, excerpt, redacted, score_answer
+from scoring.judge_answers import Judge, Judgement, as_mapping, excerpt, score_answer
 from support.errors import InputError
-from support.progress import HIDDEN, tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +53,9 @@ FEWER_TOP_LOGPROBS = 5
 
 # With status 403 OpenAI forbids log-probabilities of some models, other servers send 400 or 422.
 REJECTIONS = (openai.BadRequestError, openai.UnprocessableEntityError, openai.PermissionDeniedError)
-TRANSPORT_LOGGERS = (
-    "openai openai._base_client openai._response openai._legacy_response httpx httpx2 "
-    "httpcore.connection httpcore.http11 httpcore.http2 httpcore.proxy "
-    "httpcore2.connection httpcore2.http11 httpcore2.http2 httpcore2.proxy"
-).split()
+TRANSPORT_LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 
-Options = Mapping[str, Any]  # options of a request, without model and messages; never modified
+Options = dict[str, Any]  # options of a request, without model and messages; never modified
 
 
 def trait_prompt(name: str, description: str, eval_prompt: str, prompt: str, output: str) -> str:
@@ -79,7 +70,7 @@ def trait_prompt(name: str, description: str, eval_prompt: str, prompt: str, out
     return TRAIT_PROMPT.format(name=name, description=description, prompt=prompt, output=output)
 
 
-class GPTJudge:
+class GPTJudge(Judge):
     """A chat model as judge.
 
     model: name at the server. base_url: None means OpenAI's own.
@@ -104,27 +95,15 @@ class GPTJudge:
             self.client = openai.OpenAI(api_key=self._key, base_url=base_url, max_retries=4, timeout=timeout)
         except Exception as error:
             raise InputError(f"judge.base_url cannot be used: {excerpt(error, self._key)}") from None
-        _hide_from_logs(self._key)
-        self._options: Options = {
-            "max_tokens": max_answer_tokens,
-            "temperature": 0,
-            "logprobs": True,
-            "top_logprobs": 20,
-        }
+        for name in TRANSPORT_LOGGERS:  # below warnings they show headers and addresses, and so the key
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._options: Options = {"max_tokens": max_answer_tokens, "temperature": 0}
+        self._options |= {"logprobs": True, "top_logprobs": 20}
         self._are_accepted = False
         self._lock = threading.Lock()
 
-    def judge(self, prompts: Sequence[str]) -> list[Judgement]:
-        """Return a judgement for each complete judging prompt, several at a time, in order."""
-        judged = self.judge_each(prompts)
-        found = dict(tqdm(judged, total=len(prompts), desc="judging", unit="text", disable=HIDDEN))
-        return [found[index] for index in range(len(prompts))]
-
     def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
-        """Yield the index of a prompt and its judgement as they come, asking in order and several at a time.
-
-        When the caller stops early, prompts that were not asked yet never are.
-        """
+        """Yield judgements as they come; what is not asked when the caller stops early never is."""
         pool = ThreadPoolExecutor(self.max_workers)
         try:
             futures = {pool.submit(self._judge_one, prompt): index for index, prompt in enumerate(prompts)}
@@ -145,10 +124,7 @@ class GPTJudge:
             return Judgement(None, f"{type(error).__name__}: {said}{hint}")
 
     def _ask(self, prompt: str) -> Any:
-        """Return the server's decoded answer, without the options that it rejects.
-
-        Raises openai.OpenAIError.
-        """
+        """Return the server's decoded answer, without the options that it rejects."""
         messages = [{"role": "user", "content": prompt}]
         create = self.client.chat.completions.with_raw_response.create
         while True:
@@ -178,7 +154,7 @@ class GPTJudge:
                 "the judge's server rejects %s (%s); requests have these options from now on: %s",
                 rejected,
                 excerpt(error, self._key, ERROR_EXCERPT),
-                ", ".join(f"{name}={value}" for name, value in self._options.items()) or "none",
+                self._options,
             )
             return True
 
@@ -187,10 +163,10 @@ def _named_option(error: openai.APIStatusError, options: Options) -> str | None:
     """Return the option that an error names in its field `param`, or first in its text."""
     if error.param and isinstance(error.param, str):
         return error.param if error.param in options else None
-    said = error.response.text[:ERROR_LENGTH]
-    places = {name: re.search(rf"(?<![A-Za-z_]){name}(?![A-Za-z_])", said) for name in options}
-    named = [name for name, place in places.items() if place]
-    return min(named, key=lambda name: places[name].start(), default=None)
+    named = re.search(
+        rf"(?<![A-Za-z_])({'|'.join(options)})(?![A-Za-z_])", error.response.text[:ERROR_LENGTH]
+    )
+    return (named and named[1]) or None  # with no option left the pattern matches nothing
 
 
 def _without(options: Options, name: str) -> Options:
@@ -218,18 +194,6 @@ def read_key(api_key_env: str) -> str:
     return key
 
 
-@cache
-def _hide_from_logs(key: str) -> None:
-    """Filter the key, once, out of what the client's own loggers say of requests and answers."""
-
-    def hide(record: logging.LogRecord) -> bool:
-        record.msg, record.args = redacted(record.getMessage(), key), None
-        return True
-
-    for name in TRANSPORT_LOGGERS:
-        logging.getLogger(name).addFilter(hide)
-
-
 def _decoded(content: bytes) -> Any:
     """Return JSON decoded, other text as it is."""
     text = content.decode("utf-8-sig", "replace")
@@ -241,6 +205,5 @@ def _decoded(content: bytes) -> Any:
 
 def _tokens_used(answer: Any) -> int | None:
     """Return the tokens that a server counts for an answer, or None."""
-    usage = answer.get("usage") if isinstance(answer, Mapping) else None
-    total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
+    total = as_mapping(as_mapping(answer).get("usage")).get("total_tokens")
     return total if type(total) is int and 0 < total < 10**9 else None

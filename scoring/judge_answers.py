@@ -1,24 +1,24 @@
 """Read the score in a chat model's answer, whatever form the server gave it (phase 5).
 
-An answer is decoded JSON of any type. Its score is a digit from 1 to 5 that it states as a score: alone on a
-line, after a label ("Score: 4", "I would rate it a 4"), at the start before an explanation, or as the last
-sentence. Markup around it and "/5" behind it don't matter, and reasoning in tags is not read. An answer that
-states two scores, a range, half a point or another scale has no score, and none is guessed.
-
-Everything that a server sends may hold the key that it was given, so messages show it through `excerpt`
-alone.
+Its score is a digit from 1 to 5 that it states as a score: alone on a line, after a label ("Score: 4", "I
+would rate it a 4"), at the start before an explanation, or as the last sentence. Markup around it and "/5"
+behind it don't matter, and reasoning in tags is not read. An answer that states two scores, a range, half a
+point or another scale has none. What a server sends may hold the key that it was given, so messages show it
+through `excerpt` alone.
 """
 
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 MIN_DIGIT_MASS = 0.5  # probability that the digits need together to count
 EXCERPT = 60  # characters
 HIDDEN = "[key]"
+CUT = ("length", "max_tokens")  # values of finish_reason
 SECRET_LENGTH = 8  # a shorter key is hidden only where it is a word, of a longer one also its beginning
 
 REASONING_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.I)
@@ -53,6 +53,7 @@ LABELLED = re.compile(rf"(?<![^\W_]){LABEL}(?![^\W_]){LINK}{SCORE}{FOLLOWING}", 
 BARE = re.compile(rf"(?:[-•]\s+)?{SCORE}", re.I)
 EXPLAINED = re.compile(rf"{SCORE}(?:\s[-–—=]\s|[:,.;]\s|\s\()[^\d]{{3,400}}", re.I)
 LAST_SENTENCE = re.compile(rf"[^\W\d]\W{{0,3}}[.!?;]\s{{1,6}}{SCORE}\W{{0,6}}\Z", re.I)
+DIGIT_TOKEN = re.compile(r"[\s▁Ġ]*([1-5])\s*")
 SPELLED = re.compile(r"\b(?:or|half|one|two|three|four|five|plus|minus)\b", re.I)
 
 
@@ -66,6 +67,19 @@ class Judgement:
     score: float | None
     failure: str | None = None
     tokens: int | None = None
+
+
+class Judge(ABC):
+    """What rates texts: a model on a server, one that is loaded here, or either with a memory."""
+
+    @abstractmethod
+    def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
+        """Yield the index of a complete judging prompt and its judgement, in any order."""
+
+    def judge(self, prompts: Sequence[str]) -> list[Judgement]:
+        """Return a judgement for each complete judging prompt, in order."""
+        found = dict(self.judge_each(prompts))
+        return [found[index] for index in range(len(prompts))]
 
 
 def redacted(text: str, key: str) -> str:
@@ -94,32 +108,30 @@ def score_answer(body: Any, key: str = "") -> Judgement:
     MIN_DIGIT_MASS, the score is their weighted mean. Otherwise the digit counts as written, because the first
     token may not be the score's. key: hidden in the reason for a failure.
     """
-    choices = body.get("choices") if isinstance(body, Mapping) else None
-    if not isinstance(body, Mapping):
-        return Judgement(None, f"the server did not send a chat completion but '{excerpt(body, key)}'")
+    choices = as_mapping(body).get("choices")
     if not isinstance(choices, list) or not choices:
-        return Judgement(None, f"the answer has no choices: '{excerpt(body, key)}'")
-    choice = choices[0] if isinstance(choices[0], Mapping) else {}
-    message = choice.get("message") if isinstance(choice.get("message"), Mapping) else {}
-    text = _text(message.get("content")) or _text(choice.get("text"))
-    written = re.fullmatch(r"([1-5])\.?", text.strip())
-    if written:
+        return Judgement(None, f"the server did not send a chat completion but '{excerpt(body, key)}'")
+    choice = as_mapping(choices[0])
+    message = as_mapping(choice.get("message"))
+    text = (_text(message.get("content")) or _text(choice.get("text"))).strip()
+    if written := re.fullmatch(r"([1-5])\.?", text):
         return Judgement(_weighted(choice.get("logprobs"), int(written[1])) or float(written[1]))
-    is_cut = choice.get("finish_reason") in ("length", "max_tokens")
-    scores = stated_scores(text, is_cut)
+    scores = stated_scores(text, choice.get("finish_reason") in CUT)
     if len(scores) == 1:
         return Judgement(float(scores.pop()))
     problem = "states more than one score" if scores else "is not a digit from 1 to 5"
-    return Judgement(
-        None, f"the answer {problem}: '{excerpt(text.strip(), key)}'" + _why(choice, message, key)
-    )
+    return Judgement(None, f"the answer {problem}: '{excerpt(text, key)}'{_why(choice, message, key)}")
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return an object of decoded JSON, or an empty one for any other value."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _why(choice: Mapping[str, Any], message: Mapping[str, Any], key: str) -> str:
     """Return what else the server says about an answer without a score."""
     reason = choice.get("finish_reason")
-    reasoned = any(message.get(name) for name in ("reasoning", "reasoning_content"))
-    if reason in ("length", "max_tokens") or reasoned:
+    if reason in CUT or any(message.get(name) for name in ("reasoning", "reasoning_content")):
         return (
             "; it was cut or is reasoning alone: raise judge.max_answer_tokens for a model that reasons first"
         )
@@ -166,7 +178,7 @@ def _without_reasoning(text: str) -> str:
     start, is_inside = 0, False
     for tag in REASONING_TAG.finditer(text):
         if not is_inside:
-            kept = [] if tag[1] else [*kept[-8:], text[start : tag.start()]]
+            kept = [] if tag[1] else [*kept, text[start : tag.start()]]
         is_inside, start = not tag[1], tag.end()
     return " ".join(kept if is_inside else [*kept, text[start:]])
 
@@ -186,19 +198,14 @@ def _text(content: Any) -> str:
 
 def _weighted(logprobs: Any, written: int) -> float | None:
     """Return the mean digit by the first token's probabilities, None if the server sent no usable ones."""
-    entries = logprobs.get("content") if isinstance(logprobs, Mapping) else None
-    first = entries[0] if isinstance(entries, list) and entries else None
-    if not isinstance(first, Mapping) or not isinstance(first.get("top_logprobs"), list):
-        return None
+    entries = as_mapping(logprobs).get("content")
+    top = as_mapping(entries[0]).get("top_logprobs") if isinstance(entries, list) and entries else None
     weights: dict[int, float] = {}
-    for entry in first["top_logprobs"]:
-        entry = entry if isinstance(entry, Mapping) else {}
-        logprob = entry.get("logprob")
-        found = re.fullmatch(r"[\s▁Ġ]*([1-5])\s*", str(entry.get("token")))
+    for entry in map(as_mapping, top if isinstance(top, list) else []):
+        logprob, found = entry.get("logprob"), DIGIT_TOKEN.fullmatch(str(entry.get("token")))
         # Rounding can make a probability a little larger than 1.
         if found and type(logprob) in (int, float) and -math.inf < logprob < 0.01:
-            digit = int(found[1])
-            weights[digit] = weights.get(digit, 0.0) + math.exp(logprob)
+            weights[int(found[1])] = weights.get(int(found[1]), 0.0) + math.exp(logprob)
     mass = sum(weights.values())
     if mass < MIN_DIGIT_MASS or written not in weights:
         return None

@@ -1,26 +1,24 @@
 """Score how strongly a text shows a trait by a second, independent measure: a likelihood ratio (phase 5).
 
 A language model reads a text after three prefixes: labelled texts that show the trait, labelled texts that
-say the same without it, and texts that show other traits, the most similar ones. The differences between
-the text's log-likelihoods, per token, tell after which prefix the text is more expected. After some thirty
-tokens a text predicts its own continuation, whatever the prefix was: so three windows of about that length
-are read of a longer text, each directly after the prefix. A logistic regression on the two differences,
-trained on labelled texts that are not in a prefix, turns them into a probability. Degenerate text is
-unlikely after every prefix, so a second regression, on the largest of the log-likelihoods, tells texts from
-their shuffled words. A text's score is the product p(style) x p(words in order), or 0 if the text does
-nothing but repeat itself.
+say the same without it, and the most similar texts that show other traits. A logistic regression turns the
+differences between the text's log-likelihoods per token into a probability. After some thirty tokens a text
+predicts its own continuation, whatever the prefix was: so three windows of about that length are read of a
+longer text, each directly after the prefix. Degenerate text is unlikely after every prefix, so a second
+regression, on the largest of the log-likelihoods, tells texts from their shuffled words. A text's score is
+the product p(style) x p(words in order), or 0 if the text does nothing but repeat itself.
 
 The model is the packaged SmolLM2-135M-Instruct, whichever models a run compares, so that the scores of
-different runs mean the same. It shares nothing with the sentence encoder of `trait_classifier`, and no
-steering vector is made from these scores.
+different runs mean the same. It shares nothing with the encoder of `trait_classifier`.
 """
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import chain, pairwise, zip_longest
+from operator import attrgetter
 
 import numpy as np
 import sklearn
@@ -68,6 +66,7 @@ class LikelihoodRatio:
     prefixes: texts that show the trait, texts that do not, and, if there are other personas, texts that show
         other traits; each kind joined into one text.
     threshold: see `TraitClassifier`. style, order: the two regressions.
+    language_model: the packaged one if None.
     """
 
     persona: str
@@ -84,7 +83,7 @@ class LikelihoodRatio:
         read = [text for text in unique if not has_collapsed(text)]
         scores = dict.fromkeys(unique, 0.0)
         if read:
-            features = likelihood_features(self.language_model, self.prefixes, read)
+            features = likelihood_features(self.language_model or load_scoring_model(), self.prefixes, read)
             scores |= zip(read, _probabilities(self.style, self.order, features).tolist(), strict=True)
         return [scores.get(text) for text in stripped]
 
@@ -186,39 +185,30 @@ def _shared_rows(lengths: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def train_likelihood_ratios(
-    names: Sequence[str],
-    personas: Sequence[Persona],
-    load: Callable[[], LanguageModel] = load_scoring_model,
-) -> dict[str, LikelihoodRatio]:
-    """Train a scorer for each named persona that has labelled texts.
-
-    personas: every persona whose labelled texts may serve as negatives. load: returns the language model.
-    """
-    wanted = [persona for persona in personas if persona.name in names and persona.labelled_positive]
-    return {persona.name: _train(persona, personas, load()) for persona in wanted}
-
-
 def load_scorers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, LikelihoodRatio]:
-    """Return what `train_likelihood_ratios` does, trained once on this machine (40 s a persona)."""
-    personas = sorted(personas, key=lambda persona: persona.name)
-    labelled = {persona.name for persona in personas if persona.labelled_positive}
-    found = {}
-    for name in (name for name in names if name in labelled):
+    """Return a scorer of each named persona with labelled texts, trained once on this machine (40 s each).
 
-        def train(name: str = name) -> LikelihoodRatio:
-            return replace(train_likelihood_ratios([name], personas)[name], language_model=None)
+    personas: every persona whose labelled texts may serve as negatives.
+    """
+    personas = sorted(personas, key=attrgetter("name"))
+    by_name = {persona.name: persona for persona in personas if persona.labelled_positive}
 
-        stored = trained_once(_cache_entry(name, personas), train)
-        found[name] = replace(stored, language_model=load_scoring_model())
-    return found
+    def train(name: str) -> LikelihoodRatio:
+        trained = train_likelihood_ratio(by_name[name], personas, load_scoring_model())
+        return replace(trained, language_model=None)
+
+    wanted = [name for name in names if name in by_name]
+    return {name: trained_once(_cache_entry(name, personas), partial(train, name)) for name in wanted}
 
 
 def untrained(names: Sequence[str], personas: Sequence[Persona]) -> list[str]:
     """Return the names whose scorer `load_scorers` would have to train."""
     labelled = {persona.name for persona in personas if persona.labelled_positive}
-    entries = {name: cache_folder() / _cache_entry(name, personas) for name in names if name in labelled}
-    return [name for name, entry in entries.items() if not entry.is_dir()]
+    return [
+        name
+        for name in names
+        if name in labelled and not (cache_folder() / _cache_entry(name, personas)).is_dir()
+    ]
 
 
 def _cache_entry(name: str, personas: Sequence[Persona]) -> str:
@@ -227,19 +217,18 @@ def _cache_entry(name: str, personas: Sequence[Persona]) -> str:
 
 def scorer_key(personas: Sequence[Persona]) -> str:
     """Return what the scorers depend on, without training them; the order of personas does not matter."""
-    return _key(tuple(sorted(personas, key=lambda persona: persona.name)))
-
-
-@lru_cache(maxsize=16)
-def _key(personas: tuple[Persona, ...]) -> str:
-    rows = [[each.name, each.labelled_positive, each.labelled_negative] for each in personas]
+    ordered = sorted(personas, key=attrgetter("name"))
+    rows = [[each.name, each.labelled_positive, each.labelled_negative] for each in ordered]
     settings = [FALSE_POSITIVES, IN_ORDER, SCORING_MODEL, N_EXAMPLES, N_TRAINING, NEAREST_OF, WINDOW]
     settings += [N_WINDOWS, INTRODUCTION, VERSION, stored_form(LikelihoodRatio), sklearn.__version__]
     dtype = str(fastest_dtype(torch.device("cpu"), torch.float32))
     return fingerprint(rows, load_prompts("ordinary_training"), settings, dtype)
 
 
-def _train(persona: Persona, personas: Sequence[Persona], model: LanguageModel) -> LikelihoodRatio:
+def train_likelihood_ratio(
+    persona: Persona, personas: Sequence[Persona], model: LanguageModel
+) -> LikelihoodRatio:
+    """Train the scorer of a persona with labelled texts; see `load_scorers`."""
     generator = random.Random(0)
     sides = [list(persona.labelled_positive), list(persona.labelled_negative)]
     for side in sides:
@@ -249,7 +238,9 @@ def _train(persona: Persona, personas: Sequence[Persona], model: LanguageModel) 
     prefixes = [_as_prefix(side[:n_read]) for side in sides]
     others = _texts_of_others(persona, personas, generator)
     if n_others := min(N_EXAMPLES, len(others) // 2):
-        near = _most_similar(model, prefixes, others[:NEAREST_OF])[: 2 * n_others]
+        # The texts most similar to those with the trait are the hardest to tell apart.
+        ratio = likelihood_features(model, prefixes, others[:NEAREST_OF])[:, 0]
+        near = [others[index] for index in np.argsort(-ratio, kind="stable")[: 2 * n_others]]
         prefixes.append(_as_prefix(near[::2]))
         others = [*near[1::2], *(text for text in others if text not in near)]
     cuts = [any_cut(text, generator) for text in positive]
@@ -270,12 +261,6 @@ def _train(persona: Persona, personas: Sequence[Persona], model: LanguageModel) 
 
 def _as_prefix(texts: Sequence[str]) -> str:
     return INTRODUCTION + "\n\n".join(texts) + "\n\n"
-
-
-def _most_similar(model: LanguageModel, prefixes: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Return the texts, the most similar to texts with the trait, which are hard to tell apart, first."""
-    ratio = likelihood_features(model, prefixes, texts)[:, 0]
-    return [texts[index] for index in np.argsort(-ratio, kind="stable")]
 
 
 def _texts_of_others(persona: Persona, personas: Sequence[Persona], generator: random.Random) -> list[str]:

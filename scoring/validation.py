@@ -1,14 +1,14 @@
 """Validate a trait scorer on texts unlike those that it was trained on, before it may decide (phase 5).
 
-A validation set holds texts that show the trait and texts that do not. The former are a persona's
-`validation` texts, in other words, genres and lengths than the labelled ones: whole, cut as a token limit
-cuts texts, or several joined to the length of a response. A scorer is validated if the area under the ROC
-curve is at least 0.90 on every set, and if it takes at most one text in twenty for the trait, at its
-threshold, among the target's own unsteered texts and among degenerate texts.
+A set holds texts that show the trait, which are a persona's `validation` texts (whole, cut or joined), and
+texts that do not. A scorer is validated if the area under the ROC curve is at least 0.90 on every set, and
+if it takes at most one text in twenty for the trait, at its threshold, among the target's own unsteered
+texts and among degenerate texts.
 """
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from scoring.degenerate_text import any_cut, loop, shuffled, word_salad
 from support.artifacts import fingerprint
-from support.package_cache import build_once, cache_folder
+from support.package_cache import build_once
 from texts.personas import Persona
 
 LOWEST_AUC = 0.90
@@ -91,10 +91,7 @@ def _joined(texts: Sequence[str]) -> list[str]:
 
 
 def _first_sentence(text: str) -> str:
-    for place, character in enumerate(text[:-1]):
-        if character in ".!?" and text[place + 1] == " " and place > 15:
-            return text[: place + 1]
-    return text
+    return re.split(r"(?<=.{16}[.!?]) ", text, maxsplit=1, flags=re.S)[0]
 
 
 def texts_of(sets: Sets) -> list[str]:
@@ -107,25 +104,21 @@ def at_most(sets: Sets, n: int) -> Sets:
     generator = random.Random(0)
 
     def sample(side: list[str]) -> list[str]:
+        if len(side) <= n:
+            return side
         return [side[index] for index in sorted(generator.sample(range(len(side)), n))]
 
-    return {
-        name: tuple(side if len(side) <= n else sample(side) for side in sides)
-        for name, sides in sets.items()
-    }
+    return {name: (sample(shows), sample(lacks)) for name, (shows, lacks) in sets.items()}
 
 
 def remembered(score: Score, key: str, texts: Sequence[str]) -> Score:
-    """Return a `score` that knows the scores of these texts, which were computed once on this machine.
-
-    For texts that every run's validation scores. key: what the scorer depends on.
-    """
+    """Return a `score` that computes those of these texts once on this machine; key: what they depend on."""
 
     def build(folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(list(score(texts))), encoding="utf-8")
 
-    stored = (build_once(_entry(key, texts), build) / FILE).read_text(encoding="utf-8")
-    known = dict(zip(texts, json.loads(stored), strict=True))
+    folder = build_once(f"validation_scores/{fingerprint(key, list(texts))[:32]}", build)
+    known = dict(zip(texts, json.loads((folder / FILE).read_text(encoding="utf-8")), strict=True))
 
     def remembering(asked: Sequence[str]) -> list[float | None]:
         new = [text for text in asked if text not in known]
@@ -133,15 +126,6 @@ def remembered(score: Score, key: str, texts: Sequence[str]) -> Score:
         return [found[text] for text in asked]
 
     return remembering
-
-
-def are_remembered(key: str, texts: Sequence[str]) -> bool:
-    """Tell whether `remembered` knows the scores of these texts."""
-    return (cache_folder() / _entry(key, texts)).is_dir()
-
-
-def _entry(key: str, texts: Sequence[str]) -> str:
-    return f"validation_scores/{fingerprint(key, list(texts))[:32]}"
 
 
 def validate(score: Score, sets: Sets, threshold: float) -> dict[str, Any]:
@@ -154,20 +138,19 @@ def validate(score: Score, sets: Sets, threshold: float) -> dict[str, Any]:
     """
     content = {"auc": {}, "false_positives": {}, "sensitivity": None, "specificity": None, "calibration": []}
     content |= {"n_unscored": 0, "problems": [], "is_validated": False, "threshold": threshold}
+    auc, false_positives, problems = (content[name] for name in ("auc", "false_positives", "problems"))
     n_positive = len(next(iter(sets.values()))[0]) if sets else 0
     if n_positive < FEWEST:
-        problem = f"{n_positive} validation_texts show the trait, validation needs {FEWEST}"
-        return {**content, "problems": [problem]}
+        problems.append(f"{n_positive} validation_texts show the trait, validation needs {FEWEST}")
+        return content
     texts = texts_of(sets)
     known = {text: value for text, value in zip(texts, score(texts), strict=True) if value is not None}
 
     def scores(texts: Iterable[str]) -> list[float]:
         return [known[text] for text in texts if text in known]
 
-    problems = []
     if (n_unscored := len(texts) - len(known)) > MOST_UNSCORED * len(texts):
         problems.append(f"{n_unscored} of {len(texts)} texts have no score")
-    auc, false_positives = {}, {}
     for name, sides in sets.items():
         shows, lacks = map(scores, sides)
         if not shows or not lacks:
@@ -184,15 +167,11 @@ def validate(score: Score, sets: Sets, threshold: float) -> dict[str, Any]:
         scores(dict.fromkeys(text for sides in whole for text in sides[side])) for side in (0, 1)
     )
     all_negative = scores(text for _, side in sets.values() for text in side)
-    return {
-        **content,
-        "auc": auc,
-        "false_positives": false_positives,
+    return content | {
         "sensitivity": _rate([value > threshold for value in positive]),
         "specificity": _rate([value <= threshold for value in negative]),
         "calibration": _calibration(positive, all_negative),
         "n_unscored": n_unscored,
-        "problems": problems,
         "is_validated": not problems,
     }
 
@@ -202,11 +181,15 @@ def _rate(is_right: Sequence[bool]) -> dict[str, int] | None:
 
 
 def _calibration(positive: Sequence[float], negative: Sequence[float]) -> list[dict[str, Any]]:
-    scored = [*((value, True) for value in positive), *((value, False) for value in negative)]
-    bins = []
-    for number in range(N_BINS):
-        inside = [(value, shows) for value, shows in scored if min(int(value * N_BINS), N_BINS - 1) == number]
-        if inside:
-            mean, share = (float(np.mean(column)) for column in zip(*inside, strict=True))
-            bins.append({"n": len(inside), "mean_score": mean, "share_with_trait": share})
-    return bins
+    values = np.array([*positive, *negative])
+    shows = np.arange(len(values)) < len(positive)
+    bins = np.minimum((values * N_BINS).astype(int), N_BINS - 1)
+    return [
+        {
+            "n": int(inside.sum()),
+            "mean_score": float(values[inside].mean()),
+            "share_with_trait": float(shows[inside].mean()),
+        }
+        for inside in (bins == number for number in range(N_BINS))
+        if inside.any()
+    ]

@@ -1,13 +1,11 @@
 """Write and read the files of a run so that a crash never leaves half of one.
 
 Every artifact carries a fingerprint, the sha256 of what it was made from (configuration slice, model, texts,
-versions). `support.run_folder` uses a file only if it can be read and has the expected fingerprint; that the
-file exists proves nothing.
+versions); see `support.run_folder`.
 
 Tensor artifacts (`.pt`) are dictionaries that `torch.load(weights_only=True)` accepts; their archive holds a
 CRC of every part. JSON artifacts are objects with the keys `fingerprint` and `checksum`, the sha256 of
-everything else in them: write `sealed(content)`, read with `load_sealed_json`. A JSON file without a
-fingerprint, as `config.json`, has no checksum; `load_json` reads both kinds.
+everything else in them. A JSON file without a fingerprint, as `config.json`, has no checksum.
 
 Every write goes to a temporary file in the same folder, is flushed to disk, and replaces the old file in one
 step. A process that is killed leaves at most such a temporary file, `.<name>.<8 characters>`.
@@ -123,22 +121,20 @@ def nan_to_none(value: Any) -> Any:
     return value
 
 
-def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object; a missing number is written as null."""
-    text = json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, allow_nan=False)
-    with replacing(Path(path)) as file:
-        file.write(text.encode() + b"\n")
-
-
 def save_text(path: Path, text: str) -> None:
     """Write a text in one step."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object; a missing number is written as null."""
+    text = json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, allow_nan=False)
+    save_text(Path(path), f"{text}\n")
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON artifact with its checksum, which reading checks and leaves out."""
-    # As JSON gives it back, so that white space and tuples don't matter.
+    """Return the content of a JSON artifact, as JSON gives it back, with its checksum."""
     plain = json.loads(json.dumps(nan_to_none(content)))
     return {**plain, CHECKSUM: fingerprint(plain)}
 
@@ -155,34 +151,22 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
             raise
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that may have no checksum; one that it has is checked and left out.
+def load_json(path: Path, needs_checksum: bool = False) -> dict[str, Any]:
+    """Read a JSON object; its checksum, if it has one, is checked and left out.
 
-    Raises DamagedError: no JSON object, or a wrong checksum; FileNotFoundError: no file.
+    Raises DamagedError: no JSON object, a wrong checksum, or none that is needed; FileNotFoundError: no file.
     """
-    content = _read_object(path)
-    return _unsealed(content, path) if CHECKSUM in content else content
-
-
-def load_sealed_json(path: Path) -> dict[str, Any]:
-    """Read a JSON artifact. Raises what `load_json` raises, and DamagedError if there is no checksum."""
-    return _unsealed(_read_object(path), path)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number or nesting without end
         raise DamagedError(path, str(error)) from error
     if not isinstance(content, dict):
         raise DamagedError(path, f"it holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
     checksum = content.pop(CHECKSUM, None)
-    if checksum != fingerprint(content):
-        raise DamagedError(path, "no checksum" if checksum is None else "wrong checksum")
+    if checksum is None and needs_checksum:
+        raise DamagedError(path, "no checksum")
+    if checksum is not None and checksum != fingerprint(content):
+        raise DamagedError(path, "wrong checksum")
     return content
 
 

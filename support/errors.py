@@ -45,7 +45,7 @@ def file_error(error: OSError) -> InputError | None:
     """Return what to tell a user whose file cannot be read or written; None if the error is about no file."""
     if error.errno is None or error.strerror is None:
         return None
-    # Of a temporary file that should replace another, the user knows only the second name.
+    # The user knows the file that a temporary one should replace, which is the second name.
     path = error.filename2 or error.filename
     if path is None and error.errno not in REMEDIES:
         return None

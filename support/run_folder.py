@@ -22,7 +22,6 @@ from filelock import FileLock, Timeout
 from support.artifacts import (
     DamagedError,
     load_json,
-    load_sealed_json,
     load_tensors,
     remove_temporaries,
     save_json,
@@ -90,8 +89,7 @@ class RunFolder:
         self.lock()
         handler = logging.FileHandler(self.path / "experiment.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        # The write that fails next reports a full disk once; a traceback for each line of the log would not
-        # help.
+        # The write that fails next reports a full disk; a traceback for each line of the log would not help.
         handler.handleError = lambda record: None
         root = logging.getLogger()
         level = root.level
@@ -125,9 +123,9 @@ class RunFolder:
 
     def _read(self, name: str, key: str) -> tuple[dict[str, Any] | None, str | None]:
         """Return an artifact's content, or None and what keeps it from being used."""
-        read = load_tensors if name.endswith(".pt") else load_sealed_json
+        path = self.path / name
         try:
-            content = read(self.path / name)
+            content = load_tensors(path) if path.suffix == ".pt" else load_json(path, needs_checksum=True)
         except FileNotFoundError:
             return None, MISSING
         except DamagedError as error:

@@ -22,14 +22,12 @@ _LLAMA_LIKE = {
     "max_position_embeddings": CONTEXT,
 }
 _NEOX_LIKE = {key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}
+_GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8}
+_OPT = {key: value for key, value in _NEOX_LIKE.items() if key != "intermediate_size"}
 _GPT2_LIKE = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": CONTEXT}
-_MPT = {"d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": 4, "max_seq_len": CONTEXT, "expansion_ratio": 2}
 _GPT_NEO = {
-    "hidden_size": D_MODEL,
-    "num_layers": N_LAYERS,
-    "num_heads": 4,
+    **{"hidden_size": D_MODEL, "num_layers": N_LAYERS, "num_heads": 4, "max_position_embeddings": CONTEXT},
     "attention_types": [[["global", "local"], N_LAYERS // 2]],
-    "max_position_embeddings": CONTEXT,
 }
 
 ARCHITECTURES: dict[str, dict] = {
@@ -37,25 +35,24 @@ ARCHITECTURES: dict[str, dict] = {
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
-    "gemma2": {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8},
-    "gemma3_text": {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "phi3": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
     "gpt2": _GPT2_LIKE,
     "gpt_neo": _GPT_NEO,
     "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
     "gpt_neox": _NEOX_LIKE,
-    "opt": {
-        "hidden_size": D_MODEL,
-        "word_embed_proj_dim": D_MODEL,
-        "ffn_dim": 64,
-        "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": CONTEXT,
-    },
+    "opt": {**_OPT, "word_embed_proj_dim": D_MODEL, "ffn_dim": 64},
     "bloom": {"hidden_size": D_MODEL, "n_layer": N_LAYERS, "n_head": 4},
     "falcon": {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4},
-    "mpt": _MPT,
+    "mpt": {
+        "d_model": D_MODEL,
+        "n_layers": N_LAYERS,
+        "n_heads": 4,
+        "max_seq_len": CONTEXT,
+        "expansion_ratio": 2,
+    },
     "starcoder2": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "mixtral": {**_LLAMA_LIKE, "num_local_experts": N_LAYERS, "num_experts_per_tok": 2},

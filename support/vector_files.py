@@ -26,6 +26,7 @@ from support.errors import InputError
 FORMATS = ("gguf", "safetensors", "pt")
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
+MODEL_HINT = f"{ARCHITECTURE}.model_hint"
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,13 @@ class VectorFile:
 
         Raises InputError: another width, architecture or number of layers, or no vector for that layer.
         """
-        width = self.tensors[0].shape[-1]
+        width, remedy = self.tensors[0].shape[-1], "give vectors of this model"
         if self.model_hint and model_type and self.model_hint != model_type:
-            raise InputError(
-                f"{self.path} is for a model of type {self.model_hint!r}, this one is {model_type!r}; give "
-                "vectors of this model"
-            )
+            problem = f"is for a model of type {self.model_hint!r}, this one is {model_type!r}"
+            raise InputError(f"{self.path} {problem}; {remedy}")
         if width != d_model:
-            raise InputError(
-                f"{self.path} holds vectors of width {width}, the model's is {d_model}; give vectors of "
-                "this model"
-            )
+            problem = f"holds vectors of width {width}, the model's is {d_model}"
+            raise InputError(f"{self.path} {problem}; {remedy}")
         if self.anywhere is not None:
             return self.anywhere
         by_layer = self.by_layer
@@ -109,18 +106,12 @@ def read_vectors(path: Path) -> VectorFile:
 
 def _read_gguf(path: Path) -> VectorFile:
     reader = gguf.GGUFReader(path)
-    architecture = _gguf_text(reader, "general.architecture")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = fields.get("general.architecture", "")
     if architecture != ARCHITECTURE:
         raise InputError(f"{path} is a GGUF of {architecture!r}, expected a control vector")
-    tensors = {
-        tensor.name: torch.tensor(np.array(tensor.data), dtype=torch.float32) for tensor in reader.tensors
-    }
-    return VectorFile(path, _directions(tensors), model_hint=_gguf_text(reader, f"{ARCHITECTURE}.model_hint"))
-
-
-def _gguf_text(reader: gguf.GGUFReader, key: str) -> str:
-    found = reader.get_field(key)
-    return "" if found is None else bytes(found.parts[found.data[0]]).decode()
+    tensors = {each.name: torch.tensor(np.array(each.data), dtype=torch.float32) for each in reader.tensors}
+    return _from_tensors(path, tensors, fields.get(MODEL_HINT, ""))
 
 
 def _read_safetensors(path: Path) -> VectorFile:
@@ -170,30 +161,30 @@ def write_vectors(
     directions: layer_idx -> (d,), as strength 1 adds them. metadata: plain values.
     Raises InputError: layer 0 as GGUF, which llama.cpp cannot steer.
     """
-    ordered = dict(sorted(directions.items()))
+    vectors = {layer: vector.float() for layer, vector in sorted(directions.items())}
+    named = {f"{PREFIX}{layer}": vector for layer, vector in vectors.items()}
     if form == "gguf":
-        _write_gguf(path, ordered, model_hint, metadata)
+        if 0 in vectors:
+            raise InputError("a GGUF control vector cannot steer layer 0; export it as safetensors or pt")
+        _write_gguf(path, named, model_hint, metadata)
     elif form == "safetensors":
         plain = {"model_hint": model_hint, **{key: json.dumps(value) for key, value in metadata.items()}}
-        tensors = {f"{PREFIX}{layer}": vector.float().contiguous() for layer, vector in ordered.items()}
         with replacing(path) as file:
-            file.write(to_safetensors(tensors, plain))
+            file.write(to_safetensors({name: vector.contiguous() for name, vector in named.items()}, plain))
     else:
-        named = {f"{PREFIX}{layer}": vector.float().clone() for layer, vector in ordered.items()}
-        save_tensors(path, {"model_hint": model_hint, **metadata, **named})
+        copies = {name: vector.clone() for name, vector in named.items()}
+        save_tensors(path, {"model_hint": model_hint, **metadata, **copies})
 
 
-def _write_gguf(path: Path, directions: Mapping[int, Tensor], hint: str, metadata: Mapping[str, Any]) -> None:
-    if 0 in directions:
-        raise InputError("a GGUF control vector cannot steer layer 0; export it as safetensors or pt")
+def _write_gguf(path: Path, named: Mapping[str, Tensor], hint: str, metadata: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "vectors.gguf"
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
+        writer.add_string(MODEL_HINT, hint)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(named))
         writer.add_string("persona_transfer.metadata", json.dumps(metadata))
-        for layer, vector in directions.items():
-            writer.add_tensor(f"{PREFIX}{layer}", vector.float().numpy())
+        for name, vector in named.items():
+            writer.add_tensor(name, vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -42,14 +42,17 @@ def plain_perplexities(model, tokenizer, prompts, outputs, limit=CONTEXT):
     return pytest.approx(found, rel=1e-4)
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, "sliding", "global and local", "all logits"])
+MODELS = {
+    **{name: lambda name=name: tiny_model(name) for name in ARCHITECTURES},
+    "sliding": lambda: tiny_model("mistral", sliding_window=8),
+    "global and local": lambda: tiny_model("gpt_neo", window_size=8),
+    "all logits": lambda: WithoutLogitsToKeep(tiny_model("llama").config).eval(),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def model(request):
-    special = {
-        "sliding": lambda: tiny_model("mistral", sliding_window=8),
-        "global and local": lambda: tiny_model("gpt_neo", window_size=8),
-        "all logits": lambda: WithoutLogitsToKeep(tiny_model("llama").config).eval(),
-    }
-    return special[request.param]() if request.param in special else tiny_model(request.param)
+    return request.param()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -98,9 +101,7 @@ def test_equal_texts_are_scored_once_and_empty_ones_need_no_pass(rows_scored):
 
 def test_one_output_after_two_prompts_or_two_after_one_are_scored_apart(rows_scored, llama, tokenizer):
     prompts, outputs = ["Rain", "He", "Rain", "Rai"], [" falls", " falls", " stops", "n falls"]
-    found, sizes = rows_scored(prompts, outputs)
-    assert sizes == [len(set(found))] == [4]
-    assert found == plain_perplexities(llama, tokenizer, prompts, outputs)
+    assert rows_scored(prompts, outputs) == (plain_perplexities(llama, tokenizer, prompts, outputs), [4])
 
 
 def test_token_across_the_seam_belongs_to_the_continuation(llama):
@@ -121,10 +122,6 @@ def test_text_over_the_context_loses_its_beginning(prompt, output, llama, tokeni
     found = continuation_perplexities(llama, tokenizer, [prompt], [output])
     assert found == plain_perplexities(llama, tokenizer, [prompt], [output])
     assert "1 texts exceed the context" in caplog.text
-    caplog.clear()
-    fitting = "x" * (CONTEXT - len(tokenizer("Rain").input_ids))
-    continuation_perplexities(llama, tokenizer, ["Rain"], [fitting])
-    assert not caplog.records
 
 
 def test_different_numbers_of_prompts_and_outputs_are_an_error(llama, tokenizer):
@@ -186,23 +183,18 @@ SCORERS = {"trait_probability": {"loud": Shouting()}}
 
 def test_one_text_scored_for_several_personas_gets_the_same_numbers(llama, tokenizer):
     evaluator = Evaluator(llama, tokenizer, independent=(tiny_model("gpt2"), tokenizer))
-    rows = [row(" that it rains.", name) for name in ("loud", "calm", "terse")]
-    *same, other = evaluator.evaluate_batch([*rows, row(" other")])
-    assert [result.persona for result in same] == ["loud", "calm", "terse"]
-    for metric in METRICS:
-        assert len({getattr(result, metric) for result in same}) == 1, metric
-    assert len({same[0].perplexity, other.perplexity, same[0].independent_perplexity}) == 3
+    one, two, other = evaluator.evaluate_batch([row(" that rains.", "loud"), row(" that rains."), row(" no")])
+    assert replace(two, persona="loud", trait_scores=one.trait_scores) == one
+    assert len({one.perplexity, other.perplexity, one.independent_perplexity}) == 3
 
 
 def test_rows_with_known_perplexities_score_as_a_batch_does(llama, tokenizer):
     rows = [row(" WE WON.", "loud", 2.0, "oracle"), row("", "loud"), row(LOOP, "calm")]
     expected = Evaluator(llama, tokenizer, scorers=SCORERS).evaluate_batch(rows)
-    without_models = Evaluator(None, None, scorers=SCORERS)
-    assert without_models.score(rows, [result.perplexity for result in expected], [None] * 3) == expected
-    others = without_models.score(rows, [7.0, None, 8.0], [9.0, None, 6.0])
-    assert [result.perplexity for result in others] == [7.0, None, 8.0]
-    assert [result.independent_perplexity for result in others] == [9.0, None, 6.0]
-    assert [result.trait_scores for result in others] == [result.trait_scores for result in expected]
+    known = [result.perplexity for result in expected], [9.0, None, 6.0]
+    found = Evaluator(None, None, scorers=SCORERS).score(rows, *known)
+    assert [result.independent_perplexity for result in found] == known[1]
+    assert [replace(result, independent_perplexity=None) for result in found] == expected
 
 
 def test_single_evaluation_equals_batch(llama, tokenizer):
@@ -242,11 +234,9 @@ def test_empty_output_is_missing_and_counted(llama, tokenizer):
     (entry,) = evaluator.aggregate(results)
     for metric in ("perplexity", "trait_probability", "repetition", "is_collapsed", "distinct_1"):
         assert empty[metric] is None
-        assert (entry[metric]["n"], entry[metric]["missing"]) == (1, 1), metric
-        assert entry[metric]["mean"] == present[metric], metric
+        found = [entry[metric][name] for name in ("n", "missing", "mean")]
+        assert found == [1, 1, present[metric]], metric
     assert evaluator.evaluate_batch([]) == evaluator.aggregate([]) == []
-    nothing = dict.fromkeys(("mean", "std", "median", "low", "high"))
-    assert entry["independent_perplexity"] == {**nothing, "n": 0, "missing": 2}
 
 
 def measured(condition, persona, alpha, perplexity, collapsed=False):
@@ -260,21 +250,22 @@ def test_aggregate_groups_by_condition_persona_and_alpha():
     rows += [measured("oracle", "loud", 1.0, 7.0), measured("oracle", "calm", 2.0, math.inf)]
     rows += [measured("baseline", "loud", None, None), measured("oracle", "loud", 2.0, None)]
     table = aggregate(rows)
-    groups = [(entry["condition"], entry["persona"], entry["alpha"], entry["n"]) for entry in table]
-    assert groups == [
-        ("oracle", "loud", 2.0, 4),
-        ("oracle", "loud", 1.0, 1),
-        ("oracle", "calm", 2.0, 1),
-        ("baseline", "loud", None, 1),
+    keys = [
+        ("oracle", "loud", 2.0),
+        ("oracle", "loud", 1.0),
+        ("oracle", "calm", 2.0),
+        ("baseline", "loud", None),
     ]
+    assert [(entry["condition"], entry["persona"], entry["alpha"]) for entry in table] == keys
+    assert [entry["n"] for entry in table] == [4, 1, 1, 1]
     perplexity, single, infinite, missing = (entry["perplexity"] for entry in table)
     half = 4.302652729911275 * statistics.stdev(values) / 3**0.5  # Student's t with two degrees of freedom
     expected = {"mean": 6.0, "std": statistics.stdev(values), "median": 5.0, "n": 3, "missing": 1}
     assert perplexity == pytest.approx({**expected, "low": 6 - half, "high": 6 + half})
     assert table[0]["is_collapsed"]["mean"] == 0.5
     assert table[0]["classifier_auc"] == 0.9
-    assert single["std"] is missing["mean"] is None
-    assert infinite["missing"] == 1
+    assert single["std"] is single["low"] is None
+    assert missing == infinite == {**dict.fromkeys(missing), "n": 0, "missing": 1}
     equal = aggregate([measured("oracle", "loud", 1.0, 5.0)] * 3)[0]["perplexity"]
     assert (equal["low"], equal["high"]) == (5.0, 5.0)
 
@@ -328,18 +319,11 @@ def test_only_wanted_rows_are_yielded_and_only_rows_for_the_judge_are_judged():
     assert len(judge.prompts) == 4
 
 
-@pytest.mark.parametrize(
-    ("failing", "kept"), [("Trait", "gpt4_coherence_score"), ("coherent", "gpt4_trait_score")]
-)
-def test_failed_judgement_is_missing_with_its_reason(failing, kept):
+@pytest.mark.parametrize(("failing", "scores"), [("Trait", (3, None)), ("coherent", (None, 3))])
+def test_failed_judgement_is_missing_with_its_reason(failing, scores):
     judge = Judge(lambda prompt: Judgement(None, "no idea") if failing in prompt else Judgement(3))
-    evaluator = Evaluator(None, None, use_gpt4=True, judge=judge)
-    (result,) = evaluator.score([row(" yes", "loud")], [None], [None])
-    scores = {name: getattr(result, name) for name in ("gpt4_coherence_score", "gpt4_trait_score")}
-    assert scores.pop(kept) == 3
-    assert list(scores.values()) == [None]
-    assert result.gpt4_failure == "no idea"
-    assert evaluator.aggregate([result])[0][kept]["n"] == 1
+    (result,) = Evaluator(None, None, True, judge).score([row(" yes", "loud")], [None], [None])
+    assert (result.gpt4_coherence_score, result.gpt4_trait_score, result.gpt4_failure) == (*scores, "no idea")
 
 
 def test_judging_without_a_key_is_an_error(monkeypatch):

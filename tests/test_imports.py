@@ -1,4 +1,4 @@
-"""Imports go down only, also inside functions; the front shows the components alone; the command line is quick."""
+"""Imports go down only, the front shows the components alone, and the command line is quick."""
 
 import ast
 import os

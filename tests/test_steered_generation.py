@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from watching import block_outputs, fails_at, logits, n_hooks
 
 from activation_extractor import ActivationExtractor, block_output
@@ -316,23 +316,21 @@ def test_generation_settings_saved_with_a_model_change_nothing(tokenizer, name, 
 ROW_LAYERS = [{1}, {0, 2}, set(), {3}, {1, 3}, {2}, {0, 1, 2, 3}, {3}]
 
 
-def by_layer(vectors, row_layers):
-    """Layer -> (rows, d) as generate_batch takes it: zeros where a row is not steered."""
-    return {
-        layer: torch.stack(
-            [v if layer in layers else 0 * v for v, layers in zip(vectors, row_layers, strict=True)]
-        )
-        for layer in set().union(*row_layers)
-    }
+def rows_with(vectors, row_layers, alphas):
+    """Arguments of generate_batch, with zeros where a row is not steered; vectors: (rows, layers, d)."""
+    by_layer = {layer: vectors[:, layer].clone() for layer in range(N_LAYERS)}
+    for layer, of_layer in by_layer.items():
+        of_layer[[layer not in layers for layers in row_layers]] = 0.0
+    return {"steering_vectors": by_layer, "alphas": alphas}
 
 
 def one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options):
     """The same steering by `register_steering`, each row alone."""
     found = []
-    for prompt, layers, row_vector, alpha in zip(prompts, row_layers, vectors, alphas, strict=True):
+    for prompt, layers, of_row, alpha in zip(prompts, row_layers, vectors, alphas, strict=True):
         generator.clear_steering()
         for layer in layers:
-            generator.register_steering(layer, row_vector, alpha)
+            generator.register_steering(layer, of_row[layer], alpha)
         found += generator.generate_batch([prompt], **options)
     generator.clear_steering()
     return found
@@ -343,34 +341,21 @@ def one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options
 def test_rows_with_vectors_of_their_own_equal_registered_steering_one_row_at_a_time(
     model, tokenizer, steer_positions, batch_size
 ):
-    """Also with a norm of its own at each layer."""
+    """Also with a vector and a norm of its own at each layer."""
     prompts = [PROMPTS[row % 3] for row in range(8)]
-    vectors = torch.randn(8, D_MODEL)
+    vectors = torch.randn(8, N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(1))
     alphas = [0.5, 1.0, 3.0, -1.0, 0.3, 0.0, 0.2, 1.0]
     norms = {0: 2.0, 1: 3.0, 2: 0.5, 3: 5.0}
     settings = {"alpha_unit": "residual_norm", "residual_norms": norms, "steer_positions": steer_positions}
     hooks = n_hooks(model)
     with SteeredGenerator(model, tokenizer, batch_size=batch_size, **settings) as generator:
-        rows = {"steering_vectors": by_layer(vectors, ROW_LAYERS), "alphas": alphas}
-        together = generator.generate_batch(prompts, 8, **rows)
+        together = generator.generate_batch(prompts, 8, **rows_with(vectors, ROW_LAYERS, alphas))
         assert n_hooks(model) == hooks
         expected = one_row_at_a_time(generator, prompts, ROW_LAYERS, vectors, alphas, max_new_tokens=8)
         plain = generator.generate_batch(prompts, 8)
     assert together == expected
     assert (together[2], together[5]) == (plain[2], plain[5])
     assert sum(text != unsteered for text, unsteered in zip(together, plain, strict=True)) > 3
-
-
-def test_each_layer_may_have_vectors_of_its_own(llama, generator):
-    vectors = {layer: torch.randn(len(PROMPTS), D_MODEL) for layer in (2, 0, 1)}
-    alphas = [2.0, 0.0, -1.0]
-    together = generator.generate_batch(PROMPTS, 12, steering_vectors=vectors, alphas=alphas)
-    apart = []
-    for row, (prompt, alpha) in enumerate(zip(PROMPTS, alphas, strict=True)):
-        for layer, of_layer in vectors.items():
-            generator.register_steering(layer, of_layer[row], alpha)
-        apart.append(generator.generate(prompt, 12))
-    assert texts_of(together) == apart
 
 
 def test_vectors_of_rows_are_added_beside_what_is_registered(generator, vector):
@@ -382,15 +367,6 @@ def test_vectors_of_rows_are_added_beside_what_is_registered(generator, vector):
     rows = {"steering_vectors": {2: other.expand(3, -1)}, "alphas": [2.0] * 3}
     assert generator.generate_batch(PROMPTS, 8, **rows) == expected
     assert generator.generate_batch(PROMPTS, 8) != expected
-
-
-def test_steering_the_prompt_too_gives_other_text(llama, tokenizer, vector):
-    rows = {"steering_vectors": {1: vector.expand(3, -1)}, "alphas": [2.0] * 3}
-    texts = [
-        SteeredGenerator(llama, tokenizer, steer_positions=positions).generate_batch(PROMPTS, 12, **rows)
-        for positions in ("all", "response")
-    ]
-    assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("form", [lambda v: v.numpy(), lambda v: v.double()], ids=["numpy", "double"])
@@ -411,9 +387,9 @@ def test_rows_that_end_early_do_not_disturb_the_vectors_of_the_others(
     vectors, row_layers, alphas = (list(values) for values in zip(*conditions, strict=True))
     prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(len(conditions))]
     options = {"max_new_tokens": 30, "top_k": 0, "temperature": 0.3}
-    rows = {"steering_vectors": by_layer(vectors, row_layers), "alphas": alphas}
+    vectors = torch.stack(vectors)[:, None].expand(-1, N_LAYERS, -1)
     other = SteeredGenerator(llama, tokenizer, batch_size=batch_size)
-    together = other.generate_batch(prompts, **options, **rows)
+    together = other.generate_batch(prompts, **options, **rows_with(vectors, row_layers, alphas))
     assert together == one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options)
     n_tokens = [each.n_tokens for each in together]
     assert (n_tokens[1], n_tokens[7]) == (0, 0)
@@ -517,7 +493,7 @@ def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text(tokenizer, steer
     generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
     prompts = [PROMPTS[row % 3] for row in range(8)]
     alphas = [1.0, 0.5, 0.0, 2.0, 1.0, -1.0, 0.5, 2.0]
-    rows = {"steering_vectors": by_layer(torch.randn(8, D_MODEL), ROW_LAYERS), "alphas": alphas}
+    rows = rows_with(torch.randn(8, N_LAYERS, D_MODEL), ROW_LAYERS, alphas)
     expected = generator.generate_batch(prompts, 6, **rows)
     hooks = n_hooks(model)
     passes = fails_at(model, lambda n_rows, number: number in (3, 7))
@@ -540,8 +516,10 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
         (lambda g, v: g.register_steering(1, v[:-1]), r"shape \(31,\), expected \(32,\)"),
         (lambda g, v: g.register_steering(1, v[None]), r"shape \(1, 32\), expected \(32,\)"),
         (lambda g, v: g.register_steering(1, v * float("nan")), "not finite"),
-        (lambda g, v: g.register_steering(1, v / 0), "not finite"),
-        (lambda g, v: g.register_steering(1, v, alpha=float("inf")), "alpha is inf"),
+        (lambda g, v: g.register_steering(1, "abc"), "steering_vector is a str, expected numbers"),
+        (lambda g, v: g.register_steering(1, [["a"]]), "steering_vector is a list, expected numbers"),
+        (lambda g, v: g.register_steering(1, None), "steering_vector is a NoneType, expected numbers"),
+        (lambda g, v: g.register_steering(1, np.array(["x"] * D_MODEL)), "steering_vector is a ndarray"),
         (lambda g, v: g.register_steering(1, v, alpha=float("nan")), "alpha is nan"),
         (lambda g, v: g.register_steering(4, v), r"layer_idx 4 .*\(0 to 3\)"),
         (lambda g, v: g.register_steering(-1, v), r"layer_idx -1 .*\(0 to 3\)"),
@@ -556,7 +534,6 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
         (lambda g, v: g.generate("Then", temperature=-0.1), "temperature is -0.1"),
         (lambda g, v: g.generate("Then", top_p=1.1), "top_p is 1.1"),
         (lambda g, v: g.generate("Then", top_k=261), "top_k is 261 but the model's vocabulary has 260"),
-        (lambda g, v: g.generate("Then", temperature=0, top_k=261), "top_k is 261"),
         (lambda g, v: g.sampler(1.0, 261, 1.0), "top_k is 261"),
         (lambda g, v: g.generate_batch(["Then"], alphas=[1.0]), "steering_vectors .* and alphas"),
         (lambda g, v: g.generate_batch(["Then"], steering_vectors={1: v[None]}), "and alphas"),
@@ -564,11 +541,9 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
         (lambda g, v: with_rows(g, v[None].expand(2, -1), [1.0]), "1 alphas for 1 prompts; expected"),
         (lambda g, v: with_rows(g, v[None], [1.0, 2.0]), "2 alphas for 1 prompts; expected"),
         (lambda g, v: with_rows(g, v[None, :-1], [1.0]), r"steering_vectors \(1, 31\)"),
-        (lambda g, v: with_rows(g, v.expand(3, -1), [1.0] * 3), r"steering_vectors \(3, 32\) and 3 alphas"),
         (lambda g, v: with_rows(g, v[None] / 0, [1.0]), "not finite"),
         (lambda g, v: with_rows(g, v[None], [float("nan")]), "alpha is nan"),
         (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=9), r"layer_idx 9 .*\(0 to 3\)"),
-        (lambda g, v: with_rows(g, v[None], [1.0], layer_idx=-1), r"layer_idx -1 .*\(0 to 3\)"),
     ],
 )
 def test_bad_input_is_rejected_and_leaves_no_hook(llama, generator, vector, ask, message):
@@ -592,7 +567,6 @@ def test_residual_norm_unit_needs_a_finite_norm_of_the_layer(llama, tokenizer, v
     [
         ({"alpha_unit": "sd"}, "alpha_unit 'sd' is unknown; choose absolute or residual_norm"),
         ({"steer_positions": "last"}, "steer_positions 'last' is unknown; choose all or response"),
-        ({"steer_positions": None}, "steer_positions None is unknown"),
     ],
 )
 def test_unknown_settings_are_rejected(llama, tokenizer, setting, message):
@@ -600,25 +574,13 @@ def test_unknown_settings_are_rejected(llama, tokenizer, setting, message):
         SteeredGenerator(llama, tokenizer, **setting)
 
 
-def test_a_model_without_a_key_value_cache_is_rejected(tokenizer):
-    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=260)
-    with pytest.raises(InputError, match="MambaForCausalLM keeps its state elsewhere"):
-        SteeredGenerator(MambaForCausalLM(config), tokenizer)
+GRIFFIN = {"num_attention_heads": 2, "intermediate_size": 64, "lru_width": 32, "attention_window_size": 64}
 
 
-def test_a_model_that_keeps_a_recurrent_state_outside_its_cache_is_rejected(tokenizer):
-    config = RecurrentGemmaConfig(
-        num_hidden_layers=3,
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=2,
-        lru_width=32,
-        attention_window_size=64,
-    )
-    model = RecurrentGemmaForCausalLM(config).eval()
-    with (
-        SteeredGenerator(model, tokenizer) as generator,
-        pytest.raises(InputError, match="RecurrentGemmaForCausalLM keeps its state elsewhere"),
-    ):
-        generator.generate("Once upon a time", 4)
+@pytest.mark.parametrize(("architecture", "settings"), [("mamba", {}), ("recurrent_gemma", GRIFFIN)])
+def test_a_model_that_keeps_a_state_outside_its_cache_is_rejected(tokenizer, architecture, settings):
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 260}
+    config = AutoConfig.for_model(architecture, **shape, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match=f"{type(model).__name__} keeps its state elsewhere"):
+        SteeredGenerator(model, tokenizer).generate("Once upon a time", 4)

@@ -7,6 +7,7 @@ the tokenizer's first token, `texts.encoding` adds no second one.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import cache
 
 from jinja2.exceptions import TemplateError
@@ -35,8 +36,8 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int =
 
     A system prompt that the template rejects or drops is put before the first user turn, with a log line.
     index: the prompt's number in errors.
-    Raises InputError: no prompt, messages without a role, without content or without a user turn at the end,
-    a tokenizer without a template, or a template that rejects the messages.
+    Raises InputError: neither a text nor messages that end with a user turn, a tokenizer without a template,
+    or a template that rejects the messages.
     """
     if isinstance(prompt, str):
         return prompt
@@ -48,14 +49,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int =
         )
     system = [message["content"].strip() for message in prompt if message["role"] == "system"]
     try:
-        try:
+        with suppress(TemplateError) if system else nullcontext():
             text = _rendered(tokenizer, prompt)
-        except TemplateError:
-            if not system:
-                raise
-            text = ""
-        if text and all(content in text for content in system):
-            return text
+            if all(content in text for content in system):
+                return text
         _warn_once(
             f"the chat template takes no system prompt; it goes into the user turn: {shown(system[0])}"
         )
@@ -75,20 +72,15 @@ def plain_text(prompt: Prompt) -> str:
 
 
 def _check_messages(messages: Messages, index: int) -> None:
-    if not isinstance(messages, Sequence) or not messages:
-        raise InputError(f"prompt {index} is {shown(messages)}, expected a text or a list of messages")
-    for message in messages:
-        is_message = isinstance(message, Mapping) and message.get("role") in ROLES
-        if not is_message or not isinstance(message.get("content"), str):
-            raise InputError(
-                f"prompt {index} holds the message {shown(message)}, expected an object with a role of "
-                f"{', '.join(ROLES)} and a text as content"
-            )
-    if not any(message["role"] == "user" and message["content"].strip() for message in messages):
-        raise InputError(f"prompt {index} has no user turn to respond to; add a message with the role user")
-    if messages[-1]["role"] != "user":
+    are_messages = isinstance(messages, Sequence) and all(
+        isinstance(each, Mapping) and each.get("role") in ROLES and isinstance(each.get("content"), str)
+        for each in messages
+    )
+    last = messages[-1] if are_messages and messages else {}
+    if last.get("role") != "user" or not last["content"].strip():
         raise InputError(
-            f"prompt {index} ends with the {messages[-1]['role']}'s turn; end with the user's, to respond to"
+            f"prompt {index} is {shown(messages)}, expected a text, or a list of messages, each with a role "
+            f"of {', '.join(ROLES)} and a text as content, that ends with a user turn to respond to"
         )
 
 

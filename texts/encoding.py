@@ -56,11 +56,8 @@ def encode_continuations(
     """
     before = encode(tokenizer, [prompt for prompt, _ in texts], model, first_index)
     whole = encode(tokenizer, [prompt + output for prompt, output in texts], model, first_index)
-    starts = []
-    for of_prompt, tokens in zip(before, whole, strict=True):
-        start = next((i for i, (a, b) in enumerate(zip(of_prompt, tokens, strict=False)) if a != b), None)
-        starts.append(min(len(of_prompt), len(tokens)) if start is None else start)
-    return list(zip(whole, starts, strict=True))
+    equal = ([a == b for a, b in zip(*both, strict=False)] for both in zip(before, whole, strict=True))
+    return [(tokens, [*same, False].index(False)) for tokens, same in zip(whole, equal, strict=True)]
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

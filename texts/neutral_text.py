@@ -28,34 +28,28 @@ from texts.scripts import (
     CHARACTERS_IN_WORD,
     SENTENCE_END,
     SPACELESS,
-    begins_as_prose,
-    ends_as_prose,
+    is_prose,
     is_spaceless,
-    share_of_letters,
     without_marks,
     words_of,
 )
 
 logger = logging.getLogger(__name__)
 
+_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WIKIPEDIA_PAGES = PackagedFile(
     file_name="enwiki-pages.xml.bz2",
-    parts=(
-        (
-            "gensim",
-            "4.4.0",
-            "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-        ),
-    ),
+    parts=(("gensim", "4.4.0", _MEMBER),),
     sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     # Only a data file is needed, so the wheel of one platform serves all.
     pip_arguments=("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
 )
-WORDS_IN_PASSAGE = (12, 48)  # fewest and most
+SHORTEST, LONGEST = 12, 48  # words of a passage
 MIN_WORDS = 25  # of a paragraph
-MIN_LETTERS = 0.75  # share of a paragraph's characters
+DROPPED_TAGS = {"ref", "table", "gallery", "math", "code", "pre", "source", "timeline", "sup", "sub", "li"}
 OVERLAP_WORDS = 8  # so long a run of equal words is no coincidence
-NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+# Control characters, lone surrogates, and gaps where markup was.
+NO_TEXT = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]|[(,;]\s*[,;]|\(\s|\s[,.)]")
 
 
 @dataclass(frozen=True)
@@ -78,13 +72,11 @@ def load_neutral_texts(
     Every paragraph gives one passage from its beginning; if these are not enough, the rest of each
     paragraph gives further ones, from the next sentence on.
 
-    name_or_path: `wikitext-103`, `wikipedia-sample`, or the path of a file, see `read_documents`.
-    forbidden: persona texts and test prompts; a paragraph is rejected, counted and logged if its
-        passage shares a run of 8 words with one of them (or holds a shorter one whole).
+    name_or_path: see `read_documents`.
+    forbidden: persona texts and test prompts; a paragraph is rejected, counted and logged if its passage
+        overlaps one of them, see `OverlapCheck`.
     Raises InputError: unknown name, or fewer passages than asked for.
     """
-    if n_texts < 1:
-        raise InputError(f"n_training_samples is {n_texts}, expected 1 or more")
     rng = random.Random(seed)
     paragraphs = [
         (words_of(paragraph), 0, document)
@@ -99,15 +91,16 @@ def load_neutral_texts(
         for words, start, document in paragraphs:
             if len(chosen) == n_texts:
                 break
-            shortest, longest = WORDS_IN_PASSAGE
             # At least one word is left out, so that no passage ends with its paragraph.
-            end = start + rng.randint(shortest, min(longest, len(words) - start - 1))
+            end = start + rng.randint(SHORTEST, min(LONGEST, len(words) - start - 1))
             passage = "".join(words[start:end]).rstrip()
             if overlaps.found_in(passage):
                 n_rejected += 1
                 continue
-            rest = _after_sentence(words, end)
-            if len(words) - rest > shortest:
+            rest = end  # further passages begin after the sentence that this one ends in
+            while rest < len(words) and not SENTENCE_END.search(words[rest - 1].rstrip()):
+                rest += 1
+            if len(words) - rest > SHORTEST:
                 rests.append((words, rest, document))
             if passage not in seen:
                 seen.add(passage)
@@ -124,17 +117,10 @@ def load_neutral_texts(
     return chosen
 
 
-def _after_sentence(words: list[str], start: int) -> int:
-    """Return the index of the word after the sentence that words[start - 1] belongs to."""
-    for index in range(start, len(words)):
-        if SENTENCE_END.search(words[index - 1].rstrip()):
-            return index
-    return len(words)
-
-
 def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
     """Yield (document id, text) with paragraphs separated by line breaks.
 
+    name_or_path: `wikitext-103`, `wikipedia-sample`, or the path of a file.
     `.txt`: blank lines separate paragraphs, each of which is a document of its own.
     `.jsonl`, `.parquet`: a field `text`, with a paragraph a line or hard-wrapped ones between blank lines;
     the document id is in `document`, `id` or `title`, or else the row number.
@@ -153,9 +139,8 @@ def read_documents(name_or_path: str) -> Iterator[tuple[str, str]]:
             f"{', '.join(readers)} file"
         )
     if not path.is_file():
-        raise InputError(
-            f"neutral_text file {name_or_path!r} {'is no file' if path.exists() else 'does not exist'}"
-        )
+        problem = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"neutral_text file {name_or_path!r} {problem}")
     return ((document, unwrapped(text)) for document, text in readers[ending](path))
 
 
@@ -177,21 +162,14 @@ def unwrapped(text: str) -> str:
 
 
 def usable_paragraphs(text: str) -> Iterator[str]:
-    """Yield the paragraphs (lines) of prose with at least MIN_WORDS words, white space folded.
+    """Yield the paragraphs (lines) of prose (`is_prose`) with MIN_WORDS words or more, white space folded.
 
-    Prose begins with a capital, a digit or a letter without case, perhaps in quotation marks, ends a
-    sentence, and is mostly letters that are no capitals. Lines that look like lists, headings, tables or
-    formulas are left out, and so are those with gaps where markup was, with control characters or with
-    lone surrogates. Byte-order marks are removed.
+    Lines with gaps where markup was, with control characters or with lone surrogates are left out. Byte-order
+    marks are removed.
     """
     for line in text.splitlines():
         paragraph = " ".join(line.replace("\ufeff", "").split())
-        if not begins_as_prose(paragraph) or len(words_of(paragraph)) < MIN_WORDS:
-            continue
-        if NO_TEXT.search(paragraph):
-            continue
-        has_gaps = re.search(r"[(,;]\s*[,;]|\(\s|\s[,.)]", paragraph)
-        if share_of_letters(paragraph) > MIN_LETTERS and ends_as_prose(paragraph) and not has_gaps:
+        if is_prose(paragraph) and len(words_of(paragraph)) >= MIN_WORDS and not NO_TEXT.search(paragraph):
             yield paragraph
 
 
@@ -247,15 +225,11 @@ def _wikitext() -> Iterator[tuple[str, str]]:
             yield title, "".join(lines)
             title, lines = heading[1], []
         else:
-            lines.append(_join_wikitext_tokens(line))
+            # WikiText writes ` , ` for `, ` and ` @-@ ` for `-`.
+            line = re.sub(r" @([-.,])@ ", r"\1", line)
+            line = re.sub(r" ([,.;:!?)\]%]|'s|n't|'[a-z]+\b)", r"\1", line)
+            lines.append(re.sub(r"([(\[$£]) ", r"\1", line))
     yield title, "".join(lines)
-
-
-def _join_wikitext_tokens(line: str) -> str:
-    """Undo WikiText's spacing around punctuation: ` , ` to `, ` and ` @-@ ` to `-`."""
-    line = re.sub(r" @([-.,])@ ", r"\1", line)
-    line = re.sub(r" ([,.;:!?)\]%]|'s|n't|'[a-z]+\b)", r"\1", line)
-    return re.sub(r"([(\[$£]) ", r"\1", line)
 
 
 def _wikipedia_sample() -> Iterator[tuple[str, str]]:
@@ -266,22 +240,16 @@ def _wikipedia_sample() -> Iterator[tuple[str, str]]:
 def _build_wikipedia_sample(folder: Path) -> None:
     """Strip the markup of the packaged pages and write one JSON line a page."""
     (packed,) = fetch_packaged_files([WIKIPEDIA_PAGES], folder)
-    with open(folder / "pages.jsonl", "w", encoding="utf-8") as file:
-        for title, wikicode in _wikipedia_pages(packed):
-            file.write(json.dumps({"title": title, "text": plain_prose(wikicode)}) + "\n")
-    packed.unlink()
-
-
-def _wikipedia_pages(path: Path) -> Iterator[tuple[str, str]]:
-    with bz2.open(path) as file:
-        for _, element in ElementTree.iterparse(file):
+    with open(folder / "pages.jsonl", "w", encoding="utf-8") as file, bz2.open(packed) as pages:
+        for _, element in ElementTree.iterparse(pages):
             if element.tag.rpartition("}")[2] != "page":
                 continue
             title = element.findtext(".//{*}title")
-            text = element.findtext(".//{*}text") or ""
-            if ":" not in title and not text.lstrip().lower().startswith("#redirect"):
-                yield title, text
+            wikicode = element.findtext(".//{*}text") or ""
+            if ":" not in title and not wikicode.lstrip().lower().startswith("#redirect"):
+                file.write(json.dumps({"title": title, "text": plain_prose(wikicode)}) + "\n")
             element.clear()
+    packed.unlink()
 
 
 def plain_prose(wikicode: str) -> str:
@@ -310,7 +278,7 @@ def _is_not_prose(node: Any) -> bool:
     if isinstance(node, Wikilink):
         return bool(re.match(r"(?i)\s*(file|image|category|[a-z-]{2,12}):", str(node.title)))
     if isinstance(node, Tag):
-        return str(node.tag).strip().lower() in _DROPPED_TAGS
+        return str(node.tag).strip().lower() in DROPPED_TAGS
     return isinstance(node, Heading | Template)
 
 
@@ -323,9 +291,6 @@ def _words_of(node: Any) -> str:
     return values[-1] if values and (name.startswith("lang") or name == "nowrap") else ""
 
 
-_DROPPED_TAGS = {"ref", "table", "gallery", "math", "code", "pre", "source", "timeline", "sup", "sub", "li"}
-
-
 def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
     paragraphs = re.split(r"\n\s*\n", read_text(path))
     for index, text in enumerate(paragraphs):
@@ -334,9 +299,8 @@ def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield _document_of(parse_json(line, f"{path} line {number}"), number, path)
+        if line.strip():
+            yield _document_of(parse_json(line, f"{path} line {number}"), number, path)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:

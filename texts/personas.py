@@ -53,13 +53,8 @@ class Persona:
     @property
     def all_texts(self) -> list[str]:
         """Every text for extraction or scoring, for overlap checks."""
-        return [
-            *self.positive_texts,
-            *self.negative_texts,
-            *self.labelled_positive,
-            *self.labelled_negative,
-            *self.validation,
-        ]
+        extraction = self.positive_texts + self.negative_texts
+        return [*extraction, *self.labelled_positive, *self.labelled_negative, *self.validation]
 
 
 def shipped_personas() -> list[str]:
@@ -106,31 +101,26 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
         texts, a definition with a shipped persona's name gets those of that persona.
     Raises InputError: unknown name, a damaged file, or a side without texts.
     """
-    if definition is None:
-        persona = _read_persona(name)
-    else:
-        persona = _make_persona(name, definition)
-        if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
-            shipped = _read_persona(name)
-            scoring = ("labelled_positive", "labelled_negative", "validation", "direct_measure")
-            persona = replace(persona, **{key: getattr(shipped, key) for key in scoring})
+    persona = _read_persona(name) if definition is None else _make_persona(name, definition)
+    if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
+        shipped = _read_persona(name)
+        scoring = ("labelled_positive", "labelled_negative", "validation", "direct_measure")
+        persona = replace(persona, **{key: getattr(shipped, key) for key in scoring})
     _check_persona(persona)
     return persona
 
 
 def _make_persona(name: str, definition: Mapping[str, Any]) -> Persona:
+    lists = ("positive_texts", "negative_texts", "labelled_positive_texts", "labelled_negative_texts")
     return Persona(
         name,
         definition.get("description", ""),
-        tuple(definition.get("positive_texts", ())),
-        tuple(definition.get("negative_texts", ())),
-        tuple(definition.get("labelled_positive_texts", ())),
-        tuple(definition.get("labelled_negative_texts", ())),
-        tuple((pair["pos"], pair["neg"]) for pair in definition.get("instruction", ())),
-        tuple(definition.get("questions", ())),
-        definition.get("eval_prompt", ""),
-        tuple(definition.get("validation_texts", ())),
-        definition.get("direct_measure", ""),
+        *(tuple(definition.get(key, ())) for key in lists),
+        instructions=tuple((pair["pos"], pair["neg"]) for pair in definition.get("instruction", ())),
+        questions=tuple(definition.get("questions", ())),
+        eval_prompt=definition.get("eval_prompt", ""),
+        validation=tuple(definition.get("validation_texts", ())),
+        direct_measure=definition.get("direct_measure", ""),
     )
 
 
@@ -155,20 +145,18 @@ def _read_persona(name: str) -> Persona:
 
 def check_extraction(persona: Persona, kind: str) -> None:
     """Raise InputError: the persona lacks texts that a kind of extraction (`texts`, `responses`) needs."""
+    needed = {"positive texts": persona.positive_texts, "negative texts": persona.negative_texts}
+    remedy = "give texts on both sides"
     if kind == "responses":
-        for name, found in (("system prompts", persona.instructions), ("questions", persona.questions)):
-            if not found:
-                raise InputError(
-                    f"persona {persona.name!r} has no {name}, which 'extraction' of kind 'responses' needs; "
-                    "give it instruction and questions, or choose kind 'texts'"
-                )
-        return
-    for side, texts in (("positive", persona.positive_texts), ("negative", persona.negative_texts)):
+        needed = {"system prompts": persona.instructions, "questions": persona.questions}
+        remedy = "give it instruction and questions, or choose 'extraction' of kind 'texts'"
+    elif persona.instructions:
+        remedy = "choose 'extraction' of kind 'responses' for its system prompts and questions"
+    for name, texts in needed.items():
         if not texts:
-            remedy = "give texts on both sides"
-            if persona.instructions:
-                remedy = "choose 'extraction' of kind 'responses' for its system prompts and questions"
-            raise InputError(f"persona {persona.name!r} has no {side} texts; {remedy}")
+            raise InputError(
+                f"persona {persona.name!r} has no {name}, which 'extraction' of kind {kind!r} needs; {remedy}"
+            )
 
 
 def _check_persona(persona: Persona) -> None:

@@ -11,6 +11,7 @@ SPACELESS = re.compile(
 )
 # In these scripts, so many characters count as a word: Chinese words have 1 or 2, Japanese ones 2 or 3.
 CHARACTERS_IN_WORD = 2
+MIN_LETTERS = 0.75  # share of a paragraph's characters
 OPENINGS = "\"'“‘«„(¿¡「『《〈（"
 SENTENCE_END = re.compile("[.!?…。！？｡؟۔।॥።։།][\"'”’»)」』》〉）]*$")
 
@@ -42,22 +43,20 @@ def words_of(text: str) -> list[str]:
     return words
 
 
-def begins_as_prose(text: str) -> bool:
-    """Return whether a text begins with a capital, a digit or a letter without case, perhaps quoted.
+def is_prose(text: str) -> bool:
+    """Return whether a text begins and ends as sentences do, and is mostly letters that are no capitals.
 
-    A letter without case counts only where most letters have none; else it is a word of another language.
+    It begins with a capital, a digit or a letter without case, perhaps in quotation marks. A letter without
+    case counts only where most letters have none; else it is a word of another language. Thai and Lao
+    sentences end without a mark.
     """
-    first = text[1:2] if text[:1] in OPENINGS else text[:1]
+    first, last = text[1:2] if text[:1] in OPENINGS else text[:1], text.rstrip("\"'”’)")[-1:]
+    begins = first.isdigit() or first.isupper()
     if first.isalpha() and not _has_case(first):
         letters = [character for character in text if character.isalpha()]
-        return 2 * sum(map(_has_case, letters)) < len(letters)
-    return first.isdigit() or first.isupper()
-
-
-def ends_as_prose(text: str) -> bool:
-    """Return whether a text ends a sentence; Thai and Lao sentences end without a mark."""
-    last = text.rstrip("\"'”’)")[-1:]
-    return bool(SENTENCE_END.search(text)) or "\u0e00" <= last <= "\u0eff"
+        begins = 2 * sum(map(_has_case, letters)) < len(letters)
+    ends = bool(SENTENCE_END.search(text)) or "\u0e00" <= last <= "\u0eff"
+    return begins and ends and _share_of_letters(text) > MIN_LETTERS
 
 
 def _has_case(letter: str) -> bool:
@@ -73,7 +72,7 @@ def without_marks(text: str) -> str:
     return "".join(character for character in parts if unicodedata.category(character)[0] != "M")
 
 
-def share_of_letters(text: str) -> float:
+def _share_of_letters(text: str) -> float:
     """Return the share of a text's characters that are small letters, letters without case, or spaces."""
     kept = sum(
         n

@@ -39,13 +39,9 @@ def apply_mapping(
     if target_layer is None:
         raise InputError(f"{mapping} was saved without its target layer; name it with --target-layer")
     mapped = ridge.transform(_vector_at(found, layer, ridge.d_source))
-    names = ("source_model", "target_model", "lambda_")
-    metadata = {
-        "mapping": str(mapping),
-        "vector": str(vector),
-        "source_layer": layer,
-        **{name.rstrip("_"): getattr(ridge, name) for name in names},
-    }
+    metadata = {"mapping": str(mapping), "vector": str(vector), "source_layer": layer}
+    for name in ("source_model", "target_model", "lambda_"):
+        metadata[name.rstrip("_")] = getattr(ridge, name)
     write_vectors(output, form, {target_layer: mapped}, "", metadata)
     return output
 
@@ -61,9 +57,8 @@ def _vector_at(found: VectorFile, layer: int | None, d_source: int) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.apply_mapping", description=__doc__.splitlines()[0]
-    )
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.apply_mapping", description=about)
     parser.add_argument("--mapping", type=Path, required=True, help="ridge_mapping.pt of a run")
     parser.add_argument("--vector", type=Path, required=True, help="file with a vector of the source model")
     parser.add_argument("--output", type=Path, required=True, help=f"ends with .{', .'.join(FORMATS)}")
@@ -71,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target-layer", type=int, help="layer of the mapped vector, instead of the map's")
     options = parser.parse_args(arguments)
     try:
-        given = options.mapping, options.vector, options.output, options.layer, options.target_layer
-        print(apply_mapping(*given))
+        print(apply_mapping(**vars(options)))
     except (InputError, OSError) as error:
         return input_error_status(error)
     return 0

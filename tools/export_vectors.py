@@ -91,19 +91,17 @@ def _describe_maps(folder: Path, layer_pairs: Sequence[tuple[int, int]]) -> dict
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export_vectors", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--run", type=Path, required=True, help="output_dir of a finished run")
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.export_vectors", description=about)
+    parser.add_argument("--run", dest="folder", type=Path, required=True, help="output_dir of a finished run")
     parser.add_argument("--persona", required=True)
     parser.add_argument("--method", default="ridge_mapped", help="for example ridge_mapped or oracle")
-    parser.add_argument("--format", choices=FORMATS, default="gguf")
+    parser.add_argument("--format", dest="form", choices=FORMATS, default="gguf")
     parser.add_argument("--output", type=Path, help="file to write; by default beside the run's artifacts")
     parser.add_argument("--alpha", type=float, help="steering strength at strength 1, instead of the run's")
     options = parser.parse_args(arguments)
     try:
-        given = options.run, options.persona, options.method, options.format, options.output, options.alpha
-        print(export_vector(*given))
+        print(export_vector(**vars(options)))
     except (InputError, OSError) as error:
         return input_error_status(error)
     return 0

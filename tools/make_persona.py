@@ -16,7 +16,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -69,18 +68,6 @@ after "? ", and nothing else."""
 
 Ask = Callable[[str], str]  # prompt -> response
 Item = tuple[str, ...]  # a pair of texts, or one question
-Similarity = Callable[[Sequence[Item]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Describe one kind of text to ask for. is_matched: its pairs must differ in the trait alone."""
-
-    name: str
-    prompt: str
-    read: Callable[[str], list[Item]]
-    is_matched: bool = False
-    may_name_trait: bool = False
 
 
 def ask_server(model: str, base_url: str | None, api_key_env: str) -> Ask:
@@ -123,12 +110,10 @@ def write_persona(
     output: Path | None = None,
     n_pairs: int = 24,
     n_questions: int = 20,
-    similarity: Similarity | None = None,
 ) -> Path:
     """Write a persona file from a sentence and return its path.
 
-    ask: returns a model's response to a prompt. similarity: compares the contents of pairs, by default by the
-    cosine of sentence embeddings.
+    ask: returns a model's response to a prompt.
     Raises InputError: the file exists, an unusable name, or too few usable items after six requests; nothing
     is written then.
     """
@@ -139,48 +124,38 @@ def write_persona(
     path = output or Path(f"{name}.json")
     if path.exists():
         raise InputError(f"{path} exists already; name another file with --output, or delete it")
-    rejected: Counter[str] = Counter()
-    pairs = Kind("pairs", PAIRS, _pairs_in, is_matched=True)
-    instructions = Kind("system prompts", INSTRUCTIONS, _pairs_in, may_name_trait=True)
-    questions = Kind("questions", QUESTIONS, _questions_in)
-    wanted = ((pairs, n_pairs), (instructions, N_INSTRUCTIONS), (questions, n_questions))
-    items = {
-        kind.name: _collect(kind, n, trait, ask, rejected, similarity or _content_similarity)
-        for kind, n in wanted
-    }
+    pairs = _collect("pairs", n_pairs, trait, ask)
+    prompts = _collect("system prompts", N_INSTRUCTIONS, trait, ask)
     content = {
         "description": f"The text {trait}.",
-        "positive_texts": [pair[0] for pair in items["pairs"]],
-        "negative_texts": [pair[1] for pair in items["pairs"]],
-        "instruction": [{"pos": pair[0], "neg": pair[1]} for pair in items["system prompts"]],
-        "questions": [text for (text,) in items["questions"]],
+        "positive_texts": [positive for positive, _ in pairs],
+        "negative_texts": [negative for _, negative in pairs],
+        "instruction": [{"pos": positive, "neg": negative} for positive, negative in prompts],
+        "questions": [text for (text,) in _collect("questions", n_questions, trait, ask)],
     }
-    for reason, count in rejected.most_common():
-        logger.info("rejected: %d that %s", count, reason)
-    _check_loads(name, content)
+    # A persona that a configuration would reject is not written.
+    models = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0}
+    load_config({**models, "personas": [], "persona_datasets": {name: content}}).load_personas()
     save_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
-def _check_loads(name: str, content: dict) -> None:
-    """Raise InputError: a configuration would reject the persona."""
-    models = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0}
-    load_config({**models, "personas": [], "persona_datasets": {name: content}}).load_personas()
-
-
-def _collect(
-    kind: Kind, n: int, trait: str, ask: Ask, rejected: Counter[str], similarity: Similarity
-) -> list[Item]:
-    """Return n usable items of a kind, with up to six requests; add the reasons of others to `rejected`."""
+def _collect(kind: str, n: int, trait: str, ask: Ask) -> list[Item]:
+    """Return n usable items of a kind, with up to six requests, and log why others were rejected."""
+    form, read = {
+        "pairs": (PAIRS, _pairs_in),
+        "system prompts": (INSTRUCTIONS, _pairs_in),
+        "questions": (QUESTIONS, _questions_in),
+    }[kind]
     kept: dict[Item, Item] = {}
     reasons: Counter[str] = Counter()
     for _ in range(MAX_REQUESTS):
-        response = ask(kind.prompt.format(n=min(ITEMS_PER_REQUEST, n), trait=trait))
-        found = kind.read(response)
+        response = ask(form.format(n=min(ITEMS_PER_REQUEST, n), trait=trait))
+        found = read(response)
         problems = {item: _problem(item, kind, trait) for item in found}
         usable = [item for item in problems if problems[item] is None]
-        if kind.is_matched and usable:
-            for item, cosine in zip(usable, similarity(usable), strict=True):
+        if kind == "pairs" and usable:
+            for item, cosine in zip(usable, _content_similarity(usable), strict=True):
                 problems[item] = None if cosine >= MIN_SIMILARITY else "differ in content"
         for item in found:
             words = tuple(" ".join(re.findall(r"\w+", text.casefold())) for text in item)
@@ -191,25 +166,26 @@ def _collect(
                 kept[words] = item
         if len(kept) >= n:
             break
-    rejected += reasons
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if len(kept) < n:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         counts = counts or f"none in the requested form; the last begins {shown(response)}"
         raise InputError(
-            f"the model wrote {len(kept)} of {n} usable {kind.name} in {MAX_REQUESTS} responses ({counts}); "
+            f"the model wrote {len(kept)} of {n} usable {kind} in {MAX_REQUESTS} responses ({counts}); "
             "ask for fewer, or name another model"
         )
+    if counts:
+        logger.info("rejected %s: %s", kind, counts)
     return list(kept.values())[:n]
 
 
-def _problem(item: Item, kind: Kind, trait: str) -> str | None:
+def _problem(item: Item, kind: str, trait: str) -> str | None:
     """Return the reason to reject an item, or None."""
     words = {word for text in item for word in re.findall(r"\w+", text.casefold())}
-    if not kind.may_name_trait and _trait_words(trait) & words:
+    if kind != "system prompts" and _trait_words(trait) & words:
         return "name the trait"
     if any(_test_prompts().found_in(text) for text in item):
         return "share words with a test prompt"
-    if kind.is_matched:
+    if kind == "pairs":
         if item[0][-1] != item[1][-1]:
             return "end with different marks"
         lengths = sorted(len(text.split()) for text in item)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from made_up_scores import scored_row
@@ -24,43 +25,33 @@ CONDITION = ("loud", "oracle")
 UNSTEERED = [ScoredText(perplexity, 0.1) for perplexity in (8.0, 20.0, 45.0, 30.0)]
 
 
+def texts(perplexities, repetition=0.1):
+    return [ScoredText(perplexity, repetition) for perplexity in perplexities]
+
+
 def times(ratio, repetition=0.1):
     """The unsteered texts at another perplexity."""
-    return [ScoredText(text.perplexity * ratio, repetition) for text in UNSTEERED]
+    return texts([text.perplexity * ratio for text in UNSTEERED], repetition)
 
 
-class Measure:
-    """Texts by a rule (condition, alpha) -> texts; remembers what was asked in each round."""
-
-    def __init__(self, rule):
-        self.rule = rule
-        self.rounds = []
-
-    def __call__(self, asked):
-        self.rounds.append(list(asked))
-        return [self.rule(condition, alpha) for condition, alpha in asked]
-
-    def alphas(self, condition):
-        return [alpha for asked in self.rounds for name, alpha in asked if name == condition]
+def rates(*values, perplexity=10.0):
+    return [ScoredText(perplexity, value) for value in values]
 
 
-def coherent_where(rule):
-    return Measure(lambda _, alpha: times(1.2 if rule(alpha) else 3.0))
+def by_rule(rule):
+    """Return a measure by a rule: alpha -> whether texts are coherent."""
+    return lambda asked: [times(1.2 if rule(alpha) else 3.0) for _, alpha in asked]
 
 
 def search(measure, unsteered=UNSTEERED, **settings):
     return search_alphas([CONDITION], measure, unsteered, BRACKET, **settings)[CONDITION]
 
 
-def texts(perplexities, repetition=0.1):
-    return [ScoredText(perplexity, repetition) for perplexity in perplexities]
-
-
 @pytest.mark.parametrize("n_evaluations", [2, 3, 7, 8])
 @pytest.mark.parametrize("place", [0.0, 0.001, 0.03, 0.2, 1 / 3, 0.5, 0.6, 0.77, 0.93, 0.99, 0.9999])
 def test_the_chosen_alpha_is_as_near_to_a_threshold_as_was_searched(place, n_evaluations):
     threshold = LOW * (HIGH / LOW) ** place
-    chosen = search(coherent_where(lambda alpha: alpha <= threshold), n_evaluations=n_evaluations)
+    chosen = search(by_rule(lambda alpha: alpha <= threshold), n_evaluations=n_evaluations)
     resolution = (HIGH / LOW) ** (1 / 2 ** (n_evaluations - 1))
     assert chosen.is_coherent
     assert chosen.alpha <= threshold < chosen.alpha * resolution * (1 + 1e-9)
@@ -70,18 +61,22 @@ def test_the_chosen_alpha_is_as_near_to_a_threshold_as_was_searched(place, n_eva
 @pytest.mark.parametrize("n_evaluations", [2, 5, 8])
 def test_each_round_is_one_call_for_all_conditions_and_no_alpha_is_measured_twice(n_evaluations):
     thresholds = {("loud", "oracle"): 3.0, ("loud", "zero_pad"): 0.1, ("calm", "oracle"): 99.0}
-    measure = Measure(lambda condition, alpha: times(1.0 if alpha <= thresholds[condition] else 2.0))
+    rounds = []
+
+    def measure(asked):
+        rounds.append(dict(asked))
+        return [times(1.0 if alpha <= thresholds[key] else 2.0) for key, alpha in asked]
+
     alphas = search_alphas(list(thresholds), measure, UNSTEERED, BRACKET, n_evaluations=n_evaluations)
-    assert [[condition for condition, _ in asked] for asked in measure.rounds] == (
-        [list(thresholds)] * n_evaluations
-    )
+    assert [list(asked) for asked in rounds] == [list(thresholds)] * n_evaluations
     for condition, chosen in alphas.items():
-        measured = measure.alphas(condition)
-        assert len(set(measured)) == n_evaluations
-        assert [point.alpha for point in chosen.curve] == sorted(measured)
-        assert all(LOW <= alpha <= HIGH for alpha in measured)
+        measured = sorted({asked[condition] for asked in rounds})
+        assert [point.alpha for point in chosen.curve] == measured
+        assert len(measured) == n_evaluations
+        assert LOW <= measured[0] < measured[-1] <= HIGH
+    for condition in thresholds:
         alone = search_alphas([condition], measure, UNSTEERED, BRACKET, n_evaluations=n_evaluations)
-        assert alone == {condition: chosen}
+        assert alone == {condition: alphas[condition]}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +84,7 @@ def test_each_round_is_one_call_for_all_conditions_and_no_alpha_is_measured_twic
     [(HIGH, (HIGH, True, "highest")), (1e6, (HIGH, True, "highest")), (0.499, (LOW, False, "lowest"))],
 )
 def test_threshold_outside_the_bracket_gives_its_end(threshold, ends_at):
-    chosen = search(coherent_where(lambda alpha: alpha <= threshold))
+    chosen = search(by_rule(lambda alpha: alpha <= threshold))
     assert (chosen.alpha, chosen.is_coherent, chosen.at) == ends_at
     assert {point.is_coherent for point in chosen.curve} == {chosen.is_coherent}
     assert chosen.point.reason == (None if chosen.is_coherent else "perplexity")
@@ -98,7 +93,7 @@ def test_threshold_outside_the_bracket_gives_its_end(threshold, ends_at):
 @pytest.mark.parametrize("frequency", [3, 7, 20, 45])
 @pytest.mark.parametrize("phase", [0.0, 1.5, 3.0, 4.5])
 def test_the_next_alpha_above_the_chosen_one_is_incoherent_where_coherence_comes_and_goes(frequency, phase):
-    chosen = search(coherent_where(lambda alpha: math.sin(frequency * math.log(alpha) + phase) > -0.5))
+    chosen = search(by_rule(lambda alpha: math.sin(frequency * math.log(alpha) + phase) > -0.5))
     alphas = [point.alpha for point in chosen.curve]
     if chosen.is_coherent:
         assert chosen.point.is_coherent
@@ -109,12 +104,8 @@ def test_the_next_alpha_above_the_chosen_one_is_incoherent_where_coherence_comes
 
 
 def test_alpha_incoherent_below_the_chosen_one_does_not_lower_it():
-    chosen = search(coherent_where(lambda alpha: alpha <= 4.0 and not 0.6 < alpha < 1.0))
+    chosen = search(by_rule(lambda alpha: alpha <= 4.0 and not 0.6 < alpha < 1.0))
     assert chosen.alpha == pytest.approx(4.0, rel=0.05)
-
-
-def rates(*values, perplexity=10.0):
-    return [ScoredText(perplexity, value) for value in values]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +137,9 @@ def test_texts_are_compared_with_the_unsteered_ones_of_the_same_prompt(steered, 
     point = compare(1.0, steered, unsteered)
     assert (point.reason, point.is_coherent) == (reason, reason is None)
     assert point.perplexity_ratio == (ratio and pytest.approx(ratio))
-    both = [(text.is_finite, before.is_finite) for text, before in zip(steered, unsteered, strict=True)]
-    assert point.n_pairs == sum(map(all, both))
-    assert point.n_missing == sum(not is_finite for is_finite, _ in both)
+    finite = [[text.is_finite for text in each] for each in (steered, unsteered)]
+    assert point.n_pairs == sum(map(all, zip(*finite, strict=True)))
+    assert point.n_missing == finite[0].count(False)
 
 
 @pytest.mark.parametrize(
@@ -169,31 +160,28 @@ def test_bounds_are_those_given(bounds, is_coherent):
     assert compare(1.0, times(2.0, 0.3), UNSTEERED, CoherenceBound(*bounds)).is_coherent is is_coherent
 
 
-@pytest.mark.parametrize(("cost", "is_coherent"), [(3.0, True), (1.4, True), (1.3, False), (0.2, False)])
-def test_bound_is_on_what_exceeds_the_traits_own_cost(cost, is_coherent):
-    def measure(asked):
-        return [times(2.0) for _ in asked]
-
-    chosen = search(measure, n_evaluations=2, trait_costs={CONDITION[0]: cost, "other": 9.0})
+@pytest.mark.parametrize(
+    ("cost", "ratio", "is_coherent"),
+    [(3.0, 2.0, True), (1.4, 2.0, True), (1.3, 2.0, False), (0.2, 2.0, False), (0.2, 1.4, True)],
+)
+def test_bound_is_on_what_exceeds_the_traits_own_cost_and_never_stricter(cost, ratio, is_coherent):
+    costs = {CONDITION[0]: cost, "other": 9.0}
+    chosen = search(lambda asked: [times(ratio) for _ in asked], n_evaluations=2, trait_costs=costs)
     assert chosen.is_coherent is is_coherent
-    assert chosen.curve[0].perplexity_ratio == pytest.approx(2.0)
-    assert not search(measure, n_evaluations=2, trait_costs={"other": 9.0}).is_coherent
-    lower = search(
-        lambda asked: [times(1.4) for _ in asked], n_evaluations=2, trait_costs={CONDITION[0]: cost}
-    )
-    assert lower.is_coherent  # a cost below 1 makes no bound stricter
+    assert chosen.curve[0].perplexity_ratio == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.9, None])
 def test_trait_is_reported_and_never_chosen_by(probability):
-    def rule(_, alpha):
+    def measure(asked):
+        traits = [probability, probability, None, None]
         return [
-            ScoredText(text.perplexity * (1 if alpha < 2 else 2), 0.1, trait)
-            for text, trait in zip(UNSTEERED, [probability, probability, None, None], strict=True)
+            [replace(text, trait_probability=trait) for text, trait in zip(found, traits, strict=True)]
+            for found in by_rule(lambda alpha: alpha < 2)(asked)
         ]
 
-    chosen = search(Measure(rule))
-    assert chosen.alpha == search(coherent_where(lambda alpha: alpha < 2)).alpha
+    chosen = search(measure)
+    assert chosen.alpha == search(by_rule(lambda alpha: alpha < 2)).alpha
     assert {point.trait_probability for point in chosen.curve} == {probability}
 
 
@@ -215,19 +203,20 @@ def test_texts_that_cannot_be_paired_raise(change):
     ],
 )
 def test_unsteered_texts_without_a_metric_are_rejected_before_anything_is_measured(unsteered, missing):
-    measure = coherent_where(lambda alpha: True)
     with pytest.raises(InputError, match=missing):
-        search(measure, unsteered)
-    assert not measure.rounds
+        search(lambda asked: pytest.fail("something was measured"), unsteered)
 
 
 def test_alphas_survive_a_file():
-    def rule(condition, alpha):
-        is_coherent = alpha <= {"oracle": 3.0, "ridge_mapped": 99.0, "interpolate": 0.1}[condition[1]]
-        return times(1.25, 0.12) if is_coherent else [ScoredText(None, None)] * len(UNSTEERED)
+    thresholds = {"oracle": 3.0, "ridge_mapped": 99.0, "interpolate": 0.1}
 
-    keys = [("loud", method) for method in ("oracle", "ridge_mapped", "interpolate")]
-    alphas = search_alphas(keys, Measure(rule), UNSTEERED, BRACKET)
+    def measure(asked):
+        return [
+            times(1.25) if alpha <= thresholds[name] else texts([None] * len(UNSTEERED))
+            for (_, name), alpha in asked
+        ]
+
+    alphas = search_alphas([("loud", name) for name in thresholds], measure, UNSTEERED, BRACKET)
     content = json.loads(json.dumps(alphas_content(alphas, CoherenceBound(2.0, 0.1), {"loud": 2.2})))
     assert list(alphas_from_content(content).items()) == list(alphas.items())
     assert (content["bound"]["max_perplexity_ratio"], content["trait_costs"]) == (2.0, {"loud": 2.2})
@@ -239,15 +228,14 @@ def test_a_text_without_perplexity_is_incoherent_unless_it_is_empty():
     assert ScoredText.from_row({**row, "output": " "}) == ScoredText(None, None, 0.5)
 
 
-def listed(ratios, repetition=0.1, condition="oracle"):
-    """Unsteered texts and a condition's, at alpha -> times the unsteered perplexity of the same prompt."""
-    rows = [scored_row("baseline", prompt, 0.1, perplexity=10.0 + prompt) for prompt in range(4)]
-    rows += [
-        scored_row(condition, prompt, 0.5, alpha=alpha, perplexity=(10.0 + prompt) * ratio, repetition=rate)
-        for alpha, ratio in ratios.items()
-        for prompt in range(4)
-        for rate in [repetition if alpha > 1 else 0.1]
-    ]
+def listed(ratios, repetition=0.1):
+    """Unsteered texts and the oracle's, at alpha -> times the unsteered perplexity of the same prompt."""
+    rows = []
+    for prompt in range(4):
+        rows.append(scored_row("baseline", prompt, 0.1, perplexity=10.0 + prompt))
+        for alpha, ratio in ratios.items():
+            metrics = {"perplexity": (10.0 + prompt) * ratio, "repetition": repetition if alpha > 1 else 0.1}
+            rows.append(scored_row("oracle", prompt, 0.5, alpha=alpha, **metrics))
     return rows
 
 
@@ -274,10 +262,7 @@ def test_own_alphas_are_compared_as_they_are_and_at_the_oracles():
     rows = listed({2.0: 9.0}) + [scored_row("ridge_mapped", 0, 0.5, alpha=alpha) for alpha in (3.0, 2.0)]
     rows += [scored_row("zero_pad", 0, 0.5, alpha=1.0)]
     table = results_table(rows)
-    assert compared_alphas(table, ["loud"], ["loud"])["loud"] == {
-        "oracle": 2.0,
-        "ridge_mapped": 3.0,
-        "zero_pad": 1.0,
-    }
-    assert oracle_alphas(table, ["loud"])["loud"] == {"oracle": 2.0, "ridge_mapped": 2.0, "zero_pad": 1.0}
+    own = {"oracle": 2.0, "ridge_mapped": 3.0, "zero_pad": 1.0}
+    assert compared_alphas(table, ["loud"], ["loud"]) == {"loud": own}
+    assert oracle_alphas(table, ["loud"]) == {"loud": {**own, "ridge_mapped": 2.0}}
     assert oracle_alphas(table, []) == {}

@@ -30,19 +30,17 @@ def test_brevity_counts_texts_that_end_soon():
     assert math.isnan(brief.iloc[-1])
 
 
-def test_a_judges_scale_becomes_a_share_of_it():
-    rows = [scored_row(ORACLE, n, 0.1, gpt4_trait_score=score) for n, score in enumerate((1, 4, None))]
-    assert results_table(rows)["judged_trait"].tolist() == [0.0, 0.75, pytest.approx(math.nan, nan_ok=True)]
-
-
 def test_a_cell_has_its_rows_and_the_scores_of_every_persona():
     rows = [scored_row("baseline", 0, 0.1), scored_row("prompted", 0, 0.2, alpha=None)]
-    rows += [scored_row(ORACLE, 0, 0.3, alpha=alpha, trait_probabilities={"calm": alpha}) for alpha in (1, 2)]
+    assert results_table(rows)["judged_trait"].dtype == float  # although nobody was asked
+    for alpha, judged in ((1, 1), (2, 4)):
+        more = {"trait_probabilities": {"calm": alpha}, "gpt4_trait_score": judged}
+        rows.append(scored_row(ORACLE, 0, 0.3, alpha=alpha, **more))
     table = results_table(rows)
-    assert cell(table, "loud", ORACLE, 2)["scored_as_calm"].tolist() == [2.0]
+    found = cell(table, "loud", ORACLE, 2)
+    assert found[["scored_as_calm", "judged_trait"]].values.tolist() == [[2.0, 0.75]]
     assert cell(table, "loud", "prompted", None)["trait_probability"].tolist() == [0.2]
     assert cell(table, "calm", ORACLE, 2).empty
-    assert results_table(rows[:1])["gpt4_trait_score"].dtype == float  # although nobody was asked
 
 
 @pytest.mark.parametrize(
@@ -56,11 +54,6 @@ def test_a_cell_has_its_rows_and_the_scores_of_every_persona():
 )
 def test_a_ratio_is_the_geometric_mean_over_pairs_that_are_finite(steered, unsteered, ratio):
     assert perplexity_ratio(steered, unsteered) == (ratio and pytest.approx(ratio))
-
-
-def test_a_ratio_needs_pairs():
-    with pytest.raises(ValueError, match="argument 2"):
-        perplexity_ratio([1.0], [1.0, 2.0])
 
 
 def test_a_cells_ratio_pairs_texts_by_prompt_and_seed_in_any_order():
@@ -89,23 +82,21 @@ def rows_at(alphas):
 def test_curves_have_the_conditions_of_several_alphas_and_mapped_and_oracle_beside_them():
     alphas = {MAPPED: [0.5], ORACLE: [0.5], "shuffled_pairs": [0.9, 0.5], "zero_pad": [0.5]}
     curves = strength_curves(results_table(rows_at(alphas)), ["loud"])["loud"]
-    assert {name: len(points) for name, points in curves.items()} == {
-        MAPPED: 1,
-        ORACLE: 1,
-        "shuffled_pairs": 2,
-    }
+    n_points = {name: len(points) for name, points in curves.items()}
+    assert n_points == {MAPPED: 1, ORACLE: 1, "shuffled_pairs": 2}
     found = [tuple(point.values()) for point in curves["shuffled_pairs"]]
     assert found == [pytest.approx((alpha, 2**alpha, alpha, alpha, alpha)) for alpha in (0.5, 0.9)]
     assert strength_curves(results_table(rows_at({MAPPED: [0.5], ORACLE: [0.5]})), ["loud"]) == {}
 
 
 def test_what_else_a_vector_moves_is_against_the_unsteered_text():
-    rows = []
-    for persona, other in (("loud", "calm"), ("calm", "loud")):
-        for condition, own in (("baseline", 0.1), (ORACLE, 0.7)):
-            for prompt in range(2):
-                row = scored_row(condition, prompt, own, persona=persona)
-                rows.append({**row, "trait_probabilities": {persona: own, other: own / 10, "unknown": None}})
+    rows = [
+        scored_row(name, prompt, own, persona=persona)
+        | {"trait_probabilities": {persona: own, other: own / 10, "unknown": None}}
+        for persona, other in (("loud", "calm"), ("calm", "loud"))
+        for name, own in (("baseline", 0.1), (ORACLE, 0.7))
+        for prompt in range(2)
+    ]
     alphas = {name: {ORACLE: 1.0, MAPPED: 1.0} for name in ("loud", "calm", "unknown")}
     assert off_target(results_table(rows), alphas) == {
         ORACLE: {
@@ -128,15 +119,9 @@ def test_a_judged_run_is_held_against_the_specification(coherence, trait, n_coll
     assert [found["loud"][name] for name in ("minimum", "strong")] == reached
     measured = found["loud"]["conditions"][MAPPED]
     assert (measured["n"], measured["collapse_rate"]) == (10, pytest.approx(n_collapsed / 10))
-    said = ", ".join(
-        f"{name}: {'reached' if is_reached else 'not reached'}"
-        for name, is_reached in zip(("minimum", "strong"), reached, strict=True)
-    )
+    said = "minimum: {}, strong: {}".format(*("reached" if each else "not reached" for each in reached))
     assert format_success(found).startswith(f"loud, the specification's result, {said}\n\n| condition")
-
-
-def test_a_run_without_a_judge_has_no_success_to_report():
-    assert success(results_table(scored_run(0.5, 0.5, n=2)), {"loud": COMPARED}) == {}
+    assert success(results_table(scored_run(0.5, 0.5, n=2)), {"loud": COMPARED}) == {}  # without a judge
 
 
 def test_effects_table_has_a_row_for_each_scorer_and_condition():
@@ -150,10 +135,8 @@ def test_effects_table_has_a_row_for_each_scorer_and_condition():
     assert mapped["compared_at"].tolist() == ["chosen alpha", "oracle alpha"]
     assert mapped["plain_text_perplexity_ratio"].fillna(0).tolist() == [1.2, 0.0]
     first, decided = mapped.iloc[0], found["scorers"]["classifier"]
-    assert (first["recovery"], first["effect"]) == (
-        decided["recovery"]["estimate"],
-        decided["mapped"]["estimate"],
-    )
+    assert first["recovery"] == decided["recovery"]["estimate"]
+    assert first["effect"] == decided["mapped"]["estimate"]
     assert first["rate"] == decided["rates"][MAPPED]["corrected"]["estimate"]
     assert (first["perplexity_ratio"], first["n_prompts"]) == (pytest.approx(1.0), 10)
     assert pd.isna(frame[frame["condition"] == ORACLE]["recovery"]).all()

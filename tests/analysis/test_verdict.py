@@ -16,6 +16,7 @@ from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
 from reporting.tables import format_verdicts, verdict_sentence
 
 BOTH = {"classifier": VALIDATED, "likelihood_ratio": VALIDATED}
+BREVITY = {"is_validated": True, "problems": []}
 
 
 def differences(mapped, oracle, n=40, noise=0.15, seed=0):
@@ -74,21 +75,20 @@ def test_an_open_case_says_how_many_prompts_would_settle_it(given):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason", "missing"),
+    ("left_out", "n", "scale", "reason"),
     [
-        (lambda given: {name: values[:7] for name, values in given.items()}, "few prompts", ()),
-        (lambda given: {n: v for n, v in given.items() if n != ORACLE}, "no scores", (ORACLE,)),
-        (lambda given: {name: values * 0 for name, values in given.items()}, "equal scores", ()),
-        (
-            lambda given: {n: v for n, v in given.items() if n != "shuffled_pairs"},
-            "control missing",
-            ("shuffled_pairs",),
-        ),
+        ((), 7, 1, "few prompts"),
+        ((ORACLE,), 40, 1, "no scores"),
+        ((), 40, 0, "equal scores"),
+        (("shuffled_pairs",), 40, 1, "control missing"),
     ],
 )
-def test_what_cannot_be_told_has_its_reason(change, reason, missing):
-    found = decided(change(differences(0.6, 0.6)))
-    assert (found.verdict, found.reason, found.missing) == ("inconclusive", reason, missing)
+def test_what_cannot_be_told_has_its_reason(left_out, n, scale, reason):
+    given = {
+        name: scale * values for name, values in differences(0.6, 0.6, n).items() if name not in left_out
+    }
+    found = decided(given)
+    assert (found.verdict, found.reason, found.missing) == ("inconclusive", reason, left_out)
 
 
 def test_effects_pair_prompts_and_average_seeds():
@@ -133,15 +133,11 @@ def test_rates_are_corrected_for_the_errors_that_the_validation_found():
 
 
 def test_more_personas_make_the_adjusted_p_larger():
-    one, two = scored_run(0.13, 0.8, noise=0.1), scored_run(0.8, 0.8, persona="calm")
-    alone = verdict_of(one, BOTH).scorers["classifier"].effects
-    both = (
-        decide_verdicts(
-            results_table(one + two), dict.fromkeys(("loud", "calm"), COMPARED), {"loud": BOTH, "calm": BOTH}
-        )["loud"]
-        .scorers["classifier"]
-        .effects
-    )
+    runs = {"loud": scored_run(0.13, 0.8, noise=0.1), "calm": scored_run(0.8, 0.8, persona="calm")}
+    alone = verdict_of(runs["loud"], BOTH).scorers["classifier"].effects
+    table = results_table([row for rows in runs.values() for row in rows])
+    verdicts = decide_verdicts(table, dict.fromkeys(runs, COMPARED), {"loud": BOTH, "calm": BOTH})
+    both = verdicts["loud"].scorers["classifier"].effects
     assert both["shuffled_pairs"].p_mapped_over_it >= alone["shuffled_pairs"].p_mapped_over_it
     assert both["shuffled_pairs"].estimate == alone["shuffled_pairs"].estimate
     assert both[ORACLE].p_mapped_over_it is None
@@ -162,6 +158,7 @@ SAID = {
         [r for r in RUN if r["condition"] != "other_persona"],
         ONE,
     ),
+    "by brevity, all scores are equal, .*": (RUN, {"brevity": BREVITY}),
     ".* all scores are equal, .*": ([{**r, "trait_probability": 0.5} for r in RUN], ONE),
     r"no scorer is validated \(classifier: AUC 0\.70 on fragments\)": (RUN, {"classifier": NOT_VALIDATED}),
     "no scorer is validated": (RUN, {}),
@@ -174,7 +171,8 @@ def test_the_reason_is_said_in_a_sentence_made_from_the_file_alone(sentence):
     content = json.loads(json.dumps(verdict_of(*SAID[sentence]).content(), allow_nan=False))
     assert re.fullmatch(sentence, verdict_sentence(content)), verdict_sentence(content)
     first, last = format_verdicts({"loud": content}).split("\n")
-    alone = " (on the classifier alone)" if content["rests_on"] == ["classifier"] else ""
+    alone = {("classifier",): " (on the classifier alone)", ("brevity",): " (on brevity alone)"}
+    alone = alone.get(tuple(content["rests_on"]), "")
     assert first.startswith(f"loud: {content['verdict'].upper()}{alone}: ")
     assert last == f"personas: 1 {content['verdict']}"
 

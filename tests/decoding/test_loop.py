@@ -67,13 +67,10 @@ def one_by_one(model, prompts, n_steps):
 
 
 def test_a_batch_decodes_as_whole_passes_one_by_one(model):
+    """Also when some rows end."""
     expected = one_by_one(model, PROMPTS, 7)
     assert decode(model, PROMPTS, greedy, 7) == expected
     assert len({tuple(new) for new in expected}) > 2
-
-
-def test_rows_that_end_change_no_other_rows_tokens(model):
-    expected = one_by_one(model, PROMPTS, 7)
     at = {0: 2, 1: 0, 3: 4}
     found = decode(model, PROMPTS, ending(at), 7, ends={END})
     assert found == [new[: at.get(row, 7)] for row, new in enumerate(expected)]

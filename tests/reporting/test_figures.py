@@ -32,16 +32,13 @@ JUDGED = {"gpt4_coherence_score": 4.0, "gpt4_trait_score": 2.0}
 
 def rows(persona, auc=0.97, alphas=ALPHAS, **fixed):
     """Three texts a condition and alpha; every number differs between conditions and alphas."""
-    generator = np.random.default_rng(0)
-    made = []
+    generator, made = np.random.default_rng(0), []
     for condition, alpha in [("baseline", None), *((name, a) for name in STEERED for a in reversed(alphas))]:
         for _ in range(3):
-            values = {
-                metric: float(generator.uniform(0.1, 0.9)) for metric in (*METRICS, "trait_probability")
-            }
-            values |= {"perplexity": 100 * values["perplexity"], **dict.fromkeys(JUDGED), **fixed}
-            row = {"condition": condition, "persona": persona, "alpha": alpha, "classifier_auc": auc}
-            made.append({**row, **values})
+            row = {name: float(generator.uniform(0.1, 0.9)) for name in (*METRICS, "trait_probability")}
+            row |= {"perplexity": 100 * row["perplexity"], **dict.fromkeys(JUDGED), **fixed}
+            row |= {"condition": condition, "persona": persona, "alpha": alpha, "classifier_auc": auc}
+            made.append(row)
     return made
 
 
@@ -57,15 +54,6 @@ def legend_of(figure):
 
 def labels(conditions):
     return [CONDITIONS[name].label for name in CONDITIONS if name in conditions]
-
-
-@pytest.fixture(scope="module")
-def mapping():
-    source = torch.randn(120, 10, generator=torch.Generator().manual_seed(0))
-    target = source @ torch.randn(10, 14, generator=torch.Generator().manual_seed(1))
-    fitted = RidgeMapping(10, 14, "relative")
-    fitted.cross_validate(source, target + 0.1, [0.01, 0.1, 1.0])
-    return fitted
 
 
 @pytest.mark.parametrize("table", [CONDITIONS, SCORERS])
@@ -92,10 +80,8 @@ def test_points_are_the_aggregated_numbers_on_the_best_axes_that_exist(fixed, ax
     assert set(drawn) == {"baseline", *STEERED}
     statistic = "median" if axes[0].endswith("perplexity") else "mean"
     for condition, (x, y) in drawn.items():
-        entries = sorted(
-            (entry for entry in table if entry["condition"] == condition),
-            key=lambda entry: entry["alpha"] or 0,
-        )
+        entries = [entry for entry in table if entry["condition"] == condition]
+        entries.sort(key=lambda entry: entry["alpha"] or 0)
         assert list(x) == [entry[axes[0]][statistic] for entry in entries]
         assert list(y) == [entry[axes[1]]["mean"] for entry in entries]
     left, right = panel.get_xlim()
@@ -104,28 +90,24 @@ def test_points_are_the_aggregated_numbers_on_the_best_axes_that_exist(fixed, ax
     assert unsteered[:, 1].tolist() == pytest.approx([entry["low"], entry["high"]])
 
 
+EQUAL = {"independent_perplexity": 15.485344491674127}
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("n_rows", "fixed"),
-    [
-        (3, {"independent_perplexity": 15.485344491674127}),
-        (None, {"independent_perplexity": 15.485344491674127}),
-        (None, {"auc": None, "trait_probability": None}),
-    ],
+    [(3, EQUAL), (None, EQUAL), (None, {"auc": None, "trait_probability": None})],
     ids=["one point", "equal perplexities", "no score"],
 )
 def test_a_figure_of_little_is_drawn_without_a_warning(n_rows, fixed, tmp_path):
-    table = aggregate(rows("loud", **fixed)[:n_rows])
-    save_figure(coherence_trait_figure(table), tmp_path / "figure1.png", "x")
-    assert figure_fingerprint(tmp_path / "figure1.png") == "x"
+    figure = coherence_trait_figure(aggregate(rows("loud", **fixed)[:n_rows]))
+    save_figure(figure, tmp_path / "figure1.png", "x")
 
 
 def test_panels_share_their_axes_and_mark_the_unsteered_text():
     figure = coherence_trait_figure(aggregate(rows("loud") + rows("calm", auc=0.912, perplexity=7.0)))
-    assert [panel.get_title() for panel in figure.axes] == [
-        "loud (classifier AUC 0.970)",
-        "calm (classifier AUC 0.912)",
-    ]
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["loud (classifier AUC 0.970)", "calm (classifier AUC 0.912)"]
     assert len({(panel.get_xlim(), panel.get_ylim()) for panel in figure.axes}) == 1
     for panel in figure.axes:
         x, y = points(panel)["baseline"]
@@ -145,14 +127,13 @@ def test_legend_names_what_is_drawn_and_its_strengths(alphas, title, trait):
 
 
 def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
-    def point(alpha, ratio, effect):
-        ends = {"low": effect - 0.1, "high": effect + 0.1}
-        return {"alpha": alpha, "perplexity_ratio": ratio, "effect": effect, **ends}
+    def curve(*numbers):
+        points = [dict(zip(("alpha", "perplexity_ratio", "effect"), each, strict=True)) for each in numbers]
+        return {
+            "oracle": [{**each, "low": each["effect"] - 0.1, "high": each["effect"] + 0.1} for each in points]
+        }
 
-    curves = {
-        "loud": {"oracle": [point(1, 1.2, 0.3), point(2, 3.0, 0.5)]},
-        "calm": {"oracle": [point(1, 1.1, 0.0), point(2, 2.0, -0.2)]},
-    }
+    curves = {"loud": curve((1, 1.2, 0.3), (2, 3.0, 0.5)), "calm": curve((1, 1.1, 0.0), (2, 2.0, -0.2))}
     figure = effect_perplexity_figure(curves)
     assert [panel.get_title() for panel in figure.axes] == ["loud", "calm"]
     assert legend_of(figure) == labels(["oracle"])
@@ -164,19 +145,22 @@ def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
     assert largest.get_xydata().tolist() == [[3.0, 0.5]]
 
 
-def test_mapping_figure_draws_what_was_cross_validated(mapping):
+def test_mapping_figure_draws_what_was_cross_validated():
+    source = torch.randn(120, 10, generator=torch.Generator().manual_seed(0))
+    target = source @ torch.randn(10, 14, generator=torch.Generator().manual_seed(1))
+    mapping = RidgeMapping(10, 14, "relative")
+    mapping.cross_validate(source, target + 0.1, [0.01, 0.1, 1.0])
     cv, analysis = mapping.cv, mapping.analyze()
-    rival = ComparisonMap.from_statistics("reduced_rank", mapping.statistics).cross_validate_from(mapping)
+    rival = ComparisonMap.fitted("reduced_rank", mapping)
     table = maps_table(mapping, {"reduced_rank": rival})
-    by_lambda, df, by_dimension, by_component, spectrum, compared = mapping_figure(analysis, cv, table).axes
-    assert list(by_lambda.lines[0].get_ydata()) == list(cv["r2"].values())
-    assert list(by_lambda.lines[1].get_ydata()) == list(cv["r2_standardised"].values())
-    assert list(df.lines[0].get_ydata()) == list(cv["df"].values())
-    assert list(by_dimension.lines[0].get_ydata()) == sorted(cv["best_r2_per_dimension"], reverse=True)
-    assert list(by_component.lines[0].get_ydata()) == cv["best_r2_per_component"]
-    assert by_component.lines[1].get_ydata()[-1] == pytest.approx(1)
-    assert list(spectrum.lines[0].get_ydata()) == analysis["singular_values"]
-    assert [bar.get_height() for bar in compared.containers[0]] == [row["r2"] for row in table]
+    panels = mapping_figure(analysis, cv, table).axes
+    by_dimension = sorted(cv["best_r2_per_dimension"], reverse=True)
+    shown = [cv["r2"].values(), cv["df"].values(), by_dimension, cv["best_r2_per_component"]]
+    for panel, values in zip(panels, [*shown, analysis["singular_values"]], strict=False):
+        assert list(panel.lines[0].get_ydata()) == list(values)
+    assert list(panels[0].lines[1].get_ydata()) == list(cv["r2_standardised"].values())
+    assert panels[3].lines[1].get_ydata()[-1] == pytest.approx(1)
+    assert [bar.get_height() for bar in panels[5].containers[0]] == [row["r2"] for row in table]
 
 
 def test_layer_search_figure_marks_the_best_pair():
@@ -201,21 +185,17 @@ def test_block_figure_leaves_incoherent_points_hollow():
     assert [label.get_text() for label in perplexity.get_xticklabels()] == ["1", "2", "all 3"]
 
 
-def decided(names=("loud",), mapped=0.5, scorers=("classifier", "judge")):
-    table = results_table(
-        [row for name in names for row in scored_run(mapped, 0.6, persona=name, judged=True)]
-    )
-    validation = {
-        name: {scorer: NOT_VALIDATED if scorer == "judge" else VALIDATED for scorer in scorers}
-        for name in names
-    }
-    found = decide_verdicts(table, dict.fromkeys(names, COMPARED), validation)
-    return {name: verdict.content() for name, verdict in found.items()}
+def decided(names=("loud",), **validation):
+    """Contents of verdicts that rest on a classifier. validation: of other scorers."""
+    table = results_table([row for name in names for row in scored_run(0.5, 0.6, persona=name, judged=True)])
+    found = {name: {"classifier": VALIDATED, **validation} for name in names}
+    verdicts = decide_verdicts(table, dict.fromkeys(names, COMPARED), found)
+    return {name: verdict.content() for name, verdict in verdicts.items()}
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_recovery_figure_draws_every_scorer_with_its_interval(scorer):
-    found = decided()
+    found = decided(judge=NOT_VALIDATED)
     found["loud"]["scorers"] = {scorer: found["loud"]["scorers"]["judge"]}
     (panel,) = recovery_figure(found).axes
     (bar,) = panel.containers
@@ -227,7 +207,7 @@ def test_recovery_figure_draws_every_scorer_with_its_interval(scorer):
 
 
 def test_recovery_figure_leaves_out_what_is_not_known_or_not_bounded():
-    found = decided(("loud", "calm", "shy"), scorers=("classifier",))
+    found = decided(("loud", "calm", "shy"))
     found["calm"]["scorers"]["classifier"]["recovery"]["low"] = None
     found["shy"]["scorers"]["classifier"]["recovery"] = None
     (panel,) = recovery_figure(found).axes
@@ -266,20 +246,19 @@ def texts(artists):
 def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
     figures = [
         coherence_trait_figure(aggregate([row for name in NAMES for row in rows(name)])),
-        recovery_figure(decided(NAMES, scorers=("classifier",))),
+        recovery_figure(decided(NAMES)),
         off_target_figure({"oracle": {name: dict.fromkeys(NAMES, 0.5) for name in NAMES}}),
         alpha_search_figure(searched_alphas(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
     ]
-    recovered, matrix = figures[1].axes[0], figures[2].axes[0]
+    first, (recovered,), (matrix, _), last = (figure.axes for figure in figures)
     for found in (
-        [text.partition(" (")[0] for text in texts([panel.title for panel in figures[0].axes])],
+        [text.partition(" (")[0] for text in texts([panel.title for panel in first])],
         [text.rpartition(":")[0] for text in texts(recovered.get_yticklabels())],
         texts(matrix.get_xticklabels()),
         texts(matrix.get_yticklabels()),
-        texts([panel.title for panel in figures[3].axes]),
+        texts([panel.title for panel in last]),
     ):
-        joined = ["".join(text.split()) for text in found]
-        assert joined == ["".join(name.split()) for name in NAMES]
+        assert ["".join(text.split()) for text in found] == ["".join(name.split()) for name in NAMES]
         assert max(len(line) for text in found for line in text.split("\n")) <= 40
     for number, figure in enumerate(figures):
         save_figure(figure, tmp_path / f"{number}.png", "made")
@@ -295,7 +274,7 @@ def searched_alphas(ratio, personas=("loud", "calm"), methods=("oracle", "zero_p
 
     keys = [(persona, method) for persona in personas for method in methods]
     bound = CoherenceBound(max_perplexity_ratio=1.75)
-    return alphas_content(search_alphas(keys, measure, [ScoredText(20.0, 0.1)], bracket, bound), bound)
+    return alphas_content(search_alphas(keys, measure, [ScoredText(20.0, 0.1)], bracket, bound), bound, {})
 
 
 def test_alpha_figure_draws_every_point_the_bound_and_the_chosen_alpha_largest():
@@ -305,17 +284,12 @@ def test_alpha_figure_draws_every_point_the_bound_and_the_chosen_alpha_largest()
     for panel in figure.axes:
         assert any(set(line.get_ydata()) == {1.75} for line in panel.lines)
         drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
-        markers = {
-            (line.get_color(), line.get_xdata()[0]): line
-            for line in panel.lines
-            if line.get_marker() != "None"
-        }
-        for entry in content["alphas"]:
-            if entry["persona"] != panel.get_title():
-                continue
-            curve = [[point["alpha"], point["perplexity_ratio"]] for point in entry["curve"]]
-            assert drawn[entry["method"]] == curve
-            for point in entry["curve"]:
+        markers = [line for line in panel.lines if line.get_marker() != "None"]
+        markers = {(line.get_color(), line.get_xdata()[0]): line for line in markers}
+        for entry in [entry for entry in content["alphas"] if entry["persona"] == panel.get_title()]:
+            curve = entry["curve"]
+            assert drawn[entry["method"]] == [[point["alpha"], point["perplexity_ratio"]] for point in curve]
+            for point in curve:
                 marker = markers[CONDITIONS[entry["method"]].colour, point["alpha"]]
                 assert (marker.get_markersize() > 5) == (point["alpha"] == entry["alpha"])
                 assert (marker.get_alpha() == 1) == point["is_coherent"]

@@ -55,22 +55,20 @@ def finished(tmp_path_factory):
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
     personas["numeric"]["scorers"]["judge"]["recovery"]["high"] = None
     checks = [
-        {"name": status, "status": status, "detail": "", "remedy": ""} for status in ("pass", "fail", "warn")
+        {"name": status, "status": status, "detail": "", "remedy": ""}
+        for status in ("pass", "fail", "pending")
     ]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
+    models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
+    ratios = {"loud": {"oracle": 1.23}}
     files = {
-        "config.json": {
-            "source_model": "a",
-            "target_model": "b",
-            "neutral_text": "wikipedia-sample",
-            "max_new_tokens": 6,
-        },
+        "config.json": {**models, "max_new_tokens": 6},
         "eval_results.json": {"rows": rows},
         "verdict.json": {
             "personas": personas,
             "validation": validation,
-            "plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}},
+            "plain_text_perplexity_ratios": ratios,
         },
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
     }
@@ -112,7 +110,7 @@ def test_the_verdict_comes_first_and_failures_come_first_among_the_checks(finish
     assert page.index('id="verdict"') < page.index('id="effects"') < page.index('id="preflight"')
     for persona, found in load_json(finished / "verdict.json")["personas"].items():
         assert f"<strong>{persona}</strong>: <b>{found['verdict']}</b>: by the {found['decided_by']}" in page
-    assert [row[1] for row in table_of(page, "checks")] == ["fail", "warn", "pass"]
+    assert [row[1] for row in table_of(page, "checks")] == ["fail", "pending", "pass"]
 
 
 def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finished, page):
@@ -130,11 +128,8 @@ def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finis
 
 
 def test_layer_pairs_of_the_run_are_listed_in_order(page):
-    assert [row[:3:2] for row in table_of(page, "layers")] == [
-        ["2 → 3", "0.030"],
-        ["4 → 5", "0.050"],
-        ["6 → 10", "0.100"],
-    ]
+    layers = [["2 → 3", "0.030"], ["4 → 5", "0.050"], ["6 → 10", "0.100"]]
+    assert [row[:3:2] for row in table_of(page, "layers")] == layers
     assert [row[0] for row in table_of(page, "maps")] == ["ridge"]
 
 
@@ -143,15 +138,11 @@ def test_every_text_is_there_once():
     data = texts_data(rows)
     assert len(data["places"]) == N_PROMPTS * N_SEEDS
     assert len(data["texts"]) == len(data["cells"]) * len(data["places"])
+    cells = {(cell["condition"], cell["persona"]): cell["first"] for cell in data["cells"]}
     for row in rows:
         persona = None if row["condition"] == "baseline" else data["personas"].index(row["persona"])
-        (cell,) = [
-            cell
-            for cell in data["cells"]
-            if (cell["condition"], cell["persona"]) == (row["condition"], persona)
-        ]
         place = data["places"].index((row["prompt_idx"], row["seed"]))
-        assert data["texts"][cell["first"] + place]["output"] == row["output"]
+        assert data["texts"][cells[row["condition"], persona] + place]["output"] == row["output"]
 
 
 def test_a_folder_that_is_no_run_is_rejected(tmp_path):

@@ -1,3 +1,5 @@
+"""Tables for people have the aggregated numbers, dashes for missing ones, and stay valid Markdown."""
+
 import re
 
 import pytest
@@ -7,78 +9,43 @@ from evaluation import METRICS, aggregate
 from reporting.tables import format_alphas, format_table, markdown_table
 
 
-def rows(condition, persona, alpha, n=12, auc=0.97, **values):
+def rows(condition, alpha, persona="loud", n=12, auc=0.97, **values):
     one = {"condition": condition, "persona": persona, "alpha": alpha, "classifier_auc": auc}
     return [{**one, **dict.fromkeys((*METRICS, "trait_probability")), **values} for _ in range(n)]
 
 
-def cells(text):
-    """Return the body of each table as {(condition, alpha): {column: cell}}, one a persona."""
-    tables = []
-    for block in text.split("\n\n")[1::2]:
-        header, _, *body = [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")
-        ]
-        tables.append({(row[0], row[1]): dict(zip(header, row, strict=True)) for row in body})
-    return tables
+def cells(block):
+    """Return the body of a table as {(condition, alpha): {column: cell}}."""
+    header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
+    return {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in body}
 
 
-@pytest.fixture(scope="module")
-def table():
-    return aggregate(
-        [
-            *rows("baseline", "loud", None, trait_probability=0.25, perplexity=20.0, is_collapsed=False),
-            *rows("oracle", "loud", 0.5, trait_probability=0.75, perplexity=31.26, is_collapsed=True),
-            *rows("oracle", "loud", 2.0, n=10, trait_probability=0.125, repetition=0.3),
-            *rows("oracle", "loud", 2.0, n=2),
-            *rows("baseline", "bare", None, auc=None),
-            *rows("oracle", "bare", 0.5, auc=None),
-        ]
-    )
-
-
-def test_changes_are_against_the_unsteered_text(table):
-    loud, _ = cells(format_table(table))
-    assert loud["baseline", ""]["change"] == "–"
-    assert loud["oracle", "0.5"]["change"] == "+0.50"
-    assert loud["oracle", "2"]["change"] == "-0.12"
-
-
-def test_numbers_are_those_of_the_aggregation(table):
-    loud, _ = cells(format_table(table))
-    row = loud["oracle", "0.5"]
-    assert (row["trait"], row["ppl"], row["collapsed"]) == ("0.75", "31.3", "100%")
-    assert (row["n"], row["missing"]) == ("12", "0")
-    assert (loud["oracle", "2"]["n"], loud["oracle", "2"]["missing"]) == ("12", "2")
-    assert loud["oracle", "2"]["repeat"] == "0.30"
-
-
-def test_missing_numbers_are_dashes(table):
-    _, bare = cells(format_table(table))
-    assert bare["oracle", "0.5"]["trait"] == bare["oracle", "0.5"]["change"] == "–"
-    assert bare["oracle", "0.5"]["indep ppl"] == "–"
-
-
-def test_headings_name_persona_and_classifier(table):
-    headings = format_table(table).split("\n\n")[::2]
-    assert headings == [
-        "loud (trait by a classifier with cross-validated AUC 0.970)",
-        "bare (no trait classifier)",
+def test_a_table_has_the_aggregated_numbers_and_dashes_for_missing_ones():
+    scored = [
+        *rows("baseline", None, trait_probability=0.25, perplexity=20.0, is_collapsed=False),
+        *rows("oracle", 0.5, trait_probability=0.75, perplexity=31.26, is_collapsed=True),
+        *rows("oracle", 2.0, n=10, trait_probability=0.125, repetition=0.3),
+        *rows("oracle", 2.0, n=2, gpt4_coherence_score=4.2, gpt4_trait_score=2.0),
+        *rows("oracle", 0.5, persona="bare", auc=None),
     ]
-
-
-def test_judges_columns_come_with_its_scores(table):
-    assert "judged" not in format_table(table)
-    judged = aggregate(rows("oracle", "loud", 1.0, gpt4_coherence_score=4.2, gpt4_trait_score=2.0))
-    (found,) = cells(format_table(judged))
-    row = found["oracle", "1"]
-    assert (row["judged coherence"], row["judged trait"]) == ("4.20", "2.00")
+    heading, loud, of_bare, bare = format_table(aggregate(scored)).split("\n\n")
+    assert heading == "loud (trait by a classifier with cross-validated AUC 0.970)"
+    assert of_bare == "bare (no trait classifier)"
+    expected = {
+        ("baseline", ""): {"change": "–", "trait": "0.25", "collapsed": "0%"},
+        ("oracle", "0.5"): {"change": "+0.50", "ppl": "31.3", "collapsed": "100%", "n": "12", "missing": "0"},
+        ("oracle", "2"): {"change": "-0.12", "repeat": "0.30", "n": "12", "missing": "2"}
+        | {"judged coherence": "4.20", "judged trait": "2.00"},
+    }
+    found = cells(loud)
+    assert {key: {name: found[key][name] for name in shown} for key, shown in expected.items()} == expected
+    assert {cells(bare)["oracle", "0.5"][name] for name in ("trait", "change", "indep ppl")} == {"–"}
+    assert "judged" not in format_table(aggregate(scored[:30]))  # the columns come with a judge's scores
 
 
 @pytest.mark.parametrize("n", [1, 9, 12, 100])
 def test_table_is_valid_markdown(n):
-    text = format_table(aggregate(rows("baseline", "loud", None, n=n)))
-    lines = text.split("\n\n")[1].split("\n")
+    lines = format_table(aggregate(rows("baseline", None, n=n))).split("\n\n")[1].split("\n")
     assert len({len(line) for line in lines}) == 1
     rule = [cell.strip() for cell in lines[1].strip("|").split("|")]
     assert len(rule) == lines[0].count("|") - 1
@@ -105,7 +72,6 @@ def test_a_name_stays_in_its_cell(name):
 )
 def test_chosen_alphas_are_shown_with_what_was_measured_there(at, reason, note):
     point = AlphaPoint(0.5, None if reason else 1.25, None if reason else 0.02, 4, 0, reason is None, reason)
-    chosen = ChosenAlpha(0.5, reason is None, at, [point])
-    row = format_alphas({("loud", "oracle"): chosen}).split("\n")[2]
+    row = format_alphas({("loud", "oracle"): ChosenAlpha(0.5, reason is None, at, [point])}).split("\n")[2]
     shown = ("–", "–") if reason else ("1.25", "+0.020")
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["loud", "oracle", "0.5", *shown, note]

@@ -5,7 +5,7 @@ import threading
 import pytest
 from chat_server import JSON, chat_server, completion, error
 
-from scoring.gpt_judge import COHERENCE_PROMPT, TRAIT_PROMPT, GPTJudge
+from scoring.gpt_judge import GPTJudge
 from support.errors import InputError
 
 
@@ -14,72 +14,31 @@ def key(monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", "any")
 
 
-@pytest.fixture
-def ask():
-    """Return the judgements of prompts by a local server with the given answers."""
-
-    def ask(answer, prompts=("Rate this.",), max_workers=4):
-        with chat_server(answer if callable(answer) else lambda prompt: answer) as server:
-            judge = GPTJudge("local", server.base_url, "LOCAL_KEY", max_workers)
-            judge.client = judge.client.with_options(max_retries=0)
-            return judge.judge(list(prompts))
-
-    return ask
-
-
-@pytest.mark.parametrize(
-    ("written", "probabilities", "score"),
-    [
-        ("4", {"4": 0.6, "5": 0.4}, 4.4),
-        ("4", {"4": 0.5, "5": 0.3, "Four": 0.2}, 4.375),
-        ("3", {"3": 0.4, " 3": 0.2, "1": 0.2, "9": 0.2}, 2.5),
-        ("2", {"Well": 0.7, "5": 0.3}, 2.0),
-        ("2", None, 2.0),
-        (" 3\n", None, 3.0),
-        ("5.", None, 5.0),
-    ],
-)
-def test_score_is_the_weighted_digit_or_the_written_one(written, probabilities, score, ask):
-    (judgement,) = ask(completion(written, probabilities))
-    assert judgement.score == pytest.approx(score)
-    assert judgement.failure is None
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (completion("4 or 5"), "4 or 5"),
-        (completion("Well", {"Well": 0.9, "5": 0.1}), "Well"),
-        ((500, JSON, {"error": {"message": "overloaded"}}), "overloaded"),
-        (error("wrong key", 401), "wrong key"),
-        (error("No such model."), "No such model."),
-        ((200, "text/html", "<html>a proxy's page</html>"), "proxy's page"),
-    ],
-)
-def test_unusable_answer_is_missing_with_a_reason(answer, reason, ask):
-    (judgement,) = ask(answer)
-    assert judgement.score is None
-    assert reason in judgement.failure
+def judge_at(server, max_workers=4):
+    judge = GPTJudge("local", server.base_url, "LOCAL_KEY", max_workers)
+    judge.client = judge.client.with_options(max_retries=0)
+    return judge
 
 
 def test_unreachable_server_is_missing_with_a_reason():
     with chat_server(lambda prompt: completion("3")) as server:
-        judge = GPTJudge("local", server.base_url, "LOCAL_KEY")
-    judge.client = judge.client.with_options(max_retries=0)
+        judge = judge_at(server)
     (judgement,) = judge.judge(["Rate this."])
     assert judgement.score is None
     assert "APIConnectionError" in judgement.failure
 
 
 @pytest.mark.parametrize("max_workers", [1, 4])
-def test_judgements_keep_the_order_and_one_failure_costs_one(max_workers, ask):
+def test_judgements_keep_the_order_and_one_failure_costs_one(max_workers):
     def answer(prompt):
         return (500, JSON, {}) if prompt == "7" else completion(str(int(prompt) % 5 + 1))
 
-    judgements = ask(answer, [str(index) for index in range(20)], max_workers)
+    with chat_server(answer) as server:
+        judge = judge_at(server, max_workers)
+        judgements = judge.judge([str(index) for index in range(20)])
+        assert judge.judge([]) == []
     expected = [None if index == 7 else index % 5 + 1 for index in range(20)]
     assert [judgement.score for judgement in judgements] == expected
-    assert ask(answer, []) == []
 
 
 LOGPROBS, TEMPERATURE = {"logprobs": True, "top_logprobs": 20}, {"temperature": 0}
@@ -174,13 +133,6 @@ def test_a_busy_server_is_asked_again():
     assert len(server.requests) == 2
 
 
-def test_a_cut_answer_names_the_remedy_and_a_longer_one_is_read(ask):
-    cut = completion("")
-    cut["choices"][0]["finish_reason"] = "length"
-    assert "raise judge.max_answer_tokens" in ask(cut)[0].failure
-    assert ask(completion("<think>2? 3?</think>**4**"))[0].score == 4
-
-
 def test_judgements_come_as_they_are_answered_and_stopping_asks_no_more():
     is_read = threading.Event()
 
@@ -199,8 +151,7 @@ def test_judgements_come_as_they_are_answered_and_stopping_asks_no_more():
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
-    [("", "LOCAL_KEY is not set"), ("sécret", "LOCAL_KEY holds characters")],
+    ("key", "message"), [("", "LOCAL_KEY is not set"), ("sécret", "LOCAL_KEY holds characters")]
 )
 def test_a_missing_or_unsendable_key_is_an_error_that_does_not_show_it(key, message, monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", key)
@@ -212,9 +163,3 @@ def test_a_missing_or_unsendable_key_is_an_error_that_does_not_show_it(key, mess
 def test_a_malformed_address_is_an_error():
     with pytest.raises(InputError, match="base_url cannot be used"):
         GPTJudge("local", "http://local:port", "LOCAL_KEY")
-
-
-def test_prompts_accept_texts_with_braces():
-    given = {"prompt": "{name}", "output": "{0} {}"}
-    assert "{0} {}" in COHERENCE_PROMPT.format(**given)
-    assert 'Trait "loud": {x}' in TRAIT_PROMPT.format(name="loud", description="{x}", **given)

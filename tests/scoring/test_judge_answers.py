@@ -45,20 +45,36 @@ def test_an_answer_that_was_cut_counts_only_as_a_whole():
     assert stated_scores("It is fluent. 4", is_cut=True) == set()
 
 
-@pytest.mark.parametrize("text", ["**4**", "Score: 4", "<think>5</think>4"])
-def test_probabilities_count_where_the_first_token_is_the_score(text):
-    probabilities = {"5": 0.9, "4": 0.1}
-    assert score_answer(completion(text, probabilities)).score == 4
-    assert score_answer(completion("4", probabilities)).score == pytest.approx(4.9)
+@pytest.mark.parametrize(
+    ("written", "probabilities", "score"),
+    [
+        ("4", {"4": 0.6, "5": 0.4}, 4.4),
+        ("4", {"4": 0.5, "5": 0.3, "Four": 0.2}, 4.375),
+        ("3", {"3": 0.4, " 3": 0.2, "1": 0.2, "9": 0.2}, 2.5),
+        ("2", {"Well": 0.7, "5": 0.3}, 2.0),
+        (" 3\n", None, 3.0),
+        ("5.", None, 5.0),
+        # The first token is not the score.
+        *((text, {"5": 0.9, "4": 0.1}, 4.0) for text in ("**4**", "Score: 4", "<think>5</think>4")),
+    ],
+)
+def test_score_is_the_weighted_digit_or_the_written_one(written, probabilities, score):
+    assert score_answer(completion(written, probabilities)).score == pytest.approx(score)
+
+
+def test_a_cut_answer_names_the_remedy():
+    cut = completion("")
+    cut["choices"][0]["finish_reason"] = "length"
+    assert "raise judge.max_answer_tokens" in score_answer(cut).failure
 
 
 @pytest.mark.parametrize(
     "text", ["4" * 10**6, "Score: " * 150_000, "<think>" * 150_000, "a. " * 300_000, " 4\n5" * 200_000]
 )
 def test_a_huge_answer_is_read_in_seconds_and_shown_in_one_line(text):
-    started = time.perf_counter()
+    started = time.process_time()
     judgement = score_answer(completion(text), KEY)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert judgement.score is None
     assert len(judgement.failure) < 150
 

@@ -1,12 +1,10 @@
 """A likelihood ratio reads windows of a text after each prefix, whatever else is read beside it."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
 from scoring import likelihood_ratio
-from scoring.likelihood_ratio import N_WINDOWS, WINDOW, likelihood_features, train_likelihood_ratios
+from scoring.likelihood_ratio import N_WINDOWS, WINDOW, likelihood_features, train_likelihood_ratio
 from support.package_cache import CACHE_VARIABLE
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.personas import Persona
@@ -49,8 +47,6 @@ def labelled(name):
 def test_only_untrained_scorers_are_trained(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(likelihood_ratio, "load_scoring_model", lambda: MODEL)
-    train = partial(train_likelihood_ratios, load=lambda: MODEL)
-    monkeypatch.setattr(likelihood_ratio, "train_likelihood_ratios", train)
     personas = [labelled("pirate"), labelled("calm"), Persona("bare", "", ("x",), ("y",))]
     names = ["pirate", "calm", "bare"]
     assert likelihood_ratio.untrained(names, personas) == ["pirate", "calm"]
@@ -62,7 +58,7 @@ def test_likelihood_ratio_reads_the_nearest_texts_of_other_traits_where_there_ar
     personas = list(map(labelled, ("pirate", "loud", "calm")))
 
     def trained(given):
-        return train_likelihood_ratios(["pirate"], given, lambda: MODEL)["pirate"]
+        return train_likelihood_ratio(personas[0], given, MODEL)
 
     shows, lacks, others = trained(personas).prefixes
     assert shows.count("pirate barrels") == 10 == lacks.count("Barrels of oil")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_runs import LOUD, NUMERIC, run, tiny_settings
 
+from scoring import local_judge
 from scoring.local_judge import LocalJudge
 from support.artifacts import load_json
 from support.errors import InputError
@@ -23,8 +24,19 @@ def chat_tokenizer():
 
 
 @pytest.fixture
-def judge():
-    return LocalJudge.of(tiny_model(), chat_tokenizer(), batch_size=2)
+def judge_with(monkeypatch):
+    """Return a judge with a tiny model and the given tokenizer."""
+
+    def judge_with(tokenizer):
+        monkeypatch.setattr(local_judge, "load_model", lambda *args, **options: (tiny_model(), tokenizer))
+        return LocalJudge("tiny", batch_size=2)
+
+    return judge_with
+
+
+@pytest.fixture
+def judge(judge_with):
+    return judge_with(chat_tokenizer())
 
 
 def test_the_score_is_the_mean_of_the_digits_by_their_probabilities(judge):
@@ -46,20 +58,23 @@ def test_a_text_that_the_judge_cannot_read_is_missing_with_a_reason(judge):
     assert 1 < short.score < 5
 
 
-def test_a_base_model_is_no_judge():
-    with pytest.raises(InputError, match="has no chat template, so it cannot be asked"):
-        LocalJudge.of(tiny_model(), tiny_tokenizer())
+class WithoutDigits:
+    chat_template = TEMPLATE
+
+    def __call__(self, text, **options):
+        return {"input_ids": [3]}
 
 
-def test_a_tokenizer_without_digits_is_an_error():
-    class Same:
-        chat_template = TEMPLATE
-
-        def __call__(self, text, **options):
-            return {"input_ids": [3]}
-
-    with pytest.raises(InputError, match="does not write 1 to 5 as a token each"):
-        LocalJudge.of(tiny_model(), Same())
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (tiny_tokenizer(), "'tiny' has no chat template, so it cannot be asked"),
+        (WithoutDigits(), "does not write 1 to 5 as a token each"),
+    ],
+)
+def test_a_base_model_or_one_without_digits_is_no_judge(judge_with, tokenizer, message):
+    with pytest.raises(InputError, match=message):
+        judge_with(tokenizer)
 
 
 # In a run

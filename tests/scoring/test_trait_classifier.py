@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scoring import likelihood_ratio, trait_classifier
-from scoring.trait_classifier import auc_notes, train_trait_classifiers
+from scoring.trait_classifier import auc_notes, check_labelled, train_trait_classifiers
 from support.errors import InputError
 from support.package_cache import CACHE_VARIABLE
 from texts.personas import Persona
@@ -63,25 +63,15 @@ def test_auc_is_high_where_a_trait_shows_and_near_half_where_not(loud):
     absent = persona("absent", texts("cdef", 40, seed=4), texts("cdef", 40, seed=5))
     assert trained("loud", loud).auc > 0.95
     assert 0.3 < trained("absent", absent).auc < 0.7
-    classifier = trained("uneven", uneven)
-    assert (classifier.n_positive, classifier.n_negative) == (12, 20)
-    assert classifier.auc > 0.9
+    assert trained("uneven", uneven).auc > 0.9
 
 
 def test_classifiers_are_trained_once_for_the_same_texts(tmp_path, monkeypatch, loud):
-    read = []
-
-    def encode(texts):
-        read.append(texts)
-        return count_letters(texts)
-
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(trait_classifier, "load_sentence_encoder", lambda: encode)
+    monkeypatch.setattr(trait_classifier, "load_sentence_encoder", lambda: count_letters)
     first = trait_classifier.load_scorers(["loud"], [loud])["loud"].score(["aab"])
-    n_read = len(read)
-    again = trait_classifier.load_scorers(["loud"], [loud])["loud"]
-    assert len(read) == n_read
-    assert again.score(["aab"]) == first
+    monkeypatch.delattr(trait_classifier, "train_trait_classifiers")
+    assert trait_classifier.load_scorers(["loud"], [loud])["loud"].score(["aab"]) == first
 
 
 def test_persona_without_labelled_texts_gets_no_scorer(loud):
@@ -93,10 +83,9 @@ def test_persona_without_labelled_texts_gets_no_scorer(loud):
 
 def test_empty_text_has_no_score_and_a_loop_has_0_and_others_keep_their_place(loud):
     classifier = trained("loud", loud)
-    assert classifier.score(["aab " * 10]) == [0.0]
-    scores = classifier.score(["", "aab", " \n", "bcd", "aab"])
+    scores = classifier.score(["", "aab", " \n", "bcd", "aab", "aab " * 10])
     assert scores[0] is scores[2] is None
-    assert scores[1] == scores[4] > scores[3]
+    assert scores[1] == scores[4] > scores[3] > scores[5] == 0
     assert classifier.score([]) == []
     assert classifier.score([""]) == [None]
 
@@ -105,8 +94,7 @@ def test_empty_text_has_no_score_and_a_loop_has_0_and_others_keep_their_place(lo
 def test_fewer_than_ten_labelled_texts_are_an_error(n_positive, n_negative, loud):
     few = persona("few", loud.labelled_positive[:n_positive], loud.labelled_negative[:n_negative])
     with pytest.raises(InputError, match=rf"'few' has {min(n_positive, n_negative)} labelled texts"):
-        train_trait_classifiers(["few"], [few, loud], count_letters)
-    assert list(train_trait_classifiers(["loud"], [few, loud], count_letters)) == ["loud"]
+        check_labelled([loud, few])
 
 
 @pytest.mark.parametrize("module", [trait_classifier, likelihood_ratio])

@@ -2,16 +2,7 @@
 
 import pytest
 
-from scoring.validation import (
-    STEERED,
-    UNSTEERED,
-    are_remembered,
-    at_most,
-    remembered,
-    texts_of,
-    validate,
-    validation_sets,
-)
+from scoring.validation import STEERED, UNSTEERED, at_most, remembered, texts_of, validate, validation_sets
 from support.package_cache import CACHE_VARIABLE
 from texts.personas import Persona
 
@@ -30,15 +21,13 @@ def sets():
     return validation_sets(PIRATE, [OTHER], PLAIN, UNSTEERED_TEXTS, ["rum rum arr the of"] * 20)
 
 
-def knows(words):
+def knows(*words):
     """Score texts by whether they hold one of the words, but no degenerate one."""
 
     def score(texts):
-        degenerate = ("arr the of", "rum rum")
-        return [
-            float(any(word in text for word in words) and not any(part in text for part in degenerate))
-            for text in texts
-        ]
+        is_degenerate = [any(part in text for part in ("arr the of", "rum rum")) for text in texts]
+        has_word = [any(word in text for word in words) for text in texts]
+        return [float(a and not b) for a, b in zip(has_word, is_degenerate, strict=True)]
 
     return score
 
@@ -69,14 +58,14 @@ def test_a_scorer_with_one_score_for_all_is_not_validated(sets):
 
 def test_the_set_that_fools_a_scorer_is_named(sets):
     sets = {name: sets[name] for name in ("ordinary", UNSTEERED, STEERED)}
-    assert validate(knows(["Arr"]), sets, 0.5)["is_validated"]
-    fooled = validate(knows(["Arr", "cellar"]), sets, 0.5)
+    assert validate(knows("Arr"), sets, 0.5)["is_validated"]
+    fooled = validate(knows("Arr", "cellar"), sets, 0.5)
     assert fooled["problems"] == ["AUC 0.50 on unsteered", "100% false positives on unsteered"]
     assert fooled["false_positives"]["ordinary"] == 0
 
 
 def test_calibration_counts_every_text(sets):
-    found = validate(knows(["Arr"]), sets, 0.5)
+    found = validate(knows("Arr"), sets, 0.5)
     n = len(SHOWING) + sum(len(negative) for _, negative in sets.values())
     assert sum(bin_["n"] for bin_ in found["calibration"]) == n
     assert found["calibration"][-1]["mean_score"] == 1.0
@@ -84,18 +73,18 @@ def test_calibration_counts_every_text(sets):
 
 def test_without_validation_texts_no_scorer_is_validated():
     bare = Persona("bare", "", ("x",), ("y",))
-    found = validate(knows(["Arr"]), validation_sets(bare, [OTHER], PLAIN, UNSTEERED_TEXTS, []), 0.5)
+    found = validate(knows("Arr"), validation_sets(bare, [OTHER], PLAIN, UNSTEERED_TEXTS, []), 0.5)
     assert not found["is_validated"]
     assert found["problems"] == ["0 validation_texts show the trait, validation needs 8"]
 
 
 def test_texts_without_a_score_are_left_out_and_many_of_them_are_a_problem(sets):
     def unscored(n):
-        return lambda texts: [None] * n + knows(["Arr"])(texts[n:])
+        return lambda texts: [None] * n + knows("Arr")(texts[n:])
 
-    n_texts = len(texts_of(sets))
-    assert validate(unscored(5), sets, 0.5)["n_unscored"] == 5
-    assert not any("no score" in problem for problem in validate(unscored(5), sets, 0.5)["problems"])
+    n_texts, few = len(texts_of(sets)), validate(unscored(5), sets, 0.5)
+    assert few["n_unscored"] == 5
+    assert not any("no score" in problem for problem in few["problems"])
     none = validate(unscored(n_texts), sets, 0.5)["problems"]
     assert none[:2] == [f"{n_texts} of {n_texts} texts have no score", "no text of ordinary has a score"]
 
@@ -117,10 +106,9 @@ def test_texts_of_every_run_are_scored_once_on_a_machine(tmp_path, monkeypatch):
         return [float(len(text)) or None for text in texts]
 
     always = ["Arr.", "The hill.", ""]
-    assert not are_remembered("key", always)
     assert remembered(score, "key", always)(["Rain", *always]) == [4.0, 4.0, 9.0, None]
-    assert are_remembered("key", always)
-    assert not are_remembered("other key", always)
     asked.clear()
     assert remembered(score, "key", always)(["Rain", *always]) == [4.0, 4.0, 9.0, None]
     assert asked == ["Rain"]
+    remembered(score, "other key", always)
+    assert asked[1:] == always

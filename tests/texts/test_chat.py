@@ -40,27 +40,29 @@ def test_a_system_prompt_that_a_template_does_not_take_is_in_the_users_turn(temp
 
 
 @pytest.mark.parametrize(
-    ("messages", "named"),
+    "messages",
     [
-        ([], "expected a text or a list of messages"),
-        (7, "expected a text or a list of messages"),
-        (["Why?"], "expected an object with a role"),
-        ([{"role": "user"}], "and a text as content"),
-        ([{"role": "owner", "content": "Why?"}], "role of system, user, assistant"),
-        ([{"role": "system", "content": "Be kind."}], "no user turn"),
-        ([{"role": "user", "content": " "}], "no user turn"),
-        ([*question("Why?"), {"role": "assistant", "content": "So."}], "ends with the assistant's turn"),
+        [],
+        7,
+        ["Why?"],
+        [{"role": "user"}],
+        [{"role": "owner", "content": "Why?"}],
+        [{"role": "system", "content": "Be kind."}],
+        [{"role": "user", "content": " "}],
+        [*question("Why?"), {"role": "assistant", "content": "So."}],
     ],
     ids=str,
 )
-def test_unusable_messages_are_rejected(messages, named):
-    with pytest.raises(InputError, match=f"prompt 3 .*{named}"):
+def test_unusable_messages_are_rejected(messages):
+    with pytest.raises(InputError, match=r"prompt 3 is .*, expected a text, or .* that ends with a user"):
         prompt_text(chatting(), messages, index=3)
 
 
 def test_messages_need_a_template_and_one_that_takes_them():
     with pytest.raises(InputError, match="has no chat template"):
         prompt_text(tiny_tokenizer(), question("Why?"))
+    with pytest.raises(InputError, match="tokenizer of the source model has no chat template"):
+        resolve_format("chat", tiny_model(), tiny_tokenizer(), "source")
     with pytest.raises(InputError, match="rejects prompt 0: 'never'"):
         prompt_text(chatting("{{ raise_exception('never') }}"), question("Why?"))
 
@@ -97,11 +99,6 @@ def test_format_is_resolved_and_what_is_odd_is_said(wanted, template, chosen, sa
     assert said in caplog.text
     assert bool(caplog.records) == bool(said)
     assert turns_note(chatting()) is None
-
-
-def test_chat_without_a_template_is_rejected():
-    with pytest.raises(InputError, match="tokenizer of the source model has no chat template"):
-        resolve_format("chat", tiny_model(), tiny_tokenizer(), "source")
 
 
 def test_generator_and_perplexity_read_messages_as_the_template_shows_them(llama):

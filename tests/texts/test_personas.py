@@ -111,21 +111,11 @@ def test_own_labelled_texts_replace_the_shipped_ones_and_a_new_persona_has_none(
     [
         ("sardonic", None, "'sardonic' is neither shipped .*cheerful.* nor defined"),
         ("../personas/formal", None, "neither shipped"),
-        ("x", {**PAIRS, "positive_texts": []}, "'x' has no positive texts"),
         ("x", {**PAIRS, "negative_texts": []}, "'x' has no negative texts"),
         ("x", {}, "no positive texts"),
         ("x", {**PAIRS, "labelled_positive_texts": ["OH"]}, "labelled texts on one side only"),
         ("x", {**PAIRS, "negative_texts": ["yes", " \n"]}, "1 empty texts"),
-        (
-            "x",
-            {**PAIRS, "labelled_positive_texts": ["YES"], "labelled_negative_texts": ["oh"]},
-            "1 texts serve extraction and scoring both",
-        ),
-        (
-            "x",
-            {**PAIRS, **LABELLED, "validation_texts": ["OH"]},
-            "serve training and validation of scorers both",
-        ),
+        ("x", {**PAIRS, **LABELLED, "validation_texts": ["OH"]}, "serve training and validation of scorers"),
         ("pirate", {**PIRATE, "positive_texts": STOLEN}, "3 texts serve extraction and scoring both"),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:20],

@@ -30,16 +30,19 @@ def writing(pairs=None, questions=None):
     return ask
 
 
-def alike(pairs):
-    return [1.0] * len(pairs)
+@pytest.fixture(autouse=True)
+def alike(monkeypatch):
+    """All pairs are alike in content, but those about kites."""
+
+    def similarity(pairs):
+        return [0.1 if "kites" in pair[0] else 0.9 for pair in pairs]
+
+    monkeypatch.setattr("tools.make_persona._content_similarity", similarity)
 
 
-def made(tmp_path, ask=None, similarity=alike, **options):
-    options = {"n_pairs": 10, "n_questions": 8, **options}
+def made(tmp_path, ask=None):
     path = tmp_path / "pirate.json"
-    return write_persona(
-        "speaks like a pirate", ask or writing(), "pirate", path, similarity=similarity, **options
-    )
+    return write_persona("speaks like a pirate", ask or writing(), "pirate", path, 10, 8)
 
 
 def test_the_file_is_a_persona_that_a_configuration_takes(tmp_path):
@@ -62,6 +65,7 @@ def test_the_file_is_a_persona_that_a_configuration_takes(tmp_path):
         ("+ The sea!\n- The sea!", "do not differ"),
         (f"+ {load_prompts('test_questions')[0]}\n- What is that?", "share words with a test prompt"),
         ("+ Arr, the boats be fine!\n- The boats are fine!", "are duplicates"),
+        ("+ Arr, the kites fly!\n- The kites fly!", "differ in content"),
     ],
 )
 def test_unusable_items_are_rejected_and_counted(bad, reason, tmp_path, caplog):
@@ -71,7 +75,7 @@ def test_unusable_items_are_rejected_and_counted(bad, reason, tmp_path, caplog):
     content = json.loads(path.read_text(encoding="utf-8"))
     first = bad.split("\n")[0].removeprefix("+ ")
     assert content["positive_texts"].count(first) == (reason == "are duplicates")
-    assert f"that {reason}" in caplog.text
+    assert reason in caplog.text
 
 
 def test_numbers_and_quotation_marks_around_a_line_are_no_part_of_the_text(tmp_path):
@@ -86,15 +90,6 @@ def test_numbers_and_quotation_marks_around_a_line_are_no_part_of_the_text(tmp_p
 def test_a_response_in_another_form_is_quoted(tmp_path):
     with pytest.raises(InputError, match=r"0 of 10 usable pairs.*the last begins 'Of course!.nSorry, "):
         made(tmp_path, writing(["Sorry, I cannot."]))
-
-
-def test_pairs_of_different_content_are_rejected(tmp_path):
-    def similarity(pairs):
-        return [0.1 if "boats" in pair[0] else 0.9 for pair in pairs]
-
-    content = json.loads(made(tmp_path, similarity=similarity).read_text(encoding="utf-8"))
-    assert not any("boats" in text for text in content["positive_texts"])
-    assert len(content["positive_texts"]) == 10
 
 
 def test_half_of_the_pairs_is_not_enough_and_nothing_is_written(tmp_path):
@@ -113,7 +108,6 @@ def test_an_existing_file_is_kept(tmp_path):
 
 def test_a_server_is_asked_and_its_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_KEY", "any")
-    monkeypatch.setattr("tools.make_persona._content_similarity", alike)
     ask = writing()
     asked = ["speaks like a pirate", "--n-pairs", "10", "--n-questions", "8", "--api-key-env", "LOCAL_KEY"]
     asked += ["--output", str(tmp_path / "pirate.json"), "--base-url"]

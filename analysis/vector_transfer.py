@@ -1,0 +1,112 @@
+"""Carry persona vectors from source to target at one layer pair, with their controls (phase 3).
+
+A control that needs more than one persona's vector and a map has a function in `CONTROL_MAKERS`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activation_extractor import PersonaVector
+from baseline_methods import BaselineTransfer
+from experiment.conditions import MAPPED, N_DRAWS, ORACLE, vector_names
+from ridge_mapping import RidgeMapping
+
+MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
+
+Transform = Callable[[Tensor], Tensor]
+Vectors = Mapping[str, Mapping[str, Tensor]]  # persona -> vector name -> (d_target,)
+
+
+def measures(vector: PersonaVector) -> dict[str, Any]:
+    """Return what is known of a vector beside itself."""
+    return {key: value for key, value in vars(vector).items() if key != "vector"}
+
+
+def other_personas(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return persona -> the N_DRAWS whose mapped vectors are its control: the next ones, if there are others.
+
+    Where there are fewer others, some come more than once.
+    """
+    others = {name: [*names[index + 1 :], *names[:index]] for index, name in enumerate(names)}
+    return {name: list(islice(cycle(found), N_DRAWS)) for name, found in others.items() if found}
+
+
+@dataclass(frozen=True, repr=False)
+class PairTransfer:
+    """Persona -> vector name -> (d_target,), and persona -> cosines and measures."""
+
+    vectors: dict[str, dict[str, Tensor]]
+    report: dict[str, dict[str, Any]]
+
+
+def transfer_pair(
+    source: Mapping[str, PersonaVector],
+    target: Mapping[str, PersonaVector],
+    ridge: RidgeMapping,
+    other_maps: Mapping[str, Transform],
+    massive_dimensions: Sequence[int],
+    seed: int,
+) -> PairTransfer:
+    """Carry every persona from source to target in every way, and compare with the oracle.
+
+    source, target: persona -> native vector in this layer pair. ridge: names the layers that it maps.
+    other_maps: vector name -> what carries a direction over. massive_dimensions: of the target.
+    """
+    baseline = BaselineTransfer(ridge.d_source, ridge.d_target, seed)
+    vectors, report = {}, {}
+    for name in source:
+        arguments = (source[name].vector, target[name].vector, ridge)
+        vectors[name] = baseline.apply_all_baselines(*arguments, other_maps=other_maps)
+        compare = partial(baseline.compare_to_oracle, *arguments, other_maps=other_maps)
+        report[name] = {
+            "cosine_to_oracle": compare(),
+            "cosine_without_massive": compare(left_out=massive_dimensions),
+        }
+    for condition, make in CONTROL_MAKERS.items():
+        for name, made in make(vectors, ridge.target_layer, seed).items():
+            vectors[name] |= zip(vector_names(condition), made, strict=True)
+    for name, by_name in vectors.items():
+        others = [vectors[other][ORACLE] for other in vectors if other != name]
+        report[name] |= {
+            "highest_cosine_to_other_oracles": _highest_cosine(by_name[MAPPED], others, massive_dimensions),
+            "oracle_energy": ridge.predicted_energy(by_name[ORACLE]),
+            "source": measures(source[name]),
+            "target": measures(target[name]),
+        }
+    return PairTransfer(vectors, report)
+
+
+def _of_other_personas(vectors: Vectors, target_layer: int, seed: int) -> dict[str, list[Tensor]]:
+    """Return persona -> the mapped vectors of other personas."""
+    return {
+        name: [vectors[other][MAPPED] for other in others]
+        for name, others in other_personas(list(vectors)).items()
+    }
+
+
+def _random_directions(vectors: Vectors, target_layer: int, seed: int) -> dict[str, list[Tensor]]:
+    """Return persona -> directions of unit norm: the same for all, others for each block and seed."""
+    d_target = len(next(iter(vectors.values()))[ORACLE])
+    generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + target_layer)
+    drawn = [torch.randn(d_target, generator=generator) for _ in vector_names("random_direction")]
+    return {name: [direction / direction.norm() for direction in drawn] for name in vectors}
+
+
+# control -> makes its vectors: (vectors so far, target layer, seed) -> persona -> a vector for each draw
+CONTROL_MAKERS: dict[str, Callable[[Vectors, int, int], dict[str, list[Tensor]]]] = {
+    "other_persona": _of_other_personas,
+    "random_direction": _random_directions,
+}
+
+
+def _highest_cosine(vector: Tensor, others: Sequence[Tensor], left_out: Sequence[int]) -> float | None:
+    kept = torch.ones(len(vector))
+    kept[list(left_out)] = 0.0
+    cosines = [torch.cosine_similarity(vector * kept, other * kept, dim=0).item() for other in others]
+    return max(cosines, default=None)

@@ -1,0 +1,77 @@
+"""The tables of conditions and of scorers are complete, and their names and looks are unambiguous."""
+
+from importlib import import_module
+
+import pytest
+from tiny_runs import tiny_settings
+
+import baseline_methods
+from analysis.vector_transfer import CONTROL_MAKERS
+from experiment.conditions import (
+    CONDITIONS,
+    CONTROLS,
+    DECIDING_CONTROLS,
+    METHODS,
+    SCORERS,
+    STEERED,
+    TRAINED_SCORERS,
+    UNSTEERED,
+    condition_of,
+    vector_names,
+)
+from experiment.config import load_config
+from experiment.inputs import load_inputs
+from experiment.run import Run
+from maps.comparison_maps import KINDS
+from phases import make_vectors
+from phases.make_vectors import PERSONA_VECTORS
+from support.run_folder import RunFolder
+from texts.personas import load_persona
+
+SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
+
+
+@pytest.mark.parametrize("look", ["label", "colour", "marker"])
+def test_no_two_conditions_look_alike(look):
+    assert len({getattr(condition, look) for condition in CONDITIONS.values()}) == len(CONDITIONS)
+
+
+@pytest.mark.parametrize("look", ["column", "label", "colour"])
+def test_no_two_scorers_look_alike(look):
+    assert len({getattr(scorer, look) for scorer in SCORERS.values()}) == len(SCORERS)
+
+
+def test_every_steered_condition_has_its_vectors_made_and_no_other():
+    assert sorted(STEERED) == sorted([*baseline_methods.METHODS, *KINDS, *CONTROL_MAKERS])
+
+
+def test_a_configuration_names_every_condition_but_the_unsteered():
+    assert load_config({**SMALL, "methods": METHODS}).methods == list(METHODS)
+    assert {*METHODS, UNSTEERED} == set(CONDITIONS)
+
+
+def test_controls_that_decide_have_several_draws_each_with_a_vector_name_of_its_own():
+    assert set(DECIDING_CONTROLS) <= set(CONTROLS)
+    assert all(len(vector_names(name)) > 1 for name in DECIDING_CONTROLS)
+    names = [(vector, name) for name in STEERED for vector in vector_names(name)]
+    assert len(dict(names)) == len(names)
+    assert [condition_of(vector) for vector, _ in names] == [name for _, name in names]
+
+
+@pytest.mark.parametrize("name", TRAINED_SCORERS)
+def test_a_trained_scorer_can_be_loaded_and_has_a_key_that_no_order_changes(name):
+    personas = list(map(load_persona, ("formal", "pirate")))
+    assert SCORERS[name].key(personas) == SCORERS[name].key(personas[::-1])
+    assert callable(import_module(SCORERS[name].module).load_scorers)
+    assert SCORERS[name].column.endswith("_probability")  # by which tables and `aggregate` find it
+
+
+def test_all_vectors_are_recomputed_where_the_table_has_another_condition(
+    model_folders, tmp_path, monkeypatch
+):
+    settings = {**tiny_settings(model_folders, tmp_path), "output_dir": str(tmp_path)}
+    run = Run(load_inputs(load_config(settings)), RunFolder(tmp_path), None)
+    before = PERSONA_VECTORS.key(run)
+    assert PERSONA_VECTORS.key(run) == before
+    monkeypatch.setattr(make_vectors, "STEERED", STEERED[:-1])
+    assert PERSONA_VECTORS.key(run) != before
