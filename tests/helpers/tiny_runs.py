@@ -197,10 +197,12 @@ def artifacts(folder):
 
 def is_close(value, other):
     """Tell whether two contents are equal but for rounding, which the shapes of batches decide."""
+    if value == other:
+        return True
     if isinstance(value, dict) and isinstance(other, dict):
         return value.keys() == other.keys() and all(is_close(value[key], other[key]) for key in value)
     if isinstance(value, list) and isinstance(other, list):
         return len(value) == len(other) and all(map(is_close, value, other))
     if isinstance(value, float) and isinstance(other, float):
         return math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-4)
-    return value == other
+    return False
