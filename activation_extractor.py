@@ -69,10 +69,9 @@ class PersonaVector:
 
     def __repr__(self) -> str:
         halves = "n/a" if self.split_half_cosine is None else f"{self.split_half_cosine:.2f}"
-        return (
-            f"PersonaVector({len(self.vector)} dimensions, raw norm {self.raw_norm:.4g}, split-half cosine "
-            f"{halves}, {self.n_positive} positive and {self.n_negative} negative texts)"
-        )
+        texts = f"{self.n_positive} positive and {self.n_negative} negative texts"
+        norm = f"{len(self.vector)} dimensions, raw norm {self.raw_norm:.4g}"
+        return f"PersonaVector({norm}, split-half cosine {halves}, {texts})"
 
 
 @dataclass(frozen=True)
@@ -113,23 +112,15 @@ class ActivationExtractor:
         """Raises InputError: layer out of range, or no decoder blocks found."""
         model = plain_model(model)
         self.model = model if device is None else model.to(device)
-        self.read_steered = read_steered
-        self.tokenizer = tokenizer
-        self.block_path = block_path
-        self.blocks = decoder_blocks(model, block_path)
+        self.tokenizer, self.batch_size, self.read_steered = tokenizer, batch_size, read_steered
+        self.blocks, self.block_path = decoder_blocks(model, block_path), block_path
         check_layer(layer_idx, self.blocks)
         self.layer_idx = layer_idx
-        self.batch_size = batch_size
         self.max_length = context_length(model, tokenizer) if max_length is None else max_length
         if self.max_length < 1:
             raise InputError(f"max_length is {max_length}, expected 1 or more tokens")
-        self.n_truncated = 0
-        self.n_tokens = 0
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return d_model(self.model)
+        self.d_model = d_model(model)
+        self.n_truncated = self.n_tokens = 0
 
     def extract(self, text: ReadText, position: str = "last") -> Tensor:
         """Return the activation of one text, (d,). See `extract_layers`."""
@@ -286,10 +277,8 @@ class ActivationExtractor:
         tokens = self._cut([ids for ids, _ in encoded])
         indices = [list(range(start, len(ids))) for ids, (_, start) in zip(tokens, encoded, strict=True)]
         if [] in indices:
-            raise InputError(
-                f"text {indices.index([])} has no response left within {self.max_length} tokens; shorten its "
-                "prompt, or raise max_length"
-            )
+            where = f"text {indices.index([])} has no response left within {self.max_length} tokens"
+            raise InputError(f"{where}; shorten its prompt, or raise max_length")
         return tokens, indices
 
     def _check_texts(self, texts: Sequence[str], first_index: int = 0) -> None:
@@ -299,8 +288,7 @@ class ActivationExtractor:
 
     def _cut(self, tokens: list[list[int]]) -> list[list[int]]:
         """Return the texts cut to `max_length`, counting those that are longer."""
-        n_long = sum(len(ids) > self.max_length for ids in tokens)
-        if n_long:
+        if n_long := sum(len(ids) > self.max_length for ids in tokens):
             self.n_truncated += n_long
             logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
         return [ids[: self.max_length] for ids in tokens]
@@ -365,8 +353,7 @@ class PairedBatch:
     """Activations of both models at the same places of some texts.
 
     H_source, H_target: layer_idx -> (n, d) float32 on the CPU; row i of both is one pair.
-    text_idx: (n,) int64, the number of the pair's text, counted over all batches.
-    end: (n,) int64, the number of characters of the text that both models had read.
+    text_idx, end: (n,) int64, the text's number over all batches, and how many of its characters were read.
     n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included, prefixes not.
     """
 
@@ -437,20 +424,18 @@ def _n_own_tokens(
 def split_half_cosine(positive: Tensor, negative: Tensor) -> float | None:
     """Return the mean cosine between difference vectors of two random halves, or None if too few texts.
 
-    positive, negative: (n, d) activations. The 20 splits are seeded; with equal n on both sides,
-    row i of each stays in the same half.
+    positive, negative: (n, d) activations; with equal n, row i of both stays in the same half.
     """
     if min(len(positive), len(negative)) < 4:
         return None
-    generator = torch.Generator().manual_seed(0)
-    cosines = []
+    generator, total = torch.Generator().manual_seed(0), 0.0
     for _ in range(N_SPLITS):
         order = torch.randperm(len(positive), generator=generator)
         paired = len(positive) == len(negative)
         other = order if paired else torch.randperm(len(negative), generator=generator)
-        halves = [positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1)]
-        cosines.append(torch.cosine_similarity(halves[0], halves[1], dim=0).item())
-    return sum(cosines) / N_SPLITS
+        halves = (positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1))
+        total += torch.cosine_similarity(*halves, dim=0).item()
+    return total / N_SPLITS
 
 
 def massive_dimensions(activations: Tensor) -> list[int]:
@@ -475,8 +460,7 @@ def measure_residual_norm(activations: Tensor) -> ResidualNorm:
     if activations.ndim != 2 or not len(activations):
         raise InputError(f"activations have shape {tuple(activations.shape)}, expected (n, d) with n > 0")
     massive = massive_dimensions(activations)
-    kept = torch.ones(activations.shape[1], dtype=torch.bool)
-    kept[massive] = False
+    kept = [index for index in range(activations.shape[1]) if index not in massive]
     medians = [rows.norm(dim=1).median().item() for rows in (activations[:, kept], activations)]
     return ResidualNorm(*medians, massive)
 

@@ -120,8 +120,8 @@ def _load(
     """Return model and tokenizer, not yet checked; options: for every `from_pretrained`."""
     location = _resolve_name(name_or_path)
     if "revision" in options and Path(location).exists():
-        revision = options["revision"]
-        raise InputError(f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine")
+        given = f"revision {options['revision']!r}"
+        raise InputError(f"{given} is for hub ids, but {name_or_path!r} is on this machine")
     base = _base_of_adapter(location)
     has_tokenizer = base is None or (Path(location) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **options)
@@ -133,7 +133,12 @@ def _load(
         placed["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
     model = _with_all_weights(base or location, dtype=dtype, **options, **placed)
     if base is not None:
-        model = _with_adapter(model, location)
+        from peft import PeftModel  # takes seconds to import and few need it
+
+        model = PeftModel.from_pretrained(model, location)
+        if not hasattr(model, "merge_and_unload"):
+            raise InputError(f"the adapter at {location!r} cannot be merged into weights; a LoRA adapter can")
+        model = model.merge_and_unload()
     return (model if "device_map" in placed else model.to(device)).eval(), tokenizer
 
 
@@ -144,9 +149,8 @@ def _quantised(quantization: str, device: torch.device, dtype: torch.dtype) -> d
     if quantization == "none":
         return {}
     if device.type != "cuda" or not is_bitsandbytes_available():
-        raise InputError(
-            f"quantization {quantization!r} needs a CUDA device and the package bitsandbytes; choose 'none'"
-        )
+        needs = "a CUDA device and the package bitsandbytes"
+        raise InputError(f"quantization {quantization!r} needs {needs}; choose 'none'")
     width = {f"load_in_{quantization}": True}
     config = BitsAndBytesConfig(**width, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config}
@@ -179,8 +183,7 @@ def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
             f"{listed}; check the checkpoint's config.json and the names of its tensors"
         )
     if unexpected:
-        log_line = "%s: %d tensors are not of the decoder, such as %s"
-        logger.info(log_line, location, len(unexpected), unexpected[0])
+        logger.info(f"{location}: {len(unexpected)} tensors are not of the decoder, such as {unexpected[0]}")
     return model
 
 
@@ -195,16 +198,6 @@ def _base_of_adapter(location: str) -> str | None:
             f"{path} names no base_model_name_or_path; merge the adapter into its model yourself"
         )
     return _resolve_name(base)
-
-
-def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Return the model with a PEFT adapter merged into its weights."""
-    from peft import PeftModel  # takes seconds to import and few need it
-
-    adapted = PeftModel.from_pretrained(model, folder)
-    if not hasattr(adapted, "merge_and_unload"):
-        raise InputError(f"the adapter at {folder!r} cannot be merged into weights; a LoRA adapter can")
-    return adapted.merge_and_unload()
 
 
 def _reason(error: Exception, name_or_path: str) -> str:
@@ -249,13 +242,10 @@ def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device for a configured name.
-
-    Raises InputError: it does not exist here, or has no float64, which sums over a vocabulary need.
-    """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """Return the torch device of a name. Raises InputError: there is none here, or it has no float64."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(name)
+        chosen = torch.device(default if device == "auto" else device)
         torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
@@ -270,12 +260,11 @@ def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the torch dtype for a configured name. Raises InputError for an unknown name."""
-    if dtype in ("auto", "fastest"):
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return fastest_dtype(device, usual) if dtype == "fastest" else usual
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; choose auto, fastest, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"auto": usual, "fastest": fastest_dtype(device, usual), **DTYPES}
+    if dtype not in known:
+        raise InputError(f"dtype {dtype!r} is unknown; choose {', '.join(known)}")
+    return known[dtype]
 
 
 def _first_line(error: Exception) -> str:
@@ -298,7 +287,7 @@ def _resolve_name(name_or_path: str) -> str:
         sha256 = entry.sha256 if entry else file_sha256(path)
         return str(build_once(f"models/{sha256[:16]}-float32", build))
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        if not ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()):
             raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
         return str(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
@@ -324,16 +313,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 @torch.inference_mode()
 def is_causal(model: PreTrainedModel) -> bool:
-    """Tell whether changing the last token leaves the logits of earlier positions unchanged.
-
-    Raises InputError if the logits are not finite.
-    """
+    """Tell whether the last token leaves earlier logits unchanged. Raises InputError: they are not finite."""
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
     logits = model(tokens).logits[:, :3].float()
     if not logits.isfinite().all():
-        raise InputError(
-            f"the logits are not finite in {model.dtype}; use bfloat16 or float32, or check the weights"
-        )
+        remedy = "use bfloat16 or float32, or check the weights"
+        raise InputError(f"the logits are not finite in {model.dtype}; {remedy}")
     return torch.allclose(logits[0], logits[1], rtol=0, atol=0.02 * logits.std().item())
 
 
@@ -371,10 +356,8 @@ def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.
     except AttributeError as error:
         raise InputError(f"block path {block_path!r}: {_first_line(error)}; see print(model)") from error
     if not isinstance(blocks, nn.ModuleList):
-        raise InputError(
-            f"block path {block_path!r} is a {type(blocks).__name__}, expected the ModuleList of "
-            "decoder blocks; see print(model)"
-        )
+        found = f"{type(blocks).__name__}, expected the ModuleList of decoder blocks; see print(model)"
+        raise InputError(f"block path {block_path!r} is a {found}")
     return blocks
 
 
@@ -396,11 +379,10 @@ def _block_path(model: PreTrainedModel) -> str:
 
 def check_layer(layer_idx: int, blocks: nn.ModuleList) -> None:
     """Raise InputError unless `layer_idx` is an index of a decoder block, counted from 0."""
-    if not 0 <= layer_idx < len(blocks):
-        raise InputError(
-            f"layer_idx {layer_idx} is out of range: the model has {len(blocks)} decoder blocks "
-            f"(0 to {len(blocks) - 1})"
-        )
+    n = len(blocks)
+    if not 0 <= layer_idx < n:
+        expected = f"the model has {n} decoder blocks (0 to {n - 1})"
+        raise InputError(f"layer_idx {layer_idx} is out of range: {expected}")
 
 
 def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -435,10 +417,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise InputError(
-            f"{type(model).__name__} has a prompt-learning adapter, which acts outside the model's blocks; "
-            "use a LoRA adapter"
-        )
+        where = "which acts outside the model's blocks; use a LoRA adapter"
+        raise InputError(f"{type(model).__name__} has a prompt-learning adapter, {where}")
     return model.get_base_model()
 
 

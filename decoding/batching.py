@@ -18,9 +18,8 @@ Result = TypeVar("Result")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that an allocation failed, on CUDA or on the CPU."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    is_on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_on_cpu or isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
 
 
 def length_sorted_batches(

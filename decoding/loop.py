@@ -22,20 +22,18 @@ from support.errors import InputError
 DROP_FRACTION = 8
 
 
-def check_decodable(model: PreTrainedModel) -> None:
-    """Raise InputError for a model that does not take a key-value cache."""
-    if not _takes(model, "past_key_values"):
-        raise _state_error(model)
-
-
 @torch.inference_mode()
 def hides_left_padding(model: PreTrainedModel, pad_id: int) -> bool:
-    """Tell whether masked padding on its left leaves a prompt's logits alone; Bart's decoder counts it."""
+    """Tell whether masked padding on its left leaves a prompt's logits alone; Bart's decoder counts it.
+
+    Raises InputError for a model that does not take a key-value cache.
+    """
+    if not _takes(model, "past_key_values"):
+        raise _state_error(model)
     if _takes(model, "position_ids"):
         return True
-    short, long = [5, 6, 7], [8, 9, 5, 6, 7]
-    alone = _Batch(model, [short], pad_id, 1).prefill()[0].float()
-    padded = _Batch(model, [short, long], pad_id, 1).prefill()[0].float()
+    alone = _Batch(model, [[5, 6, 7]], pad_id, 1).prefill()[0].float()
+    padded = _Batch(model, [[5, 6, 7], [8, 9, 5, 6, 7]], pad_id, 1).prefill()[0].float()
     tolerance = (1e-3 if model.dtype == torch.float32 else 0.05) * alone.std().item()
     return torch.allclose(alone, padded, rtol=0, atol=tolerance)
 

@@ -32,13 +32,7 @@ class Steering:
     """A vector that a hook adds at one layer until `handle` is removed; `active`: whether it does so now."""
 
     def __init__(
-        self,
-        blocks: nn.ModuleList,
-        layer_idx: int,
-        vector: Tensor,
-        alpha: float,
-        scale: float,
-        at_last: bool,
+        self, blocks: nn.ModuleList, layer_idx: int, vector: Tensor, alpha: float, scale: float, at_last: bool
     ) -> None:
         """vector: (d,) float32 on the model's device. at_last: only on the last position of each pass."""
         self.layer_idx, self.vector, self.at_last = layer_idx, vector, at_last
