@@ -455,5 +455,5 @@ def test_bad_options_for_pairs_are_rejected(sides, options, message):
 def test_word_ends_need_offsets_on_both_sides(llama, tokenizer, slow_tokenizer, side):
     sides = {name: ActivationExtractor(llama, tokenizer, 1) for name in ("source", "target")}
     sides[side] = ActivationExtractor(llama, slow_tokenizer, 1)
-    with pytest.raises(InputError, match=f"the {side}'s tokenizer .*use positions 'last'"):
+    with pytest.raises(InputError, match=f"the {side}'s tokenizer .*use mapping_positions 'last'"):
         next(paired_activations(**sides, texts=PAIR_TEXTS))
