@@ -213,9 +213,7 @@ def _scored(run: Run, persona: Persona, responder: str) -> list[Row]:
 def _judged(
     run: Run, persona: Persona, responder: str, rows: Sequence[Row]
 ) -> tuple[list[Judgement], float | None]:
-    """Return a judgement of each response, and the score from which it shows the trait; None without a
-    scorer.
-    """
+    """Return a judgement of each response, and the score from which it shows the trait, if any."""
     if judge := cached_judge(run):
         described = persona.name, persona.description, persona.eval_prompt
         judgements = judge.judge([trait_prompt(*described, row["prompt"], row["output"]) for row in rows])

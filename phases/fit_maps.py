@@ -68,9 +68,7 @@ OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 @dataclass(frozen=True, repr=False)
 class LearnedMaps:
-    """The maps of one layer pair. others: vector name -> comparison map. results: what `cv_results.json`
-    holds.
-    """
+    """The maps of one layer pair. others: by vector name. results: what `cv_results.json` holds."""
 
     ridge: RidgeMapping
     others: dict[str, ComparisonMap]

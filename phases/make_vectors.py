@@ -113,9 +113,7 @@ def native_vectors(run: Run) -> NativeVectors:
 
 
 def _measure(run: Run) -> dict[str, Any]:
-    """Return what `native_vectors.pt` holds: vectors (blocks, d) by side and persona, and how stable they
-    are.
-    """
+    """Return what `native_vectors.pt` holds: vectors (blocks, d) and measures by side and persona."""
     vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
     known: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
