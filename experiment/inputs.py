@@ -119,7 +119,7 @@ class Inputs:
 
     @property
     def perplexity_sides(self) -> tuple[str, ...]:
-        """The models that give perplexities: the target, and the source where an independent one is wanted."""
+        """The models that give perplexities: the target, and the source if it is to be independent."""
         return ("target", "source") if self.config.independent_perplexity else ("target",)
 
     @property
