@@ -210,8 +210,8 @@ def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
     logger.info(
         f"{of_band}{cv['n_rows']} activation pairs ({middle.results['pairs']['fraction_aligned']:.0%} of the "
         f"tokens) from {cv['n_groups']} {documents}, lambda {cv['best_lambda']:g} ({cv['lambda_unit']}), "
-        f"held-out R2 {cv['best_r2']:.3f} (median dimension {cv['best_r2_median_dimension']:.3f}, shuffled pairs "
-        f"{cv['shuffled_r2']:.3f}), {RIDGE_MAPPING.path(run)}"
+        f"held-out R2 {cv['best_r2']:.3f} (median dimension {cv['best_r2_median_dimension']:.3f}, shuffled "
+        f"pairs {cv['shuffled_r2']:.3f}), {RIDGE_MAPPING.path(run)}"
     )
     for pair in run.inputs.layer_pairs:
         if pair != run.inputs.middle_pair:
