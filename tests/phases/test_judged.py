@@ -13,6 +13,7 @@ from support.artifacts import load_json
 from support.journal import Journal
 
 METHODS = ["ridge_mapped", "shuffled_pairs", "other_persona", "random_direction", "oracle"]
+FEW = {"methods": ["oracle"], "alpha_values": [4.0]}  # of which the finished run holds the texts
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +71,13 @@ def test_a_judged_run_ends_with_the_judges_recovery_in_figure_and_report(tiny, t
 def test_failed_judgements_are_missing_and_asked_for_again(tiny, out):
     digit = "no idea"
     with chat_server(lambda prompt: completion(digit)) as server:
-        settings = judged(tiny, server)
-        assert run(out, settings, "--phase", "5") == 0
+        settings = judged({**tiny, **FEW}, server)
+        assert run(out, settings) == 0
         for row in rows(out, "eval_results.json"):
             assert row["gpt4_trait_score"] is None
             assert "not a digit" in row["gpt4_failure"]
         digit = "4"
-        assert run(out, settings, "--phase", "5") == 0
+        assert run(out, settings) == 0
     for row in rows(out, "eval_results.json"):
         assert row["gpt4_trait_score"] == row["gpt4_coherence_score"] == 4
         assert row["gpt4_failure"] is None
@@ -94,13 +95,13 @@ def test_a_kill_loses_no_judgement_but_those_in_flight(tiny, out, monkeypatch):
         append(journal, added)
 
     with chat_server(lambda prompt: completion("4")) as server:
-        settings = judged(tiny, server, max_workers=1)
+        settings = judged({**tiny, **FEW}, server, max_workers=1)
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "append", interrupted)
-            assert run(out, settings, "--phase", "5") == 130
+            assert run(out, settings) == 130
         n_asked = len(server.prompts)
         assert n_asked < 30
-        assert run(out, settings, "--phase", "5") == 0
+        assert run(out, settings) == 0
     again = set(server.prompts[:n_asked]) & set(server.prompts[n_asked:])
     assert len(again) <= n_asked - 20
     assert {row["gpt4_coherence_score"] for row in rows(out, "eval_results.json")} == {4}

@@ -6,6 +6,7 @@ nothing but what is listed here (else a key holds too much).
 """
 
 import json
+import os
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ FITTED = CARRIED | {
 PAIRED = FITTED | {"pair_statistics.pt", "training_data.pt"}
 READ = PAIRED | SEARCHED | CHECKED  # where the map's texts change, so does the norm that is the unit of alpha
 MAPPED = {"ridge_mapped", "other_persona"}  # of the conditions below
-TRANSFERRED = {"zero_pad", "random_proj", *MAPPED}
+TRANSFERRED = {"random_proj", *MAPPED}
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ CHANGES = {
     },
     "methods": Change(
         "pair",
-        {"methods": ["zero_pad", "oracle", "procrustes", "prompted", "shuffled_pairs"]},
+        {"methods": ["random_proj", "oracle", "procrustes", "prompted", "shuffled_pairs"]},
         STEERED,
         {"procrustes", "prompted", "shuffled_pairs"},
     ),
@@ -233,8 +234,10 @@ def small(tmp_path_factory):
             "load_prompts",
             lambda name: load(name)[: 2 if name.startswith("development") else None],
         )
-        patch.setattr(experiment.inputs, "shipped_personas", list)
+        patch.setattr(experiment.inputs, "shipped_personas", lambda: ["formal"])
         patch.setattr(validate_scorers, "load_prompts", lambda name: load(name)[::9])
+        patch.setattr(validate_scorers, "JUDGED_A_SIDE", 4)
+        patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(side_effects, "N_PLAIN_TEXTS", 2)
         patch.setattr(run_experiment, "write_report", lambda folder: folder)
         patch.setenv("PERSONA_TRANSFER_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -279,7 +282,7 @@ def bases(small, paths, tmp_path_factory):
             "lambda_values": [0.1, 1.0],
             "n_folds": 2,
             "persona_datasets": PERSONAS,
-            "methods": ["zero_pad", "random_proj", "ridge_mapped", "other_persona", "oracle"],
+            "methods": ["random_proj", "ridge_mapped", "other_persona", "oracle"],
             "n_test_prompts": 2,
             "n_seeds": 1,
             "alpha_values": [2.0],
@@ -421,19 +424,19 @@ def test_the_validation_of_scorers_depends_on_how_its_degenerate_texts_were_stee
     assert keys[0] == keys[1] != keys[2]
 
 
-@pytest.mark.parametrize("artifact", [PREFLIGHT, ALPHA_SEARCH], ids=lambda artifact: artifact.name)
+AUTO = {"alpha_values": "auto"}
+
+
 @pytest.mark.parametrize(
-    "values", [{"source_model": "@other_source"}, {"independent_perplexity": False}], ids=str
+    ("artifact", "more", "values"),
+    [
+        (PREFLIGHT, {}, {"independent_perplexity": False}),
+        (PREFLIGHT, {}, {"source_model": "@other_source"}),
+        (ALPHA_SEARCH, AUTO, {"source_model": "@other_source"}),
+        (ALPHA_SEARCH, AUTO, {"evaluation_dtype": "bfloat16"}),
+    ],
+    ids=["preflight, model", "preflight, source", "alphas, model", "alphas, dtype"],
 )
-def test_fluency_depends_on_the_model_that_scores_it(artifact, values, bases, paths, tmp_path):
-    base = {**bases["band"], "methods": ["oracle"]}  # whose vector the source has no part in
-    if "independent_perplexity" in values:
-        base |= {"alpha_values": [2.0]}
-    other = changed(base, values, paths)
-    assert key(artifact, base, tmp_path) != key(artifact, other, tmp_path)
-
-
-def test_the_alpha_search_depends_on_the_dtype_that_scores_its_texts(bases, tmp_path):
-    dtypes = [{"evaluation_dtype": name} for name in ("float32", "bfloat16")]
-    one, other = (key(ALPHA_SEARCH, {**bases["band"], **dtype}, tmp_path) for dtype in dtypes)
-    assert one != other
+def test_fluency_depends_on_the_model_and_dtype_that_score_it(artifact, more, values, bases, paths, tmp_path):
+    base = {**bases["pair"], "methods": ["oracle"], **more}  # the source has no part in the oracle's vector
+    assert key(artifact, base, tmp_path) != key(artifact, changed(base, values, paths), tmp_path)
