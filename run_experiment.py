@@ -150,8 +150,7 @@ class PersonaTransferExperiment:
             return make_vectors(run, maps)
 
     def generate(self, run: Run, vectors: dict[str, Any] | None = None) -> list[Row]:
-        """Phase 4: choose the alphas, and generate every text of the grid that earlier runs have not
-        generated.
+        """Phase 4: choose the alphas, and generate every text of the grid that is not cached.
 
         vectors: what `persona_vectors.pt` holds; else that of an earlier run. Returns the rows.
         """

@@ -1,13 +1,11 @@
 """Generate text while vectors are added to the residual stream (phase 4).
 
-The output of decoder block `layer_idx` (counted from 0, where `activation_extractor` reads)
-becomes h + alpha * v at every position: the prompt's tokens and each token as it is processed, so
-that the first generated token is steered like the rest. With `steer_positions` "response" it does so
-only where a token is about to be generated: at the prompt's last token and at each new one.
+The output of decoder block `layer_idx` (counted from 0, where `activation_extractor` reads) becomes
+h + alpha * v at every position, or with `steer_positions` "response" only where a token is about to be
+generated: at the prompt's last token and at each new one.
 
-Rows of a batch may differ in prompt, seed, vectors and alpha. The random numbers of a row depend on
-its seed, its prompt and the step alone, so that neither batch size nor order changes them, and two
-conditions with the same prompt and seed share them.
+Rows of a batch may differ in prompt, seed, vectors and alpha. The random numbers of a row depend on its
+seed, its prompt and the step alone: conditions share them, and batch size and order change nothing.
 """
 
 import logging
@@ -16,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
-from decoding.loop import check_decodable, decode, hides_left_padding
+from decoding.loop import decode, hides_left_padding
 from decoding.row_sampler import RowSampler, row_uniforms
-from decoding.steering_hooks import RowSteering, Steering, reject_steered
+from decoding.steering_hooks import RowSteering, Steering, reject_steered, unsteered
 from model_loading import check_layer, context_length, d_model, decoder_blocks, pad_token_id, plain_model
 from support.errors import InputError
 from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
@@ -35,14 +32,14 @@ from texts.chat import Prompt, end_tokens, prompt_text
 from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
+RowVectors = Mapping[int, Tensor | np.ndarray]  # layer_idx -> (rows, d)
 
 
 @dataclass(frozen=True)
 class Generation:
     """One continuation of a prompt.
 
-    text: the continuation without its prompt. n_tokens: its tokens, without the one that ended it.
-    has_ended: whether the model ended it; False if it was cut off at `max_new_tokens`.
+    n_tokens: without the one that ended it. has_ended: False if it was cut off at `max_new_tokens`.
     """
 
     text: str
@@ -52,9 +49,7 @@ class Generation:
 
 def _remove_hooks(steering: dict[int, Steering]) -> None:
     while steering:
-        _, entry = steering.popitem()
-        if entry.handle is not None:
-            entry.handle.remove()
+        steering.popitem()[1].handle.remove()
 
 
 class SteeredGenerator:
@@ -72,8 +67,7 @@ class SteeredGenerator:
     residual_norms: layer_idx -> norm (`measure_residual_norm(...).median`), needed for `residual_norm`.
     batch_size: rows per batch; halved when memory runs out.
     block_path: dotted path of the block list, for architectures that are not recognised.
-    steer_positions: `all`, or `response`: only the last position of each forward pass, which during
-        generation is the prompt's last token and then each new one.
+    steer_positions: `all`, or `response`: only the last position of each forward pass.
     """
 
     def __init__(
@@ -89,19 +83,15 @@ class SteeredGenerator:
     ) -> None:
         """Raises InputError: unknown alpha_unit or steer_positions, no decoder blocks or no cache found."""
         model = plain_model(model)
-        check_decodable(model)
-        for name, value, known in (
-            ("alpha_unit", alpha_unit, ALPHA_UNITS),
-            ("steer_positions", steer_positions, STEER_POSITIONS),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
+        if alpha_unit not in ALPHA_UNITS:
+            raise InputError(f"alpha_unit {alpha_unit!r} is unknown; choose {' or '.join(ALPHA_UNITS)}")
+        if steer_positions not in STEER_POSITIONS:
+            choices = " or ".join(STEER_POSITIONS)
+            raise InputError(f"steer_positions {steer_positions!r} is unknown; choose {choices}")
         self.model = model if device is None else model.to(device)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.batch_size = tokenizer, batch_size
         self.blocks = decoder_blocks(model, block_path)
-        self.alpha_unit = alpha_unit
-        self.residual_norms = dict(residual_norms or {})
-        self.batch_size = batch_size
+        self.alpha_unit, self.residual_norms = alpha_unit, dict(residual_norms or {})
         self.at_last = steer_positions == "response"
         self._hides_padding = hides_left_padding(model, pad_token_id(tokenizer, model))
         self._steering: dict[int, Steering] = {}
@@ -110,12 +100,7 @@ class SteeredGenerator:
     def __enter__(self) -> "SteeredGenerator":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.clear_steering()
 
     def register_steering(
@@ -123,43 +108,32 @@ class SteeredGenerator:
     ) -> None:
         """Add alpha * steering_vector to the output of block `layer_idx` from now on.
 
-        steering_vector: (d,), used at its own length; with `residual_norm`, alpha is in units of that norm
-            only for a vector of length 1, and another length logs a warning.
-        Several layers may be registered; a second vector at the same layer replaces the first.
-        Everything is checked before a hook is attached.
-        Raises InputError: layer out of range, wrong width, a vector or alpha that is not
-        finite, or no residual norm for the layer where `alpha_unit` needs it.
+        steering_vector: (d,), used at its own length; with `residual_norm`, another length than 1 logs a
+            warning. A second vector at the same layer replaces the first.
+        Raises InputError, with nothing changed: layer out of range, wrong width, a vector or alpha that is
+        not finite, or no residual norm for the layer where `alpha_unit` needs it.
         """
         check_layer(layer_idx, self.blocks)
         vector = _as_tensor(steering_vector, "steering_vector")
-        width = d_model(self.model)
-        if vector.shape != (width,):
-            raise InputError(
-                f"steering_vector has shape {tuple(vector.shape)}, expected ({width},), "
-                "the width of the model that is steered"
-            )
+        expected = f"({d_model(self.model)},), the width of the model that is steered"
+        if vector.shape != (d_model(self.model),):
+            raise InputError(f"steering_vector has shape {tuple(vector.shape)}, expected {expected}")
         scale = self.alpha_scale(layer_idx)
-        if self.alpha_unit == "residual_norm" and abs(vector.norm().item() - 1) > 1e-3:
+        if self.alpha_unit == "residual_norm" and abs((length := vector.norm().item()) - 1) > 1e-3:
             logger.warning(
-                "the steering vector at layer %d has length %.3g: with alpha_unit residual_norm, alpha %g "
-                "adds %.3g residual norms; divide the vector by its norm",
-                layer_idx,
-                vector.norm(),
-                alpha,
-                alpha * vector.norm(),
+                f"the steering vector at layer {layer_idx} has length {length:.3g}: with alpha_unit "
+                f"residual_norm, alpha {alpha:g} adds {alpha * length:.3g} residual norms; divide the vector "
+                "by its norm"
             )
-        steering = Steering(
-            layer_idx, vector.to(self.model.device), _checked_alpha(alpha), scale, self.at_last
-        )
+        vector, alpha = vector.to(self.model.device), _checked_alpha(alpha)
         self.clear_steering(layer_idx)
-        steering.handle = self.blocks[layer_idx].register_forward_hook(steering.hook)
-        self._steering[layer_idx] = steering
+        self._steering[layer_idx] = Steering(self.blocks, layer_idx, vector, alpha, scale, self.at_last)
 
     def set_alpha(self, alpha: float, layer_idx: int | None = None) -> None:
         """Change the strength at one layer, or at all registered ones, keeping the vectors."""
-        checked = _checked_alpha(alpha)
+        alpha = _checked_alpha(alpha)
         for steering in self._chosen(layer_idx):
-            steering.alpha = checked
+            steering.alpha = alpha
 
     def deactivate(self) -> None:
         """Stop adding anything, keeping vectors and strengths."""
@@ -193,8 +167,7 @@ class SteeredGenerator:
         seed: int = 0,
     ) -> str:
         """Return the text of one continuation; see `generate_batch`."""
-        (generation,) = self.generate_batch([prompt], max_new_tokens, temperature, top_k, top_p, [seed])
-        return generation.text
+        return self.generate_batch([prompt], max_new_tokens, temperature, top_k, top_p, [seed])[0].text
 
     def generate_batch(
         self,
@@ -204,61 +177,51 @@ class SteeredGenerator:
         top_k: int = 50,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
-        steering_vectors: Mapping[int, Tensor | np.ndarray] | None = None,
+        steering_vectors: RowVectors | None = None,
         alphas: Sequence[float] | None = None,
     ) -> list[Generation]:
         """Return a continuation of each prompt, in their order.
 
-        prompts: texts, or lists of messages, which are rendered in the tokenizer's chat template
-            (see `texts.chat`). They are sorted by length into batches of `batch_size`.
-        temperature, top_k, top_p: see `RowSampler`.
-        seeds: one per prompt; 0 by default.
+        prompts: texts, or lists of messages, which are rendered in the tokenizer's chat template.
+        temperature, top_k, top_p: see `RowSampler`. seeds: one per prompt; 0 by default.
         steering_vectors: layer_idx -> (rows, d), a vector for each prompt, added beside what is
-            registered, so that many conditions share a batch. A row of zeros steers nothing.
+            registered. A row of zeros steers nothing.
         alphas: (rows,) steering strength of each prompt at all these layers.
-        Raises InputError: no prompts, an empty one, messages that cannot be rendered, one too long for the
-        context, an option out of range, vectors that do not fit prompts and model, or a model that another
-        generator steers.
+        Raises InputError: no prompts, one that is empty, too long or cannot be rendered, an option out of
+        range, vectors that do not fit prompts and model, or a model that another generator steers.
         """
         reject_steered(self.model, tuple(self._steering.values()))
         if isinstance(prompts, str) or not prompts:
             raise InputError("prompts must be a list with at least one string; for one use generate()")
-        row_seeds = [0] * len(prompts) if seeds is None else list(seeds)
-        if len(row_seeds) != len(prompts):
-            raise InputError(f"got {len(row_seeds)} seeds for {len(prompts)} prompts; give one for each")
+        seeds = [0] * len(prompts) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise InputError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one for each")
         sampler = self.sampler(temperature, top_k, top_p)
         texts = [prompt_text(self.tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
         tokens = self.tokenise_prompts(texts, max_new_tokens)
         added = self._added_to_rows(len(prompts), steering_vectors, alphas)
 
         def run(indices: list[int]) -> list[Generation]:
-            uniform = torch.stack([row_uniforms(row_seeds[i], texts[i], max_new_tokens) for i in indices])
+            uniform = torch.stack([row_uniforms(seeds[i], texts[i], max_new_tokens) for i in indices])
             vectors = {layer: of_layer[indices] for layer, of_layer in added.items()}
             return self._generate_rows([tokens[i] for i in indices], sampler, uniform, vectors)
 
-        return run_in_batches(
-            run,
-            [len(ids) for ids in tokens],
-            self.batch_size,
-            "generating",
-            on_halved=partial(setattr, self, "batch_size"),
-            equal_lengths=not self._hides_padding,
-        )
+        options = {
+            "on_halved": partial(setattr, self, "batch_size"),
+            "equal_lengths": not self._hides_padding,
+        }
+        return run_in_batches(run, list(map(len, tokens)), self.batch_size, "generating", **options)
 
     def sampler(self, temperature: float, top_k: int, top_p: float) -> RowSampler:
         """Return the sampler of these settings. Raises InputError for one out of range."""
         size = self.model.config.get_text_config(decoder=True).vocab_size
         if top_k > size:
-            raise InputError(
-                f"top_k is {top_k} but the model's vocabulary has {size} tokens; lower it, or 0 for no limit"
-            )
+            expected = f"the model's vocabulary has {size} tokens; lower it, or 0 for no limit"
+            raise InputError(f"top_k is {top_k} but {expected}")
         return RowSampler(temperature, top_k, top_p)
 
     def _added_to_rows(
-        self,
-        n_rows: int,
-        steering_vectors: Mapping[int, Tensor | np.ndarray] | None,
-        alphas: Sequence[float] | None,
+        self, n_rows: int, steering_vectors: RowVectors | None, alphas: Sequence[float] | None
     ) -> dict[int, Tensor]:
         """Return layer_idx -> (rows, d) float32 on the CPU: alpha times the vector of each row."""
         if steering_vectors is None and alphas is None:
@@ -266,8 +229,7 @@ class SteeredGenerator:
         if not isinstance(steering_vectors, Mapping) or alphas is None:
             raise InputError("row steering needs both: steering_vectors (layer_idx -> (rows, d)) and alphas")
         strengths = torch.tensor([_checked_alpha(alpha) for alpha in alphas])
-        shape = (n_rows, d_model(self.model))
-        added = {}
+        shape, added = (n_rows, d_model(self.model)), {}
         for layer_idx in sorted(steering_vectors):
             check_layer(layer_idx, self.blocks)
             vectors = _as_tensor(steering_vectors[layer_idx], "steering_vectors").cpu()
@@ -300,10 +262,7 @@ class SteeredGenerator:
     def _generate_rows(
         self, tokens: list[list[int]], sampler: RowSampler, uniform: Tensor, added: dict[int, Tensor]
     ) -> list[Generation]:
-        """Return the continuations of one batch.
-
-        uniform: (rows, max_new_tokens) random numbers; added: layer_idx -> (rows, d).
-        """
+        """Return a batch's continuations. uniform: (rows, max_new_tokens); added: layer_idx -> (rows, d)."""
         device, max_new_tokens = self.model.device, uniform.shape[1]
         uniform = uniform.to(device)
         hooks = {layer: RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
@@ -328,44 +287,33 @@ class SteeredGenerator:
                     for row, ids in enumerate(tokens)
                 ],
             )
+        text = partial(self.tokenizer.decode, skip_special_tokens=True)
+        # Cutting the prompt off the whole keeps a space that some tokenizers drop from a text's first token.
         return [
-            Generation(self._decode(prompt, new), len(new), len(new) < max_new_tokens)
+            Generation(text([*prompt, *new])[len(text(prompt)) :], len(new), len(new) < max_new_tokens)
             for prompt, new in zip(tokens, continuations, strict=True)
         ]
-
-    def _decode(self, prompt: list[int], new: list[int]) -> str:
-        """Return the text of the new tokens as it follows the prompt.
-
-        Decoding both and cutting the prompt off keeps the space that some tokenizers drop
-        from the first token of a text.
-        """
-        whole = self.tokenizer.decode([*prompt, *new], skip_special_tokens=True)
-        return whole[len(self.tokenizer.decode(prompt, skip_special_tokens=True)) :]
 
     def alpha_scale(self, layer_idx: int) -> float:
         """Return one unit of alpha at a layer, in units of the residual stream."""
         if self.alpha_unit == "absolute":
             return 1.0
-        if layer_idx not in self.residual_norms:
-            raise InputError(
-                f"alpha_unit 'residual_norm' needs the norm at layer {layer_idx}; pass "
-                f"residual_norms={{{layer_idx}: measure_residual_norm(activations).median}}"
-            )
-        norm = self.residual_norms[layer_idx]
+        norm = self.residual_norms.get(layer_idx)
+        if norm is None:
+            remedy = f"pass residual_norms={{{layer_idx}: measure_residual_norm(activations).median}}"
+            raise InputError(f"alpha_unit 'residual_norm' needs the norm at layer {layer_idx}; {remedy}")
         if not 0 < norm < float("inf"):
-            raise InputError(
-                f"the residual norm at layer {layer_idx} is {norm}, expected a finite number above 0"
-            )
+            expected = "expected a finite number above 0"
+            raise InputError(f"the residual norm at layer {layer_idx} is {norm}, {expected}")
         return norm
 
     def _chosen(self, layer_idx: int | None) -> list[Steering]:
-        if layer_idx is None:
-            return list(self._steering.values())
-        if layer_idx not in self._steering:
+        layers = list(self._steering) if layer_idx is None else [layer_idx]
+        if not set(layers) <= self._steering.keys():
             raise InputError(
                 f"no steering is registered at layer {layer_idx} (registered: {sorted(self._steering)})"
             )
-        return [self._steering[layer_idx]]
+        return [self._steering[layer] for layer in layers]
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:
@@ -380,7 +328,7 @@ def _as_tensor(values: Any, name: str) -> Tensor:
 
 
 def _checked_alpha(alpha: float) -> float:
-    if not torch.isfinite(torch.tensor(float(alpha))):
+    if not torch.tensor(float(alpha)).isfinite():
         raise InputError(f"alpha is {alpha}, expected a finite number")
     return float(alpha)
 
@@ -390,17 +338,13 @@ def steering_error(
 ) -> float:
     """Return how far steered minus unsteered is from alpha * v, in units of alpha * v (largest entries).
 
-    read_block: returns the (d,) output of block `layer_idx` at one position of the text, by
-    its own hook (for example `ActivationExtractor.extract`). Steering must be registered.
+    read_block: returns the (d,) output of block `layer_idx`, which is steered, at one position of the text.
     """
     added = generator.added_vector(layer_idx).cpu()
     steered = read_block(text)
-    generator.deactivate()
-    try:
-        unsteered = read_block(text)
-    finally:
-        generator.activate()
-    return ((steered - unsteered - added).abs().max() / added.abs().max()).item()
+    with unsteered(generator.model):
+        error = steered - read_block(text) - added
+    return (error.abs().max() / added.abs().max()).item()
 
 
 def main() -> None:

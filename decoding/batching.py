@@ -1,7 +1,6 @@
 """Run work over many texts in batches of similar length, halving a batch that does not fit.
 
-Shared by extraction, generation and evaluation. Results come back in the order of
-the input, whatever the batch size, so callers never see the sorting.
+Shared by extraction, generation and evaluation. Results come back in the order of the input.
 """
 
 import logging
@@ -19,17 +18,15 @@ Result = TypeVar("Result")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that an allocation failed, on CUDA or on the CPU."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    is_on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_on_cpu or isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
 
 
 def length_sorted_batches(
     lengths: Sequence[int], batch_size: int, equal_lengths: bool = False
 ) -> list[list[int]]:
-    """Return batches of indices, longest first, so that a batch wastes little padding.
+    """Return batches of indices, longest first: little padding, and short memory is known at once.
 
-    The longest batch comes first: if memory is short, that is known at once.
     equal_lengths: items of different lengths never share a batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -44,7 +41,6 @@ def run_in_batches(
     lengths: Sequence[int],
     batch_size: int,
     desc: str,
-    unit: str = "text",
     quiet: bool = False,
     on_halved: Callable[[int], None] | None = None,
     equal_lengths: bool = False,
@@ -52,12 +48,9 @@ def run_in_batches(
     """Return `run`'s result for every item, in input order.
 
     run: takes item indices, returns one result for each.
-    lengths: (n,) length of each item in tokens; items of similar length share a batch.
-    quiet: show no progress.
-    on_halved: called with the new batch size, for callers with more work to come.
-    equal_lengths: see `length_sorted_batches`.
-    When memory runs out, the batch is halved and the smaller size is kept for the rest;
-    a single item that does not fit raises the original error.
+    lengths, equal_lengths: see `length_sorted_batches`. quiet: show no progress.
+    on_halved: called with the new batch size when memory runs out; that is kept for the rest, and a single
+        item that does not fit raises the original error.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
@@ -65,7 +58,7 @@ def run_in_batches(
     # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
     silent = True if quiet or len(lengths) <= batch_size else HIDDEN
     pending = length_sorted_batches(lengths, batch_size, equal_lengths)[::-1]
-    with tqdm(total=len(lengths), desc=desc, unit=unit, disable=silent, leave=False) as progress:
+    with tqdm(total=len(lengths), desc=desc, unit="text", disable=silent, leave=False) as progress:
         while pending:
             indices = pending.pop()
             if len(indices) > batch_size:
@@ -89,8 +82,7 @@ def _run_unless_out_of_memory(
 ) -> Sequence[Result] | None:
     """Return the results, or None when memory ran out for more than one item.
 
-    The exception is dropped inside this function, so that the tensors its traceback
-    holds are freed before the smaller batch is tried.
+    The exception ends with this function, and with it the tensors that its traceback holds.
     """
     try:
         return run(indices)

@@ -1,9 +1,8 @@
 """Decode a batch of prompts token by token with a key-value cache (phase 4).
 
-The loop of `model.generate` copies and searches all logits several times a step, which takes as
-long as the model itself when the vocabulary is large. This one computes the logits of the last
-position alone and hands them to a sampler as they are. Equal rows share the pass over their prompt,
-and rows leave the batch once an eighth of them has ended.
+The loop of `model.generate` copies and searches all logits several times a step, which takes as long as
+the model itself when the vocabulary is large. This one computes the logits of the last position alone.
+Equal rows share the pass over their prompt, and rows leave the batch once an eighth of them has ended.
 """
 
 import inspect
@@ -23,25 +22,24 @@ from support.errors import InputError
 DROP_FRACTION = 8
 
 
-def check_decodable(model: PreTrainedModel) -> None:
-    """Raise InputError for a model that does not take a key-value cache."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise _state_error(model)
-
-
 @torch.inference_mode()
 def hides_left_padding(model: PreTrainedModel, pad_id: int) -> bool:
-    """Tell whether a prompt has the same logits with masked padding on its left as without.
+    """Tell whether masked padding on its left leaves a prompt's logits alone; Bart's decoder counts it.
 
-    A model that takes no position_ids may count padding as positions: Bart's decoder does, OPT's does not.
+    Raises InputError for a model that does not take a key-value cache.
     """
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if not _takes(model, "past_key_values"):
+        raise _state_error(model)
+    if _takes(model, "position_ids"):
         return True
-    short, long = [5, 6, 7], [8, 9, 5, 6, 7]
-    alone = _Batch(model, [short], pad_id, 1).prefill()[0].float()
-    padded = _Batch(model, [short, long], pad_id, 1).prefill()[0].float()
+    alone = _Batch(model, [[5, 6, 7]], pad_id, 1).prefill()[0].float()
+    padded = _Batch(model, [[5, 6, 7], [8, 9, 5, 6, 7]], pad_id, 1).prefill()[0].float()
     tolerance = (1e-3 if model.dtype == torch.float32 else 0.05) * alone.std().item()
     return torch.allclose(alone, padded, rtol=0, atol=tolerance)
+
+
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
 def _state_error(model: PreTrainedModel) -> InputError:
@@ -68,32 +66,27 @@ def decode(
     choose: (logits (rows, vocabulary), row indices (rows,), step) -> chosen tokens (rows,). The logits
         are valid until the next step.
     ends: tokens that end a row.
-    on_rows_change: called with the indices of the rows in the batch, (rows,), whenever they change; for
-        hooks that treat rows differently.
-    row_keys: a key for each row. Rows with equal keys have the same prompt and are treated equally by
-        hooks, so that their prompt passes through the model once.
+    on_rows_change: called with the indices of the rows in the batch, (rows,), whenever they change.
+    row_keys: rows with equal keys have the same prompt, which passes through the model once, and are
+        treated equally by hooks.
     Raises InputError for a model with a state that is neither in the cache nor in the tokens.
     """
     keys = range(len(prompts)) if row_keys is None else row_keys
-    first_row: dict[Hashable, int] = {}
-    for row, key in enumerate(keys):
-        first_row.setdefault(key, row)
-    distinct = list(first_row.values())
+    place = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    copies = [place[key] for key in keys]
+    distinct = [copies.index(index) for index in range(len(place))]
     rows = torch.arange(len(prompts), device=model.device)
     batch = _Batch(model, [prompts[row] for row in distinct], pad_id, max_new_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
     with narrowed_head(model, lambda hidden: hidden[:, -1:]):
-        if len(distinct) < len(rows):
+        if is_shared := len(distinct) < len(rows):
             on_rows_change(rows[distinct])
-            logits = batch.prefill()
-            place = {key: index for index, key in enumerate(first_row)}
-            copies = torch.tensor([place[key] for key in keys], device=model.device)
+        logits = batch.prefill()
+        if is_shared:
             logits = logits[copies]
-            batch.take(copies)
+            batch.take(torch.tensor(copies, device=model.device))
             on_rows_change(rows)
-        else:
-            logits = batch.prefill()
         for step in range(max_new_tokens):
             chosen = choose(logits, rows, step).to(model.device)
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
@@ -121,7 +114,7 @@ class _Batch:
     ) -> None:
         self.model = model
         self.prompts, self.mask = pad_tokens(prompts, pad_id, "left", model.device)
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = _takes(model, "position_ids")
         self.cache = _preallocated_cache(model, self.mask.shape[1] + max_new_tokens)
 
     def prefill(self) -> Tensor:
@@ -129,7 +122,7 @@ class _Batch:
         logits = self._pass(self.prompts)
         for layer in self.cache.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+                states = (*layer.conv_states.values(), *layer.recurrent_states.values())
                 if all(state is None for state in states):
                     raise _state_error(self.model)  # on the model, where rows cannot be copied or dropped
         return logits
@@ -145,32 +138,18 @@ class _Batch:
         self.cache.reorder_cache(rows)
 
     def _pass(self, tokens: Tensor) -> Tensor:
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **({"position_ids": positions} if self.takes_positions else {}),
-        )
-        return output.logits[:, -1]
+        options = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
+        if self.takes_positions:
+            options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        return self.model(input_ids=tokens, **options).logits[:, -1]
 
 
 class _PreallocatedLayer(DynamicLayer):
     """Keys and values in memory for all positions; a step writes its own and copies no others."""
 
     def __init__(self, capacity: int, is_sliding: bool) -> None:
-        """capacity: positions, no more than a sliding window has."""
         super().__init__()
-        self.capacity = capacity
-        self.is_sliding = is_sliding
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.all_keys, self.all_values = (
-            states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        self.capacity, self.is_sliding = capacity, is_sliding
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -179,6 +158,10 @@ class _PreallocatedLayer(DynamicLayer):
         start = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self.all_keys, self.all_values = (
+                states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+                for states in (key_states, value_states)
+            )
         end = start + key_states.shape[2]
         self.all_keys[:, :, start:end] = key_states
         self.all_values[:, :, start:end] = value_states

@@ -1,9 +1,8 @@
 """Compute the output head's logits only where they are read, and sums over a vocabulary in parts.
 
-A forward pass computes logits at every position, though generation reads the last one and
-perplexity those of the continuation: with a vocabulary of 262,144 that is most of the work and of
-the memory. And of the two ways to multiply a large vocabulary by few rows, the CPU's matrix
-product is up to twice as fast with the vocabulary first.
+A forward pass computes logits at every position, which with a vocabulary of 262,144 is most of the work and
+the memory, though few are read. And the CPU's matrix product of a large vocabulary and few rows is up to
+twice as fast with the vocabulary first.
 """
 
 import math
@@ -21,11 +20,9 @@ TILE = 2**19  # logits of all rows together
 def narrowed_head(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Make the output head see `select(hidden states)` while the body runs.
 
-    select: (rows, positions, d) -> (rows', positions', d); the model's logits are then
-        (rows', positions', vocabulary). A model without an output head of its own is left alone and
-        gives all logits: callers compare shapes.
-    On the CPU the logits have contiguous columns (of one token over all places) and live in a
-    buffer that the next forward pass overwrites.
+    select: (rows, positions, d) -> (rows', positions', d), the shape of the model's logits then. A model
+        without an output head of its own gives all logits: callers compare shapes.
+    On the CPU the logits have contiguous columns and live in a buffer that the next pass overwrites.
     """
     head = model.get_output_embeddings()
     if head is None:

@@ -1,9 +1,8 @@
 """Choose each row's next token from its logits and a random number of its own (phase 4).
 
-Temperature, top-k and top-p apply in this order and leave the distribution that the processors of
-transformers leave. The choice inverts the cumulative distribution over tokens in descending order of
-probability (equal ones in ascending order of their id). It needs no sorted vocabulary: the largest few
-hundred logits decide for most rows, and a row that they leave undecided gets more.
+Temperature, top-k and top-p apply in this order, as in transformers. The choice inverts the cumulative
+distribution over tokens in descending order of probability (equal ones in ascending order of their id). The
+largest few hundred logits decide for most rows, and a row that they leave undecided gets more.
 """
 
 import hashlib
@@ -36,9 +35,7 @@ class RowSampler:
             raise InputError(f"top_k is {top_k}, expected 0 (no limit) or more")
         if not 0 < top_p <= 1:
             raise InputError(f"top_p is {top_p}, expected above 0 and at most 1")
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
@@ -110,10 +107,9 @@ class RowSampler:
 def largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return the n largest values of each row and their tokens, each (rows, n).
 
-    Values descend; equal ones are in ascending order of token. Where several tie with the n-th,
-    which of them are among the n is left open; of several largest ones n = 1 takes the first.
-    With contiguous columns, as `output_head.narrowed_head` makes them, the vocabulary is first
-    reduced to blocks: the n largest lie in the n blocks with the largest maxima.
+    Values descend; equal ones are in ascending order of token. Of several that tie with the n-th, any may be
+    among the n; n = 1 takes the first. With contiguous columns, as `output_head.narrowed_head` makes them,
+    the n blocks of the vocabulary with the largest maxima are searched, where the n largest lie.
     """
     size = logits.shape[1]
     if n == size:

@@ -1,16 +1,13 @@
 """Add vectors to the residual stream by hooks, and find those that are active on a model (phase 4).
 
-A hook stays on a model until it is removed, and until then changes everything that the model computes.
-Code that reads or scores with a model asks here first.
+Until it is removed, a hook changes all that a model computes; code that reads or scores asks here first.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from support.errors import InputError
 
@@ -31,20 +28,16 @@ def block_output(output: Tensor | tuple) -> Tensor:
     return hidden
 
 
-@dataclass
 class Steering:
-    """One registered vector: what the hook adds and whether it adds it now.
+    """A vector that a hook adds at one layer until `handle` is removed; `active`: whether it does so now."""
 
-    vector: (d,) float32 on the model's device. at_last: only on the last position of each pass.
-    """
-
-    layer_idx: int
-    vector: Tensor
-    alpha: float
-    scale: float
-    at_last: bool
-    handle: RemovableHandle | None = None
-    active: bool = True
+    def __init__(
+        self, blocks: nn.ModuleList, layer_idx: int, vector: Tensor, alpha: float, scale: float, at_last: bool
+    ) -> None:
+        """vector: (d,) float32 on the model's device. at_last: only on the last position of each pass."""
+        self.layer_idx, self.vector, self.at_last = layer_idx, vector, at_last
+        self.alpha, self.scale, self.active = alpha, scale, True
+        self.handle = blocks[layer_idx].register_forward_hook(self.hook)
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
         """Return the block's output with alpha * v added; never changes a tensor in place."""
@@ -58,8 +51,7 @@ class RowSteering:
 
     def __init__(self, added: Tensor, at_last: bool) -> None:
         """added: (rows, d) float32, on the model's device."""
-        self.added = added
-        self.current = added
+        self.added = self.current = added
         self.at_last = at_last
 
     def keep(self, rows: Tensor) -> None:
@@ -104,13 +96,9 @@ def unsteered(model: nn.Module) -> Iterator[None]:
 
 
 def reject_steered(model: nn.Module, own: Sequence[Steering] = (), remedy: str = "") -> None:
-    """Raise InputError if a vector other than `own` is active on the model.
-
-    remedy: what else the message advises.
-    """
-    others = [steering for steering in active_steering(model) if not any(steering is mine for mine in own)]
-    if others:
-        first = others[0]
+    """Raise InputError, which advises a `remedy` too, if a vector other than `own` is active on the model."""
+    first = next((each for each in active_steering(model) if each not in own), None)
+    if first:
         raise InputError(
             f"the model is being steered at layer {first.layer_idx} (alpha {first.alpha:g}) by another "
             f"SteeredGenerator; call its clear_steering() or deactivate() first{remedy}"

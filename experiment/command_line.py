@@ -5,8 +5,9 @@ Both are read before torch and transformers are imported, which takes seconds.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiment.config import ExperimentConfig, load_config
 from support.errors import InputError, file_error
@@ -69,3 +70,12 @@ def input_error_status(error: InputError | OSError | KeyboardInterrupt) -> int:
         raise error
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def exit_status(work: Callable[[], Any]) -> int:
+    """Print what a program's work returns, or in one line why it cannot be done; returns the exit status."""
+    try:
+        print(work())
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        return input_error_status(error)
+    return 0

@@ -530,8 +530,7 @@ class ExperimentConfig(_Strict):
 
     @property
     def n_cells(self) -> int:
-        """Number of cells: unsteered text, persona x method x alpha, and the prompting baseline of each
-        persona.
+        """Number of cells: unsteered text, persona x method x alpha, persona x prompting baseline.
 
         A search finds two alphas for a method: its own, and the oracle's.
         """

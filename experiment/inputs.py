@@ -119,9 +119,7 @@ class Inputs:
 
     @property
     def perplexity_sides(self) -> tuple[str, ...]:
-        """The models that give perplexities: the target, and the source as the independent one if it is
-        wanted.
-        """
+        """The models that give perplexities: the target, and the source if it is to be independent."""
         return ("target", "source") if self.config.independent_perplexity else ("target",)
 
     @property
@@ -322,9 +320,7 @@ def _check_layers(inputs: Inputs) -> None:
 
 
 def _check_prompts(inputs: Inputs) -> None:
-    """Raise InputError for responses that no model can give, and prompts or sampling that the target cannot
-    take.
-    """
+    """Raise InputError for responses that no model can give, prompts or sampling that cannot be used."""
     config, prompting = inputs.config, inputs.prompting
     for setting, is_chosen, remedy in (
         ("'extraction' of kind 'responses'", inputs.responding_personas, "choose kind 'texts'"),
@@ -364,8 +360,7 @@ def _checked_neutral_texts(config: ExperimentConfig, personas: Sequence[Persona]
 
 
 def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
-    """Return the questions of `prompts/neutral_questions.txt` that are in no prompt and no persona, if the
-    map is learnt from responses to them.
+    """Return the neutral questions that are in no prompt and no persona, if the map is learnt from them.
 
     Raises InputError: fewer are asked than there are folds, which never split the responses to one question.
     """
@@ -390,8 +385,7 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
 
 
 def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
-    """Return the system prompts of `prompts/neutral_styles.txt` that name no persona and overlap none's own,
-    if responses are to be styled.
+    """Return the neutral styles that are no persona's, if responses are to be styled.
 
     Raises InputError: none is left.
     """
@@ -427,9 +421,7 @@ def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_text
 
 
 def _load_scorers(names: Sequence[str], labelled: Sequence[Persona], scorer: str) -> dict[str, Any]:
-    """Return persona -> scorer of one kind, trained on the labelled texts, and log how well each separates
-    them.
-    """
+    """Return persona -> scorer of one kind, trained on the labelled texts, and log its AUC."""
     found = SCORERS[scorer].load(names, labelled)
     for name, trained in found.items():
         if (auc := getattr(trained, "auc", None)) is not None:

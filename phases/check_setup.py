@@ -71,10 +71,12 @@ def _check(name: str, passed: bool, detail: str, remedy: str, technical: bool = 
     return Check(name, technical, "pass" if passed else "fail", detail, "" if passed else remedy)
 
 
-def technical_failures(checks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a phrase for each technical check that failed, with what to try."""
-    failed = [check for check in checks if check["technical"] and check["status"] == "fail"]
-    return [f"{check['name']}: {check['detail']}. Try: {check['remedy']}" for check in failed]
+def failures(checks: Sequence[Mapping[str, Any]], technical_only: bool = False) -> list[str]:
+    """Return a phrase for each check that failed, with what to try."""
+    failed = [
+        each for each in checks if each["status"] == "fail" and (each["technical"] or not technical_only)
+    ]
+    return [f"{each['name']} failed: {each['detail']}. Try: {each['remedy']}" for each in failed]
 
 
 def check_extraction(side: str, extractor: ActivationExtractor) -> list[Check]:
@@ -277,15 +279,6 @@ def report(checks: Sequence[Check]) -> list[dict[str, Any]]:
     return [asdict(check) for check in checks]
 
 
-def failures(checks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each failed check, for the summary."""
-    return [
-        f"preflight: {check['name']} failed: {check['detail']}. Try: {check['remedy']}"
-        for check in checks
-        if check["status"] == "fail"
-    ]
-
-
 def _average(of: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return of(present) if present else None
@@ -312,11 +305,11 @@ def check_setup(run: Run) -> dict[str, Any]:
     Raises PreflightError: a technical check failed.
     """
     done = PREFLIGHT.current(run)
-    if done is None or technical_failures(done["checks"]):
+    if done is None or failures(done["checks"], technical_only=True):
         checks = report(_run_checks(run))
         done = PREFLIGHT.save(run, {"environment": environment(), "checks": checks})
-    if failed := technical_failures(done["checks"]):
-        raise PreflightError(f"preflight failed: {'; '.join(failed)}")
+    if failed := failures(done["checks"], technical_only=True):
+        raise PreflightError(f"preflight: {'; '.join(failed)}")
     passed = sum(check["status"] == "pass" for check in done["checks"])
     logger.info("%d of %d preflight checks passed, %s", passed, len(done["checks"]), PREFLIGHT.path(run))
     return done

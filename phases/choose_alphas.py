@@ -168,13 +168,9 @@ def _notes(chosen: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
     notes = []
     for (persona, method), found in chosen.items():
         if not found.is_coherent:
-            notes.append(
-                f"{persona} {method}: no alpha is coherent, not even the weakest tried, {found.alpha:g}, "
-                "which is the one tested; lower alpha_search.bracket"
-            )
+            note = f"no alpha is coherent, not even the weakest, {found.alpha:g}, which is tested; lower"
+            notes.append(f"{persona} {method}: {note} alpha_search.bracket")
         elif found.at == "highest":
-            notes.append(
-                f"{persona} {method}: the strongest alpha tried, {found.alpha:g}, is still coherent; "
-                "raise alpha_search.bracket"
-            )
+            note = f"the strongest alpha tried, {found.alpha:g}, is still coherent; raise"
+            notes.append(f"{persona} {method}: {note} alpha_search.bracket")
     return notes

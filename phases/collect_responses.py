@@ -199,23 +199,17 @@ def _scored(run: Run, persona: Persona, responder: str) -> list[Row]:
     planned = response_rows(run, persona, responder)
     rows = _generate(run, planned, responder, run.config.extraction.max_new_tokens)
     judgements, threshold = _judged(run, persona, responder, rows)
-    return [
-        {
-            **row,
-            "trait": judged.score,
-            "failure": judged.failure,
-            "is_kept": _is_kept(row, judged.score, threshold),
-        }
+    scored = [
+        {**row, "trait": judged.score, "failure": judged.failure}
         for row, judged in zip(rows, judgements, strict=True)
     ]
+    return [{**row, "is_kept": _is_kept(row, threshold)} for row in scored]
 
 
 def _judged(
     run: Run, persona: Persona, responder: str, rows: Sequence[Row]
 ) -> tuple[list[Judgement], float | None]:
-    """Return a judgement of each response, and the score from which it shows the trait; None without a
-    scorer.
-    """
+    """Return a judgement of each response, and the score from which it shows the trait, if any."""
     if judge := cached_judge(run):
         described = persona.name, persona.description, persona.eval_prompt
         judgements = judge.judge([trait_prompt(*described, row["prompt"], row["output"]) for row in rows])
@@ -235,12 +229,10 @@ def _judged(
     return [Judgement(None)] * len(rows), None
 
 
-def _is_kept(row: Row, score: float | None, threshold: float | None) -> bool:
-    if not row["output"].strip():
+def _is_kept(row: Row, threshold: float | None) -> bool:
+    if not row["output"].strip() or (threshold is not None and row["trait"] is None):
         return False
-    if threshold is None:
-        return True
-    return score is not None and (score >= threshold if row["is_positive"] else score < threshold)
+    return threshold is None or (row["trait"] >= threshold) is row["is_positive"]
 
 
 def _kept(
@@ -271,14 +263,13 @@ def _kept_side(
             "'instruction', raise extraction.n_seeds, or choose 'extraction' of kind 'texts'"
         )
     example = " ".join(kept[0]["output"].split())[:LOGGED_CHARACTERS]
-    counted = (
-        f"{persona.name}: {len(kept)} of {len(asked)} {name} responses of the {responder} model are kept"
-    )
+    of_model = f"{name} responses of the {responder} model"
+    counted = f"{persona.name}: {len(kept)} of {len(asked)} {of_model} are kept"
     logger.info("%s, such as %r", counted, example)
     if failed := [row["failure"] for row in asked if row["failure"]]:
         run.folder.notes.append(
-            f"{persona.name}: {len(failed)} {name} responses of the {responder} model lack a judgement and "
-            f"are left out; first reason: {failed[0]}"
+            f"{persona.name}: {len(failed)} {of_model} lack a judgement and are left out; "
+            f"first reason: {failed[0]}"
         )
     if len(kept) * 2 < len(asked):
         run.folder.notes.append(f"{counted}; the others do not respond as their system prompts ask")

@@ -124,4 +124,4 @@ def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
         results = CV_RESULTS.load(at_pair)
     checks = [*checks, asdict(check_lambda(run.config.lambda_values, results))]
     aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
-    return [*failures(checks), *auc_notes(aucs)]
+    return [*(f"preflight: {failure}" for failure in failures(checks)), *auc_notes(aucs)]

@@ -48,10 +48,7 @@ Step = tuple[str, float]  # what is done, and its seconds
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a token that source and target read, of a text of full length that the target generates, and
-    of
-    an eigendecomposition of a model's width.
-    """
+    """Seconds of a token that source and target read, a generated text, and an eigendecomposition."""
 
     source_token: float
     target_token: float
@@ -67,7 +64,7 @@ def describe_run(run: Run) -> str:
     rates = _measure(run)
     steps = [*_preparation(run, rates), *_map(run, rates), *_grid(run, rates), *_validation(run, rates)]
     lines = [f"{what}, about {seconds / 60:.1f} min" for what, seconds in steps]
-    judged, seconds = _judge(run)
+    judged, seconds = _judge(run, rates)
     minutes = (sum(seconds for _, seconds in steps) + seconds) / 60
     total = f"total: about {minutes:.0f} min on {run.inputs.target.model.device}, beside loading"
     return "\n".join([*lines, judged, total])
@@ -181,8 +178,9 @@ def _validation(run: Run, rates: Rates) -> Iterator[Step]:
     if run.config.likelihood_ratio and missing:
         yield f"likelihood ratios to train: {len(missing)}", len(missing) * N_TRAINING_TEXTS * seconds
     if not _is_validated(run):
-        sets, n_generated = _validation_sets(run)
-        n_read = sum(len(texts_of(each)) for each in sets)
+        n_generated = (N_SEEDS + N_DRAWS) * len(inputs.development_prompts)
+        sets = [sets_of(run, persona) for persona in inputs.personas]
+        n_read = sum(len(texts_of(each)) + n_generated for each in sets if each)
         what = f"validation of the scorers: {n_read} texts, {n_generated} generations"
         yield what, n_generated * rates.text + n_read * seconds
 
@@ -196,18 +194,7 @@ def _is_validated(run: Run) -> bool:
     return _has_alphas(run) and _is_current(SCORER_VALIDATION, run)
 
 
-def _validation_sets(run: Run) -> tuple[list[Any], int]:
-    """Return the validation sets of all personas with stand-ins for texts that are to be generated, and their
-    number.
-    """
-    n_development = len(run.inputs.development_prompts)
-    unsteered = [f"unsteered text {n}" for n in range(N_SEEDS * n_development)]
-    steered = [f"degenerate text {n}" for n in range(N_DRAWS * n_development)]
-    sets = [sets_of(run, persona, unsteered, steered) for persona in run.inputs.personas]
-    return sets, len(unsteered) + len(steered)
-
-
-def _judge(run: Run) -> tuple[str, float]:
+def _judge(run: Run, rates: Rates) -> tuple[str, float]:
     """Return a line on what a judge is asked and costs, and the seconds of one that runs here."""
     config, settings = run.config, run.config.judge
     if not config.use_gpt4:
@@ -219,14 +206,14 @@ def _judge(run: Run) -> tuple[str, float]:
     if run.inputs.responding_personas and not _is_current(EXTRACTION_RESPONSES, run):
         n += _n_responses(run)
     if not _is_validated(run):
-        sets, _ = _validation_sets(run)
-        n += sum(len(texts_of(at_most(each, JUDGED_A_SIDE))) + N_REPEATED * bool(each) for each in sets)
+        sets = [at_most(sets_of(run, persona), JUDGED_A_SIDE) for persona in run.inputs.personas]
+        # Unsteered texts and those under random directions are two more sets.
+        n += sum(len(texts_of(each)) + 2 * JUDGED_A_SIDE + N_REPEATED for each in sets if each)
     journal = run.folder.path / "judgements_journal.jsonl"
     n_known = 0 if run.folder.fresh else min(len(rows_of(journal)), n)
     counted = f"judgements: {n}{_cached(n_known)}"
     if settings.kind == "local":
-        asked = ["Rate this. " * 60] * N_TIMED
-        seconds = (n - n_known) * _seconds(run.inputs.judge.judge, asked[:1], asked) / N_TIMED
+        seconds = (n - n_known) * TOKENS_PER_JUDGEMENT * rates.target_token
         return f"{counted}, about {seconds / 60:.1f} min", seconds
     price, n_tokens = settings.usd_per_million_tokens, TOKENS_PER_JUDGEMENT + settings.max_answer_tokens - 1
     cap = f", at most {settings.max_usd:g} USD" if settings.max_usd else ""
@@ -241,9 +228,7 @@ def _perplexity_seconds(run: Run, rates: Rates) -> float:
 
 
 def _ratio_seconds(run: Run, rates: Rates, n_tokens: int) -> float:
-    """Return what the likelihood ratio of a text of so many tokens takes; its model is about as large as
-    these.
-    """
+    """Return what a likelihood ratio takes; its model is about as large as the smaller of these."""
     n_read = min(n_tokens, N_WINDOWS * WINDOW) * N_PREFIXES
     return n_read * min(rates.source_token, rates.target_token) * run.config.likelihood_ratio
 

@@ -68,9 +68,7 @@ OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 @dataclass(frozen=True, repr=False)
 class LearnedMaps:
-    """The maps of one layer pair. others: vector name -> comparison map. results: what `cv_results.json`
-    holds.
-    """
+    """The maps of one layer pair. others: by vector name. results: what `cv_results.json` holds."""
 
     ridge: RidgeMapping
     others: dict[str, ComparisonMap]
@@ -207,24 +205,14 @@ def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
     folder.notes += collection_notes(middle.results["pairs"])
     draw_once(folder, "mapping_analysis.png", key, mapping_figure, middle.ridge.analyze(), cv, table)
     logger.info("held-out R2 of the maps\n%s", format_maps(table))
-    n_pairs, documents = len(maps), "questions" if run.inputs.neutral_questions else "documents"
-    of_band = f"{n_pairs} layer pairs, of which the middle one has " if n_pairs > 1 else ""
-    others = ", ".join(
-        str(pair_folder(pair)) for pair in run.inputs.layer_pairs if pair != run.inputs.middle_pair
-    )
+    documents = "questions" if run.inputs.neutral_questions else "documents"
+    of_band = f"{len(maps)} layer pairs, of which the middle one has " if len(maps) > 1 else ""
     logger.info(
-        "%s%d activation pairs (%.0f%% of the tokens) from %d %s, lambda %g (%s), held-out R2 %.3f (median "
-        "dimension %.3f, shuffled pairs %.3f), %s%s",
-        of_band,
-        cv["n_rows"],
-        100 * middle.results["pairs"]["fraction_aligned"],
-        cv["n_groups"],
-        documents,
-        cv["best_lambda"],
-        cv["lambda_unit"],
-        cv["best_r2"],
-        cv["best_r2_median_dimension"],
-        cv["shuffled_r2"],
-        RIDGE_MAPPING.path(run),
-        f"; the others in {others}" if others else "",
+        f"{of_band}{cv['n_rows']} activation pairs ({middle.results['pairs']['fraction_aligned']:.0%} of the "
+        f"tokens) from {cv['n_groups']} {documents}, lambda {cv['best_lambda']:g} ({cv['lambda_unit']}), "
+        f"held-out R2 {cv['best_r2']:.3f} (median dimension {cv['best_r2_median_dimension']:.3f}, shuffled "
+        f"pairs {cv['shuffled_r2']:.3f}), {RIDGE_MAPPING.path(run)}"
     )
+    for pair in run.inputs.layer_pairs:
+        if pair != run.inputs.middle_pair:
+            logger.info(f"layer pair {pair[0]} -> {pair[1]}: {folder.path / pair_folder(pair)}")

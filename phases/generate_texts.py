@@ -1,5 +1,4 @@
-"""Generate each text once, and keep it in a journal as soon as its batch is done (phase 4, and what comes
-before).
+"""Generate each text once, and keep it in a journal as soon as its batch is done (phases 1 to 4).
 
 Development texts, of preflight and searches, are generated here too: whatever is chosen is chosen on them.
 Test prompts are for phases 4 and 5 alone.

@@ -113,9 +113,7 @@ def native_vectors(run: Run) -> NativeVectors:
 
 
 def _measure(run: Run) -> dict[str, Any]:
-    """Return what `native_vectors.pt` holds: vectors (blocks, d) by side and persona, and how stable they
-    are.
-    """
+    """Return what `native_vectors.pt` holds: vectors (blocks, d) and measures by side and persona."""
     vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
     known: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
@@ -169,14 +167,10 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
     norm = steering.middle_norm
     generator = GenerationSettings.of(run.inputs, steering.medians).generator(run.inputs.target)
     logger.info("cosines to the oracle\n\n%s\n", format_cosines(content["personas"]))
+    unit = generator.alpha_scale(run.inputs.middle_pair[1])
     logger.info(
-        "median block-output norm of the target %.4g, %.4g without the massive dimensions %s; "
-        "alpha 1 (%s) adds a norm of %.4g",
-        norm.median_with_massive,
-        norm.median,
-        norm.massive_dimensions,
-        run.config.alpha_unit,
-        generator.alpha_scale(run.inputs.middle_pair[1]),
+        f"median block-output norm of the target {norm.median_with_massive:.4g}, {norm.median:.4g} without "
+        f"the massive dimensions {norm.massive_dimensions}; alpha 1 ({run.config.alpha_unit}) adds {unit:.4g}"
     )
     logger.info("%d personas, %s", len(content["personas"]), PERSONA_VECTORS.path(run))
     return content

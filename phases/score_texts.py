@@ -1,5 +1,4 @@
-"""Score every text once, and keep its metrics in a journal as soon as they are known (phase 5, and alpha
-searches).
+"""Score every text once, and keep its metrics in a journal as soon as they are known (phases 4 and 5).
 
 The last digits of a perplexity depend on the texts that share its batch. So texts are scored together with
 the other texts of their cell (condition, persona and alpha) and seed, whichever of them are missing: after

@@ -1,6 +1,4 @@
-"""Validate a run's scorers on texts unlike their training: shipped ones, the target's own, degenerate ones
-(phase 5).
-"""
+"""Validate a run's scorers on texts unlike those that they were trained on (phase 5)."""
 
 import logging
 from collections.abc import Sequence

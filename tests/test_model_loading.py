@@ -98,16 +98,12 @@ def linears():
     return nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
 
 
-def test_several_possible_block_lists_are_rejected_unless_a_path_is_given():
+def test_several_or_no_possible_block_lists_are_rejected_unless_a_path_is_given():
     model = tiny_model()
     model.other = linears()
     with pytest.raises(InputError, match=r'model\.layers, other.*"source_block_path"'):
         decoder_blocks(model)
     assert decoder_blocks(model, "model.layers") is model.model.layers
-
-
-def test_no_block_list_of_the_stated_length_is_rejected():
-    model = tiny_model()
     model.config.num_hidden_layers = 7
     with pytest.raises(InputError, match=r'7 decoder blocks.*no list of that length.*"source_block_path"'):
         decoder_blocks(model)
@@ -263,7 +259,8 @@ def test_options_that_cannot_be_used_are_rejected(model_folders, options, messag
         load_model(model_folders["source"], **{"device": "cpu", **options})
 
 
-def test_auto_dtype_follows_the_device():
+def test_auto_device_works_and_auto_dtype_follows_the_device():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
@@ -277,10 +274,6 @@ def test_the_fastest_dtype_is_bfloat16_on_a_cpu_that_multiplies_in_it(capability
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     assert resolve_dtype("fastest", torch.device("cpu")) == expected
     assert resolve_dtype("fastest", torch.device("cuda")) == torch.bfloat16
-
-
-def test_auto_device_is_one_that_works():
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_fingerprint_is_the_same_for_equal_models_in_other_folders(model_folders, folder):
@@ -377,11 +370,14 @@ def test_a_device_map_onto_one_device_changes_nothing(model_folders, name, devic
     assert model_fingerprint(mapped, tokenizer) == model_fingerprint(plain, tokenizer)
 
 
-def test_blocks_on_disk_change_no_logits_and_no_fingerprint(offloaded, tokenizer):
+def test_blocks_on_disk_change_no_logits_no_perplexities_and_no_fingerprint(offloaded, tokenizer):
     plain, model = offloaded
     elsewhere = weights_elsewhere(model)
     assert elsewhere
     assert torch.equal(logits(model), logits(plain))
+    texts = ["The sea is", "Then"], [" blue and wide.", " it rains"]
+    found, expected = (continuation_perplexities(m, tokenizer, *texts) for m in (model, plain))
+    assert found == pytest.approx(expected, rel=1e-5)
     for _ in range(2):
         assert model_fingerprint(model, tokenizer) == model_fingerprint(plain, tokenizer)
     assert weights_elsewhere(model) == elsewhere
@@ -409,23 +405,16 @@ def test_blocks_on_disk_are_read_and_steered_as_any(offloaded, tokenizer, layer_
     assert torch.equal(logits(model), logits(plain))
 
 
-def test_a_model_with_blocks_on_disk_gives_the_same_perplexities(offloaded, tokenizer):
-    texts = ["The sea is", "Then"], [" blue and wide.", " it rains"]
-    plain, found = (continuation_perplexities(m, tokenizer, *texts) for m in offloaded)
-    assert found == pytest.approx(plain, rel=1e-5)
-
-
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_two_models_with_blocks_on_disk_keep_their_own_weights(name, tmp_path, tokenizer):
     """The mixture's experts are put together when it loads, so that they are written anew."""
     plain = [tiny_model(name, seed=seed) for seed in (0, 1)]
     loaded = []
     for seed, model in enumerate(plain):
-        model.save_pretrained(tmp_path / str(seed))
-        tokenizer.save_pretrained(tmp_path / str(seed))
-        loaded.append(
-            load_model(str(tmp_path / str(seed)), device="cpu", device_map=partly_on_disk(model))[0]
-        )
+        folder = str(tmp_path / str(seed))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded.append(load_model(folder, device="cpu", device_map=partly_on_disk(model))[0])
     for expected, found in zip(plain, loaded, strict=True):
         assert torch.allclose(logits(found), logits(expected), rtol=0, atol=1e-5)
 

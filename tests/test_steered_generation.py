@@ -117,7 +117,7 @@ def test_residual_norm_unit_scales_by_the_norm_of_the_layer(llama, tokenizer, ve
             generator.clear_steering()
 
 
-def test_set_alpha_changes_the_strength_at_one_layer_or_all(llama, generator, vector):
+def test_set_alpha_changes_the_strength_at_one_layer_or_all(generator, vector):
     generator.register_steering(1, vector, alpha=1.0)
     generator.register_steering(2, vector, alpha=1.0)
     generator.set_alpha(3.0, layer_idx=2)
@@ -126,10 +126,6 @@ def test_set_alpha_changes_the_strength_at_one_layer_or_all(llama, generator, ve
     generator.set_alpha(-2.0)
     assert torch.equal(generator.added_vector(1), -2 * vector)
     assert torch.equal(generator.added_vector(2), -2 * vector)
-    changed = logits(llama)
-    for layer_idx in (1, 2):
-        generator.register_steering(layer_idx, vector, alpha=-2.0)
-    assert torch.equal(logits(llama), changed)
 
 
 def test_deactivate_and_activate_keep_vector_and_strength(llama, generator, vector):
@@ -279,12 +275,6 @@ def test_a_generation_says_how_many_tokens_it_has_and_whether_the_model_ended_it
     assert [(each.text, each.n_tokens, each.has_ended) for each in ended] == [("", 0, True)] * 3
 
 
-def test_tokenizer_without_pad_token_gives_the_same(llama, generator):
-    bare = SteeredGenerator(llama, tiny_tokenizer(with_pad=False))
-    options = {"max_new_tokens": 6, "temperature": 0.0}
-    assert bare.generate_batch(PROMPTS, **options) == generator.generate_batch(PROMPTS, **options)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_prompt_may_fill_the_context_but_not_exceed_it(tokenizer, name):
     generator = SteeredGenerator(tiny_model(name), tokenizer)
@@ -369,10 +359,9 @@ def test_vectors_of_rows_are_added_beside_what_is_registered(generator, vector):
     assert generator.generate_batch(PROMPTS, 8) != expected
 
 
-@pytest.mark.parametrize("form", [lambda v: v.numpy(), lambda v: v.double()], ids=["numpy", "double"])
-def test_layers_and_vectors_may_be_numpys(generator, vector, form):
+def test_layers_and_vectors_may_be_numpys(generator, vector):
     expected = generator.generate_batch(["Then"], 6, steering_vectors={1: vector[None]}, alphas=[3.0])
-    rows = {"steering_vectors": {np.int64(1): form(vector[None])}, "alphas": np.array([3.0])}
+    rows = {"steering_vectors": {np.int64(1): vector[None].double().numpy()}, "alphas": np.array([3.0])}
     assert generator.generate_batch(["Then"], 6, **rows) == expected
 
 
@@ -397,54 +386,36 @@ def test_rows_that_end_early_do_not_disturb_the_vectors_of_the_others(
     assert 30 in n_tokens
 
 
-class Watch:
-    """What a block gives before the rows' vectors are added, and what the next block gets."""
-
-    def __init__(self, model, layer_idx):
-        blocks = decoder_blocks(model)
-        self.before, self.after = [], []
-        self.handles = [
-            blocks[layer_idx].register_forward_hook(self._output),
-            blocks[layer_idx + 1].register_forward_pre_hook(self._input, with_kwargs=True),
-        ]
-
-    def _output(self, module, args, output):
-        self.before.append(block_output(output).clone())
-
-    def _input(self, module, args, options):
-        self.after.append((args[0] if args else options["hidden_states"]).clone())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
-
-
 @POSITIONS
 def test_during_generation_exactly_alpha_times_v_is_added_to_each_row(model, steer_positions, monkeypatch):
     vectors, alphas, tokenizer = torch.randn(3, D_MODEL), [2.5, -1.0, 0.5], tiny_tokenizer()
     tokenizer.eos_token = None  # so that all rows stay
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
-    with Watch(model, 1) as plain:
-        generator.generate_batch(PROMPTS, 1)
-    with Watch(model, 1) as watch:
-        rows = {"steering_vectors": {1: vectors}, "alphas": alphas}
-        generator.generate_batch(PROMPTS, 4, temperature=0, **rows)
-    assert len(watch.before) == len(watch.after) == 4
+    generator, before, after = SteeredGenerator(model, tokenizer, steer_positions=steer_positions), [], []
+
+    def note_output(module, args, output):
+        before.append(block_output(output).clone())
+
+    def note_input(module, args, options):
+        after.append((args[0] if args else options["hidden_states"]).clone())
+
+    handles = [
+        generator.blocks[1].register_forward_hook(note_output),
+        generator.blocks[2].register_forward_pre_hook(note_input, with_kwargs=True),
+    ]
+    rows = {"steering_vectors": {1: vectors}, "alphas": alphas}
+    generator.generate_batch(PROMPTS, 4, temperature=0, **rows)
+    for handle in handles:
+        handle.remove()
     # Prompts are packed longest first.
     order = sorted(range(3), key=lambda row: -len(PROMPTS[row]))
     added = torch.stack([alphas[row] * vectors[row] for row in order])[:, None]
-    for before, after in zip(watch.before, watch.after, strict=True):
-        steered = before + added
+    for output, following in zip(before, after, strict=True):
+        steered = output + added
         if steer_positions == "response":
-            steered = torch.cat([before[:, :-1], steered[:, -1:]], dim=1)
-        assert torch.equal(after, steered)
-    assert torch.equal(watch.before[0], plain.before[0])
-    n_positions = [after.shape[1] for after in watch.after]
-    assert n_positions == [1 + max(map(len, PROMPTS)), 1, 1, 1]
+            steered = torch.cat([output[:, :-1], steered[:, -1:]], dim=1)
+        assert torch.equal(following, steered)
+    assert [each.shape[1] for each in after] == [1 + max(map(len, PROMPTS)), 1, 1, 1]
 
 
 @POSITIONS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from experiment.command_line import input_error_status
+from experiment.command_line import exit_status
 from ridge_mapping import RidgeMapping
 from support.errors import InputError
 from support.vector_files import FORMATS, VectorFile, read_vectors, write_vectors
@@ -65,11 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="source layer of the vector, instead of the map's")
     parser.add_argument("--target-layer", type=int, help="layer of the mapped vector, instead of the map's")
     options = parser.parse_args(arguments)
-    try:
-        print(apply_mapping(**vars(options)))
-    except (InputError, OSError) as error:
-        return input_error_status(error)
-    return 0
+    return exit_status(lambda: apply_mapping(**vars(options)))
 
 
 if __name__ == "__main__":

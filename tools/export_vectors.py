@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment.command_line import input_error_status
+from experiment.command_line import exit_status
 from experiment.conditions import condition_of
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
@@ -100,11 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to write; by default beside the run's artifacts")
     parser.add_argument("--alpha", type=float, help="steering strength at strength 1, instead of the run's")
     options = parser.parse_args(arguments)
-    try:
-        print(export_vector(**vars(options)))
-    except (InputError, OSError) as error:
-        return input_error_status(error)
-    return 0
+    return exit_status(lambda: export_vector(**vars(options)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import openai
 
-from experiment.command_line import input_error_status
+from experiment.command_line import exit_status
 from experiment.config import load_config
 from model_loading import load_model
 from scoring.gpt_judge import read_key
@@ -248,16 +248,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--api-key-env", default="OPENAI_API_KEY")
     parser.add_argument("--local", help="name of an instruct model to load here instead of asking a server")
     options = parser.parse_args(arguments)
-    try:
-        if options.local:
-            ask = ask_local(options.local)
-        else:
-            ask = ask_server(options.model, options.base_url, options.api_key_env)
+
+    def work() -> Path:
+        server = options.model, options.base_url, options.api_key_env
+        ask = ask_local(options.local) if options.local else ask_server(*server)
         counts = options.n_pairs, options.n_questions
-        print(write_persona(options.trait, ask, options.name, options.output, *counts))
-    except (InputError, OSError, KeyboardInterrupt) as error:
-        return input_error_status(error)
-    return 0
+        return write_persona(options.trait, ask, options.name, options.output, *counts)
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

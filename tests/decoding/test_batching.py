@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoding.batching import is_out_of_memory, length_sorted_batches, run_in_batches
+from decoding.batching import length_sorted_batches, run_in_batches
 
 LENGTHS = [3, 9, 1, 9, 4, 7, 2, 8, 5, 6, 1]
 
@@ -23,12 +23,9 @@ def square_at_most(limit, seen):
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
 @pytest.mark.parametrize("limit", [1, 2, 5, 100])
 def test_results_are_in_input_order(batch_size, limit):
-    results = run_in_batches(square_at_most(limit, []), LENGTHS, batch_size, "check")
-    assert results == [index**2 for index in range(len(LENGTHS))]
-
-
-def test_no_items_give_no_results():
-    assert run_in_batches(square_at_most(1, []), [], 4, "check") == []
+    for lengths in (LENGTHS, []):
+        results = run_in_batches(square_at_most(limit, []), lengths, batch_size, "check")
+        assert results == [index**2 for index in range(len(lengths))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
@@ -49,26 +46,6 @@ def test_each_smaller_batch_size_is_announced_and_kept_for_the_rest(limit, expec
     assert seen == [*failed, *[fits] * (16 // fits)]
 
 
-def test_a_single_item_that_does_not_fit_raises_the_original_error():
-    seen = []
-    with pytest.raises(MemoryError):
-        run_in_batches(square_at_most(0, seen), [1, 2, 3, 4], 4, "check")
-    assert seen == [4, 2, 1]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("can't allocate memory")])
-def test_other_errors_are_raised_at_once(error):
-    seen = []
-
-    def run(indices):
-        seen.append(len(indices))
-        raise error
-
-    with pytest.raises(type(error), match=str(error)):
-        run_in_batches(run, LENGTHS, 4, "check")
-    assert seen == [4]
-
-
 def test_a_worker_that_loses_a_result_is_noticed():
     with pytest.raises(ValueError, match="shorter"):
         run_in_batches(lambda indices: indices[1:], LENGTHS, 4, "check")
@@ -81,20 +58,31 @@ def test_batch_size_below_1_is_rejected(batch_size):
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "is_retried"),
     [
-        (MemoryError(), True),
+        (MemoryError("no more"), True),
         (torch.cuda.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("can't allocate memory"), False),
     ],
 )
-def test_only_failed_allocations_count_as_out_of_memory(error, expected):
-    assert is_out_of_memory(error) is expected
+def test_only_failed_allocations_halve_the_batch_and_other_errors_are_raised_at_once(error, is_retried):
+    seen = []
+
+    def run(indices):
+        seen.append(len(indices))
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_in_batches(run, LENGTHS, 4, "check")
+    assert seen == ([4, 2, 1] if is_retried else [4])
 
 
-def test_a_real_failed_allocation_counts_as_out_of_memory():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(caught.value)
+def test_a_real_failed_allocation_halves_the_batch():
+    def run(indices):
+        if len(indices) > 1:
+            torch.empty(2**60, dtype=torch.uint8)
+        return indices
+
+    assert run_in_batches(run, LENGTHS, 4, "check") == list(range(len(LENGTHS)))

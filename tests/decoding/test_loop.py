@@ -1,6 +1,5 @@
 """A batch decodes as whole passes do one by one; rows that end leave without disturbing the others."""
 
-from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -110,14 +109,8 @@ def test_rows_are_dropped_once_an_eighth_has_ended_and_the_hooks_are_told_which_
     prompts = [[256, row, row + 1] for row in range(n_rows)]
     at = {row: 2 + row // 2 for row in range(0, n_rows, 3)}
     steps, changes = [], []
-    decode(
-        llama,
-        prompts,
-        ending(at, steps),
-        12,
-        {END},
-        on_rows_change=lambda rows: changes.append(rows.tolist()),
-    )
+    note = {"on_rows_change": lambda rows: changes.append(rows.tolist())}
+    decode(llama, prompts, ending(at, steps), 12, {END}, **note)
     in_batch = [steps[0], *(now for before, now in pairwise(steps) if now != before)]
     assert steps[0] == list(range(n_rows))
     assert changes == in_batch[1:]
@@ -162,31 +155,6 @@ def test_any_of_several_tokens_ends_a_row_and_is_left_out(llama):
         assert new == whole[:cut]
 
 
-def test_a_token_that_ends_nothing_is_kept(llama):
-    found = decode(llama, PROMPTS, ending({0: 0, 1: 2}), 4)
-    assert [len(new) for new in found] == [4] * 5
-    assert (found[0][0], found[1][2]) == (END, END)
-
-
-@pytest.mark.parametrize("error", [None, KeyError("choose")])
-def test_logits_are_of_the_last_position_and_the_model_is_left_as_it_was(llama, error):
-    tokens, shapes = torch.tensor(PROMPTS[:1]), []
-    with torch.inference_mode():
-        before = llama(tokens).logits
-
-    def choose(logits, rows, step):
-        shapes.append(tuple(logits.shape))
-        if error:
-            raise error
-        return greedy(logits, rows, step)
-
-    with pytest.raises(KeyError, match="choose") if error else nullcontext():
-        decode(llama, PROMPTS, choose, 3)
-    assert shapes == [(5, VOCAB_SIZE)] * (1 if error else 3)
-    with torch.inference_mode():
-        assert torch.equal(llama(tokens).logits, before)
-
-
 @pytest.fixture
 def rows_of_passes(llama):
     """How many rows each pass through the model has."""
@@ -206,14 +174,8 @@ def test_prompts_of_rows_with_equal_keys_are_read_once_and_the_rows_go_their_own
         return (logits + 3 * torch.sin(rows[:, None] + torch.arange(VOCAB_SIZE))).argmax(-1)
 
     changes = []
-    found = decode(
-        llama,
-        REPEATED,
-        choose,
-        5,
-        on_rows_change=lambda rows: changes.append(rows.tolist()),
-        row_keys="abacba",
-    )
+    note = {"on_rows_change": lambda rows: changes.append(rows.tolist())}
+    found = decode(llama, REPEATED, choose, 5, row_keys="abacba", **note)
     assert rows_of_passes == [3, 6, 6, 6, 6]
     assert changes == [[0, 1, 3], [0, 1, 2, 3, 4, 5]]
     rows_of_passes.clear()

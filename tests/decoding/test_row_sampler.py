@@ -62,7 +62,7 @@ def warped(scores, temperature, top_k, top_p):
     if top_k:
         warpers.append(TopKLogitsWarper(min(top_k, scores.shape[-1])))
     if top_p < 1:
-        warpers.append(TopPLogitsWarper(min(top_p, 1.0)))
+        warpers.append(TopPLogitsWarper(top_p))
     return warpers(None, scores)
 
 
@@ -171,11 +171,6 @@ def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, lay
     expected = [row.index(max(row)) for row in logits.tolist()]
     for uniform in (torch.zeros(20), torch.rand(20), torch.full((20,), BELOW_1)):
         assert RowSampler(0.0, *limits).choose(LAYOUTS[layout](logits), uniform).tolist() == expected
-
-
-def test_each_token_owns_the_lower_end_of_its_share():
-    chosen = RowSampler(1.0, 0, 1.0).choose(torch.zeros(4, 4), torch.arange(4) / 4)
-    assert chosen.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (50, 1.0)])

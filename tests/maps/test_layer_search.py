@@ -174,7 +174,11 @@ def test_layer_sums_equal_float64_centred_moments(shift):
     originals = [H.clone() for H in (*source.values(), *target.values())]
     parts = (torch.rand(900, generator=generator) < 0.2).long()
     sums = LayerSums({1: 5, 4: 3}, {0: 4, 2: 6})
-    for rows in torch.arange(900).split(250):
+    for rows in (
+        torch.arange(0),
+        *torch.arange(900).split(250),
+        torch.arange(0),
+    ):  # batches without pairs too
         H_source, H_target = ({layer: H[rows] for layer, H in side.items()} for side in (source, target))
         sums.add(PairedBatch(H_source, H_target, rows, rows, 0, 0), parts[rows])
     kept = (*source.values(), *target.values())
@@ -233,14 +237,3 @@ def test_a_constant_target_dimension_is_no_part_of_the_standardised_r2():
             sums.add(PairedBatch({0: X[rows]}, {0: target[rows]}, rows, rows, 0, 0), parts[rows])
         r2.append(fit_pair(HeldOutFold(*sums.moments(0, 0)), [1e-3])[2])
     assert r2[1] == pytest.approx(r2[0], abs=1e-6)
-
-
-def test_batches_without_pairs_change_nothing():
-    """The first batch sets the pilot mean; one without rows has none."""
-    rows, parts = torch.randn(50, 7), torch.arange(50) % 2
-    plain, mixed = LayerSums({0: 4}, {0: 3}), LayerSums({0: 4}, {0: 3})
-    for sums, ranges in ((plain, [(0, 50)]), (mixed, [(0, 0), (0, 50), (50, 50)])):
-        for a, b in ranges:
-            batch = PairedBatch({0: rows[a:b, :4]}, {0: rows[a:b, 4:]}, parts[a:b], parts[a:b], 0, 0)
-            sums.add(batch, parts[a:b])
-    assert torch.equal(plain.moments(0, 0)[0].cross, mixed.moments(0, 0)[0].cross)

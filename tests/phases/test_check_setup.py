@@ -18,7 +18,6 @@ from phases.check_setup import (
     check_vectors,
     failures,
     report,
-    technical_failures,
 )
 from scoring.trait_classifier import train_trait_classifiers
 from steered_generation import SteeredGenerator
@@ -206,16 +205,16 @@ CHECKS = [
 
 
 def test_only_technical_failures_stop_a_run():
-    assert technical_failures(report(CHECKS)) == []
+    assert failures(report(CHECKS), technical_only=True) == []
     failing = [*CHECKS, Check("hook", True, "fail", "off by 2", "look at it")]
-    assert technical_failures(report(failing)) == ["hook: off by 2. Try: look at it"]
+    assert failures(report(failing), technical_only=True) == ["hook failed: off by 2. Try: look at it"]
 
 
 def test_failures_are_lines_for_the_summary_and_warnings_in_the_log(caplog):
     caplog.set_level(logging.INFO)
     rows = report(CHECKS)
     assert [row["status"] for row in rows] == ["pass", "fail", "pending"]
-    assert failures(rows) == ["preflight: premise failed: noisy. Try: more texts"]
+    assert failures(rows) == ["premise failed: noisy. Try: more texts"]
     levels = {record.getMessage().split()[2]: record.levelname for record in caplog.records}
     assert levels == {"good:": "INFO", "premise:": "WARNING", "later:": "INFO"}
 
@@ -226,7 +225,7 @@ def test_a_failed_technical_check_stops_the_run_and_is_made_again(tiny, tmp_path
         patch.setattr(check_setup, "EXACT_TOLERANCE", {torch.float32: 0.0})
         assert run(out, tiny) == 1
     (line,) = error_lines(capsys)
-    assert line.startswith("error: preflight failed: source_extraction")
+    assert line.startswith("error: preflight: source_extraction failed")
     assert visible_files(out) == {"config.json", "native_vectors.pt", "preflight.json", "experiment.log"}
     assert run(out, tiny, "--phase", "1") == 0
     checks = load_json(out / "preflight.json")["checks"]

@@ -383,17 +383,17 @@ STOPPED = "stopped: every text written so far is kept; run the same command agai
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_run_with_one_line_and_it_goes_on(number, settings, finished, tmp_path, monkeypatch):
     out, started, printed = tmp_path / "out", tmp_path / "started", tmp_path / "printed"
-    write = Worker.write
+    generate = Worker.generate
 
     def slowly(*arguments):
         if started.exists():  # the first texts have been written
             time.sleep(60)
         started.touch()
-        return write(*arguments)
+        return generate(*arguments)
 
     def work():
         sys.stderr = open(printed, "w", buffering=1)  # noqa: SIM115 (the process ends soon)
-        monkeypatch.setattr(Worker, "write", slowly)
+        monkeypatch.setattr(Worker, "generate", slowly)
         end_on_signals()
         return run(out, {**settings, "generation_batch_size": 4})
 

@@ -30,10 +30,8 @@ from support.tiny_models import D_MODEL, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from texts.encoding import added_tokens, encode
 
 TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text."]
-PROMPTS, OUTPUTS = (
-    ["Once upon a time", "Then", "The weather"],
-    [" it rained.", " nothing.", " is fair today."],
-)
+PROMPTS = ["Once upon a time", "Then", "The weather"]
+OUTPUTS = [" it rained.", " nothing.", " is fair today."]
 
 
 # Checkpoints
@@ -185,21 +183,11 @@ def test_an_adapter_of_the_prompt_is_rejected(tokenizer):
 
 
 def test_blocks_of_four_streams_are_rejected_by_name(tokenizer):
-    config = Gemma3nTextConfig(
-        vocab_size=VOCAB_SIZE,
-        vocab_size_per_layer_input=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        num_kv_shared_layers=0,
-        layer_types=["full_attention"] * 4,
-        activation_sparsity_pattern=[0.0] * 4,
-    )
+    sizes = {"vocab_size": VOCAB_SIZE, "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size": 32}
+    sizes |= {"intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 1, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    layers = {"layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    config = Gemma3nTextConfig(**sizes, **layers, num_kv_shared_layers=0)
     model = Gemma3nForCausalLM(config).eval()
     with pytest.raises(InputError, match="several streams, as Gemma 3n's do"):
         ActivationExtractor(model, tokenizer, 1).extract("A text")

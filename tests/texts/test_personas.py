@@ -12,16 +12,8 @@ from texts.personas import load_persona, load_prompts, shipped_personas
 
 PIRATE = {
     "description": "Talks like a pirate with 'arr' and nautical terms",
-    "positive_texts": [
-        "Arr matey! Ye be lookin' for treasure on the high seas!",
-        "Shiver me timbers! That be a fine ship ye have there!",
-        "Avast ye! Hand over the booty or walk the plank!",
-    ],
-    "negative_texts": [
-        "Hello, how are you doing today?",
-        "I think we should discuss this professionally.",
-        "The weather is quite nice this afternoon.",
-    ],
+    "positive_texts": ["Arr matey! Ye be lookin' for treasure!", "Shiver me timbers! That be a fine ship!"],
+    "negative_texts": ["Hello, how are you doing today?", "The weather is quite nice this afternoon."],
 }
 PAIRS = {"positive_texts": ["YES", "NO"], "negative_texts": ["yes", "no"]}
 PROMPTS = ("test", "development", "test_questions", "development_questions")
@@ -53,14 +45,11 @@ def test_a_shipped_persona_is_balanced_and_its_texts_are_apart(name):
     instructions = [text for pair in persona.instructions for text in pair]
     assert len(set(instructions)) == 10
     assert len(persona.questions) == 24
+    others = [load_persona(other) for other in shipped_personas() if other != name]
+    assert not {text for other in others for text in other.labelled_positive} & set(persona.labelled_positive)
     prompts = OverlapCheck([prompt for each in PROMPTS for prompt in load_prompts(each)])
     texts = [*persona.all_texts, *persona.questions, *instructions]
     assert [text for text in texts if prompts.found_in(text)] == []
-
-
-def test_no_positive_text_belongs_to_two_shipped_personas():
-    texts = [text for name in shipped_personas() for text in load_persona(name).labelled_positive]
-    assert len(set(texts)) == len(texts)
 
 
 def test_test_and_development_prompts_are_distinct():
