@@ -13,7 +13,7 @@ Prints one markdown table; every number in it is measured in this run, on this m
 - ties: how many texts change with the batch they are written in. Logits differ in their last bits
   between batch shapes, so a draw close to the border of two tokens can fall on either side.
 
-Methods take turns, since other work on the machine changes every number; the shortest time counts.
+Methods alternate, since other work on the machine changes every number; the shortest time counts.
 What steering costs is smaller than these changes: it is the median over many short turns, whose runs
 follow each other, of the time of a row and step, because a method whose texts end early has fewer
 tokens for the same work.
