@@ -292,7 +292,7 @@ def real(all_threads, tmp_path_factory):
 @pytest.mark.real_models
 def test_an_experiment_runs_on_the_packaged_models(real):
     output_dir, table, _ = real
-    assert visible_files(output_dir) == {*ARTIFACTS, "off_target.png"} - {"trait_costs.json"}
+    assert visible_files(output_dir) == {*ARTIFACTS, "off_target.png"}
     technical = [check for check in load_json(output_dir / "preflight.json")["checks"] if check["technical"]]
     assert len(technical) == 8
     assert [check for check in technical if check["status"] != "pass"] == []
