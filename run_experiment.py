@@ -66,8 +66,8 @@ class PersonaTransferExperiment:
     config: a dictionary, a path to a JSON file, or an ExperimentConfig.
     fresh: ignore artifacts of earlier runs and replace them.
     source, target: (model, tokenizer) that are loaded already, also wrapped by PEFT or compiled; reports then
-        call them by the configuration's names, which may be left out. Raises InputError for a configuration,
-        persona, prompt or output directory that cannot be used.
+        call them by the configuration's names, which may be left out.
+    Raises InputError for a configuration, persona, prompt or output directory that cannot be used.
     """
 
     def __init__(

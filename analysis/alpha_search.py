@@ -248,20 +248,20 @@ def compared_alphas(
     table: pd.DataFrame,
     personas: Sequence[str],
     with_own_alphas: Collection[str],
-    bound: CoherenceBound = DEFAULT_BOUND,
+    bounds: Mapping[str, CoherenceBound],
 ) -> dict[str, dict[str, float | None]]:
     """Return persona -> condition -> the alpha at which the verdict compares.
 
     table: from `results_table`. with_own_alphas: personas each of whose conditions has one alpha of its own,
-    searched or given. For the others it is the strongest listed alpha at which the oracle's texts are
-    coherent, or the weakest.
+    searched or given. For the others it is the strongest listed alpha at which the oracle's texts are within
+    their bound, or the weakest.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for persona in personas:
         alphas = condition_alphas(table, persona)
         common = None
         if persona not in with_own_alphas and (listed := alphas.get(ORACLE)):
-            coherent = [alpha for alpha in listed if _is_coherent(table, persona, alpha, bound)]
+            coherent = [alpha for alpha in listed if _is_coherent(table, persona, alpha, bounds[persona])]
             common = max(coherent, key=abs) if coherent else min(listed, key=abs)
         chosen[persona] = _at(common, alphas)
     return chosen

@@ -98,6 +98,12 @@ class Scorer:
     label: str
     colour: str
     module: str | None = None
+    article: str = "the "  # before the label in a sentence
+
+    @property
+    def phrase(self) -> str:
+        """The label as a sentence holds it."""
+        return f"{self.article}{self.label}"
 
     def load(self, names: Sequence[str], personas: Sequence[Any]) -> dict[str, Any]:
         """Return persona -> scorer, trained on the personas' labelled texts."""
@@ -118,7 +124,7 @@ _SCORERS = (
         "scoring.likelihood_ratio",
     ),
     Scorer("judge", "judged_trait", "judge", "#cc79a7"),
-    Scorer("brevity", "brevity", "brevity", "#009e73"),
+    Scorer("brevity", "brevity", "brevity", "#009e73", article=""),
 )
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _SCORERS}
 TRAINED_SCORERS = tuple(name for name in SCORERS if SCORERS[name].module)

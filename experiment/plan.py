@@ -91,9 +91,11 @@ def text_rows(
     inputs: Inputs, cells: Sequence[Cell], prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Row]:
     """Return a row for each text to generate: cells, prompts within them, seeds within these."""
-    settings = [inputs.target.fingerprint, sampling(inputs), inputs.config.steer_positions]
     rows = []
     for cell in cells:
+        # Where vectors are added says nothing about a text without one.
+        where = None if cell.alpha is None else inputs.config.steer_positions
+        settings = [inputs.target.fingerprint, sampling(inputs), where]
         of_cell = {"condition": cell.condition, "persona": cell.persona, "alpha": cell.alpha}
         places = [{**of_cell, "prompt_idx": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
         for place, shown in zip(places, shown_prompts(inputs, places), strict=True):

@@ -53,6 +53,7 @@ def _search_key(run: Run) -> str:
     return fingerprint(FORMAT_VERSION, cells, generated, bracket, _costs_key(run), scorers_key(run, SCORERS))
 
 
+FIGURE = "alpha_search.png"
 TRAIT_COSTS = Artifact("trait_costs.json", 4, _costs_key)
 ALPHA_SEARCH = Artifact("alpha_search.json", 4, _search_key)
 
@@ -60,6 +61,7 @@ ALPHA_SEARCH = Artifact("alpha_search.json", 4, _search_key)
 def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
     """Return the alphas of the grid: those configured, or persona -> method -> alpha by a search."""
     if run.config.alpha_values != "auto":
+        (run.folder.path / FIGURE).unlink(missing_ok=True)  # a report would show that of an earlier search
         return run.config.alpha_values
     content = ALPHA_SEARCH.current_or_make(run, lambda run: _search(run, steering))
     chosen = alphas_from_content(content)
@@ -69,7 +71,7 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
             ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()),
         )
     logger.info("alphas\n\n%s\n", format_alphas(chosen))
-    draw_once(run.folder, "alpha_search.png", content["fingerprint"], alpha_search_figure, content)
+    draw_once(run.folder, FIGURE, content["fingerprint"], alpha_search_figure, content)
     run.folder.notes += _notes(chosen)
     return _by_persona(chosen)
 

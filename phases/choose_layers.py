@@ -28,6 +28,7 @@ def _key(run: Run) -> str:
     )
 
 
+FIGURE = "layer_search.png"
 LAYER_SEARCH = Artifact("layer_search.json", 1, _key)
 
 
@@ -37,9 +38,10 @@ def choose_layers(run: Run, may_search: bool) -> Run:
     may_search: else the search of an earlier run is required. Raises InputError where it is not there.
     """
     if run.config.layer_idx != "auto":
+        (run.folder.path / FIGURE).unlink(missing_ok=True)  # a report would show that of an earlier search
         return run
     search = LAYER_SEARCH.current_or_make(run, _search) if may_search else LAYER_SEARCH.require(run)
-    draw_once(run.folder, "layer_search.png", search["fingerprint"], layer_search_figure, search)
+    draw_once(run.folder, FIGURE, search["fingerprint"], layer_search_figure, search)
     logger.info("layer search: best pair %d -> %d", *search["best"])
     return run.with_inputs(run.inputs.at_pairs([tuple(search["best"])]))
 

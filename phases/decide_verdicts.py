@@ -25,7 +25,7 @@ from reporting.figures_results import (
     off_target_figure,
     recovery_figure,
 )
-from reporting.style import save_figure
+from reporting.style import draw_or_remove, save_figure
 from reporting.tables import format_success, format_verdicts, verdict_sentence
 from scoring.trait_classifier import auc_notes
 from support.artifacts import fingerprint, save_text
@@ -78,11 +78,7 @@ def _alphas(run: Run, table: pd.DataFrame) -> tuple[Alphas, Alphas]:
     names = run.config.persona_names
     own = [name for name in names if run.config.has_alphas_by_method(name)]
     bounds = coherence_bounds(run) if len(own) < len(names) else {}
-    alphas: dict[str, Mapping[str, float | None]] = {}
-    for name in names:
-        bound = {"bound": bounds[name]} if name in bounds else {}
-        alphas |= compared_alphas(table, [name], own, **bound)
-    return alphas, oracle_alphas(table, own)
+    return compared_alphas(table, names, own, bounds), oracle_alphas(table, own)
 
 
 def _verdicts(
@@ -95,22 +91,10 @@ def _verdicts(
 
 
 def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
-    config, path = run.config, run.folder.path
-    matrix, curves = off_target(table, alphas), strength_curves(table, config.persona_names)
+    path, curves = run.folder.path, strength_curves(table, run.config.persona_names)
     save_figure(recovery_figure(content["personas"]), path / "recovery.png", key)
-    if matrix:
-        save_figure(off_target_figure(matrix), path / "off_target.png", key)
-    if curves:
-        save_figure(effect_perplexity_figure(curves), path / "effect_perplexity.png", key)
-    # The report shows what it finds, so figures of an earlier configuration may not stay.
-    has_figure = {
-        "off_target.png": matrix,
-        "effect_perplexity.png": curves,
-        "alpha_search.png": config.alpha_values == "auto",
-        "layer_search.png": config.layer_idx == "auto",
-    }
-    for name in (name for name, found in has_figure.items() if not found):
-        (path / name).unlink(missing_ok=True)
+    draw_or_remove(path / "off_target.png", key, off_target_figure, off_target(table, alphas))
+    draw_or_remove(path / "effect_perplexity.png", key, effect_perplexity_figure, curves)
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:

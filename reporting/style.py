@@ -43,6 +43,14 @@ def save_figure(figure: Figure, path: Path, fingerprint: str) -> None:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
+def draw_or_remove(path: Path, fingerprint: str, draw: Callable[[Any], Figure], content: Any) -> None:
+    """Draw a figure of the content; without any, remove that of an earlier configuration from the report."""
+    if content:
+        save_figure(draw(content), path, fingerprint)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def figure_fingerprint(path: Path) -> str | None:
     """Return the fingerprint that `save_figure` wrote, or None if there is no readable figure."""
     try:

@@ -8,7 +8,6 @@ from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import FEWEST_PROMPTS, VERDICTS
 from experiment.conditions import CONDITIONS, SCORERS
 
-NO_ARTICLE = ("brevity",)  # scorers that a sentence names without an article
 # heading -> metric, statistic and format of a condition's numbers.
 COLUMNS = {
     "trait": ("trait_probability", "mean", ".2f"),
@@ -50,16 +49,11 @@ def verdict_sentence(found: Mapping[str, Any]) -> str:
     if found["reason"] == "no scorer validated":
         named = [f"{SCORERS[name].label}: {', '.join(scorers[name]['problems'])}" for name in scorers]
         return "no scorer is validated" + (f" ({'; '.join(named)})" if named else "")
-    why = f"by {_named(found['decided_by'])}, {_scorer_sentence(scorers[found['decided_by']])}"
+    why = f"by {SCORERS[found['decided_by']].phrase}, {_scorer_sentence(scorers[found['decided_by']])}"
     if found["reason"] == "decided by scorer":
         return why
     said = [f"{SCORERS[name].label} says {scorers[name]['verdict']}" for name in found["rests_on"]]
     return f"the scorers disagree ({', '.join(said)}); {why}"
-
-
-def _named(scorer: str) -> str:
-    """Return a scorer's label as a sentence holds it."""
-    return SCORERS[scorer].label if scorer in NO_ARTICLE else f"the {SCORERS[scorer].label}"
 
 
 def _scorer_sentence(found: Mapping[str, Any]) -> str:
@@ -87,7 +81,7 @@ def _scorer_sentence(found: Mapping[str, Any]) -> str:
 def alone(found: Mapping[str, Any]) -> str:
     """Return a note for a verdict that rests on one scorer, else nothing. found: `Verdict.content()`."""
     rests_on = found["rests_on"]
-    return f" (on {_named(rests_on[0])} alone)" if len(rests_on) == 1 else ""
+    return f" (on {SCORERS[rests_on[0]].phrase} alone)" if len(rests_on) == 1 else ""
 
 
 def format_verdicts(content: Mapping[str, Mapping[str, Any]]) -> str:

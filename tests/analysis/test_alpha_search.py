@@ -254,7 +254,7 @@ def test_listed_alphas_are_compared_at_the_oracles_strongest_coherent_one(ratios
     rows = listed(ratios, repetition)
     rows += [scored_row("zero_pad", 0, 0.5, alpha=alpha) for alpha in ratios]
     rows += [scored_row("shuffled_pairs", 0, 0.5, alpha=7.0), scored_row("prompted", 0, 0.5, alpha=None)]
-    found = compared_alphas(results_table(rows), ["loud"], [])
+    found = compared_alphas(results_table(rows), ["loud"], [], {"loud": CoherenceBound()})
     assert found["loud"] == {"oracle": alpha, "zero_pad": alpha, "shuffled_pairs": 7.0, "prompted": None}
 
 
@@ -263,6 +263,6 @@ def test_own_alphas_are_compared_as_they_are_and_at_the_oracles():
     rows += [scored_row("zero_pad", 0, 0.5, alpha=1.0)]
     table = results_table(rows)
     own = {"oracle": 2.0, "ridge_mapped": 3.0, "zero_pad": 1.0}
-    assert compared_alphas(table, ["loud"], ["loud"]) == {"loud": own}
+    assert compared_alphas(table, ["loud"], ["loud"], {}) == {"loud": own}
     assert oracle_alphas(table, ["loud"]) == {"loud": {**own, "ridge_mapped": 2.0}}
     assert oracle_alphas(table, []) == {}

@@ -1,5 +1,7 @@
 """The plan has every cell of the grid, and a text's key holds everything that the text depends on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_runs import tiny_settings
@@ -91,6 +93,12 @@ def test_the_draws_of_a_control_are_rotated_over_the_prompts_and_unsteered_rows_
     assert [steering.added({**row, "prompt_idx": index})[0, 0] for index in range(4)] == [1, 2, 3, 1]
     assert torch.equal(steering.added({**row, "prompt_idx": 0, "alpha": None}), torch.zeros(2, 5))
     assert (steering.medians, steering.middle_norm.median) == ([1.0, 2.0], 2.0)
+
+
+def test_unsteered_texts_are_kept_where_vectors_are_added_elsewhere(settings, inputs):
+    moved = replace(inputs, config=load_config({**settings, "steer_positions": "response"}))
+    rows, others = (text_rows(each, [UNSTEERED_CELL], PROMPTS, SEEDS) for each in (inputs, moved))
+    assert rows == others
 
 
 def test_another_personas_vectors_are_those_of_the_next_three():

@@ -102,6 +102,7 @@ EQUAL = {"independent_perplexity": 15.485344491674127}
 def test_a_figure_of_little_is_drawn_without_a_warning(n_rows, fixed, tmp_path):
     figure = coherence_trait_figure(aggregate(rows("loud", **fixed)[:n_rows]))
     save_figure(figure, tmp_path / "figure1.png", "x")
+    assert figure_fingerprint(tmp_path / "figure1.png") == "x"
 
 
 def test_panels_share_their_axes_and_mark_the_unsteered_text():
