@@ -10,10 +10,10 @@ and SIGTERM with a line that says how to go on.
 
 import sys
 
-from support.signals import end_on_signals
+from support.signals import exit_on_signals, unwind_on_signals
 
 if __name__ == "__main__":
-    end_on_signals()
+    exit_on_signals()
 
 from experiment.command_line import exit_early, input_error_status, parse_arguments, read_config
 
@@ -253,4 +253,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    unwind_on_signals()
     sys.exit(main())

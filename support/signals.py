@@ -1,28 +1,38 @@
-"""End a program on SIGTERM as on Ctrl-C, with one line that says how to go on.
+"""End a program on SIGTERM and Ctrl-C with one line that says how to go on.
 
-Both signals unwind the stack as a KeyboardInterrupt, so hooks, files and locks are closed. Python raises it
-when the present call into a library returns; until then a signal waits.
+While a program imports its libraries it ends at once: nothing has been written, and an exception inside the
+initialisation of a C++ module aborts the process. Afterwards both signals unwind the stack as a
+KeyboardInterrupt, so hooks, files and locks are closed; Python raises it when the present call into a library
+returns.
 """
 
+import os
 import signal
 import sys
-from types import FrameType, TracebackType
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM was received."""
 
 
-def end_on_signals() -> None:
-    """Let SIGTERM raise Terminated, and end without a traceback where nobody catches it or Ctrl-C.
+def exit_on_signals() -> None:
+    """Let SIGTERM and Ctrl-C end the process at once. Call this before the imports of a program."""
+    _handle(signal.SIGTERM, _exit)
+    _handle(signal.SIGINT, _exit)
 
-    Call this first in a program, so that signals during the imports end it in the same way. A SIGTERM that
-    the caller has set to be ignored stays ignored.
-    """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, _terminate)
-    sys.excepthook = _excepthook
+
+def unwind_on_signals() -> None:
+    """Let SIGTERM raise Terminated and Ctrl-C KeyboardInterrupt. Call this after the imports of a program."""
+    _handle(signal.SIGTERM, _terminate)
+    _handle(signal.SIGINT, signal.default_int_handler)
+
+
+def _handle(number: signal.Signals, handler: Any) -> None:
+    """Install a handler, unless the caller has set the signal to be ignored."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def say_stopped(error: KeyboardInterrupt) -> int:
@@ -39,7 +49,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, KeyboardInterrupt):
-        sys.exit(say_stopped(error))
-    sys.__excepthook__(kind, error, trace)
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    status = say_stopped(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+    sys.stderr.flush()
+    os._exit(status)

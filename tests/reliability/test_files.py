@@ -28,7 +28,7 @@ from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json, save_json
 from support.package_cache import CACHE_VARIABLE
 from support.run_folder import RunFolder
-from support.signals import end_on_signals
+from support.signals import unwind_on_signals
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT = sorted(ARTIFACTS - {"experiment.log", "config.json", "report.html"})  # these show the configuration
@@ -394,7 +394,7 @@ def test_signal_ends_the_run_with_one_line_and_it_goes_on(number, settings, fini
     def work():
         sys.stderr = open(printed, "w", buffering=1)  # noqa: SIM115 (the process ends soon)
         monkeypatch.setattr(Worker, "generate", slowly)
-        end_on_signals()
+        unwind_on_signals()
         return run(out, {**settings, "generation_batch_size": 4})
 
     with child(work) as process:
@@ -410,15 +410,16 @@ def test_signal_ends_the_run_with_one_line_and_it_goes_on(number, settings, fini
     assert_same_bytes(out, finished)
 
 
-def test_signal_while_modules_are_imported(settings, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_modules_are_imported(number, settings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**settings, "output_dir": str(tmp_path / "out")}))
     command = [sys.executable, "-v", "run_experiment.py", "--config", str(tmp_path / "config.json")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("import 'torch.nn"):
                 break
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         printed = process.stderr.read()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert STOPPED in printed
     assert "Traceback" not in printed
