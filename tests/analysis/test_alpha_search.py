@@ -34,8 +34,8 @@ def times(ratio, repetition=0.1):
     return texts([text.perplexity * ratio for text in UNSTEERED], repetition)
 
 
-def rates(*values, perplexity=10.0):
-    return [ScoredText(perplexity, value) for value in values]
+def rates(*values):
+    return [ScoredText(10.0, value) for value in values]
 
 
 def by_rule(rule):
@@ -70,13 +70,12 @@ def test_each_round_is_one_call_for_all_conditions_and_no_alpha_is_measured_twic
     alphas = search_alphas(list(thresholds), measure, UNSTEERED, BRACKET, n_evaluations=n_evaluations)
     assert [list(asked) for asked in rounds] == [list(thresholds)] * n_evaluations
     for condition, chosen in alphas.items():
-        measured = sorted({asked[condition] for asked in rounds})
+        measured = sorted({asked[condition] for asked in rounds[:n_evaluations]})
         assert [point.alpha for point in chosen.curve] == measured
         assert len(measured) == n_evaluations
         assert LOW <= measured[0] < measured[-1] <= HIGH
-    for condition in thresholds:
         alone = search_alphas([condition], measure, UNSTEERED, BRACKET, n_evaluations=n_evaluations)
-        assert alone == {condition: alphas[condition]}
+        assert alone == {condition: chosen}
 
 
 @pytest.mark.parametrize(
@@ -94,18 +93,9 @@ def test_threshold_outside_the_bracket_gives_its_end(threshold, ends_at):
 @pytest.mark.parametrize("phase", [0.0, 1.5, 3.0, 4.5])
 def test_the_next_alpha_above_the_chosen_one_is_incoherent_where_coherence_comes_and_goes(frequency, phase):
     chosen = search(by_rule(lambda alpha: math.sin(frequency * math.log(alpha) + phase) > -0.5))
-    alphas = [point.alpha for point in chosen.curve]
-    if chosen.is_coherent:
-        assert chosen.point.is_coherent
-        assert not any(point.is_coherent for point in chosen.curve[alphas.index(chosen.alpha) + 1 :])
-        assert (chosen.at == "highest") == (chosen.alpha == alphas[-1])
-    else:
-        assert chosen.alpha == LOW == alphas[0]
-
-
-def test_alpha_incoherent_below_the_chosen_one_does_not_lower_it():
-    chosen = search(by_rule(lambda alpha: alpha <= 4.0 and not 0.6 < alpha < 1.0))
-    assert chosen.alpha == pytest.approx(4.0, rel=0.05)
+    coherent = [point.alpha for point in chosen.curve if point.is_coherent]
+    assert (chosen.alpha, chosen.is_coherent) == (max(coherent, default=LOW), bool(coherent))
+    assert (chosen.at == "highest") == (chosen.alpha == chosen.curve[-1].alpha)
 
 
 @pytest.mark.parametrize(
@@ -116,12 +106,7 @@ def test_alpha_incoherent_below_the_chosen_one_does_not_lower_it():
         # One extreme pair does not decide as a mean of ratios, 1.83, would.
         (texts([40.0, 5.0, 10.0]), texts([10.0] * 3), 2 ** (1 / 3), None),
         (texts([12.0, None, 5e3, *[12.0] * 9]), texts([10.0, 1e3, None, *[10.0] * 9]), 1.2, None),
-        (
-            rates(*[None] * 4, perplexity=None),
-            UNSTEERED,
-            None,
-            "texts missing, no perplexity to compare, no repetition to compare",
-        ),
+        (texts([None] * 4), UNSTEERED, None, "texts missing, no perplexity to compare"),
         (texts([None, 10.0]), texts([10.0, None]), None, "no perplexity to compare"),
         (texts([math.inf, *[10.0] * 99]), texts([10.0] * 100), 1.0, "perplexity not finite"),
         (texts([math.nan, *[10.0] * 99]), texts([None, *[10.0] * 99]), 1.0, "perplexity not finite"),
@@ -152,12 +137,9 @@ def test_more_missing_texts_than_the_bound_are_incoherent(n_missing_before, n_mi
     assert point.reason == (None if is_coherent else "texts missing")
 
 
-@pytest.mark.parametrize(
-    ("bounds", "is_coherent"),
-    [((1.5, 0.05), False), ((2.5, 0.3), True), ((2.5, 0.05), False), ((1.5, 0.3), False)],
-)
-def test_bounds_are_those_given(bounds, is_coherent):
-    assert compare(1.0, times(2.0, 0.3), UNSTEERED, CoherenceBound(*bounds)).is_coherent is is_coherent
+@pytest.mark.parametrize(("bounds", "reason"), [((2.5, 0.3), None), ((1.9, 0.1), "perplexity, repetition")])
+def test_bounds_are_those_given(bounds, reason):
+    assert compare(1.0, times(2.0, 0.3), UNSTEERED, CoherenceBound(*bounds)).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -174,11 +156,8 @@ def test_bound_is_on_what_exceeds_the_traits_own_cost_and_never_stricter(cost, r
 @pytest.mark.parametrize("probability", [0.0, 0.9, None])
 def test_trait_is_reported_and_never_chosen_by(probability):
     def measure(asked):
-        traits = [probability, probability, None, None]
-        return [
-            [replace(text, trait_probability=trait) for text, trait in zip(found, traits, strict=True)]
-            for found in by_rule(lambda alpha: alpha < 2)(asked)
-        ]
+        found = by_rule(lambda alpha: alpha < 2)(asked)
+        return [[replace(text, trait_probability=probability), *others] for text, *others in found]
 
     chosen = search(measure)
     assert chosen.alpha == search(by_rule(lambda alpha: alpha < 2)).alpha
@@ -195,12 +174,7 @@ def test_texts_that_cannot_be_paired_raise(change):
 
 @pytest.mark.parametrize(
     ("unsteered", "missing"),
-    [
-        ([], "finite perplexity"),
-        (texts([None, None]), "finite perplexity"),
-        (texts([math.inf, math.nan]), "finite perplexity"),
-        (texts([10.0, 20.0], None), "repetition rate"),
-    ],
+    [(texts([None, math.inf, math.nan]), "finite perplexity"), (texts([10.0], None), "repetition rate")],
 )
 def test_unsteered_texts_without_a_metric_are_rejected_before_anything_is_measured(unsteered, missing):
     with pytest.raises(InputError, match=missing):
@@ -208,15 +182,10 @@ def test_unsteered_texts_without_a_metric_are_rejected_before_anything_is_measur
 
 
 def test_alphas_survive_a_file():
-    thresholds = {"oracle": 3.0, "ridge_mapped": 99.0, "interpolate": 0.1}
-
     def measure(asked):
-        return [
-            times(1.25) if alpha <= thresholds[name] else texts([None] * len(UNSTEERED))
-            for (_, name), alpha in asked
-        ]
+        return [times(1.25) if alpha <= 3 else texts([None] * len(UNSTEERED)) for _, alpha in asked]
 
-    alphas = search_alphas([("loud", name) for name in thresholds], measure, UNSTEERED, BRACKET)
+    alphas = search_alphas([CONDITION, ("calm", "zero_pad")], measure, UNSTEERED, BRACKET)
     content = json.loads(json.dumps(alphas_content(alphas, CoherenceBound(2.0, 0.1), {"loud": 2.2})))
     assert list(alphas_from_content(content).items()) == list(alphas.items())
     assert (content["bound"]["max_perplexity_ratio"], content["trait_costs"]) == (2.0, {"loud": 2.2})
@@ -248,7 +217,6 @@ def listed(ratios, repetition=0.1):
         ({0.5: 3.0, 1.0: 4.0}, 0.1, 0.5),
         ({-1.0: 1.4, -0.5: 1.1}, 0.1, -1.0),
     ],
-    ids=["perplexity", "all coherent", "repetition", "none coherent", "negative"],
 )
 def test_listed_alphas_are_compared_at_the_oracles_strongest_coherent_one(ratios, repetition, alpha):
     rows = listed(ratios, repetition)

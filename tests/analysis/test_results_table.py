@@ -6,13 +6,7 @@ import pandas as pd
 import pytest
 from made_up_scores import COMPARED, VALIDATED, scored_row, scored_run
 
-from analysis.results_table import (
-    cell,
-    cell_perplexity_ratio,
-    effects_table,
-    perplexity_ratio,
-    results_table,
-)
+from analysis.results_table import cell, cell_perplexity_ratio, effects_table, results_table
 from analysis.side_effects import off_target, strength_curves
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
@@ -21,13 +15,10 @@ from reporting.tables import format_success
 
 
 def test_brevity_counts_texts_that_end_soon():
-    rows = [scored_row("baseline", n, 0.1, output="word " * 80) for n in range(3)]
-    rows += [scored_row(ORACLE, 0, 0.1, output="word " * 30)]
-    rows += [scored_row(ORACLE, 1, 0.1, output="word " * 30, has_ended=False)]
-    rows += [scored_row(ORACLE, 2, 0.1, output="word " * 60), scored_row(ORACLE, 3, 0.1, output=" ")]
-    brief = results_table(rows)["brevity"][3:]
-    assert brief[:-1].tolist() == [1.0, 0.0, 0.0]
-    assert math.isnan(brief.iloc[-1])
+    rows = [scored_row("baseline", 0, 0.1, output="word " * 80)]
+    for n_words, has_ended in ((30, True), (30, False), (60, True), (0, True)):
+        rows.append(scored_row(ORACLE, 0, 0.1, output="word " * n_words, has_ended=has_ended))
+    assert results_table(rows)["brevity"].tolist() == pytest.approx([0, 1, 0, 0, math.nan], nan_ok=True)
 
 
 def test_a_cell_has_its_rows_and_the_scores_of_every_persona():
@@ -43,50 +34,35 @@ def test_a_cell_has_its_rows_and_the_scores_of_every_persona():
     assert cell(table, "calm", ORACLE, 2).empty
 
 
-@pytest.mark.parametrize(
-    ("steered", "unsteered", "ratio"),
-    [
-        ([40.0, 10.0], [10.0, 10.0], 2.0),
-        ([30.0, None, math.inf, 7.0], [10.0, 5.0, 5.0, math.nan], 3.0),
-        ([None], [10.0], None),
-        ([], [], None),
-    ],
-)
-def test_a_ratio_is_the_geometric_mean_over_pairs_that_are_finite(steered, unsteered, ratio):
-    assert perplexity_ratio(steered, unsteered) == (ratio and pytest.approx(ratio))
-
-
 def test_a_cells_ratio_pairs_texts_by_prompt_and_seed_in_any_order():
     unsteered = {(0, 0): 10.0, (0, 1): 20.0, (1, 0): 40.0, (2, 0): 80.0, (3, 0): 5.0}
     rows = [scored_row("baseline", k, 0.1, seed, perplexity=value) for (k, seed), value in unsteered.items()]
-    rows += [
-        scored_row(ORACLE, k, 0.5, seed, perplexity=None if k == 3 else 2.0 * value)
-        for (k, seed), value in reversed(unsteered.items())
-        if k != 2
-    ]
+    steered = {(3, 0): None, (1, 0): 80.0, (0, 1): 40.0, (0, 0): 20.0}
+    rows += [scored_row(ORACLE, k, 0.5, seed, perplexity=value) for (k, seed), value in steered.items()]
     table = results_table(rows)
     assert cell_perplexity_ratio(table, "loud", ORACLE, 1.0) == pytest.approx(2.0)
     assert cell_perplexity_ratio(table, "loud", ORACLE, 9.0) is None
 
 
-def rows_at(alphas):
-    """Unsteered texts and those of each alpha, which adds to the trait and doubles perplexity by 1."""
-    cells = [("baseline", 0.0), *((name, alpha) for name in alphas for alpha in alphas[name])]
-    return [
+def curves_at(alphas):
+    """Curves of texts at each alpha, which adds to the trait and doubles perplexity by 1."""
+    rows = [
         scored_row(name, prompt, 0.1 + alpha + prompt / 100, alpha=alpha, perplexity=10 * 2**alpha)
-        for name, alpha in cells
+        for name, of_name in {"baseline": [0.0], **alphas}.items()
+        for alpha in of_name
         for prompt in range(3)
     ]
+    return strength_curves(results_table(rows), ["loud"])
 
 
 def test_curves_have_the_conditions_of_several_alphas_and_mapped_and_oracle_beside_them():
     alphas = {MAPPED: [0.5], ORACLE: [0.5], "shuffled_pairs": [0.9, 0.5], "zero_pad": [0.5]}
-    curves = strength_curves(results_table(rows_at(alphas)), ["loud"])["loud"]
+    curves = curves_at(alphas)["loud"]
     n_points = {name: len(points) for name, points in curves.items()}
     assert n_points == {MAPPED: 1, ORACLE: 1, "shuffled_pairs": 2}
     found = [tuple(point.values()) for point in curves["shuffled_pairs"]]
     assert found == [pytest.approx((alpha, 2**alpha, alpha, alpha, alpha)) for alpha in (0.5, 0.9)]
-    assert strength_curves(results_table(rows_at({MAPPED: [0.5], ORACLE: [0.5]})), ["loud"]) == {}
+    assert curves_at({MAPPED: [0.5], ORACLE: [0.5]}) == {}
 
 
 def test_what_else_a_vector_moves_is_against_the_unsteered_text():
@@ -135,8 +111,7 @@ def test_effects_table_has_a_row_for_each_scorer_and_condition():
     assert mapped["compared_at"].tolist() == ["chosen alpha", "oracle alpha"]
     assert mapped["plain_text_perplexity_ratio"].fillna(0).tolist() == [1.2, 0.0]
     first, decided = mapped.iloc[0], found["scorers"]["classifier"]
-    assert first["recovery"] == decided["recovery"]["estimate"]
-    assert first["effect"] == decided["mapped"]["estimate"]
-    assert first["rate"] == decided["rates"][MAPPED]["corrected"]["estimate"]
+    expected = decided["recovery"], decided["mapped"], decided["rates"][MAPPED]["corrected"]
+    assert first[["recovery", "effect", "rate"]].tolist() == [each["estimate"] for each in expected]
     assert (first["perplexity_ratio"], first["n_prompts"]) == (pytest.approx(1.0), 10)
     assert pd.isna(frame[frame["condition"] == ORACLE]["recovery"]).all()

@@ -17,6 +17,7 @@ from reporting.tables import format_verdicts, verdict_sentence
 
 BOTH = {"classifier": VALIDATED, "likelihood_ratio": VALIDATED}
 BREVITY = {"is_validated": True, "problems": []}
+RUN, ONE = scored_run(0.8, 0.8), {"classifier": VALIDATED}
 
 
 def differences(mapped, oracle, n=40, noise=0.15, seed=0):
@@ -30,8 +31,12 @@ def decided(given):
     return decide(given, adjusted_p({key: given})[key])
 
 
-def verdict_of(rows, validation, persona="loud"):
-    return decide_verdicts(results_table(rows), {persona: COMPARED}, {persona: validation})[persona]
+def verdict_of(rows, validation):
+    return decide_verdicts(results_table(rows), {"loud": COMPARED}, {"loud": validation})["loud"]
+
+
+def without(rows, condition):
+    return [row for row in rows if row["condition"] != condition]
 
 
 @pytest.mark.parametrize(
@@ -74,23 +79,6 @@ def test_an_open_case_says_how_many_prompts_would_settle_it(given):
     assert found.n_prompts < found.prompts_needed < 300
 
 
-@pytest.mark.parametrize(
-    ("left_out", "n", "scale", "reason"),
-    [
-        ((), 7, 1, "few prompts"),
-        ((ORACLE,), 40, 1, "no scores"),
-        ((), 40, 0, "equal scores"),
-        (("shuffled_pairs",), 40, 1, "control missing"),
-    ],
-)
-def test_what_cannot_be_told_has_its_reason(left_out, n, scale, reason):
-    given = {
-        name: scale * values for name, values in differences(0.6, 0.6, n).items() if name not in left_out
-    }
-    found = decided(given)
-    assert (found.verdict, found.reason, found.missing) == ("inconclusive", reason, left_out)
-
-
 def test_effects_pair_prompts_and_average_seeds():
     rows = [scored_row(UNSTEERED, *each) for each in ((0, 0.1), (0, 0.3, 1), (1, 0.5), (2, 0.5))]
     rows += [scored_row(ORACLE, *each) for each in ((0, 0.6), (0, 0.8, 1), (1, 0.4), (2, None))]
@@ -117,14 +105,10 @@ def test_no_verdict_rests_on_a_scorer_that_is_not_validated():
     one = {"classifier": VALIDATED, "likelihood_ratio": NOT_VALIDATED}
     found = verdict_of(scored_run(0.8, 0.8, other=0.1), one)
     assert (found.verdict, found.rests_on) == ("equivalent to native", ("classifier",))
-    for validation in ({"classifier": NOT_VALIDATED}, {}):
-        none = verdict_of(scored_run(0.8, 0.8), validation)
-        assert (none.verdict, none.reason, none.rests_on) == ("inconclusive", "no scorer validated", ())
 
 
 def test_rates_are_corrected_for_the_errors_that_the_validation_found():
-    found = verdict_of(scored_run(0.8, 0.8), {"classifier": VALIDATED})
-    rates = found.scorers["classifier"].rates
+    rates = verdict_of(RUN, ONE).scorers["classifier"].rates
     for rate in rates.values():
         expected = min(1, max(0, (rate["raw"] - 0.1) / 0.7))
         assert rate["corrected"].estimate == pytest.approx(expected)
@@ -143,37 +127,39 @@ def test_more_personas_make_the_adjusted_p_larger():
     assert both[ORACLE].p_mapped_over_it is None
 
 
-RUN, ONE = scored_run(0.8, 0.8), {"classifier": VALIDATED}
 INTERVAL = r"[-+]0\.\d\d \[[-+]0\.\d\d, [-+]0\.\d\d\]"
 RECOVERS = r"the mapped vector recovers -?\d+ % \[-?\d+, \d+\] of the native effect"
+ALONE = r"INCONCLUSIVE \(on the classifier alone\): by the classifier"
 SAID = {
-    f"by the classifier, {RECOVERS} and differs from the best control, .*, by {INTERVAL} "
-    r"\(Holm p 0\.\d+\)": (RUN, BOTH),
-    r"the scorers disagree \(classifier says equivalent to native, likelihood ratio says not transferred\); "
-    f"by the likelihood ratio, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
-    f"by the classifier, the native vector moves the trait by {INTERVAL}": (scored_run(0.1, 0.1), BOTH),
-    ".* 7 prompts have scores and an interval needs 8": (scored_run(0.8, 0.8, n=7), BOTH),
-    r".* no text has a score under native \(oracle\)": ([r for r in RUN if r["condition"] != ORACLE], BOTH),
-    f".* {RECOVERS}, but these controls were not run: other personas": (
-        [r for r in RUN if r["condition"] != "other_persona"],
+    f"EQUIVALENT TO NATIVE: by the classifier, {RECOVERS} and differs from the best control, .*, "
+    rf"by {INTERVAL} \(Holm p 0\.\d+\)": (RUN, BOTH),
+    r"INCONCLUSIVE: the scorers disagree \(classifier says equivalent to native, likelihood ratio says not "
+    rf"transferred\); by the likelihood ratio, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
+    f"NATIVE STEERING INEFFECTIVE: by the classifier, the native vector moves the trait by {INTERVAL}": (
+        scored_run(0.1, 0.1),
+        BOTH,
+    ),
+    f"{ALONE}, 7 prompts have scores and an interval needs 8": (scored_run(0.8, 0.8, n=7), ONE),
+    rf"{ALONE}, no text has a score under native \(oracle\)": (without(RUN, ORACLE), ONE),
+    f"{ALONE}, {RECOVERS}, but these controls were not run: other personas": (
+        without(RUN, "other_persona"),
         ONE,
     ),
-    "by brevity, all scores are equal, .*": (RUN, {"brevity": BREVITY}),
-    ".* all scores are equal, .*": ([{**r, "trait_probability": 0.5} for r in RUN], ONE),
-    r"no scorer is validated \(classifier: AUC 0\.70 on fragments\)": (RUN, {"classifier": NOT_VALIDATED}),
-    "no scorer is validated": (RUN, {}),
-    r".*; about \d+ prompts would settle it": (scored_run(0.3, 0.4, n=8, noise=0.3), ONE),
+    r"INCONCLUSIVE \(on brevity alone\): by brevity, all scores are equal, .*": (RUN, {"brevity": BREVITY}),
+    r"INCONCLUSIVE: no scorer is validated \(classifier: AUC 0\.70 on fragments\)": (
+        RUN,
+        {"classifier": NOT_VALIDATED},
+    ),
+    "INCONCLUSIVE: no scorer is validated": (RUN, {}),
+    rf"{ALONE}, .*; about \d+ prompts would settle it": (scored_run(0.3, 0.4, n=8, noise=0.3), ONE),
 }
 
 
 @pytest.mark.parametrize("sentence", SAID)
-def test_the_reason_is_said_in_a_sentence_made_from_the_file_alone(sentence):
+def test_a_verdict_and_its_reason_are_said_in_a_sentence_made_from_the_file_alone(sentence):
     content = json.loads(json.dumps(verdict_of(*SAID[sentence]).content(), allow_nan=False))
-    assert re.fullmatch(sentence, verdict_sentence(content)), verdict_sentence(content)
     first, last = format_verdicts({"loud": content}).split("\n")
-    alone = {("classifier",): " (on the classifier alone)", ("brevity",): " (on brevity alone)"}
-    alone = alone.get(tuple(content["rests_on"]), "")
-    assert first.startswith(f"loud: {content['verdict'].upper()}{alone}: ")
+    assert re.fullmatch(f"loud: {sentence}", first), first
     assert last == f"personas: 1 {content['verdict']}"
 
 

@@ -4,23 +4,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from watching import fails_at
 
-from activation_extractor import block_output
 from decoding.loop import DROP_FRACTION, decode
-from model_loading import decoder_blocks
 from support.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 PROMPTS = [[256, 5, 6, 7], [256], [256, 30, 31, 32, 33, 34], [256, 5, 6, 9], [256, 77, 78]]
 LONG_PROMPTS = [[256, *range(length)] for length in (3, 11, 8, 7, 14)]
 END = VOCAB_SIZE - 1
 SLIDING = {
-    "mistral": {"sliding_window": 8},
-    "gemma2": {"sliding_window": 8},
+    **{name: {"sliding_window": 8} for name in ("mistral", "gemma2", "phi3", "starcoder2", "mixtral")},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "phi3": {"sliding_window": 8},
-    "starcoder2": {"sliding_window": 8},
-    "mixtral": {"sliding_window": 8},
     "gpt_neo": {"window_size": 8},
 }
 
@@ -28,11 +22,6 @@ SLIDING = {
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request):
     return tiny_model(request.param)
-
-
-@pytest.fixture(scope="module", params=SLIDING)
-def sliding(request):
-    return tiny_model(request.param, **SLIDING[request.param])
 
 
 def greedy(logits, rows, step):
@@ -65,33 +54,39 @@ def one_by_one(model, prompts, n_steps):
     return found
 
 
-def test_a_batch_decodes_as_whole_passes_one_by_one(model):
-    """Also when some rows end."""
-    expected = one_by_one(model, PROMPTS, 7)
-    assert decode(model, PROMPTS, greedy, 7) == expected
-    assert len({tuple(new) for new in expected}) > 2
-    at = {0: 2, 1: 0, 3: 4}
-    found = decode(model, PROMPTS, ending(at), 7, ends={END})
-    assert found == [new[: at.get(row, 7)] for row, new in enumerate(expected)]
+def check_decoding(model, prompts, n_steps, at=None, **options):
+    """Decode a batch whose rows end at row -> step of `at` as whole passes do one by one."""
+    expected, at = one_by_one(model, prompts, n_steps), at or {}
+    assert len(set(map(tuple, expected))) > 1
+    found = decode(model, prompts, ending(at), n_steps, {END}, **options)
+    assert found == [new[: at.get(row, n_steps)] for row, new in enumerate(expected)]
+
+
+@pytest.mark.parametrize("at", [{}, {0: 2, 1: 0, 3: 4}])
+def test_a_batch_decodes_as_whole_passes_one_by_one(model, at):
+    check_decoding(model, PROMPTS, 7, at)
+
+
+@pytest.mark.parametrize("at", [{}, {0: 0, 1: 2, 4: 1}])
+def test_rows_with_equal_keys_decode_as_whole_passes_one_by_one(model, at):
+    check_decoding(model, [PROMPTS[row] for row in (4, 2, 4, 2, 2)], 5, at, row_keys=[1, 0, 1, 0, 0])
 
 
 @pytest.mark.parametrize("at", [{}, {0: 2, 1: 6, 3: 13}])
-def test_a_sliding_window_shorter_than_the_text_is_respected(sliding, at):
-    expected = one_by_one(sliding, LONG_PROMPTS, 16)
-    found = decode(sliding, LONG_PROMPTS, ending(at), 16, ends={END})
-    assert found == [new[: at.get(row, 16)] for row, new in enumerate(expected)]
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_sliding_window_shorter_than_the_text_is_respected(name, at):
+    check_decoding(tiny_model(name, **SLIDING[name]), LONG_PROMPTS, 16, at)
 
 
 @pytest.mark.parametrize("window", [29, 30, 31, 32])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "mistral"])
 def test_a_sliding_window_about_as_long_as_the_text_is_respected(name, window):
     """The longest text has 15 + 16 positions, of which the last is not read."""
-    model = tiny_model(name, **{**SLIDING[name], "sliding_window": window})
-    assert decode(model, LONG_PROMPTS, greedy, 16) == one_by_one(model, LONG_PROMPTS, 16)
+    check_decoding(tiny_model(name, **{**SLIDING[name], "sliding_window": window}), LONG_PROMPTS, 16)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral", "gpt_neo"])
-def test_the_window_of_that_check_matters(name):
+def test_the_window_of_these_checks_matters(name):
     settings = {key: 64 if isinstance(value, int) else value for key, value in SLIDING[name].items()}
     wide, narrow = (tiny_model(name, **options) for options in (settings, SLIDING[name]))
     assert decode(wide, LONG_PROMPTS, greedy, 16) != decode(narrow, LONG_PROMPTS, greedy, 16)
@@ -121,24 +116,6 @@ def test_rows_are_dropped_once_an_eighth_has_ended_and_the_hooks_are_told_which_
         assert (len(rows) - len(left)) * DROP_FRACTION < max(1, len(rows))
 
 
-def test_logits_rows_and_steps_that_are_handed_over_belong_together(llama):
-    """Each row's logits are those of its own text, also after others have left."""
-    at, seen = {0: 1, 2: 3, 4: 3}, {}
-
-    def choose(logits, rows, step):
-        assert logits.shape == (len(rows), VOCAB_SIZE)
-        for row, of_row in zip(rows.tolist(), logits.clone(), strict=True):
-            seen[row, step] = of_row
-        return ending(at)(logits, rows, step)
-
-    found = decode(llama, PROMPTS, choose, 6, {END})
-    for row, (prompt, new) in enumerate(zip(PROMPTS, found, strict=True)):
-        with torch.inference_mode():
-            whole = llama(torch.tensor([[*prompt, *new]])).logits[0, len(prompt) - 1 :]
-        for step in range(len(new)):
-            assert torch.allclose(seen[row, step], whole[step], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("last", [0, 3])
 def test_decoding_stops_when_all_rows_have_ended(llama, last):
     steps, at = [], {row: min(row, last) for row in range(5)}
@@ -155,98 +132,68 @@ def test_any_of_several_tokens_ends_a_row_and_is_left_out(llama):
         assert new == whole[:cut]
 
 
-@pytest.fixture
-def rows_of_passes(llama):
-    """How many rows each pass through the model has."""
-    counts = []
-    handle = decoder_blocks(llama)[0].register_forward_hook(
-        lambda module, args, output: counts.append(len(block_output(output)))
-    )
-    yield counts
-    handle.remove()
-
-
-REPEATED = [PROMPTS[row] for row in (3, 0, 3, 2, 0, 3)]
-
-
-def test_prompts_of_rows_with_equal_keys_are_read_once_and_the_rows_go_their_own_ways(llama, rows_of_passes):
+def test_prompts_of_rows_with_equal_keys_are_read_once_and_the_rows_go_their_own_ways():
     def choose(logits, rows, step):
         return (logits + 3 * torch.sin(rows[:, None] + torch.arange(VOCAB_SIZE))).argmax(-1)
 
-    changes = []
+    model, repeated, changes = tiny_model(), [PROMPTS[row] for row in (3, 0, 3, 2, 0, 3)], []
+    n_rows = fails_at(model, lambda *asked: False)
     note = {"on_rows_change": lambda rows: changes.append(rows.tolist())}
-    found = decode(llama, REPEATED, choose, 5, row_keys="abacba", **note)
-    assert rows_of_passes == [3, 6, 6, 6, 6]
+    found = decode(model, repeated, choose, 5, row_keys="abacba", **note)
+    assert n_rows == [3, 6, 6, 6, 6]
     assert changes == [[0, 1, 3], [0, 1, 2, 3, 4, 5]]
-    rows_of_passes.clear()
-    assert found == decode(llama, REPEATED, choose, 5)
-    assert rows_of_passes == [6] * 5
+    assert found == decode(model, repeated, choose, 5)
+    assert n_rows[5:] == [6] * 5
     assert found[0] != found[2]
 
 
-def test_rows_with_equal_keys_in_every_architecture(model):
-    prompts = [PROMPTS[row] for row in (4, 2, 4, 2, 2)]
-    expected = one_by_one(model, prompts, 5)
-    assert decode(model, prompts, greedy, 5, row_keys=[1, 0, 1, 0, 0]) == expected
-    at = {0: 0, 1: 2, 4: 1}
-    found = decode(model, prompts, ending(at), 5, {END}, row_keys=[1, 0, 1, 0, 0])
-    assert found == [new[: at.get(row, 5)] for row, new in enumerate(expected)]
-
-
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 OTHER_STATES = {
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "intermediate_size": 64},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen3_next": {
+        **EXPERTS,
         "layer_types": ["linear_attention", "full_attention"] * 2,
-        "head_dim": 8,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 2,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
         "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
-        "head_dim": 8,
         "vocab_size_per_layer_input": VOCAB_SIZE,
         "hidden_size_per_layer_input": 8,
         "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "deepseek_v3": {
+        **EXPERTS,
         "num_key_value_heads": 4,
-        "head_dim": 8,
         "kv_lora_rank": 8,
         "q_lora_rank": 8,
         "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8,
         "v_head_dim": 4,
         "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
         "n_group": 2,
         "topk_group": 1,
-        "moe_intermediate_size": 16,
     },
 }
 
 
 @pytest.mark.parametrize("name", OTHER_STATES)
-def test_models_with_other_states_than_plain_keys_and_values(name):
+def test_models_with_other_states_than_plain_keys_and_values(name, monkeypatch):
     """Convolutions, linear attention, layers that share keys, values shorter than keys."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    settings = {"num_key_value_heads": 2, **shape, **OTHER_STATES[name], "vocab_size": VOCAB_SIZE}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).float().eval()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.15)
+    monkeypatch.setitem(ARCHITECTURES, name, {**SHAPE, **OTHER_STATES[name]})
     prompts = [PROMPTS[row] for row in (4, 2, 4, 2, 2, 1)]
-    expected = one_by_one(model, prompts, 6)
-    at = {0: 0, 1: 2, 4: 1}
-    found = decode(model, prompts, ending(at), 6, {END}, row_keys="ababbc")
-    assert found == [new[: at.get(row, 6)] for row, new in enumerate(expected)]
-    assert len({tuple(new) for new in expected}) == 3
+    check_decoding(tiny_model(name), prompts, 6, {0: 0, 1: 2, 4: 1}, row_keys="ababbc")

@@ -1,12 +1,11 @@
 """A narrowed head gives the logits of the selected places, and leaves the model as it was."""
 
-from contextlib import nullcontext
+from contextlib import suppress
 
 import pytest
 import torch
 from pairwise import every_pair
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from decoding import output_head
 from decoding.output_head import narrowed_head, token_log_likelihoods, total_weight
@@ -25,9 +24,7 @@ class OwnLinear(nn.Linear):
 
 def with_own_head():
     model = tiny_model()
-    head = OwnLinear(*reversed(model.lm_head.weight.shape), bias=False)
-    head.load_state_dict(model.lm_head.state_dict())
-    model.lm_head = head
+    model.lm_head.__class__ = OwnLinear
     return model
 
 
@@ -43,6 +40,8 @@ MODELS = {
     "low soft cap": lambda: tiny_model("gemma2", final_logit_softcapping=0.5),
     "tied": lambda: tiny_model("llama", tie_word_embeddings=True),
     "head of its own class": with_own_head,
+    "bfloat16": lambda: with_bias().to(torch.bfloat16),
+    "float16": lambda: with_bias().to(torch.float16),
 }
 
 
@@ -71,23 +70,16 @@ def test_selected_places_have_the_logits_of_a_whole_pass(model, selection):
     select, whole = SELECTIONS[selection], logits_of(model)
     with narrowed_head(model, select):
         found = logits_of(model)
-    assert found.shape == select(whole).shape
-    assert torch.allclose(found, select(whole), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if whole.dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, select(whole), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("error", [None, KeyError("body")])
-def test_the_head_is_restored_even_when_the_body_raises(model, error):
+def test_the_head_is_restored_even_when_the_body_raises(model):
     head, before = model.get_output_embeddings(), logits_of(model)
     own = dict(vars(head))
-
-    def narrow():
-        with narrowed_head(model, lambda hidden: hidden[:, -1:]):
-            logits_of(model)
-            if error:
-                raise error
-
-    with pytest.raises(KeyError, match="body") if error else nullcontext():
-        narrow()
+    with suppress(KeyError), narrowed_head(model, lambda hidden: hidden[:, -1:]):
+        logits_of(model)
+        raise KeyError
     assert vars(head) == own
     assert torch.equal(logits_of(model), before)
 
@@ -105,28 +97,10 @@ def test_a_forward_that_the_head_had_is_used_and_put_back():
 
 
 def test_a_model_without_a_head_of_its_own_gives_all_logits(llama):
-    class Headless(LlamaForCausalLM):
-        def get_output_embeddings(self):
-            return None
-
-    model = Headless(llama.config).eval()
-    model.load_state_dict(llama.state_dict())
-
-    def never(hidden):
-        raise AssertionError("select was called")
-
-    with narrowed_head(model, never):
+    model = tiny_model()
+    model.get_output_embeddings = lambda: None
+    with narrowed_head(model, lambda hidden: pytest.fail("select was called")):
         assert torch.equal(logits_of(model), logits_of(llama))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_the_logits_of_a_whole_pass(dtype):
-    model = with_bias().to(dtype)
-    whole = logits_of(model)
-    with narrowed_head(model, lambda hidden: hidden[:, -1:]):
-        last = logits_of(model)
-    assert last.dtype == dtype
-    assert torch.allclose(last.float(), whole[:, -1:].float(), rtol=0.02, atol=0.02)
 
 
 def test_passes_of_different_sizes_do_not_disturb_each_other(llama):
@@ -156,24 +130,18 @@ def small_tiles(monkeypatch):
 @every_pair(
     size=[1, 7, 64, 65, 3_000],
     scale=[0.0, 3.0, 1e4],
+    left_out=[slice(0), slice(60, 200)],  # tokens at minus infinity fill parts of the vocabulary
     layout=LAYOUTS,
     dtype=[torch.float32, torch.bfloat16, torch.float16],
 )
-def test_token_log_likelihoods_are_log_softmax_in_float64(size, scale, layout, dtype):
+def test_token_log_likelihoods_are_log_softmax_in_float64(size, scale, left_out, layout, dtype):
     logits, tokens = (scale * torch.randn(9, size)).clamp(-6e4, 6e4).to(dtype), torch.randint(size, (9,))
+    logits[:, left_out] = float("-inf")
+    tokens[logits[0, tokens].isinf()] = 0
     expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     found = token_log_likelihoods(LAYOUTS[layout](logits), tokens)
     assert found.dtype == torch.float64
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.usefixtures("small_tiles")
-def test_token_log_likelihoods_leave_out_tokens_at_minus_infinity():
-    """Also where a part of the vocabulary holds no other tokens."""
-    logits, tokens = torch.randn(9, 300), torch.randint(50, (9,))
-    logits[:, 60:200] = float("-inf")
-    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    assert torch.allclose(token_log_likelihoods(logits, tokens), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -12,7 +12,6 @@ from support.errors import InputError
 
 SETTINGS = [
     (1.0, 0, 1.0),
-    (0.6, 0, 1.0),
     (1.5, 10, 1.0),
     (1.0, 0, 0.9),
     (0.8, 20, 0.7),
@@ -20,7 +19,6 @@ SETTINGS = [
     (1.0, 1, 1.0),
     (1.0, 50, 0.5),
     (1.3, 40, 0.99),
-    (1.0, 0, 0.99),
     (1e-4, 0, 0.9),
     (50.0, 0, 0.95),
 ]
@@ -33,20 +31,16 @@ LAYOUTS = {"rows": lambda logits: logits, "columns": lambda logits: logits.T.con
 
 def make_logits(kind, n_rows, size):
     generator = torch.Generator().manual_seed(size)
-    normal = torch.randn(n_rows, size, generator=generator)
-    if kind == "peaked":
-        return 4 * normal
-    if kind == "flat":
-        return 0.01 * normal
-    if kind == "heavy tail":  # 1 / rank in a random order
-        order = torch.rand(n_rows, size, generator=generator).argsort(-1)
-        return -torch.log(1.0 + order) * 1.05
-    if kind == "few finite":
-        is_left_out = torch.rand(n_rows, size, generator=generator) > 0.002
-        is_left_out[:, 0] = False
-        return (4 * normal).masked_fill(is_left_out, -math.inf)
-    assert kind == "tied"
-    return (2 * normal).round()
+    normal, uniform = (make(n_rows, size, generator=generator) for make in (torch.randn, torch.rand))
+    is_left_out = uniform > 0.002
+    is_left_out[:, 0] = False
+    return {
+        "peaked": 4 * normal,
+        "flat": 0.01 * normal,
+        "heavy tail": -torch.log(1.0 + uniform.argsort(-1)) * 1.05,  # 1 / rank in a random order
+        "few finite": (4 * normal).masked_fill(is_left_out, -math.inf),
+        "tied": (2 * normal).round(),
+    }[kind]
 
 
 KINDS = ["peaked", "flat", "heavy tail", "few finite", "tied"]
@@ -58,12 +52,8 @@ def make_uniforms(n):
 
 def warped(scores, temperature, top_k, top_p):
     """The scores that transformers leaves, in the order in which it applies its warpers."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(min(top_k, scores.shape[-1])))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers(None, scores)
+    limits = TopKLogitsWarper(min(top_k or math.inf, scores.shape[-1])), TopPLogitsWarper(top_p)
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *limits])(None, scores)
 
 
 def sorted_choice(logits, uniform, temperature, top_k, top_p):
@@ -108,20 +98,20 @@ def test_each_token_has_the_probability_that_transformers_leaves_it(temperature,
     assert (frequency - expected).abs().max() < 1 / n + 1e-6
 
 
-@every_pair(settings=SETTINGS, kind=KINDS, size=SIZES)
-def test_partial_selection_chooses_as_sorting_everything_does(settings, kind, size):
+@every_pair(
+    settings=SETTINGS,
+    kind=KINDS,
+    size=SIZES,
+    layout=LAYOUTS,
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+)
+def test_partial_selection_chooses_as_sorting_everything_does(settings, kind, size, layout, dtype):
     temperature, top_k, top_p = settings[0], min(settings[1], size), settings[2]
-    logits, uniform = make_logits(kind, SIZES[size], size), make_uniforms(SIZES[size])
-    for layout in LAYOUTS.values():
-        chosen = RowSampler(temperature, top_k, top_p).choose(layout(logits), uniform)
-        assert_chosen_as_sorted(chosen, logits, uniform, temperature, top_k, top_p)
-
-
-@every_pair(settings=SETTINGS[::2], dtype=[torch.bfloat16, torch.float16, torch.float64], layout=LAYOUTS)
-def test_any_float_dtype_is_chosen_from_as_it_is(settings, dtype, layout):
-    logits, uniform = make_logits("peaked", 24, 9_000).to(dtype), make_uniforms(24)
-    chosen = RowSampler(*settings).choose(LAYOUTS[layout](logits), uniform)
-    assert_chosen_as_sorted(chosen, logits.float(), uniform, *settings)
+    logits, uniform = make_logits(kind, SIZES[size], size).to(dtype), make_uniforms(SIZES[size])
+    given = LAYOUTS[layout](logits.clone())
+    chosen = RowSampler(temperature, top_k, top_p).choose(given, uniform)
+    assert_chosen_as_sorted(chosen, logits.float(), uniform, temperature, top_k, top_p)
+    assert torch.equal(given, logits)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -143,21 +133,14 @@ def test_a_nucleus_around_the_first_sizes_is_not_cut(n_large, layout):
 @pytest.mark.parametrize("n_tied", [1, 2, MARGIN, MARGIN + 1, MARGIN + 2, 500])
 def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, layout):
     """As bfloat16 makes them tie; transformers keeps them all, more than k."""
-    n, size, top_k = 40, 40_000, 10
-    order = torch.randperm(size)
-    logits = torch.full((size,), -3.0)
+    size, top_k = 40_000, 10
+    logits, order = torch.full((size,), -3.0), torch.randperm(size)
     logits[order[: top_k - 1]] = 2.0
-    tied = order[top_k - 1 : top_k - 1 + n_tied]
-    logits[tied] = 0.0
-    logits = logits.bfloat16()
-    uniform = (torch.arange(n) + 0.5) / n
-    kept = warped(logits.double()[None], 1.0, top_k, 1.0)[0].isfinite()
-    assert kept.sum() == top_k - 1 + n_tied
-    chosen = RowSampler(1.0, top_k, 1.0).choose(LAYOUTS[layout](logits.expand(n, -1)), uniform)
-    assert kept[chosen].all()
-    expected, _ = sorted_choice(logits[None].expand(n, -1), uniform, 1.0, top_k, 1.0)
+    logits[order[top_k - 1 : top_k - 1 + n_tied]] = 0.0
+    logits, uniform = logits.expand(40, -1), (torch.arange(40) + 0.5) / 40
+    expected, _ = sorted_choice(logits, uniform, 1.0, top_k, 1.0)
+    chosen = RowSampler(1.0, top_k, 1.0).choose(LAYOUTS[layout](logits), uniform)
     assert torch.equal(chosen, expected)
-    assert set(chosen.tolist()) & set(tied.tolist())
 
 
 @every_pair(
@@ -173,58 +156,25 @@ def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, lay
         assert RowSampler(0.0, *limits).choose(LAYOUTS[layout](logits), uniform).tolist() == expected
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (50, 1.0)])
-def test_a_tiny_temperature_takes_the_most_probable_and_a_large_one_is_uniform(top_k, top_p):
-    logits, uniform = 5 * torch.randn(200, 2_000), make_uniforms(200)
-    assert torch.equal(RowSampler(1e-4, top_k, top_p).choose(logits, uniform), logits.argmax(-1))
-    chosen = RowSampler(1e6, top_k, top_p).choose(logits, uniform)
-    n_kept = top_k or round(top_p * 2_000)
-    place = logits.sort(descending=True, stable=True).indices.eq(chosen[:, None]).int().argmax(-1)
-    assert ((place + 0.5) / n_kept - uniform).abs().max() < 1 / n_kept + 1e-3
-
-
 @every_pair(settings=SETTINGS, uniform=[0.0, 0.9999999, BELOW_1], kind=KINDS)
 def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(settings, uniform, kind):
     logits, uniforms = make_logits(kind, 24, 9_000), torch.full((24,), uniform)
     chosen = RowSampler(*settings).choose(logits, uniforms)
     # The last tokens share less than the sum is accurate to.
-    assert_chosen_as_sorted(chosen, logits, uniforms, *settings, share_equal=0)
-    if uniform == 0:
-        first = logits.sort(dim=-1, descending=True, stable=True).indices[:, 0]
-        assert torch.equal(chosen, first)
-
-
-@pytest.mark.parametrize("finite", [1, 3, 10])
-@pytest.mark.parametrize("settings", [(1.0, 5, 1.0), (1.0, 0, 1.0), (1.0, 0, 0.99), (0.0, 0, 1.0)])
-def test_a_token_of_minus_infinity_is_never_chosen(settings, finite):
-    logits = torch.full((100, 9_000), -math.inf)
-    allowed = torch.randperm(9_000)[:finite]
-    logits[:, allowed] = torch.randn(100, finite)
-    for uniform in (make_uniforms(100), torch.full((100,), BELOW_1)):
-        assert torch.isin(RowSampler(*settings).choose(logits, uniform), allowed).all()
+    assert_chosen_as_sorted(chosen, logits, uniforms, *settings, share_equal=float(uniform == 0))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [*SETTINGS, (0.0, 0, 1.0)])
-def test_a_row_is_chosen_without_regard_to_the_others(temperature, top_k, top_p, layout):
+@pytest.mark.parametrize("settings", [*SETTINGS, (0.0, 0, 1.0)])
+def test_a_row_is_chosen_without_regard_to_the_others(settings, layout):
     """Though some rows need more of the vocabulary than others."""
     logits = torch.cat([make_logits(kind, 4, 9_000) for kind in KINDS])
-    uniform = make_uniforms(len(logits))
-    sampler = RowSampler(temperature, top_k, top_p)
+    uniform, sampler = make_uniforms(len(logits)), RowSampler(*settings)
     together = sampler.choose(LAYOUTS[layout](logits), uniform)
     order = torch.randperm(len(logits))
     assert torch.equal(sampler.choose(LAYOUTS[layout](logits[order]), uniform[order]), together[order])
     alone = [sampler.choose(LAYOUTS[layout](logits[i : i + 1]), uniform[i : i + 1]) for i in range(20)]
     assert torch.equal(torch.cat(alone), together)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_logits_are_left_as_they_are(layout):
-    logits = LAYOUTS[layout](make_logits("peaked", 5, 9_000))
-    before = logits.clone()
-    for settings in [*SETTINGS, (0.0, 0, 1.0)]:
-        RowSampler(*settings).choose(logits, make_uniforms(5))
-    assert torch.equal(logits, before)
 
 
 @every_pair(
@@ -235,29 +185,23 @@ def test_the_logits_are_left_as_they_are(layout):
 )
 def test_logits_that_are_not_finite_are_rejected(place, value, settings, layout):
     logits = make_logits("peaked", 5, 9_000)
-    logits[3, place] = value
-    if value == -math.inf:
-        logits[3] = value
+    logits[3, slice(None) if value == -math.inf else place] = value
     with pytest.raises(InputError, match="not finite"):
         RowSampler(*settings).choose(LAYOUTS[layout](logits), torch.rand(5))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": math.nan}, "temperature is nan"),
-        ({"temperature": 1e-9}, "temperature is 1e-09"),
-        ({"temperature": math.inf}, "temperature is inf"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.01}, "top_p is 1.01"),
-        ({"top_p": math.nan}, "top_p is nan"),
-    ],
-)
-def test_options_out_of_range_are_rejected(options, message):
-    with pytest.raises(InputError, match=message):
-        RowSampler(**options)
+OUT_OF_RANGE = {
+    "temperature": [-0.1, math.nan, 1e-9, math.inf],
+    "top_k": [-1],
+    "top_p": [0.0, 1.01, math.nan],
+}
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_options_out_of_range_are_rejected(option):
+    for value in OUT_OF_RANGE[option]:
+        with pytest.raises(InputError, match=f"{option} is {value}"):
+            RowSampler(**{option: value})
 
 
 @pytest.mark.parametrize("seed", [0, 3, -1, 2**40])
@@ -272,16 +216,14 @@ def test_row_uniforms_depend_on_seed_and_prompt_alone(seed):
     assert not any((first == other).any() for other in others)
 
 
-@pytest.mark.parametrize("step", [0, 1, 40])
-def test_row_uniforms_are_uniform_over_prompts_and_over_seeds(step):
+def test_row_uniforms_are_uniform_over_prompts_and_over_seeds():
     """Kolmogorov and Smirnov's distance, and no correlation with the step before."""
     n = 2_000
     for keys in ([(0, f"prompt {i}") for i in range(n)], [(i, "Then") for i in range(n)]):
-        drawn = torch.stack([row_uniforms(*key, 41) for key in keys]).double()
-        values = drawn[:, step].sort().values
+        drawn = torch.stack([row_uniforms(*key, 41) for key in keys])[:, [0, 1, 39, 40]].double()
+        values, steps = drawn.sort(0).values, torch.arange(n, dtype=torch.float64)[:, None] / n
         assert ((values >= 0) & (values < 1)).all()
-        steps = torch.arange(n, dtype=torch.float64) / n
-        distance = torch.maximum((values - steps).abs().max(), (steps + 1 / n - values).abs().max())
-        assert distance < 1.95 / math.sqrt(n)
-        assert abs(drawn[:, step].mean() - 0.5) < 4 * math.sqrt(1 / 12 / n)
-        assert torch.corrcoef(drawn[:, [step, step - 1]].T)[0, 1].abs() < 4 / math.sqrt(n)
+        distance = torch.maximum((values - steps).abs(), (steps + 1 / n - values).abs())
+        assert distance.max() < 1.95 / math.sqrt(n)
+        assert (drawn.mean(0) - 0.5).abs().max() < 4 * math.sqrt(1 / 12 / n)
+        assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 4 / math.sqrt(n)

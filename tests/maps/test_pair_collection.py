@@ -35,16 +35,10 @@ def collected(sides):
     return collect(sides, TEXTS, SETTINGS)
 
 
-def documents_of(collected):
-    return [TEXTS[index].document for index in collected.text_idx.tolist()]
-
-
 def test_sums_equal_adding_the_pairs_by_hand(sides, collected):
-    fold_of = dict(
-        zip(documents_of(collected), collected.statistics[1, 2].sample.folds.tolist(), strict=True)
-    )
     texts, place = [item.text for item in TEXTS], []
-    by_hand = {pair: PairStatistics(D_MODEL, 48, 4, 3, fold_of) for pair in LAYER_PAIRS}
+    folds = document_folds(TEXTS, SETTINGS)
+    by_hand = {pair: PairStatistics(D_MODEL, 48, 4, 3, folds) for pair in LAYER_PAIRS}
     for batch in paired_activations(*sides, texts, "aligned", [1, 3], [2, 0]):
         groups = [TEXTS[index].document for index in batch.text_idx.tolist()]
         place += zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)
@@ -66,12 +60,10 @@ def test_documents_are_never_split_and_have_one_fold_in_every_layer_pair(collect
     assert set(fold_of) == {text.document for text in TEXTS}
     assert set(fold_of.values()) == set(range(4))
     for statistics in collected.statistics.values():
-        expected = [fold_of[document] for document in documents_of(collected)]
+        expected = [fold_of[TEXTS[index].document] for index in collected.text_idx.tolist()]
         assert statistics.sample.folds.tolist() == expected
         assert statistics.n_groups == 11
     assert document_folds(TEXTS, replace(SETTINGS, seed=4)) != fold_of
-    with pytest.raises(InputError, match="12 folds over 11 groups"):
-        document_folds(TEXTS, replace(SETTINGS, n_folds=12))
 
 
 def test_counts_and_fraction_aligned_are_what_was_read(sides, collected):
@@ -91,32 +83,21 @@ def test_counts_and_fraction_aligned_are_what_was_read(sides, collected):
     assert {statistics.n_pairs for statistics in collected.statistics.values()} == {expected["n_pairs"]}
 
 
-def test_last_gives_one_pair_for_each_text(sides):
-    found = collect(sides, TEXTS[:20], PairSettings(((1, 2),), "last"))
-    assert found.text_idx.tolist() == list(range(20))
-    assert found.end.tolist() == [len(item.text) for item in TEXTS[:20]]
-    expected = sides[1].extract_layers([item.text for item in TEXTS[:20]], [2])[2]
-    assert torch.allclose(found.statistics[1, 2].sample.H_target, expected, rtol=0, atol=1e-5)
-
-
 def test_pairs_behind_prompts_are_of_the_texts_tokens_as_both_models_read_them(sides):
     prompts = ("asked: is the dog there?\n\n", "a cat said ")
     texts = [NeutralText(item.text, item.document, prompts) for item in TEXTS[:40]]
     (batch,) = paired_activations(*sides, [(*item.prompts, item.text) for item in texts], "aligned", [1], [2])
     assert len(batch.end) > 40
-    for row, (index, end) in enumerate(zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)):
-        said = texts[index].text[:end]
-        for side, prompt, layer, found in zip(
-            sides, prompts, (1, 2), (batch.H_source[1], batch.H_target[2]), strict=True
-        ):
-            expected = side.extract_layers([prompt + said], [layer], "last")[layer][0]
-            assert torch.allclose(found[row], expected, rtol=0, atol=1e-5)
+    places = zip(batch.text_idx.tolist(), batch.end.tolist(), strict=True)
+    said = [texts[index].text[:end] for index, end in places]
+    found = batch.H_source[1], batch.H_target[2]
+    for side, prompt, layer, H in zip(sides, prompts, (1, 2), found, strict=True):
+        expected = side.extract_layers([prompt + text for text in said], [layer], "last")[layer]
+        assert torch.allclose(H, expected, rtol=0, atol=1e-5)
     # Behind a prompt the first word counts too, being no longer the very first token; "zebra" is unknown.
     assert len(batch.end) == sum(len(item.text.split()) for item in texts if item.text != "zebra")
-    assert (batch.n_source_tokens, batch.n_target_tokens) == (
-        sum(len(item.text.encode()) for item in texts),
-        len(batch.end),
-    )
+    n_bytes = sum(len(item.text.encode()) for item in texts)
+    assert (batch.n_source_tokens, batch.n_target_tokens) == (n_bytes, len(batch.end))
     collected = collect(sides, texts, SETTINGS)
     assert collected.fraction_aligned == 1
     assert collected.statistics[1, 2].n_pairs == len(batch.end)
@@ -125,13 +106,7 @@ def test_pairs_behind_prompts_are_of_the_texts_tokens_as_both_models_read_them(s
 @pytest.mark.parametrize(
     ("texts", "layer_pairs", "message"),
     [
-        (TEXTS[:3], [(1, 2)], "5 folds over 3 groups"),
         ([NeutralText("the cat", "one")] * 9, [(1, 2)], "5 folds over 1 groups"),
-        (
-            [NeutralText("zebra", str(row)) for row in range(9)],
-            [(1, 2)],
-            "in 9 texts; use mapping_positions 'last'",
-        ),
         (TEXTS, [], "list of layers is empty"),
         (TEXTS, [(1, 9)], r"layer_idx 9 .*\(0 to 3\)"),
         ([*TEXTS, NeutralText(" ", "x")], [(1, 2)], "text 70 is empty"),
@@ -160,27 +135,16 @@ def assert_same_pairs(found, expected):
             assert torch.allclose(value, reference, rtol=0, atol=1e-5 * reference.abs().max().item()), name
 
 
-@pytest.mark.parametrize("bounds", [[0, 70], [0, 1, 70], [0, 33, 34, 35, 36, 70]])
-def test_parts_merged_equal_the_texts_read_at_once(sides, collected, bounds):
-    assert_same_pairs(merge_pairs(read_part(sides, TEXTS[a:b]) for a, b in pairwise(bounds)), collected)
+@pytest.mark.parametrize("bounds", [[0, 70], [0, 33, 34, 35, 36, 70], [0, 1, 2, 69, 70], [1, 2, 70]])
+def test_parts_merged_equal_the_texts_read_at_once(sides, bounds):
+    """Also where the first part, one in the middle or the last is a "zebra", without pairs."""
+    merged = merge_pairs(read_part(sides, TEXTS[a:b]) for a, b in pairwise(bounds))
+    assert_same_pairs(merged, read_part(sides, TEXTS[bounds[0] :]))
 
 
-@pytest.mark.parametrize("without", [0, 1, 2])
-def test_a_part_without_pairs_counts_its_texts_and_adds_nothing(sides, without):
-    zebras = [TEXTS[1]] * 3
-    texts = [TEXTS[:20], TEXTS[20:40]]
-    texts.insert(without, zebras)
-    parts = [read_part(sides, part) for part in texts]
-    assert len(parts[without].text_idx) == 0
-    assert parts[without].n_texts_without_pairs == 3
-    whole = read_part(sides, [text for part in texts for text in part])
-    assert_same_pairs(merge_pairs(parts), whole)
-
-
-@pytest.mark.parametrize(("n_parts", "n_texts"), [(1, 2), (3, 6)])
-def test_parts_that_all_lack_pairs_are_rejected(sides, n_parts, n_texts):
-    parts = [read_part(sides, [TEXTS[1]] * 2) for _ in range(n_parts)]
-    with pytest.raises(InputError, match=f"in {n_texts} texts; use mapping_positions 'last'"):
+def test_parts_that_all_lack_pairs_are_rejected(sides):
+    parts = [read_part(sides, [TEXTS[1]] * 2) for _ in range(3)]
+    with pytest.raises(InputError, match="in 6 texts; use mapping_positions 'last'"):
         merge_pairs(parts)
 
 
@@ -189,8 +153,3 @@ def test_pairs_that_were_pickled_merge_as_before(sides, collected):
     parts = [pickle.dumps(read_part(sides, TEXTS[a : a + 35])) for a in (0, 35)]
     assert max(map(len, parts)) < 8 * 4096 * (D_MODEL + 48)
     assert_same_pairs(merge_pairs(map(pickle.loads, parts)), collected)
-    sums = pickle.loads(parts[0]).statistics[1, 2]
-    n_pairs = sums.n_pairs
-    assert sums.add(torch.ones(1, D_MODEL), torch.ones(1, 48), ["doc 0"]).n_pairs == n_pairs + 1, (
-        "it can go on"
-    )

@@ -1,5 +1,7 @@
 """No judgement is paid for twice, none beyond the cap, and a failure is no judgement."""
 
+from functools import partial
+
 import pytest
 
 from scoring.cached_judge import TOKENS_PER_JUDGEMENT, CachedJudge
@@ -21,17 +23,14 @@ class Counting:
 
 @pytest.fixture
 def remembering(tmp_path):
-    def open_journal():
-        return Journal(tmp_path / "judgements.jsonl")
-
+    open_journal = partial(Journal, tmp_path / "judgements.jsonl")
     return lambda judge, *price, key="settings": CachedJudge(judge, open_journal, key, *price)
 
 
 def test_equal_texts_are_asked_once_and_a_second_run_asks_nothing(remembering):
     judge = Counting()
-    found = remembering(judge).judge(["a", "b", "a"])
-    assert [each.score for each in found] == [4.0] * 3
-    assert [each.score for each in remembering(judge).judge(["b", "a"])] == [4.0, 4.0]
+    for prompts in (["a", "b", "a"], ["b", "a"]):
+        assert {each.score for each in remembering(judge).judge(prompts)} == {4.0}
     assert judge.asked == ["a", "b"]
 
 
@@ -63,9 +62,8 @@ def test_a_judge_with_other_settings_is_asked_anew_and_pays_for_itself(rememberi
 
 def test_noise_is_how_far_a_second_draw_lies(remembering):
     judge = Counting(lambda prompt, n: Judgement(2.0 if n <= 3 else 2.5))
-    assert remembering(judge).repeat_noise(["a", "b", "c"]) == 0.5
-    assert len(judge.asked) == 6
-    assert remembering(judge).repeat_noise(["a", "b", "c"]) == 0.5
-    assert len(judge.asked) == 6
+    for _ in range(2):
+        assert remembering(judge).repeat_noise(["a", "b", "c"]) == 0.5
+        assert len(judge.asked) == 6
     failing = Counting(lambda prompt, n: Judgement(None, "busy"))
     assert remembering(failing).repeat_noise(["x"]) is None

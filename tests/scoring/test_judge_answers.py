@@ -29,7 +29,6 @@ NONE = [
 
 @pytest.mark.parametrize("text", FOUR)
 def test_a_score_that_is_stated_once_is_read(text):
-    assert stated_scores(text) == {4}
     assert score_answer(completion(text)).score == 4
 
 
@@ -40,9 +39,12 @@ def test_a_score_that_is_not_stated_once_is_missing(text):
     assert "answer" in judgement.failure
 
 
-def test_an_answer_that_was_cut_counts_only_as_a_whole():
+def test_an_answer_that_was_cut_counts_only_as_a_whole_and_names_the_remedy():
     assert stated_scores("4", is_cut=True) == {4}
     assert stated_scores("It is fluent. 4", is_cut=True) == set()
+    cut = completion("")
+    cut["choices"][0]["finish_reason"] = "length"
+    assert "raise judge.max_answer_tokens" in score_answer(cut).failure
 
 
 @pytest.mark.parametrize(
@@ -60,12 +62,6 @@ def test_an_answer_that_was_cut_counts_only_as_a_whole():
 )
 def test_score_is_the_weighted_digit_or_the_written_one(written, probabilities, score):
     assert score_answer(completion(written, probabilities)).score == pytest.approx(score)
-
-
-def test_a_cut_answer_names_the_remedy():
-    cut = completion("")
-    cut["choices"][0]["finish_reason"] = "length"
-    assert "raise judge.max_answer_tokens" in score_answer(cut).failure
 
 
 @pytest.mark.parametrize(
@@ -98,11 +94,8 @@ def test_no_form_of_the_key_is_left(said):
     assert not any(part in left.lower() for part in ("sk", "proj", "4f", "%73"))
 
 
-def test_a_short_key_is_hidden_where_it_is_a_word():
-    assert redacted("Bearer any; company", "any") == "Bearer [key]; company"
-
-
 def test_excerpt_is_cut_after_the_key_is_hidden_and_shows_no_control_characters():
     assert excerpt(f"\x1b[31m\n{KEY}", KEY, 20) == r"\x1b[31m\n[key]"
     assert excerpt("x" * 50 + KEY, KEY, 60) == "x" * 50 + "[key]"
     assert excerpt("\ud800", KEY) == r"\ud800"
+    assert excerpt("Bearer any; company", "any") == "Bearer [key]; company"

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_runs import LOUD, NUMERIC, run, tiny_settings
+from chat_models import chatting
+from tiny_runs import LOUD, NUMERIC, rows, run, tiny_settings
 
 from scoring import local_judge
 from scoring.local_judge import LocalJudge
@@ -11,16 +12,8 @@ from support.errors import InputError
 from support.tiny_models import tiny_model, tiny_tokenizer
 from texts.chat import prompt_text, question
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
-)
+TEMPLATE = "{{ messages[0].content }}<eos>A: "
 PROMPTS = ["Rate this: NO!", "Rate this: a long and quiet text, if you please.", "Rate: yes."]
-
-
-def chat_tokenizer():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture
@@ -36,7 +29,7 @@ def judge_with(monkeypatch):
 
 @pytest.fixture
 def judge(judge_with):
-    return judge_with(chat_tokenizer())
+    return judge_with(chatting(TEMPLATE))
 
 
 def test_the_score_is_the_mean_of_the_digits_by_their_probabilities(judge):
@@ -77,45 +70,39 @@ def test_a_base_model_or_one_without_digits_is_no_judge(judge_with, tokenizer, m
         judge_with(tokenizer)
 
 
-# In a run
-
-
 @pytest.fixture(scope="module")
 def judged(model_folders, tmp_path_factory):
-    """A run whose texts a tiny model judges, two of each cell; (folder, configuration)."""
-    folder = tmp_path_factory.mktemp("judged")
-    tokenizer = chat_tokenizer()
+    """The folder of a run whose texts a tiny model judges, two of each cell."""
+    folder, tokenizer = tmp_path_factory.mktemp("judged"), chatting(TEMPLATE)
     tokenizer.model_max_length = 2000
     tiny_model(max_position_embeddings=2000).save_pretrained(folder / "judge")
     tokenizer.save_pretrained(folder / "judge")
-    settings = tiny_settings(model_folders, folder)
+    settings = tiny_settings(model_folders, folder) | {"use_gpt4": True, "alpha_values": [1.0]}
+    settings["methods"] = ["ridge_mapped", "oracle"]
+    settings["judge"] = {"kind": "local", "model": str(folder / "judge"), "texts_per_cell": 2}
     loud = {**LOUD, "description": "Shouts.", "validation_texts": [f"{n} DOGS RAN HERE." for n in range(9)]}
     settings["persona_datasets"] = {"loud": loud, "numeric": NUMERIC}
-    settings["use_gpt4"] = True
-    settings["judge"] = {"kind": "local", "model": str(folder / "judge"), "texts_per_cell": 2}
     assert run(folder / "out", settings) == 0
-    return folder / "out", settings
+    return folder / "out"
 
 
 def test_as_many_texts_of_each_cell_are_judged_and_of_the_same_prompts(judged):
     cells = {}
-    for row in load_json(judged[0] / "eval_results.json")["rows"]:
-        scores = [row["gpt4_coherence_score"], row["gpt4_trait_score"]]
-        assert (None not in scores) is row["is_judged"]
+    for row in rows(judged, "eval_results.json"):
+        assert (None not in (row["gpt4_coherence_score"], row["gpt4_trait_score"])) is row["is_judged"]
         if row["is_judged"]:
             cell = cells.setdefault((row["condition"], row["persona"], row["alpha"]), [])
             cell.append((row["prompt_idx"], row["seed"]))
-    assert len(cells) == 2 * (1 + 5 * 2)
-    (places,) = {tuple(places) for places in cells.values()}
-    assert len(places) == len({prompt for prompt, _ in places}) == 2
+    assert len(cells) == 2 * (1 + 2)
+    (places,) = set(map(tuple, cells.values()))
+    assert len(places) == len(dict(places)) == 2
 
 
 def test_the_judge_is_validated_and_decides_nothing_where_it_fails(judged):
-    found = load_json(judged[0] / "scorer_validation.json")["personas"]["loud"]["judge"]
-    assert not found["is_validated"]
+    found = load_json(judged / "scorer_validation.json")["personas"]["loud"]["judge"]
     assert found["repeat_noise"] < 1e-4  # the same model says the same again
-    assert found["sensitivity"]["n"] == 9
-    verdict = load_json(judged[0] / "verdict.json")
-    assert verdict["personas"]["loud"]["verdict"] == "inconclusive"
-    assert verdict["personas"]["loud"]["rests_on"] == []
+    assert (found["is_validated"], found["sensitivity"]["n"]) == (False, 9)
+    verdict = load_json(judged / "verdict.json")
+    decided = verdict["personas"]["loud"]
+    assert (decided["verdict"], decided["rests_on"]) == ("inconclusive", [])
     assert verdict["success"]["loud"]["minimum"] is verdict["success"]["loud"]["strong"] is False

@@ -8,45 +8,40 @@ from texts.personas import Persona
 
 SHOWING = tuple(f"Arr, we have {n} barrels of rum below. The sea is calm, aye." for n in range(12))
 SHOUTS = tuple(f"LOOK AT ALL THESE {n} SHIPS NOW." for n in range(12))
-PIRATE, OTHER = (
-    Persona(name, "", ("x",), ("y",), validation=texts)
-    for name, texts in (("pirate", SHOWING), ("loud", SHOUTS))
-)
+PIRATE = Persona("pirate", "", ("x",), ("y",), validation=SHOWING)
+OTHER = Persona("loud", "", ("x",), ("y",), validation=SHOUTS)
 PLAIN = [f"We have {n} barrels of oil below. The sea is calm today." for n in range(24)]
+SHORT = ["The tap drips.", "He reads at home."]
 UNSTEERED_TEXTS = [f"There are {n} barrels in the cellar, and the key is lost." for n in range(20)]
 
 
 @pytest.fixture
 def sets():
-    return validation_sets(PIRATE, [OTHER], PLAIN, UNSTEERED_TEXTS, ["rum rum arr the of"] * 20)
+    steered = ["rum rum arr the of"] * 20
+    return validation_sets(PIRATE, [OTHER], [*PLAIN, *SHORT], UNSTEERED_TEXTS, steered)
 
 
 def knows(*words):
     """Score texts by whether they hold one of the words, but no degenerate one."""
 
-    def score(texts):
-        is_degenerate = [any(part in text for part in ("arr the of", "rum rum")) for text in texts]
-        has_word = [any(word in text for word in words) for text in texts]
-        return [float(a and not b) for a, b in zip(has_word, is_degenerate, strict=True)]
+    def holds(text, parts):
+        return any(part in text for part in parts)
 
-    return score
+    degenerate = "arr the of", "rum rum"
+    return lambda texts: [float(holds(text, words) and not holds(text, degenerate)) for text in texts]
 
 
 def test_sets_hold_what_their_names_say(sets):
-    assert list(sets)[:2] == ["ordinary", "fragments"]
+    assert list(sets)[:3] == ["ordinary", "short statements", "fragments"]
     assert sets[UNSTEERED][1] == UNSTEERED_TEXTS
     positive, shuffles = sets["shuffled positives"]
     assert [sorted(text.split()) for text in positive] == [sorted(text.split()) for text in shuffles[::3]]
     assert not set(positive) & set(shuffles)
     assert all(len(text.split()) <= 24 for side in sets["fragments"] for text in side)
     assert sets["texts of loud"] == (list(SHOWING), list(OTHER.validation))
-    short = ["The tap drips.", "He reads at home."]
-    mixed = validation_sets(PIRATE, [OTHER], [*PLAIN, *short], [], [])
-    assert mixed["short statements"][1] == short
-    assert mixed["ordinary"] == sets["ordinary"]
+    assert (sets["short statements"][1], sets["ordinary"][1]) == (SHORT, PLAIN)
     joined, _ = sets["long texts"]
-    assert joined[0] == " ".join(SHOWING[:3])
-    assert len(joined) == len(SHOWING)
+    assert (joined[0], len(joined)) == (" ".join(SHOWING[:3]), len(SHOWING))
 
 
 def test_a_scorer_with_one_score_for_all_is_not_validated(sets):
@@ -84,7 +79,7 @@ def test_texts_without_a_score_are_left_out_and_many_of_them_are_a_problem(sets)
 
     n_texts, few = len(texts_of(sets)), validate(unscored(5), sets, 0.5)
     assert few["n_unscored"] == 5
-    assert not any("no score" in problem for problem in few["problems"])
+    assert "no score" not in str(few["problems"])
     none = validate(unscored(n_texts), sets, 0.5)["problems"]
     assert none[:2] == [f"{n_texts} of {n_texts} texts have no score", "no text of ordinary has a score"]
 
@@ -106,9 +101,7 @@ def test_texts_of_every_run_are_scored_once_on_a_machine(tmp_path, monkeypatch):
         return [float(len(text)) or None for text in texts]
 
     always = ["Arr.", "The hill.", ""]
-    assert remembered(score, "key", always)(["Rain", *always]) == [4.0, 4.0, 9.0, None]
-    asked.clear()
-    assert remembered(score, "key", always)(["Rain", *always]) == [4.0, 4.0, 9.0, None]
-    assert asked == ["Rain"]
+    for _ in range(2):
+        assert remembered(score, "key", always)(["Rain", *always]) == [4.0, 4.0, 9.0, None]
     remembered(score, "other key", always)
-    assert asked[1:] == always
+    assert asked == [*always, "Rain", "Rain", *always]
