@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chat_models import chatting
-from tiny_runs import LOUD, NUMERIC, rows, run, tiny_settings
+from tiny_runs import LOUD, NUMERIC, blank_figures, rows, run, tiny_settings
 
 from scoring import local_judge
 from scoring.local_judge import LocalJudge
@@ -82,7 +82,9 @@ def judged(model_folders, tmp_path_factory):
     settings["judge"] = {"kind": "local", "model": str(folder / "judge"), "texts_per_cell": 2}
     loud = {**LOUD, "description": "Shouts.", "validation_texts": [f"{n} DOGS RAN HERE." for n in range(9)]}
     settings["persona_datasets"] = {"loud": loud, "numeric": NUMERIC}
-    assert run(folder / "out", settings) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        blank_figures(patch)
+        assert run(folder / "out", settings) == 0
     return folder / "out"
 
 
