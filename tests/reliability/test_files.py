@@ -123,7 +123,7 @@ def test_offload_folders_are_removed_when_their_owner_is_dead(model_folders, tmp
     places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu")
     with FileLock(tmp_path / "offload-alive.lock"):
         for _ in range(2):
-            load_model(model_folders["source"], device_map={**places, "model.layers": "disk"})
+            load_model(model_folders["source"], "cpu", device_map={**places, "model.layers": "disk"})
         left = {path.name for path in tmp_path.glob("offload-*/")}
     assert left > {"offload-alive", "offload-unknown"}
     assert "offload-dead" not in left
@@ -138,7 +138,8 @@ def test_a_second_run_changes_nothing_until_the_first_is_killed(settings, out, t
     held, before = tmp_path / "held", (out / "config.json").read_bytes()
 
     def hold():
-        RunFolder(out).lock()
+        folder = RunFolder(out)
+        folder.lock()
         held.touch()
         time.sleep(60)
 

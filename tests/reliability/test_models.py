@@ -40,13 +40,11 @@ OUTPUTS = [" it rained.", " nothing.", " is fair today."]
 # Checkpoints
 
 
-def changed_weights(folder, change):
-    path = folder / "model.safetensors"
+def with_changed_weights(folder, change):
+    """Load a tiny model whose saved weights were changed."""
+    path = Path(saved(tiny_model(), folder)) / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
-
-
-def without(weights, part):
-    return {name: value for name, value in weights.items() if part not in name}
+    return load_model(str(folder), device="cpu")[0]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +54,10 @@ def without(weights, part):
             lambda weights: {f"language_model.{name}": value for name, value in weights.items()},
             r"39 missing \(lm_head.weight, .*39 that the model does not have \(language_model\.",
         ),
-        (lambda weights: without(weights, "layers.1.mlp"), r"3 missing \(model\.layers\.1\.mlp"),
+        (
+            lambda weights: {name: weights[name] for name in weights if "layers.1.mlp" not in name},
+            r"3 missing \(model\.layers\.1\.mlp",
+        ),
         (
             lambda weights: weights | {"model.layers.4.mlp.up_proj.weight": torch.ones(64, 32)},
             r"1 that the model does not have \(model\.layers\.4",
@@ -69,20 +70,15 @@ def without(weights, part):
     ids=["a prefix", "a block is left out", "a block too many", "a smaller vocabulary"],
 )
 def test_weights_that_would_be_random_are_rejected(tmp_path, change, message):
-    saved(tiny_model(), tmp_path)
-    changed_weights(tmp_path, change)
     with pytest.raises(InputError, match=f"do not fit LlamaForCausalLM.*{message}") as caught:
-        load_model(str(tmp_path), device="cpu")
+        with_changed_weights(tmp_path, change)
     assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("extra", ["vision_tower.layer.weight", "v_head.weight", "model.rotary_emb.inv_freq"])
 def test_weights_of_something_beside_the_decoder_are_left_out(tmp_path, extra):
-    model = tiny_model()
-    saved(model, tmp_path)
-    changed_weights(tmp_path, lambda weights: weights | {extra: torch.ones(3)})
-    loaded, _ = load_model(str(tmp_path), device="cpu")
-    assert torch.equal(logits(loaded), logits(model))
+    loaded = with_changed_weights(tmp_path, lambda weights: weights | {extra: torch.ones(3)})
+    assert torch.equal(logits(loaded), logits(tiny_model()))
 
 
 def test_tied_weights_need_be_there_once(tmp_path):
@@ -298,7 +294,6 @@ DECODER |= {"decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_position_e
 def test_a_decoder_without_position_ids_writes_in_a_batch_what_it_writes_alone(
     config, model_class, tokenizer
 ):
-    torch.manual_seed(0)
     model = model_class(config(**DECODER)).eval()
     for name, parameter in model.named_parameters():
         if "embed_positions" in name:

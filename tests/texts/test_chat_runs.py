@@ -241,8 +241,8 @@ def test_a_map_may_be_learnt_from_responses_as_each_model_reads_them(settings, t
     inputs = inputs_of(changed, folder)
     assert all(says_what_the_target_says(inputs, row, "Be kind.") for row in rows[:3])
     texts = [
-        (f"{asked}\n\n", prompt_text(inputs.target.tokenizer, question(asked, "Be kind.")), row["output"])
-        for asked, row in zip([*asked, *asked[:10]], rows, strict=True)
+        (prompt + "\n\n", prompt_text(inputs.target.tokenizer, question(prompt, "Be kind.")), row["output"])
+        for prompt, row in zip([*asked, *asked[:10]], rows, strict=True)
         if row["output"].strip()
     ]
     batches = list(paired_activations(inputs.source.extractor, inputs.target.extractor, texts))
