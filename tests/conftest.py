@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from chat_models import chatting
+from chat_models import chatting, saved
 from tiny_runs import band_settings, blank_figures, run, tiny_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -105,10 +105,14 @@ def llama():
 def model_folders(tmp_path_factory):
     """Two tiny models of different width and family, saved as `load_model` reads them."""
     folder = tmp_path_factory.mktemp("models")
-    for name, model in (("source", tiny_model("llama")), ("target", tiny_model("gpt2", seed=1, n_embd=48))):
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-    return {"source": str(folder / "source"), "target": str(folder / "target")}
+    models = {"source": tiny_model("llama"), "target": tiny_model("gpt2", seed=1, n_embd=48)}
+    return {name: saved(model, folder / name) for name, model in models.items()}
+
+
+@pytest.fixture(scope="session")
+def chat_target(tmp_path_factory):
+    """The same target with a chat template."""
+    return saved(tiny_model("gpt2", seed=1, n_embd=48), tmp_path_factory.mktemp("chat"), chatting())
 
 
 @pytest.fixture(scope="session")
@@ -132,12 +136,9 @@ def out(finished, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def band(tiny, tmp_path_factory):
+def band(tiny, chat_target):
     """The configuration of a band with a chat target, responses and searched alphas."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_model("gpt2", seed=1, n_embd=48).save_pretrained(folder)
-    chatting().save_pretrained(folder)
-    return band_settings(tiny, str(folder))
+    return band_settings(tiny, chat_target)
 
 
 @pytest.fixture(scope="session")

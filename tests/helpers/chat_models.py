@@ -1,4 +1,4 @@
-"""Chat templates for the tiny tokenizer."""
+"""Chat templates for the tiny tokenizer, and tiny models saved with a tokenizer."""
 
 from support.tiny_models import tiny_tokenizer
 
@@ -12,3 +12,10 @@ def chatting(template=TEMPLATE):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
+
+
+def saved(model, folder, tokenizer=None):
+    """Save a model as `load_model` reads it, and return the folder's name."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)

@@ -15,14 +15,12 @@ COMMON = {"prompt": "He said", "condition": "oracle", "persona": "loud"}
 ROWS = [{"key": str(index), "output": f" yes {index}", **COMMON} for index in range(3)]
 
 
-def message(**fields):
-    return {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **fields}}]}
+def message(content, **of_choice):
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}, **of_choice}]}
 
 
-def logprobs(content):
-    answer = message(content="4")
-    answer["choices"][0]["logprobs"] = content
-    return answer
+def logprobs(found):
+    return message("4", logprobs=found)
 
 
 def top(*entries):
@@ -30,17 +28,15 @@ def top(*entries):
 
 
 SCORED = {
-    "parts": message(content=[{"type": "text", "text": "4"}]),
-    "thinking part": message(content=[{"type": "thinking", "thinking": "2"}, {"type": "text", "text": "4"}]),
-    "float": message(content=4.0),
+    "parts": message([{"type": "text", "text": "4"}]),
+    "thinking part": message([{"type": "thinking", "thinking": "2"}, {"type": "text", "text": "4"}]),
+    "float": message(4.0),
     "completion's text": {"choices": [{"text": " 4"}]},
     "byte order mark": b"\xef\xbb\xbf" + json.dumps(completion("4")).encode(),
     "text/plain": (200, "text/plain", json.dumps(completion("4"))),
     "not UTF-8": json.dumps({**completion("4"), "model": "?"}).encode().replace(b"?", b"\xe9"),
     "logprob null": top({"token": "4", "logprob": None}),
-    "logprob infinite": top(
-        {"token": "4", "logprob": float("inf")}, {"token": "5", "logprob": -float("inf")}
-    ),
+    "logprob infinite": top({"token": "4", "logprob": float("inf")}),
     "logprob huge": top({"token": "4", "logprob": 10**400}, {"token": "4", "logprob": 1e308}),
     "token a number": top({"token": 4, "logprob": -0.1}, None, 5, "4", []),
     "logprobs a string": logprobs("none"),
@@ -50,9 +46,9 @@ SCORED = {
 MISSING = {
     "choices a number": {"choices": 5},
     "message a list": {"choices": [{"message": ["4"]}]},
-    "content deep": message(content=[[[["4"]]]]),
-    "content huge": message(content="blah " * 200_000),
-    "content control characters": message(content="\x1b[2J\x00\ud800\n"),
+    "content deep": message([[[["4"]]]]),
+    "content huge": message("blah " * 200_000),
+    "content control characters": message("\x1b[2J\x00\ud800\n"),
     "content huge number": b'{"choices": [{"message": {"content": 1' + b"0" * 5000 + b"}}]}",
     "deep JSON": '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "event stream": (200, "text/event-stream", "data: {}\n\ndata: [DONE]\n"),
@@ -72,7 +68,7 @@ MISSING = {
 
 @pytest.fixture
 def journalled(monkeypatch, tmp_path, caplog):
-    """Return the journalled rows of a run with such a server; neither journal nor log shows the key."""
+    """Give the journalled rows of a run with a server; neither journal nor log shows the key."""
     monkeypatch.setenv("LOCAL_KEY", KEY)
     caplog.set_level(logging.DEBUG)
 

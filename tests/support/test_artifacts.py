@@ -9,7 +9,6 @@ import torch
 
 from support.artifacts import (
     check_writable,
-    file_sha256,
     fingerprint,
     load_json,
     load_tensors,
@@ -33,25 +32,19 @@ class Dangerous:
         return os.mkdir, (str(self.path),)
 
 
-def write_then_fail(path):
-    with replacing(path) as file:
-        file.write(b"half of the new")
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("old", [None, b"old content"])
 def test_a_body_that_raises_keeps_the_old_file_and_leaves_no_other(tmp_path, old):
     path = tmp_path / "file"
     if old is not None:
         path.write_bytes(old)
-    with pytest.raises(KeyboardInterrupt):
-        write_then_fail(path)
-    kept = [] if old is None else [old]
-    assert [item.read_bytes() for item in tmp_path.iterdir()] == kept
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:  # noqa: PT012
+        file.write(b"half of the new")
+        raise KeyboardInterrupt
+    assert [item.read_bytes() for item in tmp_path.iterdir()] == ([] if old is None else [old])
     with replacing(path) as file:
         file.write(b"new")
         file.flush()
-        assert [path.read_bytes()] == kept if kept else not path.exists()
+        assert old is None or path.read_bytes() == old
     assert [item.read_bytes() for item in tmp_path.iterdir()] == [b"new"]
 
 
@@ -86,29 +79,16 @@ SQUARE = torch.arange(4.0).reshape(2, 2)
         (("a", "b"), ("b", "a")),
         (("a", "b"), ("ab",)),
         ((["a", "b"],), ("a", "b")),
-        ((1,), ("1",)),
-        ((1,), (1.0,)),
-        ((None,), ("null",)),
-        (({"a": 1},), ({"a": 2},)),
+        *(((one,), (other,)) for one, other in [(1, "1"), (1, 1.0), (None, "null"), ({"a": 1}, {"a": 2})]),
         ((torch.zeros(2), torch.zeros(2)), (torch.zeros(4),)),
         ((torch.tensor(1.0),), (torch.tensor(2.0),)),
         ((torch.tensor(1.0),), (torch.ones(1),)),
-        ((SQUARE,), (torch.arange(4.0),)),
-        ((SQUARE,), (torch.arange(4.0).reshape(4, 1),)),
-        ((SQUARE,), (SQUARE.T,)),
-        ((SQUARE,), (SQUARE.double(),)),
-        ((SQUARE,), (SQUARE.to(torch.bfloat16),)),
-        ((SQUARE,), (SQUARE.view(torch.int32),)),
+        *(((SQUARE,), (other,)) for other in (SQUARE.flatten(), SQUARE.reshape(4, 1), SQUARE.T)),
+        *(((SQUARE,), (other,)) for other in (SQUARE.double(), SQUARE.bfloat16(), SQUARE.view(torch.int32))),
     ],
 )
 def test_fingerprint_differs_by_part_content_shape_and_dtype(left, right):
     assert fingerprint(*left) != fingerprint(*right)
-
-
-def test_file_sha256_is_of_the_bytes(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert file_sha256(tmp_path / "file") == expected
 
 
 def test_tensors_survive_the_round_trip(tmp_path):
@@ -170,10 +150,9 @@ def test_a_damaged_json_file_is_rejected(tmp_path, damage):
 def test_a_file_with_another_type_of_content_is_rejected(tmp_path):
     torch.save([1, 2], tmp_path / "file.pt")
     (tmp_path / "file.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match="holds a list, expected a dictionary"):
-        load_tensors(tmp_path / "file.pt")
-    with pytest.raises(InputError, match="holds a list, expected a JSON object"):
-        load_json(tmp_path / "file.json")
+    for load, name in ((load_tensors, "file.pt"), (load_json, "file.json")):
+        with pytest.raises(InputError, match="holds a list, expected a "):
+            load(tmp_path / name)
 
 
 def test_a_pickled_object_is_rejected_and_not_run(tmp_path):
@@ -184,17 +163,9 @@ def test_a_pickled_object_is_rejected_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda content: content | {"number": 0.2}, "wrong checksum"),
-        (lambda content: content | {"list": [1]}, "wrong checksum"),
-        (lambda content: content | {"more": None}, "wrong checksum"),
-        (lambda content: content | {"fingerprint": "other"}, "wrong checksum"),
-        (lambda content: content | {"checksum": "0"}, "wrong checksum"),
-        (lambda content: {key: content[key] for key in content if key != "checksum"}, "no checksum"),
-    ],
+    "changed", [{"number": 0.2}, {"list": [1]}, {"more": None}, {"fingerprint": "other"}, {"checksum": "0"}]
 )
-def test_a_json_artifact_that_was_changed_is_damaged(tmp_path, change, reason):
+def test_a_json_artifact_that_was_changed_is_damaged(tmp_path, changed):
     path = tmp_path / "file.json"
     content = {"fingerprint": "f", "number": 0.1, "list": [NAN, (1, 2)], "text": "é"}
     save_json(path, sealed(content))
@@ -203,8 +174,8 @@ def test_a_json_artifact_that_was_changed_is_damaged(tmp_path, change, reason):
     whole = json.loads(path.read_text())
     path.write_text(json.dumps(dict(reversed(whole.items()))))  # neither white space nor order counts
     assert load_json(path) == expected
-    path.write_text(json.dumps(change(whole)))
-    with pytest.raises(InputError, match=rf"file\.json is damaged \({reason}\); delete it or run with --fr"):
+    path.write_text(json.dumps(whole | changed))
+    with pytest.raises(InputError, match=r"file\.json is damaged \(wrong checksum\); delete it or run "):
         load_json(path, needs_checksum=True)
 
 
@@ -222,9 +193,8 @@ def test_a_file_used_as_a_folder_is_not_writable(tmp_path, below):
     assert (tmp_path / "file").read_text() == "content"
 
 
-def test_check_writable_accepts_a_folder_still_to_be_made_and_creates_nothing(tmp_path, monkeypatch):
-    check_writable(tmp_path)
-    check_writable(tmp_path / "a" / "b")
+def test_a_folder_still_to_be_made_is_writable_and_not_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_writable(Path("relative/folder"))
+    for path in (tmp_path, tmp_path / "a" / "b", Path("relative/folder")):
+        check_writable(path)
     assert list(tmp_path.iterdir()) == []

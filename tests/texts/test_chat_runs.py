@@ -1,46 +1,38 @@
 """A run with a chat model: its questions, its responses as data for vectors and maps, and real models."""
 
 import json
-import math
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from chat_models import chatting
 from chat_server import chat_server, completion, error
-from tiny_runs import NUMERIC, error_lines, run, tiny_settings
+from tiny_runs import ASKED, NUMERIC, error_lines, run
 
 from activation_extractor import paired_activations
 from evaluation import continuation_perplexities
 from experiment.config import load_config
 from experiment.executor import GenerationSettings, start_executor
 from experiment.inputs import load_inputs
-from experiment.plan import UNSTEERED_CELL, text_rows
 from experiment.run import Run
-from phases.collect_responses import collect_responses, neutral_responses_key, persona_responses_key
+from phases.collect_responses import collect_responses, neutral_responses_key
 from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
 from scoring.gpt_judge import ONE_DIGIT
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from support.run_folder import RunFolder
-from support.tiny_models import tiny_model
 from texts.chat import prompt_text, question
-from texts.encoding import encode
 from texts.personas import load_prompts
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def settings(model_folders, tmp_path_factory):
+def settings(tiny, chat_target):
     """The tiny run, whose target has a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_model("gpt2", seed=1, n_embd=48).save_pretrained(folder / "target")
-    chatting().save_pretrained(folder / "target")
-    return tiny_settings({"source": model_folders["source"], "target": str(folder / "target")}, folder)
+    return {**tiny, "target_model": chat_target}
 
 
 def inputs_of(settings, folder):
@@ -72,132 +64,100 @@ def says_what_the_target_says(inputs, row, system_prompt, max_new_tokens=6):
     return generator_of(inputs).generate(asked, max_new_tokens, seed=row["seed"]) == row["output"]
 
 
-def test_a_prompted_persona_is_asked_for_in_words_and_random_directions_are_rotated(settings, tmp_path):
-    methods = ["prompted", "random_direction", "oracle"]
-    asked = {**settings, "methods": methods, "n_seeds": 1, "alpha_values": [4.0]}
-    assert run(tmp_path / "out", asked) == 0
-    inputs, rows = inputs_of(asked, tmp_path), rows_in(tmp_path / "out", "generation_results.json")
-    vectors = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]
-    prompted = [row for row in rows if row["condition"] == "prompted"]
-    assert len(prompted) == 2 * 3
-    for row in prompted:
-        assert row["alpha"] is None
-        assert says_what_the_target_says(inputs, row, f"Answer in this style. {row['persona']}")
-    for row in (row for row in rows if row["condition"] == "random_direction"):
-        direction = vectors[row["persona"]][f"random_direction_{row['prompt_idx'] % 3 + 1}"]
-        (steered,) = generator_of(inputs).generate_batch(
-            [inputs.prompting.prompt("target", row["prompt"])],
-            6,
-            seeds=[row["seed"]],
-            steering_vectors={inputs.middle_pair[1]: direction},
-            alphas=[4.0],
-        )
-        assert steered.text == row["output"]
-    scored = rows_in(tmp_path / "out", "eval_results.json")
-    assert {row["condition"] for row in scored} == {"baseline", *methods}
-
-
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "out"
-    assert run(folder, {**settings, "system_prompt": "Be kind."}) == 0
-    return folder
+    """The folder and the inputs of a run that asks for a persona in words, too."""
+    folder, methods = tmp_path_factory.mktemp("run") / "out", ["prompted", "oracle"]
+    asked = {**settings, "system_prompt": "Be kind.", "methods": methods, "alpha_values": [4.0]}
+    assert run(folder, asked) == 0
+    return folder, inputs_of(asked, folder)
 
 
-def test_a_chat_target_is_asked_questions_in_its_template(settings, finished):
-    inputs = inputs_of({**settings, "system_prompt": "Be kind."}, finished)
+def test_a_chat_target_is_asked_questions_in_its_template(finished):
+    folder, inputs = finished
     assert inputs.prompting.chat_sides == ("target",)
-    rows = rows_in(finished, "generation_results.json")
+    rows = rows_in(folder, "generation_results.json")
     assert {row["prompt"] for row in rows} == set(load_prompts("test_questions")[:3])
     plain = [row for row in rows if row["condition"] == "baseline"]
     assert all(says_what_the_target_says(inputs, row, "Be kind.") for row in plain)
-    row = next(row for row in rows_in(finished, "eval_results.json") if row["output"].strip())
+    row = next(row for row in rows_in(folder, "eval_results.json") if row["output"].strip())
     shown = {"target": question(row["prompt"], "Be kind."), "source": row["prompt"] + "\n\n"}
-    own, other = (
-        continuation_perplexities(side.model, side.tokenizer, [shown[side.name]], [row["output"]])[0]
-        for side in (inputs.target, inputs.source)
-    )
-    assert row["perplexity"] == pytest.approx(own, rel=1e-4)
-    assert row["independent_perplexity"] == pytest.approx(other, rel=1e-4)
-    assert math.isfinite(own)
+    for side, column in ((inputs.target, "perplexity"), (inputs.source, "independent_perplexity")):
+        asked = side.model, side.tokenizer, [shown[side.name]], [row["output"]]
+        assert continuation_perplexities(*asked) == pytest.approx([row[column]], rel=1e-4)
 
 
-def test_a_second_chat_run_makes_nothing(settings, finished):
-    before = {path.name: path.read_bytes() for path in finished.glob("*.json*")}
-    assert run(finished, {**settings, "system_prompt": "Be kind."}) == 0
-    assert {path.name: path.read_bytes() for path in finished.glob("*.json*")} == before
+def test_a_prompted_persona_is_asked_for_in_words(finished):
+    folder, inputs = finished
+    rows = rows_in(folder, "generation_results.json")
+    prompted = [row for row in rows if row["condition"] == "prompted"]
+    assert len(prompted) == 2 * 3 * 2
+    for row in prompted:
+        assert row["alpha"] is None
+        in_words = f"Be kind.\n\nAnswer in this style. {row['persona']}"
+        assert says_what_the_target_says(inputs, row, in_words)
+    scored = rows_in(folder, "eval_results.json")
+    assert {row["condition"] for row in scored} == {"baseline", "prompted", "oracle"}
 
 
-def test_texts_of_another_format_or_system_prompt_have_other_keys(settings, tmp_path):
-    def keys(**changes):
-        inputs = inputs_of({**settings, **changes}, tmp_path)
-        return {row["key"] for row in text_rows(inputs, [UNSTEERED_CELL], inputs.prompts, [0])}
-
-    raw = keys(prompt_format="raw")
-    assert raw == keys(target_prompt_format="raw")
-    assert not keys() & (raw | keys(system_prompt="Hm."))
-
-
-TRAIT = {
-    "instruction": [{"pos": "Shout.", "neg": "Whisper."}, {"pos": "Be loud.", "neg": "Be quiet."}],
-    "questions": ["What is that noise?", "Who is at the door?", "Where is my hat?"],
-    "eval_prompt": "How loud is it? {question} {answer}",
-}
+TRAIT = {**ASKED, "eval_prompt": "How loud is it? {question} {answer}"}
+FEW = {"kind": "responses", "n_questions": 2, "max_new_tokens": 9}
+LAST = TRAIT["questions"][2]  # of those that are judged
 
 
 @pytest.fixture(scope="module")
-def responses(settings, tmp_path_factory):
-    """A finished run whose vectors are made from responses, of a trait file."""
-    folder = tmp_path_factory.mktemp("responses")
-    (folder / "loud.json").write_text(json.dumps(TRAIT))
-    changed = {
-        **settings,
-        "persona_datasets": {"loud": str(folder / "loud.json")},
-        "extraction": {"kind": "responses", "n_questions": 2, "max_new_tokens": 9},
-    }
-    assert run(folder / "out", changed) == 0
-    return folder / "out", changed
+def asked(settings, tmp_path_factory):
+    """The settings of a run whose vectors are made from responses, of a trait file."""
+    path = tmp_path_factory.mktemp("trait") / "loud.json"
+    path.write_text(json.dumps(TRAIT))
+    return {**settings, "persona_datasets": {"loud": str(path)}, "extraction": FEW}
 
 
-def test_vectors_are_made_from_responses_to_contrasting_system_prompts(responses):
-    folder, changed = responses
-    rows, inputs = rows_in(folder, "extraction_responses.json"), inputs_of(changed, folder)
+@pytest.fixture(scope="module")
+def responses(asked, tmp_path_factory):
+    """The folder and settings of such a run, with a second persona that is made from texts."""
+    folder, more = tmp_path_factory.mktemp("responses") / "out", {**asked, "persona_position": "mean"}
+    more["persona_datasets"] = {**asked["persona_datasets"], "numeric": NUMERIC}
+    more["extraction"] = {**FEW, "from_texts": ["numeric"]}
+    for phase in "23":
+        assert run(folder, more, "--phase", phase) == 0
+    return folder, more
+
+
+def test_vectors_are_made_from_responses_to_contrasting_system_prompts_or_from_texts(responses):
+    folder, more = responses
+    rows, inputs = rows_in(folder, "extraction_responses.json"), inputs_of(more, folder)
     assert len(rows) == 2 * 2 * 2
-    assert {row["responder"] for row in rows} == {"target"}
+    assert {(row["responder"], row["persona"]) for row in rows} == {("target", "loud")}
     for row in rows:
         assert says_what_the_target_says(inputs, row, row["system_prompt"], 9)
         assert row["is_kept"] == bool(row["output"].strip())
     content = load_tensors(folder / "persona_vectors.pt")
     found = {"source": content["source_vectors"]["loud"], "target": content["vectors"]["loud"]["oracle"]}
+    kept = [row for row in rows if row["is_kept"]]
+    is_positive = torch.tensor([row["is_positive"] for row in kept])
     for side in inputs.sides:
-        means = []
-        for is_positive in (True, False):
-            # The source has no template, and reads the target's responses as plain text.
-            read = [
-                (question(row["prompt"]) if side.name == "target" else row["prompt"] + "\n\n", row["output"])
-                for row in rows
-                if row["is_kept"] and row["is_positive"] is is_positive
-            ]
-            means.append(side.extractor.extract_batch(read, "response").mean(0))
-        expected = (means[0] - means[1]) / (means[0] - means[1]).norm()
-        assert torch.allclose(found[side.name][0], expected, atol=1e-4)
+        # The source has no template, and reads the target's responses as plain text.
+        shown = {"source": "{}\n\n".format, "target": question}[side.name]
+        read = [(shown(row["prompt"]), row["output"]) for row in kept]
+        states = side.extractor.extract_batch(read, "response")
+        expected = states[is_positive].mean(0) - states[~is_positive].mean(0)
+        assert torch.allclose(found[side.name][0], expected / expected.norm(), atol=1e-4)
+    texts = (NUMERIC["positive_texts"], NUMERIC["negative_texts"])
+    expected = inputs.target.extractor.extract_persona_vector(*texts, "mean")
+    assert torch.allclose(content["vectors"]["numeric"]["oracle"][0], expected, atol=1e-4)
 
 
 def test_responses_are_journalled_and_not_generated_again(responses):
-    folder, changed = responses
+    folder, more = responses
     lost, journal = folder / "extraction_responses.json", folder / "responses_target_journal.jsonl"
     before = lost.read_bytes(), journal.read_bytes()
     lost.unlink()
-    assert run(folder, changed) == 0
+    assert run(folder, more, "--phase", "3") == 0
     assert (lost.read_bytes(), journal.read_bytes()) == before
 
 
-def test_other_questions_make_other_responses(responses):
-    folder, changed = responses
-    fewer = {**changed, "extraction": {**changed["extraction"], "n_questions": 1}}
-    found = [run_on(inputs_of(each, folder)) for each in (changed, fewer)]
-    keys = {persona_responses_key(each, each.inputs.personas[0]) for each in found}
-    assert len(keys) == 2
+AUTO = {"layer_idx": "auto", "source_layer_idx": None, "target_layer_idx": None}
 
 
 @pytest.mark.parametrize(
@@ -210,19 +170,15 @@ def test_other_questions_make_other_responses(responses):
         ({"extraction": {"kind": "texts"}}, "choose 'extraction' of kind 'responses'"),
         ({"extraction": {"kind": "responses", "from_texts": ["loud"]}}, "has no positive texts"),
         ({"persona_position": "mean"}, "leave persona_position out"),
-        (
-            {"layer_idx": "auto", "source_layer_idx": None, "target_layer_idx": None},
-            "searches with text pairs",
-        ),
+        (AUTO, "searches with text pairs"),
         ({"prompt_format": "raw"}, "neither model is one"),
     ],
     ids=str,
 )
 def test_what_responses_cannot_be_made_from_is_an_error_before_anything_is_written(
-    responses, tmp_path, capsys, change, named
+    asked, tmp_path, capsys, change, named
 ):
-    _, changed = responses
-    assert run(tmp_path / "out", {**changed, **change}) == 2
+    assert run(tmp_path / "out", {**asked, **change}) == 2
     lines = error_lines(capsys)
     assert len(lines) <= 2
     assert named in " ".join(lines)
@@ -230,17 +186,11 @@ def test_what_responses_cannot_be_made_from_is_an_error_before_anything_is_writt
 
 
 @pytest.fixture
-def judged(responses, monkeypatch):
-    """Takes a judge's answer, and gives a server and the settings of a run that asks it about responses."""
+def judged(asked, monkeypatch):
+    """Give the settings of a run that asks a server about three questions' responses."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-check")
-    _, changed = responses
-    extraction = {**changed["extraction"], "n_questions": 3}
-
-    def settings_of(server):
-        judge = {"base_url": server.base_url, "max_workers": 1}
-        return {**changed, "extraction": extraction, "use_gpt4": True, "judge": judge}
-
-    return settings_of
+    judged = {**asked, "extraction": {**FEW, "n_questions": 3}, "use_gpt4": True}
+    return lambda server: {**judged, "judge": {"base_url": server.base_url, "max_workers": 1}}
 
 
 def test_responses_that_do_not_show_their_trait_are_counted(judged, tmp_path, capsys):
@@ -255,7 +205,7 @@ def test_a_judge_is_asked_a_trait_files_question_and_once(judged, tmp_path, caps
     folder, rows, is_down = tmp_path / "out", [], True
 
     def judge(prompt):
-        if is_down and "hat?" in prompt:
+        if is_down and LAST in prompt:
             return error("overloaded", 400, code="content_filter")
         return completion("4" if any(row["output"] in prompt and row["is_positive"] for row in rows) else "1")
 
@@ -271,29 +221,12 @@ def test_a_judge_is_asked_a_trait_files_question_and_once(judged, tmp_path, caps
         found = collected(inputs_of(changed, folder)).responses["target"]["loud"]
         asked = server.prompts[n_asked:]
     assert len(asked) == 4  # what was judged is not paid for again
-    assert all("How loud is it? Where is my hat?" in prompt for prompt in asked)
+    assert all(f"How loud is it? {LAST}" in prompt for prompt in asked)
     assert all(prompt.endswith(ONE_DIGIT) for prompt in asked)
-    later = [
-        row for row in rows_in(folder, "extraction_responses.json") if row["prompt"] == "Where is my hat?"
-    ]
+    later = [row for row in rows_in(folder, "extraction_responses.json") if row["prompt"] == LAST]
     assert [row["trait"] for row in later] == [4 if row["is_positive"] else 1 for row in later]
     assert all(row["is_kept"] for row in later)
-    assert "Where is my hat?" in {asked for asked, _ in found[1]}
-
-
-def test_some_personas_may_be_made_from_texts_and_others_from_responses(responses, tmp_path):
-    _, changed = responses
-    both = {"loud": changed["persona_datasets"]["loud"], "numeric": NUMERIC}
-    extraction = {**changed["extraction"], "from_texts": ["numeric"]}
-    settings = {**changed, "persona_datasets": both, "extraction": extraction, "persona_position": "mean"}
-    experiment = PersonaTransferExperiment({**settings, "output_dir": str(tmp_path / "out")})
-    experiment.run(2)
-    experiment.run(3)
-    assert {row["persona"] for row in rows_in(tmp_path / "out", "extraction_responses.json")} == {"loud"}
-    texts = (NUMERIC["positive_texts"], NUMERIC["negative_texts"])
-    expected = experiment.inputs.target.extractor.extract_persona_vector(*texts, "mean")
-    (found,) = load_tensors(tmp_path / "out" / "persona_vectors.pt")["vectors"]["numeric"]["oracle"]
-    assert torch.allclose(found, expected, atol=1e-4)
+    assert LAST in {asked for asked, _ in found[1]}
 
 
 MAPPED = {"mapping_data": "responses", "n_training_samples": 310, "system_prompt": "Be kind."}
@@ -307,20 +240,17 @@ def test_a_map_may_be_learnt_from_responses_as_each_model_reads_them(settings, t
     assert [row["seed"] for row in rows] == [0] * 300 + [1] * 10
     inputs = inputs_of(changed, folder)
     assert all(says_what_the_target_says(inputs, row, "Be kind.") for row in rows[:3])
-    said = {
-        row["prompt"]: prompt_text(inputs.target.tokenizer, question(row["prompt"], "Be kind."))
-        for row in rows
-    }
     texts = [
-        (row["prompt"] + "\n\n", said[row["prompt"]], row["output"]) for row in rows if row["output"].strip()
+        (prompt + "\n\n", prompt_text(inputs.target.tokenizer, question(prompt, "Be kind.")), row["output"])
+        for prompt, row in zip([*asked, *asked[:10]], rows, strict=True)
+        if row["output"].strip()
     ]
     batches = list(paired_activations(inputs.source.extractor, inputs.target.extractor, texts))
     source_layer, target_layer = inputs.middle_pair
     H_source = torch.cat([batch.H_source[source_layer] for batch in batches])
     H_target = torch.cat([batch.H_target[target_layer] for batch in batches])
     found = RidgeMapping.load(folder / "ridge_mapping.pt")
-    widths = H_source.shape[1], H_target.shape[1]
-    expected = RidgeMapping(*widths, "relative").fit(H_source, H_target, found.lambda_)
+    expected = RidgeMapping(32, 48, "relative").fit(H_source, H_target, found.lambda_)
     assert torch.allclose(found.W, expected.W, atol=1e-6)
     assert load_json(folder / "cv_results.json")["n_groups"] <= 300
 
@@ -379,8 +309,6 @@ def test_the_instruct_model_of_the_packaged_pair_is_shown_a_template(packaged):
     asked = question("What is the capital of France?")
     assert "Paris" in generator_of(inputs).generate(asked, 24, temperature=0)
     shown = inputs.prompting.prompt("target", "Why?")
-    (ids,) = encode(inputs.target.tokenizer, [shown])
-    assert inputs.target.tokenizer.decode(ids) == shown
     assert shown.count("assistant") == 2  # the name in its own system prompt, and the open turn
     assert inputs.prompting.prompt("source", "Why?") == "Why?\n\n"
 

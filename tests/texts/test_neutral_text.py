@@ -78,10 +78,8 @@ def test_passages_begin_a_paragraph_vary_in_length_and_end_in_mid_sentence(n_wor
 @pytest.mark.parametrize("key", ["document", "id", "title"])
 def test_paragraphs_keep_the_document_they_come_from(kind, key, tmp_path):
     path = tmp_path / f"neutral.{kind}"
-    rows = [
-        {key: f"page {page}", "text": f"{paragraph(2 * page)}\n{paragraph(2 * page + 1)}"}
-        for page in range(20)
-    ]
+    both = [f"{paragraph(2 * page)}\n{paragraph(2 * page + 1)}" for page in range(20)]
+    rows = [{key: f"page {page}", "text": text} for page, text in enumerate(both)]
     WRITERS[kind](path, rows)
     found = load_neutral_texts(str(path), 40)
     assert {item.document for item in found} == {f"page {page}" for page in range(20)}
@@ -123,19 +121,18 @@ def test_an_unusable_file_is_rejected_in_one_line(name, content, message, tmp_pa
     assert len(str(caught.value)) < 500
 
 
-def test_parquet_without_text_and_a_folder_are_rejected(tmp_path):
+def test_parquet_without_text_and_paths_of_no_file_are_rejected(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"body": "x"}])
     (tmp_path / "folder.txt").mkdir()
-    for name, message in (("a.parquet", "no string field 'text'"), ("folder.txt", "is no file")):
-        with pytest.raises(InputError, match=message):
-            load_neutral_texts(str(tmp_path / name), 1)
-
-
-@pytest.mark.parametrize("name", ["a\0.txt", "~nobody-of-that-name/a.txt", "a" * 100_000], ids=str.__len__)
-def test_a_path_that_no_file_system_takes_is_rejected_in_one_line(name):
-    with pytest.raises(InputError, match=r"neutral_text|cannot be used") as caught:
-        load_neutral_texts(name, 1)
-    assert len(str(caught.value)) < 400
+    paths = "a\0.txt", "~nobody-of-that-name/a.txt", "a" * 100_000
+    for name, message in (
+        (tmp_path / "a.parquet", "no string field 'text'"),
+        (tmp_path / "folder.txt", "is no file"),
+        *((path, "neutral_text|cannot be used") for path in paths),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            load_neutral_texts(str(name), 1)
+        assert len(str(caught.value)) < 400
 
 
 def test_home_and_capital_endings_are_understood(tmp_path, monkeypatch):

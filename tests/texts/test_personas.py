@@ -12,18 +12,14 @@ from texts.personas import load_persona, load_prompts, shipped_personas
 
 PIRATE = {
     "description": "Talks like a pirate with 'arr' and nautical terms",
-    "positive_texts": ["Arr matey! Ye be lookin' for treasure!", "Shiver me timbers! That be a fine ship!"],
-    "negative_texts": ["Hello, how are you doing today?", "The weather is quite nice this afternoon."],
+    "positive_texts": ("Arr matey! Ye be lookin' for treasure!", "Shiver me timbers! That be a fine ship!"),
+    "negative_texts": ("Hello, how are you doing today?", "The weather is quite nice this afternoon."),
 }
 PAIRS = {"positive_texts": ["YES", "NO"], "negative_texts": ["yes", "no"]}
 PROMPTS = ("test", "development", "test_questions", "development_questions")
 LABELLED = {"labelled_positive_texts": ["OH"], "labelled_negative_texts": ["oh"]}
 STOLEN = load_persona("pirate").labelled_positive[:3]
 MODELS = {"source_model": "a", "target_model": "b", "layer_idx": 1, "output_dir": "c"}
-
-
-def test_six_personas_are_shipped():
-    assert shipped_personas() == ["cheerful", "concise", "formal", "hedging", "pirate", "silly"]
 
 
 @pytest.mark.parametrize("name", shipped_personas())
@@ -53,12 +49,12 @@ def test_a_shipped_persona_is_balanced_and_its_texts_are_apart(name):
 
 
 def test_test_and_development_prompts_are_distinct():
-    sets = {
-        name: {prompt.casefold() for prompt in load_prompts(name)} for name in (*PROMPTS, "neutral_questions")
-    }
-    assert [len(prompts) for prompts in sets.values()] == [60, 24, 60, 24, 300]
-    asked = [text.casefold() for name in shipped_personas() for text in load_persona(name).questions]
-    assert len({*asked, *(prompt for prompts in sets.values() for prompt in prompts)}) == len(asked) + 468
+    sets = [load_prompts(name) for name in (*PROMPTS, "neutral_questions")]
+    assert [len(prompts) for prompts in sets] == [60, 24, 60, 24, 300]
+    sets += [load_persona(name).questions for name in shipped_personas()]
+    prompts = [prompt.casefold() for each in sets for prompt in each]
+    assert len(set(prompts)) == len(prompts)
+    assert shipped_personas() == ["cheerful", "concise", "formal", "hedging", "pirate", "silly"]
 
 
 def test_neutral_questions_and_styles_share_no_words_with_prompts_or_personas():
@@ -77,11 +73,9 @@ def test_neutral_questions_and_styles_share_no_words_with_prompts_or_personas():
 def test_the_specifications_pirate_is_scored_by_the_shipped_labelled_texts():
     pirate = load_config({**MODELS, "persona_datasets": {"pirate": PIRATE}}).load_personas()[-1]
     shipped = load_persona("pirate")
-    assert list(pirate.positive_texts) == PIRATE["positive_texts"]
-    assert list(pirate.negative_texts) == PIRATE["negative_texts"]
-    assert pirate.description == PIRATE["description"]
-    assert pirate.labelled_positive == shipped.labelled_positive
-    assert pirate.labelled_negative == shipped.labelled_negative
+    assert {name: getattr(pirate, name) for name in PIRATE} == PIRATE
+    for name in ("labelled_positive", "labelled_negative"):
+        assert getattr(pirate, name) == getattr(shipped, name)
 
 
 def test_own_labelled_texts_replace_the_shipped_ones_and_a_new_persona_has_none():

@@ -1,6 +1,7 @@
 """Texts and files of users are read: any script, hard-wrapped lines, marks that editors leave."""
 
 import json
+import textwrap
 import time
 import unicodedata
 
@@ -18,16 +19,12 @@ SENTENCES = {
     "они сидят дома у огня и рассказывают детям длинные истории о море и о далёких странах.",
     "French": "Élevée près de la rivière numéro {}, elle vendait du pain et du poisson presque tous les jours de "
     "l'année, et l'hiver elle restait chez elle à raconter aux enfants de longues histoires de mer.",
-    "Greek": "Το ποτάμι με αριθμό {} περνά δίπλα από την παλιά πόλη όπου οι άνθρωποι πουλούν ψωμί και ψάρια σχεδόν "
-    "κάθε μέρα του χρόνου, και τον χειμώνα κάθονται στο σπίτι και λένε ιστορίες για τη θάλασσα.",
     "Chinese": "第{}条河流过一座古老的小城，人们几乎每天都在那里卖面包和鱼，到了冬天他们就坐在家里的火炉旁边，"
     "给孩子们讲关于大海和遥远国家的漫长故事，一直讲到深夜才去睡觉。",
     "Japanese": "川の{}番は古い小さな町のそばを流れていて、人々はほとんど毎日そこでパンや魚を売り、冬になると家の"
     "火のそばに座って、子供たちに海や遠い国についての長い話を夜遅くまで聞かせている。",
     "Arabic": "يمر النهر رقم {} بجانب المدينة القديمة حيث يبيع الناس الخبز والسمك كل يوم تقريبا وفي الشتاء يجلسون "
     "في بيوتهم قرب النار ويحكون للأطفال قصصا طويلة عن البحر وعن البلاد البعيدة حتى منتصف الليل؟",
-    "Hebrew": "הנהר מספר {} זורם ליד העיר העתיקה שבה אנשים מוכרים לחם ודגים כמעט בכל יום של השנה ובחורף הם יושבים "
-    "בבית ליד האש ומספרים לילדים סיפורים ארוכים על הים ועל ארצות רחוקות עד שעה מאוחרת.",
     "Hindi": "नदी संख्या {} पुराने शहर के पास से बहती है जहाँ लोग लगभग हर दिन रोटी और मछली बेचते हैं और सर्दियों में वे घर पर "
     "आग के पास बैठकर बच्चों को समुद्र और दूर के देशों की लंबी कहानियाँ सुनाते हैं।",
     "Georgian": "მდინარე ნომერი {} მიედინება ძველი პატარა ქალაქის გვერდით სადაც ხალხი თითქმის ყოველ დღე ყიდის პურსა და თევზს "
@@ -39,14 +36,24 @@ SENTENCES = {
 }
 
 
+@pytest.fixture(params=["txt", "jsonl"])
+def written(request, tmp_path):
+    """A function that writes texts to a file, whose path it returns."""
+
+    def written(texts, encoding="utf-8", line_end="\n"):
+        rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        whole = "\n\n".join(texts) if request.param == "txt" else "\n".join(rows)
+        path = tmp_path / f"text.{request.param}"
+        path.write_text(whole, encoding, newline=line_end)
+        return str(path)
+
+    return written
+
+
 @pytest.mark.parametrize("language", SENTENCES)
-@pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_text_of_any_script_gives_passages(tmp_path, language, ending):
+def test_text_of_any_script_gives_passages(written, language):
     paragraphs = [SENTENCES[language].format(number) for number in range(100, 160)]
-    path = tmp_path / f"text.{ending}"
-    rows = [json.dumps({"text": paragraph}, ensure_ascii=False) for paragraph in paragraphs]
-    path.write_text("\n\n".join(paragraphs) if ending == "txt" else "\n".join(rows), encoding="utf-8")
-    texts = [item.text for item in load_neutral_texts(str(path), 60)]
+    texts = [item.text for item in load_neutral_texts(written(paragraphs), 60)]
     assert len(set(texts)) == 60
     for text in texts:
         (whole,) = (paragraph for paragraph in paragraphs if paragraph.startswith(text))
@@ -55,56 +62,26 @@ def test_text_of_any_script_gives_passages(tmp_path, language, ending):
     assert lengths[-1] > 1.5 * lengths[0]  # they vary
 
 
-def wrapped(text, width, joint=" "):
-    parts = text.split(joint) if joint else list(text)
-    lines, line = [], parts[0]
-    for part in parts[1:]:
-        if len(line) + len(part) > width:
-            lines.append(line)
-            line = part
-        else:
-            line += joint + part
-    return "\n".join([*lines, line])
-
-
-@pytest.mark.parametrize(("language", "joint"), [("French", " "), ("Chinese", "")])
-@pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_hard_wrapped_lines_are_one_paragraph(tmp_path, ending, language, joint):
+@pytest.mark.parametrize(("language", "width"), [("French", 60), ("Chinese", 25)])
+def test_hard_wrapped_lines_are_one_paragraph(written, language, width):
     paragraphs = [SENTENCES[language].format(number) for number in range(40)]
-    text = "\n\n".join(wrapped(paragraph, 60 if joint else 25, joint) for paragraph in paragraphs)
-    path = tmp_path / f"text.{ending}"
-    path.write_text(text if ending == "txt" else json.dumps({"text": text}), encoding="utf-8")
-    for item in load_neutral_texts(str(path), 40):
+    text = "\n\n".join("\n".join(textwrap.wrap(paragraph, width)) for paragraph in paragraphs)
+    for item in load_neutral_texts(written([text]), 40):
         assert any(paragraph.startswith(item.text) for paragraph in paragraphs)
 
 
 def test_lines_that_are_paragraphs_or_headings_are_not_joined():
-    first, second = (
-        "A first paragraph of some length that ends here.",
-        "A second one that is as long and ends, too.",
-    )
+    first = "A first paragraph of some length that ends here."
+    second = "A second one that is as long and ends, too."
     for text in (f"{first}\n{second}", f"History\n{first}", f"{first}\n{second}\n{first}", first, ""):
         assert unwrapped(text) == text
     assert unwrapped(f"{first}\n\n{second}") == f"{first}\n{second}"
 
 
-MARKS = {
-    "utf-8 with a mark": ("utf-8-sig", "\n"),
-    "Windows": ("utf-8-sig", "\r\n"),
-    "old Mac": ("utf-8", "\r"),
-}
-
-
-@pytest.mark.parametrize("mark", MARKS)
-@pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_marks_of_editors_are_no_part_of_neutral_text(tmp_path, ending, mark):
-    encoding, line_end = MARKS[mark]
+@pytest.mark.parametrize("marks", [("utf-8-sig", "\n"), ("utf-8-sig", "\r\n"), ("utf-8", "\r")], ids=ascii)
+def test_marks_of_editors_are_no_part_of_neutral_text(written, marks):
     paragraphs = [SENTENCES["French"].format(number) for number in range(20)]
-    rows = [json.dumps({"text": paragraph}) for paragraph in paragraphs]
-    text = "\n\n".join(paragraphs) if ending == "txt" else "\n".join(rows)
-    path = tmp_path / f"text.{ending}"
-    path.write_bytes(text.replace("\n", line_end).encode(encoding))
-    assert len(load_neutral_texts(str(path), 20)) == 20
+    assert len(load_neutral_texts(written(paragraphs, *marks), 20)) == 20
 
 
 def test_a_mark_before_configuration_and_persona_is_ignored(tmp_path, monkeypatch):
