@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from chat_models import chatting
-from tiny_runs import band_settings, blank_figures, run, tiny_settings
+from tiny_runs import band_settings, blank_figures, run, saved, tiny_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -19,6 +19,14 @@ SENTENCES = [
     "the naïve café was closed on the day",
     "the dog and the cat ran on a day in the café",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process, which makes their fixtures once, unless they name a group."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +58,9 @@ def word_tokenizer():
     """One token for each word of SENTENCES, <unk> for other words; no token comes first."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<unk>", "<pad>", "<eos>"]
-    words.train_from_iterator(
-        SENTENCES, trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
-    )
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    trainer = trainers.WordLevelTrainer(special_tokens=list(names.values()), show_progress=False)
+    words.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=CONTEXT, **names)
 
 
@@ -105,10 +111,10 @@ def llama():
 def model_folders(tmp_path_factory):
     """Two tiny models of different width and family, saved as `load_model` reads them."""
     folder = tmp_path_factory.mktemp("models")
-    for name, model in (("source", tiny_model("llama")), ("target", tiny_model("gpt2", seed=1, n_embd=48))):
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-    return {"source": str(folder / "source"), "target": str(folder / "target")}
+    return {
+        "source": saved(folder / "source", tiny_model("llama")),
+        "target": saved(folder / "target", tiny_model("gpt2", seed=1, n_embd=48)),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -134,10 +140,8 @@ def out(finished, tmp_path):
 @pytest.fixture(scope="session")
 def band(tiny, tmp_path_factory):
     """The configuration of a band with a chat target, responses and searched alphas."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_model("gpt2", seed=1, n_embd=48).save_pretrained(folder)
-    chatting().save_pretrained(folder)
-    return band_settings(tiny, str(folder))
+    target = tiny_model("gpt2", seed=1, n_embd=48)
+    return band_settings(tiny, saved(tmp_path_factory.mktemp("chat"), target, chatting()))
 
 
 @pytest.fixture(scope="session")
