@@ -21,6 +21,14 @@ SENTENCES = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process, which makes their fixtures once, unless they name a group."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -50,11 +58,9 @@ def word_tokenizer():
     """One token for each word of SENTENCES, <unk> for other words; no token comes first."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<unk>", "<pad>", "<eos>"]
-    words.train_from_iterator(
-        SENTENCES, trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
-    )
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    trainer = trainers.WordLevelTrainer(special_tokens=list(names.values()), show_progress=False)
+    words.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=CONTEXT, **names)
 
 

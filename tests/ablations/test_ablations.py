@@ -1,5 +1,7 @@
 """Ablations of layers, samples and blocks: what they compare, and that a second run makes nothing."""
 
+from itertools import product
+
 import pytest
 from matplotlib.figure import Figure
 from tiny_runs import artifacts, is_close, rows, run
@@ -16,16 +18,12 @@ pytestmark = pytest.mark.usefixtures("no_drawing")
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    for module, name in (
-        (blocks, "block_ablation_figure"),
-        (layers, "layer_ablation_figure"),
-        (samples, "sample_ablation_figure"),
-    ):
-        monkeypatch.setattr(module, name, lambda *arguments: Figure(figsize=(1, 1)))
+    for module, name in ((blocks, "block"), (layers, "layer"), (samples, "sample")):
+        monkeypatch.setattr(module, f"{name}_ablation_figure", lambda *arguments: Figure(figsize=(1, 1)))
 
 
-def journals(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+def contents(folder):
+    return artifacts(folder), {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
 
 
 def test_layers_are_compared_on_development_prompts_and_once(tiny, tmp_path):
@@ -43,13 +41,12 @@ def test_layers_are_compared_on_development_prompts_and_once(tiny, tmp_path):
         conditions = {(row["condition"], row["alpha"]) for row in entry["conditions"]}
         assert conditions == {("baseline", None), ("ridge_mapped", 1.0), ("shuffled_pairs", 1.0)}
     for name in ("0_3", "2_1"):
-        assert {row["prompt"] for row in rows(out / "ablation_layers" / name)} == set(
-            load_prompts("development")
-        )
-    before = artifacts(out), journals(out)
+        asked = {row["prompt"] for row in rows(out / "ablation_layers" / name)}
+        assert asked == set(load_prompts("development"))
     assert (out / "figure2.png").exists()
+    before = contents(out)
     assert run(out, settings, "--ablate", "layers") == 0
-    assert (artifacts(out), journals(out)) == before
+    assert contents(out) == before
 
 
 def test_amounts_of_text_are_compared_and_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
@@ -57,9 +54,8 @@ def test_amounts_of_text_are_compared_and_a_stopped_run_goes_on(tiny, tmp_path, 
     settings = {**tiny, "ablation_samples": [30, 60, 90]}
     assert run(tmp_path / "whole", settings, "--ablate", "samples") == 0
     whole = load_json(tmp_path / "whole" / "ablation_samples.json")
-    assert [(point["positions"], point["n_texts"]) for point in whole["points"]] == [
-        (positions, n_texts) for n_texts in (30, 60, 90) for positions in ("last", "aligned")
-    ]
+    found = [(point["n_texts"], point["positions"]) for point in whole["points"]]
+    assert found == list(product((30, 60, 90), ("last", "aligned")))
     assert [point["n_pairs"] for point in whole["points"]][::2] == [30, 60, 90]
 
     save, n_saved = RunFolder.save, 0
@@ -91,27 +87,21 @@ def test_amounts_of_text_need_fast_tokenizers(tiny, tmp_path, monkeypatch):
 def test_more_and_more_blocks_are_steered_each_at_an_alpha_of_its_own(tiny, tmp_path):
     out = tmp_path / "out"
     unbounded = {"max_perplexity_ratio": 1e6, "max_repetition_increase": 1}
-    settings = {
-        **tiny,
-        "methods": ["shuffled_pairs", "oracle"],
-        "alpha_unit": "residual_norm",
-        "alpha_search": {"n_evaluations": 2, "n_seeds": 1, **unbounded},
-    }
+    settings = {**tiny, "methods": ["shuffled_pairs", "oracle"], "alpha_unit": "residual_norm"}
+    settings["alpha_search"] = {"n_evaluations": 2, "n_seeds": 1, **unbounded}
     assert run(out, settings, "--ablate", "blocks") == 0
     points = load_json(out / "ablation_blocks.json")["points"]
-    bands = [[1], [0, 1, 2], [0, 1, 2, 3]]
-    cells = [(name, method) for name in ("loud", "numeric") for method in ("shuffled_pairs", "oracle")]
-    assert [(point["persona"], point["method"], point["target_layers"]) for point in points] == [
-        (*cell, band) for band in bands for cell in cells
-    ]
+    cells = product(([1], [0, 1, 2], [0, 1, 2, 3]), ("loud", "numeric"), ("shuffled_pairs", "oracle"))
+    found = [(point["target_layers"], point["persona"], point["method"]) for point in points]
+    assert found == list(cells)
     for point in points:
         # Every text is within the bound, so that the strongest alpha is found, which a band shares.
         assert point["alpha"] == pytest.approx(2.0 / len(point["target_layers"]))
         assert point["perplexity_ratio"] > 0
-    before = artifacts(out), journals(out)
     assert (out / "figure4.png").exists()
+    before = contents(out)
     assert run(out, settings, "--ablate", "blocks") == 0
-    assert (artifacts(out), journals(out)) == before
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("flags", [("--phase", "2"), ("--dry-run",)])

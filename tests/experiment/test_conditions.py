@@ -3,7 +3,6 @@
 from importlib import import_module
 
 import pytest
-from tiny_runs import tiny_settings
 
 import baseline_methods
 from analysis.vector_transfer import CONTROL_MAKERS
@@ -31,21 +30,14 @@ from texts.personas import load_persona
 SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
 
 
-@pytest.mark.parametrize("look", ["label", "colour", "marker"])
-def test_no_two_conditions_look_alike(look):
-    assert len({getattr(condition, look) for condition in CONDITIONS.values()}) == len(CONDITIONS)
+def test_no_two_conditions_and_no_two_scorers_look_alike():
+    for table, other in ((CONDITIONS, "marker"), (SCORERS, "column")):
+        for look in ("label", "colour", other):
+            assert len({getattr(each, look) for each in table.values()}) == len(table)
 
 
-@pytest.mark.parametrize("look", ["column", "label", "colour"])
-def test_no_two_scorers_look_alike(look):
-    assert len({getattr(scorer, look) for scorer in SCORERS.values()}) == len(SCORERS)
-
-
-def test_every_steered_condition_has_its_vectors_made_and_no_other():
+def test_every_steered_condition_has_its_vectors_made_and_a_configuration_names_it():
     assert sorted(STEERED) == sorted([*baseline_methods.METHODS, *KINDS, *CONTROL_MAKERS])
-
-
-def test_a_configuration_names_every_condition_but_the_unsteered():
     assert load_config({**SMALL, "methods": METHODS}).methods == list(METHODS)
     assert {*METHODS, UNSTEERED} == set(CONDITIONS)
 
@@ -66,11 +58,8 @@ def test_a_trained_scorer_can_be_loaded_and_has_a_key_that_no_order_changes(name
     assert SCORERS[name].column.endswith("_probability")  # by which tables and `aggregate` find it
 
 
-def test_all_vectors_are_recomputed_where_the_table_has_another_condition(
-    model_folders, tmp_path, monkeypatch
-):
-    settings = {**tiny_settings(model_folders, tmp_path), "output_dir": str(tmp_path)}
-    run = Run(load_inputs(load_config(settings)), RunFolder(tmp_path), None)
+def test_all_vectors_are_recomputed_where_the_table_has_another_condition(tiny, tmp_path, monkeypatch):
+    run = Run(load_inputs(load_config({**tiny, "output_dir": "x"})), RunFolder(tmp_path), None)
     before = PERSONA_VECTORS.key(run)
     assert PERSONA_VECTORS.key(run) == before
     monkeypatch.setattr(make_vectors, "STEERED", STEERED[:-1])

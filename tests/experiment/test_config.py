@@ -65,24 +65,13 @@ def test_shipped_configuration_is_usable_and_survives_a_round_trip(path, tmp_pat
     assert load_config(config) is config
 
 
-def test_the_example_compares_all_controls():
-    methods = {*METHODS, "prompted", "random_direction", "shuffled_pairs", "other_persona"}
-    assert set(load_config(ROOT / "example_config.json").methods) == methods
-
-
-def test_round_trip_keeps_definitions_and_judge():
+def test_round_trip_keeps_every_key_and_nothing_can_be_changed():
     judge = {"model": "local", "base_url": "http://x"}
     config = load_config({**SMALL, "persona_datasets": {"loud": PAIR}, "judge": judge})
-    again = load_config(json.loads(json.dumps(config.model_dump())))
-    assert again == config
-    assert again.judge.base_url == "http://x"
-
-
-def test_configuration_cannot_be_changed_and_its_dump_lists_every_key():
-    config = load_config(SMALL)
+    assert load_config(json.loads(json.dumps(config.model_dump()))) == config
+    assert set(config.model_dump()) == set(ExperimentConfig.model_fields)
     with pytest.raises(ValueError, match="frozen"):
         config.layer_idx = 4
-    assert set(config.model_dump()) == set(ExperimentConfig.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +79,6 @@ def test_configuration_cannot_be_changed_and_its_dump_lists_every_key():
     [
         ({"layer_idx": 7}, ((7, 7),)),
         ({"source_layer_idx": 5, "target_layer_idx": 9}, ((5, 9),)),
-        ({"layer_idx": 7, "target_layer_idx": 9}, ((7, 9),)),
         ({"layer_idx": 7, "source_layer_idx": 0}, ((0, 7),)),
         ({"source_layer_idx": [5, 5, 6], "target_layer_idx": [2, 3, 4]}, ((5, 2), (5, 3), (6, 4))),
         ({"source_layer_idx": [5], "target_layer_idx": [2]}, ((5, 2),)),
@@ -103,12 +91,10 @@ def test_layers_are_set_together_or_apart(layers, expected):
 
 
 def test_personas_are_the_named_ones_then_those_defined_here():
-    definitions = {"loud": PAIR, "formal": PAIR}
-    config = load_config({**SMALL, "persona_datasets": definitions})
+    config = load_config({**SMALL, "persona_datasets": {"loud": PAIR, "formal": PAIR}})
     assert config.persona_names == ["silly", "formal", "concise", "loud"]
     config = load_config({**SMALL, "personas": [], "persona_datasets": {"loud": PAIR}})
-    assert config.persona_names == ["loud"]
-    assert config.load_personas()[0].positive_texts == ("YES",)
+    assert [persona.positive_texts for persona in config.load_personas()] == [("YES",)]
 
 
 def test_seeds_count_up_from_seed():
@@ -127,32 +113,26 @@ def test_alphas_may_be_given_for_each_persona_or_method():
     assert config.n_cells == 1 + len(METHODS) * (1 + 2 + 1) + 1
 
 
+COUNTS = ("n_test_prompts", "n_seeds", "max_new_tokens", "generation_batch_size")
+CHOICES = ("lambda_unit", "prompt_format", "persona_position", "alpha_unit", "use_gpt4")
 OUT_OF_RANGE = {
-    "source_model": [None, ""],
-    "output_dir": [None, ""],
+    **{key: [None, ""] for key in ("source_model", "output_dir")},
+    **{key: [0] for key in COUNTS},
+    **{key: ["other"] for key in CHOICES},
     "layer_idx": [-1, 1.5, "middle"],
     "dtype": ["int8", ["float32"]],
     "device_map": [{"model": 1001}, ""],
     "n_training_samples": [9],
     "lambda_values": [[], [0.0, 1.0], [1.0, -1.0], [math.inf], [1, 1.0]],
-    "lambda_unit": ["percent"],
     "n_folds": [1],
-    "prompt_format": ["xml"],
     "system_prompt": [" "],
     "personas": [[], "formal"],
-    "persona_position": ["first", "response"],
     "methods": [[], ["ridge"], ["oracle", "oracle"]],
     "test_prompts": [[]],
-    "n_test_prompts": [0],
     "alpha_values": [[], "all", [1.0, 0.0], [math.nan], [1e308], [2, 2]],
-    "alpha_unit": ["relative"],
-    "n_seeds": [0],
-    "max_new_tokens": [0],
     "temperature": [-0.1, math.inf, 1e-300],
     "top_k": [-1],
     "top_p": [0.0, 1.1],
-    "use_gpt4": ["perhaps"],
-    "generation_batch_size": [0],
     "seed": [-1, 2**70],
 }
 
@@ -177,10 +157,7 @@ def silly(alphas):
         ({"executor": {"n_workers": 2}}, 'of use with "kind": "ray" alone'),
         ({"vectors": {"silly": {}}}, "it names no file"),
         ({"vectors": {"shy": "x.pt"}}, "vectors names 'shy', which is no persona"),
-        (
-            {"persona_datasets": {"x": {**PAIR, "positive": ["a"]}}},
-            "'persona_datasets.x.positive' is unknown",
-        ),
+        ({"persona_datasets": {"x": {**PAIR, "old": ["a"]}}}, "'persona_datasets.x.old' is unknown"),
         ({"persona_datasets": {"x": {"positive_texts": ["a"]}}}, "negative_texts is missing"),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": [""]}}}, "positive_texts.0"),
         ({"layer_idx": None}, "source_layer_idx is not set"),
@@ -189,7 +166,6 @@ def silly(alphas):
         ({"search_source_layers": [1]}, 'search_source_layers is of use with "layer_idx": "auto" alone'),
         ({"source_layer_idx": [1, 2], "target_layer_idx": [1]}, "a band of 2 and 1; give two lists"),
         ({"source_layer_idx": [1, 2], "target_layer_idx": 3}, "a band of 2 and one layer"),
-        ({"target_layer_idx": [1, 2]}, "a band of one layer and 2"),
         ({"source_layer_idx": [1, 2], "target_layer_idx": [4, 4]}, "names a block twice"),
         ({"extraction": {"from_texts": ["shy"]}}, "extraction.from_texts names 'shy'"),
         ({"personas": ["silly"], "methods": ["other_persona"]}, "name a second persona"),
@@ -198,7 +174,6 @@ def silly(alphas):
         (silly([1.0, 1.0]), "holds a value twice"),
         (silly([0.0]), "must be finite and not 0"),
         (silly([]), "'alpha_values.silly'"),
-        (silly("auto"), "'alpha_values.silly'"),
         (silly({}), "'alpha_values.silly'"),
         (silly({"ridge_mapped": 1.0}), "alphas by method, but none of 'oracle'"),
         (silly({"oracle": 1.0, "shuffled_pairs": 2.0}), "'shuffled_pairs', which is not among the methods"),
@@ -216,9 +191,7 @@ def test_keys_that_contradict_each_other_are_an_error_with_a_remedy(change, name
 def test_old_key_is_unknown_and_its_error_says_the_new_one(old):
     definition = {"persona_datasets": {"x": {**PAIR, old: ["a"]}}}
     change = definition if old == "examination_texts" else {old: "x"}
-    assert re.search(
-        rf"{old}' is unknown; it is called {RENAMED_KEYS[old]} now", error_of({**SMALL, **change})
-    )
+    assert f"{old}' is unknown; it is called {RENAMED_KEYS[old]} now" in error_of({**SMALL, **change})
 
 
 @pytest.mark.parametrize("old", RENAMED_VALUES)
@@ -235,13 +208,9 @@ def test_old_value_is_an_error_that_says_the_new_one(old):
     assert "it is called" not in error_of({**SMALL, "dtype": old})
 
 
-@pytest.mark.parametrize("key", ["source_model", "target_model", "output_dir"])
-def test_missing_key_is_named(key):
-    found = error_of({name: value for name, value in SMALL.items() if name != key})
-    assert f"'{key}' is missing" in found
-
-
-def test_many_problems_make_one_short_message():
+def test_missing_keys_are_named_and_many_problems_make_one_short_message():
+    for key in ("source_model", "target_model", "output_dir"):
+        assert f"'{key}' is missing" in error_of({name: SMALL[name] for name in SMALL.keys() - {key}})
     found = error_of({**SMALL, **{f"unknown_{index}": "x\n" * 500 for index in range(9)}})
     assert "(and 7 more)" in found
     assert len(found) < 500
@@ -253,10 +222,9 @@ def test_many_problems_make_one_short_message():
         (b"{half", "is not JSON"),
         (b"\xff\xfe\xfa", "is UTF-16; save it as UTF-8"),
         (b"[1]", "is a list, expected a JSON object"),
-        (b"", "is not JSON"),
         (None, "cannot be read"),
     ],
-    ids=["half", "not text", "list", "empty", "missing"],
+    ids=["half", "not text", "list", "missing"],
 )
 def test_unreadable_file_is_an_error_that_names_it(content, message, tmp_path):
     path = tmp_path / "broken.json"
@@ -273,11 +241,8 @@ def test_unreadable_file_is_an_error_that_names_it(content, message, tmp_path):
         ({"n_test_prompts": 2, "test_prompts": ["One", "One"]}, "holds a prompt twice"),
     ],
 )
-def test_prompts_that_cannot_be_used_are_an_error(change, message):
-    with pytest.raises(InputError, match=message):
-        load_config({**SMALL, **change}).load_test_prompts()
-
-
-def test_given_prompts_replace_the_shipped_ones():
+def test_given_prompts_replace_the_shipped_ones_and_must_be_enough(change, message):
     config = load_config({**SMALL, "test_prompts": ["One", "Two", "Three"], "n_test_prompts": 2})
     assert config.load_test_prompts() == ["One", "Two"]
+    with pytest.raises(InputError, match=message):
+        load_config({**SMALL, **change}).load_test_prompts()

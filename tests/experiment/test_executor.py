@@ -16,10 +16,10 @@ from experiment.config import load_config
 from experiment.executor import GenerationSettings, LocalExecutor, Worker, collect_in_chunks
 from experiment.models import Side, load_side
 from maps.pair_collection import PairSettings, document_folds
-from model_loading import load_model, model_fingerprint
+from model_loading import load_model
 from steered_generation import SteeredGenerator
 from support.errors import InputError
-from support.tiny_models import D_MODEL, N_LAYERS, tiny_model
+from support.tiny_models import D_MODEL, tiny_model
 from texts.neutral_text import NeutralText
 
 WORDS = ["the cat sat on the mat", "zebra", "a dog ran in the park", "the café was closed on the day"]
@@ -82,73 +82,22 @@ def lazily(config):
     return {name: partial(load_side, config, name) for name in ("source", "target")}
 
 
-class Arithmetic:
-    """Stands in for a worker."""
-
-    def __init__(self):
-        self.asked = []
-
-    def power(self, base, exponent):
-        self.asked.append(base)
-        return base**exponent
-
-
-def test_local_executor_yields_results_in_order_when_they_are_asked_for():
-    local = LocalExecutor(Arithmetic())
-    results = local.run("power", [(3, 2), (2, 3), (5, 1)])
-    assert next(results) == (0, 9)
-    assert local.worker.asked == [3]
-    assert list(results) == [(1, 8), (2, 5)]
-    assert list(local.run("power", [])) == []
-    with pytest.raises(ZeroDivisionError):
-        list(local.run("power", [(0, -1)]))
-    local.close()
-
-
 def test_a_side_is_loaded_when_first_used_and_then_kept(config, model_folders, loads):
     worker = Worker(lazily(config()))
-    assert loads == []
-    first = worker.side("source")
-    assert worker.side("source") is first
     worker.perplexities({"source": ["Then"]}, [" it rains"], 4)
+    assert worker.side("source") is worker.side("source")
     assert loads == [model_folders["source"]]
     worker.pairs(TEXTS[:2], PAIRS, document_folds(TEXTS, PAIRS))
     assert loads == [model_folders["source"], model_folders["target"]]
-
-
-def test_generating_loads_the_target_alone(config, model_folders, loads):
     Worker(lazily(config())).generate(ROWS[:1], torch.zeros(1, 1, 48), SETTINGS)
-    assert loads == [model_folders["target"]]
-
-
-@pytest.mark.parametrize("name", ["source", "target"])
-def test_a_side_is_what_load_model_loads_read_at_its_middle_block(config, model_folders, name):
-    side = load_side(config(extraction_batch_size=3), name)
-    model, tokenizer = load_model(model_folders[name], device="cpu")
-    tokens = torch.tensor([[256, 10, 20]])
-    with torch.inference_mode():
-        assert torch.equal(side.model(tokens).logits, model(tokens).logits)
-    assert (side.name, side.fingerprint) == (name, model_fingerprint(model, tokenizer))
-    assert side.extractor.model is side.model
-    assert (side.extractor.batch_size, side.extractor.layer_idx) == (3, N_LAYERS // 2)
-    assert side.tokenizer("Naïve").input_ids == tokenizer("Naïve").input_ids
-
-
-def test_a_loaded_model_is_not_loaded_again(config, loads, llama, tokenizer):
-    side = load_side(config(), "source", (llama, tokenizer))
-    assert (side.model, side.tokenizer, loads) == (llama, tokenizer, [])
-
-
-def test_a_block_path_is_used_and_changes_the_fingerprint(config):
-    plain, named = (load_side(config(source_block_path=path), "source") for path in (None, "model.layers"))
-    assert named.extractor.block_path == "model.layers"
-    assert plain.fingerprint != named.fingerprint
+    assert loads[2:] == [model_folders["target"]]
 
 
 def test_a_model_that_is_not_the_expected_one_is_an_error(config, model_folders):
     expected = load_side(config(), "source").fingerprint
     assert load_side(config(), "source", expected_fingerprint=expected).fingerprint == expected
-    for change in ({"dtype": "bfloat16"}, {"source_model": model_folders["target"]}):
+    target = model_folders["target"]
+    for change in ({"dtype": "bfloat16"}, {"source_model": target}, {"source_block_path": "model.layers"}):
         with pytest.raises(InputError, match="differs between the machines"):
             load_side(config(**change), "source", expected_fingerprint=expected)
 
@@ -156,10 +105,8 @@ def test_a_model_that_is_not_the_expected_one_is_an_error(config, model_folders)
 def test_a_pickled_worker_generates_the_same(config):
     sides = lazily(config(device_map={"": "cpu"}, target_block_path="transformer.h"))
     vectors = torch.randn(len(ROWS), 1, 48)
-    found = [
-        Worker(each).generate(ROWS, vectors, SETTINGS) for each in (sides, pickle.loads(pickle.dumps(sides)))
-    ]
-    assert found[0] == found[1]
+    pickled = Worker(pickle.loads(pickle.dumps(sides)))
+    assert pickled.generate(ROWS, vectors, SETTINGS) == Worker(sides).generate(ROWS, vectors, SETTINGS)
 
 
 class LastFirst(LocalExecutor):
@@ -183,14 +130,6 @@ def test_pairs_are_summed_in_order_whichever_chunk_comes_first(sides, monkeypatc
         # Activations are float32, and a batch of another size rounds them otherwise.
         assert torch.allclose(found.total().cross, expected.total().cross, rtol=0, atol=1e-3)
         assert torch.allclose(found.sample.H_target, expected.sample.H_target, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_generations_in_chunks_equal_those_in_one(worker, vectors, size):
-    starts = range(0, len(ROWS), size)
-    chunks = [(ROWS[start : start + size], vectors[start : start + size], SETTINGS) for start in starts]
-    parts = [part for _, part in LocalExecutor(worker).run("generate", chunks)]
-    assert [made for part in parts for made in part] == worker.generate(ROWS, vectors, SETTINGS)
 
 
 @pytest.mark.parametrize("steer_positions", ["all", "response"])
@@ -232,15 +171,15 @@ def test_settings_without_steering_generate_the_unsteered_text(worker, vectors):
     assert plain != worker.generate(ROWS[:1], vectors[:1, :0], SETTINGS.unsteered("source", 8))
 
 
-@pytest.mark.parametrize("scorers", [[], ["target"], ["source", "target"], ["target", "source"]])
-def test_perplexities_are_those_of_the_named_sides(worker, scorers):
+def test_perplexities_are_those_of_the_named_sides(worker):
     prompts, outputs = ["Then", "The sea is", "He"], [" it rains", " blue", ""]
-    found = worker.perplexities(dict.fromkeys(scorers, prompts), outputs, 2)
-    assert list(found) == scorers
-    for name in scorers:
-        side = worker.side(name)
-        assert found[name] == continuation_perplexities(side.model, side.tokenizer, prompts, outputs, 2)
-    assert len({values[0] for values in found.values()}) == len(scorers)
+    for scorers in (["source"], ["target", "source"]):
+        found = worker.perplexities(dict.fromkeys(scorers, prompts), outputs, 2)
+        assert list(found) == scorers
+        for name in scorers:
+            side = worker.side(name)
+            assert found[name] == continuation_perplexities(side.model, side.tokenizer, prompts, outputs, 2)
+    assert found["target"] != found["source"]
 
 
 def test_perplexities_in_another_dtype_leave_the_model_as_it_is(worker):

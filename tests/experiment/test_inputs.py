@@ -1,31 +1,26 @@
 """What a run reads is loaded and checked before anything is written, and never changes."""
 
 import pytest
-from chat_models import chatting
-from tiny_runs import LOUD, tiny_settings
+from tiny_runs import LOUD
 
 from experiment.config import load_config
 from experiment.inputs import configured, load_inputs, read_personas
 from support.errors import InputError
-from support.tiny_models import N_LAYERS, tiny_model
+from support.tiny_models import N_LAYERS
 from texts.personas import load_prompts
 
 BAND = {"source_layer_idx": [3, 1, 2], "target_layer_idx": [3, 0, 1]}
 
 
 @pytest.fixture(scope="module")
-def settings(model_folders, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    return {**tiny_settings(model_folders, folder), "output_dir": str(folder / "out")}
+def settings(tiny):
+    return {**tiny, "output_dir": "out"}
 
 
 @pytest.fixture(scope="module")
-def chat_settings(settings, tmp_path_factory):
+def chat_settings(settings, band):
     """The same with a target that has a chat template."""
-    folder = str(tmp_path_factory.mktemp("chat"))
-    tiny_model("gpt2", seed=1, n_embd=48).save_pretrained(folder)
-    chatting().save_pretrained(folder)
-    return {**settings, "target_model": folder}
+    return {**settings, "target_model": band["target_model"]}
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +32,14 @@ def loaded(settings, **changes):
     return load_inputs(load_config({**settings, **changes}))
 
 
-def test_a_band_is_ordered_by_target_layer_and_read_at_its_middle(inputs):
+def test_a_band_is_ordered_by_target_layer_read_at_its_middle_and_not_changed_by_another(inputs):
+    assert inputs.at_pairs([(0, 2)]).layer_pairs == ((0, 2),)
+    assert [side.extractor.layer_idx for side in inputs.at_pairs([(0, 2)]).sides] == [0, 2]
     assert inputs.layer_pairs == ((1, 0), (2, 1), (3, 3))
-    assert inputs.middle_pair == (2, 1)
-    assert inputs.target_layers == [0, 1, 3]
-    assert [side.extractor.layer_idx for side in inputs.sides] == [2, 1]
-
-
-def test_other_layers_leave_the_inputs_as_they_are(inputs):
-    other = inputs.at_pairs([(0, 2)])
-    assert other.layer_pairs == ((0, 2),)
-    assert [side.extractor.layer_idx for side in other.sides] == [0, 2]
-    assert inputs.middle_pair == (2, 1)
+    assert (inputs.middle_pair, inputs.target_layers) == ((2, 1), [0, 1, 3])
     assert [side.extractor.layer_idx for side in inputs.sides] == [2, 1]
     with pytest.raises(InputError, match=f"0 to {N_LAYERS - 1}"):
         inputs.at_pairs([(0, N_LAYERS)])
-
-
-def test_layer_idx_band_pairs_blocks_of_equal_depth(settings):
-    found = loaded(settings, layer_idx="band", source_layer_idx=None, target_layer_idx=None)
-    assert found.layer_pairs == ((0, 0), (1, 1), (2, 2))
 
 
 def test_more_neutral_texts_begin_with_those_of_the_run(inputs):
@@ -65,8 +48,8 @@ def test_more_neutral_texts_begin_with_those_of_the_run(inputs):
 
 def test_neutral_text_holds_no_persona_text(settings, inputs):
     first, *others = inputs.neutral_texts
-    definition = {"positive_texts": [first.text], "negative_texts": ["no"]}
-    found = loaded(settings, persona_datasets={"leaky": definition}).neutral_texts
+    leaky = {"positive_texts": [first.text], "negative_texts": ["no"]}
+    found = loaded(settings, persona_datasets={"leaky": leaky}).neutral_texts
     assert first not in found
     assert set(others) < set(found)
 
@@ -87,10 +70,7 @@ def test_a_persona_text_that_holds_a_test_prompt_is_an_error(settings, text, pla
         ({"max_new_tokens": 1000}, "max_new_tokens"),
         ({"top_k": 10_000_000}, "top_k"),
         ({"system_prompt": "Be kind."}, "system_prompt is of use where the target is shown a chat template"),
-        (
-            {"mapping_data": "responses"},
-            "'responses' asks a chat model, but neither model is one",
-        ),
+        ({"mapping_data": "responses"}, "'responses' asks a chat model, but neither model is one"),
         ({"source_prompt_format": "chat"}, "tokenizer of the source model has no chat template"),
         ({"layer_idx": "auto", "source_layer_idx": None, "search_target_layers": [9]}, "0 to 3"),
     ],
@@ -103,18 +83,14 @@ def test_what_a_later_phase_would_reject_is_an_error_at_once(settings, change, m
         loaded(settings, **change)
 
 
-def test_a_map_from_responses_needs_as_many_questions_as_folds(chat_settings):
+def test_a_map_from_responses_needs_as_many_questions_as_folds_that_no_test_asks(chat_settings):
     change = {"mapping_data": "responses", "n_training_samples": 10, "n_folds": 11}
     with pytest.raises(InputError, match=r"n_folds is 11, but .* responses to 10 questions"):
         loaded(chat_settings, **change)
-
-
-def test_neutral_questions_that_a_test_asks_are_left_out(chat_settings):
     asked = load_prompts("neutral_questions")
     found = loaded(chat_settings, mapping_data="responses", test_prompts=asked[:7], n_test_prompts=7)
     assert found.neutral_questions == tuple(asked[7:])
-    assert found.neutral_styles == ()
-    assert found.mapping_texts == ()  # until they are collected
+    assert (found.neutral_styles, found.mapping_texts) == ((), ())  # until they are collected
 
 
 def test_neutral_styles_that_are_a_personas_are_left_out(chat_settings):
@@ -127,6 +103,6 @@ def test_loaded_models_need_no_names_and_stay_in_this_process(settings, llama, t
     unnamed = {key: value for key, value in settings.items() if key != "source_model"}
     config, given = configured(unnamed, (llama, tokenizer), None)
     assert config.source_model == "a loaded llama"
-    assert list(given) == ["source"]
+    assert load_inputs(config, given).source.model is llama
     with pytest.raises(InputError, match="leave out the executor 'ray'"):
         configured({**unnamed, "executor": {"kind": "ray"}}, (llama, tokenizer), None)

@@ -37,17 +37,12 @@ def error(message, status=400, **fields):
     return status, JSON, {"error": {"message": message, "type": "invalid_request_error", **fields}}
 
 
-def _encoded(body):
-    return (body if isinstance(body, str) else json.dumps(body)).encode()
-
-
 @contextmanager
 def chat_server(answer, reads="prompt"):
     """Serve until the body ends.
 
     answer: takes the user message (or the whole request, if `reads` is "request"); returns a body, or
-        (status, content type, body), or (status, content type, body, headers). Bytes and strings are sent as
-        they are, other bodies as JSON.
+        (status, content type, body), perhaps with headers. Bytes and strings are sent as they are.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -58,7 +53,8 @@ def chat_server(answer, reads="prompt"):
             server.requests.append(request)
             found = answer(request if reads == "request" else prompt)
             status, kind, body, *headers = found if isinstance(found, tuple) else (200, JSON, found)
-            sent = body if isinstance(body, bytes) else _encoded(body)
+            text = body if isinstance(body, bytes | str) else json.dumps(body)
+            sent = text if isinstance(text, bytes) else text.encode()
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": len(sent), **dict(*headers)}.items():
                 self.send_header(name, str(value))

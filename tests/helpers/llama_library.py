@@ -33,9 +33,11 @@ class Llama:
 
     def __init__(self, path):
         folder = library_folder()
-        mode = ctypes.RTLD_GLOBAL
-        ggml = ctypes.CDLL(next(iter(folder.glob("libggml.*so*"))), mode)
-        self.library = library = ctypes.CDLL(next(iter(folder.glob("libllama.*so*"))), mode)
+        ggml, library = (
+            ctypes.CDLL(next(folder.glob(f"lib{name}.*so*")), ctypes.RTLD_GLOBAL)
+            for name in ("ggml", "llama")
+        )
+        self.library = library
         ggml.ggml_backend_load_all_from_path(str(folder).encode())
         library.llama_backend_init()
         for name in ("llama_model_default_params", "llama_context_default_params"):
@@ -44,29 +46,26 @@ class Llama:
             getattr(library, name).restype = ctypes.c_void_p
         library.llama_batch_get_one.restype = _Batch
         library.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
-        library.llama_set_adapter_cvec.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t) + (
-            ctypes.c_int32,
-        ) * 3
-        self.model = ctypes.c_void_p(
-            library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
-        )
+        pointer, number = ctypes.c_void_p, ctypes.c_int32
+        cvec = (pointer, pointer, ctypes.c_size_t, number, number, number)
+        library.llama_set_adapter_cvec.argtypes = cvec
+        defaults = library.llama_model_default_params()
+        self.model = pointer(library.llama_model_load_from_file(str(path).encode(), defaults))
         self.n_layers = library.llama_model_n_layer(self.model)
         self.width = library.llama_model_n_embd(self.model)
 
     def logits(self, tokens, vocabulary, directions=None, strength=1.0):
         """Return (vocabulary,) logits after the tokens; directions: layer -> (d,), which llama.cpp adds."""
         library = self.library
-        context = ctypes.c_void_p(
-            library.llama_init_from_model(self.model, library.llama_context_default_params())
-        )
+        defaults = library.llama_context_default_params()
+        context = ctypes.c_void_p(library.llama_init_from_model(self.model, defaults))
         if directions:
             # The file of a control vector becomes one row for each layer from 1 on.
             rows = np.zeros((self.n_layers - 1, self.width), dtype=np.float32)
             for layer, direction in directions.items():
                 rows[layer - 1] += strength * np.asarray(direction)
-            where = rows.ctypes.data_as(ctypes.c_void_p)
-            done = library.llama_set_adapter_cvec(context, where, rows.size, self.width, 1, self.n_layers)
-            assert done == 0
+            given = rows.ctypes.data_as(ctypes.c_void_p), rows.size
+            assert library.llama_set_adapter_cvec(context, *given, self.width, 1, self.n_layers) == 0
         held = (ctypes.c_int32 * len(tokens))(*tokens)
         assert library.llama_decode(context, library.llama_batch_get_one(held, len(tokens))) == 0
         found = np.ctypeslib.as_array(library.llama_get_logits_ith(context, -1), (vocabulary,)).copy()

@@ -1,5 +1,7 @@
 """Scored texts of a known truth, as `eval_results.json` holds them."""
 
+from itertools import product
+
 import numpy as np
 
 from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
@@ -52,13 +54,11 @@ def scored_run(mapped, oracle, n=20, other=None, persona="loud", noise=0.05, jud
     def drawn(mean):
         return float(np.clip(generator.normal(mean, noise), 0, 1))
 
-    for prompt in range(n):
-        for name, mean in means.items():
-            row = scored_row(name, prompt, drawn(mean), persona=persona)
-            if other is not None and name == MAPPED:
-                row["likelihood_probability"] = drawn(other)
-            if judged:
-                trait = 1 + round(4 * row["trait_probability"])
-                row |= {"gpt4_coherence_score": 4, "gpt4_trait_score": trait}
-            rows.append(row)
+    for prompt, (name, mean) in product(range(n), means.items()):
+        row = scored_row(name, prompt, drawn(mean), persona=persona)
+        if other is not None and name == MAPPED:
+            row["likelihood_probability"] = drawn(other)
+        if judged:
+            row |= {"gpt4_coherence_score": 4, "gpt4_trait_score": 1 + round(4 * row["trait_probability"])}
+        rows.append(row)
     return rows

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import zlib
+from types import SimpleNamespace
 
 import torch
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from run_experiment import main
 from scoring import likelihood_ratio, trait_classifier
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
+from support.tiny_models import tiny_tokenizer
 from texts.personas import load_prompts
 
 EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
@@ -30,34 +32,20 @@ ASKED = {
     "questions": ["What is that noise?", "Who is at the door?", "Where is my hat?", "Is it late?"],
 }
 N_PROMPTS, N_SEEDS = 3, 2
-ARTIFACTS = {
-    "config.json",
-    "preflight.json",
-    "native_vectors.pt",
-    "pair_statistics.pt",
-    "training_data.pt",
-    "ridge_mapping.pt",
-    "comparison_maps.pt",
-    "cv_results.json",
-    "mapping_analysis.png",
-    "persona_vectors.pt",
-    "persona_similarities.json",
-    "generation_journal.jsonl",
-    "generation_results.json",
-    "evaluation_journal.jsonl",
-    "eval_results.json",
-    "aggregated_results.json",
-    "figure1.png",
-    "scorer_validation.json",
-    "trait_costs.json",
-    "side_effects.json",
-    "verdict.json",
-    "results.csv",
-    "effects.csv",
-    "recovery.png",
-    "report.html",
-    "experiment.log",
-}
+ARTIFACTS = set(
+    "config.json preflight.json native_vectors.pt pair_statistics.pt training_data.pt ridge_mapping.pt "
+    "comparison_maps.pt cv_results.json mapping_analysis.png persona_vectors.pt persona_similarities.json "
+    "generation_journal.jsonl generation_results.json evaluation_journal.jsonl eval_results.json "
+    "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
+    "verdict.json results.csv effects.csv recovery.png report.html experiment.log".split()
+)
+
+
+def saved(folder, model, tokenizer=None):
+    """Save a model as `load_model` reads it; returns the folder's name."""
+    for each in (model, tokenizer or tiny_tokenizer()):
+        each.save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_settings(model_folders, folder):
@@ -137,14 +125,13 @@ def score_by_characters(patch):
 
 
 def _by_characters(divisor):
-    class Scorer:
-        threshold, auc = 0.5, 0.99
+    def score(texts):
+        return [
+            zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else None for each in texts
+        ]
 
-        def score(self, texts):
-            found = [zlib.crc32(text.encode()) % divisor / (divisor - 1) for text in texts]
-            return [score if text.strip() else None for text, score in zip(texts, found, strict=True)]
-
-    return lambda names, personas: dict.fromkeys(names, Scorer())
+    scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=score)
+    return lambda names, personas: dict.fromkeys(names, scorer)
 
 
 def visible_files(folder):
@@ -188,20 +175,18 @@ def content(path):
 
 
 def comparable(value):
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
     if isinstance(value, dict):
         return {key: comparable(item) for key, item in value.items()}
-    return value
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def artifacts(folder):
     """Return name -> content of everything that carries a fingerprint, also in folders below."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".pt", ".png") and not path.name.startswith((".", "config.json")):
-            found[str(path.relative_to(folder))] = content(path)
-    return found
+    return {
+        str(path.relative_to(folder)): content(path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".json", ".pt", ".png") and not path.name.startswith((".", "config.json"))
+    }
 
 
 def is_close(value, other):
@@ -212,6 +197,5 @@ def is_close(value, other):
         return value.keys() == other.keys() and all(is_close(value[key], other[key]) for key in value)
     if isinstance(value, list) and isinstance(other, list):
         return len(value) == len(other) and all(map(is_close, value, other))
-    if isinstance(value, float) and isinstance(other, float):
-        return math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-4)
-    return False
+    are_numbers = isinstance(value, float) and isinstance(other, float)
+    return are_numbers and math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-4)

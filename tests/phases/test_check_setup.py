@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_runs import error_lines, run, visible_files
 from torch import nn
+from watching import n_hooks
 
 from activation_extractor import ActivationExtractor, PersonaVector
 from phases import check_setup
@@ -38,7 +39,7 @@ def vector(cosine=0.9, scale=1.0):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "mpt", "mixtral"])
-def test_sound_model_passes_every_technical_check(architecture, tokenizer):
+def test_sound_model_passes_every_technical_check_and_keeps_no_hook(architecture, tokenizer):
     model = tiny_model(architecture)
     extractor = ActivationExtractor(model, tokenizer, layer_idx=2)
     checks = check_extraction("target", extractor)
@@ -47,13 +48,7 @@ def test_sound_model_passes_every_technical_check(architecture, tokenizer):
         ("target_width", "target_extraction", "steering_hook", "steering_removed"), "pass"
     )
     assert all(check.technical for check in checks)
-
-
-def test_checks_leave_no_hook(llama, tokenizer):
-    extractor = ActivationExtractor(llama, tokenizer, layer_idx=1)
-    check_extraction("source", extractor)
-    check_steering(SteeredGenerator(llama, tokenizer), extractor, VECTOR)
-    assert not any(module._forward_hooks for module in llama.modules())
+    assert n_hooks(model) == 0
 
 
 def test_wrong_width_fails(llama, tokenizer):
@@ -65,14 +60,10 @@ def test_wrong_width_fails(llama, tokenizer):
     assert "source_block_path" in found.remedy
 
 
-def test_extraction_of_a_cut_text_fails(llama, tokenizer):
-    extractor = ActivationExtractor(llama, tokenizer, layer_idx=1, max_length=5)
-    assert statuses(check_extraction("source", extractor))["source_extraction"] == "fail"
-
-
-def test_extraction_with_dropout_fails(tokenizer):
-    model = tiny_model("gpt2").train()
-    extractor = ActivationExtractor(model, tokenizer, layer_idx=1)
+@pytest.mark.parametrize(("max_length", "is_training"), [(5, False), (None, True)])
+def test_extraction_of_a_cut_text_or_with_dropout_fails(max_length, is_training, tokenizer):
+    model = tiny_model("gpt2").train(is_training)
+    extractor = ActivationExtractor(model, tokenizer, layer_idx=1, max_length=max_length)
     assert statuses(check_extraction("source", extractor))["source_extraction"] == "fail"
 
 
@@ -129,25 +120,17 @@ def classifier():
     ("by_alpha", "status"),
     [
         ({1.0: letters(3), 2.0: letters(8)}, "pass"),
+        ({1.0: letters(8), 9.0: ["", " "]}, "pass"),
         ({1.0: letters(3), 2.0: letters(3)}, "fail"),
         ({1.0: letters(0), 2.0: letters(1)}, "fail"),
     ],
-    ids=["moves", "stays", "anti-steered"],
+    ids=["moves", "falls silent", "stays", "anti-steered"],
 )
 def test_oracle_must_raise_the_trait_at_some_alpha(by_alpha, status, classifier):
     (check,) = check_oracle({"shown": classifier}, letters(3), {"shown": by_alpha})
     assert (check.name, check.status, check.technical) == ("oracle_moves_shown", status, False)
-
-
-def test_oracle_without_classifier_is_pending():
-    (check,) = check_oracle({}, ["text"], {"bare": {1.0: ["text"]}})
+    (check,) = check_oracle({}, letters(3), {"bare": by_alpha})  # without a classifier
     assert (check.status, check.technical) == ("pending", False)
-
-
-def test_alpha_that_silences_the_model_does_not_stop_the_oracle_check(classifier):
-    steered = {"shown": {1.0: letters(8), 9.0: ["", " "]}}
-    (check,) = check_oracle({"shown": classifier}, letters(3), steered)
-    assert check.status == "pass"
 
 
 PREDICTABLE = "the cat sat on the mat and the dog ran to the old red barn by the sea".split()
@@ -204,17 +187,11 @@ CHECKS = [
 ]
 
 
-def test_only_technical_failures_stop_a_run():
-    assert failures(report(CHECKS), technical_only=True) == []
-    failing = [*CHECKS, Check("hook", True, "fail", "off by 2", "look at it")]
-    assert failures(report(failing), technical_only=True) == ["hook failed: off by 2. Try: look at it"]
-
-
 def test_failures_are_lines_for_the_summary_and_warnings_in_the_log(caplog):
     caplog.set_level(logging.INFO)
     rows = report(CHECKS)
-    assert [row["status"] for row in rows] == ["pass", "fail", "pending"]
     assert failures(rows) == ["premise failed: noisy. Try: more texts"]
+    assert failures(rows, technical_only=True) == []
     levels = {record.getMessage().split()[2]: record.levelname for record in caplog.records}
     assert levels == {"good:": "INFO", "premise:": "WARNING", "later:": "INFO"}
 
@@ -224,8 +201,7 @@ def test_a_failed_technical_check_stops_the_run_and_is_made_again(tiny, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(check_setup, "EXACT_TOLERANCE", {torch.float32: 0.0})
         assert run(out, tiny) == 1
-    (line,) = error_lines(capsys)
-    assert line.startswith("error: preflight: source_extraction failed")
+    assert error_lines(capsys)[0].startswith("error: preflight: source_extraction failed")
     assert visible_files(out) == {"config.json", "native_vectors.pt", "preflight.json", "experiment.log"}
     assert run(out, tiny, "--phase", "1") == 0
     checks = load_json(out / "preflight.json")["checks"]

@@ -1,13 +1,11 @@
 """A run with a judge: through phase 5 to a report, and what an interrupted or failing judge costs."""
 
-import math
 import zlib
 
 import pytest
 from chat_server import chat_server, completion
 from tiny_runs import rows, run
 
-from reporting.style import figure_fingerprint
 from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json
 from support.journal import Journal
@@ -51,20 +49,17 @@ def test_a_judged_run_ends_with_the_judges_recovery_in_figure_and_report(tiny, t
             found = verdict["personas"][persona]["scorers"]["judge"]
             assert found["native"]["low"] > 0.4
             assert 0.3 < found["recovery"]["estimate"] < 1
-            assert all(math.isfinite(found["recovery"][end]) for end in ("low", "high"))
             assert set(found["effects"]) == set(METHODS)
             assert f"{persona} {found['recovery']['estimate']:.0%}".replace("%", " %") in page
         assert "by judge" in page
         effects = PersonaTransferExperiment({**settings, "output_dir": str(out)}).results_frame(effects=True)
         assert set(effects[effects["scorer"] == "judge"]["condition"]) == set(METHODS)
-        figure = figure_fingerprint(out / "recovery.png")
-        assert figure is not None
-
+        figure = (out / "recovery.png").read_bytes()
         assert run(out, settings) == 0
     assert len(server.prompts) == n_asked
     assert load_json(out / "verdict.json") == verdict
     assert (out / "report.html").read_text() == page
-    assert figure_fingerprint(out / "recovery.png") == figure
+    assert (out / "recovery.png").read_bytes() == figure
 
 
 @pytest.mark.usefixtures("no_drawing")

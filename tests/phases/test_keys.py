@@ -1,8 +1,8 @@
-"""The key of an artifact holds what the artifact depends on: a changed setting recomputes that and no more.
+"""The key of an artifact or a text holds what it depends on: a changed setting recomputes that and no more.
 
-For every field of the configuration, a finished run is continued with this field changed. It must then hold
-what a fresh run of the changed configuration makes (else a key lacks the field), and may have recomputed
-nothing but what is listed here (else a key holds too much).
+For every field of the configuration, a run with this field changed is compared with one without. What has the
+same key in both must be the same (else the key lacks the field), and nothing but what is listed here may have
+another key (else a key holds too much).
 """
 
 import json
@@ -26,6 +26,7 @@ from tiny_runs import (
     blank_figures,
     is_close,
     rows,
+    saved,
     score_by_characters,
     tiny_settings,
 )
@@ -33,6 +34,7 @@ from tiny_runs import (
 import experiment.inputs
 import run_experiment
 from experiment.config import ExperimentConfig, PersonaDefinition
+from experiment.models import SIDES
 from experiment.run import Run
 from model_loading import load_model
 from phases import side_effects, validate_scorers
@@ -40,158 +42,126 @@ from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import ALPHA_SEARCH
 from phases.validate_scorers import SCORER_VALIDATION
 from run_experiment import PersonaTransferExperiment
-from support.tiny_models import tiny_model, tiny_tokenizer
+from support.journal import rows_of
+from support.tiny_models import tiny_model
 
-LABELLED = {
-    name: [f"{word} {number} of them." for number in range(10)]
-    for name, word in (
-        ("labelled_positive_texts", "YES"),
-        ("labelled_negative_texts", "no"),
-        ("validation_texts", "OH"),
-    )
-}
+WORDS = {"labelled_positive_texts": "YES", "labelled_negative_texts": "no", "validation_texts": "OH"}
+LABELLED = {name: [f"{word} {number} of them." for number in range(10)] for name, word in WORDS.items()}
+BASES = ("pair", "judged", "chat", "band", "auto")
+UNNAMED_LAYERS = {"source_layer_idx": None, "target_layer_idx": None}
 PERSONAS = {"loud": {**LOUD, **LABELLED}, "numeric": NUMERIC}
 
-SCORED = frozenset(
-    "eval_results.json aggregated_results.json verdict.json figure1.png recovery.png off_target.png "
-    "effect_perplexity.png".split()
-)
+SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "recovery.png"}
+SCORED |= {"off_target.png", "effect_perplexity.png"}
 GRID = SCORED | {"generation_results.json"}
 STEERED = GRID | {"side_effects.json"}
 SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
-CHECKED = frozenset({"preflight.json", "scorer_validation.json"})
+CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - {"side_effects.json"}  # sampled text, whoever reads it
 CARRIED = STEERED | {"persona_vectors.pt", "persona_similarities.json"}
 NATIVE = CARRIED | SEARCHED | {"native_vectors.pt", "preflight.json"}
-FITTED = CARRIED | {
-    *("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json", "mapping_analysis.png"),
-    *("layers/0_1/ridge_mapping.pt", "layers/0_1/comparison_maps.pt", "layers/0_1/cv_results.json"),
-}
+MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json")
+RESPONDED = NATIVE | {"extraction_responses.json"}
+FITTED = CARRIED | {*MAPS, *(f"layers/0_1/{name}" for name in MAPS), "mapping_analysis.png"}
 PAIRED = FITTED | {"pair_statistics.pt", "training_data.pt"}
 READ = PAIRED | SEARCHED | CHECKED  # where the map's texts change, so does the norm that is the unit of alpha
 MAPPED = {"ridge_mapped", "other_persona"}  # of the conditions below
 TRANSFERRED = {"random_proj", *MAPPED}
+STEERED_HERE = {"oracle", *TRANSFERRED}
+PLACES = {"condition", "persona", "prompt_idx", "alpha", "instruction"}  # of a text in a plan, not in its key
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is changed in a base run, which artifacts may change then, and the texts of which conditions.
+    """What is changed in a base run; which artifacts may change then (None for all), and whose texts.
 
-    artifacts: None for all of them. @name in a value stands for a path.
+    @name in a value stands for a path.
     """
 
     base: str
     values: dict
-    artifacts: frozenset | set | None
+    artifacts: set | None
     conditions: set | None = None
 
 
-def in_persona(base, artifacts, **values):
-    datasets = {**PERSONAS, "loud": {**PERSONAS["loud"], **(ASKED if base == "band" else {}), **values}}
-    return Change(base, {"persona_datasets": datasets}, artifacts)
+def within(name, base, artifacts, **values):
+    """Return a change for each of these values of keys in the object `name`."""
+    return {f"{name}.{key}": Change(base, {name: {key: value}}, artifacts) for key, value in values.items()}
 
 
+def of_loud(base, artifacts, **values):
+    """Return a change for each of these values of keys of a persona's definition."""
+    loud = {**LOUD, **LABELLED, **(ASKED if base == "band" else {})}
+    return {
+        f"persona_datasets.{key}": Change(
+            base, {"persona_datasets": {**PERSONAS, "loud": {**loud, key: value}}}, artifacts
+        )
+        for key, value in values.items()
+    }
+
+
+def of_pair(artifacts, conditions=None, **values):
+    """Return a change of the run of a layer pair for each of these values of keys."""
+    return {key: Change("pair", {key: value}, artifacts, conditions) for key, value in values.items()}
+
+
+OTHER_METHODS = ["procrustes", "prompted", "shuffled_pairs"]
+OTHER_LABELLED = [f"AH {number}." for number in range(10)]
+ASKED_MORE = {
+    "instruction": [{"pos": "Roar.", "neg": "Hush."}, *ASKED["instruction"]],
+    "questions": [*ASKED["questions"], "Is it?"],
+}
 CHANGES = {
-    "source_model": Change("pair", {"source_model": "@other_source"}, None, TRANSFERRED),
-    "target_model": Change("pair", {"target_model": "@other"}, None),
-    "layer_idx": Change(
-        "pair", {"layer_idx": "band", "source_layer_idx": None, "target_layer_idx": None}, None
-    ),
-    "source_layer_idx": Change("pair", {"source_layer_idx": 2}, PAIRED | NATIVE, TRANSFERRED),
-    "target_layer_idx": Change("pair", {"target_layer_idx": 1}, PAIRED | NATIVE | CHECKED),
+    **of_pair(None, TRANSFERRED, source_model="@other_source", source_block_path="model.layers"),
+    **of_pair(None, target_model="@other", target_block_path="transformer.h", dtype="bfloat16"),
+    "layer_idx": Change("pair", {**UNNAMED_LAYERS, "layer_idx": "band"}, None),
+    **of_pair(PAIRED | NATIVE, TRANSFERRED, source_layer_idx=2),
+    **of_pair(PAIRED | NATIVE | CHECKED, target_layer_idx=1),
     "search_source_layers": Change("auto", {"search_source_layers": [0, 1]}, None),
     "search_target_layers": Change("auto", {"search_target_layers": [1, 2, 3]}, None),
     "search_tokens": Change("auto", {"search_tokens": 800}, None),
-    "source_block_path": Change("pair", {"source_block_path": "model.layers"}, None, TRANSFERRED),
-    "target_block_path": Change("pair", {"target_block_path": "transformer.h"}, None),
-    "dtype": Change("pair", {"dtype": "bfloat16"}, None),
-    "neutral_text": Change("pair", {"neutral_text": "@other.txt"}, READ, MAPPED),
+    **of_pair(READ, MAPPED, neutral_text="@other.txt", mapping_positions="last"),
     "n_training_samples": Change("band", {"n_training_samples": 12}, READ | {"neutral_responses.json"}),
     "mapping_data": Change("band", {"mapping_data": "responses"}, READ | {"neutral_responses.json"}),
-    "mapping_positions": Change("pair", {"mapping_positions": "last"}, READ, MAPPED),
-    "lambda_values": Change("pair", {"lambda_values": [0.5, 5.0]}, FITTED, MAPPED),
-    "lambda_unit": Change("pair", {"lambda_unit": "absolute"}, FITTED, MAPPED),
-    "lambda_criterion": Change("pair", {"lambda_criterion": "standardised"}, FITTED, MAPPED),
-    "n_folds": Change("pair", {"n_folds": 3}, PAIRED, MAPPED),
+    **of_pair(FITTED, MAPPED, lambda_values=[0.5, 5.0], lambda_unit="absolute"),
+    **of_pair(FITTED, MAPPED, lambda_criterion="standardised"),
+    **of_pair(PAIRED, MAPPED, n_folds=3),
     "prompt_format": Change("chat", {"prompt_format": "raw"}, WRITTEN),
     "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json"}),
     "target_prompt_format": Change("chat", {"target_prompt_format": "raw"}, WRITTEN),
     "system_prompt": Change("chat", {"system_prompt": "Be kind."}, WRITTEN),
-    "personas": Change("pair", {"personas": ["formal"]}, CARRIED | NATIVE | CHECKED | {"trait_costs.json"}),
-    "persona_datasets.description": in_persona("judged", SCORED | CHECKED, description="Shouting."),
-    "persona_datasets.positive_texts": in_persona("pair", NATIVE, positive_texts=["WHAT A DAY.", "COME."]),
-    "persona_datasets.negative_texts": in_persona("pair", NATIVE, negative_texts=["what a day.", "come."]),
-    **{
-        f"persona_datasets.{name}": in_persona(
-            "pair", SCORED | CHECKED | {"trait_costs.json"}, **{name: [f"AH {n}." for n in range(10)]}
-        )
-        for name in ("labelled_positive_texts", "labelled_negative_texts")
-    },
-    "persona_datasets.validation_texts": in_persona(
-        "pair", {"scorer_validation.json", "verdict.json"}, validation_texts=["WOW it is."] * 9
+    **of_pair(CARRIED | NATIVE | CHECKED | {"trait_costs.json"}, personas=["formal"]),
+    **of_loud("judged", SCORED | CHECKED, description="Shouting.", eval_prompt="Loud? {question} {answer}"),
+    **of_loud(
+        "pair", NATIVE, positive_texts=["WHAT A DAY.", "COME."], negative_texts=["what a day.", "come."]
     ),
-    "persona_datasets.instruction": in_persona(
-        "band",
-        NATIVE | {"extraction_responses.json"},
-        instruction=[{"pos": "Roar.", "neg": "Hush."}, *ASKED["instruction"]],
-    ),
-    "persona_datasets.questions": in_persona(
-        "band", NATIVE | {"extraction_responses.json"}, questions=[*ASKED["questions"], "Is it?"]
-    ),
-    "persona_datasets.eval_prompt": in_persona(
-        "judged", SCORED | CHECKED, eval_prompt="How loud is this? {question} {answer}"
-    ),
-    "vectors": Change("pair", {"vectors": {"loud": "@vector.npy"}}, NATIVE, TRANSFERRED),
-    "persona_position": Change("pair", {"persona_position": "mean"}, NATIVE),
-    "extraction.kind": Change("band", {"extraction": {"kind": "texts"}}, NATIVE),
-    "extraction.from_texts": Change(
-        "band", {"extraction": {"kind": "texts", "from_texts": ["numeric", "loud"]}}, NATIVE
-    ),
-    **{
-        f"extraction.{name}": Change(
-            "band", {"extraction": {name: value}}, NATIVE | {"extraction_responses.json"}
-        )
-        for name, value in {"n_questions": 3, "n_seeds": 2, "max_new_tokens": 6}.items()
-    },
-    "methods": Change(
+    **of_loud(
         "pair",
-        {"methods": ["random_proj", "oracle", "procrustes", "prompted", "shuffled_pairs"]},
-        STEERED,
-        {"procrustes", "prompted", "shuffled_pairs"},
+        SCORED | CHECKED | {"trait_costs.json"},
+        labelled_positive_texts=OTHER_LABELLED,
+        labelled_negative_texts=OTHER_LABELLED,
     ),
-    "n_test_prompts": Change("pair", {"n_test_prompts": 3}, GRID),
-    "test_prompts": Change("pair", {"test_prompts": ["It is the", "Who would"]}, GRID),
-    "alpha_values": Change("pair", {"alpha_values": [3.0, 2.0]}, STEERED | CHECKED),
-    "alpha_unit": Change("pair", {"alpha_unit": "residual_norm"}, STEERED | CHECKED),
-    "alpha_search.bound": Change("band", {"alpha_search": {"bound": "plain"}}, SEARCHED),
-    "alpha_search.bracket": Change("band", {"alpha_search": {"bracket": [0.2, 1.0]}}, SEARCHED | CHECKED),
-    **{
-        f"alpha_search.{name}": Change("band", {"alpha_search": {name: value}}, SEARCHED | CHECKED)
-        for name, value in {
-            "max_perplexity_ratio": 1.01,
-            "max_repetition_increase": 0.3,
-            "n_evaluations": 3,
-            "n_seeds": 2,
-        }.items()
-    },
-    "steer_positions": Change("pair", {"steer_positions": "response"}, WRITTEN),
-    "n_seeds": Change("pair", {"n_seeds": 2}, GRID),
-    "seed": Change("pair", {"seed": 1}, READ),
-    **{
-        name: Change("pair", {name: value}, WRITTEN)
-        for name, value in {"max_new_tokens": 4, "temperature": 0.5, "top_k": 5, "top_p": 0.5}.items()
-    },
-    "use_gpt4": Change("pair", {"use_gpt4": True}, SCORED | CHECKED, set()),
-    "judge.model": Change("judged", {"judge": {"model": "other"}}, SCORED | CHECKED, set()),
-    "judge.max_answer_tokens": Change("judged", {"judge": {"max_answer_tokens": 9}}, SCORED | CHECKED, set()),
-    "judge.texts_per_cell": Change("judged", {"judge": {"texts_per_cell": 1}}, SCORED, set()),
-    "independent_perplexity": Change(
-        "pair", {"independent_perplexity": False}, SCORED | {"preflight.json"}, set()
-    ),
-    "likelihood_ratio": Change("pair", {"likelihood_ratio": False}, SCORED | CHECKED, set()),
-    "evaluation_dtype": Change(
-        "pair", {"evaluation_dtype": "bfloat16"}, SCORED | {"trait_costs.json"}, set()
-    ),
+    **of_loud("pair", {"scorer_validation.json", "verdict.json"}, validation_texts=["WOW it is."] * 9),
+    **of_loud("band", RESPONDED, **ASKED_MORE),
+    **of_pair(NATIVE, TRANSFERRED, vectors={"loud": "@vector.npy"}),
+    **of_pair(NATIVE, persona_position="mean"),
+    **within("extraction", "band", NATIVE, kind="texts", from_texts=["numeric", "loud"]),
+    **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
+    **of_pair(STEERED, set(OTHER_METHODS), methods=["random_proj", "oracle", *OTHER_METHODS]),
+    **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
+    **of_pair(STEERED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
+    **within("alpha_search", "band", SEARCHED, bound="plain"),
+    **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
+    **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),
+    **within("alpha_search", "band", SEARCHED | CHECKED, max_repetition_increase=0.3),
+    **of_pair(WRITTEN, STEERED_HERE, steer_positions="response"),
+    **of_pair(READ, seed=1),
+    **of_pair(WRITTEN, max_new_tokens=4, temperature=0.5, top_k=5, top_p=0.5),
+    **of_pair(SCORED | CHECKED, set(), use_gpt4=True, likelihood_ratio=False),
+    **within("judge", "judged", SCORED | CHECKED, model="other", max_answer_tokens=9),
+    **within("judge", "judged", SCORED, texts_per_cell=1),
+    **of_pair(SCORED | {"preflight.json"}, set(), independent_perplexity=False),
+    **of_pair(SCORED | {"trait_costs.json"}, set(), evaluation_dtype="bfloat16"),
 }
 # What says where, how fast and how dearly a run computes, or what an ablation does, changes nothing.
 INERT = {
@@ -224,16 +194,21 @@ def test_every_field_has_a_changed_value_here():
     assert fields == {*CHANGES, *INERT, *ELSEWHERE}
 
 
+def on(base):
+    """Return the mark of a test of this base: one process has them all, and makes its run once."""
+    return pytest.mark.xdist_group(f"keys_{base}")
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Everything that takes long and that no key depends on is small."""
+    load = experiment.inputs.load_prompts
+
+    def fewer_prompts(name):
+        return load(name)[: 2 if name.startswith("development") else None]
+
     with pytest.MonkeyPatch.context() as patch:
-        load = experiment.inputs.load_prompts
-        patch.setattr(
-            experiment.inputs,
-            "load_prompts",
-            lambda name: load(name)[: 2 if name.startswith("development") else None],
-        )
+        patch.setattr(experiment.inputs, "load_prompts", fewer_prompts)
         patch.setattr(experiment.inputs, "shipped_personas", lambda: ["formal"])
         patch.setattr(validate_scorers, "load_prompts", lambda name: load(name)[::9])
         patch.setattr(validate_scorers, "JUDGED_A_SIDE", 4)
@@ -252,14 +227,10 @@ def small(tmp_path_factory):
 def paths(model_folders, tmp_path_factory):
     """Name -> path of a tiny model, a text or a vector."""
     folder = tmp_path_factory.mktemp("paths")
-    for name, model, tokenizer in (
-        ("chat", tiny_model("gpt2", seed=1, n_embd=48), chatting()),
-        ("chat_source", tiny_model("llama"), chatting()),
-        ("other", tiny_model("gpt2", seed=2, n_embd=48), tiny_tokenizer()),
-        ("other_source", tiny_model("llama", seed=5), tiny_tokenizer()),
-    ):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    saved(folder / "chat", tiny_model("gpt2", seed=1, n_embd=48), chatting())
+    saved(folder / "chat_source", tiny_model("llama"), chatting())
+    saved(folder / "other", tiny_model("gpt2", seed=2, n_embd=48))
+    saved(folder / "other_source", tiny_model("llama", seed=5))
     tiny_settings(model_folders, folder)
     paragraphs = (folder / "neutral.txt").read_text().split("\n\n")
     (folder / "other.txt").write_text("\n\n".join(paragraphs[::-1]))
@@ -291,18 +262,17 @@ def bases(small, paths, tmp_path_factory):
         }
         band = {
             **band_settings(pair, paths["chat"]),
-            "persona_datasets": {**PERSONAS, "loud": {**PERSONAS["loud"], **ASKED}},
+            "persona_datasets": {**PERSONAS, "loud": {**LOUD, **LABELLED, **ASKED}},
             "methods": ["ridge_mapped", "oracle"],
             "alpha_search": {"n_evaluations": 2, "n_seeds": 1, "max_perplexity_ratio": 1.2},
         }
-        searched = {"layer_idx": "auto", "source_layer_idx": None, "target_layer_idx": None}
-        layers = {"search_source_layers": [1, 2], "search_target_layers": [1, 2], "search_tokens": 400}
+        searched = {"search_source_layers": [1, 2], "search_target_layers": [1, 2], "search_tokens": 400}
         yield {
             "pair": pair,
             "judged": {**pair, "use_gpt4": True},
             "chat": {**pair, "source_model": paths["chat_source"], "target_model": paths["chat"]},
             "band": band,
-            "auto": {**pair, **searched, **layers},
+            "auto": {**pair, **UNNAMED_LAYERS, "layer_idx": "auto", **searched},
         }
 
 
@@ -313,9 +283,7 @@ def loaded(name, dtype):
 
 def experiment_of(config, output_dir):
     """Return an experiment on models that are loaded once for all tests here."""
-    sides = {
-        side: loaded(config[f"{side}_model"], config.get("dtype", "auto")) for side in ("source", "target")
-    }
+    sides = {side: loaded(config[f"{side}_model"], config.get("dtype", "auto")) for side in SIDES}
     return PersonaTransferExperiment({**config, "output_dir": str(output_dir)}, **sides)
 
 
@@ -343,34 +311,40 @@ def changed(base, values, paths):
     return {**base, **found}
 
 
-def fingerprints(found):
-    return {name: each["fingerprint"] for name, each in found.items()}
+def by_key(folder, found):
+    """Return (name, key) -> what a run has made under this key: artifacts, texts, scores, perplexities."""
+    made = {(name, content["fingerprint"]): content for name, content in found.items()}
+    for path in folder.glob("*.jsonl"):
+        for key, row in rows_of(path).items():
+            made[path.name, key] = {name: row[name] for name in row.keys() - PLACES}
+            if "perplexity_key" in row:
+                made["perplexity", row["perplexity_key"]] = [row["perplexity"], row["independent_perplexity"]]
+    return made
 
 
-@pytest.mark.parametrize("field", CHANGES)
-def test_a_changed_setting_recomputes_what_depends_on_it_alone(field, bases, finished_base, paths, tmp_path):
+@pytest.mark.parametrize(
+    "field", [pytest.param(field, marks=on(change.base)) for field, change in CHANGES.items()]
+)
+def test_a_changed_setting_changes_the_keys_of_what_depends_on_it_alone(
+    field, bases, finished_base, paths, tmp_path
+):
     change = CHANGES[field]
     folder, before = finished_base(change.base)
-    config = changed(bases[change.base], change.values, paths)
-    shutil.copytree(folder, tmp_path / "resumed")
-    for name in ("resumed", "fresh"):
-        experiment_of(config, tmp_path / name).run()
-    resumed, fresh = artifacts(tmp_path / "resumed"), artifacts(tmp_path / "fresh")
-    assert resumed.keys() >= fresh.keys()
-    for name, found in fresh.items():
-        assert resumed[name]["fingerprint"] == found["fingerprint"], name
-        assert is_close(resumed[name], found), name
-    remade = {
-        name for name, key in fingerprints(fresh).items() if before.get(name, {}).get("fingerprint") != key
-    }
+    experiment_of(changed(bases[change.base], change.values, paths), tmp_path).run()
+    found = artifacts(tmp_path)
+    made, known = by_key(tmp_path, found), by_key(folder, before)
+    for name in made.keys() & known.keys():
+        assert is_close(made[name], known[name]), name
+    remade = {name for name, _ in made.keys() - known.keys()} & found.keys()
     assert remade
-    if change.artifacts is not None:
-        assert remade <= change.artifacts
-    known = {row["key"] for row in rows(folder)}
-    new = {row["condition"] for row in rows(tmp_path / "fresh") if row["key"] not in known}
+    assert change.artifacts is None or remade <= change.artifacts
+    new = {
+        row["condition"] for row in rows(tmp_path) if ("generation_journal.jsonl", row["key"]) not in known
+    }
     assert change.conditions is None or new <= change.conditions
 
 
+@on("judged")
 def test_where_and_how_fast_a_run_computes_changes_nothing(bases, finished_base, paths, tmp_path):
     folder, before = finished_base("judged")
     nested = {name.split(".")[1]: value for name, value in INERT.items() if name.startswith("judge.")}
@@ -383,7 +357,7 @@ def test_where_and_how_fast_a_run_computes_changes_nothing(bases, finished_base,
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("base", ["pair", "judged", "band", "auto"])
+@pytest.mark.parametrize("base", [pytest.param(base, marks=on(base)) for base in BASES])
 def test_a_second_run_makes_nothing(base, bases, finished_base, tmp_path):
     folder, _ = finished_base(base)
     out = shutil.copytree(folder, tmp_path / "out")
@@ -393,6 +367,7 @@ def test_a_second_run_makes_nothing(base, bases, finished_base, tmp_path):
             assert (out / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
 
 
+@on("pair")
 def test_a_layer_pair_is_a_band_of_one(bases, finished_base, tmp_path):
     _, pair = finished_base("pair")
     config = {**bases["pair"], "source_layer_idx": [1], "target_layer_idx": [2]}
@@ -400,43 +375,26 @@ def test_a_layer_pair_is_a_band_of_one(bases, finished_base, tmp_path):
     assert artifacts(tmp_path / "out") == pair
 
 
-# Keys that once lacked something
-
-
-def key(artifact, config, folder):
-    experiment = experiment_of(config, folder)
-    return artifact.key(Run(experiment.inputs, experiment.folder, experiment.executor))
+ORACLE = {"methods": ["oracle"]}  # the source has no part in its vector
+BY_NORM = {"alpha_unit": "residual_norm"}
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("artifact", "base", "change"),
     [
-        {"target_layer_idx": 1},
-        {"alpha_values": [2.0, 5.0]},
-        {"alpha_unit": "residual_norm"},
-        {"alpha_unit": "residual_norm", "mapping_positions": "last"},
+        (SCORER_VALIDATION, BY_NORM, {"mapping_positions": "last"}),
+        (PREFLIGHT, ORACLE, {"independent_perplexity": False}),
+        (PREFLIGHT, ORACLE, {"source_model": "@other_source"}),
+        (ALPHA_SEARCH, {**ORACLE, "alpha_values": "auto"}, {"source_model": "@other_source"}),
+        (ALPHA_SEARCH, {**ORACLE, "alpha_values": "auto"}, {"evaluation_dtype": "bfloat16"}),
     ],
-    ids=["layers", "alphas", "unit of alpha", "norm that is the unit"],
 )
-def test_the_validation_of_scorers_depends_on_how_its_degenerate_texts_were_steered(values, bases, tmp_path):
-    base = {**bases["pair"], **({"alpha_unit": "residual_norm"} if "mapping_positions" in values else {})}
-    keys = [key(SCORER_VALIDATION, {**base, **more}, tmp_path) for more in ({}, {}, values)]
+def test_a_key_holds_how_degenerate_texts_were_steered_and_what_scores_fluency(
+    artifact, base, change, bases, paths, tmp_path
+):
+    config = {**bases["pair"], **base}
+    keys = []
+    for values in ({}, {}, change):
+        experiment = experiment_of(changed(config, values, paths), tmp_path)
+        keys.append(artifact.key(Run(experiment.inputs, experiment.folder, experiment.executor)))
     assert keys[0] == keys[1] != keys[2]
-
-
-AUTO = {"alpha_values": "auto"}
-
-
-@pytest.mark.parametrize(
-    ("artifact", "more", "values"),
-    [
-        (PREFLIGHT, {}, {"independent_perplexity": False}),
-        (PREFLIGHT, {}, {"source_model": "@other_source"}),
-        (ALPHA_SEARCH, AUTO, {"source_model": "@other_source"}),
-        (ALPHA_SEARCH, AUTO, {"evaluation_dtype": "bfloat16"}),
-    ],
-    ids=["preflight, model", "preflight, source", "alphas, model", "alphas, dtype"],
-)
-def test_fluency_depends_on_the_model_and_dtype_that_score_it(artifact, more, values, bases, paths, tmp_path):
-    base = {**bases["pair"], "methods": ["oracle"], **more}  # the source has no part in the oracle's vector
-    assert key(artifact, base, tmp_path) != key(artifact, changed(base, values, paths), tmp_path)

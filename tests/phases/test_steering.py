@@ -45,35 +45,18 @@ def steered_by_hand(settings, folder, chosen):
                 generator.register_steering(layer, vector, row["alpha"])
             shown = row["prompt"]
             if "system_prompt" in settings:
-                shown = tokenizer.apply_chat_template(
-                    [
-                        {"role": "system", "content": settings["system_prompt"]},
-                        {"role": "user", "content": shown},
-                    ],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
+                turns = (("system", settings["system_prompt"]), ("user", shown))
+                chat = [{"role": role, "content": text} for role, text in turns]
+                shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             found.append(generator.generate(shown, settings["max_new_tokens"], seed=row["seed"]))
     return found
 
 
-def test_texts_are_those_of_the_stored_vectors(tiny, finished):
-    chosen = [row for row in rows(finished) if row["alpha"]][:: N_PER_CELL - 1]
-    assert {row["condition"] for row in chosen} == set(METHODS)
-    assert steered_by_hand(tiny, finished, chosen) == [row["output"] for row in chosen]
-
-
-def test_texts_of_a_band_are_steered_at_all_its_blocks(band, finished_band):
-    chosen = [row for row in rows(finished_band) if row["alpha"]][::5]
-    assert {row["condition"] for row in chosen} == {"ridge_mapped", "shuffled_pairs", "oracle"}
-    assert steered_by_hand(band, finished_band, chosen) == [row["output"] for row in chosen]
-
-
-def test_every_condition_changes_some_text(finished):
-    unsteered = {(row["prompt"], row["seed"]): row["output"] for row in rows(finished)[:N_PER_CELL]}
-    for method in METHODS:
-        steered = [row for row in rows(finished) if row["condition"] == method and row["alpha"] == 4.0]
-        assert any(row["output"] != unsteered[row["prompt"], row["seed"]] for row in steered), method
+def test_texts_are_those_of_the_stored_vectors_at_all_blocks(tiny, finished, band, finished_band):
+    for settings, folder, nth in ((tiny, finished, N_PER_CELL - 1), (band, finished_band, 5)):
+        chosen = [row for row in rows(folder) if row["alpha"]][::nth]
+        assert {row["condition"] for row in chosen} == set(settings.get("methods", METHODS))
+        assert steered_by_hand(settings, folder, chosen) == [row["output"] for row in chosen]
 
 
 def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
@@ -83,11 +66,9 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
     assert set(content["vectors"]) == set(content["source_vectors"]) == {"loud", "numeric"}
     for persona, by_name in content["vectors"].items():
         assert set(by_name) == {*METHODS, *mapped, *drawn}
-        for vector, width in [
-            *((each, 48) for each in by_name.values()),
-            (content["source_vectors"][persona], 32),
-        ]:
-            assert vector.shape == (1, width)
+        assert content["source_vectors"][persona].shape == (1, 32)
+        for vector in by_name.values():
+            assert vector.shape == (1, 48)
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -101,11 +82,10 @@ def test_the_three_draws_of_a_control_are_rotated_over_the_prompts(method, tiny,
     assert run(out, {**tiny, "methods": [method, "oracle"], "alpha_values": [40.0]}, "--phase", "4") == 0
     written = rows(out)
     unsteered = {(row["prompt_idx"], row["seed"]): row["output"] for row in written[:N_PER_CELL]}
-    changed = {
-        row["prompt_idx"]
-        for row in written
-        if row["condition"] == method and row["output"] != unsteered[row["prompt_idx"], row["seed"]]
+    steered = {
+        (row["prompt_idx"], row["seed"], row["output"]) for row in written if row["condition"] == method
     }
+    changed = {prompt for prompt, seed, text in steered if text != unsteered[prompt, seed]}
     assert changed == {prompt for prompt in range(N_PROMPTS) if prompt % 3 == 1}
 
 
@@ -117,12 +97,6 @@ def test_residual_norm_is_the_unit_of_alpha(tiny, finished, out):
     assert outputs(out) == outputs(finished)
 
 
-def test_steering_from_the_response_on_changes_steered_texts_alone(tiny, finished, out):
-    assert run(out, {**tiny, "steer_positions": "response"}, "--phase", "4") == 0
-    assert outputs(out)[:N_PER_CELL] == outputs(finished)[:N_PER_CELL]
-    assert outputs(out) != outputs(finished)
-
-
 def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny, out):
     alphas = {"loud": [4.0], "numeric": [1.0, 4.0]}
     settings = {**tiny, "methods": ["other_persona", "ridge_mapped"], "alpha_values": alphas}
@@ -131,10 +105,6 @@ def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny
     cells = {}
     for row in rows(out):
         cells.setdefault((row["persona"], row["condition"], row["alpha"]), []).append(row["output"])
-    tried = {
-        (name, method, alpha) for name in alphas for method in settings["methods"] for alpha in alphas[name]
-    }
-    assert set(cells) == {(None, "baseline", None), *tried}
     for name, other in (("loud", "numeric"), ("numeric", "loud")):
         for drawn in vector_names("other_persona"):
             assert torch.equal(vectors[name][drawn], vectors[other]["ridge_mapped"])
@@ -160,17 +130,15 @@ def test_plain_text_is_read_under_every_steering(finished):
     assert found == load_json(finished / "verdict.json")["plain_text_perplexity_ratios"]
     assert set(found) == {"loud", "numeric"}
     assert all(set(ratios) == set(METHODS) for ratios in found.values())
-    ratios = [ratio for of_persona in found.values() for ratio in of_persona.values()]
+    ratios = {round(ratio, 6) for of_persona in found.values() for ratio in of_persona.values()}
+    assert len(ratios) == 2 * len(METHODS)
     assert all(0.2 < ratio < 50 for ratio in ratios)
-    assert len({round(ratio, 6) for ratio in ratios}) == len(ratios)
 
 
 def test_what_a_trait_costs_is_the_perplexity_ratio_of_its_labelled_texts(tiny, tmp_path):
     labelled = {
-        f"labelled_{side}_texts": [
-            f"{number} {text}" for number in range(5) for text in LOUD[f"{side}_texts"]
-        ]
-        for side in ("positive", "negative")
+        f"labelled_{name}": [f"{number} {text}" for number in range(5) for text in texts]
+        for name, texts in LOUD.items()
     }
     datasets = {"loud": {**LOUD, **labelled}, "numeric": NUMERIC}
     config = {**tiny, "persona_datasets": datasets, "output_dir": str(tmp_path / "out")}

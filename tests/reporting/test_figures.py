@@ -56,13 +56,6 @@ def labels(conditions):
     return [CONDITIONS[name].label for name in CONDITIONS if name in conditions]
 
 
-@pytest.mark.parametrize("table", [CONDITIONS, SCORERS])
-def test_every_condition_and_scorer_has_its_own_look(table):
-    looks = [(each.colour, getattr(each, "marker", None), each.label) for each in table.values()]
-    for values in zip(*looks, strict=True):
-        assert len(set(values) - {None}) in (0, len(table))
-
-
 @pytest.mark.parametrize(
     ("fixed", "axes"),
     [
@@ -119,23 +112,17 @@ def test_panels_share_their_axes_and_mark_the_unsteered_text():
 @pytest.mark.parametrize(
     ("alphas", "title"), [((0.5, 2.0), "α 0.5, 2"), ((0.5, 3.0), "α\nloud 0.5, 2\ncalm 0.5, 3")]
 )
-@pytest.mark.parametrize("trait", [{}, {"trait_probability": None}])
-def test_legend_names_what_is_drawn_and_its_strengths(alphas, title, trait):
-    calm = rows("calm", alphas=alphas, **trait)
+def test_legend_names_what_is_drawn_and_its_strengths(alphas, title):
+    calm = rows("calm", alphas=alphas, trait_probability=None)
     figure = coherence_trait_figure(aggregate(rows("loud") + calm))
     assert legend_of(figure) == labels({"baseline", *STEERED})
     assert figure.legends[0].get_title().get_text() == title
 
 
 def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
-    def curve(*numbers):
-        points = [dict(zip(("alpha", "perplexity_ratio", "effect"), each, strict=True)) for each in numbers]
-        return {
-            "oracle": [{**each, "low": each["effect"] - 0.1, "high": each["effect"] + 0.1} for each in points]
-        }
-
-    curves = {"loud": curve((1, 1.2, 0.3), (2, 3.0, 0.5)), "calm": curve((1, 1.1, 0.0), (2, 2.0, -0.2))}
-    figure = effect_perplexity_figure(curves)
+    weak = {"alpha": 1, "perplexity_ratio": 1.2, "effect": 0.3, "low": 0.2, "high": 0.4}
+    strong = {"alpha": 2, "perplexity_ratio": 3.0, "effect": 0.5, "low": 0.4, "high": 0.6}
+    figure = effect_perplexity_figure({"loud": {"oracle": [weak, strong]}, "calm": {"oracle": [strong]}})
     assert [panel.get_title() for panel in figure.axes] == ["loud", "calm"]
     assert legend_of(figure) == labels(["oracle"])
     panel = figure.axes[0]
@@ -152,8 +139,7 @@ def test_mapping_figure_draws_what_was_cross_validated():
     mapping = RidgeMapping(10, 14, "relative")
     mapping.cross_validate(source, target + 0.1, [0.01, 0.1, 1.0])
     cv, analysis = mapping.cv, mapping.analyze()
-    rival = ComparisonMap.fitted("reduced_rank", mapping)
-    table = maps_table(mapping, {"reduced_rank": rival})
+    table = maps_table(mapping, {"reduced_rank": ComparisonMap.fitted("reduced_rank", mapping)})
     panels = mapping_figure(analysis, cv, table).axes
     by_dimension = sorted(cv["best_r2_per_dimension"], reverse=True)
     shown = [cv["r2"].values(), cv["df"].values(), by_dimension, cv["best_r2_per_component"]]
@@ -194,28 +180,24 @@ def decided(names=("loud",), **validation):
     return {name: verdict.content() for name, verdict in verdicts.items()}
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
-def test_recovery_figure_draws_every_scorer_with_its_interval(scorer):
-    found = decided(judge=NOT_VALIDATED)
-    found["loud"]["scorers"] = {scorer: found["loud"]["scorers"]["judge"]}
-    (panel,) = recovery_figure(found).axes
-    (bar,) = panel.containers
-    ratio = found["loud"]["scorers"][scorer]["recovery"]
-    assert bar[0].get_xydata().tolist() == [[ratio["estimate"], 0.0]]
-    assert bar[2][0].get_segments()[0][:, 0].tolist() == pytest.approx([ratio["low"], ratio["high"]])
-    assert bar[0].get_markerfacecolor() == "white"  # it is not validated
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == [SCORERS[scorer].label]
-
-
-def test_recovery_figure_leaves_out_what_is_not_known_or_not_bounded():
-    found = decided(("loud", "calm", "shy"))
+def test_recovery_figure_draws_every_scorer_with_its_interval_but_none_without():
+    found = decided(("loud", "calm", "shy"), judge=NOT_VALIDATED)
+    for name in ("calm", "shy"):
+        found[name]["scorers"] = {"classifier": found[name]["scorers"]["classifier"]}
     found["calm"]["scorers"]["classifier"]["recovery"]["low"] = None
     found["shy"]["scorers"]["classifier"]["recovery"] = None
     (panel,) = recovery_figure(found).axes
-    assert [label.get_text() for label in panel.get_yticklabels()] == [
-        f"{name}: {found[name]['verdict']}" for name in found
-    ]
-    assert len(panel.containers) == 1
+    said = [label.get_text() for label in panel.get_yticklabels()]
+    assert said == [f"{name}: {found[name]['verdict']}" for name in found]
+    scorers = found["loud"]["scorers"]
+    assert len(panel.containers) == len(scorers) > 1
+    legend = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert legend == [SCORERS[name].label for name in scorers]
+    for bar, (name, scorer) in zip(panel.containers, scorers.items(), strict=True):
+        ratio = scorer["recovery"]
+        assert bar[0].get_xdata().tolist() == [ratio["estimate"]]
+        assert bar[2][0].get_segments()[0][:, 0].tolist() == pytest.approx([ratio["low"], ratio["high"]])
+        assert (bar[0].get_markerfacecolor() == "white") == (name == "judge")  # it is not validated
 
 
 def test_off_target_figure_shows_who_is_steered_for_and_scored_as():
@@ -225,16 +207,7 @@ def test_off_target_figure_shows_who_is_steered_for_and_scored_as():
     assert [text.get_text() for text in panel.texts] == ["+0.50", "-0.25", "+0.00", "+0.75"]
 
 
-NAMES = [
-    "$x_1$ costs $5",
-    "_hidden",
-    r"\alpha|",
-    r"\$",
-    "快乐的人 \U0001f3f4",
-    "W" * 100,
-    "two words " * 10,
-    "{0} %s",
-]
+NAMES = ["$x_1$ costs $5", "_hidden", r"\alpha|", "快乐 \U0001f3f4", "W" * 100, "two words " * 10, "{0} %s"]
 
 
 def texts(artists):
@@ -296,16 +269,11 @@ def test_alpha_figure_draws_every_point_the_bound_and_the_chosen_alpha_largest()
                 assert (marker.get_alpha() == 1) == point["is_coherent"]
 
 
-def test_alpha_figure_leaves_out_points_without_a_ratio():
+def test_alpha_figure_leaves_out_points_without_a_ratio_and_says_each_personas_bound():
     content = searched_alphas(lambda method, alpha: None if method == "zero_pad" or alpha > 4 else 1.2)
-    figure = alpha_search_figure(content)
-    assert legend_of(figure) == [*labels(["oracle"]), "bound: 1.75"]
-    assert max(max(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == "oracle") <= 4
-
-
-def test_alpha_figure_says_each_personas_bound_where_traits_have_costs_of_their_own():
-    content = searched_alphas(lambda method, alpha: 1 + alpha / 9)
     figure = alpha_search_figure({**content, "trait_costs": {"loud": 2.0, "calm": 0.5}})
+    assert legend_of(figure) == [*labels(["oracle"]), "bound"]
+    assert max(max(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == "oracle") <= 4
     assert [panel.get_title() for panel in figure.axes] == ["loud (bound: 3.5)", "calm (bound: 1.8)"]
 
 
@@ -313,9 +281,7 @@ def test_alpha_figure_says_each_personas_bound_where_traits_have_costs_of_their_
     ("ratio", "bracket"),
     [
         (lambda method, alpha: 1 + alpha / 9, (1.0, 1.2)),
-        (lambda method, alpha: 1 + alpha / 9, (0.5, 10.0)),
-        (lambda method, alpha: 1 + alpha**3, (1e-3, 1e3)),
-        (lambda method, alpha: 1 + alpha**9, (0.5, 1000.0)),
+        (lambda method, alpha: 1 + alpha**9, (1e-3, 1e3)),
         (lambda method, alpha: 0.01, (0.5, 5.0)),
         (lambda method, alpha: None, (0.5, 10.0)),
     ],

@@ -22,10 +22,8 @@ from support.errors import InputError
 
 HOSTILE = "</script><img src='https://example.com/x.png' onerror=alert(1)>\u202eesrever <b>bold</b> & \x07"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
-    "--disable-component-update --virtual-time-budget=4000"
-).split()
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+FLAGS += " --disable-component-update --virtual-time-budget=4000"
 PERSONAS, N_PROMPTS, N_SEEDS = ("loud", "numeric"), 9, 2
 PAIRS = [[2, 3], [4, 5], [6, 10]]
 
@@ -54,22 +52,16 @@ def finished(tmp_path_factory):
     verdicts = decide_verdicts(results_table(rows), dict.fromkeys(PERSONAS, COMPARED), validation)
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
     personas["numeric"]["scorers"]["judge"]["recovery"]["high"] = None
-    checks = [
-        {"name": status, "status": status, "detail": "", "remedy": ""}
-        for status in ("pass", "fail", "pending")
-    ]
+    statuses = ("pass", "fail", "pending")
+    checks = [{"name": status, "status": status, "detail": "", "remedy": ""} for status in statuses]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
+    ratios = {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
     models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
-    ratios = {"loud": {"oracle": 1.23}}
     files = {
         "config.json": {**models, "max_new_tokens": 6},
         "eval_results.json": {"rows": rows},
-        "verdict.json": {
-            "personas": personas,
-            "validation": validation,
-            "plain_text_perplexity_ratios": ratios,
-        },
+        "verdict.json": {"personas": personas, "validation": validation} | ratios,
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
     }
     for source, target in [*PAIRS, [8, 9]]:  # the last is of an earlier run
@@ -170,7 +162,12 @@ def in_browser(page, tmp_path):
         told = f"<script>document.title = JSON.stringify((() => {{ {HELPERS} {script} }})());</script></body>"
         path, log = tmp_path / "page.html", tmp_path / "net.json"
         path.write_text(page.replace("</body>", told), encoding="utf-8")
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}"]
+        command = [
+            CHROMIUM,
+            *FLAGS.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--log-net-log={log}",
+        ]
         shown = subprocess.run(
             [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
         ).stdout
@@ -191,39 +188,30 @@ def test_hostile_text_is_shown_and_does_nothing(in_browser):
     assert any(shown in prompt for prompt in prompts)
 
 
-def test_a_reader_filters_searches_and_chooses(in_browser):
-    n, columns, (found, marks, count), filtered, n_texts, personas = in_browser(
-        """
+def test_a_reader_filters_searches_sorts_and_chooses(in_browser):
+    n, columns, (found, marks, count), filtered, headers, n_texts, personas = in_browser("""
 const all = prompts().length, columns = document.querySelectorAll(".row")[0].querySelectorAll(".text").length;
 set("search", "ESREVER");
 const found = [prompts(), document.querySelectorAll("mark").length,
-document.getElementById("count").textContent]; set("search", ""); set("prompt", "2");
+  document.getElementById("count").textContent];
+set("search", ""); set("prompt", "2");
 const filtered = prompts();
 set("prompt", "");
+set("order", [...document.getElementById("order").options].map((each) => each.value)
+  .filter((value) => value.startsWith("perplexity"))[0]);
+const sorted = [...document.querySelectorAll(".row header")].map((header) => header.textContent);
 document.querySelectorAll("#conditions input").forEach((box) => { if (box.checked) box.click(); });
-return [all, columns, found, filtered, document.querySelectorAll(".text").length,
+return [all, columns, found, filtered, sorted, document.querySelectorAll(".text").length,
   [...document.getElementById("persona").options].map((each) => each.textContent)];
-"""
-    )
+""")
     assert n == N_PROMPTS * N_SEEDS
     assert columns == 3  # unsteered, mapped and native
     assert len(found) == 2 * N_SEEDS  # the hostile prompt, and the hostile texts of another
     assert marks >= N_SEEDS
     assert count == f"{2 * N_SEEDS} of {n} prompts and seeds"
     assert filtered == [f"Question 2? (seed {seed})" for seed in range(N_SEEDS)]
+    perplexities = [float(header.rsplit(" ", 1)[1]) for header in headers]
+    assert len(perplexities) == n
+    assert perplexities == sorted(perplexities, reverse=True)
     assert n_texts == 0
     assert personas == list(PERSONAS)
-
-
-def test_texts_are_sorted_by_what_is_shown(in_browser):
-    headers = in_browser(
-        """
-const order = document.getElementById("order");
-const keys = [...order.options].map((each) => each.value);
-set("order", keys.filter((value) => value.startsWith("perplexity"))[0]);
-return [...document.querySelectorAll(".row")].map((row) => row.querySelector("header").textContent);
-"""
-    )
-    perplexities = [float(text.rsplit(" ", 1)[1]) for text in headers]
-    assert len(perplexities) == N_PROMPTS * N_SEEDS
-    assert perplexities == sorted(perplexities, reverse=True)

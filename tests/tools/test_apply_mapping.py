@@ -67,15 +67,14 @@ def test_a_map_without_layers_asks_for_them(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("vector", "output", "message"),
     [
-        (np.ones(3), "mapped.pt", "holds vectors of width 3, the model's is 5"),
-        (np.ones(5), "mapped.npy", "expected a file that ends with .gguf, .safetensors, .pt"),
-        (None, "mapped.pt", "there is no file"),
+        ("narrow.npy", "mapped.pt", "holds vectors of width 3, the model's is 5"),
+        ("loud.npy", "mapped.npy", "expected a file that ends with .gguf, .safetensors, .pt"),
+        ("absent.npy", "mapped.pt", "there is no file"),
     ],
 )
 def test_what_cannot_be_mapped_is_rejected(vector, output, message, tmp_path, capsys):
-    _, path = saved_map(tmp_path)
-    if vector is not None:
-        np.save(tmp_path / "v.npy", vector)
-    assert apply(path, tmp_path / "v.npy", tmp_path / output) == 2
+    for name, width in (("narrow.npy", 3), ("loud.npy", 5)):
+        np.save(tmp_path / name, np.ones(width))
+    assert apply(saved_map(tmp_path)[1], tmp_path / vector, tmp_path / output) == 2
     assert message in error_lines(capsys)[0]
     assert not (tmp_path / output).exists()

@@ -1,49 +1,17 @@
 """A run's vector leaves it at the strength of the verdict; what a folder does not have is not exported."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_runs import error_lines, run, tiny_settings
+from tiny_runs import error_lines
 
 from ridge_mapping import RidgeMapping
-from support.artifacts import load_json, load_tensors, save_json, save_tensors, sealed
+from support.artifacts import load_json, load_tensors, save_json, sealed
 from support.vector_files import FORMATS, read_vectors
 from tools import export_vectors
-
-LAYER_PAIRS = [[3, 1], [6, 2], [9, 4]]
-MEDIANS = [2.0, 5.0, 7.0]
-VECTORS = {"loud": {"ridge_mapped": torch.randn(3, 8), "random_direction_1": torch.randn(3, 8)}}
-MODEL = {"name": "tiny", "model_type": "gpt2", "n_blocks": 6, "d_model": 8, "fingerprint": "m"}
-
-
-def finished_run(folder, n_pairs=3, alpha_unit="residual_norm"):
-    """Write of a finished run what is exported: one layer pair, or a band of three."""
-    pairs = LAYER_PAIRS[:n_pairs]
-    vectors = {name: vector[:n_pairs] for name, vector in VECTORS["loud"].items()}
-    content = {
-        "fingerprint": "f",
-        "layer_pairs": pairs,
-        "vectors": {"loud": vectors},
-        "residual_norms": [
-            {"median": median, "median_with_massive": 9.0, "massive_dimensions": []}
-            for median in MEDIANS[:n_pairs]
-        ],
-        "models": {"source": MODEL, "target": MODEL},
-    }
-    alphas = {"ridge_mapped": 0.5, "random_direction": 0.25}
-    scorers = {"classifier": {"recovery": {"ratio": 0.9}}, "judge": {"recovery": None}}
-    verdict = {"verdict": "partial transfer", "alphas": alphas, "scorers": scorers}
-    folder.mkdir()
-    save_tensors(folder / "persona_vectors.pt", content)
-    save_json(folder / "config.json", sealed({"alpha_unit": alpha_unit}))
-    save_json(folder / "verdict.json", sealed({"personas": {"loud": verdict}}))
-    for index, (source, target) in enumerate(pairs):
-        place = folder if index == n_pairs // 2 else folder / "layers" / f"{source}_{target}"
-        place.mkdir(parents=True, exist_ok=True)
-        save_json(place / "cv_results.json", sealed({"best_lambda": 10.0**index, "best_r2": 0.5}))
-    return folder
 
 
 def export(folder, output, *more):
@@ -52,83 +20,62 @@ def export(folder, output, *more):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("n_pairs", [1, 3])
+@pytest.mark.parametrize("alpha_unit", ["absolute", "residual_norm"])
 @pytest.mark.parametrize(
-    ("alpha_unit", "options", "name", "alpha"),
+    ("vector", "condition", "options"),
     [
-        ("residual_norm", [], "ridge_mapped", 0.5),
-        ("absolute", ["--method", "random_direction_1"], "random_direction_1", 0.25),
-        ("absolute", ["--alpha", "3"], "ridge_mapped", 3.0),
+        ("ridge_mapped", "ridge_mapped", []),
+        ("shuffled_pairs_2", "shuffled_pairs", ["--method", "shuffled_pairs_2"]),
+        ("oracle", None, ["--method", "oracle", "--alpha", "3"]),
     ],
 )
 def test_strength_1_is_the_alpha_of_the_verdict_at_each_block(
-    tmp_path, capsys, form, n_pairs, alpha_unit, options, name, alpha
+    form, alpha_unit, vector, condition, options, finished_band, tmp_path, capsys
 ):
-    path = tmp_path / f"loud.{form}"
-    assert export(finished_run(tmp_path / "run", n_pairs, alpha_unit), path, *options) == 0
+    folder, path = shutil.copytree(finished_band, tmp_path / "run"), tmp_path / f"loud.{form}"
+    save_json(folder / "config.json", sealed({"alpha_unit": alpha_unit}))
+    assert export(folder, path, *options) == 0
     assert capsys.readouterr().out.strip() == str(path)
-    found = read_vectors(path)
+    content, found = load_tensors(folder / "persona_vectors.pt"), read_vectors(path)
     assert found.model_hint == "gpt2"
-    assert list(found.by_layer) == [target for _, target in LAYER_PAIRS[:n_pairs]]
-    for vector, expected, median in zip(
-        found.by_layer.values(), VECTORS["loud"][name], MEDIANS, strict=False
+    assert list(found.by_layer) == [1, 3]
+    alpha = load_json(folder / "verdict.json")["personas"]["loud"]["alphas"].get(condition, 3.0)
+    for exported, expected, norm in zip(
+        found.by_layer.values(), content["vectors"]["loud"][vector], content["residual_norms"], strict=True
     ):
-        unit = median if alpha_unit == "residual_norm" else 1.0
-        assert torch.allclose(vector, alpha * unit * expected)
+        unit = norm["median"] if alpha_unit == "residual_norm" else 1.0
+        assert torch.allclose(exported, alpha * unit * expected.float())
 
 
-def test_metadata_name_the_run_and_the_map_of_each_layer(tmp_path):
-    assert export(finished_run(tmp_path / "run"), tmp_path / "loud.safetensors") == 0
+def test_metadata_name_the_run_and_the_map_of_each_layer(finished_band, tmp_path):
+    assert export(finished_band, tmp_path / "loud.safetensors") == 0
     with safe_open(tmp_path / "loud.safetensors", "pt") as file:
         known = {key: json.loads(value) for key, value in file.metadata().items() if key != "model_hint"}
-    assert known["layer_pairs"] == LAYER_PAIRS
-    assert {layer: of_map["lambda"] for layer, of_map in known["maps_by_target_layer"].items()} == {
-        "1": 1.0,
-        "2": 10.0,
-        "4": 100.0,
-    }
-    assert (known["alpha"], known["alpha_unit"]) == (0.5, "residual_norm")
-    assert (known["verdict"], known["fingerprint"]) == ("partial transfer", "f")
-    assert known["recovery_by_scorer"] == {"classifier": {"ratio": 0.9}}
+    assert known["layer_pairs"] == [[0, 1], [2, 3]]
+    for layer, place in (("1", "layers/0_1"), ("3", ".")):
+        cv = load_json(finished_band / place / "cv_results.json")
+        assert known["maps_by_target_layer"][layer] == {"lambda": cv["best_lambda"], "r2": cv["best_r2"]}
+    decided = load_json(finished_band / "verdict.json")["personas"]["loud"]
+    assert (known["alpha"], known["verdict"]) == (decided["alphas"]["ridge_mapped"], decided["verdict"])
+    assert known["fingerprint"] == load_tensors(finished_band / "persona_vectors.pt")["fingerprint"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--persona", "calm"], "persona 'calm' is unknown; choose loud"),
-        (["--method", "magic"], "method 'magic' is unknown; choose ridge_mapped, random_direction_1"),
+        (["--persona", "calm"], "persona 'calm' is unknown; choose loud, numeric"),
+        (["--method", "magic"], "method 'magic' is unknown; choose "),
+        (["--method", "reduced_rank"], "has no alpha for loud, reduced_rank; give one with --alpha"),
+        (["--run", "nowhere"], "is no finished run: config.json is missing"),
     ],
 )
-def test_what_a_run_does_not_have_is_not_exported(change, message, tmp_path, capsys):
-    assert export(finished_run(tmp_path / "run"), tmp_path / "x.gguf", *change) == 2
+def test_what_a_run_does_not_have_is_not_exported(change, message, finished, tmp_path, capsys):
+    assert export(finished, tmp_path / "x.gguf", *change) == 2
     assert message in error_lines(capsys)[0]
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_a_vector_without_an_alpha_needs_one_on_the_command_line(tmp_path, capsys):
-    folder = finished_run(tmp_path / "run")
-    save_json(folder / "verdict.json", sealed({"personas": {}}))
-    assert export(folder, tmp_path / "x.gguf") == 2
-    assert "has no alpha for loud, ridge_mapped; give one with --alpha" in error_lines(capsys)[0]
-    assert export(folder, tmp_path / "x.gguf", "--alpha", "0.1") == 0
-
-
-def test_a_folder_that_is_no_run_exports_nothing(tmp_path, capsys):
-    assert export_vectors.main(["--run", str(tmp_path), "--persona", "loud"]) == 2
-    assert "is no finished run: config.json is missing" in error_lines(capsys)[0]
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_finished_run_exports_its_mapped_vector_and_its_map_names_layers_and_models(
-    model_folders, tmp_path
-):
-    out = tmp_path / "out"
-    assert run(out, {**tiny_settings(model_folders, tmp_path), "alpha_unit": "residual_norm"}) == 0
-    assert export(out, tmp_path / "loud.gguf") == 0
-    content = load_tensors(out / "persona_vectors.pt")
-    alpha = load_json(out / "verdict.json")["personas"]["loud"]["alphas"]["ridge_mapped"]
-    expected = alpha * content["residual_norms"][0]["median"] * content["vectors"]["loud"]["ridge_mapped"][0]
-    assert torch.allclose(read_vectors(tmp_path / "loud.gguf").by_layer[2], expected.float())
-    ridge = RidgeMapping.load(out / "ridge_mapping.pt")
+def test_the_map_of_a_run_names_its_layers_and_models(model_folders, finished):
+    ridge = RidgeMapping.load(finished / "ridge_mapping.pt")
     assert (ridge.source_layer, ridge.target_layer) == (1, 2)
     assert [ridge.source_model, ridge.target_model] == list(model_folders.values())

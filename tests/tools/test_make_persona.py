@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from chat_server import chat_server, completion
+from chat_server import chat_server, completion, error
 from tiny_runs import error_lines
 
 from experiment.config import load_config
@@ -14,12 +14,13 @@ from tools import make_persona
 from tools.make_persona import write_persona
 
 SUBJECTS = "boats lamps shoes roads cakes stamps clocks birds chairs rivers coats bells kites jars".split()
+PAIRS = [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS]
 MODELS = {"source_model": "x", "target_model": "x", "output_dir": "x", "layer_idx": 0, "personas": []}
 
 
 def writing(pairs=None, questions=None):
     """Return a function that responds like an obedient model."""
-    pairs = pairs or [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS]
+    pairs = pairs or PAIRS
     questions = questions or [f"? Where do I find {each}?" for each in SUBJECTS]
 
     def ask(prompt):
@@ -70,9 +71,7 @@ def test_the_file_is_a_persona_that_a_configuration_takes(tmp_path):
 )
 def test_unusable_items_are_rejected_and_counted(bad, reason, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    good = [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS]
-    path = made(tmp_path, writing([bad, *good, bad]))
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(made(tmp_path, writing([bad, *PAIRS, bad])).read_text("utf-8"))
     first = bad.split("\n")[0].removeprefix("+ ")
     assert content["positive_texts"].count(first) == (reason == "are duplicates")
     assert reason in caplog.text
@@ -87,14 +86,15 @@ def test_numbers_and_quotation_marks_around_a_line_are_no_part_of_the_text(tmp_p
     assert content["questions"] == [f"Where are {each}?" for each in SUBJECTS[:8]]
 
 
-def test_a_response_in_another_form_is_quoted(tmp_path):
-    with pytest.raises(InputError, match=r"0 of 10 usable pairs.*the last begins 'Of course!.nSorry, "):
-        made(tmp_path, writing(["Sorry, I cannot."]))
-
-
-def test_half_of_the_pairs_is_not_enough_and_nothing_is_written(tmp_path):
-    pairs = [f"+ Arr, the {each} be fine!\n- The {each} are fine!" for each in SUBJECTS[:5]]
-    with pytest.raises(InputError, match=r"wrote 5 of 10 usable pairs in 6 responses \(25 are duplicates"):
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["Sorry, I cannot."], r"0 of 10 usable pairs.*the last begins 'Of course!.nSorry, "),
+        (PAIRS[:5], r"wrote 5 of 10 usable pairs in 6 responses \(25 are duplicates"),
+    ],
+)
+def test_too_few_pairs_are_an_error_that_says_why_and_nothing_is_written(pairs, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         made(tmp_path, writing(pairs))
     assert not list(tmp_path.iterdir())
 
@@ -108,14 +108,14 @@ def test_an_existing_file_is_kept(tmp_path):
 
 def test_a_server_is_asked_and_its_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_KEY", "any")
-    ask = writing()
+    path = tmp_path / "pirate.json"
     asked = ["speaks like a pirate", "--n-pairs", "10", "--n-questions", "8", "--api-key-env", "LOCAL_KEY"]
-    asked += ["--output", str(tmp_path / "pirate.json"), "--base-url"]
-    with chat_server(lambda prompt: completion(ask(prompt))) as server:
+    asked += ["--output", str(path), "--base-url"]
+    with chat_server(lambda prompt: completion(writing()(prompt))) as server:
         assert make_persona.main([*asked, server.base_url]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "pirate.json")
-    (tmp_path / "pirate.json").unlink()
-    with chat_server(lambda prompt: (404, "application/json", {"error": {"message": "no model"}})) as server:
+    assert capsys.readouterr().out.strip() == str(path)
+    path.unlink()
+    with chat_server(lambda prompt: error("no model", 404)) as server:
         assert make_persona.main([*asked, server.base_url]) == 2
     (line,) = error_lines(capsys)
     assert "the server gave no response" in line
