@@ -18,7 +18,6 @@ from run_experiment import main
 from scoring import likelihood_ratio, trait_classifier
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
-from support.tiny_models import tiny_tokenizer
 from texts.personas import load_prompts
 
 EVENTS = ("we won the cup today.", "look at the big dog.", "the train is late again.", "come here at once.")
@@ -39,13 +38,6 @@ ARTIFACTS = set(
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
     "verdict.json results.csv effects.csv recovery.png report.html experiment.log".split()
 )
-
-
-def saved(folder, model, tokenizer=None):
-    """Save a model as `load_model` reads it; returns the folder's name."""
-    for each in (model, tokenizer or tiny_tokenizer()):
-        each.save_pretrained(folder)
-    return str(folder)
 
 
 def tiny_settings(model_folders, folder):

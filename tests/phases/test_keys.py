@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from chat_models import chatting
+from chat_models import chatting, saved
 from chat_server import chat_server, completion
 from pydantic import BaseModel
 from tiny_runs import (
@@ -26,7 +26,6 @@ from tiny_runs import (
     blank_figures,
     is_close,
     rows,
-    saved,
     score_by_characters,
     tiny_settings,
 )
@@ -227,10 +226,10 @@ def small(tmp_path_factory):
 def paths(model_folders, tmp_path_factory):
     """Name -> path of a tiny model, a text or a vector."""
     folder = tmp_path_factory.mktemp("paths")
-    saved(folder / "chat", tiny_model("gpt2", seed=1, n_embd=48), chatting())
-    saved(folder / "chat_source", tiny_model("llama"), chatting())
-    saved(folder / "other", tiny_model("gpt2", seed=2, n_embd=48))
-    saved(folder / "other_source", tiny_model("llama", seed=5))
+    saved(tiny_model("gpt2", seed=1, n_embd=48), folder / "chat", chatting())
+    saved(tiny_model("llama"), folder / "chat_source", chatting())
+    saved(tiny_model("gpt2", seed=2, n_embd=48), folder / "other")
+    saved(tiny_model("llama", seed=5), folder / "other_source")
     tiny_settings(model_folders, folder)
     paragraphs = (folder / "neutral.txt").read_text().split("\n\n")
     (folder / "other.txt").write_text("\n\n".join(paragraphs[::-1]))
