@@ -10,7 +10,6 @@ from ridge_mapping import RidgeMapping
 from support.errors import InputError
 
 D_SOURCE = 12
-WIDTHS = [20, 12, 7]
 
 
 def fitted(d_target):
@@ -20,7 +19,7 @@ def fitted(d_target):
     return RidgeMapping(D_SOURCE, d_target).fit(H_source, H_source @ truth - 5, lambda_=0.5)
 
 
-@pytest.fixture(params=WIDTHS)
+@pytest.fixture(params=[20, 12, 7])
 def d_target(request):
     return request.param
 
@@ -75,6 +74,7 @@ def test_random_proj_has_no_preferred_direction():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_apply_all_baselines_gives_every_method_and_other_maps(transfer, v_source, d_target, normalize):
     mapping, v_oracle = fitted(d_target), 5 * torch.randn(d_target)
+    originals = v_source.clone(), v_oracle.clone(), mapping.W.clone()
     others = {"other": lambda vector: torch.ones(d_target) * vector.sum()}
     vectors = transfer.apply_all_baselines(v_source, v_oracle, mapping, normalize, others)
     raw = {
@@ -82,7 +82,7 @@ def test_apply_all_baselines_gives_every_method_and_other_maps(transfer, v_sourc
         "interpolate": transfer.interpolate(v_source),
         "random_proj": transfer.random_proj(v_source),
         "ridge_mapped": (v_source.double() @ mapping.W).float(),
-        "oracle": v_oracle,
+        "oracle": v_oracle.clone(),
     }
     assert tuple(raw) == METHODS
     raw["other"] = torch.ones(d_target) * v_source.sum()
@@ -90,6 +90,8 @@ def test_apply_all_baselines_gives_every_method_and_other_maps(transfer, v_sourc
     for name, vector in vectors.items():
         assert vector.dtype == torch.float32
         assert_close(vector, raw[name] / raw[name].norm() if normalize else raw[name])
+        vector.zero_()
+    assert all(map(torch.equal, (v_source, v_oracle, mapping.W), originals)), "inputs are not modified"
 
 
 @pytest.mark.parametrize("left_out", [(), (0, 3)])
@@ -105,41 +107,22 @@ def test_compare_to_oracle_gives_the_cosine_of_every_other_method(transfer, v_so
         assert cosine == pytest.approx((vector @ oracle / vector.norm() / oracle.norm()).item(), abs=1e-5)
 
 
-def test_inputs_are_not_modified(transfer, v_source, d_target):
-    mapping, v_oracle = fitted(d_target), torch.randn(d_target)
-    originals = v_source.clone(), v_oracle.clone(), mapping.W.clone()
-    vectors = transfer.apply_all_baselines(v_source, v_oracle, mapping, normalize=False)
-    for vector in vectors.values():
-        vector.zero_()
-    for value, original in zip((v_source, v_oracle, mapping.W), originals, strict=True):
-        assert torch.equal(value, original)
-
-
 @pytest.mark.parametrize(
-    ("v_source", "v_oracle", "message"),
+    ("change", "message"),
     [
-        (torch.ones(11), torch.ones(7), r"v_source has shape \(11,\), expected \(12,\)"),
-        (torch.ones(1, 12), torch.ones(7), r"v_source has shape \(1, 12\), expected \(12,\)"),
-        (torch.ones(12), torch.ones(8), r"v_oracle has shape \(8,\), expected \(7,\)"),
-        (torch.full((12,), float("nan")), torch.ones(7), "v_source has values that are not finite"),
-        (torch.ones(12), torch.full((7,), float("inf")), "v_oracle has values that are not finite"),
-        (torch.ones(12), torch.zeros(7), "the oracle vector has norm 0"),
-        (torch.eye(12)[11], torch.ones(7), "the zero_pad vector has norm 0"),
+        ({"v_source": torch.ones(11)}, r"v_source has shape \(11,\), expected \(12,\)"),
+        ({"v_source": torch.ones(1, 12)}, r"v_source has shape \(1, 12\), expected \(12,\)"),
+        ({"v_oracle": torch.ones(8)}, r"v_oracle has shape \(8,\), expected \(7,\)"),
+        ({"v_source": torch.full((12,), float("nan"))}, "v_source has values that are not finite"),
+        ({"v_oracle": torch.full((7,), float("inf"))}, "v_oracle has values that are not finite"),
+        ({"v_oracle": torch.zeros(7)}, "the oracle vector has norm 0"),
+        ({"v_source": torch.eye(12)[11]}, "the zero_pad vector has norm 0"),
+        ({"ridge_mapping": RidgeMapping(D_SOURCE, 7)}, "not fitted"),
+        ({"ridge_mapping": fitted(8)}, "the mapped vector has shape"),
+        ({"ridge_mapping": RidgeMapping(5, 7).fit(torch.randn(9, 5), torch.randn(9, 7))}, r"expected \(5,\)"),
     ],
 )
-def test_bad_vectors_are_rejected(v_source, v_oracle, message):
+def test_bad_vectors_and_maps_are_rejected(change, message):
+    good = {"v_source": torch.ones(D_SOURCE), "v_oracle": torch.ones(7), "ridge_mapping": fitted(7)}
     with pytest.raises(InputError, match=message):
-        BaselineTransfer(D_SOURCE, 7).apply_all_baselines(v_source, v_oracle, fitted(7))
-
-
-@pytest.mark.parametrize(
-    ("mapping", "message"),
-    [
-        (RidgeMapping(D_SOURCE, 7), "not fitted"),
-        (fitted(8), "the mapped vector has shape"),
-        (RidgeMapping(5, 7).fit(torch.randn(9, 5), torch.randn(9, 7)), r"expected \(5,\)"),
-    ],
-)
-def test_a_mapping_that_does_not_fit_is_rejected(mapping, message):
-    with pytest.raises(InputError, match=message):
-        BaselineTransfer(D_SOURCE, 7).ridge_mapped(torch.ones(D_SOURCE), mapping)
+        BaselineTransfer(D_SOURCE, 7).apply_all_baselines(**{**good, **change})

@@ -3,11 +3,13 @@
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from watching import fails_at
 
 from evaluation import METRICS, Evaluator, aggregate, continuation_perplexities, repetition_metrics
 from scoring.judge_answers import Judgement
@@ -72,36 +74,18 @@ def test_a_text_of_the_models_padding_token_is_scored_like_any_other(tokenizer, 
     assert found == plain_perplexities(model, tokenizer, PROMPTS, outputs)
 
 
-@pytest.fixture
-def rows_scored(llama, tokenizer):
-    """Return the perplexities, and how many rows went through the model in each pass."""
-
-    def rows_scored(prompts, outputs, batch_size=8):
-        sizes = []
-
-        def note(module, args, options):
-            sizes.append(len(options["input_ids"]))
-
-        handle = llama.register_forward_pre_hook(note, with_kwargs=True)
-        found = continuation_perplexities(llama, tokenizer, prompts, outputs, batch_size)
-        handle.remove()
-        return found, sizes
-
-    return rows_scored
-
-
-def test_equal_texts_are_scored_once_and_empty_ones_need_no_pass(rows_scored):
-    found, sizes = rows_scored(PROMPTS * 3, OUTPUTS * 3)
-    assert sizes == [4]
-    assert found == rows_scored(PROMPTS, OUTPUTS)[0] * 3
-    assert rows_scored(PROMPTS * 3, OUTPUTS * 3, batch_size=3)[1] == [3, 1]
-    assert rows_scored(PROMPTS, [""] * 4) == ([None] * 4, [])
-    assert rows_scored([], []) == ([], [])
-
-
-def test_one_output_after_two_prompts_or_two_after_one_are_scored_apart(rows_scored, llama, tokenizer):
+def test_equal_texts_are_scored_once_and_empty_ones_need_no_pass(llama, tokenizer):
+    model = tiny_model()
+    passes = fails_at(model, lambda n_rows, number: False)
+    score = partial(continuation_perplexities, model, tokenizer)
+    found = score(PROMPTS * 3, OUTPUTS * 3, batch_size=3)
+    assert found == plain_perplexities(llama, tokenizer, PROMPTS * 3, OUTPUTS * 3)
+    assert passes == [3, 1]
+    passes.clear()
+    assert score(PROMPTS, [""] * 4) == [None] * 4
+    assert passes == score([], []) == []
     prompts, outputs = ["Rain", "He", "Rain", "Rai"], [" falls", " falls", " stops", "n falls"]
-    assert rows_scored(prompts, outputs) == (plain_perplexities(llama, tokenizer, prompts, outputs), [4])
+    assert score(prompts, outputs) == plain_perplexities(llama, tokenizer, prompts, outputs)
 
 
 def test_token_across_the_seam_belongs_to_the_continuation(llama):
@@ -122,11 +106,6 @@ def test_text_over_the_context_loses_its_beginning(prompt, output, llama, tokeni
     found = continuation_perplexities(llama, tokenizer, [prompt], [output])
     assert found == plain_perplexities(llama, tokenizer, [prompt], [output])
     assert "1 texts exceed the context" in caplog.text
-
-
-def test_different_numbers_of_prompts_and_outputs_are_an_error(llama, tokenizer):
-    with pytest.raises(InputError, match="2 prompts and 1 outputs"):
-        continuation_perplexities(llama, tokenizer, ["a", "b"], ["c"])
 
 
 @pytest.mark.parametrize(
@@ -188,22 +167,17 @@ def test_one_text_scored_for_several_personas_gets_the_same_numbers(llama, token
     assert len({one.perplexity, other.perplexity, one.independent_perplexity}) == 3
 
 
-def test_rows_with_known_perplexities_score_as_a_batch_does(llama, tokenizer):
+def test_one_row_or_rows_with_known_perplexities_score_as_a_batch_does(llama, tokenizer):
     rows = [row(" WE WON.", "loud", 2.0, "oracle"), row("", "loud"), row(LOOP, "calm")]
-    expected = Evaluator(llama, tokenizer, scorers=SCORERS).evaluate_batch(rows)
+    evaluator = Evaluator(llama, tokenizer, scorers=SCORERS)
+    expected = evaluator.evaluate_batch(rows)
+    single = evaluator.evaluate_single(**rows[0])
+    assert single.perplexity == pytest.approx(expected[0].perplexity, rel=1e-4)
+    assert replace(single, perplexity=None) == replace(expected[0], perplexity=None)
     known = [result.perplexity for result in expected], [9.0, None, 6.0]
     found = Evaluator(None, None, scorers=SCORERS).score(rows, *known)
     assert [result.independent_perplexity for result in found] == known[1]
     assert [replace(result, independent_perplexity=None) for result in found] == expected
-
-
-def test_single_evaluation_equals_batch(llama, tokenizer):
-    evaluator = Evaluator(llama, tokenizer, scorers=SCORERS, batch_size=2)
-    rows = [row(output, "loud", 2.0, "oracle") for output in (" WE WON.", " we lost the match.", LOOP)]
-    for given, expected in zip(rows, evaluator.evaluate_batch(rows), strict=True):
-        single = evaluator.evaluate_single(**given)
-        assert single.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
-        assert replace(single, perplexity=None) == replace(expected, perplexity=None)
 
 
 def test_every_scorer_has_its_column_and_one_scores_every_text_for_every_persona():
@@ -219,11 +193,6 @@ def test_every_scorer_has_its_column_and_one_scores_every_text_for_every_persona
     assert {*scorers} <= aggregate([result.row() for result in results])[0].keys()
     every = Evaluator(None, None, scorers=scorers, every_persona="second_probability")
     assert every.score(rows, [None] * 5, [None] * 5)[4].trait_probabilities == {"loud": 1.0, "calm": 1.0}
-
-
-def test_a_column_that_would_not_be_aggregated_is_an_error():
-    with pytest.raises(ValueError, match="'mood', expected a name that ends in _probability"):
-        Evaluator(None, None, scorers={"mood": {}})
 
 
 def test_empty_output_is_missing_and_counted(llama, tokenizer):
@@ -326,7 +295,11 @@ def test_failed_judgement_is_missing_with_its_reason(failing, scores):
     assert (result.gpt4_coherence_score, result.gpt4_trait_score, result.gpt4_failure) == (*scores, "no idea")
 
 
-def test_judging_without_a_key_is_an_error(monkeypatch):
+def test_bad_use_is_rejected(llama, tokenizer, monkeypatch):
+    with pytest.raises(InputError, match="2 prompts and 1 outputs"):
+        continuation_perplexities(llama, tokenizer, ["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="'mood', expected a name that ends in _probability"):
+        Evaluator(None, None, scorers={"mood": {}})
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
         Evaluator(None, None, use_gpt4=True)

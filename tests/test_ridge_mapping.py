@@ -17,6 +17,11 @@ X, Y = torch.ones(10, D_SOURCE), torch.ones(10, D_TARGET)
 
 
 @pytest.fixture
+def mapping():
+    return RidgeMapping(D_SOURCE, D_TARGET)
+
+
+@pytest.fixture
 def pairs():
     generator = torch.Generator().manual_seed(5)
     H_source = torch.randn(N, D_SOURCE, generator=generator, dtype=torch.float64)
@@ -88,12 +93,13 @@ def test_W_and_predictions_equal_scikit_learn_also_with_fewer_rows_than_dimensio
     assert mapping.lambda_absolute == pytest.approx(alpha, rel=1e-12)
     assert relative_error(mapping.W, reference.coef_.T) < 1e-9
     assert relative_error(mapping.predict(H_source), reference.predict(H_source.numpy())) < 1e-9
+    assert relative_error(mapping.transform(H_source), H_source.numpy() @ reference.coef_.T) < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_input_is_solved_in_float64(pairs, dtype):
+def test_low_precision_input_is_solved_in_float64(pairs, mapping, dtype):
     H_source, H_target = (H.to(dtype) for H in pairs)
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 1.0)
+    mapping.fit(H_source, H_target, 1.0)
     exact = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source.double(), H_target.double(), 1.0)
     assert mapping.W.dtype == torch.float64
     assert torch.equal(mapping.W, exact.W)
@@ -101,18 +107,6 @@ def test_low_precision_input_is_solved_in_float64(pairs, dtype):
         mapped = map_it(H_source)
         assert mapped.dtype == dtype
         assert torch.equal(mapped, exactly(H_source.double()).to(dtype))
-
-
-def test_transform_is_linear_and_predict_has_an_intercept(pairs):
-    H_source, H_target = pairs
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 1.0)
-    u, v = torch.randn(2, D_SOURCE, dtype=torch.float64)
-    combined = 3 * mapping.transform(u) - 0.5 * mapping.transform(v)
-    assert torch.allclose(mapping.transform(3 * u - 0.5 * v), combined)
-    assert torch.allclose(mapping.transform(torch.stack([u, v])), torch.stack([u, v]) @ mapping.W)
-    assert torch.allclose(mapping.predict(H_source.mean(0)), H_target.mean(0))
-    difference = mapping.predict(H_source[3]) - mapping.predict(H_source[8])
-    assert torch.allclose(difference, mapping.transform(H_source[3] - H_source[8]))
 
 
 def check_against_refits(mapping, pairs, folds, values, unit):
@@ -163,31 +157,20 @@ def test_streamed_cross_validation_equals_refitting_every_fold_at_every_lambda(p
     assert (mapping.cv["n_groups"], mapping.cv["fold_sizes"]) == (N // 4, folds.bincount().tolist())
 
 
-def test_summed_pairs_and_pairs_in_place_of_earlier_ones_give_the_same_map(pairs):
-    expected = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(*pairs, 0.3)
-    replaced = streamed(rescaled(pairs, "large source dimension")).fit(*pairs, 0.3)
-    for mapping in (streamed(pairs).fit(lambda_=0.3), replaced):
-        assert mapping.n == N
-        assert relative_error(mapping.W, expected.W.numpy()) < 1e-11
-        assert relative_error(mapping.predict(pairs[0]), expected.predict(pairs[0]).numpy()) < 1e-11
-
-
 @pytest.mark.parametrize(("criterion", "chosen"), [("pooled", 1e3), ("standardised", 1e-6)])
-@pytest.mark.parametrize("scale", [1e2, 1e4])
-def test_a_massive_target_dimension_dictates_lambda_only_by_the_pooled_criterion(criterion, chosen, scale):
+def test_a_massive_target_dimension_dictates_lambda_only_by_the_pooled_criterion(criterion, chosen):
     """It is noise, so it is predicted best by its mean; the other dimensions follow from the source."""
     H_source = torch.randn(N, D_SOURCE, dtype=torch.float64)
     H_target = H_source @ torch.randn(D_SOURCE, D_TARGET, dtype=torch.float64)
-    H_target[:, 0] = scale * torch.randn(N, dtype=torch.float64)
+    H_target[:, 0] = 1e4 * torch.randn(N, dtype=torch.float64)
     mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative")
     best, errors = mapping.cross_validate(H_source, H_target, [1e-6, 1.0, 1e3], criterion=criterion)
     assert best == mapping.lambda_ == mapping.cv["best_lambda"] == chosen
     assert min(errors, key=errors.get) == 1e3, "the errors returned are pooled in any case"
 
 
-def test_a_noiseless_map_retrieves_every_activation_and_shuffled_pairs_teach_nothing(pairs):
+def test_a_noiseless_map_retrieves_every_activation_and_shuffled_pairs_teach_nothing(pairs, mapping):
     H_target = pairs[0] @ torch.randn(D_SOURCE, D_TARGET, dtype=torch.float64) + 3
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
     mapping.cross_validate(pairs[0], H_target, [1e-6, 0.1, 10.0, 1e3, 1e5])
     analysis = mapping.analyze()
     assert (analysis["retrieval_accuracy"], analysis["retrieval_n"]) == (1.0, N)
@@ -195,12 +178,11 @@ def test_a_noiseless_map_retrieves_every_activation_and_shuffled_pairs_teach_not
     assert analysis["shuffled_r2"] < 0.02
 
 
-def test_retrieval_of_shuffled_pairs_is_chance():
+def test_retrieval_of_shuffled_pairs_is_chance(mapping):
     """Of 1,000 activations 1 is expected to be found; more than 7 has a probability of 1e-5."""
     n = N_RETRIEVAL + 200
     H_source = torch.randn(n, D_SOURCE)
     H_target = H_source @ torch.randn(D_SOURCE, D_TARGET)
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
     mapping.cross_validate(H_source, H_target[torch.randperm(n)], [1.0])
     assert mapping.cv["retrieval_n"] == N_RETRIEVAL
     assert mapping.cv["retrieval_accuracy"] <= 7 / N_RETRIEVAL
@@ -243,9 +225,9 @@ def test_predicted_energy_is_the_share_of_a_vector_on_predictable_axes(half_pred
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.3, 1e6])
-def test_a_constant_target_dimension_is_counted_and_left_out(pairs, constant):
+def test_a_constant_target_dimension_is_counted_and_left_out(pairs, mapping, constant):
     H_source, H_target = pairs
-    mapping, without = RidgeMapping(D_SOURCE, D_TARGET), RidgeMapping(D_SOURCE, D_TARGET - 1)
+    without = RidgeMapping(D_SOURCE, D_TARGET - 1)
     without.cross_validate(H_source, H_target[:, 1:], LAMBDAS)
     mapping.cross_validate(H_source, H_target.index_fill(1, torch.tensor(0), constant), LAMBDAS)
     assert (mapping.cv["n_constant_dimensions"], without.cv["n_constant_dimensions"]) == (1, 0)
@@ -268,21 +250,24 @@ def test_r2_of_a_principal_axis_without_variance_is_no_huge_number(pairs, case):
     assert 0 <= mapping.predicted_energy(torch.eye(H_target.shape[1])[-1])["mean_r2"] <= 1
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
-def test_constant_activations_are_rejected(pairs, constant):
-    with pytest.raises(InputError, match="target activations are constant"):
-        RidgeMapping(D_SOURCE, D_TARGET).cross_validate(pairs[0], torch.full((N, D_TARGET), constant))
-    with pytest.raises(InputError, match="source activations are constant"):
-        RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative").fit(X, Y)
+def test_analyze_states_singular_values_and_rank(pairs, mapping):
+    H_source, H_target = pairs
+    H_target = H_target[:, :1] * torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0])
+    H_target[:, 5] += 2 * H_source[:, 8]
+    analysis = mapping.fit(H_source, H_target, 7.0).analyze()
+    singular_values = np.linalg.svd(mapping.W.numpy(), compute_uv=False)
+    assert analysis["singular_values"][:2] == pytest.approx(singular_values[:2], rel=1e-9)
+    assert analysis["effective_rank"] == (singular_values > 0.01 * singular_values[0]).sum() == 2
+    assert (analysis["n"], analysis["lambda"], analysis["lambda_absolute"]) == (N, 7.0, 7.0)
+    assert analysis["held_out_r2"] is analysis["shuffled_r2"] is None
 
 
-def test_too_few_documents_and_missing_pairs_are_rejected(pairs):
-    with pytest.raises(InputError, match=r"4 folds over 3 groups: the folds have \[4, 4, 4, 0\] pairs"):
-        streamed(pairs, 12).cross_validate()
-    for mapping, given in ((RidgeMapping(D_SOURCE, D_TARGET), {}), (streamed(pairs), {"H_source": X})):
-        for use in (mapping.fit, mapping.cross_validate):
-            with pytest.raises(InputError, match="give both H_source and H_target, or neither"):
-                use(**given)
+def test_pairs_replace_those_that_were_summed(pairs):
+    summed = streamed(pairs).fit(lambda_=0.3)
+    replaced = streamed(rescaled(pairs, "large source dimension")).fit(*pairs, 0.3)
+    assert summed.n == replaced.n == N
+    assert relative_error(replaced.W, summed.W.numpy()) < 1e-11
+    assert relative_error(replaced.predict(pairs[0]), summed.predict(pairs[0]).numpy()) < 1e-11
 
 
 def test_statistics_without_a_sample_can_be_cross_validated(pairs):
@@ -291,95 +276,51 @@ def test_statistics_without_a_sample_can_be_cross_validated(pairs):
         for n_sample in (N, 0)
     ]
     assert maps[0].cross_validate() == maps[1].cross_validate()
-    assert [mapping.cv["retrieval_n"] for mapping in maps] == [N, 0]
+    assert [each.cv["retrieval_n"] for each in maps] == [N, 0]
 
 
-def test_cross_validation_fits_all_rows_at_the_best_lambda_and_refitting_forgets_it(pairs):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    best, errors = mapping.cross_validate(*pairs, LAMBDAS)
-    refitted = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs, best)
-    assert best == min(errors, key=errors.get) == mapping.lambda_
-    repeated = [*LAMBDAS[::-1], LAMBDAS[0]]
-    assert RidgeMapping(D_SOURCE, D_TARGET).cross_validate(*pairs, repeated) == (best, errors)
-    assert torch.allclose(mapping.W, refitted.W, rtol=0, atol=1e-12)
-    assert torch.allclose(mapping.target_mean, refitted.target_mean, rtol=1e-12)
-    assert mapping.n == N
+def test_the_order_of_lambdas_changes_nothing_and_refitting_forgets_their_errors(pairs, mapping):
+    expected = mapping.cross_validate(*pairs, LAMBDAS)
+    assert mapping.cross_validate(*pairs, [*LAMBDAS[::-1], LAMBDAS[0]]) == expected
     assert mapping.fit(*pairs, 1.0) is mapping
     assert mapping.cv is mapping.analyze()["held_out_r2"] is None
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_groups_are_never_split_and_folds_are_even_and_seeded(seed):
-    groups = torch.randint(12, (100,), generator=torch.Generator().manual_seed(seed)).tolist()
-    folds = assign_folds(100, 5, groups, seed)
-    assert len(set(zip(groups, folds.tolist(), strict=True))) == len(set(groups))
-    assert set(folds.tolist()) == set(range(5))
-    alone = assign_folds(23, 5, seed=seed)
+def test_groups_are_never_split_and_folds_are_even_and_seeded():
+    groups = torch.randint(12, (100,)).tolist()
+    folds = assign_folds(100, 5, groups).tolist()
+    assert len(set(zip(groups, folds, strict=True))) == len(set(groups))
+    alone, same, other = (assign_folds(23, 5, seed=seed) for seed in (1, 1, 2))
     assert sorted(alone.bincount().tolist()) == [4, 4, 5, 5, 5]
-    assert torch.equal(alone, assign_folds(23, 5, seed=seed))
-    assert not torch.equal(alone, assign_folds(23, 5, seed=seed + 1))
+    assert torch.equal(alone, same)
+    assert not torch.equal(alone, other)
 
 
-def test_analyze_states_singular_values_and_rank(pairs):
-    H_source, H_target = pairs
-    H_target = H_target[:, :1] * torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0])
-    H_target[:, 5] += 2 * H_source[:, 8]
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(H_source, H_target, 7.0)
-    analysis = mapping.analyze()
-    singular_values = np.linalg.svd(mapping.W.numpy(), compute_uv=False)
-    assert analysis["singular_values"][:2] == pytest.approx(singular_values[:2], rel=1e-9)
-    assert analysis["effective_rank"] == (singular_values > 0.01 * singular_values[0]).sum() == 2
-    assert (analysis["n"], analysis["lambda"], analysis["lambda_absolute"]) == (N, 7.0, 7.0)
-    assert analysis["held_out_r2"] is analysis["shuffled_r2"] is None
+def test_a_best_lambda_at_the_edge_of_the_grid_is_noted(pairs, mapping):
+    for lambda_values, at_edge in (([0.1, 1.0, 10.0], True), ([1e-6, 30.0, 1e6], False), ([1.0], False)):
+        mapping.cross_validate(*pairs, lambda_values)
+        assert mapping.cv["best_at_edge"] is at_edge
 
 
-@pytest.mark.parametrize(
-    ("lambda_values", "at_edge"), [([0.1, 1.0, 10.0], True), ([1e-6, 30.0, 1e6], False), ([1.0], False)]
-)
-def test_a_best_lambda_at_the_edge_of_the_grid_is_warned_of(pairs, caplog, lambda_values, at_edge):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    mapping.cross_validate(*pairs, lambda_values)
-    assert mapping.cv["best_at_edge"] is at_edge
-    assert ("edge of the grid" in caplog.text) is at_edge
-
-
-def test_a_saved_map_is_the_same_when_loaded_with_its_layers_and_models(pairs, tmp_path):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET, lambda_unit="relative")
+def test_a_saved_map_is_the_same_when_loaded_with_its_layers_and_models(pairs, mapping, tmp_path):
     mapping.cross_validate(*pairs, LAMBDAS)
-    assert mapping.source_layer is mapping.target_model is None
-    mapping.source_layer, mapping.target_layer = 7, 4
-    mapping.source_model, mapping.target_model = "one", "another"
+    mapping.source_layer, mapping.target_model = 7, "another"
     mapping.save(tmp_path / "map.pt", fingerprint="f")
     loaded = RidgeMapping.load(tmp_path / "map.pt")
-    assert loaded.statistics is None, "the sums are an artifact of their own"
-    for name, value in vars(mapping).items():
-        found = getattr(loaded, name)
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(found, value)
-        elif name != "statistics":
-            assert found == value
-    assert loaded.analyze() == mapping.analyze()
+    assert (loaded.analyze(), loaded.cv) == (mapping.analyze(), mapping.cv)
+    assert torch.equal(loaded.predict(pairs[0]), mapping.predict(pairs[0]))
+    origin = (loaded.source_layer, loaded.target_layer, loaded.source_model, loaded.target_model)
+    assert origin == (7, None, None, "another")
     assert torch.load(tmp_path / "map.pt", weights_only=True)["fingerprint"] == "f"
 
 
-def test_a_damaged_or_foreign_file_is_rejected(pairs, tmp_path):
-    path = tmp_path / "map.pt"
-    RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs).save(path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match=r"map\.pt is damaged"):
-        RidgeMapping.load(path)
-    torch.save({"W": torch.ones(2, 2)}, path)
+# Bad input
+
+
+def test_a_foreign_file_is_rejected(tmp_path):
+    torch.save({"W": torch.ones(2, 2)}, tmp_path / "map.pt")
     with pytest.raises(InputError, match="not a ridge mapping"):
-        RidgeMapping.load(path)
-
-
-@pytest.mark.parametrize("use", ["transform", "predict", "analyze", "save"])
-def test_a_map_that_is_not_fitted_is_rejected(tmp_path, use):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
-    arguments = {"analyze": (), "save": (tmp_path / "map.pt",)}.get(use, (torch.ones(D_SOURCE),))
-    with pytest.raises(InputError, match="not fitted"):
-        getattr(mapping, use)(*arguments)
-    assert list(tmp_path.iterdir()) == []
+        RidgeMapping.load(tmp_path / "map.pt")
 
 
 @pytest.mark.parametrize(
@@ -390,6 +331,8 @@ def test_a_map_that_is_not_fitted_is_rejected(tmp_path, use):
         (X, Y[:, :5], 1.0, r"H_target has shape \(10, 5\), expected .*6"),
         (X[0], Y[0], 1.0, r"H_source has shape \(9,\), expected \(n, 9\)"),
         (X[:1], Y[:1], 1.0, "got 1 pairs, expected 2 or more|2 folds over 1 groups"),
+        (X, None, 1.0, "give both H_source and H_target, or neither"),
+        (None, None, 1.0, "give both H_source and H_target, or neither"),
         (X, Y, 0.0, r"lambda is 0\.0"),
         (X, Y, float("nan"), "lambda is nan"),
         (X, Y, float("inf"), "lambda is inf"),
@@ -397,8 +340,7 @@ def test_a_map_that_is_not_fitted_is_rejected(tmp_path, use):
         (X, Y.clone().index_fill_(0, torch.tensor([4]), float("inf")), 1.0, "H_target has 1 rows.*row 4"),
     ],
 )
-def test_bad_pairs_and_lambdas_are_rejected(H_source, H_target, lambda_, message):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET)
+def test_bad_pairs_and_lambdas_are_rejected(mapping, H_source, H_target, lambda_, message):
     with pytest.raises(InputError, match=message):
         mapping.fit(H_source, H_target, lambda_)
     with pytest.raises(InputError, match=message):
@@ -407,29 +349,27 @@ def test_bad_pairs_and_lambdas_are_rejected(H_source, H_target, lambda_, message
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("ask", "message"),
     [
-        ({"lambda_values": []}, "lambda_values is empty"),
-        ({"n_folds": 1}, "expected 2 folds or more"),
-        ({"n_folds": 11}, "11 folds over 10 groups"),
-        ({"criterion": "median"}, "criterion 'median' is unknown; choose pooled or standardised"),
-        ({"groups": [0, 1, 2] * 3 + [0]}, "5 folds over 3 groups"),
-        ({"groups": [0, 1, 2]}, "3 groups for 10 rows"),
+        (lambda m: m.transform(X), "not fitted"),
+        (lambda m: m.predict(X), "not fitted"),
+        (lambda m: m.analyze(), "not fitted"),
+        (lambda m: m.save("map.pt"), "not fitted"),
+        (lambda m: m.fit(X, Y).transform(torch.ones(2, D_TARGET)), "shape"),
+        (lambda m: m.fit(X, Y).predict(torch.ones(1, 2, D_SOURCE)), "shape"),
+        (lambda m: m.fit(X, Y).predict(torch.tensor(1.0)), "shape"),
+        (lambda m: m.cross_validate(X, Y, []), "lambda_values is empty"),
+        (lambda m: m.cross_validate(X, Y, n_folds=1), "expected 2 folds or more"),
+        (lambda m: m.cross_validate(X, Y, n_folds=11), "11 folds over 10 groups"),
+        (lambda m: m.cross_validate(X, Y, criterion="median"), "'median' is unknown; choose pooled or stand"),
+        (lambda m: m.cross_validate(X, Y, groups=[0, 1, 2] * 3 + [0]), "5 folds over 3 groups"),
+        (lambda m: m.cross_validate(X, Y, groups=[0, 1, 2]), "3 groups for 10 rows"),
+        (lambda m: m.cross_validate(X.cumsum(0), 0.1 * Y), "target activations are constant"),
+        (lambda m: streamed((X, Y.cumsum(0)), 10).cross_validate(), r"folds have \[4, 4, 2, 0\] pairs"),
+        (lambda m: RidgeMapping(D_SOURCE, D_TARGET, "relative").fit(X, Y), "source activations are constant"),
+        (lambda m: RidgeMapping(5, 5, "log"), "'log' is unknown"),
     ],
 )
-def test_bad_cross_validation_options_are_rejected(options, message):
+def test_bad_use_is_rejected(mapping, ask, message):
     with pytest.raises(InputError, match=message):
-        RidgeMapping(D_SOURCE, D_TARGET).cross_validate(X, Y, **options)
-
-
-@pytest.mark.parametrize("use", ["transform", "predict"])
-@pytest.mark.parametrize("shape", [(D_SOURCE + 1,), (2, D_TARGET), (1, 2, D_SOURCE), ()])
-def test_a_wrong_width_is_rejected(pairs, use, shape):
-    mapping = RidgeMapping(D_SOURCE, D_TARGET).fit(*pairs)
-    with pytest.raises(InputError, match="shape"):
-        getattr(mapping, use)(torch.ones(shape))
-
-
-def test_an_unknown_unit_of_lambda_is_rejected():
-    with pytest.raises(InputError, match="'log' is unknown"):
-        RidgeMapping(5, 5, "log")
+        ask(mapping)

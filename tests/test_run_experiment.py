@@ -1,7 +1,7 @@
 """Whole runs from the command line: what they leave, what they reject, what a dry run says, real models."""
 
-import json
 import re
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,12 +20,11 @@ from tiny_runs import (
     texts,
     visible_files,
 )
-from transformers import BertConfig, BertLMHeadModel
 
 from baseline_methods import METHODS
 from run_experiment import PersonaTransferExperiment, main
 from support.artifacts import load_json, load_tensors
-from support.tiny_models import CONTEXT, VOCAB_SIZE, tiny_tokenizer
+from support.tiny_models import CONTEXT
 from texts.personas import load_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -50,10 +49,9 @@ def test_the_grid_is_complete_and_the_unsteered_text_is_written_once(finished):
     expected = [
         (method, name, alpha) for method in METHODS for name in ("loud", "numeric") for alpha in (1.0, 4.0)
     ]
-    cells = {}
+    cells = defaultdict(list)
     for row in written:
-        cell = cells.setdefault((row["condition"], row["persona"], row["alpha"]), [])
-        cell.append((row["prompt_idx"], row["seed"]))
+        cells[row["condition"], row["persona"], row["alpha"]].append((row["prompt_idx"], row["seed"]))
     assert cells == dict.fromkeys([("baseline", None, None), *expected], places)
     assert len({row["key"] for row in written}) == len(written) == N_TEXTS
 
@@ -97,11 +95,6 @@ def test_phases_one_by_one_equal_a_whole_run(tiny, finished, tmp_path, no_drawin
     assert is_close(found, expected)
 
 
-def test_a_phase_alone_on_nothing_names_the_phase_before_it(tiny, tmp_path, capsys):
-    assert run(tmp_path / "out", tiny, "--phase", "4") == 2
-    assert "run phase 3 first" in error_lines(capsys)[0]
-
-
 def test_a_written_configuration_can_be_run_again(finished, tmp_path):
     arguments = ["--config", str(finished / "config.json"), "--output-dir", str(tmp_path / "out")]
     assert main([*arguments, "--phase", "1"]) == 0
@@ -124,7 +117,7 @@ def test_layers_are_searched_and_used(tiny, tmp_path):
     assert (tmp_path / "out" / "layer_search.png").stat().st_size > 10_000
 
 
-def test_a_phase_alone_does_not_search_layers(tiny, tmp_path, capsys):
+def test_a_phase_alone_searches_no_layers_and_names_the_phase_before_it(tiny, tmp_path, capsys):
     assert run(tmp_path / "out", {**tiny, **AUTO}, "--phase", "2") == 2
     assert "layer_search.json is missing" in error_lines(capsys)[0]
 
@@ -199,28 +192,6 @@ def test_a_dry_run_counts_searches_responses_and_sums_and_makes_none(band, tiny,
 # Bad input
 
 
-@pytest.fixture(scope="module")
-def bad_paths(tmp_path_factory):
-    """Paths of things that cannot be used; {name} in a test's change stands for one."""
-    folder = tmp_path_factory.mktemp("bad")
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    # Weights large enough for a token to matter to its neighbours.
-    bert = BertLMHeadModel(BertConfig(vocab_size=VOCAB_SIZE, initializer_range=0.5, **sizes))
-    bert.save_pretrained(folder / "bert")
-    tiny_tokenizer().save_pretrained(folder / "bert")
-    (folder / "file").write_text("a regular file")
-    (folder / "short.txt").write_text("Too short.")
-    return {path.name: str(path) for path in folder.iterdir()}
-
-
-def assert_rejected(output_dir, status, named, capsys):
-    lines = error_lines(capsys)
-    assert status == 2
-    assert 1 <= len(lines) <= 2, lines
-    assert named in "\n".join(lines)
-    assert not output_dir.exists()
-
-
 PROMPT = "The first thing I do is"
 LEAKING = {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}}
 
@@ -230,12 +201,11 @@ LEAKING = {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}}
     [
         ({"layer_ix": 3}, "did you mean 'layer_idx'"),
         ({"source_layer_idx": 4}, "layer_idx 4 is out of range: the model has 4 decoder blocks"),
-        ({"target_model": "{bert}"}, "not a causal language model"),
         ({"source_model": "/no/such/folder"}, "/no/such/folder"),
         ({"source_block_path": "model.nowhere"}, "model.nowhere"),
         ({"device": "warp"}, "'warp'"),
         ({"use_gpt4": True, "judge": {"api_key_env": "ABSENT_KEY"}}, "ABSENT_KEY is not set"),
-        ({"neutral_text": "{short.txt}"}, "gives 0 passages"),
+        ({"neutral_text": "short.txt"}, "gives 0 passages"),
         ({"n_training_samples": 1301}, "1301 are wanted; lower n_training_samples"),
         ({"persona_datasets": LEAKING, "n_test_prompts": 1, "test_prompts": [PROMPT]}, "with a test prompt"),
         ({"max_new_tokens": CONTEXT}, "max_new_tokens"),
@@ -243,32 +213,16 @@ LEAKING = {"x": {**LOUD, "negative_texts": [f"{PROMPT} a joke."]}}
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_input_ends_with_status_2_before_anything_is_written(
-    change, named, tiny, bad_paths, tmp_path, monkeypatch, capsys
+    change, named, tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.delenv("ABSENT_KEY", raising=False)
-    change = {
-        key: bad_paths[value[1:-1]] if isinstance(value, str) and value.startswith("{") else value
-        for key, value in change.items()
-    }
-    assert_rejected(tmp_path / "out", run(tmp_path / "out", {**tiny, **change}), named, capsys)
-
-
-@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--phase", "3"]], ids=str)
-def test_output_below_a_regular_file_is_rejected(flags, tiny, bad_paths, tmp_path, capsys):
-    output_dir = Path(bad_paths["file"]) / "below" / "out"
-    (tmp_path / "config.json").write_text(json.dumps({**tiny, "output_dir": str(output_dir)}))
-    status = main(["--config", str(tmp_path / "config.json"), *flags])
-    assert_rejected(output_dir, status, "cannot be written", capsys)
-    assert Path(bad_paths["file"]).read_text() == "a regular file"
-
-
-@pytest.mark.parametrize("content", [None, "{half", "[]", "{}"], ids=["missing", "half", "list", "empty"])
-def test_an_unusable_configuration_file_is_rejected(content, tmp_path, capsys):
-    path = tmp_path / "broken.json"
-    if content is not None:
-        path.write_text(content)
-    status = main(["--config", str(path), "--output-dir", str(tmp_path / "out")])
-    assert_rejected(tmp_path / "out", status, "configuration", capsys)
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Too short.")
+    assert run(tmp_path / "out", {**tiny, **change}) == 2
+    lines = error_lines(capsys)
+    assert 1 <= len(lines) <= 2, lines
+    assert named in "\n".join(lines)
+    assert not (tmp_path / "out").exists()
 
 
 # Real models
@@ -312,10 +266,10 @@ def test_an_experiment_runs_on_the_packaged_models(real):
     verdict = load_json(output_dir / "verdict.json")["personas"]["formal"]
     scored = verdict["scorers"]["classifier"]
     assert (verdict["verdict"], scored["reason"], scored["n_prompts"]) == ("inconclusive", "few prompts", 4)
-    by_condition = {}
+    by_condition = defaultdict(list)
     for row in rows(output_dir):
         if row["persona"] in (None, "formal"):
-            by_condition.setdefault(row["condition"], []).append(row["output"])
+            by_condition[row["condition"]].append(row["output"])
     assert all(a != b for a, b in pairwise(by_condition.values()))
     assert all(output.strip() for output in by_condition["baseline"])
 

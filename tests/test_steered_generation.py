@@ -42,7 +42,7 @@ def texts_of(generations):
 
 
 @pytest.mark.parametrize("layer_idx", range(N_LAYERS))
-def test_steering_adds_exactly_alpha_times_v(model, tokenizer, vector, layer_idx):
+def test_steering_adds_exactly_alpha_times_v_and_leaves_no_trace(model, tokenizer, vector, layer_idx):
     unsteered = block_outputs(model)
     with SteeredGenerator(model, tokenizer) as generator:
         generator.register_steering(layer_idx, vector, alpha=2.5)
@@ -52,6 +52,7 @@ def test_steering_adds_exactly_alpha_times_v(model, tokenizer, vector, layer_idx
         assert torch.equal(steered[before], unsteered[before])
     for after in range(layer_idx + 1, N_LAYERS):
         assert not torch.allclose(steered[after], unsteered[after], atol=1e-3)
+    assert all(map(torch.equal, block_outputs(model), unsteered))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,15 +71,6 @@ def test_steering_keeps_the_dtype_and_the_tensor_of_the_block(tokenizer, vector,
     assert after[0].dtype == dtype
     assert not torch.equal(after[0], before[0])
     assert torch.equal(vector, original)
-
-
-def test_clear_steering_restores_the_logits_exactly(model, tokenizer, vector):
-    before = logits(model)
-    generator = SteeredGenerator(model, tokenizer)
-    generator.register_steering(1, vector, alpha=3.0)
-    assert not torch.allclose(logits(model), before, atol=1e-3)
-    generator.clear_steering()
-    assert torch.equal(logits(model), before)
 
 
 def test_two_layers_are_steered_at_once(model, tokenizer, vector):
@@ -117,44 +109,33 @@ def test_residual_norm_unit_scales_by_the_norm_of_the_layer(llama, tokenizer, ve
             generator.clear_steering()
 
 
-def test_set_alpha_changes_the_strength_at_one_layer_or_all(generator, vector):
-    generator.register_steering(1, vector, alpha=1.0)
-    generator.register_steering(2, vector, alpha=1.0)
+def test_a_second_vector_at_a_layer_replaces_the_first_unless_it_is_rejected(llama, generator, vector):
+    before = n_hooks(llama)
+    unsteered = block_outputs(llama)[1]
+    generator.register_steering(1, vector, alpha=5.0)
+    generator.register_steering(1, -vector, alpha=1.0)
+    for bad_vector, bad_alpha in ((vector / 0, 1.0), (vector, float("nan"))):
+        with pytest.raises(InputError, match=r"is nan|not finite"):
+            generator.register_steering(1, bad_vector, bad_alpha)
+    assert torch.equal(block_outputs(llama)[1], unsteered - vector)
+    assert n_hooks(llama) == before + 1
+
+
+def test_set_alpha_and_deactivate_keep_the_vectors(llama, generator, vector):
+    plain = logits(llama)
+    for layer_idx in (1, 2):
+        generator.register_steering(layer_idx, vector, alpha=1.0)
     generator.set_alpha(3.0, layer_idx=2)
     assert torch.equal(generator.added_vector(1), vector)
     assert torch.equal(generator.added_vector(2), 3 * vector)
     generator.set_alpha(-2.0)
-    assert torch.equal(generator.added_vector(1), -2 * vector)
-    assert torch.equal(generator.added_vector(2), -2 * vector)
-
-
-def test_deactivate_and_activate_keep_vector_and_strength(llama, generator, vector):
-    plain = logits(llama)
-    generator.register_steering(1, vector, alpha=2.0)
     steered = logits(llama)
     generator.deactivate()
     assert torch.equal(logits(llama), plain)
     assert not generator.added_vector(1).any()
     generator.activate()
     assert torch.equal(logits(llama), steered)
-    assert torch.equal(generator.added_vector(1), 2 * vector)
-
-
-def test_a_second_vector_at_a_layer_replaces_the_first(llama, generator, vector):
-    before = n_hooks(llama)
-    unsteered = block_outputs(llama)[1]
-    generator.register_steering(1, vector, alpha=5.0)
-    generator.register_steering(1, -vector, alpha=1.0)
-    assert torch.equal(block_outputs(llama)[1], unsteered - vector)
-    assert n_hooks(llama) == before + 1
-
-
-def test_a_rejected_vector_leaves_the_earlier_one_in_place(generator, vector):
-    generator.register_steering(1, vector, alpha=2.0)
-    for bad_vector, bad_alpha in ((vector / 0, 1.0), (vector, float("nan"))):
-        with pytest.raises(InputError):
-            generator.register_steering(1, bad_vector, bad_alpha)
-    assert torch.equal(generator.added_vector(1), 2 * vector)
+    assert torch.equal(generator.added_vector(1), -2 * vector)
 
 
 def test_steering_is_removed_when_body_raises(llama, tokenizer, vector):
@@ -219,12 +200,6 @@ def test_row_gives_the_same_text_in_any_order_and_batch(llama, tokenizer, genera
     assert len(set(texts)) == len(rows)
 
 
-def test_missing_seeds_are_0(generator):
-    with_zeros = generator.generate_batch(PROMPTS, max_new_tokens=6, seeds=[0, 0, 0])
-    assert generator.generate_batch(PROMPTS, max_new_tokens=6) == with_zeros
-    assert generator.generate(PROMPTS[0], max_new_tokens=6) == with_zeros[0].text
-
-
 def test_greedy_text_is_what_the_model_itself_decodes_whatever_the_seed(llama, tokenizer, generator):
     tokens = torch.tensor([tokenizer("Then").input_ids])
     for _ in range(6):
@@ -234,13 +209,6 @@ def test_greedy_text_is_what_the_model_itself_decodes_whatever_the_seed(llama, t
         assert generator.generate("Then", max_new_tokens=6, temperature=0, seed=seed) == expected
 
 
-def test_a_longer_text_begins_with_the_shorter_one(generator):
-    """A character cut in two at the end decodes to a replacement mark."""
-    short = generator.generate("Then", max_new_tokens=5).rstrip("�")
-    assert short
-    assert generator.generate("Then", max_new_tokens=25).startswith(short)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_alpha_0_equals_unsteered(llama, generator, vector, temperature):
     options = {"max_new_tokens": 8, "temperature": temperature}
@@ -248,20 +216,6 @@ def test_alpha_0_equals_unsteered(llama, generator, vector, temperature):
     generator.register_steering(1, vector, alpha=0.0)
     assert generator.generate_batch(PROMPTS, **options) == plain
     assert torch.equal(logits(llama), before)
-
-
-@POSITIONS
-def test_the_first_generated_token_is_steered(llama, tokenizer, steer_positions):
-    """Far along a token's unembedding direction, that token is the most probable one."""
-    generator = SteeredGenerator(llama, tokenizer, steer_positions=steer_positions)
-    unembedding = llama.lm_head.weight.detach()
-    top = (unembedding @ unembedding.T).argmax(0)
-    printable = [token for token in range(94) if top[token] == token][:3]
-    for token in printable:
-        generator.register_steering(N_LAYERS - 1, unembedding[token], alpha=1e4)
-        text = generator.generate("Then", max_new_tokens=1, temperature=0)
-        assert text == tokenizer.decode([token])
-    assert len(printable) == 3
 
 
 def test_a_generation_says_how_many_tokens_it_has_and_whether_the_model_ended_it(llama, tokenizer, generator):
@@ -326,10 +280,9 @@ def one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options
     return found
 
 
-@pytest.mark.parametrize("batch_size", [3, 32])
 @POSITIONS
 def test_rows_with_vectors_of_their_own_equal_registered_steering_one_row_at_a_time(
-    model, tokenizer, steer_positions, batch_size
+    model, tokenizer, steer_positions
 ):
     """Also with a vector and a norm of its own at each layer."""
     prompts = [PROMPTS[row % 3] for row in range(8)]
@@ -338,7 +291,7 @@ def test_rows_with_vectors_of_their_own_equal_registered_steering_one_row_at_a_t
     norms = {0: 2.0, 1: 3.0, 2: 0.5, 3: 5.0}
     settings = {"alpha_unit": "residual_norm", "residual_norms": norms, "steer_positions": steer_positions}
     hooks = n_hooks(model)
-    with SteeredGenerator(model, tokenizer, batch_size=batch_size, **settings) as generator:
+    with SteeredGenerator(model, tokenizer, batch_size=5, **settings) as generator:
         together = generator.generate_batch(prompts, 8, **rows_with(vectors, ROW_LAYERS, alphas))
         assert n_hooks(model) == hooks
         expected = one_row_at_a_time(generator, prompts, ROW_LAYERS, vectors, alphas, max_new_tokens=8)
@@ -348,27 +301,19 @@ def test_rows_with_vectors_of_their_own_equal_registered_steering_one_row_at_a_t
     assert sum(text != unsteered for text, unsteered in zip(together, plain, strict=True)) > 3
 
 
-def test_vectors_of_rows_are_added_beside_what_is_registered(generator, vector):
+def test_vectors_of_rows_may_be_numpys_and_are_added_beside_what_is_registered(generator, vector):
     other = vector.flip(0)
     generator.register_steering(1, vector, alpha=1.0)
     generator.register_steering(2, other, alpha=2.0)
     expected = generator.generate_batch(PROMPTS, 8)
     generator.clear_steering(2)
-    rows = {"steering_vectors": {2: other.expand(3, -1)}, "alphas": [2.0] * 3}
+    vectors = other.expand(3, -1).double().numpy()
+    rows = {"steering_vectors": {np.int64(2): vectors}, "alphas": np.full(3, 2.0)}
     assert generator.generate_batch(PROMPTS, 8, **rows) == expected
     assert generator.generate_batch(PROMPTS, 8) != expected
 
 
-def test_layers_and_vectors_may_be_numpys(generator, vector):
-    expected = generator.generate_batch(["Then"], 6, steering_vectors={1: vector[None]}, alphas=[3.0])
-    rows = {"steering_vectors": {np.int64(1): vector[None].double().numpy()}, "alphas": np.array([3.0])}
-    assert generator.generate_batch(["Then"], 6, **rows) == expected
-
-
-@pytest.mark.parametrize("batch_size", [4, 32])
-def test_rows_that_end_early_do_not_disturb_the_vectors_of_the_others(
-    llama, tokenizer, vector, generator, batch_size
-):
+def test_rows_that_end_early_do_not_disturb_the_vectors_of_the_others(llama, tokenizer, vector, generator):
     """Some end at once, some by chance along the way, the others never."""
     end, last = llama.lm_head.weight.detach()[tokenizer.eos_token_id], {N_LAYERS - 1}
     at_once, by_chance, never = (end, last, 1e4), (end, last, 2.0), (vector, {1}, 0.5)
@@ -377,7 +322,7 @@ def test_rows_that_end_early_do_not_disturb_the_vectors_of_the_others(
     prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(len(conditions))]
     options = {"max_new_tokens": 30, "top_k": 0, "temperature": 0.3}
     vectors = torch.stack(vectors)[:, None].expand(-1, N_LAYERS, -1)
-    other = SteeredGenerator(llama, tokenizer, batch_size=batch_size)
+    other = SteeredGenerator(llama, tokenizer, batch_size=8)
     together = other.generate_batch(prompts, **options, **rows_with(vectors, row_layers, alphas))
     assert together == one_row_at_a_time(generator, prompts, row_layers, vectors, alphas, **options)
     n_tokens = [each.n_tokens for each in together]
@@ -444,22 +389,8 @@ def test_a_prompt_is_read_once_for_rows_that_are_steered_equally(llama, tokenize
 # Memory
 
 
-def test_a_generator_keeps_the_batch_size_that_fits(tokenizer):
-    model = tiny_model()
-    generator = SteeredGenerator(model, tokenizer, batch_size=8)
-    prompts = [f"{PROMPTS[row % 3]} {row}" for row in range(9)]
-    expected = generator.generate_batch(prompts, 4)
-    passes = fails_at(model, lambda n_rows, number: n_rows > 3)
-    assert generator.generate_batch(prompts, 4) == expected
-    assert generator.batch_size == 2
-    assert passes[:3] == [8, 4, 2]
-    passes.clear()
-    assert generator.generate_batch(prompts, 4) == expected
-    assert max(passes) == 2
-
-
 @POSITIONS
-def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text(tokenizer, steer_positions):
+def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text_and_is_remembered(tokenizer, steer_positions):
     model = tiny_model()
     generator = SteeredGenerator(model, tokenizer, steer_positions=steer_positions)
     prompts = [PROMPTS[row % 3] for row in range(8)]
@@ -471,7 +402,9 @@ def test_out_of_memory_in_the_middle_of_a_batch_changes_no_text(tokenizer, steer
     assert generator.generate_batch(prompts, 6, **rows) == expected
     assert n_hooks(model) == hooks
     assert passes[:7] == [8, 8, 8, 4, 4, 4, 4]
-    assert generator.batch_size == 2
+    n_passes = len(passes)
+    assert generator.generate_batch(prompts, 6, **rows) == expected
+    assert max(passes[n_passes:]) == generator.batch_size == 2
 
 
 # Errors
@@ -481,6 +414,14 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
     return generator.generate_batch(["Then"], 3, steering_vectors={layer_idx: vectors}, alphas=alphas)
 
 
+def remade(generator, **settings):
+    return SteeredGenerator(generator.model, generator.tokenizer, **settings)
+
+
+def by_norms(generator, norms):
+    return remade(generator, alpha_unit="residual_norm", residual_norms=norms)
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
@@ -488,12 +429,16 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
         (lambda g, v: g.register_steering(1, v[None]), r"shape \(1, 32\), expected \(32,\)"),
         (lambda g, v: g.register_steering(1, v * float("nan")), "not finite"),
         (lambda g, v: g.register_steering(1, "abc"), "steering_vector is a str, expected numbers"),
-        (lambda g, v: g.register_steering(1, [["a"]]), "steering_vector is a list, expected numbers"),
         (lambda g, v: g.register_steering(1, None), "steering_vector is a NoneType, expected numbers"),
-        (lambda g, v: g.register_steering(1, np.array(["x"] * D_MODEL)), "steering_vector is a ndarray"),
         (lambda g, v: g.register_steering(1, v, alpha=float("nan")), "alpha is nan"),
         (lambda g, v: g.register_steering(4, v), r"layer_idx 4 .*\(0 to 3\)"),
         (lambda g, v: g.register_steering(-1, v), r"layer_idx -1 .*\(0 to 3\)"),
+        (lambda g, v: remade(g, alpha_unit="sd"), "'sd' is unknown; choose absolute or residual_norm"),
+        (lambda g, v: remade(g, steer_positions="last"), "'last' is unknown; choose all or response"),
+        (lambda g, v: by_norms(g, None).register_steering(1, v), "norm"),
+        (lambda g, v: by_norms(g, {2: 5.0}).register_steering(1, v), "norm"),
+        (lambda g, v: by_norms(g, {1: float("nan")}).register_steering(1, v), "norm"),
+        (lambda g, v: by_norms(g, {1: float("inf")}).register_steering(1, v), "norm"),
         (lambda g, v: g.set_alpha(1.0, layer_idx=2), "no steering is registered at layer 2"),
         (lambda g, v: g.added_vector(2), "no steering is registered at layer 2"),
         (lambda g, v: g.generate_batch([]), "at least one string"),
@@ -505,7 +450,6 @@ def with_rows(generator, vectors, alphas, layer_idx=1):
         (lambda g, v: g.generate("Then", temperature=-0.1), "temperature is -0.1"),
         (lambda g, v: g.generate("Then", top_p=1.1), "top_p is 1.1"),
         (lambda g, v: g.generate("Then", top_k=261), "top_k is 261 but the model's vocabulary has 260"),
-        (lambda g, v: g.sampler(1.0, 261, 1.0), "top_k is 261"),
         (lambda g, v: g.generate_batch(["Then"], alphas=[1.0]), "steering_vectors .* and alphas"),
         (lambda g, v: g.generate_batch(["Then"], steering_vectors={1: v[None]}), "and alphas"),
         (lambda g, v: g.generate_batch(["Then"], steering_vectors=v[None], alphas=[1.0]), "and alphas"),
@@ -522,27 +466,6 @@ def test_bad_input_is_rejected_and_leaves_no_hook(llama, generator, vector, ask,
     with pytest.raises(InputError, match=message):
         ask(generator, vector)
     assert n_hooks(llama) == before
-
-
-@pytest.mark.parametrize("norms", [None, {2: 5.0}, {1: float("nan")}, {1: float("inf")}])
-def test_residual_norm_unit_needs_a_finite_norm_of_the_layer(llama, tokenizer, vector, norms):
-    before = n_hooks(llama)
-    with SteeredGenerator(llama, tokenizer, alpha_unit="residual_norm", residual_norms=norms) as generator:
-        with pytest.raises(InputError, match="norm"):
-            generator.register_steering(1, vector)
-        assert n_hooks(llama) == before
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"alpha_unit": "sd"}, "alpha_unit 'sd' is unknown; choose absolute or residual_norm"),
-        ({"steer_positions": "last"}, "steer_positions 'last' is unknown; choose all or response"),
-    ],
-)
-def test_unknown_settings_are_rejected(llama, tokenizer, setting, message):
-    with pytest.raises(InputError, match=message):
-        SteeredGenerator(llama, tokenizer, **setting)
 
 
 GRIFFIN = {"num_attention_heads": 2, "intermediate_size": 64, "lru_width": 32, "attention_window_size": 64}
