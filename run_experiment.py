@@ -45,7 +45,7 @@ from phases.choose_alphas import choose_alphas, required_alphas
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
-from phases.dry_run import describe_run
+from phases.dry_run import conditions_of, describe_run, verdict_gaps
 from phases.fit_maps import LearnedMaps, fit_maps
 from phases.generate_texts import generate_texts, generated_texts
 from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors
@@ -209,6 +209,8 @@ class PersonaTransferExperiment:
                 self.folder.lock()
             run = Run(self.inputs, self.folder, self.executor)
             with self.folder.logged():
+                for line in (*conditions_of(run.inputs), *verdict_gaps(run.inputs)):
+                    logger.info("%s", line)
                 yield run
 
 

@@ -55,12 +55,13 @@ def transfer_pair(
 ) -> PairTransfer:
     """Carry every persona from source to target in every way, and compare with the oracle.
 
-    source, target: persona -> native vector in this layer pair. ridge: names the layers that it maps.
+    source, target: persona -> native vector in this layer pair; a persona of the source alone is a control of
+        the others. ridge: names the layers that it maps.
     other_maps: vector name -> what carries a direction over. massive_dimensions: of the target.
     """
     baseline = BaselineTransfer(ridge.d_source, ridge.d_target, seed)
     vectors, report = {}, {}
-    for name in source:
+    for name in target:
         arguments = (source[name].vector, target[name].vector, ridge)
         vectors[name] = baseline.apply_all_baselines(*arguments, other_maps=other_maps)
         compare = partial(baseline.compare_to_oracle, *arguments, other_maps=other_maps)
@@ -68,9 +69,11 @@ def transfer_pair(
             "cosine_to_oracle": compare(),
             "cosine_without_massive": compare(left_out=massive_dimensions),
         }
+    mapped = {name: ridge.transform(each.vector) for name, each in source.items() if name not in target}
+    known = {**vectors, **{name: {MAPPED: vector / vector.norm()} for name, vector in mapped.items()}}
     for condition, make in CONTROL_MAKERS.items():
-        for name, made in make(vectors, ridge.target_layer, seed).items():
-            vectors[name] |= zip(vector_names(condition), made, strict=True)
+        for name, made in make(known, ridge.target_layer, seed).items():
+            known[name] |= zip(vector_names(condition), made, strict=True)
     for name, by_name in vectors.items():
         others = [vectors[other][ORACLE] for other in vectors if other != name]
         report[name] |= {

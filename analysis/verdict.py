@@ -31,6 +31,7 @@ SIGNIFICANT = 0.05
 NATIVE_WORKS = 0.05  # the oracle has an effect if the lower bound of it is above this
 NATIVE_FAILS = 0.15  # the oracle has no effect to speak of if the upper bound of it is below this
 TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # bounds of the recovery, as shares of the native effect
+ALL_COLLAPSE = 0.5  # share of collapsed texts under every vector from which steering itself is at fault
 NO_BETTER = 0.15  # share of the native effect; mapped surely exceeds the best control by less than this
 # From the most to the least that is claimed; of two scorers' verdicts, the later stands.
 VERDICTS = (
@@ -73,7 +74,8 @@ class Effect(Interval):
 class ScorerVerdict:
     """The verdict of one scorer on one persona, with the numbers that decided it; None is not known.
 
-    problems: why the scorer is not validated. n_left_out: prompts that lack a score under a condition.
+    problems: why the scorer is not validated. validated_on: which texts a judge is validated on.
+    n_left_out: prompts that lack a score under a condition.
     missing: conditions that the reason is about. native, mapped, over_best_control: effects. fieller: another
     interval of the recovery. highest_p: of mapped over the controls. prompts_needed: to settle an open case.
     rates: condition -> share of texts over the scorer's threshold, {raw, corrected}.
@@ -94,6 +96,7 @@ class ScorerVerdict:
     prompts_needed: int | None = None
     is_validated: bool = False
     problems: tuple[str, ...] = ()
+    validated_on: str = ""
     n_left_out: int = 0
     effects: Mapping[str, Effect] = field(default_factory=dict)
     rates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -104,15 +107,17 @@ class Verdict:
     """The verdict on one persona.
 
     rests_on: the validated scorers. decided_by: the one whose verdict stands, None if no scorer is validated.
-    alphas: condition -> the alpha at which it was compared.
+    alphas: condition -> the alpha at which it was compared. collapse_rates: condition with a vector -> share
+    of its texts that collapse.
     """
 
     verdict: str
-    reason: Literal["no scorer validated", "scorers disagree", "decided by scorer"]
+    reason: Literal["no scorer validated", "scorers disagree", "decided by scorer", "all collapse"]
     decided_by: str | None
     rests_on: tuple[str, ...]
     scorers: Mapping[str, ScorerVerdict]
     alphas: Mapping[str, float | None]
+    collapse_rates: Mapping[str, float]
 
     def content(self) -> dict[str, Any]:
         """Return the verdict as JSON holds it; the ends of an unbounded interval are None."""
@@ -151,10 +156,15 @@ def decide_verdicts(
                 adjusted[persona, scorer],
                 is_validated=validated["is_validated"],
                 problems=tuple(validated["problems"]),
+                validated_on=validated.get("validated_on", ""),
                 n_left_out=n_left_out,
                 rates=_rates(texts[persona], columns[persona, scorer], validated),
             )
-        verdicts[persona] = Verdict(*_combined(scorers), scorers, of_persona)
+        collapse_rates = _collapse_rates(texts[persona])
+        combined = _combined(scorers)
+        if min(collapse_rates.values(), default=0.0) > ALL_COLLAPSE:
+            combined = ("native steering ineffective", "all collapse", *combined[2:])
+        verdicts[persona] = Verdict(*combined, scorers, of_persona, collapse_rates)
     return verdicts
 
 
@@ -271,6 +281,12 @@ def _rates(texts: pd.DataFrame, column: str, validated: Mapping[str, Any]) -> di
         corrected = corrected_rate(float(raw), int(shares[condition].count()), *errors)
         rates[condition] = {"raw": float(raw), "corrected": corrected}
     return rates
+
+
+def _collapse_rates(texts: pd.DataFrame) -> dict[str, float]:
+    """Return condition -> share of collapsed texts; one too short to repeat itself has not collapsed."""
+    steered = texts[texts["alpha"].notna()]
+    return steered["is_collapsed"].eq(True).groupby(steered["condition"]).mean().to_dict()
 
 
 def _combined(scorers: Mapping[str, ScorerVerdict]) -> tuple[str, str, str | None, tuple[str, ...]]:

@@ -21,7 +21,15 @@ from pydantic import (
     model_validator,
 )
 
-from experiment.conditions import CONDITIONS, METHODS, ORACLE, PROMPTED
+from experiment.conditions import (
+    CONDITIONS,
+    CONTROLS,
+    DECIDING_CONTROLS,
+    MAPPED,
+    METHODS,
+    ORACLE,
+    PROMPTED,
+)
 from experiment.config_errors import explain
 from support.errors import InputError, shown
 from support.text_files import check_characters, local_path, parse_json, read_text
@@ -342,6 +350,8 @@ class ExperimentConfig(_Strict):
     extraction: ExtractionConfig = ExtractionConfig()
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(DEFAULT_METHODS)
+    controls: list[Literal[CONTROLS]] | None = None
+    check_source_vectors: bool = True
     n_test_prompts: LargeCount = 30
     test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
     alpha_values: AlphaValues = [0.5, 1.0, 2.0, 3.0, 5.0]
@@ -373,8 +383,8 @@ class ExperimentConfig(_Strict):
         self._check_layers()
         self._check_band()
         self._check_extraction()
-        for name in ("lambda_values", "methods"):
-            _check_differ(name, getattr(self, name))
+        for name in ("lambda_values", "methods", "controls"):
+            _check_differ(name, getattr(self, name) or [])
         self._check_alphas()
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
@@ -391,9 +401,6 @@ class ExperimentConfig(_Strict):
         if n > MOST_PERSONAS:
             raise ValueError(f"{n} personas, expected at most {MOST_PERSONAS}; split the run")
         check_names_differ(self.persona_names)
-        others = [name for name in self.methods if "other_personas" in CONDITIONS[name].needs]
-        if others and n < 2:
-            raise ValueError(f"methods has {others[0]!r}, another persona's vector; name a second persona")
 
     def _check_layers(self) -> None:
         sides = ("source", "target")
@@ -441,10 +448,10 @@ class ExperimentConfig(_Strict):
                 f"alpha_values of {persona} has alphas by method, but none of {ORACLE!r}, at which the other "
                 "methods are tried too; add it"
             )
-        if idle := [name for name in alphas if name not in (*self.steering_methods, ORACLE)]:
+        if idle := [name for name in alphas if name not in (*self.steered_conditions, ORACLE)]:
             raise ValueError(
-                f"alpha_values of {persona} has an alpha of {idle[0]!r}, which is not among the methods that "
-                f"add a vector here ({', '.join(self.steering_methods)}); leave it out, or add it to methods"
+                f"alpha_values of {persona} has an alpha of {idle[0]!r}, which adds no vector "
+                f"here, as {', '.join(self.steered_conditions)} do; leave it out, or add it to methods"
             )
 
     def _check_size(self) -> None:
@@ -524,9 +531,20 @@ class ExperimentConfig(_Strict):
         return given == "auto" or (isinstance(given, dict) and isinstance(given[persona], dict))
 
     @property
-    def steering_methods(self) -> list[str]:
-        """The methods that add a vector."""
-        return [method for method in self.methods if CONDITIONS[method].is_steered]
+    def conditions(self) -> list[str]:
+        """What is compared beside the unsteered text: `methods`, then the controls that a verdict needs.
+
+        Where `controls` is given, it says which controls are added instead.
+        """
+        added = self.controls
+        if added is None:
+            added = DECIDING_CONTROLS if {MAPPED, ORACLE} <= set(self.methods) else ()
+        return list(dict.fromkeys([*self.methods, *added]))
+
+    @property
+    def steered_conditions(self) -> list[str]:
+        """The conditions that add a vector."""
+        return [name for name in self.conditions if CONDITIONS[name].is_steered]
 
     @property
     def n_cells(self) -> int:
@@ -534,7 +552,7 @@ class ExperimentConfig(_Strict):
 
         A search finds two alphas for a method: its own, and the oracle's.
         """
-        names, methods = self.persona_names, self.steering_methods
+        names, methods = self.persona_names, self.steered_conditions
         if self.alpha_values == "auto":
             n_steered = len(names) * (len(methods) + (len(methods) - 1) * (ORACLE in methods))
         else:

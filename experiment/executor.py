@@ -49,7 +49,7 @@ class GenerationSettings:
     residual_norms: tuple[float, ...]
     steer_positions: str
     batch_size: int
-    side: str = "target"
+    side: str
 
     @classmethod
     def of(cls, inputs: Inputs, residual_norms: Sequence[float]) -> "GenerationSettings":
@@ -65,6 +65,7 @@ class GenerationSettings:
             residual_norms=tuple(residual_norms),
             steer_positions=config.steer_positions,
             batch_size=config.generation_batch_size,
+            side=inputs.target.name,
         )
 
     def unsteered(self, side: str, max_new_tokens: int) -> "GenerationSettings":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_extractor import PersonaVector
-from experiment.conditions import SCORERS, TRAINED_SCORERS
+from experiment.conditions import N_DRAWS, SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
 from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
@@ -73,6 +73,12 @@ class Inputs:
     neutral_styles: tuple[str, ...] = ()
     neutral_responses: tuple[NeutralText, ...] = ()
     responses: Mapping[str, Responses] = field(default_factory=dict)
+
+    @property
+    def control_personas(self) -> tuple[Persona, ...]:
+        """Shipped personas whose vectors are the other personas' of a run of a single one."""
+        is_single = len(self.personas) == 1 and "other_persona" in self.config.conditions
+        return self.labelled_personas[1 : 1 + N_DRAWS] if is_single else ()
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -162,6 +168,18 @@ class Inputs:
             source=self.source.at_layer(source_layer),
             target=self.target.at_layer(target_layer),
             layer_pairs=ordered,
+        )
+
+    def of_source(self) -> "Inputs":
+        """Return inputs with the source in the target's place, so that its vectors can be tried on itself."""
+        is_chat = "source" in self.prompting.chat_sides
+        chat_sides = ("source", "target") if is_chat else ()
+        return replace(
+            self,
+            target=self.source,
+            layer_pairs=tuple(dict.fromkeys((source, source) for source, _ in self.layer_pairs)),
+            prompting=replace(self.prompting, chat_sides=chat_sides),
+            development_prompts=tuple(load_prompts("development_questions" if is_chat else "development")),
         )
 
     def more_texts(self, n_texts: int) -> list[NeutralText]:

@@ -81,7 +81,7 @@ def grid(inputs: Inputs, alphas: Alphas, vector_key: VectorKey) -> list[Cell]:
     for persona in inputs.config.persona_names:
         if PROMPTED in inputs.config.methods:
             cells.append(Cell(PROMPTED, persona, None, UNSTEERED))
-        for method in inputs.config.steering_methods:
+        for method in inputs.config.steered_conditions:
             key = vector_key(persona, method)
             cells += [Cell(method, persona, alpha, key) for alpha in alphas_of(alphas, persona, method)]
     return cells
@@ -111,7 +111,7 @@ def shown_prompts(inputs: Inputs, rows: Sequence[Row]) -> list[str]:
 
     @cache
     def show(prompt: str, persona: str | None) -> str:
-        return inputs.prompting.prompt("target", prompt, personas.get(persona))
+        return inputs.prompting.prompt(inputs.target.name, prompt, personas.get(persona))
 
     return [show(row["prompt"], row["persona"] if row["condition"] == PROMPTED else None) for row in rows]
 

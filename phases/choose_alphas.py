@@ -145,7 +145,7 @@ def find_alphas(run: Run, steering: SteeringVectors) -> tuple[dict[AlphaKey, Cho
 
     (unsteered,) = texts_of([UNSTEERED_CELL])
     bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
-    searched = [(name, method) for name in config.persona_names for method in config.steering_methods]
+    searched = [(name, method) for name in config.persona_names for method in config.steered_conditions]
     bracket = alpha_bracket(run, steering.middle_norm)
     found = search_alphas(
         searched, measure, unsteered, bracket, bound, settings.n_evaluations, trait_costs(run)

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.alpha_search import compared_alphas, oracle_alphas
+from analysis.checklist import check_lambda, effect_check_name, failures
 from analysis.results_table import Alphas, effects_table, results_table
 from analysis.side_effects import off_target, strength_curves
 from analysis.success_criteria import success
@@ -15,7 +16,7 @@ from analysis.verdict import decide_verdicts
 from evaluation import aggregate
 from experiment.plan import Row, SteeringVectors, rows_key
 from experiment.run import Run
-from phases.check_setup import PREFLIGHT, check_lambda, failures
+from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import coherence_bounds
 from phases.fit_maps import CV_RESULTS
 from phases.side_effects import plain_text_ratios
@@ -52,16 +53,16 @@ def decide(
 
     rows: of `eval_results.json`. validation: what `validate_scorers` returned.
     """
-    table = results_table(rows)
+    table, checks = results_table(rows), _preflight(run)
     alphas, at_oracle = _alphas(run, table)
     content = {
-        "personas": _verdicts(table, alphas, validation),
-        "at_oracle_alpha": _verdicts(table, at_oracle, validation),
+        "personas": _verdicts(table, alphas, validation, checks),
+        "at_oracle_alpha": _verdicts(table, at_oracle, validation, checks),
         "validation": validation,
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    content = run.folder.save("verdict.json", fingerprint(rows_key(rows), validation), content)
+    content = run.folder.save("verdict.json", fingerprint(rows_key(rows), validation, checks), content)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
     _draw(run, table, alphas, content, rows_key(rows))
@@ -82,12 +83,24 @@ def _alphas(run: Run, table: pd.DataFrame) -> tuple[Alphas, Alphas]:
 
 
 def _verdicts(
-    table: pd.DataFrame, alphas: Alphas, validation: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    table: pd.DataFrame,
+    alphas: Alphas,
+    validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    checks: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    contents = {
-        name: verdict.content() for name, verdict in decide_verdicts(table, alphas, validation).items()
-    }
-    return {name: {**content, "why": verdict_sentence(content)} for name, content in contents.items()}
+    """Return persona -> its verdict as JSON holds it, with whether the vector works in the source itself."""
+    status = {check["name"]: check["status"] for check in checks}
+    contents = {}
+    for name, verdict in decide_verdicts(table, alphas, validation).items():
+        content = verdict.content() | {"source_vector": status.get(effect_check_name("source", name))}
+        contents[name] = content | {"why": verdict_sentence(content)}
+    return contents
+
+
+def _preflight(run: Run) -> list[dict[str, Any]]:
+    """Return the checks that phase 1 made, none if it has not run."""
+    done = PREFLIGHT.load(run)
+    return done["checks"] if done else []
 
 
 def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
@@ -102,10 +115,8 @@ def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
 
     table: what `evaluation.aggregate` returns.
     """
-    done = PREFLIGHT.load(run)
-    checks = done["checks"] if done else []
     with run.at_pair(run.inputs.middle_pair) as at_pair:
         results = CV_RESULTS.load(at_pair)
-    checks = [*checks, asdict(check_lambda(run.config.lambda_values, results))]
+    checks = [*_preflight(run), asdict(check_lambda(run.config.lambda_values, results))]
     aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
     return [*(f"preflight: {failure}" for failure in failures(checks)), *auc_notes(aucs)]

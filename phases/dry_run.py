@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from analysis.verdict import FEWEST_PROMPTS
 from evaluation import continuation_perplexities
-from experiment.conditions import N_DRAWS, STEERED, vector_names
+from experiment.conditions import DECIDING_CONTROLS, MAPPED, N_DRAWS, ORACLE, UNSTEERED, vector_names
 from experiment.executor import GenerationSettings
-from experiment.inputs import N_PLAIN_TEXTS
+from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.run import Artifact, Run
 from maps.comparison_maps import KINDS
 from phases.check_setup import PREFLIGHT, n_preflight_cells
@@ -63,11 +64,43 @@ def describe_run(run: Run) -> str:
     """
     rates = _measure(run)
     steps = [*_preparation(run, rates), *_map(run, rates), *_grid(run, rates), *_validation(run, rates)]
-    lines = [f"{what}, about {seconds / 60:.1f} min" for what, seconds in steps]
+    lines = [*conditions_of(run.inputs), *verdict_gaps(run.inputs)]
+    lines += [f"{what}, about {seconds / 60:.1f} min" for what, seconds in steps]
     judged, seconds = _judge(run, rates)
     minutes = (sum(seconds for _, seconds in steps) + seconds) / 60
     total = f"total: about {minutes:.0f} min on {run.inputs.target.model.device}, beside loading"
     return "\n".join([*lines, judged, total])
+
+
+def conditions_of(inputs: Inputs) -> list[str]:
+    """Return a line on what the run compares, with the controls that it adds for the verdict."""
+    config = inputs.config
+    added = [name for name in config.conditions if name not in config.methods]
+    with_controls = f", and the controls {', '.join(added)}" if added else ""
+    lines = [f"conditions: {UNSTEERED}, {', '.join(config.methods)}{with_controls}"]
+    if inputs.control_personas:
+        lines.append(f"other_persona: {', '.join(persona.name for persona in inputs.control_personas)}")
+    return lines
+
+
+def verdict_gaps(inputs: Inputs) -> list[str]:
+    """Return a sentence for each reason why a persona cannot have a verdict, or not a positive one."""
+    config, gaps = inputs.config, []
+    if unmet := [name for name in (MAPPED, ORACLE) if name not in config.conditions]:
+        gaps.append(f"no verdict: it compares ridge_mapped and oracle; add {' and '.join(unmet)} to methods")
+    elif missing := [name for name in DECIDING_CONTROLS if name not in config.conditions]:
+        gaps.append(
+            f"no persona can be called transferred without {', '.join(missing)}; add them to 'controls', or "
+            "leave this key out"
+        )
+    if len(inputs.prompts) < FEWEST_PROMPTS:
+        gaps.append(f"no verdict: {len(inputs.prompts)} prompts, an interval needs {FEWEST_PROMPTS}")
+    for persona in inputs.personas:
+        if not (persona.labelled_positive or inputs.judge):
+            gaps.append(
+                f"no verdict on {persona.name}: nothing scores it; give it labelled texts, or set use_gpt4"
+            )
+    return gaps
 
 
 def _is_current(artifact: Artifact, run: Run) -> bool:
@@ -100,7 +133,7 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
         n = n_preflight_cells(run) * n_development
         yield f"preflight: {n} generations", n * rates.text
     if config.alpha_values == "auto" and not _is_current(ALPHA_SEARCH, run):
-        n_vectors = len(inputs.personas) * len(config.steering_methods)
+        n_vectors = len(inputs.personas) * len(config.steered_conditions)
         n = n_development * config.alpha_search.n_seeds * (1 + n_vectors * config.alpha_search.n_evaluations)
         seconds = n * (rates.text + _perplexity_seconds(run, rates))
         yield f"alpha search: {n} generations and evaluations on development prompts", seconds
@@ -149,9 +182,7 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
     seconds = _perplexity_seconds(run, rates) * (n_texts - generated + n_unread)
     seconds += _ratio_seconds(run, rates, config.max_new_tokens) * (n_evaluations - evaluated)
     yield f"evaluations: {n_evaluations}{_cached(evaluated)}", seconds
-    n_vectors = sum(len(vector_names(name)) for name in config.methods if name in STEERED) * len(
-        inputs.personas
-    )
+    n_vectors = sum(map(len, map(vector_names, config.steered_conditions))) * len(inputs.personas)
     n_tokens = _n_tokens(inputs.target.tokenizer, _plain_texts(run))
     yield f"plain text under {n_vectors} vectors", (n_vectors + 1) * n_tokens * rates.target_token
 

@@ -47,7 +47,9 @@ def _native_key(run: Run) -> str:
     inputs = run.inputs
     models = [[side.fingerprint for side in inputs.sides], inputs.layer_pairs]
     return fingerprint(
-        FORMAT_VERSION, models, [[each.name, persona_key(run, each)] for each in inputs.personas]
+        FORMAT_VERSION,
+        models,
+        [[each.name, persona_key(run, each)] for each in (*inputs.personas, *inputs.control_personas)],
     )
 
 
@@ -64,7 +66,7 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
     """
     inputs, config, needs = run.inputs, run.config, CONDITIONS[condition].needs
     source_layers = [source for source, _ in inputs.layer_pairs]
-    by_name = {each.name: each for each in inputs.personas}
+    by_name = {each.name: each for each in (*inputs.personas, *inputs.control_personas)}
 
     def in_source(*names: str) -> list[Any]:
         keys = [persona_key(run, by_name[name], ["source"]) for name in names]
@@ -73,7 +75,7 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
     parts: dict[str, Callable[[], Any]] = {
         "source_vector": lambda: in_source(persona),
         "target_vector": lambda: persona_key(run, by_name[persona], ["target"]),
-        "other_personas": lambda: in_source(*other_personas(config.persona_names)[persona]),
+        "other_personas": lambda: in_source(*other_personas(list(by_name))[persona]),
         "map": lambda: maps_key(run),
         "seed": lambda: config.seed,
     }
@@ -118,7 +120,8 @@ def _measure(run: Run) -> dict[str, Any]:
     known: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
         layers = [pair[number] for pair in run.inputs.layer_pairs]
-        for persona in run.inputs.personas:
+        controls = run.inputs.control_personas if side.name == "source" else ()
+        for persona in (*run.inputs.personas, *controls):
             found = _native(run, side, persona, layers)
             vectors[side.name][persona.name] = torch.stack([each.vector for each in found])
             known[side.name][persona.name] = list(map(measures, found))

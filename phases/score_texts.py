@@ -20,6 +20,7 @@ from experiment.plan import Row
 from experiment.run import FORMAT_VERSION, Run
 from phases.generate_texts import from_journal, save_rows
 from scoring.cached_judge import CachedJudge
+from scoring.gpt_judge import trait_prompt
 from support.artifacts import fingerprint
 from support.journal import Journal
 from support.progress import HIDDEN, tqdm
@@ -90,6 +91,18 @@ def cached_judge(run: Run) -> CachedJudge | None:
     return CachedJudge(
         run.inputs.judge, lambda: run.folder.journal("judgements"), key, price, settings.max_usd
     )
+
+
+def judged_trait(
+    judge: CachedJudge, persona: Persona, prompts: Sequence[str], texts: Sequence[str]
+) -> list[float | None]:
+    """Return a judge's scores of a trait on a scale of 0 to 1, None where it gave none.
+
+    prompts: what the texts respond to, one each.
+    """
+    described = persona.name, persona.description, persona.eval_prompt
+    asked = [trait_prompt(*described, *each) for each in zip(prompts, texts, strict=True)]
+    return [None if judged.score is None else (judged.score - 1) / 4 for judged in judge.judge(asked)]
 
 
 def perplexity_key(run: Run) -> str:

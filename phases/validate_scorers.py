@@ -2,26 +2,27 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from experiment.conditions import vector_names
+from experiment.conditions import N_DRAWS, vector_names
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.choose_alphas import required_alphas
 from phases.generate_texts import generate_development
 from phases.make_vectors import grid_cells, vector_key
-from phases.score_texts import cached_judge, judge_key, judged_description, scorers_key
+from phases.score_texts import cached_judge, judge_key, judged_description, judged_trait, scorers_key
 from reporting.tables import format_validation
 from scoring.cached_judge import CachedJudge
 from scoring.gpt_judge import trait_prompt
-from scoring.validation import Sets, at_most, remembered, texts_of, validate, validation_sets
+from scoring.validation import FEWEST, Sets, at_most, remembered, texts_of, validate, validation_sets
 from support.artifacts import fingerprint
 from texts.personas import Persona, load_prompts
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_VERSION = 8  # of what the validation sets hold, and of the rules
+VALIDATION_VERSION = 9  # of what the validation sets hold, and of the rules
 BREVITY = {"is_validated": True, "problems": [], "measure": "length, which needs no validation"}
 N_SEEDS = 2  # unsteered texts for each development prompt
 JUDGED_A_SIDE = 24  # texts of a set that a judge reads
@@ -35,8 +36,9 @@ def _key(run: Run) -> str:
     steered = [_too_strong(run), vector_key(run, first, "random_direction")]
     generated = [inputs.target.fingerprint, sampling(inputs), config.steer_positions, config.seed]
     shown = [inputs.prompting.prompt("target", prompt) for prompt in inputs.development_prompts]
-    texts = [[persona.name, persona.validation] for persona in inputs.labelled_personas]
-    judged = [judge_key(config), list(map(judged_description, inputs.personas))] if inputs.judge else None
+    texts = [[each.name, each.validation] for each in inputs.labelled_personas]
+    judged = [[judged_description(each), each.positive_texts] for each in inputs.personas]
+    judged = [judge_key(config), judged] if inputs.judge else None
     scored = [scorers_key(run, inputs.scorer_names), config.persona_names, judged]
     ordinary = load_prompts("ordinary_validation")
     return fingerprint(FORMAT_VERSION, VALIDATION_VERSION, steered, generated, shown, texts, ordinary, scored)
@@ -86,23 +88,57 @@ def _validate(run: Run, steering: SteeringVectors) -> dict[str, Any]:
                 score = remembered(scorer.score, key, texts_of(sets_of(run, persona)))
                 of_persona[name] = validate(score, sets, scorer.threshold)
         if judge:
-            of_persona["judge"] = _validate_judge(judge, persona, at_most(sets, JUDGED_A_SIDE))
+            of_persona["judge"] = _validate_judge(run, judge, persona, (unsteered, steered))
     return {"personas": found}
 
 
-def _validate_judge(judge: CachedJudge, persona: Persona, sets: Sets) -> dict[str, Any]:
-    """Return what a judge's validation found, and by how much its second judgement of a text differs."""
+def _validate_judge(
+    run: Run, judge: CachedJudge, persona: Persona, texts: tuple[Sequence[str], Sequence[str]]
+) -> dict[str, Any]:
+    """Return what a judge's validation found, and by how much its second judgement of a text differs.
 
-    def asked(text: str) -> str:
-        return trait_prompt(persona.name, persona.description, persona.eval_prompt, "", text)
+    A judge has learnt from none of a persona's texts, so those of extraction serve where there are too few
+    for validation; where these are too few too, the judge is validated on three shipped personas.
+    texts: of the target, unsteered and steered at random.
+    """
+    if len(persona.validation) >= FEWEST:
+        return _judged_on(run, judge, persona, texts) | {"validated_on": "validation texts"}
+    if len(persona.positive_texts) >= FEWEST:
+        own = replace(persona, validation=persona.positive_texts)
+        return _judged_on(run, judge, own, texts) | {"validated_on": "the texts of extraction"}
+    others = [each for each in run.inputs.labelled_personas if each.name not in run.config.persona_names]
+    shipped = others[:N_DRAWS]
+    found = {each.name: _judged_on(run, judge, each, texts) for each in shipped}
+    problems = [f"{name}: {problem}" for name, each in found.items() for problem in each["problems"]]
+    merged = {
+        key: {f"{name}, {of}": value for name, each in found.items() for of, value in each[key].items()}
+        for key in ("auc", "false_positives")
+    }
+    return {
+        **next(iter(found.values())),
+        **merged,
+        # Its errors on this persona are not known, so that no rate is corrected for them.
+        "sensitivity": None,
+        "specificity": None,
+        "problems": problems,
+        "is_validated": not problems,
+        "validated_on": f"the shipped personas {', '.join(found)}",
+    }
 
-    def score(texts: Sequence[str]) -> list[float | None]:
-        judged = judge.judge(list(map(asked, texts)))
-        return [None if each.score is None else (each.score - 1) / 4 for each in judged]
+
+def _judged_on(
+    run: Run, judge: CachedJudge, persona: Persona, texts: tuple[Sequence[str], Sequence[str]]
+) -> dict[str, Any]:
+    sets = at_most(sets_of(run, persona, *texts), JUDGED_A_SIDE)
+
+    def score(read: Sequence[str]) -> list[float | None]:
+        return judged_trait(judge, persona, [""] * len(read), read)
 
     validated = validate(score, sets, JUDGE_THRESHOLD)
-    whole = [asked(text) for sides in islice(sets.values(), 1) for side in sides for text in side[:10]]
-    return {**validated, "repeat_noise": judge.repeat_noise(whole)}
+    described = persona.name, persona.description, persona.eval_prompt
+    whole = [text for sides in islice(sets.values(), 1) for side in sides for text in side[:10]]
+    repeated = judge.repeat_noise([trait_prompt(*described, "", text) for text in whole])
+    return validated | {"repeat_noise": repeated}
 
 
 def _target_texts(run: Run, steering: SteeringVectors) -> tuple[list[str], list[str]]:

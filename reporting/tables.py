@@ -44,12 +44,27 @@ def percent(found: Mapping[str, float | None]) -> str:
 
 
 def verdict_sentence(found: Mapping[str, Any]) -> str:
-    """Return why a persona's verdict stands. found: `Verdict.content()`."""
+    """Return why a persona's verdict stands. found: `Verdict.content()`, and preflight's `source_vector`."""
+    is_dud = found.get("source_vector") == "fail"
+    return _why(found) + (
+        "; the vector does not move the trait in the source itself (preflight)" if is_dud else ""
+    )
+
+
+def _why(found: Mapping[str, Any]) -> str:
     scorers = found["scorers"]
+    if found["reason"] == "all collapse":
+        lowest = min(found["collapse_rates"], key=found["collapse_rates"].get)
+        rate = f"{found['collapse_rates'][lowest]:.0%} of them under {CONDITIONS[lowest].label}"
+        return (
+            f"under every vector most texts collapse into repetition ({rate}, the fewest); lower alpha_values"
+        )
     if found["reason"] == "no scorer validated":
         named = [f"{SCORERS[name].label}: {', '.join(scorers[name]['problems'])}" for name in scorers]
         return "no scorer is validated" + (f" ({'; '.join(named)})" if named else "")
-    why = f"by {SCORERS[found['decided_by']].phrase}, {_scorer_sentence(scorers[found['decided_by']])}"
+    decided = scorers[found["decided_by"]]
+    by = f"{SCORERS[found['decided_by']].phrase}{_validated_on(decided)}"
+    why = f"by {by}, {_scorer_sentence(decided)}"
     if found["reason"] == "decided by scorer":
         return why
     said = [f"{SCORERS[name].label} says {scorers[name]['verdict']}" for name in found["rests_on"]]
@@ -114,11 +129,17 @@ def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]])
             else:
                 line += f"; lowest AUC {lowest_auc(found)}"
                 for name in ("sensitivity", "specificity"):
-                    line += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
+                    if found[name]:
+                        line += f", {name} {found[name]['n_right'] / found[name]['n']:.0%}"
             if found.get("repeat_noise") is not None:
                 line += f", a second judgement differs by {found['repeat_noise']:.2f} of 1 to 5"
-            lines.append(f"{persona}, {scorer}: {line}")
+            lines.append(f"{persona}, {scorer}: {line}{_validated_on(found)}")
     return "\n".join(lines)
+
+
+def _validated_on(found: Mapping[str, Any]) -> str:
+    """Return on what a judge was validated, in brackets; nothing for other scorers."""
+    return f" (validated on {found['validated_on']})" if found.get("validated_on") else ""
 
 
 def lowest_auc(found: Mapping[str, Any]) -> str:

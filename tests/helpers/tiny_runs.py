@@ -58,6 +58,7 @@ def tiny_settings(model_folders, folder):
         "n_folds": 3,
         "personas": [],
         "persona_datasets": {"loud": LOUD, "numeric": NUMERIC},
+        "controls": [],
         "n_test_prompts": N_PROMPTS,
         "alpha_values": [1.0, 4.0],
         "n_seeds": N_SEEDS,
