@@ -117,7 +117,7 @@ class Verdict:
     rests_on: tuple[str, ...]
     scorers: Mapping[str, ScorerVerdict]
     alphas: Mapping[str, float | None]
-    collapse_rates: Mapping[str, float]
+    collapse_rates: Mapping[str, float] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """Return the verdict as JSON holds it; the ends of an unbounded interval are None."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from baseline_methods import METHODS
+from experiment.conditions import DECIDING_CONTROLS
 from experiment.config import ExperimentConfig, load_config
 from experiment.config_errors import RENAMED_KEYS, RENAMED_VALUES
 from support.errors import InputError
@@ -35,7 +36,7 @@ SPECIFICATION = {
     "seeds": [0, 1, 2],
     "max_new_tokens": 100,
     "use_gpt4": False,
-    "n_cells": 76,  # 6840 generations of 30 prompts and 3 seeds
+    "n_cells": 121,  # 6840 generations of 30 prompts and 3 seeds, and 4050 of the controls of a verdict
 }
 
 
@@ -110,7 +111,7 @@ def test_alphas_may_be_given_for_each_persona_or_method():
     assert config.alphas_of("formal", "ridge_mapped") == [2.0, 3.0]
     assert config.alphas_of("concise", "ridge_mapped") == [4.0]
     assert [config.has_alphas_by_method(name) for name in config.persona_names] == [True, False, True]
-    assert config.n_cells == 1 + len(METHODS) * (1 + 2 + 1) + 1
+    assert config.n_cells == 1 + len([*METHODS, *DECIDING_CONTROLS]) * (1 + 2 + 1) + 1
 
 
 COUNTS = ("n_test_prompts", "n_seeds", "max_new_tokens", "generation_batch_size")
@@ -168,7 +169,7 @@ def silly(alphas):
         ({"source_layer_idx": [1, 2], "target_layer_idx": 3}, "a band of 2 and one layer"),
         ({"source_layer_idx": [1, 2], "target_layer_idx": [4, 4]}, "names a block twice"),
         ({"extraction": {"from_texts": ["shy"]}}, "extraction.from_texts names 'shy'"),
-        ({"personas": ["silly"], "methods": ["other_persona"]}, "name a second persona"),
+        ({"controls": ["random_direction", "random_direction"]}, "controls holds a value twice"),
         ({"alpha_values": "auto", "independent_perplexity": False}, "by the independent perplexity"),
         ({"alpha_values": {"silly": [1.0], "formal": [2.0]}}, "'concise' is in one of alpha_values"),
         (silly([1.0, 1.0]), "holds a value twice"),
@@ -176,7 +177,10 @@ def silly(alphas):
         (silly([]), "'alpha_values.silly'"),
         (silly({}), "'alpha_values.silly'"),
         (silly({"ridge_mapped": 1.0}), "alphas by method, but none of 'oracle'"),
-        (silly({"oracle": 1.0, "shuffled_pairs": 2.0}), "'shuffled_pairs', which is not among the methods"),
+        (
+            {**silly({"oracle": 1.0, "shuffled_pairs": 2.0}), "controls": []},
+            "'shuffled_pairs', which adds no vector here",
+        ),
         (silly({"oracle": math.inf}), "must be finite and not 0"),
         (silly({"orcle": 1.0}), "'alpha_values.silly'"),
         ({"alpha_search": {"bracket": [2, 1]}}, "a lower and a higher alpha"),

@@ -147,6 +147,8 @@ CHANGES = {
     **within("extraction", "band", NATIVE, kind="texts", from_texts=["numeric", "loud"]),
     **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
     **of_pair(STEERED, set(OTHER_METHODS), methods=["random_proj", "oracle", *OTHER_METHODS]),
+    **of_pair(STEERED, {"random_direction"}, controls=["random_direction"]),
+    **of_pair({"preflight.json", "verdict.json"}, set(), check_source_vectors=False),
     **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
     **of_pair(STEERED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
     **within("alpha_search", "band", SEARCHED, bound="plain"),
