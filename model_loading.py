@@ -9,6 +9,7 @@ import atexit
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -20,12 +21,14 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from filelock import BaseFileLock, FileLock, Timeout
+from gguf import GGUFReader
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,7 +36,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from support.artifacts import file_sha256
-from support.errors import InputError
+from support.errors import InputError, shown
 from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
 from support.text_files import local_path
 from support.vocabulary import QUANTIZATIONS
@@ -284,8 +287,9 @@ def _resolve_name(name_or_path: str) -> str:
             if entry:
                 gguf.unlink()
 
-        sha256 = entry.sha256 if entry else file_sha256(path)
-        return str(build_once(f"models/{sha256[:16]}-float32", build))
+        # Earlier versions converted a given file without its rope scaling, under the first of these names.
+        name = f"{entry.sha256[:16]}-float32" if entry else f"{file_sha256(path)[:16]}-float32-rope"
+        return str(build_once(f"models/{name}", build))
     if path.is_dir():
         if not ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()):
             raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
@@ -301,14 +305,87 @@ def _resolve_name(name_or_path: str) -> str:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file, exactly, into a safetensors folder of float32 with its tokenizer."""
     logger.info("converting %s once; later loads take seconds", gguf.name)
+    reader = GGUFReader(gguf)
+    n_parts = _stated(reader, "split.count") or 1
+    if n_parts > 1:
+        raise InputError(
+            f"{gguf} is one of {n_parts} parts of a model; join them with llama.cpp "
+            "(llama-gguf-split --merge FIRST_PART WHOLE) and name the whole"
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     quantised = _with_all_weights(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     del quantised.config.quantization_config
+    try:
+        if scaling := _rope_scaling(reader):
+            _scale_rope(quantised.config, scaling)
+    except InputError as error:
+        raise InputError(f"{gguf}: {error}; load the model from its safetensors folder or hub id") from error
     # A model loaded from GGUF cannot be saved, so a plain one takes over its weights.
     plain = AutoModelForCausalLM.from_config(quantised.config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _stated(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _rope_scaling(reader: GGUFReader) -> dict[str, Any]:
+    """Return how a GGUF file scales rotary positions, as `rope_parameters`, which transformers leaves out.
+
+    A tensor of factors divides the frequencies (Llama 3, Phi 3), or the metadata name a method.
+    Raises InputError: a scaling that `rope_parameters` cannot express.
+    """
+    architecture = _stated(reader, "general.architecture")
+    prefix, context = f"{architecture}.rope.scaling.", _stated(reader, f"{architecture}.context_length")
+    stated = {
+        key.removeprefix(prefix): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(prefix) and not key.endswith(".finetuned")
+    }
+    factors = {
+        tensor.name.removesuffix(".weight"): tensor.data.tolist()
+        for tensor in reader.tensors
+        if tensor.name.startswith(("rope_freqs", "rope_factors"))
+    }
+    method, factor = stated.get("type", "linear"), stated.get("factor", 1.0)  # llama.cpp's defaults
+    original, strength = stated.get("original_context_length", context), stated.get("attn_factor", 1.0)
+    others = stated.keys() - {"type", "factor", "original_context_length", "attn_factor"}
+    is_neutral = method == "none" or (method == "linear" and factor in (0.0, 1.0))
+    short = factors.get("rope_factors_short", factors.get("rope_freqs"))
+    if is_neutral and not factors:
+        return {}
+    if short and not others and (is_neutral or method == "longrope"):
+        return {
+            "rope_type": "longrope",
+            "short_factor": short,
+            "long_factor": factors.get("rope_factors_long", short),
+            "original_max_position_embeddings": original,
+            "attention_factor": strength,
+        }
+    if method == "linear" and not factors and not others:
+        return {"rope_type": "linear", "factor": factor}
+    if method == "yarn" and not factors and others <= {"yarn_beta_fast", "yarn_beta_slow"}:
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "attention_factor": strength * (0.1 * math.log(factor) + 1.0),
+            **{key.removeprefix("yarn_"): stated[key] for key in others},
+        }
+    raise InputError(f"the file scales rotary positions in a way that is not converted ({shown(stated)})")
+
+
+def _scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> None:
+    """Set a configuration's rope scaling. Raises InputError: it has no rotary positions to scale."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        raise InputError(f"the file scales rotary positions, which {config.model_type} does not have here")
+    parameters = parameters.get("full_attention", parameters)  # those of sliding windows are not scaled
+    if parameters.get("rope_type", "default") == "default":  # otherwise transformers has read it
+        parameters.update(scaling)
 
 
 @torch.inference_mode()
