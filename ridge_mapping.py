@@ -543,9 +543,10 @@ def main() -> None:
     truth = torch.randn(40, 60, generator=generator, dtype=torch.float64)
     H_source = 3 * torch.randn(1500, 40, generator=generator, dtype=torch.float64) + 5
     mapping = RidgeMapping(40, 60)
-    mapping.cross_validate(H_source, H_source @ truth + 7)
+    noise = torch.randn(1500, 60, generator=generator, dtype=torch.float64)  # without it, lambda 0 is best
+    mapping.cross_validate(H_source, H_source @ truth + 7 + noise)
     analysis = mapping.analyze()
-    assert torch.allclose(mapping.W, truth, atol=0.02)
+    assert torch.allclose(mapping.W, truth, atol=0.05)
     assert analysis["shuffled_r2"] < 0.02 < 0.99 < analysis["held_out_r2"]
     print(f"ridge_mapping OK: held-out R2 {analysis['held_out_r2']:.4f}, df {analysis['df']:.1f}")
 
