@@ -13,8 +13,8 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,15 +244,22 @@ def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """Return the torch device of a name. Raises InputError: there is none here, or it has no float64."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(default if device == "auto" else device)
         torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+        raise InputError(
+            f"device {str(device)!r} cannot be used here: {_first_line(error)}; choose 'auto' or 'cpu'"
+        ) from error
     return chosen
+
+
+def on_device(model: PreTrainedModel, device: str | torch.device | None) -> PreTrainedModel:
+    """Move a model, unless `device` is None. Raises InputError as `resolve_device`."""
+    return model if device is None else model.to(resolve_device(device))
 
 
 def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -497,6 +504,23 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
         where = "which acts outside the model's blocks; use a LoRA adapter"
         raise InputError(f"{type(model).__name__} has a prompt-learning adapter, {where}")
     return model.get_base_model()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout, gradient checkpoints and compiled code while the body runs.
+
+    Compiled code would leave out the hooks that were registered after its compilation.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:

@@ -19,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from watching import logits
 
 from activation_extractor import ActivationExtractor, paired_activations
 from decoding.steering_hooks import active_steering
@@ -160,6 +161,78 @@ def test_a_wrapped_model_is_read_steered_and_scored_with_its_adapter(tokenizer):
     assert texts[0] == texts[1]
     scores = [continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS) for model in (wrapped, merged)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def dropping(model):
+    """Leave one module alone in training mode, as Monte Carlo dropout does."""
+    model.model.layers[2].self_attn.train()
+
+
+def with_checkpoints(model):
+    model.gradient_checkpointing_enable()
+    model.train()
+
+
+def compiled_inside(model):
+    """Compile the inner forward, and run it once: what is compiled knows no hooks."""
+    model.model.forward = torch.compile(model.model.forward, backend="eager")
+    logits(model)
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    logits(model)
+
+
+@pytest.mark.parametrize(
+    "prepare", [torch.nn.Module.train, dropping, with_checkpoints, compiled_inside, compiled_in_place]
+)
+def test_a_model_in_whatever_mode_is_read_steered_and_scored_as_a_plain_one(prepare, tokenizer):
+    found = []
+    for change in (lambda model: None, prepare):
+        model = tiny_model(attention_dropout=0.5)
+        change(model)
+        modes = [module.training for module in model.modules()]
+        with SteeredGenerator(model, tokenizer) as generator:
+            rows = {1: torch.ones(len(PROMPTS), D_MODEL)}
+            written = generator.generate_batch(PROMPTS, 8, steering_vectors=rows, alphas=[0.0, 2.0, 5.0])
+            generator.register_steering(2, torch.ones(D_MODEL), 3.0)
+            written += generator.generate_batch(PROMPTS, 8)
+        read = ActivationExtractor(model, tokenizer, 1).extract_batch(TEXTS)
+        scores = continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS)
+        assert [module.training for module in model.modules()] == modes
+        found.append((written, read, scores))
+    (written, read, scores), others = found
+    assert others[0] == written
+    assert torch.allclose(others[1], read, atol=1e-5)
+    assert others[2] == pytest.approx(scores, rel=1e-4)
+
+
+def test_blocks_whose_hooks_are_never_called_are_an_error(tokenizer):
+    model = tiny_model()
+    block = model.model.layers[1]
+    silent = {"__call__": lambda self, *inputs, **options: self.forward(*inputs, **options)}
+    block.__class__ = type("Silent", (type(block),), silent)
+    expected = "without calling the hook on block 1"
+    with pytest.raises(InputError, match=expected):
+        ActivationExtractor(model, tokenizer, 1).extract_batch(TEXTS)
+    with SteeredGenerator(model, tokenizer) as generator:
+        assert len(generator.generate_batch(PROMPTS, 4)) == len(PROMPTS)
+        rows = {1: torch.ones(len(PROMPTS), D_MODEL)}
+        with pytest.raises(InputError, match=expected):
+            generator.generate_batch(PROMPTS, 4, steering_vectors=rows, alphas=[1.0] * len(PROMPTS))
+        generator.register_steering(1, torch.ones(D_MODEL), 1.0)
+        with pytest.raises(InputError, match=expected):
+            generator.generate_batch(PROMPTS, 4)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", torch.device("cuda:99"), "nonsense"])
+def test_a_device_that_is_not_here_is_one_line(device, llama, tokenizer):
+    for made in (ActivationExtractor, SteeredGenerator):
+        layer = {"layer_idx": 1} if made is ActivationExtractor else {}
+        with pytest.raises(InputError, match=r"cannot be used here: .*; choose 'auto' or 'cpu'") as raised:
+            made(llama, tokenizer, device=device, **layer)
+        assert "\n" not in str(raised.value)
 
 
 def test_the_folder_of_an_adapter_loads_with_its_base(tmp_path, tokenizer):
