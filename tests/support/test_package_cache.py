@@ -2,6 +2,8 @@
 
 import hashlib
 import multiprocessing
+import pwd
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -37,6 +39,16 @@ def wheels(tmp_path_factory):
             for file_name, text in info.items():
                 archive.writestr(f"{stem}.dist-info/{file_name}", text)
     return folder
+
+
+def test_a_user_without_a_home_has_a_temporary_cache_and_is_told(monkeypatch, caplog):
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for an unknown user
+    assert cache_folder().parent == Path(tempfile.gettempdir())
+    assert cache_folder() == cache_folder()
+    assert "has no home directory: the cache is" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def packaged(wheels, parts, content=None, pip_arguments=None, file_name="joined.bin"):
