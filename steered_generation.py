@@ -37,7 +37,7 @@ from model_loading import (
 from support.errors import InputError
 from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
 from texts.chat import Prompt, end_tokens, prompt_text
-from texts.encoding import encode
+from texts.encoding import decoder, encode
 
 logger = logging.getLogger(__name__)
 RowVectors = Mapping[int, Tensor | np.ndarray]  # layer_idx -> (rows, d)
@@ -301,7 +301,7 @@ class SteeredGenerator:
         for (layer, steering), n in zip(steered, n_before, strict=True):
             if steering.n_calls - n < n_passes:
                 raise hook_error(layer)
-        text = partial(self.tokenizer.decode, skip_special_tokens=True)
+        text = decoder(self.tokenizer)
         # Cutting the prompt off the whole keeps a space that some tokenizers drop from a text's first token.
         return [
             Generation(text([*prompt, *new])[len(text(prompt)) :], len(new), len(new) < max_new_tokens)

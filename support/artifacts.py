@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
-from support.errors import InputError
+from support.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise DamagedError(path, str(error).split("\n")[0][:120]) from error
+        raise DamagedError(path, first_line(error, 120)) from error
     if not isinstance(content, dict):
         raise DamagedError(path, f"it holds a {type(content).__name__}, expected a dictionary")
     return content

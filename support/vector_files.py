@@ -24,7 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from support.artifacts import replacing, save_tensors
-from support.errors import InputError
+from support.errors import InputError, first_line
 
 FORMATS = ("gguf", "safetensors", "pt")
 ARCHITECTURE = "controlvector"
@@ -102,9 +102,8 @@ def read_vectors(path: Path) -> VectorFile:
     except InputError:
         raise
     except Exception as error:  # the readers of a damaged file can raise anything
-        raise InputError(
-            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {error}); write it again"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path} cannot be read as {path.suffix} ({reason}); write it again") from error
     if not found.tensors:
         raise InputError(f"{path} holds no vector; expected {PREFIX}N, or one tensor of (d,) or (layers, d)")
     if len({each.shape[-1] for each in found.tensors}) > 1:

@@ -1,7 +1,6 @@
 """Models and tokenizers as users bring them: what would give a wrong number is handled or rejected."""
 
 import json
-import shutil
 
 import peft
 import pytest
@@ -14,6 +13,7 @@ from transformers import (
     BartForCausalLM,
     BlenderbotConfig,
     BlenderbotForCausalLM,
+    ByT5Tokenizer,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     LlavaConfig,
@@ -133,6 +133,24 @@ def test_remote_code_that_lacks_a_package_is_one_line(tmp_path):
         load_model(str(tmp_path), device="cpu", trust_remote_code=True)
 
 
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("missing packages:\n\n- one\n- two", "missing packages: - one"),
+        ("one reason\nand its details", "one reason"),
+        ("nothing follows:", "nothing follows:"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_reason_of_a_library_is_shown_in_a_line(message, shown, tmp_path):
+    saved(tiny_model(), tmp_path)
+    write_config(tmp_path, auto_map={"AutoConfig": "own_code.Own"}, model_type="own")
+    (tmp_path / "own_code.py").write_text(f"raise RuntimeError({message!r})\n\n\nclass Own: ...\n")
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert str(caught.value) == f"cannot load a causal language model from {str(tmp_path)!r}: {shown}"
+
+
 def test_a_model_of_images_is_called_what_it_is(tmp_path):
     text = {"model_type": "llama", **tiny_model().config.to_diff_dict(), "num_hidden_layers": 1}
     vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16}
@@ -243,9 +261,17 @@ def test_the_folder_of_an_adapter_loads_with_its_base(tmp_path, tokenizer):
     loaded, _ = load_model(str(tmp_path / "adapter"), device="cpu")
     tokens = torch.tensor(encode(tokenizer, ["A text"]))
     assert torch.allclose(loaded(tokens).logits, wrapped(tokens).logits, atol=1e-4)
-    shutil.rmtree(tmp_path / "base")
-    with pytest.raises(InputError, match="base"):
-        load_model(str(tmp_path / "adapter"), device="cpu")
+
+
+@pytest.mark.parametrize("base", ["/nowhere/base", "nobody/has-this", "no name: at all"])
+def test_an_adapter_without_its_base_names_it_and_the_file_that_names_it(base, tmp_path):
+    with_lora(tiny_model()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    with pytest.raises(InputError, match="correct base_model_name_or_path there") as raised:
+        load_model(str(tmp_path), device="cpu")
+    assert f"{tmp_path / 'adapter_config.json'} names the base model {base!r}" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_an_adapter_of_the_prompt_is_rejected(tokenizer):
@@ -332,6 +358,16 @@ def test_a_pad_token_beyond_the_embeddings_pads_all_the_same(llama):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id >= VOCAB_SIZE
     assert SteeredGenerator(llama, tokenizer).generate_batch(PROMPTS, 8) == expected
+
+
+def test_tokens_that_a_slow_tokenizer_lacks_have_no_text():
+    """A model may have more embeddings than its tokenizer has tokens; a fast one leaves them out."""
+    model = tiny_model(vocab_size=500)
+    model.lm_head.weight.data[:400] = 0  # the tokenizer has 384
+    model.lm_head.weight.data[400:] *= 100
+    slow = ByT5Tokenizer()
+    (written,) = SteeredGenerator(model, slow).generate_batch(["abc"], 4)
+    assert (written.text, written.n_tokens) == ("", 4)
 
 
 def test_a_token_without_embedding_is_rejected_by_name(llama):

@@ -82,6 +82,8 @@ def test_the_specifications_pirate_is_scored_by_the_shipped_labelled_texts():
     assert pirate.description == PIRATE["description"]
     assert pirate.labelled_positive == shipped.labelled_positive
     assert pirate.labelled_negative == shipped.labelled_negative
+    assert pirate.validation == shipped.validation
+    assert load_persona("pirate", {**PIRATE, "validation_texts": ["Yo-ho-ho"]}).validation == ("Yo-ho-ho",)
 
 
 def test_own_labelled_texts_replace_the_shipped_ones_and_a_new_persona_has_none():

@@ -132,3 +132,15 @@ def test_a_finished_run_exports_its_mapped_vector_and_its_map_names_layers_and_m
     ridge = RidgeMapping.load(out / "ridge_mapping.pt")
     assert (ridge.source_layer, ridge.target_layer) == (1, 2)
     assert [ridge.source_model, ridge.target_model] == list(model_folders.values())
+
+
+def test_a_persona_that_is_called_like_a_path_stays_in_the_folder(tmp_path, capsys):
+    folder, persona = finished_run(tmp_path / "run"), "../../x"
+    content = load_tensors(folder / "persona_vectors.pt")
+    content["vectors"][persona] = content["vectors"]["loud"]
+    save_tensors(folder / "persona_vectors.pt", content)
+    options = ["--run", str(folder), "--persona", persona, "--format", "pt", "--alpha", "1"]
+    assert export_vectors.main(options) == 0
+    (written,) = set(folder.glob("*x_ridge_mapped.pt"))
+    assert capsys.readouterr().out.strip() == str(written)
+    assert not [path for path in tmp_path.iterdir() if path != folder]
