@@ -62,6 +62,7 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
 ADAPTER_CONFIG = "adapter_config.json"
 # Parts of other modalities, and buffers that old checkpoints store with the weights.
 HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")
+HUB = "load the model from its safetensors folder or hub id"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -322,21 +323,12 @@ def _resolve_name(name_or_path: str) -> str:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file, exactly, into a safetensors folder of float32 with its tokenizer."""
     logger.info("converting %s once; later loads take seconds", gguf.name)
-    reader = GGUFReader(gguf)
-    n_parts = _stated(reader, "split.count") or 1
-    if n_parts > 1:
-        raise InputError(
-            f"{gguf} is one of {n_parts} parts of a model; join them with llama.cpp "
-            "(llama-gguf-split --merge FIRST_PART WHOLE) and name the whole"
-        )
+    scaling = _rope_scaling(gguf)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     quantised = _with_all_weights(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     del quantised.config.quantization_config
-    try:
-        if scaling := _rope_scaling(reader):
-            _scale_rope(quantised.config, scaling)
-    except InputError as error:
-        raise InputError(f"{gguf}: {error}; load the model from its safetensors folder or hub id") from error
+    if scaling:
+        _scale_rope(quantised.config, scaling, gguf)
     # A model loaded from GGUF cannot be saved, so a plain one takes over its weights.
     plain = AutoModelForCausalLM.from_config(quantised.config)
     plain.load_state_dict(quantised.state_dict())
@@ -349,12 +341,19 @@ def _stated(reader: GGUFReader, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _rope_scaling(reader: GGUFReader) -> dict[str, Any]:
+def _rope_scaling(gguf: Path) -> dict[str, Any]:
     """Return how a GGUF file scales rotary positions, as `rope_parameters`, which transformers leaves out.
 
     A tensor of factors divides the frequencies (Llama 3, Phi 3), or the metadata name a method.
-    Raises InputError: a scaling that `rope_parameters` cannot express.
+    Raises InputError: a scaling that `rope_parameters` cannot express, or one part of a split file.
     """
+    reader = GGUFReader(gguf)
+    n_parts = _stated(reader, "split.count") or 1
+    if n_parts > 1:
+        raise InputError(
+            f"{gguf} is one of {n_parts} parts of a model; join them with llama.cpp "
+            "(llama-gguf-split --merge FIRST_PART WHOLE) and name the whole"
+        )
     architecture = _stated(reader, "general.architecture")
     prefix, context = f"{architecture}.rope.scaling.", _stated(reader, f"{architecture}.context_length")
     stated = {
@@ -392,14 +391,16 @@ def _rope_scaling(reader: GGUFReader) -> dict[str, Any]:
             "attention_factor": strength * (0.1 * math.log(factor) + 1.0),
             **{key.removeprefix("yarn_"): stated[key] for key in others},
         }
-    raise InputError(f"the file scales rotary positions in a way that is not converted ({shown(stated)})")
+    raise InputError(
+        f"{gguf} scales rotary positions in a way that is not converted ({shown(stated)}); {HUB}"
+    )
 
 
-def _scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> None:
+def _scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], gguf: Path) -> None:
     """Set a configuration's rope scaling. Raises InputError: it has no rotary positions to scale."""
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
-        raise InputError(f"the file scales rotary positions, which {config.model_type} does not have here")
+        raise InputError(f"{gguf} scales rotary positions, which {config.model_type} does not have; {HUB}")
     parameters = parameters.get("full_attention", parameters)  # those of sliding windows are not scaled
     if parameters.get("rope_type", "default") == "default":  # otherwise transformers has read it
         parameters.update(scaling)
