@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
-from decoding.steering_hooks import block_output, reject_steered
+from decoding.steering_hooks import block_output, hook_error, reject_steered
 from model_loading import (
     check_layer,
     context_length,
     d_model,
     decoder_blocks,
+    evaluation_mode,
     filler_token_id,
+    on_device,
     pad_tokens,
     plain_model,
 )
@@ -109,9 +111,9 @@ class ActivationExtractor:
         block_path: str | None = None,
         read_steered: bool = False,
     ) -> None:
-        """Raises InputError: layer out of range, or no decoder blocks found."""
+        """Raises InputError: layer out of range, no decoder blocks found, or no such device here."""
         model = plain_model(model)
-        self.model = model if device is None else model.to(device)
+        self.model = on_device(model, device)
         self.tokenizer, self.batch_size, self.read_steered = tokenizer, batch_size, read_steered
         self.blocks, self.block_path = decoder_blocks(model, block_path), block_path
         check_layer(layer_idx, self.blocks)
@@ -126,12 +128,18 @@ class ActivationExtractor:
         """Return the activation of one text, (d,). See `extract_layers`."""
         return self.extract_batch([text], position)[0]
 
-    def extract_batch(self, texts: Sequence[ReadText], position: str = "last") -> Tensor:
+    def extract_batch(
+        self, texts: Sequence[ReadText], position: str = "last", batch_size: int | None = None
+    ) -> Tensor:
         """Return the activations of texts, (n, d), in their order. See `extract_layers`."""
-        return self.extract_layers(texts, [self.layer_idx], position)[self.layer_idx]
+        return self.extract_layers(texts, [self.layer_idx], position, batch_size)[self.layer_idx]
 
     def extract_layers(
-        self, texts: Sequence[ReadText], layers: Sequence[int], position: str = "last"
+        self,
+        texts: Sequence[ReadText],
+        layers: Sequence[int],
+        position: str = "last",
+        batch_size: int | None = None,
     ) -> dict[int, Tensor]:
         """Return layer_idx -> (n, d) float32 for several layers from one pass over the texts.
 
@@ -139,6 +147,7 @@ class ActivationExtractor:
         position: `last`, the last token; `mean`, the mean over the tokens but special ones and the very
             first, an attention sink with a huge norm; `response`, the mean over the tokens of the response
             (arXiv 2507.21509).
+        batch_size: of this call, the extractor's by default.
         Raises InputError: no texts, an empty text, a layer out of range, an unknown position, or an
         activation that is not finite (the text's index is named).
         """
@@ -160,7 +169,11 @@ class ActivationExtractor:
                 kept = ([i for i, token in enumerate(ids) if i and token not in left_out] for ids in tokens)
                 token_indices = [of_text or last for of_text, last in zip(kept, token_indices, strict=True)]
         return self._read(
-            tokens, token_indices, wanted, lambda activations: activations.mean(0, keepdim=True)
+            tokens,
+            token_indices,
+            wanted,
+            lambda activations: activations.mean(0, keepdim=True),
+            batch_size=batch_size,
         )
 
     def extract_tokens(
@@ -300,6 +313,7 @@ class ActivationExtractor:
         layers: list[int],
         reduce: Callable[[Tensor], Tensor],
         first_index: int = 0,
+        batch_size: int | None = None,
     ) -> dict[int, Tensor]:
         """Return layer_idx -> rows that `reduce` makes of each text's activations (tokens, layers, d)."""
 
@@ -317,7 +331,8 @@ class ActivationExtractor:
             reject_steered(self.model, remedy=", or pass read_steered=True to read it as it is")
         lengths = [len(ids) for ids in tokens]
         self.n_tokens += sum(lengths)
-        found = run_in_batches(run, lengths, self.batch_size, "extracting", quiet=len(tokens) <= WINDOW)
+        size = self.batch_size if batch_size is None else batch_size
+        found = run_in_batches(run, lengths, size, "extracting", quiet=len(tokens) <= WINDOW)
         return dict(zip(layers, torch.cat(found).unbind(1), strict=True))
 
     @torch.inference_mode()
@@ -333,12 +348,14 @@ class ActivationExtractor:
                 raise _StopForward
 
         padded, _ = pad_tokens(tokens, filler_token_id(self.model), "right", self.model.device)
-        with ExitStack() as stack:
+        with evaluation_mode(self.model), ExitStack() as stack:
             for layer_idx in layers:
                 stack.enter_context(self.blocks[layer_idx].register_forward_hook(partial(record, layer_idx)))
             stack.enter_context(suppress(_StopForward))
             # Causality hides padding on the right, and without a mask attention takes its fast path.
             self.model(input_ids=padded, use_cache=False)
+        if missed := [layer_idx for layer_idx in layers if layer_idx not in recorded]:
+            raise hook_error(missed[0])
         rows = torch.tensor([row for row, kept in enumerate(token_indices) for _ in kept], dtype=torch.int64)
         columns = torch.tensor([i for kept in token_indices for i in kept], dtype=torch.int64)
         taken = [

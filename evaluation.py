@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
-from model_loading import context_length, filler_token_id, pad_tokens, plain_model
+from model_loading import context_length, evaluation_mode, filler_token_id, pad_tokens, plain_model
 from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
 from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
 from scoring.judge_answers import Judge, Judgement
@@ -293,7 +293,10 @@ def _perplexities(
         return [math.exp(-part.mean().item()) for part in parts]
 
     # Logits at the prompt's tokens would take most of the memory, and they are not needed.
-    with narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]):
+    with (
+        evaluation_mode(model),
+        narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]),
+    ):
         return run_in_batches(run, [len(ids) for ids, _ in texts], batch_size, "perplexity")
 
 

@@ -9,32 +9,35 @@ import atexit
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
+from gguf import GGUFReader
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
-from support.artifacts import file_sha256
-from support.errors import InputError
-from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files
+from support.artifacts import acquire, file_lock, file_sha256, release
+from support.errors import InputError, first_line, shown
+from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files, locked
 from support.text_files import local_path
 from support.vocabulary import QUANTIZATIONS
 
@@ -59,6 +62,7 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
 ADAPTER_CONFIG = "adapter_config.json"
 # Parts of other modalities, and buffers that old checkpoints store with the weights.
 HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")
+HUB = "load the model from its safetensors folder or hub id"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,7 +126,7 @@ def _load(
     if "revision" in options and Path(location).exists():
         given = f"revision {options['revision']!r}"
         raise InputError(f"{given} is for hub ids, but {name_or_path!r} is on this machine")
-    base = _base_of_adapter(location)
+    base = _base_of_adapter(location, options)
     has_tokenizer = base is None or (Path(location) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **options)
     config = AutoConfig.from_pretrained(base or location, **options)
@@ -187,8 +191,11 @@ def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _base_of_adapter(location: str) -> str | None:
-    """Return the location of a PEFT adapter's base model; None for a folder without an adapter."""
+def _base_of_adapter(location: str, options: Mapping[str, Any]) -> str | None:
+    """Return the location of a PEFT adapter's base model; None for a folder without an adapter.
+
+    Raises InputError, which names the file: no base model is named there, or it is not to be found.
+    """
     path = Path(location) / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -197,13 +204,21 @@ def _base_of_adapter(location: str) -> str | None:
         raise InputError(
             f"{path} names no base_model_name_or_path; merge the adapter into its model yourself"
         )
-    return _resolve_name(base)
+    try:
+        found = _resolve_name(base)
+        AutoConfig.from_pretrained(found, **options)
+    except Exception as error:  # as in `load_model`
+        raise InputError(
+            f"{path} names the base model {base!r}, which cannot be loaded: {first_line(error)}; correct "
+            "base_model_name_or_path there"
+        ) from error
+    return found
 
 
 def _reason(error: Exception, name_or_path: str) -> str:
     """Return one line that says why a model did not load."""
     if "for this kind of AutoModel" not in str(error):
-        return (f"{type(error).__name__}: " if isinstance(error, ImportError) else "") + _first_line(error)
+        return (f"{type(error).__name__}: " if isinstance(error, ImportError) else "") + first_line(error)
     try:
         config = AutoConfig.from_pretrained(_resolve_name(name_or_path))
     except Exception:
@@ -224,32 +239,42 @@ def _new_offload_folder() -> str:
     """
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "offload.lock"):
+    with locked(root / "offload.lock"):
         for left in root.glob("offload-*.lock"):
-            _remove_offload_folder(left.with_suffix(""), FileLock(left, timeout=0))
+            other = file_lock(left, timeout=0)
+            with suppress(Timeout):  # its process is alive
+                if acquire(other):
+                    _remove_offload_folder(left.with_suffix(""), other)
         folder = Path(tempfile.mkdtemp(prefix="offload-", dir=root))
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, thread_local=False)
-        lock.acquire()
+        lock = file_lock(folder.with_name(f"{folder.name}.lock"), timeout=0)
+        acquire(lock)
     atexit.register(_remove_offload_folder, folder, lock)
     return str(folder)
 
 
 def _remove_offload_folder(folder: Path, lock: BaseFileLock) -> None:
-    """Remove a folder and its lock, unless another process holds that."""
-    with suppress(Timeout), lock:
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
+    """Remove a folder and its lock, which this process holds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(lock.lock_file).unlink(missing_ok=True)
+    release(lock)
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """Return the torch device of a name. Raises InputError: there is none here, or it has no float64."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(default if device == "auto" else device)
         torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+        raise InputError(
+            f"device {str(device)!r} cannot be used here: {first_line(error)}; choose 'auto' or 'cpu'"
+        ) from error
     return chosen
+
+
+def on_device(model: PreTrainedModel, device: str | torch.device | None) -> PreTrainedModel:
+    """Move a model, unless `device` is None. Raises InputError as `resolve_device`."""
+    return model if device is None else model.to(resolve_device(device))
 
 
 def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -267,10 +292,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def _resolve_name(name_or_path: str) -> str:
     """Return what `from_pretrained` can open: a folder or a hub id."""
     entry, path = PACKAGED_MODELS.get(name_or_path), local_path(name_or_path)
@@ -284,8 +305,9 @@ def _resolve_name(name_or_path: str) -> str:
             if entry:
                 gguf.unlink()
 
-        sha256 = entry.sha256 if entry else file_sha256(path)
-        return str(build_once(f"models/{sha256[:16]}-float32", build))
+        # Earlier versions converted a given file without its rope scaling, under the first of these names.
+        name = f"{entry.sha256[:16]}-float32" if entry else f"{file_sha256(path)[:16]}-float32-rope"
+        return str(build_once(f"models/{name}", build))
     if path.is_dir():
         if not ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()):
             raise InputError(f"model folder {name_or_path!r} has no config.json; name the folder that has it")
@@ -301,14 +323,87 @@ def _resolve_name(name_or_path: str) -> str:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file, exactly, into a safetensors folder of float32 with its tokenizer."""
     logger.info("converting %s once; later loads take seconds", gguf.name)
+    scaling = _rope_scaling(gguf)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     quantised = _with_all_weights(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     del quantised.config.quantization_config
+    if scaling:
+        _scale_rope(quantised.config, scaling, gguf)
     # A model loaded from GGUF cannot be saved, so a plain one takes over its weights.
     plain = AutoModelForCausalLM.from_config(quantised.config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _stated(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _rope_scaling(gguf: Path) -> dict[str, Any]:
+    """Return how a GGUF file scales rotary positions, as `rope_parameters`, which transformers leaves out.
+
+    A tensor of factors divides the frequencies (Llama 3, Phi 3), or the metadata name a method.
+    Raises InputError: a scaling that `rope_parameters` cannot express, or one part of a split file.
+    """
+    reader = GGUFReader(gguf)
+    n_parts = _stated(reader, "split.count") or 1
+    if n_parts > 1:
+        raise InputError(
+            f"{gguf} is one of {n_parts} parts of a model; join them with llama.cpp "
+            "(llama-gguf-split --merge FIRST_PART WHOLE) and name the whole"
+        )
+    architecture = _stated(reader, "general.architecture")
+    prefix, context = f"{architecture}.rope.scaling.", _stated(reader, f"{architecture}.context_length")
+    stated = {
+        key.removeprefix(prefix): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(prefix) and not key.endswith(".finetuned")
+    }
+    factors = {
+        tensor.name.removesuffix(".weight"): tensor.data.tolist()
+        for tensor in reader.tensors
+        if tensor.name.startswith(("rope_freqs", "rope_factors"))
+    }
+    method, factor = stated.get("type", "linear"), stated.get("factor", 1.0)  # llama.cpp's defaults
+    original, strength = stated.get("original_context_length", context), stated.get("attn_factor", 1.0)
+    others = stated.keys() - {"type", "factor", "original_context_length", "attn_factor"}
+    is_neutral = method == "none" or (method == "linear" and factor in (0.0, 1.0))
+    short = factors.get("rope_factors_short", factors.get("rope_freqs"))
+    if is_neutral and not factors:
+        return {}
+    if short and not others and (is_neutral or method == "longrope"):
+        return {
+            "rope_type": "longrope",
+            "short_factor": short,
+            "long_factor": factors.get("rope_factors_long", short),
+            "original_max_position_embeddings": original,
+            "attention_factor": strength,
+        }
+    if method == "linear" and not factors and not others:
+        return {"rope_type": "linear", "factor": factor}
+    if method == "yarn" and not factors and others <= {"yarn_beta_fast", "yarn_beta_slow"}:
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "attention_factor": strength * (0.1 * math.log(factor) + 1.0),
+            **{key.removeprefix("yarn_"): stated[key] for key in others},
+        }
+    raise InputError(
+        f"{gguf} scales rotary positions in a way that is not converted ({shown(stated)}); {HUB}"
+    )
+
+
+def _scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], gguf: Path) -> None:
+    """Set a configuration's rope scaling. Raises InputError: it has no rotary positions to scale."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        raise InputError(f"{gguf} scales rotary positions, which {config.model_type} does not have; {HUB}")
+    parameters = parameters.get("full_attention", parameters)  # those of sliding windows are not scaled
+    if parameters.get("rope_type", "default") == "default":  # otherwise transformers has read it
+        parameters.update(scaling)
 
 
 @torch.inference_mode()
@@ -354,7 +449,7 @@ def decoder_blocks(model: PreTrainedModel, block_path: str | None = None) -> nn.
     try:
         blocks = model.get_submodule(block_path)
     except AttributeError as error:
-        raise InputError(f"block path {block_path!r}: {_first_line(error)}; see print(model)") from error
+        raise InputError(f"block path {block_path!r}: {first_line(error)}; see print(model)") from error
     if not isinstance(blocks, nn.ModuleList):
         found = f"{type(blocks).__name__}, expected the ModuleList of decoder blocks; see print(model)"
         raise InputError(f"block path {block_path!r} is a {found}")
@@ -420,6 +515,23 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
         where = "which acts outside the model's blocks; use a LoRA adapter"
         raise InputError(f"{type(model).__name__} has a prompt-learning adapter, {where}")
     return model.get_base_model()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout, gradient checkpoints and compiled code while the body runs.
+
+    Compiled code would leave out the hooks that were registered after its compilation.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:

@@ -121,8 +121,9 @@ class RidgeMapping:
 
     lambda_unit: `absolute`, or `relative`: multiples of the mean diagonal of X'X, which gives
         a value the same meaning for models with other activation scales and other n.
-    source_layer, target_layer, source_model, target_model: where the activations come from, None
-        if the caller does not set them. They are saved, so that a map can be used alone.
+    source_layer, target_layer, source_model, target_model, source_blocks (the source model's number of
+        blocks): where the activations come from, None if the caller does not set them. They are saved, so
+        that a map can be used alone.
     Memory: what `PairStatistics` needs; `cross_validate` takes about twice as much again.
     After `fit` or `cross_validate`: W (d_source, d_target) float64, source_mean, target_mean,
     lambda_ (as given), lambda_absolute, target_components (d_target, d_target): the principal
@@ -138,6 +139,7 @@ class RidgeMapping:
         self.target_layer: int | None = None
         self.source_model: str | None = None
         self.target_model: str | None = None
+        self.source_blocks: int | None = None
         self.W: Tensor | None = None
         self.source_mean: Tensor | None = None
         self.target_mean: Tensor | None = None
@@ -320,7 +322,8 @@ class RidgeMapping:
 
     def save(self, path: str | Path, fingerprint: str = "") -> None:
         """Write the fitted map, without its statistics, to a `.pt` file in one step."""
-        content = {"W": self._fitted_W(), **{name: getattr(self, name) for name in _SAVED}}
+        content = {"W": self._fitted_W(), "source_blocks": self.source_blocks}
+        content |= {name: getattr(self, name) for name in _SAVED}
         widths = {"d_source": self.d_source, "d_target": self.d_target, "lambda_unit": self.lambda_unit}
         save_tensors(Path(path), {"fingerprint": fingerprint, **widths, **content})
 
@@ -336,6 +339,7 @@ class RidgeMapping:
             mapping = cls(content["d_source"], content["d_target"], content["lambda_unit"])
             for key in ("W", *_SAVED):
                 setattr(mapping, key, content[key])
+            mapping.source_blocks = content.get("source_blocks")  # files of earlier versions lack it
         except KeyError as error:
             raise InputError(f"{name} has no entry {error}; it is not a ridge mapping") from error
         return mapping
@@ -539,9 +543,10 @@ def main() -> None:
     truth = torch.randn(40, 60, generator=generator, dtype=torch.float64)
     H_source = 3 * torch.randn(1500, 40, generator=generator, dtype=torch.float64) + 5
     mapping = RidgeMapping(40, 60)
-    mapping.cross_validate(H_source, H_source @ truth + 7)
+    noise = torch.randn(1500, 60, generator=generator, dtype=torch.float64)  # without it, lambda 0 is best
+    mapping.cross_validate(H_source, H_source @ truth + 7 + noise)
     analysis = mapping.analyze()
-    assert torch.allclose(mapping.W, truth, atol=0.02)
+    assert torch.allclose(mapping.W, truth, atol=0.05)
     assert analysis["shuffled_r2"] < 0.02 < 0.99 < analysis["held_out_r2"]
     print(f"ridge_mapping OK: held-out R2 {analysis['held_out_r2']:.4f}, df {analysis['df']:.1f}")
 

@@ -24,12 +24,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decoding.batching import run_in_batches
 from decoding.loop import decode, hides_left_padding
 from decoding.row_sampler import RowSampler, row_uniforms
-from decoding.steering_hooks import RowSteering, Steering, reject_steered, unsteered
-from model_loading import check_layer, context_length, d_model, decoder_blocks, pad_token_id, plain_model
+from decoding.steering_hooks import RowSteering, Steering, hook_error, reject_steered, unsteered
+from model_loading import (
+    check_layer,
+    context_length,
+    d_model,
+    decoder_blocks,
+    on_device,
+    pad_token_id,
+    plain_model,
+)
 from support.errors import InputError
 from support.vocabulary import ALPHA_UNITS, STEER_POSITIONS
 from texts.chat import Prompt, end_tokens, prompt_text
-from texts.encoding import encode
+from texts.encoding import decoder, encode
 
 logger = logging.getLogger(__name__)
 RowVectors = Mapping[int, Tensor | np.ndarray]  # layer_idx -> (rows, d)
@@ -81,14 +89,14 @@ class SteeredGenerator:
         block_path: str | None = None,
         steer_positions: str = "all",
     ) -> None:
-        """Raises InputError: unknown alpha_unit or steer_positions, no decoder blocks or no cache found."""
+        """Raises InputError: unknown alpha_unit, steer_positions or device, no decoder blocks or no cache."""
         model = plain_model(model)
         if alpha_unit not in ALPHA_UNITS:
             raise InputError(f"alpha_unit {alpha_unit!r} is unknown; choose {' or '.join(ALPHA_UNITS)}")
         if steer_positions not in STEER_POSITIONS:
             choices = " or ".join(STEER_POSITIONS)
             raise InputError(f"steer_positions {steer_positions!r} is unknown; choose {choices}")
-        self.model = model if device is None else model.to(device)
+        self.model = on_device(model, device)
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.blocks = decoder_blocks(model, block_path)
         self.alpha_unit, self.residual_norms = alpha_unit, dict(residual_norms or {})
@@ -266,6 +274,8 @@ class SteeredGenerator:
         device, max_new_tokens = self.model.device, uniform.shape[1]
         uniform = uniform.to(device)
         hooks = {layer: RowSteering(vectors.to(device), self.at_last) for layer, vectors in added.items()}
+        steered = [*hooks.items(), *self._steering.items()]
+        n_before = [steering.n_calls for _, steering in steered]
 
         def keep(rows: Tensor) -> None:
             for steering in hooks.values():
@@ -287,7 +297,11 @@ class SteeredGenerator:
                     for row, ids in enumerate(tokens)
                 ],
             )
-        text = partial(self.tokenizer.decode, skip_special_tokens=True)
+        n_passes = min(max_new_tokens, max(map(len, continuations)) + 1)
+        for (layer, steering), n in zip(steered, n_before, strict=True):
+            if steering.n_calls - n < n_passes:
+                raise hook_error(layer)
+        text = decoder(self.tokenizer)
         # Cutting the prompt off the whole keeps a space that some tokenizers drop from a text's first token.
         return [
             Generation(text([*prompt, *new])[len(text(prompt)) :], len(new), len(new) < max_new_tokens)

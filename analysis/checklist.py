@@ -16,6 +16,7 @@ from torch import Tensor
 
 from activation_extractor import ActivationExtractor, PersonaVector, block_output
 from evaluation import continuation_perplexities, repetition_metrics
+from model_loading import evaluation_mode
 from steered_generation import SteeredGenerator, steering_error
 from support.errors import InputError
 from texts.encoding import encode
@@ -63,14 +64,15 @@ def check_extraction(side: str, extractor: ActivationExtractor) -> list[Check]:
     """
     recorded: list[Tensor] = []
     block = extractor.blocks[extractor.layer_idx]
+    extracted = extractor.extract_batch([PROBE, LONGER_PROBE], "last")[0]
     with (
         block.register_forward_hook(lambda module, args, output: recorded.append(block_output(output))),
+        evaluation_mode(extractor.model),
         torch.inference_mode(),
     ):
         tokens = torch.tensor(encode(extractor.tokenizer, [PROBE]), device=extractor.model.device)
         extractor.model(tokens, use_cache=False)
     plain = recorded[0][0, -1].float().cpu()
-    extracted = extractor.extract_batch([PROBE, LONGER_PROBE], "last")[0]
     width = len(plain)
     difference = ((extracted - plain).abs().max() / plain.abs().max()).item()
     tolerance = EXACT_TOLERANCE[extractor.model.dtype]
@@ -104,7 +106,7 @@ def check_steering(
     tokens = torch.tensor(encode(generator.tokenizer, [PROBE]), device=model.device)
     reader = copy(extractor)
     reader.read_steered = True
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         before = model(tokens).logits
         # As long as the block's own output, so that rounding does not hide the vector.
         alpha = extractor.extract(PROBE).norm().item() / generator.alpha_scale(layer_idx)

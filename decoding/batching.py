@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from support.errors import InputError
 from support.progress import HIDDEN, tqdm
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def run_in_batches(
         item that does not fit raises the original error.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+        raise InputError(f"batch_size is {batch_size}, expected 1 or more")
     results: dict[int, Result] = {}
     # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
     silent = True if quiet or len(lengths) <= batch_size else HIDDEN

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from decoding.output_head import narrowed_head
-from model_loading import n_layers, pad_tokens
+from model_loading import evaluation_mode, n_layers, pad_tokens
 from support.errors import InputError
 
 # Dropping rows copies the cache, which takes about a fifteenth of a step.
@@ -32,8 +32,9 @@ def hides_left_padding(model: PreTrainedModel, pad_id: int) -> bool:
         raise _state_error(model)
     if _takes(model, "position_ids"):
         return True
-    alone = _Batch(model, [[5, 6, 7]], pad_id, 1).prefill()[0].float()
-    padded = _Batch(model, [[5, 6, 7], [8, 9, 5, 6, 7]], pad_id, 1).prefill()[0].float()
+    with evaluation_mode(model):
+        alone = _Batch(model, [[5, 6, 7]], pad_id, 1).prefill()[0].float()
+        padded = _Batch(model, [[5, 6, 7], [8, 9, 5, 6, 7]], pad_id, 1).prefill()[0].float()
     tolerance = (1e-3 if model.dtype == torch.float32 else 0.05) * alone.std().item()
     return torch.allclose(alone, padded, rtol=0, atol=tolerance)
 
@@ -79,7 +80,7 @@ def decode(
     batch = _Batch(model, [prompts[row] for row in distinct], pad_id, max_new_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
-    with narrowed_head(model, lambda hidden: hidden[:, -1:]):
+    with evaluation_mode(model), narrowed_head(model, lambda hidden: hidden[:, -1:]):
         if is_shared := len(distinct) < len(rows):
             on_rows_change(rows[distinct])
         logits = batch.prefill()

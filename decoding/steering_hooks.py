@@ -28,6 +28,14 @@ def block_output(output: Tensor | tuple) -> Tensor:
     return hidden
 
 
+def hook_error(layer_idx: int) -> InputError:
+    """Return the error of a forward pass in which a block's hook was not called."""
+    return InputError(
+        f"the model ran without calling the hook on block {layer_idx}, as traced code does, so it can "
+        "neither be read nor steered there; give the plain model, or name its blocks with block_path"
+    )
+
+
 class Steering:
     """A vector that a hook adds at one layer until `handle` is removed; `active`: whether it does so now."""
 
@@ -36,11 +44,12 @@ class Steering:
     ) -> None:
         """vector: (d,) float32 on the model's device. at_last: only on the last position of each pass."""
         self.layer_idx, self.vector, self.at_last = layer_idx, vector, at_last
-        self.alpha, self.scale, self.active = alpha, scale, True
+        self.alpha, self.scale, self.active, self.n_calls = alpha, scale, True, 0
         self.handle = blocks[layer_idx].register_forward_hook(self.hook)
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
         """Return the block's output with alpha * v added; never changes a tensor in place."""
+        self.n_calls += 1
         if not self.active or self.alpha == 0:
             return None
         return _with_added(output, self.alpha * self.scale * self.vector, self.at_last)
@@ -52,12 +61,13 @@ class RowSteering:
     def __init__(self, added: Tensor, at_last: bool) -> None:
         """added: (rows, d) float32, on the model's device."""
         self.added = self.current = added
-        self.at_last = at_last
+        self.at_last, self.n_calls = at_last, 0
 
     def keep(self, rows: Tensor) -> None:
         self.current = self.added[rows]
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        self.n_calls += 1
         return _with_added(output, self.current[:, None], self.at_last)
 
 

@@ -144,6 +144,16 @@ class Inputs:
         return None if fastest == model.dtype else str(fastest).removeprefix("torch.")
 
     @property
+    def persona_notes(self) -> list[str]:
+        """What a reader of the scores has to know of the personas."""
+        return [
+            f"persona {persona.name!r} is given without labelled texts: those of the shipped persona of this "
+            "name train and validate its scorers; give it some, or another name"
+            for persona in self.personas
+            if persona.is_scored_as_shipped
+        ]
+
+    @property
     def responding_personas(self) -> list[Persona]:
         """The personas whose vectors are made from responses."""
         return [
@@ -255,6 +265,8 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         inputs = inputs.at_pairs(pairs)
     _check_layers(inputs)
     _check_prompts(inputs)
+    for note in inputs.persona_notes:
+        logger.warning("%s", note)
     return inputs
 
 

@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from support.errors import InputError
+from support.errors import InputError, first_line
 from support.package_cache import CACHE_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -268,8 +268,8 @@ def _connect(ray: ModuleType, address: str | None) -> None:
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise InputError(
-            f"no Ray can be used at the address {address or 'local'} ({error}); start a cluster with "
-            "`ray start --head` or correct the address"
+            f"no Ray can be used at the address {address or 'local'} ({first_line(error)}); start a cluster "
+            "with `ray start --head` or correct the address"
         ) from error
     # Ray makes SIGTERM an ordinary exit, which this undoes.
     if on_sigterm is not None and threading.current_thread() is threading.main_thread():

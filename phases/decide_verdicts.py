@@ -111,7 +111,7 @@ def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, A
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what a run is to end with: failed checks, a lambda at the edge, weak classifiers.
+    """Return what a run is to end with: failed checks, a lambda at the edge, weak or borrowed scorers.
 
     table: what `evaluation.aggregate` returns.
     """
@@ -119,4 +119,5 @@ def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
         results = CV_RESULTS.load(at_pair)
     checks = [*_preflight(run), asdict(check_lambda(run.config.lambda_values, results))]
     aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
-    return [*(f"preflight: {failure}" for failure in failures(checks)), *auc_notes(aucs)]
+    failed = [f"preflight: {failure}" for failure in failures(checks)]
+    return [*failed, *auc_notes(aucs), *run.inputs.persona_notes]

@@ -152,6 +152,7 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
     ridge.source_layer, ridge.target_layer = pair
     ridge.source_model, ridge.target_model = config.source_model, config.target_model
+    ridge.source_blocks = run.inputs.source.n_blocks
     described = {name: getattr(ridge, name) for name in DESCRIBED}
     others = {
         name: ComparisonMap.fitted(kind, ridge, draw)

@@ -9,6 +9,9 @@ everything else in them. A JSON file without a fingerprint, as `config.json`, ha
 
 Every write goes to a temporary file in the same folder, is flushed to disk, and replaces the old file in one
 step. A process that is killed leaves at most such a temporary file, `.<name>.<8 characters>`.
+
+A lock belongs to one process until it ends in whatever way. On a network file system without locks, work
+goes on without one, and a line says so.
 """
 
 import errno
@@ -22,18 +25,23 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
-from support.errors import InputError
+from support.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "checksum"
 TEMPORARY = re.compile(r"\..+\.(json|jsonl|pt|png)\.[a-z0-9_]{8}")
+
+# How network file systems say that they have no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ESTALE, errno.EINVAL}
 
 # Errors that reading a damaged or foreign tensor file has been seen to raise.
 _UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError)
@@ -182,10 +190,45 @@ def load_tensors(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise DamagedError(path, str(error).split("\n")[0][:120]) from error
+        raise DamagedError(path, first_line(error, 120)) from error
     if not isinstance(content, dict):
         raise DamagedError(path, f"it holds a {type(content).__name__}, expected a dictionary")
     return content
+
+
+def file_lock(path: Path, timeout: float = -1) -> BaseFileLock:
+    """Return the lock of a file, for `acquire`; timeout: seconds to wait for another process, -1 for ever."""
+    # It is not bound to a thread, so that any thread may release it.
+    return FileLock(path, timeout=timeout, thread_local=False, fallback_to_soft=False)
+
+
+def acquire(lock: BaseFileLock) -> bool:
+    """Take a lock; False if its file system has none. Raises Timeout: another process holds it."""
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if lock.timeout == 0:
+                raise
+            logger.info("waiting for another process, which holds %s", lock.lock_file)
+            lock.acquire()
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
+            raise
+        _say_unlocked(Path(lock.lock_file).parent, error.strerror)
+        return False
+    return True
+
+
+@cache
+def _say_unlocked(folder: Path, reason: str) -> None:
+    logger.warning("%s has no file locks (%s): let no other process write there meanwhile", folder, reason)
+
+
+def release(lock: BaseFileLock) -> None:
+    """Release a lock; one that is not held is left alone."""
+    with suppress(OSError):  # the file system has lost it
+        lock.release()
 
 
 def check_writable(path: Path) -> None:

@@ -41,6 +41,13 @@ def shown(value: Any, length: int = 80) -> str:
     return text if len(text) <= length + 2 else f"{text[:length]}..."
 
 
+def first_line(error: BaseException, length: int = 300) -> str:
+    """Return the first line of a library's message, with what follows where that line only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    n = next((n for n, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:n])[:length]
+
+
 def file_error(error: OSError) -> InputError | None:
     """Return what to tell a user whose file cannot be read or written; None if the error is about no file."""
     if error.errno is None or error.strerror is None:

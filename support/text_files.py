@@ -23,6 +23,11 @@ def local_path(name: str) -> Path:
     return path
 
 
+def file_name(name: str) -> str:
+    """Return a name as a part of a file's: no path, not hidden, and allowed on every system."""
+    return re.sub(r"[^\w .-]", "_", name).lstrip(".")
+
+
 def check_characters(text: str, name: str = "the text") -> str:
     """Return the text if a file can hold it and any tokenizer can read it; name: what errors call it.
 

@@ -2,11 +2,14 @@
 
 `.gguf`: a control vector of llama.cpp and repeng, whose `direction.N` is added to the output of decoder block
 N, counted from 0 (measured: it acts at our `layer_idx` N). `.safetensors` and `.pt` of this project: the same
-names, with metadata. `.pt` of persona_vectors (arXiv 2507.21509): (layers, d), whose first row is the
-embedding's. `.npy`: (d,) or (layers, d).
+names, with metadata. Other `.pt`: a tensor (d,) or (layers, d), as persona_vectors (arXiv 2507.21509) writes
+it with the embedding's row first, a list of tensors, or a dictionary block number -> tensor. `.npy`: (d,) or
+(layers, d). An axis of length 1 is left out.
 """
 
 import json
+import pickle
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,11 +24,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from support.artifacts import replacing, save_tensors
-from support.errors import InputError
+from support.errors import InputError, first_line
 
 FORMATS = ("gguf", "safetensors", "pt")
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
+NUMBERED = re.compile(r"(?:direction\.|layers?[._]?)?(\d+)")  # the name of a block's vector
 MODEL_HINT = f"{ARCHITECTURE}.model_hint"
 
 
@@ -48,9 +52,10 @@ class VectorFile:
         """Everything that the file holds."""
         return [each for each in (*self.by_layer.values(), self.anywhere, self.rows) if each is not None]
 
-    def at(self, layer_idx: int, n_blocks: int, d_model: int, model_type: str = "") -> Tensor:
+    def at(self, layer_idx: int, n_blocks: int | None, d_model: int, model_type: str = "") -> Tensor:
         """Return the vector for a block of a model, (d_model,) float32.
 
+        n_blocks: None if it is not known, which is not enough for rows.
         Raises InputError: another width, architecture or number of layers, or no vector for that layer.
         """
         width, remedy = self.tensors[0].shape[-1], "give vectors of this model"
@@ -71,6 +76,11 @@ class VectorFile:
                     "many, or one more with the embedding's first"
                 )
             by_layer = dict(enumerate(self.rows[n - n_blocks :]))
+        elif n_blocks is not None and (last := max(by_layer)) >= n_blocks:
+            raise InputError(
+                f"{self.path} has a vector for layer {last}, the model has blocks 0 to {n_blocks - 1}; "
+                "number the vectors by the block whose output they are of"
+            )
         if layer_idx not in by_layer:
             known = ", ".join(map(str, sorted(by_layer)))
             raise InputError(
@@ -92,9 +102,8 @@ def read_vectors(path: Path) -> VectorFile:
     except InputError:
         raise
     except Exception as error:  # the readers of a damaged file can raise anything
-        raise InputError(
-            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {error}); write it again"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path} cannot be read as {path.suffix} ({reason}); write it again") from error
     if not found.tensors:
         raise InputError(f"{path} holds no vector; expected {PREFIX}N, or one tensor of (d,) or (layers, d)")
     if len({each.shape[-1] for each in found.tensors}) > 1:
@@ -122,12 +131,20 @@ def _read_safetensors(path: Path) -> VectorFile:
 
 
 def _read_pt(path: Path) -> VectorFile:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    expected = "a tensor, a list of tensors or a dictionary block number -> tensor"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} cannot be read as .pt: it is damaged, or holds objects of a program; save {expected}"
+        ) from error
+    if isinstance(content, list | tuple) and content and all(isinstance(each, Tensor) for each in content):
+        content = torch.stack([each.squeeze() for each in content])
     if isinstance(content, Tensor):
         return _from_tensors(path, {"": content})
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected a tensor or {PREFIX}N -> tensor")
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        raise InputError(f"{path} holds a {type(content).__name__}, expected {expected}")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     return _from_tensors(path, tensors, str(content.get("model_hint", "")))
 
 
@@ -136,21 +153,26 @@ def _read_npy(path: Path) -> VectorFile:
 
 
 def _from_tensors(path: Path, tensors: Mapping[str, Tensor], hint: str = "") -> VectorFile:
-    if directions := _directions(tensors):
+    if directions := _directions(path, tensors):
         return VectorFile(path, directions, model_hint=hint)
     if len(tensors) != 1:
         return VectorFile(path)
     only = next(iter(tensors.values())).float()
-    if only.ndim not in (1, 2):
+    vectors = only.squeeze()
+    if vectors.ndim not in (1, 2):
         raise InputError(f"{path} holds a tensor of shape {tuple(only.shape)}, expected (d,) or (layers, d)")
-    return VectorFile(path, **{"anywhere" if only.ndim == 1 else "rows": only}, model_hint=hint)
+    return VectorFile(path, **{"anywhere" if vectors.ndim == 1 else "rows": vectors}, model_hint=hint)
 
 
-def _directions(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    numbered = [
-        (name.removeprefix(PREFIX), value) for name, value in tensors.items() if name.startswith(PREFIX)
-    ]
-    return {int(number): value.float().flatten() for number, value in numbered if number.isdigit()}
+def _directions(path: Path, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    directions = {}
+    for name, value in tensors.items():
+        if found := NUMBERED.fullmatch(name):
+            vector = value.float().squeeze()
+            if vector.ndim != 1:
+                raise InputError(f"{path}: {name} has shape {tuple(value.shape)}, expected (d,)")
+            directions[int(found[1])] = vector
+    return directions
 
 
 def write_vectors(

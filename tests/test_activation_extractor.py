@@ -97,6 +97,17 @@ def test_running_out_of_memory_changes_no_result(tokenizer):
     assert n_hooks(model) == 0
 
 
+def test_a_call_may_have_its_own_batch_size(tokenizer):
+    model = tiny_model()
+    extractor = ActivationExtractor(model, tokenizer, 1)
+    expected = extractor.extract_batch(TEXTS)
+    passes = fails_at(model, lambda n_rows, n_passes: False)
+    assert_close(extractor.extract_batch(TEXTS, batch_size=2), expected, **CLOSE)
+    assert passes == [2, 2, 1]
+    with pytest.raises(InputError, match="batch_size is 0, expected 1 or more"):
+        extractor.extract_batch(TEXTS, batch_size=0)
+
+
 def test_long_texts_are_cut_at_the_end_and_counted(llama, tokenizer):
     extractor = ActivationExtractor(llama, tokenizer, 1, max_length=5)
     extracted = extractor.extract_batch(["abcdefgh", "abc", "abcd"])

@@ -13,7 +13,7 @@ CHECKED = {path.stem for path in ROOT.glob("*.py")} - {"run_experiment"}
 
 
 @pytest.mark.parametrize("name", sorted(CHECKED))
-def test_component_checks_itself_offline(name, tmp_path, monkeypatch, capsys):
+def test_component_checks_itself_offline(name, tmp_path, monkeypatch, capsys, caplog):
     def offline(*arguments):
         raise OSError("a self-check asked for the network")
 
@@ -21,3 +21,4 @@ def test_component_checks_itself_offline(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(socket.socket, "connect", offline)
     runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
     assert f"{name} OK" in capsys.readouterr().out
+    assert caplog.records == []

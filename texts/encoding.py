@@ -5,7 +5,7 @@ and its continuation is another document, so such tokens are dropped. A text tha
 tokenizer's first token, as chat templates write it, does not get a second one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +41,21 @@ def encode_with_offsets(
     tokens, offsets = (_trimmed(values, parts) for values in (encoded.input_ids, encoded.offset_mapping))
     _check_embeddings(tokenizer, tokens, model, first_index)
     return tokens, offsets
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Return what gives the text of tokens, without special ones and ids that the tokenizer lacks.
+
+    A model may have more embeddings than its tokenizer has tokens. A fast tokenizer leaves such ids out, the
+    slow ones raise anything.
+    """
+    known = None if tokenizer.is_fast else set(tokenizer.get_vocab().values())
+
+    def text(ids: Sequence[int]) -> str:
+        kept = ids if known is None else [token for token in ids if token in known]
+        return tokenizer.decode(kept, skip_special_tokens=True)
+
+    return text
 
 
 def encode_continuations(

@@ -36,6 +36,7 @@ class Persona:
     validation: the validation set: texts that show the trait in other genres and lengths. Scorers are
         validated on it and never trained.
     direct_measure: `brevity` if the trait is to write little, which can be counted where texts end; else "".
+    is_scored_as_shipped: the labelled and validation texts are those of the shipped persona of this name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Persona:
     eval_prompt: str = ""
     validation: tuple[str, ...] = ()
     direct_measure: str = ""
+    is_scored_as_shipped: bool = False
 
     @property
     def all_texts(self) -> list[str]:
@@ -105,7 +107,8 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
     if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
         shipped = _read_persona(name)
         scoring = ("labelled_positive", "labelled_negative", "validation", "direct_measure")
-        persona = replace(persona, **{key: getattr(shipped, key) for key in scoring})
+        taken = {key: getattr(persona, key) or getattr(shipped, key) for key in scoring}
+        persona = replace(persona, **taken, is_scored_as_shipped=True)
     _check_persona(persona)
     return persona
 

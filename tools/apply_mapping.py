@@ -21,13 +21,20 @@ from support.vector_files import FORMATS, VectorFile, read_vectors, write_vector
 
 
 def apply_mapping(
-    mapping: Path, vector: Path, output: Path, layer: int | None = None, target_layer: int | None = None
+    mapping: Path,
+    vector: Path,
+    output: Path,
+    layer: int | None = None,
+    target_layer: int | None = None,
+    source_blocks: int | None = None,
 ) -> Path:
     """Map the vector of a file into another file, whose suffix says its format, and return its path.
 
     layer, target_layer: layer at which the vector is read and under which the mapped one is filed, by default
     those of the map. A map that was saved without layers needs target_layer, and also layer if the file holds
-    vectors of several layers. In a file of rows, (layers, d), the first row is the embedding's.
+    vectors of several layers.
+    source_blocks: of the source model, by default as the map knows it; with one row more, (layers, d) begins
+    with the embedding's.
     Raises InputError: a file without a map or a vector, another width, or a layer that is missing.
     """
     form = output.suffix.removeprefix(".")
@@ -38,7 +45,8 @@ def apply_mapping(
     target_layer = ridge.target_layer if target_layer is None else target_layer
     if target_layer is None:
         raise InputError(f"{mapping} was saved without its target layer; name it with --target-layer")
-    mapped = ridge.transform(_vector_at(found, layer, ridge.d_source))
+    n_blocks = ridge.source_blocks if source_blocks is None else source_blocks
+    mapped = ridge.transform(_vector_at(found, layer, n_blocks, ridge.d_source))
     metadata = {"mapping": str(mapping), "vector": str(vector), "source_layer": layer}
     for name in ("source_model", "target_model", "lambda_"):
         metadata[name.rstrip("_")] = getattr(ridge, name)
@@ -46,13 +54,18 @@ def apply_mapping(
     return output
 
 
-def _vector_at(found: VectorFile, layer: int | None, d_source: int) -> Tensor:
+def _vector_at(found: VectorFile, layer: int | None, n_blocks: int | None, d_source: int) -> Tensor:
     """Return the file's vector for a layer, or its only one, (d_source,)."""
     if layer is None and found.anywhere is None:
         if len(found.by_layer) != 1:
             raise InputError(f"{found.path} holds vectors of several layers; choose one with --layer")
         (layer,) = found.by_layer
-    return found.at(layer or 0, len(found.rows) - 1 if found.rows is not None else 0, d_source)
+    if found.rows is not None and n_blocks is None:
+        raise InputError(
+            f"{found.path} holds {len(found.rows)} rows, of which the first may be the embedding's; give the "
+            "source model's number of blocks with --source-blocks"
+        )
+    return found.at(layer or 0, n_blocks, d_source)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help=f"ends with .{', .'.join(FORMATS)}")
     parser.add_argument("--layer", type=int, help="source layer of the vector, instead of the map's")
     parser.add_argument("--target-layer", type=int, help="layer of the mapped vector, instead of the map's")
+    parser.add_argument("--source-blocks", type=int, help="of the source model, for a file of rows")
     options = parser.parse_args(arguments)
     return exit_status(lambda: apply_mapping(**vars(options)))
 

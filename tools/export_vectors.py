@@ -16,6 +16,7 @@ from experiment.command_line import exit_status
 from experiment.conditions import condition_of
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
+from support.text_files import file_name
 from support.vector_files import FORMATS, write_vectors
 
 NEEDED = ("config.json", "persona_vectors.pt", "verdict.json")
@@ -68,7 +69,7 @@ def export_vector(
         "models": content["models"],
         "fingerprint": content["fingerprint"],
     }
-    path = output or folder / f"{persona}_{method}.{form}"
+    path = output or folder / file_name(f"{persona}_{method}.{form}")
     write_vectors(path, form, directions, content["models"]["target"]["model_type"], metadata)
     return path
 

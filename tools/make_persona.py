@@ -32,6 +32,7 @@ from scoring.trait_classifier import load_sentence_encoder
 from steered_generation import SteeredGenerator
 from support.artifacts import save_text
 from support.errors import InputError, shown
+from support.text_files import file_name
 from texts.chat import question
 from texts.neutral_text import OverlapCheck
 from texts.personas import check_name, load_prompts
@@ -121,7 +122,7 @@ def write_persona(
     if not (trait_words := _trait_words(trait)):
         raise InputError(f"{shown(trait)} names no trait; describe one, for example 'speaks like a pirate'")
     name = check_name(name or "_".join(sorted(trait_words, key=trait.casefold().index)[:3]))
-    path = output or Path(f"{name}.json")
+    path = output or Path(file_name(f"{name}.json"))
     if path.exists():
         raise InputError(f"{path} exists already; name another file with --output, or delete it")
     pairs = _collect("pairs", n_pairs, trait, ask)

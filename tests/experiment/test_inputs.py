@@ -54,6 +54,14 @@ def test_neutral_text_holds_no_persona_text(settings, inputs):
     assert set(others) < set(found)
 
 
+def test_whose_labelled_texts_score_a_persona_is_said(settings, caplog):
+    own = {"labelled_positive_texts": ["OH"], "labelled_negative_texts": ["oh"]}
+    datasets = {"formal": LOUD, "silly": {**LOUD, **own}, "loud": LOUD}
+    (note,) = loaded(settings, persona_datasets=datasets).persona_notes
+    assert note.startswith("persona 'formal' is given without labelled texts: those of the shipped persona")
+    assert note in caplog.text
+
+
 @pytest.mark.parametrize("text", [load_prompts("test")[0], load_prompts("test_questions")[0]])
 @pytest.mark.parametrize("place", ["positive_texts", "questions", "instruction"])
 def test_a_persona_text_that_holds_a_test_prompt_is_an_error(settings, text, place):

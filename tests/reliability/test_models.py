@@ -1,7 +1,6 @@
 """Models and tokenizers as users bring them: what would give a wrong number is handled or rejected."""
 
 import json
-import shutil
 from pathlib import Path
 
 import peft
@@ -16,6 +15,7 @@ from transformers import (
     BartForCausalLM,
     BlenderbotConfig,
     BlenderbotForCausalLM,
+    ByT5Tokenizer,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     LlavaConfig,
@@ -89,6 +89,7 @@ def test_tied_weights_need_be_there_once(tmp_path):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
+OWN_CONFIG = {"auto_map": {"AutoConfig": "own_code.Own"}, "model_type": "own"}
 OWN_CODE = {"auto_map": {"AutoModelForCausalLM": "own_code.Own"}}
 
 
@@ -111,6 +112,25 @@ def test_what_transformers_cannot_load_is_an_error(tmp_path, changes, message, i
     with pytest.raises(InputError, match=message) as caught:
         load_model(str(tmp_path), device="cpu", trust_remote_code=is_trusted)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("missing packages:\n\n- one\n- two", "missing packages: - one"),
+        ("one reason\nand its details", "one reason"),
+        ("nothing follows:", "nothing follows:"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_reason_of_a_library_is_shown_in_a_line(message, shown, tmp_path):
+    saved(tiny_model(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | OWN_CONFIG))
+    (tmp_path / "own_code.py").write_text(f"raise RuntimeError({message!r})\n\n\nclass Own: ...\n")
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert str(caught.value) == f"cannot load a causal language model from {str(tmp_path)!r}: {shown}"
 
 
 def test_a_model_of_images_is_called_what_it_is(tmp_path):
@@ -141,6 +161,78 @@ def test_a_wrapped_model_is_read_steered_and_scored_with_its_adapter(tokenizer):
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
 
 
+def dropping(model):
+    """Leave one module alone in training mode, as Monte Carlo dropout does."""
+    model.model.layers[2].self_attn.train()
+
+
+def with_checkpoints(model):
+    model.gradient_checkpointing_enable()
+    model.train()
+
+
+def compiled_inside(model):
+    """Compile the inner forward, and run it once: what is compiled knows no hooks."""
+    model.model.forward = torch.compile(model.model.forward, backend="eager")
+    logits(model)
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    logits(model)
+
+
+@pytest.mark.parametrize(
+    "prepare", [torch.nn.Module.train, dropping, with_checkpoints, compiled_inside, compiled_in_place]
+)
+def test_a_model_in_whatever_mode_is_read_steered_and_scored_as_a_plain_one(prepare, tokenizer):
+    found = []
+    for change in (lambda model: None, prepare):
+        model = tiny_model(attention_dropout=0.5)
+        change(model)
+        modes = [module.training for module in model.modules()]
+        with SteeredGenerator(model, tokenizer) as generator:
+            rows = {1: torch.ones(len(PROMPTS), D_MODEL)}
+            written = generator.generate_batch(PROMPTS, 8, steering_vectors=rows, alphas=[0.0, 2.0, 5.0])
+            generator.register_steering(2, torch.ones(D_MODEL), 3.0)
+            written += generator.generate_batch(PROMPTS, 8)
+        read = ActivationExtractor(model, tokenizer, 1).extract_batch(TEXTS)
+        scores = continuation_perplexities(model, tokenizer, PROMPTS, OUTPUTS)
+        assert [module.training for module in model.modules()] == modes
+        found.append((written, read, scores))
+    (written, read, scores), others = found
+    assert others[0] == written
+    assert torch.allclose(others[1], read, atol=1e-5)
+    assert others[2] == pytest.approx(scores, rel=1e-4)
+
+
+def test_blocks_whose_hooks_are_never_called_are_an_error(tokenizer):
+    model = tiny_model()
+    block = model.model.layers[1]
+    silent = {"__call__": lambda self, *inputs, **options: self.forward(*inputs, **options)}
+    block.__class__ = type("Silent", (type(block),), silent)
+    expected = "without calling the hook on block 1"
+    with pytest.raises(InputError, match=expected):
+        ActivationExtractor(model, tokenizer, 1).extract_batch(TEXTS)
+    with SteeredGenerator(model, tokenizer) as generator:
+        assert len(generator.generate_batch(PROMPTS, 4)) == len(PROMPTS)
+        rows = {1: torch.ones(len(PROMPTS), D_MODEL)}
+        with pytest.raises(InputError, match=expected):
+            generator.generate_batch(PROMPTS, 4, steering_vectors=rows, alphas=[1.0] * len(PROMPTS))
+        generator.register_steering(1, torch.ones(D_MODEL), 1.0)
+        with pytest.raises(InputError, match=expected):
+            generator.generate_batch(PROMPTS, 4)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", torch.device("cuda:99"), "nonsense"])
+def test_a_device_that_is_not_here_is_one_line(device, llama, tokenizer):
+    for made in (ActivationExtractor, SteeredGenerator):
+        layer = {"layer_idx": 1} if made is ActivationExtractor else {}
+        with pytest.raises(InputError, match=r"cannot be used here: .*; choose 'auto' or 'cpu'") as raised:
+            made(llama, tokenizer, device=device, **layer)
+        assert "\n" not in str(raised.value)
+
+
 def test_the_folder_of_an_adapter_loads_with_its_base(tmp_path):
     base = saved(tiny_model(), tmp_path / "base")
     model, _ = load_model(base, device="cpu")
@@ -148,9 +240,17 @@ def test_the_folder_of_an_adapter_loads_with_its_base(tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter")
     loaded, _ = load_model(str(tmp_path / "adapter"), device="cpu")
     assert torch.allclose(logits(loaded), logits(wrapped), atol=1e-4)
-    shutil.rmtree(tmp_path / "base")
-    with pytest.raises(InputError, match="base"):
-        load_model(str(tmp_path / "adapter"), device="cpu")
+
+
+@pytest.mark.parametrize("base", ["/nowhere/base", "nobody/has-this", "no name: at all"])
+def test_an_adapter_without_its_base_names_it_and_the_file_that_names_it(base, tmp_path):
+    with_lora(tiny_model()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    with pytest.raises(InputError, match="correct base_model_name_or_path there") as raised:
+        load_model(str(tmp_path), device="cpu")
+    assert f"{tmp_path / 'adapter_config.json'} names the base model {base!r}" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_an_adapter_of_the_prompt_is_rejected(tokenizer):
@@ -213,6 +313,16 @@ def test_a_pad_token_beyond_the_embeddings_pads_all_the_same(llama):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id >= VOCAB_SIZE
     assert SteeredGenerator(llama, tokenizer).generate_batch(PROMPTS, 8) == expected
+
+
+def test_tokens_that_a_slow_tokenizer_lacks_have_no_text():
+    """A model may have more embeddings than its tokenizer has tokens; a fast one leaves them out."""
+    model = tiny_model(vocab_size=500)
+    model.lm_head.weight.data[:400] = 0  # the tokenizer has 384
+    model.lm_head.weight.data[400:] *= 100
+    slow = ByT5Tokenizer()
+    (written,) = SteeredGenerator(model, slow).generate_batch(["abc"], 4)
+    assert (written.text, written.n_tokens) == ("", 4)
 
 
 def test_a_token_without_embedding_is_rejected_by_name(llama):

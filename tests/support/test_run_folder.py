@@ -1,14 +1,19 @@
 """Fingerprint and checksum decide what is current; one object writes at a time; killed runs leave nothing."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 
 import pytest
 import torch
 from damage import delete, halve
 
+import model_loading
 from support.artifacts import load_json, save_json
 from support.errors import InputError
+from support.package_cache import CACHE_VARIABLE, build_once
 from support.run_folder import RunFolder
 
 
@@ -117,3 +122,27 @@ def test_the_temporary_files_of_killed_runs_are_removed_and_no_others(folder):
         (folder.path / name).touch()
     folder.lock()
     assert {path.name for path in folder.path.iterdir()} & (left | others) == others
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOTSUP", "ESTALE", "EINVAL", "ENOSYS"])
+def test_a_file_system_without_locks_is_used_without_them_and_named_once(code, tmp_path, monkeypatch, caplog):
+    def flock(descriptor, operation):
+        number = getattr(errno, code)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    for number in range(2):
+        folder = RunFolder(tmp_path / "out")
+        folder.save("a.json", "key", {"n": number})
+        assert folder.current("a.json", "key")["n"] == number
+        folder.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{tmp_path / 'out'} has no file locks" in caplog.text
+    assert build_once("entry", lambda made: (made / "file").touch()).is_dir()
+    # Nobody can tell whose folder is still in use, so all are left alone.
+    first, second = model_loading._new_offload_folder(), model_loading._new_offload_folder()
+    assert os.path.isdir(first)
+    assert os.path.isdir(second)

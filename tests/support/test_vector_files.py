@@ -1,5 +1,7 @@
 """Vectors are written for other tools and read back; vectors of another model are rejected."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,39 @@ def test_rows_of_all_layers_may_begin_with_the_embeddings(tmp_path):
         assert torch.equal(read_vectors(tmp_path / name).at(2, 6, 8), rows[3])
 
 
+ROWS = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        dict(enumerate(ROWS[1:])),
+        {2: ROWS[3]},
+        {str(layer): row for layer, row in enumerate(ROWS[1:])},
+        {f"layer_{layer}": row[None] for layer, row in enumerate(ROWS[1:])},
+        {"vector": ROWS[3], "layer": 2},
+        list(ROWS),
+        tuple(row[None] for row in ROWS[1:]),
+        ROWS[3:4],
+        ROWS[None],
+        torch.nn.Parameter(ROWS.double()),
+    ],
+    ids=[
+        *("numbers", "one number", "strings", "names and batch axes", "a vector with its layer"),
+        *("list", "tuple and batch axes", "batch axis", "batch axis of rows", "parameter"),
+    ],
+)
+def test_the_layer_is_found_in_what_other_tools_write(content, tmp_path):
+    torch.save(content, tmp_path / "v.pt")
+    assert torch.equal(read_vectors(tmp_path / "v.pt").at(2, 6, 8), ROWS[3])
+
+
+def test_vectors_numbered_from_the_embedding_are_rejected(tmp_path):
+    torch.save(dict(enumerate(ROWS)), tmp_path / "v.pt")
+    with pytest.raises(InputError, match="for layer 6, the model has blocks 0 to 5; number the"):
+        read_vectors(tmp_path / "v.pt").at(2, 6, 8)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -75,7 +110,9 @@ def test_llama_cpp_cannot_steer_layer_0(tmp_path):
         ("v.npy", np.ones((2, 3, 4)), r"shape \(2, 3, 4\), expected \(d,\) or \(layers, d\)"),
         ("v.pt", {"direction.1": torch.ones(3), "direction.2": torch.ones(4)}, "vectors of several widths"),
         ("v.pt", {"a": torch.ones(3), "b": torch.ones(3)}, "holds no vector"),
-        ("v.pt", [torch.ones(3)], "holds a list"),
+        ("v.pt", {1: torch.ones(2, 3)}, r"1 has shape \(2, 3\), expected \(d,\)"),
+        ("v.pt", [1.0, 2.0], "holds a list"),
+        ("v.pt", Fraction(1, 3), "is damaged, or holds objects of a program; save a tensor"),
     ],
 )
 def test_an_unusable_file_is_named(name, content, message, tmp_path):
@@ -84,8 +121,9 @@ def test_an_unusable_file_is_named(name, content, message, tmp_path):
         path.write_bytes(content)
     else:
         np.save(path, content) if name == "v.npy" else torch.save(content, path)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as raised:
         read_vectors(path)
+    assert "\n" not in str(raised.value)
 
 
 # Vectors and models that a run is given

@@ -74,8 +74,9 @@ def test_the_specifications_pirate_is_scored_by_the_shipped_labelled_texts():
     pirate = load_config({**MODELS, "persona_datasets": {"pirate": PIRATE}}).load_personas()[-1]
     shipped = load_persona("pirate")
     assert {name: getattr(pirate, name) for name in PIRATE} == PIRATE
-    for name in ("labelled_positive", "labelled_negative"):
+    for name in ("labelled_positive", "labelled_negative", "validation"):
         assert getattr(pirate, name) == getattr(shipped, name)
+    assert load_persona("pirate", {**PIRATE, "validation_texts": ("Yo-ho-ho",)}).validation == ("Yo-ho-ho",)
 
 
 def test_own_labelled_texts_replace_the_shipped_ones_and_a_new_persona_has_none():

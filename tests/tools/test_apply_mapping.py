@@ -18,7 +18,7 @@ def saved_map(folder, layers=(3, 2)):
     place.mkdir(parents=True)
     ridge = RidgeMapping(5, 4).fit(torch.randn(20, 5), torch.randn(20, 4))
     ridge.source_layer, ridge.target_layer = layers
-    ridge.source_model, ridge.target_model = "qwen", "llama"
+    ridge.source_model, ridge.target_model, ridge.source_blocks = "qwen", "llama", 5
     ridge.save(place / "ridge_mapping.pt")
     return ridge, place / "ridge_mapping.pt"
 
@@ -43,8 +43,14 @@ def test_a_file_of_several_layers_is_read_at_the_maps_source_layer(tmp_path, cap
     ridge, path = saved_map(tmp_path)
     rows = torch.randn(6, 5)  # the first row is the embedding's
     torch.save(rows, tmp_path / "rows.pt")
+    torch.save(rows[1:], tmp_path / "blocks.pt")
     write_vectors(tmp_path / "two.gguf", "gguf", {2: rows[3], 3: rows[4]}, "qwen", {})
-    for name, options, layer in (("rows.pt", [], 3), ("two.gguf", [], 3), ("two.gguf", ["--layer", "2"], 2)):
+    for name, options, layer in (
+        ("rows.pt", [], 3),
+        ("blocks.pt", [], 3),
+        ("two.gguf", [], 3),
+        ("two.gguf", ["--layer", "2"], 2),
+    ):
         assert apply(path, tmp_path / name, tmp_path / "mapped.pt", *options, "--target-layer", "1") == 0
         found = read_vectors(tmp_path / "mapped.pt").by_layer
         assert torch.allclose(found[1].double(), rows[layer + 1].double() @ ridge.W, atol=1e-6)
@@ -62,6 +68,19 @@ def test_a_map_without_layers_asks_for_them(tmp_path, capsys):
     assert "holds vectors of several layers; choose one with --layer" in error_lines(capsys)[0]
     options = ("--target-layer", "1", "--layer", "2")
     assert apply(path, tmp_path / "two.pt", tmp_path / "mapped.pt", *options) == 0
+
+
+def test_rows_of_an_earlier_map_need_the_number_of_blocks(tmp_path, capsys):
+    ridge, path = saved_map(tmp_path)
+    ridge.source_blocks = None
+    ridge.save(path)
+    rows = torch.randn(5, 5)
+    torch.save(rows, tmp_path / "rows.pt")
+    assert apply(path, tmp_path / "rows.pt", tmp_path / "mapped.pt") == 2
+    assert "with --source-blocks" in error_lines(capsys)[0]
+    assert apply(path, tmp_path / "rows.pt", tmp_path / "mapped.pt", "--source-blocks", "5") == 0
+    found = read_vectors(tmp_path / "mapped.pt").by_layer
+    assert torch.allclose(found[2].double(), rows[3].double() @ ridge.W, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tiny_runs import error_lines
 
 from ridge_mapping import RidgeMapping
-from support.artifacts import load_json, load_tensors, save_json, sealed
+from support.artifacts import load_json, load_tensors, save_json, save_tensors, sealed
 from support.vector_files import FORMATS, read_vectors
 from tools import export_vectors
 
@@ -79,3 +79,15 @@ def test_the_map_of_a_run_names_its_layers_and_models(model_folders, finished):
     ridge = RidgeMapping.load(finished / "ridge_mapping.pt")
     assert (ridge.source_layer, ridge.target_layer) == (1, 2)
     assert [ridge.source_model, ridge.target_model] == list(model_folders.values())
+
+
+def test_a_persona_that_is_called_like_a_path_stays_in_the_folder(finished, tmp_path, capsys):
+    folder, persona = shutil.copytree(finished, tmp_path / "run"), "../../x"
+    content = load_tensors(folder / "persona_vectors.pt")
+    content["vectors"][persona] = content["vectors"]["loud"]
+    save_tensors(folder / "persona_vectors.pt", content)
+    options = ["--run", str(folder), "--persona", persona, "--format", "pt", "--alpha", "1"]
+    assert export_vectors.main(options) == 0
+    (written,) = set(folder.glob("*x_ridge_mapped.pt"))
+    assert capsys.readouterr().out.strip() == str(written)
+    assert not [path for path in tmp_path.iterdir() if path != folder]
