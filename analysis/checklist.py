@@ -18,7 +18,6 @@ from activation_extractor import ActivationExtractor, PersonaVector, block_outpu
 from evaluation import continuation_perplexities, repetition_metrics
 from model_loading import evaluation_mode
 from steered_generation import SteeredGenerator, steering_error
-from support.errors import InputError
 from texts.encoding import encode
 
 EXACT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -196,7 +195,6 @@ def check_effects(
 
     side: `target`, whose own vector is the oracle, or `source`. scores: persona -> scores texts, 0 to 1.
     unsteered: texts. steered: persona -> alpha -> texts of the same prompts.
-    Raises InputError: no unsteered text has a score.
     """
     checks = []
     for persona, by_alpha in steered.items():
@@ -208,10 +206,9 @@ def check_effects(
         score = scores[persona]
         before = _average(statistics.fmean, score(unsteered))
         if before is None:
-            raise InputError(
-                f"no unsteered text of the {side} model has a score for {persona!r}; check the model, "
-                "max_new_tokens and the judge"
-            )
+            remedy = f"check the {side} model, max_new_tokens and the judge"
+            checks.append(_check(name, False, "no unsteered text has a score", remedy))
+            continue
         after = {alpha: _average(statistics.fmean, score(texts)) for alpha, texts in by_alpha.items()}
         effects = {alpha: mean - before for alpha, mean in after.items() if mean is not None}
         shown = ", ".join(

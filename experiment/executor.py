@@ -49,7 +49,7 @@ class GenerationSettings:
     residual_norms: tuple[float, ...]
     steer_positions: str
     batch_size: int
-    side: str
+    side: str = "target"
 
     @classmethod
     def of(cls, inputs: Inputs, residual_norms: Sequence[float]) -> "GenerationSettings":

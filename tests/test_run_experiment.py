@@ -172,7 +172,7 @@ def test_a_dry_run_counts_what_a_finished_run_holds_and_leaves_it_alone(tiny, ou
     assert run(out, {**tiny, "alpha_values": [1.0, 4.0, 9.0]}, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert f"{N_TEXTS} of them cached" in shown
-    assert f"preflight: {(1 + 3 * N_PERSONAS) * 24} generations" in shown
+    assert f"preflight: {2 * (1 + 3 * N_PERSONAS) * 24} generations" in shown
 
 
 def test_a_dry_run_counts_searches_responses_and_sums_and_makes_none(band, tiny, tmp_path, capsys):

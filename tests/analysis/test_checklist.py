@@ -52,10 +52,8 @@ def test_wrong_width_fails(llama, tokenizer):
     assert "source_block_path" in found.remedy
 
 
-@pytest.mark.parametrize(("max_length", "is_training"), [(5, False), (None, True)])
-def test_extraction_of_a_cut_text_or_with_dropout_fails(max_length, is_training, tokenizer):
-    model = tiny_model("gpt2").train(is_training)
-    extractor = ActivationExtractor(model, tokenizer, layer_idx=1, max_length=max_length)
+def test_extraction_of_a_cut_text_fails(llama, tokenizer):
+    extractor = ActivationExtractor(llama, tokenizer, layer_idx=1, max_length=5)
     assert statuses(check_extraction("source", extractor))["source_extraction"] == "fail"
 
 

@@ -122,8 +122,6 @@ def test_the_temporary_files_of_killed_runs_are_removed_and_no_others(folder):
         (folder.path / name).touch()
     folder.lock()
     assert {path.name for path in folder.path.iterdir()} & (left | others) == others
-    assert not any(path.exists() for path in left)
-    assert all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOTSUP", "ESTALE", "EINVAL", "ENOSYS"])
