@@ -157,7 +157,8 @@ def _own_texts(
     cells = [UNSTEERED_CELL]
     for persona in run.inputs.personas:
         # The unit of alpha here is not yet the one that the map measures: no other phase shares these texts.
-        key = fingerprint("preflight", side, layers, persona_key(run, persona, [side]), steering.medians)
+        of_vector = side, layers, persona_key(run, persona, [side])
+        key = fingerprint("preflight", of_vector, run.config.alpha_unit, steering.medians)
         alphas = _alphas(run, steering.middle_norm, persona.name)
         cells += [Cell(ORACLE, persona.name, alpha, key) for alpha in alphas]
     by_cell = generate_development(steered_run, cells, steering)
