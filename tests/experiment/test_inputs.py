@@ -72,7 +72,8 @@ def test_neutral_text_holds_no_persona_text(settings, inputs):
 
 
 def test_whose_labelled_texts_score_a_persona_is_said(settings, caplog):
-    own = {"labelled_positive_texts": ["OH"], "labelled_negative_texts": ["oh"]}
+    texts = [f"the {animal} is at home" for animal in "cat dog cow fox owl rat hen pig ant bee".split()]
+    own = {"labelled_positive_texts": list(map(str.upper, texts)), "labelled_negative_texts": texts}
     datasets = {"formal": LOUD, "silly": {**LOUD, **own}, "loud": LOUD}
     (note,) = loaded(settings, persona_datasets=datasets).persona_notes
     assert note.startswith("persona 'formal' is given without labelled texts: those of the shipped persona")
