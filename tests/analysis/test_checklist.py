@@ -57,6 +57,13 @@ def test_extraction_of_a_cut_text_fails(llama, tokenizer):
     assert statuses(check_extraction("source", extractor))["source_extraction"] == "fail"
 
 
+def test_extraction_from_a_model_of_chance_fails(tokenizer):
+    model = tiny_model("gpt2")
+    model.transformer.h[0].register_forward_pre_hook(lambda block, inputs: (torch.rand_like(inputs[0]),))
+    extractor = ActivationExtractor(model, tokenizer, layer_idx=1)
+    assert statuses(check_extraction("source", extractor))["source_extraction"] == "fail"
+
+
 @pytest.mark.parametrize("steered", [0, 2, 3])
 def test_steering_of_another_block_than_extraction_reads_fails(steered, llama, tokenizer):
     generator = SteeredGenerator(llama, tokenizer)

@@ -243,7 +243,8 @@ def test_the_folder_of_an_adapter_loads_with_its_base(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["/nowhere/base", "nobody/has-this", "no name: at all"])
-def test_an_adapter_without_its_base_names_it_and_the_file_that_names_it(base, tmp_path):
+def test_an_adapter_without_its_base_names_it_and_the_file_that_names_it(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with_lora(tiny_model()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
