@@ -27,16 +27,20 @@ from activation_extractor import (
 )
 from evaluation import continuation_perplexities, repetition_metrics
 from experiment.conditions import ORACLE
+from experiment.config import ExperimentConfig
+from experiment.inputs import load_judge
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.choose_alphas import alpha_bracket
 from phases.fit_maps import mapping_data_key
 from phases.generate_texts import generate_development
 from phases.make_vectors import NATIVE_VECTORS, native_vectors, vector_key
-from phases.score_texts import scorers_key
+from phases.score_texts import judge_key, scorers_key
 from steered_generation import SteeredGenerator, steering_error
 from support.artifacts import fingerprint
 from support.errors import InputError
+from support.journal import rows_of
+from support.run_folder import RunFolder
 from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
@@ -258,6 +262,19 @@ def check_lambda(lambda_values: Sequence[float], cv: Mapping[str, Any] | None) -
         return _check(name, False, f"{detail}: at the edge of the grid", widen)
     better = cv["best_r2"] > max(0.0, cv["shuffled_r2"])
     return _check(name, better, detail, "check that both models read the same texts; try more samples")
+
+
+def check_judge(config: ExperimentConfig, folder: RunFolder) -> None:
+    """Ask a judge on a server one question, unless it has judged texts of this folder before.
+
+    Raises InputError: it does not answer.
+    """
+    if not config.use_gpt4 or config.judge.kind != "server":
+        return
+    known = {} if folder.fresh else rows_of(folder.path / "judgements_journal.jsonl")
+    key = fingerprint(judge_key(config))
+    if all(row["judge"] != key for row in known.values()):
+        load_judge(config).check()
 
 
 def environment() -> dict[str, str]:
