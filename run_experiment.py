@@ -40,7 +40,7 @@ from experiment.inputs import Inputs, configured, load_inputs, read_personas
 from experiment.plan import Row, SteeringVectors
 from experiment.run import Run
 from model_loading import quiet_transformers
-from phases.check_setup import PreflightError, check_setup
+from phases.check_setup import PreflightError, check_judge, check_setup
 from phases.choose_alphas import choose_alphas, required_alphas
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
@@ -110,7 +110,9 @@ class PersonaTransferExperiment:
         technical check failed.
         """
         chosen = range(1, 6) if phase is None else (phase,)
-        with self._running() as run:
+        with self._running(asks_judge=bool({1, 5} & set(chosen))) as run:
+            if run.inputs.judge:
+                logger.info("judge: %s", run.inputs.judge.name)
             run = choose_layers(run, may_search=1 in chosen)
             for pair in run.inputs.layer_pairs:
                 logger.info("source layer %d, target layer %d", *pair)
@@ -200,13 +202,15 @@ class PersonaTransferExperiment:
             _log_notes(run.folder.notes)
 
     @contextmanager
-    def _running(self) -> Iterator[Run]:
+    def _running(self, asks_judge: bool = False) -> Iterator[Run]:
         """Check everything before the first file is written; then log to a file until the run ends."""
         self.folder.close()
         self.folder = RunFolder(Path(self.config.output_dir), self.fresh)
         with closing(self):
             if self.folder.path.is_dir():  # a second run fails before it waits for the models
                 self.folder.lock()
+            if asks_judge:
+                check_judge(self.config, self.folder)
             run = Run(self.inputs, self.folder, self.executor)
             with self.folder.logged():
                 for line in (*conditions_of(run.inputs), *verdict_gaps(run.inputs)):

@@ -5,6 +5,7 @@ Unknown keys and values out of range are errors that name the key; `config_error
 the specification's, except where METHODOLOGY.md says why not.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -264,13 +265,29 @@ class GivenVectors(_Strict):
         return self
 
 
+def _request_options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError('expected an object of fields, such as {"reasoning_effort": "low"}')
+    for name in value:
+        if name in ("model", "messages"):
+            raise ValueError(f"{name!r} is not an option; the judge sets it")
+        if name in ("max_tokens", "max_completion_tokens"):
+            raise ValueError("set judge.max_answer_tokens for the length of an answer")
+    try:
+        check_characters(json.dumps(value, allow_nan=False, ensure_ascii=False))
+    except (TypeError, RecursionError) as error:
+        raise ValueError("expected values that JSON can hold") from error
+    return value
+
+
 class JudgeConfig(_Strict):
     """The chat model that judges when `use_gpt4` is true.
 
     kind: `server` asks an OpenAI-compatible one, `local` loads `model`, an instruct model, as source and
         target are loaded.
     max_usd: what all judgements of a run may cost. texts_per_cell: how many texts of each cell are judged,
-        of the same prompts and seeds in every cell; all by default.
+        of the same prompts and seeds in every cell; all by default. request_options: further fields of a
+        request; null leaves out one of ours.
     """
 
     kind: Literal["server", "local"] = "server"
@@ -282,10 +299,12 @@ class JudgeConfig(_Strict):
     usd_per_million_tokens: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 2.5
     max_usd: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
     texts_per_cell: Count | None = None
+    request_options: Annotated[dict[str, Any], PlainValidator(_request_options)] = {}
 
     @model_validator(mode="after")
     def _check_kind(self) -> "JudgeConfig":
         of_server = {"base_url", "api_key_env", "max_workers", "max_answer_tokens", "max_usd"}
+        of_server |= {"request_options"}
         if self.kind == "local" and (odd := sorted(of_server & self.model_fields_set)):
             raise ValueError(f'judge.{odd[0]} is of use with "kind": "server" alone; leave it out')
         if self.kind == "local" and "model" not in self.model_fields_set:

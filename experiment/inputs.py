@@ -237,7 +237,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     personas = read_personas(config)
     others = [name for name in shipped_personas() if name not in config.persona_names]
     labelled = (*personas, *map(load_persona, others))
-    judge, given = _load_judge(config), _read_given(config)
+    judge, given = load_judge(config), _read_given(config)
     passages = _checked_neutral_texts(config, personas)
     questions, styles = _neutral_questions(config, personas), _neutral_styles(config, personas)
     source, target = (load_side(config, name, (loaded or {}).get(name)) for name in SIDES)
@@ -293,7 +293,7 @@ def configured(
     return checked, loaded
 
 
-def _load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
+def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
     """Return the judge if one is wanted. Raises InputError: no key, or no instruct model."""
     settings = config.judge
     if not config.use_gpt4:
@@ -306,6 +306,7 @@ def _load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
         settings.api_key_env,
         settings.max_workers,
         settings.max_answer_tokens,
+        settings.request_options,
     )
 
 

@@ -27,6 +27,8 @@ from analysis.checklist import (
     failures,
 )
 from experiment.conditions import ORACLE
+from experiment.config import ExperimentConfig
+from experiment.inputs import load_judge
 from experiment.models import SIDES
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
@@ -37,6 +39,8 @@ from phases.make_vectors import NATIVE_VECTORS, NativeVectors, native_vectors, p
 from phases.score_texts import cached_judge, judge_key, judged_description, judged_trait, scorers_key
 from steered_generation import SteeredGenerator
 from support.artifacts import fingerprint
+from support.journal import rows_of
+from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,19 @@ SEARCH_DEPTHS = (0.25, 0.5, 0.75)  # of the bracket, where alphas are yet to be 
 
 class PreflightError(RuntimeError):
     """A technical check failed: numbers made now would be wrong."""
+
+
+def check_judge(config: ExperimentConfig, folder: RunFolder) -> None:
+    """Ask a judge on a server one question, unless it has judged texts of this folder before.
+
+    Raises InputError: it does not answer.
+    """
+    if not config.use_gpt4 or config.judge.kind != "server":
+        return
+    known = {} if folder.fresh else rows_of(folder.path / "judgements_journal.jsonl")
+    key = fingerprint(judge_key(config))
+    if all(row["judge"] != key for row in known.values()):
+        load_judge(config).check()
 
 
 def environment() -> dict[str, str]:

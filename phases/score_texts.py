@@ -9,6 +9,7 @@ another number of threads or another batch size, or where one is lost after prom
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -20,7 +21,7 @@ from experiment.plan import Row
 from experiment.run import FORMAT_VERSION, Run
 from phases.generate_texts import from_journal, save_rows
 from scoring.cached_judge import CachedJudge
-from scoring.gpt_judge import trait_prompt
+from scoring.gpt_judge import server_address, trait_prompt
 from support.artifacts import fingerprint
 from support.journal import Journal
 from support.progress import HIDDEN, tqdm
@@ -73,7 +74,8 @@ def judge_key(config: ExperimentConfig) -> list[Any]:
     settings = config.judge
     if settings.kind == "local":
         return ["local", settings.model, config.dtype]
-    return [settings.model, settings.base_url, settings.max_answer_tokens]
+    key = [settings.model, server_address(settings.base_url), settings.max_answer_tokens]
+    return [*key, settings.request_options] if settings.request_options else key
 
 
 def judged_description(persona: Persona) -> list[str]:
@@ -248,6 +250,8 @@ def _missing_notes(rows: Sequence[Row]) -> list[str]:
     if empty := sum(not row["output"].strip() for row in rows):
         notes.append(f"{empty} texts are empty; their metrics are missing")
     if failed := [row["gpt4_failure"] for row in rows if row["gpt4_failure"]]:
-        reason = f"first reason: {failed[0]}"
-        notes.append(f"{len(failed)} texts lack a judgement ({reason}); run again to retry them")
+        example = {failure.partition(":")[0]: failure for failure in failed}
+        kinds = Counter(failure.partition(":")[0] for failure in failed).most_common(3)
+        reasons = "; ".join(f"{n} times: {example[kind]}" for kind, n in kinds)
+        notes.append(f"{len(failed)} texts lack a judgement ({reasons}); run again to retry them")
     return notes

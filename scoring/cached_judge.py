@@ -50,7 +50,7 @@ class CachedJudge(Judge):
                 texts = [prompts[indices[key][0]] for key in asked]
                 with closing(self.model.judge_each(texts)) as judged:
                     for number, judgement in judged:
-                        tokens = judgement.tokens or TOKENS_PER_JUDGEMENT
+                        tokens = TOKENS_PER_JUDGEMENT if judgement.tokens is None else judgement.tokens
                         spent += tokens
                         if not judgement.failure:
                             row = {"key": asked[number], "judge": self.key}

@@ -1,12 +1,13 @@
 """Read the score in a chat model's answer, whatever form the server gave it (phase 5).
 
 Its score is a digit from 1 to 5 that it states as a score: alone on a line, after a label ("Score: 4", "I
-would rate it a 4"), at the start before an explanation, or as the last sentence. Markup around it and "/5"
-behind it don't matter, and reasoning in tags is not read. An answer that states two scores, a range, half a
-point or another scale has none. What a server sends may hold the key that it was given, so messages show it
-through `excerpt` alone.
+would rate it a 4"), at the start before an explanation, as the last sentence, or under such a name in JSON.
+Markup around it and "/5" behind it don't matter. Reasoning is not read, whatever wraps it. An answer has no
+score if the end of its reasoning cannot be told, or if it states two scores, a range, half a point or another
+scale. What a server sends may hold the key that it was given, so messages show it through `excerpt` alone.
 """
 
+import json
 import math
 import re
 import unicodedata
@@ -21,17 +22,30 @@ HIDDEN = "[key]"
 CUT = ("length", "max_tokens")  # values of finish_reason
 SECRET_LENGTH = 8  # a shorter key is hidden only where it is a word, of a longer one also its beginning
 
-REASONING_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.I)
-ELEMENT_TAG = re.compile(r"</?[A-Za-z_]{1,20}>")
+# Wrappers of reasoning: <think>, [THINK], ◁think▷, <seed:think>, <|begin_of_thought|> and the like; and the
+# channels of OpenAI's harmony format and of Gemma 4, of which a server may strip all but the names.
+WRAPPER = re.compile(r"(?:<\|?|\[|◁)(/?)(\w[\w:-]{0,39})(?:\s[^<>\[\]=]{1,30}=[^<>\[\]]{0,80})?(?:\|?>|\]|▷)")
+REASONING_WORDS = frozenset(
+    "think thinking thought thoughts reason reasoning analysis commentary scratchpad reflection rationale "
+    "cot deliberation monologue plan planning critique explanation".split()
+)
+REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # of a message
+CHANNEL = re.compile(r"<\|?channel\|?>|assistantfinal|\A\s*(?:analysis|commentary|thought)(?!\s*[:*])")
+FINAL_CHANNEL = re.compile(
+    r"<\|channel\|>\s*final\b.{0,80}?<\|message\|>|<channel\|>|assistantfinal|assistant\s+final\b", re.S
+)
+# Text behind a special token that is not known to begin an answer may be reasoning, too.
+UNKNOWN_TOKEN = re.compile(r"<\|(?!\w*(?:answer|solution|response|output|final))\w{1,40}\|>\s*[^\s<]", re.I)
+ELEMENT_TAG = re.compile(r"</?\|?\w{1,40}\|?>")
 OPENING_MARKUP, CLOSING_MARKUP = " \t*_`\"'#>()[]{}$|“”‘’«»•:", " \t*_`\"'#.!()[]{}$|“”‘’«»:"
 
 SCORE = (
     r"(?<![\d.,/+~≈≥≤<\-−–])([1-5])(?:\.00?)?(?:\s?\(?(?:/|out of)\s?5\)?)?"
     r"(?:\s(?:stars?|points?))?(?![\d%½])"
 )
-# What may follow a score within a text. A second number close behind it would make it a range or a choice.
+# What may follow a score within a text. A second number close behind it may make it a range or a choice.
 FOLLOWING = (
-    r"(?!\.\d)(?![^.\n]{0,25}\d)(?!\W{0,3}(?:or|to|and|of|out of)\b)"
+    r"(?!\.\d)(?=(?P<second>[^.\n]{0,25}\d)?)(?!\W{0,3}(?:or|to|and|of|out of)\b)"
     r"(?=\s{0,3}(?:\Z|[\n.,;:!?)\]}*_`\"'<|(—\\$]|[-–]\s|because\b|since\b|as\b|for\b))"
 )
 LABEL = (
@@ -67,6 +81,10 @@ class Judgement:
     score: float | None
     failure: str | None = None
     tokens: int | None = None
+
+
+class NoChatCompletion(ValueError):
+    """What a server sent is no chat completion."""
 
 
 class Judge(ABC):
@@ -106,20 +124,24 @@ def score_answer(body: Any, key: str = "") -> Judgement:
 
     If the whole answer is one digit, and the first token's log-probabilities give the digits 1 to 5 at least
     MIN_DIGIT_MASS, the score is their weighted mean. Otherwise the digit counts as written, because the first
-    token may not be the score's. key: hidden in the reason for a failure.
+    token may not be the score's. key: hidden in the reason for a failure. Raises NoChatCompletion.
     """
     choices = as_mapping(body).get("choices")
     if not isinstance(choices, list) or not choices:
-        return Judgement(None, f"the server did not send a chat completion but '{excerpt(body, key)}'")
+        raise NoChatCompletion(f"the server sent '{excerpt(body, key)}'")
     choice = as_mapping(choices[0])
     message = as_mapping(choice.get("message"))
     text = (_text(message.get("content")) or _text(choice.get("text"))).strip()
     if written := re.fullmatch(r"([1-5])\.?", text):
-        return Judgement(_weighted(choice.get("logprobs"), int(written[1])) or float(written[1]))
+        # The first token of a message with reasoning is not the score's.
+        mean = None if _has_reasoning(message) else _weighted(choice.get("logprobs"), int(written[1]))
+        return Judgement(mean or float(written[1]))
     scores = stated_scores(text, choice.get("finish_reason") in CUT)
     if len(scores) == 1:
         return Judgement(float(scores.pop()))
     problem = "states more than one score" if scores else "is not a digit from 1 to 5"
+    if final_answer(text) is None:
+        problem = "is reasoning whose end cannot be told"
     return Judgement(None, f"the answer {problem}: '{excerpt(text, key)}'{_why(choice, message, key)}")
 
 
@@ -131,7 +153,7 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 def _why(choice: Mapping[str, Any], message: Mapping[str, Any], key: str) -> str:
     """Return what else the server says about an answer without a score."""
     reason = choice.get("finish_reason")
-    if reason in CUT or any(message.get(name) for name in ("reasoning", "reasoning_content")):
+    if reason in CUT or _has_reasoning(message):
         return (
             "; it was cut or is reasoning alone: raise judge.max_answer_tokens for a model that reasons first"
         )
@@ -147,17 +169,39 @@ def stated_scores(text: str, is_cut: bool = False) -> set[int]:
 
     is_cut: a length limit ended the text, so that what would follow its last digit is unknown.
     """
-    text = _without_reasoning(_plain(text)).replace("**", "").strip()
-    lines = [_unmarked(line) for line in text.splitlines()]
+    text = (final_answer(_plain(text)) or "").replace("**", "").strip()
     if is_cut:  # a digit counts only as the whole answer
         return {int(found[1]) for found in [BARE.fullmatch(_unmarked(text))] if found}
-    if finals := {int(found[1]) for found in FINAL.finditer(text)}:
-        return finals
-    matches = [*LABELLED.finditer(text), *filter(None, map(BARE.fullmatch, lines))]
+    if (found := _scores_in_json(text)) is not None:
+        return found
+    if final := FINAL.search(text):  # it replaces what stands before it
+        text = text[final.start() :]
+    lines = [_unmarked(line) for line in text.splitlines()]
+    matches = [*FINAL.finditer(text), *LABELLED.finditer(text), *filter(None, map(BARE.fullmatch, lines))]
     matches += filter(None, [LAST_SENTENCE.search(text[-200:])])
     if len(lines) == 1 and not SPELLED.search(lines[0]):
         matches += filter(None, [EXPLAINED.fullmatch(lines[0])])
-    return {int(found[1]) for found in matches}
+    stated = {int(found[1]) for found in matches if not found.groupdict().get("second")}
+    return stated | {int(found[1]) for found in matches} if stated else stated
+
+
+def _scores_in_json(text: str) -> set[int] | None:
+    """Return the digits under names of scores in JSON, of which nothing else is read; None if it has none."""
+    values: list[Any] = []
+    try:
+        json.loads(
+            text.strip("` \n").removeprefix("json"),
+            object_pairs_hook=lambda pairs: values.extend(
+                value for name, value in pairs if re.search(LABEL, name, re.I)
+            ),
+        )
+    except (ValueError, RecursionError):
+        return None
+    found = [BARE.fullmatch(str(value)) for value in values]
+    is_number = [type(value) in (int, float) for value in values]
+    if any(number and not digit for number, digit in zip(is_number, found, strict=True)):
+        return set()
+    return {int(digit[1]) for digit in found if digit} or None
 
 
 def _unmarked(line: str) -> str:
@@ -172,15 +216,63 @@ def _plain(text: str) -> str:
     return "".join(str(unicodedata.decimal(char, char)) for char in visible)
 
 
-def _without_reasoning(text: str) -> str:
-    """Return the text outside <think>...</think>, and nothing before a closing tag that was never opened."""
+def final_answer(text: str) -> str | None:
+    """Return the text without its reasoning, and without what precedes an end of reasoning that never began.
+
+    None: reasoning has begun whose end cannot be told.
+    """
+    if CHANNEL.search(text):
+        ends = [found.end() for found in FINAL_CHANNEL.finditer(text)]
+        if not ends:
+            return None
+        text = text[ends[-1] :].partition("<|")[0]
     kept: list[str] = []
     start, is_inside = 0, False
-    for tag in REASONING_TAG.finditer(text):
-        if not is_inside:
-            kept = [] if tag[1] else [*kept, text[start : tag.start()]]
-        is_inside, start = not tag[1], tag.end()
-    return " ".join(kept if is_inside else [*kept, text[start:]])
+    for tag in WRAPPER.finditer(text):
+        words = set(re.split(r"[\W_]+", tag[2].lower()))
+        if not words & REASONING_WORDS:
+            continue
+        is_end = bool(tag[1]) or "end" in words
+        if is_end and not is_inside:
+            kept.clear()
+        elif not is_inside:
+            kept.append(text[start : tag.start()])
+        is_inside, start = not is_end, tag.end()
+    answer = " ".join([*kept, text[start:]])
+    return None if is_inside or UNKNOWN_TOKEN.search(answer) else answer
+
+
+def _has_reasoning(message: Mapping[str, Any]) -> bool:
+    return any(message.get(name) for name in REASONING_FIELDS)
+
+
+def completion_of_events(text: str) -> Any:
+    """Return the chat completion that an event stream brings in parts, or the text if it is none."""
+    try:
+        lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
+        events = [as_mapping(json.loads(line)) for line in lines if line != "[DONE]"]
+    except ValueError:
+        return text
+    choices = [
+        as_mapping(choice)
+        for event in events
+        for choice in (event.get("choices") if isinstance(event.get("choices"), list) else [])
+        if as_mapping(choice).get("index", 0) == 0
+    ]
+    if not choices:
+        return text
+    deltas = [as_mapping(choice.get("delta")) for choice in choices]
+    message = {
+        name: "".join(_text(delta.get(name)) for delta in deltas) for name in ("content", *REASONING_FIELDS)
+    }
+    entries = [as_mapping(choice.get("logprobs")).get("content") for choice in choices]
+    reasons = [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
+    # A stream without its end is an answer that was cut.
+    reason = reasons[-1] if reasons else None if "[DONE]" in lines else CUT[0]
+    logprobs = {"content": [each for found in entries if isinstance(found, list) for each in found]}
+    usage = [event["usage"] for event in events if event.get("usage")]
+    choice = {"message": message, "finish_reason": reason, "logprobs": logprobs}
+    return {"choices": [choice], "usage": usage[-1] if usage else None}
 
 
 def _text(content: Any) -> str:
@@ -199,7 +291,10 @@ def _text(content: Any) -> str:
 def _weighted(logprobs: Any, written: int) -> float | None:
     """Return the mean digit by the first token's probabilities, None if the server sent no usable ones."""
     entries = as_mapping(logprobs).get("content")
-    top = as_mapping(entries[0]).get("top_logprobs") if isinstance(entries, list) and entries else None
+    first = as_mapping(entries[0]) if isinstance(entries, list) and entries else {}
+    token, top = DIGIT_TOKEN.fullmatch(str(first.get("token"))), first.get("top_logprobs")
+    if not token or int(token[1]) != written:  # it belongs to something before the answer
+        return None
     weights: dict[int, float] = {}
     for entry in map(as_mapping, top if isinstance(top, list) else []):
         logprob, found = entry.get("logprob"), DIGIT_TOKEN.fullmatch(str(entry.get("token")))

@@ -15,7 +15,7 @@ import torch
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head
 from model_loading import context_length, filler_token_id, load_model, pad_tokens
-from scoring.judge_answers import Judge, Judgement
+from scoring.judge_answers import Judge, Judgement, final_answer
 from support.errors import InputError
 from texts.chat import prompt_text, question
 from texts.encoding import encode
@@ -31,18 +31,25 @@ class LocalJudge(Judge):
     """An instruct model as judge; see `GPTJudge` for the same on a server.
 
     model_name, device, dtype: as `model_loading.load_model` takes them. batch_size: prompts at a time.
-    Raises InputError: a model without a chat template, or one whose digits are not single tokens.
+    Raises InputError: a model without a chat template, one whose template opens a thought before the answer,
+        or one whose digits are not single tokens.
     """
 
     def __init__(
         self, model_name: str, device: str = "auto", dtype: str = "auto", batch_size: int = 8
     ) -> None:
+        self.name = model_name
         self.batch_size = batch_size
         self.model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
         if not self.tokenizer.chat_template:
             raise InputError(
                 f"judge.model {model_name!r} has no chat template, so it cannot be asked; name an instruct "
                 "model"
+            )
+        if final_answer(prompt_text(self.tokenizer, question("?")).rpartition("|>")[2]) is None:
+            raise InputError(
+                f"judge.model {model_name!r} has a template that opens a thought, whose next token is no "
+                "score; name a model that answers at once"
             )
         ids = [self.tokenizer(digit, add_special_tokens=False)["input_ids"][-1:] for digit in DIGITS]
         self._digits = list(chain(*ids))

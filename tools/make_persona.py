@@ -27,7 +27,7 @@ from experiment.command_line import exit_status
 from experiment.config import load_config
 from model_loading import load_model
 from scoring.gpt_judge import read_key
-from scoring.judge_answers import excerpt
+from scoring.judge_answers import excerpt, final_answer
 from scoring.trait_classifier import load_sentence_encoder
 from steered_generation import SteeredGenerator
 from support.artifacts import save_text
@@ -76,6 +76,7 @@ def ask_server(model: str, base_url: str | None, api_key_env: str) -> Ask:
     key = read_key(api_key_env)
     try:
         client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=2, timeout=120)
+        logger.info("asking %s at %s", model, client.base_url.host)
     except Exception as error:
         raise InputError(f"--base-url cannot be used: {excerpt(error, key)}") from None
 
@@ -151,7 +152,7 @@ def _collect(kind: str, n: int, trait: str, ask: Ask) -> list[Item]:
     kept: dict[Item, Item] = {}
     reasons: Counter[str] = Counter()
     for _ in range(MAX_REQUESTS):
-        response = ask(form.format(n=min(ITEMS_PER_REQUEST, n), trait=trait))
+        response = final_answer(ask(form.format(n=min(ITEMS_PER_REQUEST, n), trait=trait))) or ""
         found = read(response)
         problems = {item: _problem(item, kind, trait) for item in found}
         usable = [item for item in problems if problems[item] is None]

@@ -1,11 +1,14 @@
 """A run with a judge: through phase 5 to a report, and what an interrupted or failing judge costs."""
 
+import json
 import zlib
 
 import pytest
-from chat_server import chat_server, completion
-from tiny_runs import rows, run
+from chat_server import chat_server, completion, error
+from tiny_runs import error_lines, rows, run
 
+from experiment.config import load_config
+from phases.score_texts import judge_key
 from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json
 from support.journal import Journal
@@ -76,6 +79,43 @@ def test_failed_judgements_are_missing_and_asked_for_again(tiny, out):
     for row in rows(out, "eval_results.json"):
         assert row["gpt4_trait_score"] == row["gpt4_coherence_score"] == 4
         assert row["gpt4_failure"] is None
+
+
+def test_a_judge_that_cannot_answer_ends_the_run_before_anything_is_made(tiny, tmp_path, capsys):
+    with chat_server(lambda prompt: error("model 'local' not found", 404)) as server:
+        settings = judged({**tiny, **FEW}, server)
+        for flags in ([], ["--phase", "1"]):
+            assert run(tmp_path / "out", settings, *flags) == 2
+            (line,) = error_lines(capsys)
+            assert f"the judge local at {server.base_url} does not answer: " in line
+            assert "check judge.model" in line
+    assert len(server.prompts) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_the_address_in_the_environment_are_filed_under_it(tiny, monkeypatch):
+    config, keys = load_config({**tiny, "output_dir": "out", "use_gpt4": True}), []
+    for address in ("", "http://one/v1", "http://other/v1"):
+        monkeypatch.setenv("OPENAI_BASE_URL", address)
+        keys.append(judge_key(config))
+    assert len({json.dumps(key) for key in keys}) == 3
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_spent_quota_leaves_a_run_that_the_next_one_completes(tiny, out, caplog):
+    n_paid = 30
+    no_quota = error("You exceeded your current quota.", 429, code="insufficient_quota")
+    with chat_server(lambda prompt: completion("4") if len(server.prompts) <= n_paid else no_quota) as server:
+        settings = judged({**tiny, **FEW}, server)
+        assert run(out, settings) == 0
+        assert len(server.prompts) < n_paid + 20
+        failures = [row["gpt4_failure"] for row in rows(out, "eval_results.json") if row["gpt4_failure"]]
+        assert f"{len(failures)} texts lack a judgement" in caplog.text
+        asked, n_paid = set(server.prompts[:n_paid]), 10**6
+        n_asked = len(server.prompts)
+        assert run(out, settings) == 0
+    assert not asked & set(server.prompts[n_asked:])
+    assert {row["gpt4_trait_score"] for row in rows(out, "eval_results.json")} == {4}
 
 
 @pytest.mark.usefixtures("no_drawing")

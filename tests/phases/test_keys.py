@@ -160,6 +160,7 @@ CHANGES = {
     **of_pair(WRITTEN, max_new_tokens=4, temperature=0.5, top_k=5, top_p=0.5),
     **of_pair(SCORED | CHECKED, set(), use_gpt4=True, likelihood_ratio=False),
     **within("judge", "judged", SCORED | CHECKED, model="other", max_answer_tokens=9),
+    **within("judge", "judged", SCORED | CHECKED, request_options={"seed": 1}),
     **within("judge", "judged", SCORED, texts_per_cell=1),
     **of_pair(SCORED | {"preflight.json"}, set(), independent_perplexity=False),
     **of_pair(SCORED | {"trait_costs.json"}, set(), evaluation_dtype="bfloat16"),

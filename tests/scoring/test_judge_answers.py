@@ -16,6 +16,20 @@ FOUR = [
     *("It has 2 faults.\n\n4", "It is fluent. 4", "I would rate it a 4.", "I give this a 4 out of 5."),
     *("4\n\nIt has 2 faults.", "4 - fluent and sensible", "First score: 3\nFinal score: 4"),
     *("４", "Score：４/５", "4️⃣", "\u200b4", "٤"),
+    *('[{"score": "4"}]', '{"thoughts": "I would rate it 2 of 5", "score": 4}', "4<|im_end|>\n<|endoftext|>"),
+    '```json\n{"reason": "Score: 2 at first, but it is too good", "rating_1_to_5": 4.0}\n```',
+]
+HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}"
+STRIPPED = "analysis{}assistantfinal{}"  # the same without its special tokens
+WRAPPED = [  # of each the reasoning and the answer
+    *(HARMONY, HARMONY + "<|return|>", STRIPPED, STRIPPED.replace("final", " final\n")),
+    "<|channel|>commentary to=x<|message|>{}<|end|><|channel|>final <|constrain|>json<|message|>{}",
+    *("<|channel>thought\n{}<channel|>{}", "[THINK]{}[/THINK]{}", "◁think▷{}◁/think▷{}"),
+    *("<seed:think>{}</seed:think>{}", "<scratchpad>{}</scratchpad>\n{}", "[Reasoning]{}[/Reasoning]{}"),
+    "<|begin_of_thought|>{}<|end_of_thought|><|begin_of_solution|>{}<|end_of_solution|>",
+    "<|START_THINKING|>{}<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
+    *('<think type="x">{}</think>{}', "<inner_monologue>{}</inner_monologue><output>{}</output>"),
+    *("<think>a<think>{}</think>b</think>{}", "{}◁/think▷{}", "<think></think>{}</think>{}"),
 ]
 NONE = [
     *"between 3 and 4|3 or 4|3-4|3–4|3, 4|4 to 5|4, maybe 5|4 or five|4\n5|4 (maybe 5)".split("|"),
@@ -37,6 +51,42 @@ def test_a_score_that_is_not_stated_once_is_missing(text):
     judgement = score_answer(completion(text))
     assert judgement.score is None
     assert "answer" in judgement.failure
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize(
+    "reasoning", ["The score is 2.", "\n2\n", "2", "Score: 2, or \\boxed{3}", "Final score: 2"]
+)
+def test_a_digit_within_reasoning_is_not_read(reasoning, wrapper):
+    for answer in ("4", "\nScore: 4\n"):
+        assert stated_scores(wrapper.replace("{}", reasoning, 1).replace("{}", answer)) == {4}
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        *("<|channel|>analysis<|message|>", "analysis", "commentary\n", "thought\n", "<|channel>thought\n"),
+        *("[THINK]", "◁think▷", "<seed:think>", "<|begin_of_thought|>", "<|some_token|>", "4<think>"),
+        "<think>a</think><think>",
+    ],
+)
+def test_reasoning_without_a_visible_end_has_no_score(beginning):
+    judgement = score_answer(completion(f"{beginning}The score is 2."))
+    assert judgement.score is None
+    assert "reasoning whose end cannot be told" in judgement.failure
+
+
+def test_the_probabilities_of_reasoning_are_no_score():
+    reasoned = completion("4", {"4": 0.6, "1": 0.4})
+    reasoned["choices"][0]["message"]["reasoning_content"] = "4 words are odd."
+    other = completion("4", {"4": 0.6, "1": 0.4})
+    other["choices"][0]["logprobs"]["content"][0]["token"] = "<think>"
+    assert [score_answer(each).score for each in (reasoned, other)] == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("text", ["Coherence: 5, trait: 2", '{"coherence": 5, "trait": 2}', '{"score": 4.5}'])
+def test_one_of_two_scores_is_not_taken_for_both(text):
+    assert score_answer(completion(text)).score is None
 
 
 def test_an_answer_that_was_cut_counts_only_as_a_whole_and_names_the_remedy():
@@ -65,7 +115,18 @@ def test_score_is_the_weighted_digit_or_the_written_one(written, probabilities, 
 
 
 @pytest.mark.parametrize(
-    "text", ["4" * 10**6, "Score: " * 150_000, "<think>" * 150_000, "a. " * 300_000, " 4\n5" * 200_000]
+    "text",
+    [
+        "4" * 10**6,
+        "Score: " * 150_000,
+        "<think>" * 150_000,
+        "a. " * 300_000,
+        " 4\n5" * 200_000,
+        "[think][/think]" * 70_000,
+        "assistant " * 100_000,
+        "<|channel|>final" * 60_000,
+    ],
+    ids=lambda text: text[:9],
 )
 def test_a_huge_answer_is_read_in_seconds_and_shown_in_one_line(text):
     started = time.process_time()

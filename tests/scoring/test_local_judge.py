@@ -51,8 +51,17 @@ def test_a_text_that_the_judge_cannot_read_is_missing_with_a_reason(judge):
     assert 1 < short.score < 5
 
 
+def thinking_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("A: ", "<|im_start|>assistant\\n<think>\\n")
+    return tokenizer
+
+
 class WithoutDigits:
     chat_template = TEMPLATE
+
+    def apply_chat_template(self, messages, **options):
+        return "A: "
 
     def __call__(self, text, **options):
         return {"input_ids": [3]}
@@ -62,6 +71,7 @@ class WithoutDigits:
     ("tokenizer", "message"),
     [
         (tiny_tokenizer(), "'tiny' has no chat template, so it cannot be asked"),
+        (thinking_tokenizer(), "has a template that opens a thought"),
         (WithoutDigits(), "does not write 1 to 5 as a token each"),
     ],
 )

@@ -86,6 +86,12 @@ def test_numbers_and_quotation_marks_around_a_line_are_no_part_of_the_text(tmp_p
     assert content["questions"] == [f"Where are {each}?" for each in SUBJECTS[:8]]
 
 
+def test_lines_of_the_models_reasoning_are_no_items(tmp_path):
+    write, reasoning = writing(), "<think>\n+ A draft!\n- Drafts!\n? Drafts?\n</think>\n"
+    path = made(tmp_path, lambda prompt: reasoning + write(prompt))
+    assert "raft" not in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
