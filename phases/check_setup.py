@@ -366,7 +366,7 @@ def _neutral_activations(run: Run) -> list[Tensor]:
     read = inputs.mapping_texts[:N_NORM_TEXTS]
     texts, prompts = [item.text for item in read], [item.prompts[1] for item in read]
     extractor = inputs.target.extractor
-    tokens, ends = extractor.token_ends(texts, run.config.mapping_positions, prompts=prompts)
+    tokens, ends = extractor.token_ends(texts, run.inputs.mapping_positions, prompts=prompts)
     positions = [list(by_character.values()) for by_character in ends]
     by_layer = extractor.extract_tokens(tokens, positions, inputs.target_layers)
     return [by_layer[layer] for layer in inputs.target_layers]

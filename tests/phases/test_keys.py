@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from chat_models import chatting
+from chat_models import TEMPLATE, chatting
 from chat_server import chat_server, completion
 from pydantic import BaseModel
 from tiny_runs import (
@@ -51,6 +51,8 @@ LABELLED = {
     )
 }
 PERSONAS = {"loud": {**LOUD, **LABELLED}, "numeric": NUMERIC}
+
+TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be told
 
 SCORED = frozenset(
     "eval_results.json aggregated_results.json verdict.json figure1.png recovery.png off_target.png "
@@ -117,6 +119,8 @@ CHANGES = {
     "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json"}),
     "target_prompt_format": Change("chat", {"target_prompt_format": "raw"}, WRITTEN),
     "system_prompt": Change("chat", {"system_prompt": "Be kind."}, WRITTEN),
+    "chat_template_kwargs": Change("chat", {"chat_template_kwargs": {"tone": "dry"}}, WRITTEN),
+    "chat_template_date": Change("chat", {"chat_template_date": "2026-02-03"}, WRITTEN),
     "personas": Change("pair", {"personas": ["formal"]}, CARRIED | NATIVE | CHECKED | {"trait_costs.json"}),
     "persona_datasets.description": in_persona("judged", SCORED | CHECKED, description="Shouting."),
     "persona_datasets.positive_texts": in_persona("pair", NATIVE, positive_texts=["WHAT A DAY.", "COME."]),
@@ -253,7 +257,7 @@ def paths(model_folders, tmp_path_factory):
     """Name -> path of a tiny model, a text or a vector."""
     folder = tmp_path_factory.mktemp("paths")
     for name, model, tokenizer in (
-        ("chat", tiny_model("gpt2", seed=1, n_embd=48), chatting()),
+        ("chat", tiny_model("gpt2", seed=1, n_embd=48), chatting(TOLD + TEMPLATE)),
         ("chat_source", tiny_model("llama"), chatting()),
         ("other", tiny_model("gpt2", seed=2, n_embd=48), tiny_tokenizer()),
         ("other_source", tiny_model("llama", seed=5), tiny_tokenizer()),
