@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -324,8 +323,7 @@ def _prompting(config: ExperimentConfig, *sides: Side) -> Prompting:
 
     Raises InputError: `chat` for a model without a template, or a variable that no template knows.
     """
-    day = date.fromisoformat(config.chat_template_date)
-    variables = {**config.chat_template_kwargs, "strftime_now": day.strftime}
+    variables = {**config.chat_template_kwargs, "strftime_now": config.chat_template_date}
     chatting = [
         side
         for side in sides

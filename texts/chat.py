@@ -5,8 +5,8 @@ roles system, user and assistant, which the tokenizer's chat template turns into
 the tokenizer's first tokens, `texts.encoding` adds no second ones. A special token that a message spells is
 read as words.
 
-Templates take variables, such as `enable_thinking`. One that asks for the date is told FIRST_DAY unless a
-variable `strftime_now` says otherwise: today's date would make other texts tomorrow.
+Templates take variables, such as `enable_thinking`. The variable `strftime_now` is the day that a template is
+told which asks for today's, FIRST_DAY by default: the date of a run would make other texts tomorrow.
 """
 
 import json
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from functools import cache
+from string import ascii_letters
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,8 +112,12 @@ def _rendered(
     is_open: bool = True,
 ) -> str:
     """Return the messages in the template. Raises InputError for whatever a template's code raises."""
-    told = {"strftime_now": datetime.fromisoformat(FIRST_DAY).strftime, **(variables or {})}
+    told = {"strftime_now": FIRST_DAY, **(variables or {})}
+    day = told.pop("strftime_now")
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            told["chat_template"] = _day_macro(day) + template
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=is_open, **told
         )
@@ -125,6 +130,19 @@ def _rendered(
                 "one so in its folder, or choose 'prompt_format': 'raw'"
             ) from error
         raise InputError(shown(str(error) or type(error).__name__)) from error
+
+
+@cache
+def _day_macro(day: str) -> str:
+    """Return what stands before a template that asks for the date, so that it is this one.
+
+    A function of ours cannot take its place: transformers hands templates plain values alone.
+    """
+    codes = [f"%{sign}{letter}" for sign in ("", "-") for letter in ascii_letters]
+    values = {code: datetime.fromisoformat(day).strftime(code) for code in codes}
+    told = "".join(f"|replace({code!r}, {value!r})" for code, value in values.items() if value != code)
+    # The empty expression keeps a line break with which the template begins.
+    return f"{{%- macro strftime_now(wanted) -%}}{{{{ wanted{told} }}}}{{%- endmacro %}}{{{{ '' }}}}"
 
 
 def _without_system(messages: Messages) -> Messages:
