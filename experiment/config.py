@@ -128,6 +128,13 @@ def _device_map(value: Any) -> str | dict[str, int | str] | None:
     return value
 
 
+def _check_day(value: str) -> None:
+    try:
+        date.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError(f"expected a day such as {FIRST_DAY}") from error
+
+
 def _template_variables(value: Any) -> dict[str, bool | int | float | str]:
     if not isinstance(value, dict):
         raise ValueError("expected an object from the variables of a chat template to their values")
@@ -352,7 +359,7 @@ class ExperimentConfig(_Strict):
     target_prompt_format: PromptFormat | None = None
     system_prompt: Prompt | None = None
     chat_template_kwargs: Annotated[dict[str, Any], PlainValidator(_template_variables)] = {}
-    chat_template_date: Annotated[str, _if_string(date.fromisoformat)] = FIRST_DAY
+    chat_template_date: Annotated[str, _if_string(_check_day)] = FIRST_DAY
 
     personas: list[Name] | None = None
     persona_datasets: dict[Name, Annotated[PersonaDefinition, BeforeValidator(_definition)]] = {}
