@@ -211,17 +211,18 @@ class ActivationExtractor:
 
         positions: `aligned`, see `aligned_positions.token_ends`; or `last`: the last token alone, and none
             of a text that is cut, because other models may end it elsewhere.
-        prompts: precede each text, none by default. Their tokens are returned, their ends are not.
+        prompts: precede each text, none by default. Their tokens are returned, their ends are not. A special
+            token is a token in a prompt, and words in a text.
         Raises InputError: an empty text, or a token without embedding; texts count from `first_index`.
         """
         self._check_texts(texts, first_index)
         prompts = [""] * len(texts) if prompts is None else prompts
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         if positions == "last":
-            tokens = encode(self.tokenizer, whole, self.model, first_index)
-            ends = [{len(text): len(ids) - 1} for text, ids in zip(whole, tokens, strict=True)]
+            tokens = encode(self.tokenizer, texts, self.model, first_index, prompts)
+            lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+            ends = [{length: len(ids) - 1} for length, ids in zip(lengths, tokens, strict=True)]
         else:
-            tokens, offsets = encode_with_offsets(self.tokenizer, whole, self.model, first_index)
+            tokens, offsets = encode_with_offsets(self.tokenizer, texts, self.model, first_index, prompts)
             special = set(self.tokenizer.all_special_ids)
             ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
         kept = [

@@ -36,7 +36,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from support.artifacts import acquire, file_lock, file_sha256, release
-from support.errors import InputError, first_line, shown
+from support.errors import HubError, InputError, first_line, shown
 from support.package_cache import PackagedFile, build_once, cache_folder, fetch_packaged_files, locked
 from support.text_files import local_path
 from support.vocabulary import QUANTIZATIONS
@@ -98,7 +98,8 @@ def load_model(
     except InputError:
         raise
     except Exception as error:  # libraries and a repository's own code raise anything
-        raise InputError(
+        is_offline = isinstance(error, OSError) and "couldn't connect" in str(error)
+        raise (HubError if is_offline else InputError)(
             f"cannot load a causal language model from {name_or_path!r}: {_reason(error, name_or_path)}"
         ) from error
     if model.device.type == "meta":
@@ -217,6 +218,8 @@ def _base_of_adapter(location: str, options: Mapping[str, Any]) -> str | None:
 
 def _reason(error: Exception, name_or_path: str) -> str:
     """Return one line that says why a model did not load."""
+    if "trust_remote_code" in str(error):  # transformers asks for its argument
+        return 'its repository has modelling code of its own, which "trust_remote_code": true runs'
     if "for this kind of AutoModel" not in str(error):
         return (f"{type(error).__name__}: " if isinstance(error, ImportError) else "") + first_line(error)
     try:
@@ -415,6 +418,11 @@ def is_causal(model: PreTrainedModel) -> bool:
         remedy = "use bfloat16 or float32, or check the weights"
         raise InputError(f"the logits are not finite in {model.dtype}; {remedy}")
     return torch.allclose(logits[0], logits[1], rtol=0, atol=0.02 * logits.std().item())
+
+
+def is_on_a_hub(name_or_path: str) -> bool:
+    """Return whether a model's name is a hub id: neither packaged nor on this machine."""
+    return name_or_path not in PACKAGED_MODELS and not local_path(name_or_path).exists()
 
 
 def n_layers(model: PreTrainedModel) -> int:

@@ -7,6 +7,7 @@ the specification's, except where METHODOLOGY.md says why not.
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,7 @@ from experiment.config_errors import explain
 from support.errors import InputError, shown
 from support.text_files import check_characters, local_path, parse_json, read_text
 from support.vocabulary import (
+    FIRST_DAY,
     LOWEST_TEMPERATURE,
     AlphaUnit,
     LambdaCriterion,
@@ -59,6 +61,8 @@ LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
 MOST_TEXTS = 10_000_000  # a grid of more texts would take eleven days at ten texts a second
 MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona and method
+# What a run itself tells a chat template.
+OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_prompt strftime_now".split()
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
 
@@ -130,6 +134,26 @@ def _device_map(value: Any) -> str | dict[str, int | str] | None:
         if not isinstance(module, str) or not (isinstance(place, str) or is_device):
             raise ValueError("expected 'auto' or the like, or an object from module names to devices")
         check_characters(f"{module}{place}")
+    return value
+
+
+def _check_day(value: str) -> None:
+    try:
+        date.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError(f"expected a day such as {FIRST_DAY}") from error
+
+
+def _template_variables(value: Any) -> dict[str, bool | int | float | str]:
+    if not isinstance(value, dict):
+        raise ValueError("expected an object from the variables of a chat template to their values")
+    for name, each in value.items():
+        if not isinstance(name, str) or name in OWN_VARIABLES:
+            raise ValueError(f"{shown(name)} is no variable that can be given; leave it out")
+        is_number = isinstance(each, int | float) and abs(each) < float("inf")
+        if not (is_number or isinstance(each, str)):
+            raise ValueError(f"{shown(name)} is {shown(each)}, expected true, false, a number or a string")
+        check_characters(f"{name}{each}")
     return value
 
 
@@ -351,7 +375,7 @@ class ExperimentConfig(_Strict):
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
     mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
-    mapping_positions: PairPositions = "aligned"
+    mapping_positions: Literal[PairPositions, "auto"] = "auto"
     lambda_values: Lambdas = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: LambdaUnit = "absolute"
     lambda_criterion: LambdaCriterion = "pooled"
@@ -361,6 +385,8 @@ class ExperimentConfig(_Strict):
     source_prompt_format: PromptFormat | None = None
     target_prompt_format: PromptFormat | None = None
     system_prompt: Prompt | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], PlainValidator(_template_variables)] = {}
+    chat_template_date: Annotated[str, _if_string(_check_day)] = FIRST_DAY
 
     personas: list[Name] | None = None
     persona_datasets: dict[Name, Annotated[PersonaDefinition, BeforeValidator(_definition)]] = {}

@@ -6,7 +6,8 @@ file is written. `Inputs` is immutable and computes no result.
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain
@@ -20,16 +21,16 @@ from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
 from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
-from model_loading import fastest_dtype, plain_model
+from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, plain_model
 from scoring.gpt_judge import GPTJudge
 from scoring.local_judge import LocalJudge
 from scoring.trait_classifier import check_labelled
 from steered_generation import SteeredGenerator
-from support.errors import InputError
+from support.errors import HubError, InputError
 from support.text_files import local_path
 from support.vector_files import VectorFile, read_vectors
 from texts.aligned_positions import check_offsets
-from texts.chat import resolve_format
+from texts.chat import as_words, resolve_format
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
@@ -103,6 +104,13 @@ class Inputs:
     def mapping_texts(self) -> tuple[NeutralText, ...]:
         """The texts that the map is learnt from, and that the unit of alpha is measured on."""
         return self.neutral_responses if self.neutral_questions else self.neutral_texts
+
+    @property
+    def mapping_positions(self) -> str:
+        """Where texts give pairs; `auto` is `aligned` if both tokenizers know characters, else `last`."""
+        wanted = self.config.mapping_positions
+        automatic = "aligned" if all(side.tokenizer.is_fast for side in self.sides) else "last"
+        return automatic if wanted == "auto" else wanted
 
     @property
     def scorer_names(self) -> list[str]:
@@ -237,15 +245,17 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     personas = read_personas(config)
     others = [name for name in shipped_personas() if name not in config.persona_names]
     labelled = (*personas, *map(load_persona, others))
-    judge, given = load_judge(config), _read_given(config)
-    passages = _checked_neutral_texts(config, personas)
+    given = _read_given(config)
     questions, styles = _neutral_questions(config, personas), _neutral_styles(config, personas)
-    source, target = (load_side(config, name, (loaded or {}).get(name)) for name in SIDES)
+    with _hub_lines(config):
+        judge, passages = load_judge(config), _checked_neutral_texts(config, personas)
+        source, target = (load_side(config, name, (loaded or {}).get(name)) for name in SIDES)
+    labelled = tuple(_as_words(persona, source, target) for persona in labelled)
     prompting = _prompting(config, source, target)
     asks = prompting.asks_questions
     inputs = Inputs(
         config=config,
-        personas=personas,
+        personas=labelled[: len(personas)],
         labelled_personas=labelled,
         prompts=tuple(config.load_test_prompts(asks)),
         development_prompts=tuple(load_prompts("development_questions" if asks else "development")),
@@ -293,6 +303,25 @@ def configured(
     return checked, loaded
 
 
+@contextmanager
+def _hub_lines(config: ExperimentConfig) -> Iterator[None]:
+    """Name all lines of a configuration that need a hub, if it cannot be reached in the body."""
+    try:
+        yield
+    except HubError as error:
+        models = {f"{side}_model": getattr(config, f"{side}_model") for side in SIDES}
+        if config.use_gpt4 and config.judge.kind == "local":
+            models["judge.model"] = config.judge.model
+        lines = {key: name for key, name in models.items() if is_on_a_hub(name)}
+        if config.neutral_text == "wikitext-103":
+            lines["neutral_text"] = config.neutral_text
+        needed = ", ".join(f'"{key}": "{name}"' for key, name in lines.items())
+        raise InputError(
+            f"{str(error).rstrip('.')}. The hub is needed for {needed}; a model may be a folder, GGUF file, "
+            f"{' or '.join(PACKAGED_MODELS)} instead"
+        ) from error
+
+
 def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
     """Return the judge if one is wanted. Raises InputError: no key, or no instruct model."""
     settings = config.judge
@@ -321,16 +350,35 @@ def _read_given(config: ExperimentConfig) -> dict[tuple[str, str], VectorFile]:
 
 
 def _prompting(config: ExperimentConfig, *sides: Side) -> Prompting:
-    """Return how the models are shown prompts. Raises InputError: `chat` for one without a template."""
-    formats = {
-        side.name: resolve_format(config.format_of(side.name), side.model, side.tokenizer, side.name)
+    """Return how the models are shown prompts.
+
+    Raises InputError: `chat` for a model without a template, or a variable that no template knows.
+    """
+    variables = {**config.chat_template_kwargs, "strftime_now": config.chat_template_date}
+    chatting = [
+        side
         for side in sides
-    }
-    return Prompting(
-        {side.name: side.tokenizer for side in sides},
-        tuple(name for name, found in formats.items() if found == "chat"),
-        config.system_prompt,
-    )
+        if resolve_format(config.format_of(side.name), side.model, side.tokenizer, side.name, variables)
+        == "chat"
+    ]
+    templates = str([side.tokenizer.chat_template for side in chatting])
+    if unknown := [name for name in config.chat_template_kwargs if name not in templates]:
+        raise InputError(
+            f"chat_template_kwargs has {unknown[0]!r}, which is in no chat template that this run "
+            "uses; correct the name, or leave it out"
+        )
+    tokenizers = {side.name: side.tokenizer for side in sides}
+    return Prompting(tokenizers, tuple(side.name for side in chatting), config.system_prompt, variables)
+
+
+def _as_words(persona: Persona, *sides: Side) -> Persona:
+    """Return the persona; special tokens of either model that its texts for extraction spell are words."""
+    texts = {}
+    for name in ("positive_texts", "negative_texts"):
+        texts[name] = getattr(persona, name)
+        for side in sides:
+            texts[name] = tuple(as_words(side.tokenizer, text) for text in texts[name])
+    return replace(persona, **texts)
 
 
 def _check_layers(inputs: Inputs) -> None:
@@ -340,6 +388,10 @@ def _check_layers(inputs: Inputs) -> None:
         logger.debug("%s: %s", side.name, side.fingerprint)
         if config.mapping_positions == "aligned":
             check_offsets(side.tokenizer, side.name)
+        elif config.mapping_positions == "auto" and not side.tokenizer.is_fast:
+            logger.warning(
+                "%s: its tokenizer gives no character offsets: mapping_positions is 'last'", side.name
+            )
         if config.layer_idx == "auto":
             wanted = getattr(config, f"search_{side.name}_layers") or range(side.n_blocks)
             widths.append(dict.fromkeys(side.extractor.check_layers(wanted), side.d_model))

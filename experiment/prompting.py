@@ -1,11 +1,12 @@
 """Render prompts as each model reads them: in its chat template, or as plain text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from texts.chat import plain_text, prompt_text, question
+from texts.chat import as_words, plain_text, prompt_text, question
 from texts.personas import Persona
 
 
@@ -14,12 +15,13 @@ class Prompting:
     """How a run shows prompts to its models.
 
     tokenizers: side -> tokenizer. chat_sides: the sides that are shown their chat template. system_prompt: of
-        the run, put before every question to the target.
+        the run, put before every question to the target. variables: of the chat templates.
     """
 
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
     chat_sides: tuple[str, ...]
     system_prompt: str | None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def asks_questions(self) -> bool:
@@ -40,18 +42,20 @@ class Prompting:
         """Return a question as a side's model reads it: in its chat template, else as plain text."""
         messages = question(text, system_prompt)
         if side in self.chat_sides:
-            return prompt_text(self.tokenizers[side], messages)
-        return plain_text(messages)
+            return prompt_text(self.tokenizers[side], messages, variables=self.variables)
+        return as_words(self.tokenizers[side], plain_text(messages))
 
     def prompt(self, side: str, prompt: str, persona: Persona | None = None) -> str:
         """Return a test or development prompt as a side's model reads it.
 
         persona: which the prompting baseline asks for in words; every other condition sees the same prompt.
         """
-        if persona is None:
-            return self.question(side, prompt, self.system_prompt) if self.asks_questions else prompt
         if not self.asks_questions:
-            return f"{persona.description or f'The text is {persona.name}.'}\n\n{prompt}"
+            if persona is not None:
+                prompt = f"{persona.description or f'The text is {persona.name}.'}\n\n{prompt}"
+            return as_words(self.tokenizers[side], prompt)
+        if persona is None:
+            return self.question(side, prompt, self.system_prompt)
         instruction = f"Answer in this style. {persona.description or persona.name}"
         if persona.instructions:
             instruction, _ = persona.instructions[0]

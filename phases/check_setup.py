@@ -191,7 +191,7 @@ def _neutral_activations(run: Run, side: str, layers: Sequence[int]) -> list[Ten
     read = run.inputs.mapping_texts[:N_NORM_TEXTS]
     texts, prompts = [item.text for item in read], [item.prompts[SIDES.index(side)] for item in read]
     extractor = run.inputs.side(side).extractor
-    tokens, ends = extractor.token_ends(texts, run.config.mapping_positions, prompts=prompts)
+    tokens, ends = extractor.token_ends(texts, run.inputs.mapping_positions, prompts=prompts)
     positions = [list(by_character.values()) for by_character in ends]
     by_layer = extractor.extract_tokens(tokens, positions, layers)
     return [by_layer[layer] for layer in layers]

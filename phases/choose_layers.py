@@ -22,7 +22,7 @@ def _key(run: Run) -> str:
     return fingerprint(
         FORMAT_VERSION,
         [side.fingerprint for side in inputs.sides],
-        [config.search_source_layers, config.search_target_layers, config.mapping_positions, config.seed],
+        [config.search_source_layers, config.search_target_layers, inputs.mapping_positions, config.seed],
         [personas, config.persona_names, config.persona_position],
         [[item.text, item.document] for item in _texts(run)],
     )
@@ -55,7 +55,7 @@ def _search(run: Run) -> dict[str, Any]:
         inputs.labelled_personas,
         config.persona_names,
         position=config.persona_position,
-        positions=config.mapping_positions,
+        positions=inputs.mapping_positions,
         source_layers=config.search_source_layers,
         target_layers=config.search_target_layers,
         seed=config.seed,

@@ -37,7 +37,7 @@ def mapping_data_key(run: Run) -> str:
     inputs, config = run.inputs, run.config
     sides = [side.fingerprint for side in inputs.sides]
     texts = neutral_responses_key(run) if inputs.neutral_questions else _texts_key(inputs.neutral_texts)
-    settings = [inputs.layer_pairs, config.mapping_positions, config.seed]
+    settings = [inputs.layer_pairs, inputs.mapping_positions, config.seed]
     return fingerprint(FORMAT_VERSION, sides, settings, texts)
 
 
@@ -123,7 +123,7 @@ def load_maps(run: Run) -> tuple[LearnedMaps, ...]:
 def collect_sums(run: Run, pairs: Sequence[LayerPair]) -> dict[LayerPair, dict[str, Any]]:
     """Return layer pair -> what `pair_statistics.pt` holds, from one pass over the texts of the map."""
     config = run.config
-    settings = PairSettings(tuple(pairs), config.mapping_positions, config.n_folds, config.seed)
+    settings = PairSettings(tuple(pairs), run.inputs.mapping_positions, config.n_folds, config.seed)
     collected = collect_in_chunks(run.executor, run.inputs.mapping_texts, settings)
     return {pair: statistics_content(collected, pair) for pair in pairs}
 

@@ -17,7 +17,7 @@ from decoding.output_head import narrowed_head
 from model_loading import context_length, filler_token_id, load_model, pad_tokens
 from scoring.judge_answers import Judge, Judgement, final_answer
 from support.errors import InputError
-from texts.chat import prompt_text, question
+from texts.chat import LESS_THINKING, prompt_text, question
 from texts.encoding import encode
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class LocalJudge(Judge):
 
     def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
         """Yield the index of a prompt and its judgement, prompts of similar length together."""
-        shown = [prompt_text(self.tokenizer, question(prompt)) for prompt in prompts]
+        # The digit is to be the first token, so that the judge is not to reason before it.
+        shown = [prompt_text(self.tokenizer, question(prompt), variables=LESS_THINKING) for prompt in prompts]
         lengths = list(map(len, tokens := encode(self.tokenizer, shown, self.model)))
         limit, masses = context_length(self.model, self.tokenizer), []
         order = sorted(range(len(prompts)), key=lambda index: -lengths[index])

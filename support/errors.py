@@ -30,6 +30,10 @@ class InputError(ValueError):
     """Bad input: a configuration, text, model or file that cannot be used as given."""
 
 
+class HubError(InputError):
+    """A model hub that cannot be reached, and that what was asked for needs."""
+
+
 def shown(value: Any, length: int = 80) -> str:
     """Return a value as a message quotes it: ASCII in one line, cut after `length` characters."""
     if isinstance(value, str):

@@ -270,6 +270,18 @@ def test_pairs_are_where_both_sides_end_a_known_word_and_tokens_are_counted(side
     assert [extractor.n_tokens for extractor in sides] == n_tokens
 
 
+@pytest.mark.parametrize("with_bos", [True, False])
+def test_no_first_token_is_read_and_a_text_is_words(llama, with_bos):
+    tokenizer = tiny_tokenizer()
+    if not with_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    extractor = ActivationExtractor(llama, tokenizer, 1)
+    (batch,) = paired_activations(extractor, extractor, ["ab<eos>cd"])
+    assert batch.end.tolist() == list(range(1 if with_bos else 2, 10))
+    ids = tokenizer("ab<eos>cd", split_special_tokens=True).input_ids
+    assert_close(batch.H_source[1], recorded(llama, ids, 1)[1:], **PAIR_CLOSE)
+
+
 def test_batch_size_and_order_of_texts_change_no_pair(sides):
     expected = by_place(paired_activations(*sides, PAIR_TEXTS))
     for extractor in sides:

@@ -1,15 +1,22 @@
 """Turn texts into tokens, so that a text ends where its last character does (all phases).
 
 Some tokenizers append a token that ends a document. After it, a model's activation belongs to that token
-and its continuation is another document, so such tokens are dropped. A text that already begins with the
-tokenizer's first token, as chat templates write it, does not get a second one.
+and its continuation is another document, so such tokens are dropped. A prompt that already begins with the
+tokenizer's first tokens, as chat templates write them, does not get them twice.
+
+In a prompt, special tokens are tokens, since templates write them. A text behind it may spell one too, as a
+page on HTML does with <s>; there it is read as words.
 """
 
+import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from support.errors import InputError
+
+Offsets = list[tuple[int, int]]
 
 
 def encode(
@@ -17,14 +24,15 @@ def encode(
     texts: Sequence[str],
     model: PreTrainedModel | None = None,
     first_index: int = 0,
+    prompts: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each text, with the tokens that its tokenizer adds before it but not after it.
 
     model: checked to have an embedding for every token. first_index: the first text's number in errors.
+    prompts: precede the texts, which are then read as words; without them the texts are prompts themselves.
     Raises InputError: a token without embedding.
     """
-    ids = tokenizer(list(texts), verbose=False).input_ids
-    tokens = _trimmed(ids, _parts(tokenizer, ids))
+    tokens, _ = _tokenised(tokenizer, texts, prompts, with_offsets=False)
     _check_embeddings(tokenizer, tokens, model, first_index)
     return tokens
 
@@ -34,11 +42,13 @@ def encode_with_offsets(
     texts: Sequence[str],
     model: PreTrainedModel | None = None,
     first_index: int = 0,
-) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Return the tokens of `encode`, and for each token the characters that it covers, (first, last + 1)."""
-    encoded = tokenizer(list(texts), verbose=False, return_offsets_mapping=True)
-    parts = _parts(tokenizer, encoded.input_ids)
-    tokens, offsets = (_trimmed(values, parts) for values in (encoded.input_ids, encoded.offset_mapping))
+    prompts: Sequence[str] | None = None,
+) -> tuple[list[list[int]], list[Offsets]]:
+    """Return the tokens of `encode`, and for each token the characters of prompt + text that it covers.
+
+    Characters are (first, last + 1).
+    """
+    tokens, offsets = _tokenised(tokenizer, texts, prompts, with_offsets=True)
     _check_embeddings(tokenizer, tokens, model, first_index)
     return tokens, offsets
 
@@ -69,10 +79,19 @@ def encode_continuations(
     It is the length of the longest common prefix of the tokenised prompt and the tokenised whole, so a
     token across the seam belongs to the continuation. Raises InputError as `encode`.
     """
-    before = encode(tokenizer, [prompt for prompt, _ in texts], model, first_index)
-    whole = encode(tokenizer, [prompt + output for prompt, output in texts], model, first_index)
+    prompts, outputs = ([pair[part] for pair in texts] for part in (0, 1))
+    before = encode(tokenizer, prompts, model, first_index)
+    whole = encode(tokenizer, outputs, model, first_index, prompts)
     equal = ([a == b for a, b in zip(*both, strict=False)] for both in zip(before, whole, strict=True))
     return [(tokens, [*same, False].index(False)) for tokens, same in zip(whole, equal, strict=True)]
+
+
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds the spelling of a special token in a text; looked up once for a tokenizer."""
+    spelt = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    # A token may begin as another one does; of two, the longer one is read.
+    return re.compile("|".join(map(re.escape, sorted(spelt, key=len, reverse=True))) or "(?!)")
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -85,22 +104,51 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []  # special tokens change the text's own; no known tokenizer of a decoder does that
 
 
-def _parts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[tuple[slice, slice]]:
-    """Return the two slices of each text's ids that remain: the added ones before it, and its own."""
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    prompts: Sequence[str] | None,
+    with_offsets: bool,
+) -> tuple[list[list[int]], list[Offsets]]:
+    """Return the tokens of each prompt + text and, if wanted, the characters that each of them covers."""
+    options = {"verbose": False} | ({"return_offsets_mapping": True} if with_offsets else {})
+    if prompts is None:
+        return _trimmed(tokenizer, tokenizer(list(texts), **options))
+    whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    tokens, offsets = _tokenised(tokenizer, whole, None, with_offsets)
+    spelt = special_tokens(tokenizer)
+    options |= {"add_special_tokens": False, "split_special_tokens": True}
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if spelt.search(text):
+            (before,), characters = _tokenised(tokenizer, [prompt], None, with_offsets)
+            own = tokenizer(text, **options)
+            tokens[row] = before + own.input_ids
+            if with_offsets:
+                of_text = [(len(prompt) + start, len(prompt) + end) for start, end in own.offset_mapping]
+                offsets[row] = characters[0] + of_text
+    return tokens, offsets
+
+
+def _trimmed(
+    tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding
+) -> tuple[list[list[int]], list[Offsets]]:
+    """Return the tokens of texts, and their characters, without tokens that end a document or stand twice."""
     before, after = added_tokens(tokenizer)
+    endings = [before[start:] for start in range(len(before))]
     parts = []
-    for ids_of_text in ids:
-        start, end = len(before), len(ids_of_text)
-        while before and ids_of_text[start : start + 1] == before[-1:]:
-            start += 1
-        if after and ids_of_text[end - len(after) :] == after:
+    for ids in encoded.input_ids:
+        start, end = len(before), len(ids)
+        # A template writes all of the first tokens, or the last of them alone.
+        while again := next((found for found in endings if ids[start : start + len(found)] == found), None):
+            start += len(again)
+        if after and ids[end - len(after) :] == after:
             end -= len(after)
         parts.append((slice(len(before)), slice(start, end)))
-    return parts
-
-
-def _trimmed(values: Sequence[list], parts: Sequence[tuple[slice, slice]]) -> list[list]:
-    return [[*row[before], *row[own]] for row, (before, own) in zip(values, parts, strict=True)]
+    columns = encoded.input_ids, encoded.get("offset_mapping", [])
+    tokens, offsets = (
+        [[*row[first], *row[own]] for row, (first, own) in zip(rows, parts, strict=False)] for rows in columns
+    )
+    return tokens, offsets
 
 
 def _check_embeddings(

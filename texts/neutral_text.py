@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.errors import InputError, first_line, shown
+from support.errors import HubError, InputError, first_line, shown
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files
 from support.text_files import local_path, parse_json, read_text
 from texts.scripts import (
@@ -214,9 +214,9 @@ def _wikitext() -> Iterator[tuple[str, str]]:
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="train")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"WikiText-103 cannot be loaded ({first_line(error, 150)}); without a hub use "
-            '"neutral_text": "wikipedia-sample" or a local file'
+        raise HubError(
+            f"WikiText-103 cannot be loaded ({first_line(error, 150)}); without a hub, "
+            '"wikipedia-sample" or a local file is neutral text'
         ) from error
     title, lines = "", []
     for line in rows["text"]:

@@ -1,12 +1,16 @@
 """What a run reads is loaded and checked before anything is written, and never changes."""
 
 import pytest
+from chat_models import TEMPLATE, chatting
 from tiny_runs import LOUD
+from transformers import AutoTokenizer
 
 from experiment.config import load_config
 from experiment.inputs import configured, load_inputs, read_personas
+from experiment.models import SIDES
 from support.errors import InputError
-from support.tiny_models import N_LAYERS
+from support.tiny_models import N_LAYERS, tiny_model
+from texts.encoding import encode
 from texts.personas import load_prompts
 
 BAND = {"source_layer_idx": [3, 1, 2], "target_layer_idx": [3, 0, 1]}
@@ -79,6 +83,7 @@ def test_a_persona_text_that_holds_a_test_prompt_is_an_error(settings, text, pla
         ({"top_k": 10_000_000}, "top_k"),
         ({"system_prompt": "Be kind."}, "system_prompt is of use where the target is shown a chat template"),
         ({"mapping_data": "responses"}, "'responses' asks a chat model, but neither model is one"),
+        ({"chat_template_kwargs": {"tone": "dry"}}, "'tone', which is in no chat template that this run"),
         ({"source_prompt_format": "chat"}, "tokenizer of the source model has no chat template"),
         ({"layer_idx": "auto", "source_layer_idx": None, "search_target_layers": [9]}, "0 to 3"),
     ],
@@ -89,6 +94,48 @@ def test_what_a_later_phase_would_reject_is_an_error_at_once(settings, change, m
         change = {**change, "target_layer_idx": None}
     with pytest.raises(InputError, match=message):
         loaded(settings, **change)
+
+
+def test_templates_are_told_their_variables_and_the_runs_day(chat_settings, tmp_path):
+    tiny_model("gpt2", seed=1, n_embd=48).save_pretrained(tmp_path)
+    chatting("{{ tone or 'no tone' }}, {{ strftime_now('%Y') }}: " + TEMPLATE).save_pretrained(tmp_path)
+    settings = {**chat_settings, "target_model": str(tmp_path)}
+    variables = {"chat_template_kwargs": {"tone": "dry"}, "chat_template_date": "2031-05-01"}
+    for found, said in ((loaded(settings), "no tone, 2026"), (loaded(settings, **variables), "dry, 2031")):
+        assert found.prompting.prompt("target", "Why?").startswith(said)
+
+
+def test_a_tokenizer_without_offsets_gives_pairs_at_last_tokens(settings, llama, slow_tokenizer, caplog):
+    slow = {"source": (llama, slow_tokenizer)}
+    found = load_inputs(load_config(settings), slow)
+    assert found.mapping_positions == "last"
+    assert "source: its tokenizer gives no character offsets: mapping_positions is 'last'" in caplog.text
+    assert loaded(settings).mapping_positions == "aligned"
+    with pytest.raises(InputError, match=r"the source's tokenizer .* use mapping_positions 'last'"):
+        load_inputs(load_config({**settings, "mapping_positions": "aligned"}), slow)
+
+
+def test_texts_of_a_persona_are_words(settings):
+    spelt = {**LOUD, "positive_texts": ["It is <eos> so.", "YES."], "negative_texts": ["a", "b"]}
+    found = loaded(
+        settings, persona_datasets={"spelt": spelt}, test_prompts=["What <bos> is"], n_test_prompts=1
+    )
+    (persona,) = found.personas
+    shown = [*persona.positive_texts, *(found.prompting.prompt(side, "What <bos> is") for side in SIDES)]
+    for ids in encode(found.source.tokenizer, shown):
+        assert max(ids[1:]) < 256
+
+
+def test_without_a_hub_all_lines_that_need_it_are_named(settings, monkeypatch):
+    def offline(*names, **options):
+        raise OSError("We couldn't connect to 'https://hub' to load the files.\nCheck your connection")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(InputError, match=r"load the files\. The hub is needed for ") as caught:
+        loaded(settings, source_model="some/model", target_model="other/model")
+    assert '"source_model": "some/model", "target_model": "other/model"; a model may be' in str(caught.value)
+    with pytest.raises(InputError, match='needed for "target_model": "other/model"; a model'):
+        loaded(settings, target_model="other/model")
 
 
 def test_a_map_from_responses_needs_as_many_questions_as_folds_that_no_test_asks(chat_settings):

@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from chat_models import chatting, saved
+from chat_models import TEMPLATE, chatting, saved
 from chat_server import chat_server, completion
 from pydantic import BaseModel
 from tiny_runs import (
@@ -49,6 +49,8 @@ LABELLED = {name: [f"{word} {number} of them." for number in range(10)] for name
 BASES = ("pair", "judged", "chat", "band", "auto")
 UNNAMED_LAYERS = {"source_layer_idx": None, "target_layer_idx": None}
 PERSONAS = {"loud": {**LOUD, **LABELLED}, "numeric": NUMERIC}
+
+TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be told
 
 SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "recovery.png"}
 SCORED |= {"off_target.png", "effect_perplexity.png"}
@@ -129,6 +131,8 @@ CHANGES = {
     "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json"}),
     "target_prompt_format": Change("chat", {"target_prompt_format": "raw"}, WRITTEN),
     "system_prompt": Change("chat", {"system_prompt": "Be kind."}, WRITTEN),
+    "chat_template_kwargs": Change("chat", {"chat_template_kwargs": {"tone": "dry"}}, WRITTEN),
+    "chat_template_date": Change("chat", {"chat_template_date": "2026-02-03"}, WRITTEN),
     **of_pair(CARRIED | NATIVE | CHECKED | {"trait_costs.json"}, personas=["formal"]),
     **of_loud("judged", SCORED | CHECKED, description="Shouting.", eval_prompt="Loud? {question} {answer}"),
     **of_loud(
@@ -229,7 +233,7 @@ def small(tmp_path_factory):
 def paths(model_folders, tmp_path_factory):
     """Name -> path of a tiny model, a text or a vector."""
     folder = tmp_path_factory.mktemp("paths")
-    saved(tiny_model("gpt2", seed=1, n_embd=48), folder / "chat", chatting())
+    saved(tiny_model("gpt2", seed=1, n_embd=48), folder / "chat", chatting(TOLD + TEMPLATE))
     saved(tiny_model("llama"), folder / "chat_source", chatting())
     saved(tiny_model("gpt2", seed=2, n_embd=48), folder / "other")
     saved(tiny_model("llama", seed=5), folder / "other_source")

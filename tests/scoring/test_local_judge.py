@@ -43,6 +43,15 @@ def test_the_score_is_the_mean_of_the_digits_by_their_probabilities(judge):
         assert judgement.failure is None
 
 
+def test_a_judge_that_may_reason_is_asked_for_the_digit_at_once(judge_with):
+    switch = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    scores = []
+    for ending in (switch, "<think></think>"):
+        judge = judge_with(chatting(TEMPLATE + ending))
+        scores.append([judged.score for judged in judge.judge(PROMPTS)])
+    assert scores[0] == scores[1]
+
+
 def test_a_text_that_the_judge_cannot_read_is_missing_with_a_reason(judge):
     judge.model.config.max_position_embeddings = 150
     long, short = judge.judge([PROMPTS[0] + " word" * 150, "Rate."])
