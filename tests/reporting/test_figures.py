@@ -300,6 +300,7 @@ def test_alpha_figure_leaves_out_points_without_a_ratio_and_says_each_personas_b
     ("ratio", "bracket"),
     [
         (lambda method, alpha: 1 + alpha / 9, (1.0, 1.2)),
+        (lambda method, alpha: 1.7 + alpha / 99, (1.0, 1.04)),
         (lambda method, alpha: 1 + alpha**9, (1e-3, 1e3)),
         (lambda method, alpha: 0.01, (0.5, 5.0)),
         (lambda method, alpha: None, (0.5, 10.0)),
