@@ -55,6 +55,7 @@ from reporting.report import write_report
 from reporting.tables import format_table
 from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
+from support.progress import logged_progress, working
 from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -176,9 +177,7 @@ class PersonaTransferExperiment:
         logger.info("result\n\n%s\n", format_table(table))
         logger.info("report: %s", write_report(run.folder.path))
         _log_notes([*closing_notes(run, table), *run.folder.notes])
-        names = sorted(path.name for path in run.folder.path.iterdir() if path.is_file())
-        shown = [f"  {run.folder.path / name}" for name in names if not name.startswith(".")]
-        logger.info("artifacts\n%s", "\n".join(shown))
+        logger.info("artifacts\n%s", "\n".join(f"  {path}" for path in run.folder.files()))
         return table
 
     def results_frame(self, effects: bool = False) -> Any:
@@ -195,7 +194,8 @@ class PersonaTransferExperiment:
         with self._running() as run:
             started = time.perf_counter()
             run = choose_layers(run, may_search=True)
-            ablation(run if what == "samples" else collect_responses(run))
+            with working(f"ablation of {what}"):
+                ablation(run if what == "samples" else collect_responses(run))
             logger.info("ablation of %s done in %.0f s", what, time.perf_counter() - started)
             _log_notes(run.folder.notes)
 
@@ -208,7 +208,7 @@ class PersonaTransferExperiment:
             if self.folder.path.is_dir():  # a second run fails before it waits for the models
                 self.folder.lock()
             run = Run(self.inputs, self.folder, self.executor)
-            with self.folder.logged():
+            with self.folder.logged(), logged_progress():
                 yield run
 
 
@@ -216,7 +216,8 @@ class PersonaTransferExperiment:
 def _timed(number: int, name: str) -> Iterator[None]:
     started = time.perf_counter()
     logger.info("phase %d: %s", number, name)
-    yield
+    with working(f"phase {number} of 5, {name}"):
+        yield
     logger.info("phase %d done in %.0f s", number, time.perf_counter() - started)
 
 
