@@ -74,7 +74,13 @@ def test_amounts_of_text_are_compared_and_a_stopped_run_goes_on(tiny, tmp_path, 
         patch.setattr(RunFolder, "save", stopping)
         assert run(tmp_path / "stopped", settings, "--ablate", "samples") == 130
     read, paired = [], samples.paired_activations
-    monkeypatch.setattr(samples, "paired_activations", lambda *sides: read.extend(sides[2]) or paired(*sides))
+
+    def reading(source, target, texts):
+        texts = list(texts)
+        read.extend(texts)
+        return paired(source, target, texts)
+
+    monkeypatch.setattr(samples, "paired_activations", reading)
     assert run(tmp_path / "stopped", settings, "--ablate", "samples") == 0
     assert len(read) < 90
     assert is_close(load_json(tmp_path / "stopped" / "ablation_samples.json"), whole)
