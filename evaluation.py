@@ -8,10 +8,12 @@ rate and the perplexity of an independent model.
 import logging
 import math
 import statistics
+import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
-from itertools import chain, compress
+from itertools import chain, compress, count
 from typing import Any
 
 import torch
@@ -31,18 +33,21 @@ from texts.encoding import encode_continuations
 
 logger = logging.getLogger(__name__)
 
-METRICS = (
-    "perplexity",
-    "independent_perplexity",
-    "repetition",
-    "is_collapsed",
-    "distinct_1",
-    "distinct_2",
-    "n_words",
-    "n_characters",
-    "gpt4_coherence_score",
-    "gpt4_trait_score",
-)
+SHARE = (0.0, 1.0)
+# Metric -> the lowest and the highest value that it can have, where an interval ends.
+METRICS = {
+    "perplexity": (0.0, math.inf),
+    "independent_perplexity": (0.0, math.inf),
+    "repetition": SHARE,
+    "is_collapsed": SHARE,
+    "distinct_1": SHARE,
+    "distinct_2": SHARE,
+    "n_words": (0.0, math.inf),
+    "n_characters": (0.0, math.inf),
+    "gpt4_coherence_score": (1.0, 5.0),
+    "gpt4_trait_score": (1.0, 5.0),
+    "trait_change": (-1.0, 1.0),
+}
 TRAIT_SUFFIX = "_probability"  # a trait scorer's column ends so, which is how `aggregate` finds it
 TRAIT_COLUMN = "trait_probability"
 CONFIDENCE = 0.95
@@ -316,65 +321,103 @@ def repetition_metrics(text: str) -> dict[str, Any]:
     }
 
 
-def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Group rows by condition, persona and alpha, in the order in which groups first appear.
+def aggregate(
+    rows: Sequence[Row], by: Sequence[str] = ("condition", "persona", "alpha")
+) -> list[dict[str, Any]]:
+    """Group rows by these columns, in the order in which groups first appear.
 
-    rows: as `EvaluationResult.row` returns them, with `prompt_idx` and `has_ended` where they are known.
-    Each of METRICS, each trait score and `has_ended` becomes {mean, std, median, n, missing, low, high}: std
-    is the sample's (n - 1), n counts values and `missing` the rows without one; low and high are the 95 %
-    interval of the mean, where all texts of a prompt count as one. `trait_change` is the difference of
-    `trait_probability` to the unsteered texts of the same prompt and persona, {mean, low, high, n} over
-    prompts. None where there are too few values.
+    rows: as `EvaluationResult.row` returns them, with `prompt_idx`, `seed` and `has_ended` where they are
+    known; without `prompt_idx`, each row of a condition, persona and alpha has a prompt of its own.
+    Each of METRICS, each trait score and `has_ended` becomes {mean, std, std_prompts, std_seeds, median, n,
+    missing, low, high}: std is the sample's (n - 1) over texts, the other two that of the means of prompts
+    and of seeds; n counts values and `missing` the rows without one; low and high are the 95 % interval of
+    the mean, where all texts of a prompt count as one. Perplexities are averaged as logarithms: their mean
+    is geometric, and their deviations are factors. `trait_change` is the difference of `trait_probability`
+    to the unsteered text of the same prompt, seed and persona. None where there are too few values.
     """
+    rows = _with_changes(rows)
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["condition"], row["persona"], row["alpha"]), []).append(row)
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
     trait_columns = dict.fromkeys(name for row in rows for name in row if name.endswith(TRAIT_SUFFIX))
     table = []
-    for (condition, persona, alpha), members in groups.items():
-        entry = {"condition": condition, "persona": persona, "alpha": alpha, "n": len(members)}
-        entry["classifier_auc"] = members[0]["classifier_auc"]
+    for place, members in groups.items():
+        entry = {**dict(zip(by, place, strict=True)), "n": len(members)}
+        if "persona" in by:
+            entry["classifier_auc"] = members[0]["classifier_auc"]
         entry |= {name: _summary(members, name) for name in (*METRICS, *trait_columns, "has_ended")}
-        unsteered_rows = [] if condition == "baseline" else groups.get(("baseline", persona, None), [])
-        entry["trait_change"] = _change(members, unsteered_rows)
         table.append(entry)
     return table
 
 
-def _summary(rows: Sequence[Row], metric: str) -> dict[str, Any]:
-    by_prompt = _by_prompt(rows, metric)
-    present = list(chain.from_iterable(by_prompt.values()))
-    low, high = _interval(list(map(statistics.fmean, by_prompt.values())))
-    return {
-        "mean": statistics.fmean(present) if present else None,
-        "std": statistics.stdev(present) if len(present) > 1 else None,
-        "median": statistics.median(present) if present else None,
-        "n": len(present),
-        "missing": len(rows) - len(present),
-        "low": low,
-        "high": high,
+def aggregated_tables(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Return what `aggregated_results.json` holds: `conditions` by cell, `by_condition` alone, and `by_seed`.
+
+    A cell is a condition, persona and alpha; an unsteered text counts once for each persona.
+    """
+    cell = ("condition", "persona", "alpha")
+    by = {"conditions": cell, "by_condition": cell[:1], "by_seed": (*cell, "seed")}
+    return {name: aggregate(rows, columns) for name, columns in by.items()}
+
+
+def _with_changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows with `prompt_idx`, and with `trait_change`, which unsteered rows lack."""
+    counters: dict[tuple, Iterator[int]] = defaultdict(count)
+    cells = ((row["condition"], row["persona"], row["alpha"]) for row in rows)
+    rows = [{"prompt_idx": next(counters[cell]), **row} for cell, row in zip(cells, rows, strict=True)]
+    unsteered = {
+        (row["persona"], row["prompt_idx"], row.get("seed")): row.get(TRAIT_COLUMN)
+        for row in rows
+        if row["condition"] == "baseline"
     }
 
+    def change(row: Row) -> float | None:
+        before = unsteered.get((row["persona"], row["prompt_idx"], row.get("seed")))
+        after = None if row["condition"] == "baseline" else row.get(TRAIT_COLUMN)
+        return None if None in (before, after) else after - before
 
-def _change(steered: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
-    after, before = (_by_prompt(rows, TRAIT_COLUMN) for rows in (steered, baseline))
-    changes = [
-        statistics.fmean(after[prompt]) - statistics.fmean(before[prompt])
-        for prompt in after.keys() & before.keys()
-    ]
-    low, high = _interval(changes)
-    mean = statistics.fmean(changes) if changes else None
-    return {"mean": mean, "low": low, "high": high, "n": len(changes)}
+    return [{**row, "trait_change": change(row)} for row in rows]
 
 
-def _by_prompt(rows: Sequence[Row], metric: str) -> dict[int, list[float]]:
-    """Return prompt -> finite values; each row without `prompt_idx` counts as a prompt of its own."""
-    by_prompt: dict[int, list[float]] = {}
-    for index, row in enumerate(rows):
-        value = row.get(metric)
-        if value is not None and math.isfinite(value):
-            by_prompt.setdefault(row.get("prompt_idx", index), []).append(float(value))
-    return by_prompt
+def _summary(rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    scaled, plain = (math.log, _exp) if metric.endswith("perplexity") else (float, float)
+    values = [row.get(metric) for row in rows]
+    present = {
+        index: scaled(value)
+        for index, value in enumerate(values)
+        if value is not None and math.isfinite(value)
+    }
+    prompts, seeds = (_means(rows, present, place) for place in ("prompt_idx", "seed"))
+    found = {
+        "mean": statistics.fmean(present.values()) if present else None,
+        "std": _deviation(list(present.values())),
+        "std_prompts": _deviation(prompts),
+        "std_seeds": _deviation(seeds),
+        "median": statistics.median(present.values()) if present else None,
+    }
+    found |= dict(zip(("low", "high"), _interval(prompts), strict=True))
+    found = {name: None if value is None else plain(value) for name, value in found.items()}
+    lowest, highest = METRICS.get(metric, SHARE)
+    if found["low"] is not None:
+        found |= {"low": max(lowest, found["low"]), "high": min(highest, found["high"])}
+    return {**found, "n": len(present), "missing": len(rows) - len(present)}
+
+
+def _exp(value: float) -> float:
+    """Return e^value, or infinity where that is no float."""
+    return math.exp(value) if value < math.log(sys.float_info.max) else math.inf
+
+
+def _means(rows: Sequence[Row], values: Mapping[int, float], place: str) -> list[float]:
+    """Return the mean of each prompt or seed. values: index of a row -> value; place: the column."""
+    by_place: dict[Any, list[float]] = {}
+    for index, value in values.items():
+        by_place.setdefault(rows[index].get(place), []).append(value)
+    return list(map(statistics.fmean, by_place.values()))
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:

@@ -35,6 +35,16 @@ _SAVED = (
 )
 
 
+ABOUT = (
+    "A ridge regression from activations of a source model to those of a target model. An activation h maps "
+    "to (h - source_mean) @ W + target_mean, a direction v to v @ W, to be divided by its norm before "
+    "steering. W: (d_source, d_target) float64. source_layer, target_layer: the decoder blocks whose "
+    "outputs are mapped, counted from 0. lambda_: in lambda_unit; lambda_absolute: what was added to the "
+    "diagonal of the Gram matrix, whose eigenvalues are gram_eigenvalues. n: pairs. target_components: the "
+    "principal axes of the target's activations in columns. cv: the cross-validation."
+)
+
+
 class HeldOutFold:
     """One held-out fold in the eigenbasis of the other folds' Gram matrix.
 
@@ -325,7 +335,7 @@ class RidgeMapping:
         content = {"W": self._fitted_W(), "source_blocks": self.source_blocks}
         content |= {name: getattr(self, name) for name in _SAVED}
         widths = {"d_source": self.d_source, "d_target": self.d_target, "lambda_unit": self.lambda_unit}
-        save_tensors(Path(path), {"fingerprint": fingerprint, **widths, **content})
+        save_tensors(Path(path), {"fingerprint": fingerprint, "about": ABOUT, **widths, **content})
 
     @classmethod
     def load(cls, path: str | Path) -> "RidgeMapping":

@@ -55,6 +55,7 @@ from reporting.report import write_report
 from reporting.tables import format_table
 from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
+from support.progress import logged_progress, working
 from support.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -178,9 +179,7 @@ class PersonaTransferExperiment:
         logger.info("result\n\n%s\n", format_table(table))
         logger.info("report: %s", write_report(run.folder.path))
         _log_notes([*closing_notes(run, table), *run.folder.notes])
-        names = sorted(path.name for path in run.folder.path.iterdir() if path.is_file())
-        shown = [f"  {run.folder.path / name}" for name in names if not name.startswith(".")]
-        logger.info("artifacts\n%s", "\n".join(shown))
+        logger.info("artifacts\n%s", "\n".join(f"  {path}" for path in run.folder.files()))
         return table
 
     def results_frame(self, effects: bool = False) -> Any:
@@ -197,7 +196,8 @@ class PersonaTransferExperiment:
         with self._running() as run:
             started = time.perf_counter()
             run = choose_layers(run, may_search=True)
-            ablation(run if what == "samples" else collect_responses(run))
+            with working(f"ablation of {what}"):
+                ablation(run if what == "samples" else collect_responses(run))
             logger.info("ablation of %s done in %.0f s", what, time.perf_counter() - started)
             _log_notes(run.folder.notes)
 
@@ -212,7 +212,7 @@ class PersonaTransferExperiment:
             if asks_judge:
                 check_judge(self.config, self.folder)
             run = Run(self.inputs, self.folder, self.executor)
-            with self.folder.logged():
+            with self.folder.logged(), logged_progress():
                 for line in (*conditions_of(run.inputs), *verdict_gaps(run.inputs)):
                     logger.info("%s", line)
                 yield run
@@ -222,7 +222,8 @@ class PersonaTransferExperiment:
 def _timed(number: int, name: str) -> Iterator[None]:
     started = time.perf_counter()
     logger.info("phase %d: %s", number, name)
-    yield
+    with working(f"phase {number} of 5, {name}"):
+        yield
     logger.info("phase %d done in %.0f s", number, time.perf_counter() - started)
 
 

@@ -23,6 +23,7 @@ from reporting.style import save_figure
 from reporting.tables import markdown_table
 from support.artifacts import fingerprint
 from support.errors import InputError
+from support.progress import each
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def ablate_blocks(run: Run) -> None:
     points, keys = [], []
     with run.beside("ablation_blocks", inputs.at_pairs(bands[-1])) as everything:
         maps = dict(zip(everything.inputs.layer_pairs, fit_maps(everything), strict=True))
-        for band in bands:
+        for band in each(bands, "bands", "band"):
             name = f"ablation_blocks/{len(band)}"
             with run.beside(name, inputs.at_pairs(band)) as at_band:
                 vectors = make_vectors(at_band, [maps[pair] for pair in at_band.inputs.layer_pairs])

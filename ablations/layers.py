@@ -24,7 +24,7 @@ from phases.validate_scorers import validate_scorers
 from reporting.figures_ablations import layer_ablation_figure
 from reporting.style import save_figure
 from support.artifacts import fingerprint
-from support.progress import HIDDEN, tqdm
+from support.progress import each
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def ablate_layers(run: Run) -> None:
     runs = {pair: _inputs_at(run.inputs, pair) for pair in layer_pairs(run.inputs)}
     _collect_missing(run, runs)
     results, keys = [], []
-    for pair, inputs in tqdm(runs.items(), desc="layer pairs", unit="pair", disable=HIDDEN):
+    for pair, inputs in each(runs.items(), "layer pairs", "pair"):
         logger.info("layer pair %d -> %d", *pair)
         with run.beside(_folder(pair), inputs) as at_pair:
             numbers, key = _run_phases(at_pair)

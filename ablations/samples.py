@@ -1,7 +1,8 @@
 """Fit the map on more and more text, from last tokens and from every aligned position (`--ablate samples`).
 
-Specification, "Figure 3". A run that was stopped goes on where it ended, and each text is read once for all
-points.
+Specification, "Figure 3". The texts are of the kind that the run's own map is learnt from: passages, or
+responses, of which all to one question are held out together. A run that was stopped goes on where it ended,
+and each text is read once for all points.
 """
 
 import logging
@@ -15,13 +16,15 @@ import torch
 
 from activation_extractor import PairedBatch, paired_activations
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from maps.pair_collection import counted
+from phases.collect_responses import more_responses
 from reporting.figures_ablations import sample_ablation_figure
 from reporting.style import save_figure
 from ridge_mapping import RidgeMapping, residual_squares, target_weights
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
-from support.progress import HIDDEN, tqdm
+from support.progress import Bar
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,11 @@ DEFAULT_SAMPLES = (25, 50, 100, 200, 500, 1000, 2000, 4000, 8000)
 N_HELD_OUT = 500  # texts
 STEP = 500  # texts between two states that are written
 PARTS = ("training", "held_out")
+ABOUT = (
+    "The state of `--ablate samples` after n_texts of the training texts. training, held_out: `last` and "
+    "`aligned`, the positions -> sums over the pairs of activations of the two decoder blocks in "
+    "layer_pairs, as in pair_statistics.pt. points: the errors measured so far."
+)
 
 
 def ablate_samples(run: Run) -> None:
@@ -39,18 +47,19 @@ def ablate_samples(run: Run) -> None:
 
     Writes `ablation_samples.json`, `figure3.png`, and `ablation_samples.pt`, from which a run that was
     stopped goes on.
-    Raises InputError: a map of responses, or a tokenizer without character offsets.
+    Raises InputError: a tokenizer without character offsets, or too few documents to hold one out.
     """
-    if run.inputs.neutral_questions:
-        raise InputError("--ablate samples compares amounts of passages; choose mapping_data 'neutral_text'")
     for side in run.inputs.sides:
         if not side.tokenizer.is_fast:
             raise InputError(
                 f"--ablate samples compares positions, which needs character offsets, and the {side.name}'s "
                 "tokenizer gives none; it needs fast tokenizers on both sides"
             )
-    samples = sorted(set(run.config.ablation_samples or DEFAULT_SAMPLES))
-    training, held_out = split_documents(run.inputs.more_texts(samples[-1] + N_HELD_OUT), samples[-1])
+    samples = sorted(set(run.config.ablation_samples or _default_samples(run)))
+    n_texts = samples[-1] + N_HELD_OUT
+    asks = run.inputs.neutral_questions
+    texts = more_responses(run, n_texts) if asks else run.inputs.more_texts(n_texts)
+    training, held_out = split_documents(texts, samples[-1])
     ablation = _SampleAblation(run, training, held_out, samples)
     points = ablation.measure_all()
     content = {
@@ -69,6 +78,12 @@ def ablate_samples(run: Run) -> None:
     ]
     logger.info("texts needed for the same R2\n  %s", "\n  ".join(lines))
     logger.info("%d sizes, %d texts held out, %s", len(samples), len(held_out), run.folder.path / NAME)
+
+
+def _default_samples(run: Run) -> Sequence[int]:
+    """Return the amounts of text to compare; responses cost time, so their most is the run's own number."""
+    most = run.config.n_training_samples if run.inputs.neutral_questions else DEFAULT_SAMPLES[-1]
+    return [n for n in DEFAULT_SAMPLES if n <= most] or [most]
 
 
 def split_documents(
@@ -111,7 +126,7 @@ class _SampleAblation:
         self.run, self.inputs = run, run.inputs
         self.training, self.held_out, self.samples = training, held_out, samples
         config = run.config
-        texts = [[item.text, item.document] for item in [*training, *held_out]]
+        texts = [[item.text, item.document, *item.prompts] for item in [*training, *held_out]]
         settings = [
             config.lambda_values,
             config.lambda_unit,
@@ -126,8 +141,7 @@ class _SampleAblation:
     def measure_all(self) -> list[dict[str, Any]]:
         """Return a point for each amount of text and kind of positions, going on from an earlier state."""
         samples, state = self.samples, self._load() or self._start()
-        with tqdm(total=samples[-1], desc="samples", unit="text", disable=HIDDEN) as progress:
-            progress.update(state["n_texts"])
+        with Bar(samples[-1], "samples", "text", state["n_texts"]) as progress:
             while len(state["points"]) < len(POSITIONS) * len(samples):
                 n_texts = state["n_texts"]
                 if n_texts in samples and not any(point["n_texts"] == n_texts for point in state["points"]):
@@ -160,17 +174,19 @@ class _SampleAblation:
 
     def _save(self, state: dict[str, Any]) -> None:
         sums = {part: {key: found.content() for key, found in state[part].items()} for part in PARTS}
-        self.artifact.save(self.run, {**state, **sums})
+        pairs = [list(self.inputs.middle_pair)]
+        self.artifact.save(self.run, {**state, **sums, "about": ABOUT, "layer_pairs": pairs})
 
     def add(self, sums: dict[str, PairStatistics], texts: Sequence[NeutralText]) -> None:
         """Read texts with both models and add their pairs."""
         source, target = self.inputs.source.extractor, self.inputs.target.extractor
-        for batch in paired_activations(source, target, [item.text for item in texts]):
-            documents = [texts[index].document for index in batch.text_idx.tolist()]
-            lengths = torch.tensor([len(texts[index].text) for index in batch.text_idx.tolist()])
-            last = batch.end == lengths  # both models' last tokens end the text
-            self._add_rows(sums["aligned"], batch, documents, torch.ones_like(last))
-            self._add_rows(sums["last"], batch, documents, last)
+        with Bar(len(texts), "reading pairs", "text", leave=False) as progress:
+            for batch in paired_activations(source, target, counted(texts, progress)):
+                documents = [texts[index].document for index in batch.text_idx.tolist()]
+                lengths = torch.tensor([len(texts[index].text) for index in batch.text_idx.tolist()])
+                last = batch.end == lengths  # both models' last tokens end the text
+                self._add_rows(sums["aligned"], batch, documents, torch.ones_like(last))
+                self._add_rows(sums["last"], batch, documents, last)
 
     def measure(self, state: dict[str, Any], positions: str) -> dict[str, Any]:
         """Return how well the map fitted on the texts so far predicts the held-out ones.

@@ -26,7 +26,7 @@ import pandas as pd
 from analysis.results_table import condition_alphas, paired_with_unsteered, perplexity_ratio
 from experiment.conditions import ORACLE
 from support.errors import InputError
-from support.progress import HIDDEN, tqdm
+from support.progress import each
 
 AlphaKey = tuple[str, str]  # (persona, method)
 
@@ -154,7 +154,7 @@ def search_alphas(
     curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in keys}
     bounds = {persona: bound.of_trait(trait_costs.get(persona, 1.0)) for persona, _ in keys}
     rounds = range(n_evaluations)
-    for number in tqdm(rounds, desc="alpha search", unit="round", disable=HIDDEN, leave=False):
+    for number in each(rounds, "alpha search", "round", leave=False):
         asked = [(key, _next_alpha(curve, bracket, number == rounds[-1])) for key, curve in curves.items()]
         for (key, alpha), texts in zip(asked, measure(asked), strict=True):
             curves[key].append(compare(alpha, texts, unsteered, bounds[key[0]]))

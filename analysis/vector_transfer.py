@@ -18,6 +18,23 @@ from experiment.conditions import MAPPED, N_DRAWS, ORACLE, vector_names
 from ridge_mapping import RidgeMapping
 
 MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
+# What the files of vectors say of themselves.
+ABOUT_NATIVE = (
+    "Both models' own persona vectors: the mean activation of positive texts minus that of negative ones, "
+    "divided by its norm. vectors: side -> persona -> (blocks, d) float32; row i is of the output of the "
+    "decoder block of layer_pairs[i] (source, target), counted from 0. measures: side -> persona -> for "
+    "each row the norm before the division, the cosine between halves of the texts, and the numbers of "
+    "texts."
+)
+ABOUT_VECTORS = (
+    "Persona vectors for the target. vectors: persona -> name -> (blocks, d_target) float32, rows of unit "
+    "norm; row i is added to the output of the target's decoder block layer_pairs[i][1], counted from 0. "
+    "`oracle` is the target's own vector, `ridge_mapped` the source's under the map; the others are naive "
+    "transfers and controls. source_vectors: persona -> (blocks, d_source). residual_norms: for each row, "
+    "`median` is what alpha 1 adds if alpha_unit is residual_norm. by_layer, personas: cosines and measures "
+    "at each layer pair, and at the middle one. energy_curves: how much of the oracle the map predicts, at "
+    "the middle pair."
+)
 
 Transform = Callable[[Tensor], Tensor]
 Vectors = Mapping[str, Mapping[str, Tensor]]  # persona -> vector name -> (d_target,)

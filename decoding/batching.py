@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from support.errors import InputError
-from support.progress import HIDDEN, tqdm
+from support.progress import Bar
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -57,9 +57,9 @@ def run_in_batches(
         raise InputError(f"batch_size is {batch_size}, expected 1 or more")
     results: dict[int, Result] = {}
     # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
-    silent = True if quiet or len(lengths) <= batch_size else HIDDEN
+    quiet = quiet or len(lengths) <= batch_size
     pending = length_sorted_batches(lengths, batch_size, equal_lengths)[::-1]
-    with tqdm(total=len(lengths), desc=desc, unit="text", disable=silent, leave=False) as progress:
+    with Bar(len(lengths), desc, "text", leave=False, quiet=quiet) as progress:
         while pending:
             indices = pending.pop()
             if len(indices) > batch_size:

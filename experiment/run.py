@@ -93,7 +93,14 @@ class Artifact:
         return run.folder.require(self.name, self.key(run), self.phase)
 
     def save(self, run: Run, content: dict[str, Any]) -> dict[str, Any]:
-        """Write the file in one step; returns the content with its fingerprint."""
+        """Write the file in one step; returns the content with its fingerprint.
+
+        A file of tensors also says which models and layer pairs it is of.
+        """
+        if self.name.endswith(".pt"):
+            models = {side.name: side.description for side in run.inputs.sides}
+            pairs = [list(pair) for pair in run.inputs.layer_pairs]
+            content = {"models": models, "layer_pairs": pairs, **content}
         return run.folder.save(self.name, self.key(run), content)
 
     def current_or_make(self, run: Run, make: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:

@@ -30,6 +30,13 @@ from support.errors import InputError
 from support.pair_statistics import Moments
 
 KINDS = ("procrustes", "reduced_rank", "shuffled_pairs")
+ABOUT = (
+    "Maps to compare ridge regression with, fitted on the same pairs of activations, the outputs of the "
+    "decoder blocks in layer_pairs, counted from 0. maps: name -> kind, number of the shuffle (draw), W "
+    "(d_source, d_target), source_mean, target_mean, float64, the rank if it is limited, and the "
+    "cross-validation (cv). An activation h maps to (h - source_mean) @ W + target_mean, a direction v to v "
+    "@ W."
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from maps.pair_collection import counted
 from ridge_mapping import HeldOutFold, assign_folds, target_weights
 from support.errors import InputError
 from support.pair_statistics import Moments
-from support.progress import HIDDEN, tqdm
+from support.progress import Bar, each
 from texts.neutral_text import NeutralText
 from texts.personas import Persona
 
@@ -182,9 +182,7 @@ def search_layers(
     )
     parts = (assign_folds(len(texts), N_PARTS, [item.document for item in texts], seed) == 0).long()
     n_tokens = {"source": 0, "target": 0}
-    with tqdm(
-        total=len(texts), desc="reading all layers", unit="text", disable=HIDDEN, leave=False
-    ) as progress:
+    with Bar(len(texts), "reading all layers", "text", leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
             sums.add(batch, parts[batch.text_idx])
@@ -233,8 +231,7 @@ def _compare_layers(
     agreement, other_persona = torch.empty(2, len(names), *shape, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     massive = {layer: massive_by_scale(sums.target_scale(layer)) for layer in target_layers}
-    rows = tqdm(source_layers, desc="fitting", unit="layer", disable=HIDDEN, leave=False)
-    for row, source_layer in enumerate(rows):
+    for row, source_layer in enumerate(each(source_layers, "fitting", "layer", leave=False)):
         decomposed: HeldOutFold | None = None
         for column, target_layer in enumerate(target_layers):
             at = row, column

@@ -17,10 +17,24 @@ from maps.layer_bands import LayerPair
 from ridge_mapping import assign_folds
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
-from support.progress import HIDDEN, tqdm
+from support.progress import Bar
 from texts.neutral_text import NeutralText
 
 _COUNTS = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
+ABOUT_SUMS = (
+    "Sums over pairs of activations: the outputs of the decoder blocks in layer_pairs (source, target), "
+    "counted from 0, at the same place of the same text. statistics: by fold, n pairs, their sums (folds, "
+    "d_source + d_target) and products (folds, d_source + d_target, the same, on and below the diagonal), "
+    "float64, of activations minus `pilot`, the source's dimensions first; fold_of: document -> fold; "
+    "sample: pairs drawn at random. sample_text_idx, sample_end: for each of these, the number of its text "
+    "and how many characters of it had been read. report: counts."
+)
+ABOUT_PAIRS = (
+    "Pairs of activations, drawn at random from the n_pairs that the maps are fitted on. Row i of H_source "
+    "(n, d_source) and H_target (n, d_target), float32: the outputs of the decoder blocks in layer_pairs, "
+    "counted from 0, after both models have read texts[i]. documents[i]: where this text is from; if it is "
+    "a response, the question, which they have read before it."
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ def read_pairs(
     text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
     extractors = {"source": source, "target": target}
     cut_before = {side: extractor.n_truncated for side, extractor in extractors.items()}
-    with tqdm(total=len(texts), desc="reading pairs", unit="text", disable=HIDDEN, leave=False) as progress:
+    with Bar(len(texts), "reading pairs", "text", leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, settings.positions, *layers):
             groups = [texts[index].document for index in batch.text_idx.tolist()]
@@ -150,10 +164,28 @@ def statistics_content(pairs: CollectedPairs, layer_pair: LayerPair) -> dict[str
     statistics = pairs.statistics[layer_pair]
     rows = statistics.sample.rows
     return {
+        "about": ABOUT_SUMS,
         "statistics": statistics.content(),
         "report": pairs.report(),
         "sample_text_idx": pairs.text_idx[rows],
         "sample_end": pairs.end[rows],
+    }
+
+
+def training_data(texts: Sequence[NeutralText], sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of `training_data.pt`: a sample of the pairs, and the text before each.
+
+    texts: all that were read. sums: what `statistics_content` returned.
+    """
+    sample = sums["statistics"]["sample"]
+    ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
+    return {
+        "about": ABOUT_PAIRS,
+        "n_pairs": int(sums["statistics"]["n"].sum()),
+        "H_source": sample["H_source"],
+        "H_target": sample["H_target"],
+        "texts": [texts[index].text[:end] for index, end in ends],
+        "documents": [texts[index].document for index, _ in ends],
     }
 
 
@@ -169,7 +201,7 @@ def collection_notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def counted(texts: Sequence[NeutralText], progress: tqdm) -> Iterator[PairedText]:
+def counted(texts: Sequence[NeutralText], progress: Bar) -> Iterator[PairedText]:
     """Yield the texts with their prompts, and advance a progress bar."""
     for item in texts:
         yield (*item.prompts, item.text)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from experiment.executor import GenerationSettings
+from experiment.inputs import Inputs
 from experiment.plan import Row, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.generate_texts import generate_rows
@@ -160,21 +161,34 @@ def _with_neutral_responses(run: Run) -> Run:
     Both models read them behind their question, without the style that they may have been asked for. An empty
     response is left out, and counted.
     """
-    inputs, config = run.inputs, run.config
     content = NEUTRAL_RESPONSES.current_or_make(run, _collect_neutral)
-    rows = [row for row in content["rows"] if row["output"].strip()]
-    if n_empty := content["n"] - len(rows):
+    responses = _as_texts(run.inputs, content["rows"])
+    if n_empty := content["n"] - len(responses):
         run.folder.notes.append(
             f"{n_empty} of {content['n']} neutral responses are empty and left out of the map"
         )
+    return run.with_inputs(replace(run.inputs, neutral_responses=responses))
+
+
+def more_responses(run: Run, n: int) -> tuple[NeutralText, ...]:
+    """Return n neutral responses without the empty ones; the first are those of the run's own map."""
+    config = run.config.model_copy(update={"n_training_samples": n})
+    larger = run.with_inputs(replace(run.inputs, config=config))
+    return _as_texts(run.inputs, _collect_neutral(larger)["rows"])
+
+
+def _as_texts(inputs: Inputs, rows: Sequence[Row]) -> tuple[NeutralText, ...]:
+    """Return the responses that are not empty, with what both models read before them."""
+    system_prompt, ask = inputs.config.system_prompt, inputs.prompting.question
     shown = {
-        asked: tuple(
-            inputs.prompting.question(side.name, asked, config.system_prompt) for side in inputs.sides
-        )
+        asked: tuple(ask(side.name, asked, system_prompt) for side in inputs.sides)
         for asked in inputs.neutral_questions
     }
-    responses = tuple(NeutralText(row["output"], row["prompt"], shown[row["prompt"]]) for row in rows)
-    return run.with_inputs(replace(inputs, neutral_responses=responses))
+    return tuple(
+        NeutralText(row["output"], row["prompt"], shown[row["prompt"]])
+        for row in rows
+        if row["output"].strip()
+    )
 
 
 def _collect_neutral(run: Run) -> dict[str, Any]:

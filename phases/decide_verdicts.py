@@ -13,7 +13,7 @@ from analysis.results_table import Alphas, effects_table, results_table
 from analysis.side_effects import off_target, strength_curves
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
-from evaluation import aggregate
+from evaluation import aggregated_tables
 from experiment.plan import Row, SteeringVectors, rows_key
 from experiment.run import Run
 from phases.check_setup import PREFLIGHT
@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 
 def aggregate_scores(run: Run, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return metrics by condition, persona and alpha; writes `aggregated_results.json` and figure 1."""
-    key = rows_key(rows)
-    table = aggregate(rows)
-    run.folder.save("aggregated_results.json", key, {"conditions": table})
+    key, tables = rows_key(rows), aggregated_tables(rows)
+    run.folder.save("aggregated_results.json", key, tables)
+    table = tables["conditions"]
     save_figure(coherence_trait_figure(table), run.folder.path / "figure1.png", key)
     return table
 

@@ -17,9 +17,9 @@ from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment.conditions import vector_names
 from experiment.executor import collect_in_chunks
 from experiment.run import FORMAT_VERSION, Artifact, Run, pair_folder
-from maps.comparison_maps import KINDS, ComparisonMap, maps_table
+from maps.comparison_maps import ABOUT, KINDS, ComparisonMap, maps_table
 from maps.layer_bands import LayerPair
-from maps.pair_collection import PairSettings, collection_notes, statistics_content
+from maps.pair_collection import PairSettings, collection_notes, statistics_content, training_data
 from phases.collect_responses import neutral_responses_key
 from reporting.figures_mapping import mapping_figure
 from reporting.style import draw_once
@@ -27,6 +27,7 @@ from reporting.tables import format_maps
 from ridge_mapping import RidgeMapping
 from support.artifacts import fingerprint
 from support.pair_statistics import PairStatistics
+from support.progress import each
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,6 @@ TRAINING_DATA = Artifact("training_data.pt", 2, _pairs_key)
 RIDGE_MAPPING = Artifact("ridge_mapping.pt", 2, _maps_key)
 COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _maps_key)
 CV_RESULTS = Artifact("cv_results.json", 2, _maps_key)
-DESCRIBED = ("source_layer", "target_layer", "source_model", "target_model")  # in every file of a map
 OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 
@@ -104,7 +104,7 @@ def fit_maps(
     missing = [pair for pair in pairs if pair not in learned]
     if missing:
         sums = dict(collected or {}) or _collected(run, missing)
-        for pair in missing:
+        for pair in each(missing, "fitting maps", "layer pair", leave=False):
             learned[pair] = _fit_pair(run, pair, sums.pop(pair))
     maps = tuple(learned[pair] for pair in pairs)
     _report(run, maps)
@@ -153,14 +153,16 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     ridge.source_layer, ridge.target_layer = pair
     ridge.source_model, ridge.target_model = config.source_model, config.target_model
     ridge.source_blocks = run.inputs.source.n_blocks
-    described = {name: getattr(ridge, name) for name in DESCRIBED}
     others = {
         name: ComparisonMap.fitted(kind, ridge, draw)
         for kind in KINDS
         for draw, name in enumerate(vector_names(kind))
     }
     results = {
-        **described,
+        "source_layer": pair[0],
+        "target_layer": pair[1],
+        "source_model": config.source_model,
+        "target_model": config.target_model,
         **ridge.cv,
         "pairs": sums["report"],
         "analysis": ridge.analyze(),
@@ -169,26 +171,13 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     }
     with run.at_pair(pair) as at_pair:
         if is_middle:
-            TRAINING_DATA.save(at_pair, {**described, **_training_data(run, sums, statistics)})
+            TRAINING_DATA.save(at_pair, training_data(run.inputs.mapping_texts, sums))
         maps = {name: other.content() for name, other in others.items()}
-        COMPARISON_MAPS.save(at_pair, {**described, "maps": maps})
+        COMPARISON_MAPS.save(at_pair, {"about": ABOUT, "maps": maps})
         at_pair.folder.lock()
         ridge.save(RIDGE_MAPPING.path(at_pair), RIDGE_MAPPING.key(at_pair))
         results = CV_RESULTS.save(at_pair, results)
     return LearnedMaps(ridge, others, results)
-
-
-def _training_data(run: Run, sums: dict[str, Any], statistics: PairStatistics) -> dict[str, Any]:
-    """Return a sample of the pairs with what both models had read; later phases don't need it."""
-    texts, sample = run.inputs.mapping_texts, statistics.sample
-    ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
-    return {
-        "n_pairs": statistics.n_pairs,
-        "H_source": sample.H_source,
-        "H_target": sample.H_target,
-        "texts": [texts[index].text[:end] for index, end in ends],
-        "documents": [texts[index].document for index, _ in ends],
-    }
 
 
 def _read(

@@ -18,7 +18,7 @@ from experiment.executor import GenerationSettings
 from experiment.plan import Cell, Row, SteeringVectors, rows_key, shown_prompts, text_rows
 from experiment.run import Run
 from support.journal import Journal
-from support.progress import HIDDEN, tqdm
+from support.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _generate_new(
     ]
     n_tokens = 0
     with (
-        tqdm(total=len(rows), desc="generating", unit="text", disable=HIDDEN) as progress,
+        Bar(len(rows), "generating", "text") as progress,
         closing(run.executor.run("generate", chunks)) as results,
     ):
         for number, generations in results:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from activation_extractor import PersonaVector, ReadText
-from analysis.vector_transfer import measures, other_personas, transfer_pair
+from analysis.vector_transfer import (
+    ABOUT_NATIVE,
+    ABOUT_VECTORS,
+    measures,
+    other_personas,
+    transfer_pair,
+)
 from experiment.conditions import CONDITIONS, ORACLE, STEERED, vector_names
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
@@ -125,7 +131,7 @@ def _measure(run: Run) -> dict[str, Any]:
             found = _native(run, side, persona, layers)
             vectors[side.name][persona.name] = torch.stack([each.vector for each in found])
             known[side.name][persona.name] = list(map(measures, found))
-    return {"layer_pairs": _listed(run), "models": _models(run), "vectors": vectors, "measures": known}
+    return {"about": ABOUT_NATIVE, "vectors": vectors, "measures": known}
 
 
 def _native(run: Run, side: Side, persona: Persona, layers: Sequence[int]) -> list[PersonaVector]:
@@ -144,14 +150,6 @@ def _read_texts(run: Run, side: str, persona: Persona) -> tuple[Sequence[Sequenc
     by_sign = run.inputs.responses[side][persona.name]
     ask = run.inputs.prompting.question
     return [[(ask(side, asked), response) for asked, response in found] for found in by_sign], "response"
-
-
-def _listed(run: Run) -> list[list[int]]:
-    return [list(pair) for pair in run.inputs.layer_pairs]
-
-
-def _models(run: Run) -> dict[str, dict[str, Any]]:
-    return {side.name: side.description for side in run.inputs.sides}
 
 
 def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
@@ -193,8 +191,7 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
     ]
     middle = found[len(found) // 2]
     return {
-        "layer_pairs": _listed(run),
-        "models": _models(run),
+        "about": ABOUT_VECTORS,
         "source_vectors": {
             name: torch.stack([each.vector for each in rows]) for name, rows in natives["source"].items()
         },

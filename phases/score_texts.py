@@ -24,7 +24,7 @@ from scoring.cached_judge import CachedJudge
 from scoring.gpt_judge import server_address, trait_prompt
 from support.artifacts import fingerprint
 from support.journal import Journal
-from support.progress import HIDDEN, tqdm
+from support.progress import Bar
 from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ def _score_new(
     )
     journalled: set[str] = set()  # a row may stand in two cells
     with (
-        tqdm(total=len(wanted), desc="evaluating", unit="text", disable=HIDDEN) as progress,
+        Bar(len(wanted), "evaluating", "text") as progress,
         closing(perplexities) as results,
     ):
         for number, *of_both in results:

@@ -7,10 +7,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiment.conditions import CONDITIONS, MAPPED, ORACLE
-from reporting.figures_results import choose_axes, statistic_of
+from reporting.figures_results import JUDGED_AXIS, choose_axes
 from reporting.style import add_legend, hide_frame, look_of, number_plainly, persona_columns
 
-LOWEST_R2 = -0.6  # at which the panels of R2 are cut
+# Of the ablation of samples: held-out pairs, and the pairs that a map is learnt from.
+TESTED = {"last": "the last tokens", "aligned": "all positions"}
+LEARNT_FROM = {"last": "map of last tokens", "aligned": "map of every aligned position"}
 
 
 def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
@@ -32,7 +34,7 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
         for panel, metric in zip(panels, metrics, strict=True):
             for condition in CONDITIONS:
                 found = [table.get((persona, condition), {}).get(metric, {}) for table in tables]
-                values = [each.get(statistic_of(metric)) for each in found]
+                values = [each.get("mean") for each in found]
                 if any(value is not None for value in values):
                     y = [math.nan if value is None else value for value in values]
                     (drawn[condition],) = panel.plot(pairs, y, markersize=5, **look_of(condition))
@@ -40,6 +42,8 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
                 panel.set_yscale("log")
                 panel.invert_yaxis()
                 number_plainly(panel.yaxis)
+            elif metric.startswith("gpt4"):
+                panel.set_ylim(JUDGED_AXIS)
         panels[1].set_xlabel("layer pair, source → target")
     add_legend(figure, drawn)
     return figure
@@ -82,38 +86,31 @@ def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
-    """Draw held-out error over pairs (specification, "Figure 3"), and R2 over texts read.
+    """Draw the error on held-out pairs against training samples (specification, "Figure 3").
 
-    content: what `ablate_samples` writes.
+    content: what `ablate_samples` writes. A panel for held-out last tokens, and one for all positions.
     """
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    by_pairs, *by_texts = figure.subplots(1, 3)
-    labels = {"last": "map of last tokens", "aligned": "map of every aligned position"}
-    for positions, condition in (("last", ORACLE), ("aligned", MAPPED)):
-        points = [point for point in content["points"] if point["positions"] == positions]
-        colour = CONDITIONS[condition].colour
-        style = {"label": labels[positions], "marker": "o", "markersize": 4, "color": colour}
-        errors = [1 - point["held_out"]["last"]["r2"] for point in points]
-        by_pairs.loglog([point["n_pairs"] for point in points], errors, **style)
-        texts = [point["n_texts"] for point in points]
-        for panel, tested in zip(by_texts, labels, strict=True):
-            held_out = [point["held_out"][tested] for point in points]
-            panel.semilogx(texts, [each["r2"] for each in held_out], **style)
-            standardised = [each["r2_standardised"] for each in held_out]
-            panel.semilogx(texts, standardised, linestyle=":", marker=".", color=colour)
-    by_pairs.set(xlabel="pairs", ylabel="error on held-out last tokens (1 − R²)", title="Error against pairs")
-    number_plainly(by_pairs.yaxis)
-    for panel, tested in zip(by_texts, ("last tokens", "all positions"), strict=True):
-        lowest = min(min(line.get_ydata()) for line in panel.lines)
-        panel.set(
-            xlabel="texts read by both models (forward passes)",
-            ylabel="R² (dotted: standardised dimensions)",
-            title=f"R² on held-out {tested}{', cut at −0.6' if lowest < LOWEST_R2 else ''}",
-            ylim=(max(LOWEST_R2, min(0.0, lowest)), 1),
-        )
-        panel.axhline(0, color="grey", linewidth=0.8)
-    for panel in (by_pairs, *by_texts):
-        panel.title.set_size(10)
-        panel.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (tested, where) in zip(panels, TESTED.items(), strict=True):
+        for positions, condition in (("last", ORACLE), ("aligned", MAPPED)):
+            points = [point for point in content["points"] if point["positions"] == positions]
+            samples = [point["n_texts"] for point in points]
+            look = {"color": CONDITIONS[condition].colour}
+            for r2, style in (
+                ("r2", {"marker": "o"}),
+                ("r2_standardised", {"marker": ".", "linestyle": ":"}),
+            ):
+                errors = [1 - point["held_out"][tested][r2] for point in points]
+                label = LEARNT_FROM[positions] + (", standardised dimensions" if r2 != "r2" else "")
+                panel.loglog(samples, errors, **look, **style, markersize=5, label=label)
+        panel.axhline(1, color="grey", linewidth=0.8)  # to predict the mean
+        panel.set_xticks(samples, [f"{n:,}" for n in samples], rotation=40, ha="right")
+        panel.set_xticks([], minor=True)
+        panel.set_xlabel("training samples (texts that both models have read)")
+        panel.set_title(f"tested on {where} of held-out texts", fontsize=10)
         hide_frame(panel)
+    panels[0].set_ylabel("reconstruction error (1 − R²)")
+    number_plainly(panels[0].yaxis)
+    panels[0].legend(fontsize=8)
     return figure

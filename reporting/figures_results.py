@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D
 from experiment.conditions import CONDITIONS, SCORERS, UNSTEERED
 from reporting.style import add_legend, as_label, hide_frame, look_of, number_plainly, persona_panels
 
+JUDGED_AXIS = (0.9, 5.1)  # a judge's scores, and room for the points at the ends
+
 
 def recovery_figure(found: Mapping[str, Any]) -> Figure:
     """Draw how much of the native effect each persona's mapped vector recovers, by scorer, with intervals.
@@ -113,21 +115,17 @@ def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return "independent_perplexity" if independent else "perplexity", "trait_probability"
 
 
-def statistic_of(metric: str) -> str:
-    """Return which statistic stands for a metric: perplexity has outliers that would rule a mean."""
-    return "median" if metric.endswith("perplexity") else "mean"
-
-
 def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel a persona: coherence (better to the right) against trait strength (up).
 
     table: what `evaluation.aggregate` returns. A line joins a condition's alphas, the largest drawn largest.
     Bars are 95 % intervals over prompts; dotted lines go through the unsteered text. Without a judge,
-    coherence is the median perplexity on a reversed logarithmic axis.
+    coherence is the perplexity on a reversed logarithmic axis; a judge's axes go from 1 to 5.
     """
     coherence, trait = choose_axes(table)
     judged = coherence == "gpt4_coherence_score"
-    xlabel = "coherence, judged 1 to 5" if judged else f"median {coherence.replace('_', ' ')} (fluent →)"
+    measured = f"{coherence.replace('_', ' ')}, geometric mean (fluent →)"
+    xlabel = "coherence, judged 1 to 5" if judged else measured
     ylabel = "trait strength, judged 1 to 5" if judged else "trait probability, mean (95 %)"
     aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
     figure, panels = persona_panels(list(aucs), xlabel, ylabel)
@@ -137,7 +135,9 @@ def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
         drawn |= _draw_persona(panel, entries, coherence, trait)
         if not judged and aucs[persona] is not None:
             panel.set_title(f"{panel.get_title()} (classifier AUC {aucs[persona]:.3f})", fontsize=10)
-    if not judged:
+    if judged:
+        panel.set(xlim=JUDGED_AXIS, ylim=JUDGED_AXIS)
+    else:
         # Last, since beside the first point alone a logarithmic axis can have no width at all.
         panel.set_xscale("log")
         panel.invert_xaxis()
@@ -159,8 +159,7 @@ def _draw_persona(
         if not points:
             continue
         points.sort(key=lambda entry: entry["alpha"] or 0)
-        x = [entry[coherence][statistic_of(coherence)] for entry in points]
-        y = [entry[trait]["mean"] for entry in points]
+        x, y = ([entry[metric]["mean"] for entry in points] for metric in (coherence, trait))
         error = [[_distance(entry[trait], end) for entry in points] for end in ("low", "high")]
         drawn[condition] = _draw_strengths(panel, condition, x, y, error)
         if condition == UNSTEERED:

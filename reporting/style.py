@@ -134,6 +134,7 @@ def number_plainly(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, the fewer the wider it is; call it when all is drawn."""
     low, high = sorted(axis.get_view_interval())
     subs = (1, 1.5, 2, 3, 5, 7) if high / low < 15 else (1, 2, 5) if high / low < 200 else (1,)
-    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
+    few = high / low < 2  # in which hardly one of them lies
+    axis.set_major_locator(ticker.MaxNLocator(5) if few else ticker.LogLocator(base=10, subs=subs))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

@@ -8,17 +8,18 @@ from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import FEWEST_PROMPTS, VERDICTS
 from experiment.conditions import CONDITIONS, SCORERS
 
-# heading -> metric, statistic and format of a condition's numbers.
+# heading -> metric and format of a condition's mean
 COLUMNS = {
-    "trait": ("trait_probability", "mean", ".2f"),
-    "change": ("trait_change", "mean", "+.2f"),
-    "ppl": ("perplexity", "median", ".1f"),
-    "indep ppl": ("independent_perplexity", "median", ".1f"),
-    "repeat": ("repetition", "mean", ".2f"),
-    "collapsed": ("is_collapsed", "mean", ".0%"),
+    "trait": ("trait_probability", ".2f"),
+    "change": ("trait_change", "+.2f"),
+    "ppl": ("perplexity", ".1f"),
+    "indep ppl": ("independent_perplexity", ".1f"),
+    "repeat": ("repetition", ".2f"),
+    "collapsed": ("is_collapsed", ".0%"),
 }
-OF_LENGTH = {"words": ("n_words", "mean", ".0f"), "ended": ("has_ended", "mean", ".0%")}
-OF_JUDGE = {f"judged {name}": (f"gpt4_{name}_score", "mean", ".2f") for name in ("coherence", "trait")}
+OF_LENGTH = {"words": ("n_words", ".0f"), "ended": ("has_ended", ".0%")}
+OF_JUDGE = {f"judged {name}": (f"gpt4_{name}_score", ".2f") for name in ("coherence", "trait")}
+WITH_SPREAD = ("trait", "change", "ppl", "indep ppl", *OF_JUDGE)  # shown with their standard deviation
 MEASURED = {"coherence": ".1f", "trait": ".1f", "collapse_rate": ".0%"}  # in the order of EXPECTED
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
@@ -185,8 +186,8 @@ def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table a persona, each under a heading with its classifier's AUC.
 
-    table: what `evaluation.aggregate` returns. trait and its change against the unsteered
-    text of the same prompt are means; perplexities are medians; missing counts texts without a trait score.
+    table: what `evaluation.aggregate` returns. Perplexities are geometric means; missing counts texts without
+    a trait score. Standard deviations are those over seeds, or over prompts if there is one seed.
     A judge's scores come in two more columns if there are any; so do, where unsteered texts end, the mean
     number of words and the share of texts that the model ended before the limit.
     """
@@ -196,6 +197,8 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     if any(entry["gpt4_coherence_score"]["n"] for entry in table):
         more |= OF_JUDGE
     header = ("condition", "alpha", *COLUMNS, "n", "missing", *more)
+    over = "seeds" if any(entry["n_words"]["std_seeds"] is not None for entry in table) else "prompts"
+    said = f"± standard deviation over {over}, ×/÷ of logarithms"
     blocks = []
     for persona in dict.fromkeys(entry["persona"] for entry in table):
         entries = [entry for entry in table if entry["persona"] == persona]
@@ -205,13 +208,26 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
         for entry in entries:
             alpha = "" if entry["alpha"] is None else f"{entry['alpha']:.4g}"
             shown, behind = (
-                [number(entry[metric][statistic], form) for metric, statistic, form in columns.values()]
+                [
+                    _mean(entry[metric], form, f"std_{over}" if name in WITH_SPREAD else None, metric)
+                    for name, (metric, form) in columns.items()
+                ]
                 for columns in (COLUMNS, more)
             )
             n_missing = entry["trait_probability"]["missing"]
             rows.append((entry["condition"], alpha, *shown, str(entry["n"]), str(n_missing), *behind))
-        blocks.append(f"{persona} ({note})\n\n{markdown_table(header, rows)}")
+        blocks.append(f"{persona} ({note}; {said})\n\n{markdown_table(header, rows)}")
     return "\n\n".join(blocks)
+
+
+def _mean(found: Mapping[str, float | None], form: str, spread: str | None, metric: str) -> str:
+    """Return a mean, with the deviation that `spread` names: 0.62 ± 0.05, for perplexities 31.3 ×/÷ 1.2."""
+    mean = number(found["mean"], form)
+    if spread is None or found[spread] is None:
+        return mean
+    if metric.endswith("perplexity"):
+        return f"{mean} ×/÷ {found[spread]:.3g}"
+    return f"{mean} ± {found[spread]:{form.lstrip('+')}}"
 
 
 def format_maps(table: Sequence[Mapping[str, Any]]) -> str:

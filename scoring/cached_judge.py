@@ -13,6 +13,7 @@ from statistics import fmean
 from scoring.judge_answers import Judge, Judgement
 from support.artifacts import fingerprint
 from support.journal import Journal
+from support.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,14 @@ class CachedJudge(Judge):
             if indices and not self._is_over(spent):
                 asked = list(indices)
                 texts = [prompts[indices[key][0]] for key in asked]
-                with closing(self.model.judge_each(texts)) as judged:
+                with (
+                    Bar(len(texts), "judging", "text", leave=False) as progress,
+                    closing(self.model.judge_each(texts)) as judged,
+                ):
                     for number, judgement in judged:
                         tokens = TOKENS_PER_JUDGEMENT if judgement.tokens is None else judgement.tokens
                         spent += tokens
+                        progress.update()
                         if not judgement.failure:
                             row = {"key": asked[number], "judge": self.key}
                             journal.append([{**row, "score": judgement.score, "tokens": tokens}])

@@ -87,6 +87,11 @@ class RunFolder:
             release(self._lock)
             self._is_ours = False
 
+    def files(self) -> list[Path]:
+        """Return the files of a run: those of the folder, and those of a band's layer pairs below it."""
+        found = [path for pattern in ("*", "layers/*/*") for path in sorted(self.path.glob(pattern))]
+        return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
     @contextmanager
     def logged(self) -> Iterator[None]:
         """Write what is logged in the body to `experiment.log` too; locks the folder."""

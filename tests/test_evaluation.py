@@ -11,7 +11,14 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from watching import fails_at
 
-from evaluation import METRICS, Evaluator, aggregate, continuation_perplexities, repetition_metrics
+from evaluation import (
+    METRICS,
+    Evaluator,
+    aggregate,
+    aggregated_tables,
+    continuation_perplexities,
+    repetition_metrics,
+)
 from scoring.judge_answers import Judgement
 from support.errors import InputError
 from support.tiny_models import ARCHITECTURES, CONTEXT, tiny_model
@@ -214,7 +221,7 @@ def measured(condition, persona, alpha, perplexity, collapsed=False):
 
 
 def test_aggregate_groups_by_condition_persona_and_alpha():
-    values = [3.0, 5.0, 10.0]
+    values = [3.0, 5.0, 12.0]
     rows = [measured("oracle", "loud", 2.0, value, value > 4) for value in values]
     rows += [measured("oracle", "loud", 1.0, 7.0), measured("oracle", "calm", 2.0, math.inf)]
     rows += [measured("baseline", "loud", None, None), measured("oracle", "loud", 2.0, None)]
@@ -228,32 +235,100 @@ def test_aggregate_groups_by_condition_persona_and_alpha():
     assert [(entry["condition"], entry["persona"], entry["alpha"]) for entry in table] == keys
     assert [entry["n"] for entry in table] == [4, 1, 1, 1]
     perplexity, single, infinite, missing = (entry["perplexity"] for entry in table)
-    half = 4.302652729911275 * statistics.stdev(values) / 3**0.5  # Student's t with two degrees of freedom
-    expected = {"mean": 6.0, "std": statistics.stdev(values), "median": 5.0, "n": 3, "missing": 1}
-    assert perplexity == pytest.approx({**expected, "low": 6 - half, "high": 6 + half})
+    mean, deviation = statistics.geometric_mean(values), statistics.stdev(map(math.log, values))
+    half = math.exp(4.302652729911275 * deviation / 3**0.5)  # Student's t with two degrees of freedom
+    expected = {"mean": mean, "median": 5.0, "n": 3, "missing": 1, "std_seeds": None}
+    expected |= dict.fromkeys(("std", "std_prompts"), math.exp(deviation))
+    assert perplexity == pytest.approx({**expected, "low": mean / half, "high": mean * half})
     assert table[0]["is_collapsed"]["mean"] == 0.5
     assert table[0]["classifier_auc"] == 0.9
     assert single["std"] is single["low"] is None
     assert missing == infinite == {**dict.fromkeys(missing), "n": 0, "missing": 1}
     equal = aggregate([measured("oracle", "loud", 1.0, 5.0)] * 3)[0]["perplexity"]
-    assert (equal["low"], equal["high"]) == (5.0, 5.0)
+    assert (equal["low"], equal["high"]) == pytest.approx((5.0, 5.0))
 
 
-def test_changes_are_paired_by_prompt_and_prompts_are_what_varies():
-    def scored(condition, alpha, prompt, score):
-        return {**measured(condition, "loud", alpha, 5.0), "prompt_idx": prompt, "trait_probability": score}
+def scored(condition, alpha, prompt, score, seed=0, persona="loud", **more):
+    row = {**measured(condition, persona, alpha, 5.0), "prompt_idx": prompt, "seed": seed}
+    return {**row, "trait_probability": score, **more}
 
-    rows = [scored("baseline", None, prompt, score) for prompt, score in ((0, 0.1), (0, 0.3), (1, 0.5))]
-    rows += [
-        scored("oracle", 1.0, prompt, score) for prompt, score in ((0, 0.6), (1, 0.6), (2, 0.9), (1, None))
-    ]
-    baseline, oracle = aggregate(rows)
-    assert baseline["trait_change"] == {"mean": None, "low": None, "high": None, "n": 0}
+
+def test_changes_are_paired_by_prompt_and_seed_and_prompts_are_what_varies():
+    before = ((0, 0.1, 0), (0, 0.3, 1), (1, 0.5, 0))
+    after = ((0, 0.6, 0), (0, 0.6, 1), (1, 0.6, 0), (2, 0.9, 0), (1, None, 1))
+    rows = [scored("baseline", None, *each) for each in before]
+    baseline, oracle = aggregate(rows + [scored("oracle", 1.0, *each) for each in after])
+    assert set(baseline["trait_change"].values()) == {None, 0, 3}
     half = 12.706204736 * statistics.stdev([0.4, 0.1]) / 2**0.5
-    expected = {"mean": 0.25, "low": 0.25 - half, "high": 0.25 + half, "n": 2}
-    assert oracle["trait_change"] == pytest.approx(expected)
+    change = oracle["trait_change"]
+    assert [change[name] for name in ("mean", "n", "missing")] == pytest.approx([0.3, 3, 2])
+    assert [change["low"], change["high"]] == pytest.approx([-1, min(1, 0.25 + half)])
     assert baseline["trait_probability"]["mean"] == pytest.approx(0.3)
-    assert baseline["trait_probability"]["high"] == pytest.approx(0.35 + 12.706204736 * 0.15)
+
+
+def test_intervals_end_where_a_metric_ends():
+    rows = [
+        scored("oracle", 1.0, prompt, share, perplexity=value, repetition=share, n_words=value)
+        | {"gpt4_trait_score": 1 + 4 * share}
+        for prompt, (share, value) in enumerate([(0.0, 1.5), (0.0, 2.0), (1.0, 4000.0)])
+    ]
+    (entry,) = aggregate(rows)
+    ends = {name: (found["low"], found["high"]) for name, found in entry.items() if isinstance(found, dict)}
+    assert ends["trait_probability"] == ends["repetition"] == (0, 1)
+    assert ends["gpt4_trait_score"] == (1, 5)
+    assert ends["n_words"][0] == 0 < 4000 < ends["n_words"][1]
+    low, high = ends["perplexity"]
+    assert entry["perplexity"]["mean"] == pytest.approx(12000 ** (1 / 3))
+    assert 0 < low < 12000 ** (1 / 3) < high
+    (entry,) = aggregate(
+        [scored("oracle", 1.0, n, 0.5, perplexity=each) for n, each in enumerate((2, 1e300))]
+    )
+    assert entry["perplexity"]["mean"] == pytest.approx(2**0.5 * 1e150)
+    assert entry["perplexity"]["high"] == math.inf  # too large for a number
+
+
+def test_deviations_over_prompts_and_over_seeds_stand_apart():
+    scores = {(prompt, seed): 0.2 + 0.3 * prompt + 0.01 * seed for prompt in range(3) for seed in range(2)}
+    rows = [
+        scored("oracle", 1.0, prompt, score, seed, perplexity=10**score)
+        for (prompt, seed), score in scores.items()
+    ]
+    (entry,) = aggregate(rows)
+    trait, perplexity = entry["trait_probability"], entry["perplexity"]
+    assert trait["std"] == pytest.approx(statistics.stdev(scores.values()))
+    assert (trait["std_prompts"], trait["std_seeds"]) == pytest.approx((0.3, 0.01 / 2**0.5))
+    for name in ("std", "std_prompts", "std_seeds"):
+        assert perplexity[name] == pytest.approx(10 ** trait[name])
+    assert aggregate(rows[::2])[0]["trait_probability"]["std_seeds"] is None
+
+
+def test_tables_are_by_cell_by_condition_alone_and_by_seed():
+    rows = [
+        scored(condition, alpha, prompt, score, seed, persona)
+        for condition, alpha, score in (("baseline", None, 0.1), ("oracle", 1.0, 0.3), ("oracle", 2.0, 0.5))
+        for persona in ("loud", "calm")
+        for prompt in range(2)
+        for seed in (0, 1)
+    ]
+    tables = aggregated_tables(rows)
+    assert {name: len(table) for name, table in tables.items()} == {
+        "conditions": 6,
+        "by_condition": 2,
+        "by_seed": 12,
+    }
+    baseline, oracle = tables["by_condition"]
+    assert (baseline["condition"], baseline["n"], oracle["condition"], oracle["n"]) == (
+        *("baseline", 8),
+        *("oracle", 16),
+    )
+    assert oracle["trait_probability"]["mean"] == pytest.approx(0.4)
+    assert oracle["trait_change"]["mean"] == pytest.approx(0.3)
+    assert {(entry["persona"], entry["alpha"], entry["seed"], entry["n"]) for entry in tables["by_seed"]} == {
+        (persona, alpha, seed, 2)
+        for persona in ("loud", "calm")
+        for alpha in (None, 1.0, 2.0)
+        for seed in (0, 1)
+    }
 
 
 class Judge:

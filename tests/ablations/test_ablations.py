@@ -3,13 +3,16 @@
 from itertools import product
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from tiny_runs import artifacts, is_close, rows, run
 
 from ablations import blocks, layers, samples
+from ablations.samples import POSITIONS
 from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json
 from support.errors import InputError
+from support.journal import rows_of
 from support.run_folder import RunFolder
 from texts.personas import load_prompts
 
@@ -71,10 +74,32 @@ def test_amounts_of_text_are_compared_and_a_stopped_run_goes_on(tiny, tmp_path, 
         patch.setattr(RunFolder, "save", stopping)
         assert run(tmp_path / "stopped", settings, "--ablate", "samples") == 130
     read, paired = [], samples.paired_activations
-    monkeypatch.setattr(samples, "paired_activations", lambda *sides: read.extend(sides[2]) or paired(*sides))
+
+    def reading(source, target, texts):
+        texts = list(texts)
+        read.extend(texts)
+        return paired(source, target, texts)
+
+    monkeypatch.setattr(samples, "paired_activations", reading)
     assert run(tmp_path / "stopped", settings, "--ablate", "samples") == 0
     assert len(read) < 90
     assert is_close(load_json(tmp_path / "stopped" / "ablation_samples.json"), whole)
+
+
+def test_a_map_of_responses_is_fitted_on_more_and_more_of_them(band, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "N_HELD_OUT", 20)
+    settings = {**band, "ablation_samples": [20, 40], "max_new_tokens": 8}
+    assert run(tmp_path / "out", settings, "--ablate", "samples") == 0
+    found = load_json(tmp_path / "out" / "ablation_samples.json")
+    last, aligned = ([point for point in found["points"] if point["positions"] == name] for name in POSITIONS)
+    assert [point["n_pairs"] for point in last] == [20, 40]
+    responses = rows_of(tmp_path / "out" / "responses_target_journal.jsonl").values()
+    assert len(responses) == 60
+    # What stands before a response gives no pairs.
+    assert 40 < aligned[1]["n_pairs"] <= sum(len(row["output"]) for row in responses)
+    assert found["layers"] == [2, 3]
+    state = torch.load(tmp_path / "out" / "ablation_samples.pt", weights_only=True)
+    assert (state["layer_pairs"], state["models"]["source"]["name"]) == ([[2, 3]], band["source_model"])
 
 
 def test_amounts_of_text_need_fast_tokenizers(tiny, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from tiny_runs import LOUD, N_PROMPTS, N_SEEDS, NUMERIC, rows, run
+from tiny_runs import LOUD, N_PROMPTS, N_SEEDS, NUMERIC, rows, run, visible_files
 
 from baseline_methods import METHODS
 from evaluation import continuation_perplexities
@@ -203,6 +203,38 @@ def test_the_ratio_at_an_alpha_is_that_of_its_texts(finished_band):
             logs = [math.log(one / other) for one, other in pairs if None not in (one, other)]
             assert len(logs) == point["n_pairs"] > 0
             assert math.exp(fmean(logs)) == pytest.approx(point["perplexity_ratio"])
+
+
+def test_a_band_has_phase_twos_files_in_its_folder_and_lists_all_at_the_end(finished_band):
+    of_maps = {"ridge_mapping.pt", "comparison_maps.pt", "cv_results.json"}
+    assert visible_files(finished_band) >= {*of_maps, "training_data.pt", "mapping_analysis.png"}
+    assert visible_files(finished_band / "layers" / "0_1") == of_maps
+    log = (finished_band / "experiment.log").read_text()
+    listed = set(log.rpartition("artifacts\n")[2].split("\n"))
+    written = [path for path in finished_band.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    assert {f"  {path}" for path in written} <= listed
+
+
+@pytest.mark.parametrize(("name", "all_pairs"), [("tiny", [[1, 2]]), ("band", [[0, 1], [2, 3]])])
+def test_every_tensor_file_says_what_it_holds_and_of_which_models_and_layers(name, all_pairs, request):
+    settings = request.getfixturevalue(name)
+    folder = request.getfixturevalue({"tiny": "finished", "band": "finished_band"}[name])
+    paths = list(folder.rglob("*.pt"))
+    assert len(paths) == {"tiny": 6, "band": 7}[name]
+    models = [settings["source_model"], settings["target_model"]]
+    for path in paths:
+        content = torch.load(path, weights_only=True)
+        pairs = (
+            all_pairs if "vectors" in path.name else all_pairs[:1] if "0_1" in path.parts else all_pairs[-1:]
+        )
+        if path.name == "ridge_mapping.pt":
+            assert [content["source_model"], content["target_model"]] == models
+            assert [[content["source_layer"], content["target_layer"]]] == pairs
+        else:
+            assert [content["models"][side]["name"] for side in ("source", "target")] == models
+            assert content["layer_pairs"] == pairs
+        named = content.keys() - {"fingerprint", "about", "models", "source_model", "target_model"}
+        assert {entry for entry in named if entry not in content["about"]} == set(), path
 
 
 def test_a_band_has_the_maps_and_norms_of_its_layer_pairs(finished_band):

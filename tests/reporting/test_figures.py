@@ -12,7 +12,7 @@ from analysis.verdict import decide_verdicts
 from evaluation import METRICS, aggregate
 from experiment.conditions import CONDITIONS, SCORERS
 from maps.comparison_maps import ComparisonMap, maps_table
-from reporting.figures_ablations import block_ablation_figure
+from reporting.figures_ablations import block_ablation_figure, sample_ablation_figure
 from reporting.figures_mapping import layer_search_figure, mapping_figure
 from reporting.figures_results import (
     alpha_search_figure,
@@ -71,14 +71,15 @@ def test_points_are_the_aggregated_numbers_on_the_best_axes_that_exist(fixed, ax
     (panel,) = coherence_trait_figure(table).axes
     drawn = points(panel)
     assert set(drawn) == {"baseline", *STEERED}
-    statistic = "median" if axes[0].endswith("perplexity") else "mean"
     for condition, (x, y) in drawn.items():
         entries = [entry for entry in table if entry["condition"] == condition]
         entries.sort(key=lambda entry: entry["alpha"] or 0)
-        assert list(x) == [entry[axes[0]][statistic] for entry in entries]
+        assert list(x) == [entry[axes[0]]["mean"] for entry in entries]
         assert list(y) == [entry[axes[1]]["mean"] for entry in entries]
     left, right = panel.get_xlim()
     assert (left > right) == axes[0].endswith("perplexity")  # fluent text is to the right
+    if fixed is JUDGED:
+        assert panel.get_xlim() == panel.get_ylim() == pytest.approx((1, 5), abs=0.1)
     unsteered, entry = panel.containers[0].lines[2][0].get_segments()[0], table[0][axes[1]]
     assert unsteered[:, 1].tolist() == pytest.approx([entry["low"], entry["high"]])
 
@@ -170,6 +171,24 @@ def test_block_figure_leaves_incoherent_points_hollow():
     assert [list(line.get_ydata()) for line in trait.lines[1:]] == [[0.1, 0.2, 0.3], [0.3]]
     assert trait.lines[2].get_markerfacecolor() == "white"
     assert [label.get_text() for label in perplexity.get_xticklabels()] == ["1", "2", "all 3"]
+
+
+def test_sample_figure_has_the_error_over_training_samples_for_both_kinds_of_maps():
+    r2 = {("last", 30): 0.2, ("last", 90): 0.5, ("aligned", 30): 0.6, ("aligned", 90): 0.7}
+    found = [
+        {"positions": positions, "n_texts": n_texts, "n_pairs": 7 * n_texts}
+        | {
+            "held_out": {
+                tested: {"r2": value, "r2_standardised": value / 2} for tested in ("last", "aligned")
+            }
+        }
+        for (positions, n_texts), value in r2.items()
+    ]
+    for panel in sample_ablation_figure({"points": found}).axes:
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["30", "90"]
+        drawn = [line.get_xydata().tolist() for line in panel.lines[:4]]
+        for points, errors in zip(drawn, ([0.8, 0.5], [0.9, 0.75], [0.4, 0.3], [0.7, 0.65]), strict=True):
+            assert points == [pytest.approx(point) for point in zip((30, 90), errors, strict=True)]
 
 
 def decided(names=("loud",), **validation):
@@ -281,6 +300,7 @@ def test_alpha_figure_leaves_out_points_without_a_ratio_and_says_each_personas_b
     ("ratio", "bracket"),
     [
         (lambda method, alpha: 1 + alpha / 9, (1.0, 1.2)),
+        (lambda method, alpha: 1.7 + alpha / 99, (1.0, 1.04)),
         (lambda method, alpha: 1 + alpha**9, (1e-3, 1e3)),
         (lambda method, alpha: 0.01, (0.5, 5.0)),
         (lambda method, alpha: None, (0.5, 10.0)),

@@ -29,18 +29,43 @@ def test_a_table_has_the_aggregated_numbers_and_dashes_for_missing_ones():
         *rows("oracle", 0.5, persona="bare", auc=None),
     ]
     heading, loud, of_bare, bare = format_table(aggregate(scored)).split("\n\n")
-    assert heading == "loud (trait by a classifier with cross-validated AUC 0.970)"
-    assert of_bare == "bare (no trait classifier)"
+    said = "± standard deviation over prompts, ×/÷ of logarithms"
+    assert heading == f"loud (trait by a classifier with cross-validated AUC 0.970; {said})"
+    assert of_bare == f"bare (no trait classifier; {said})"
     expected = {
-        ("baseline", ""): {"change": "–", "trait": "0.25", "collapsed": "0%"},
-        ("oracle", "0.5"): {"change": "+0.50", "ppl": "31.3", "collapsed": "100%", "n": "12", "missing": "0"},
-        ("oracle", "2"): {"change": "-0.12", "repeat": "0.30", "n": "12", "missing": "2"}
-        | {"judged coherence": "4.20", "judged trait": "2.00"},
+        ("baseline", ""): {"change": "–", "trait": "0.25 ± 0.00", "collapsed": "0%"},
+        ("oracle", "0.5"): {"change": "+0.50 ± 0.00", "ppl": "31.3 ×/÷ 1", "collapsed": "100%", "n": "12"}
+        | {"missing": "0"},
+        ("oracle", "2"): {"change": "-0.12 ± 0.00", "repeat": "0.30", "n": "12", "missing": "2"}
+        | {"judged coherence": "4.20 ± 0.00", "judged trait": "2.00 ± 0.00"},
     }
     found = cells(loud)
     assert {key: {name: found[key][name] for name in shown} for key, shown in expected.items()} == expected
     assert {cells(bare)["oracle", "0.5"][name] for name in ("trait", "change", "indep ppl")} == {"–"}
     assert "judged" not in format_table(aggregate(scored[:30]))  # the columns come with a judge's scores
+
+
+@pytest.mark.parametrize(("seeds", "over"), [((0, 1), "seeds"), ((0,), "prompts")])
+def test_a_mean_has_its_deviation_over_seeds_or_with_one_seed_over_prompts(seeds, over):
+    scored = [
+        row | {"prompt_idx": prompt, "seed": seed}
+        for prompt, score in enumerate((0.2, 0.4))
+        for seed in seeds
+        for row in rows(
+            *("oracle", 0.5),
+            n=1,
+            trait_probability=score + 0.1 * seed,
+            perplexity=10.0 * (prompt + 1) * (seed + 1),
+            n_words=5,
+        )
+    ]
+    table = aggregate(scored)
+    heading, body = format_table(table).split("\n\n")
+    assert f"± standard deviation over {over}" in heading
+    trait, perplexity = (table[0][name] for name in ("trait_probability", "perplexity"))
+    shown = cells(body)["oracle", "0.5"]
+    assert shown["trait"] == f"{trait['mean']:.2f} ± {trait[f'std_{over}']:.2f}"
+    assert shown["ppl"] == f"{perplexity['mean']:.1f} ×/÷ {perplexity[f'std_{over}']:.3g}"
 
 
 def test_table_is_valid_markdown():
