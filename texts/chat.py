@@ -196,7 +196,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, variables: Variables | None
 
 def _turn_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     """Return those of the ids that are tokens added to the vocabulary, but not white space."""
-    added = tokenizer.added_tokens_decoder
+    added = getattr(tokenizer, "added_tokens_decoder", {})
     return [token for token in ids if token in added and not added[token].content.isspace()]
 
 

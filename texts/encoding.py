@@ -89,7 +89,8 @@ def encode_continuations(
 @lru_cache(maxsize=16)
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return what finds the spelling of a special token in a text; looked up once for a tokenizer."""
-    spelt = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # a tokenizer of its own kind may have none
+    spelt = [token.content for token in added.values() if token.special]
     # A token may begin as another one does; of two, the longer one is read.
     return re.compile("|".join(map(re.escape, sorted(spelt, key=len, reverse=True))) or "(?!)")
 

@@ -20,7 +20,10 @@ def six_keys(model_folders, tmp_path):
         "layer_idx": 2,
         "n_training_samples": 60,
         "n_test_prompts": 8,
+        # The defaults, 100 tokens, five alphas and three seeds, would take minutes.
         "max_new_tokens": 6,
+        "alpha_values": [1.0, 5.0],
+        "n_seeds": 1,
     }
 
 
@@ -83,7 +86,7 @@ def test_a_persona_of_ones_own_with_a_judge_has_a_verdict(
     out = tmp_path / "out"
     with chat_server(judge) as server:
         local = {"model": "local", "base_url": server.base_url, "api_key_env": "LOCAL_KEY"}
-        own = {"personas": [], "persona_datasets": {"mine": mine}, "alpha_values": [1.0], "n_seeds": 1}
+        own = {"personas": [], "persona_datasets": {"mine": mine}, "alpha_values": [1.0]}
         assert run(out, {**six_keys, **own, "use_gpt4": True, "judge": local}) == 0
     found = load_json(out / "verdict.json")
     assert found["validation"]["mine"]["judge"]["validated_on"].startswith(validated_on)

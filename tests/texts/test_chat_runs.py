@@ -271,13 +271,6 @@ def test_responses_for_the_map_may_be_in_other_styles_that_are_no_personas(setti
     assert neutral_responses_key(run_on(plain)) != neutral_responses_key(run_on(inputs))
 
 
-def test_the_ablation_of_samples_needs_neutral_text(settings, tmp_path, capsys):
-    changed = {**settings, "mapping_data": "responses"}
-    assert run(tmp_path / "out", changed, "--ablate", "samples") == 2
-    assert "choose mapping_data 'neutral_text'" in error_lines(capsys)[0]
-    assert not list(tmp_path.glob("out/*journal*"))
-
-
 # Real models
 
 

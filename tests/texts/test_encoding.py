@@ -68,11 +68,10 @@ def test_pairs_stand_where_both_models_have_read_the_same_words(llama, tokenizer
     assert pairs.end.tolist() == list(range(1, len(text) + 1))
 
 
-def test_a_message_is_words(caplog):
+def test_a_message_is_words():
     tokenizer = chatting()
     asked = prompt_text(tokenizer, question("What is <eos>?", "Be <pad> kind."))
     (ids,) = encode(tokenizer, [asked])
     (plain,) = encode(tokenizer, [prompt_text(tokenizer, question("What is it?", "Be kind."))])
     special = [[token for token in each if token >= BOS] for each in (ids, plain)]
     assert special[0] == special[1]
-    assert "spells <eos>, which is read as words" in caplog.text
