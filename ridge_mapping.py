@@ -39,9 +39,10 @@ ABOUT = (
     "A ridge regression from activations of a source model to those of a target model. An activation h maps "
     "to (h - source_mean) @ W + target_mean, a direction v to v @ W, to be divided by its norm before "
     "steering. W: (d_source, d_target) float64. source_layer, target_layer: the decoder blocks whose "
-    "outputs are mapped, counted from 0, of source_blocks in the source. lambda_: in lambda_unit; lambda_absolute: what was added to the "
-    "diagonal of the Gram matrix, whose eigenvalues are gram_eigenvalues. n: pairs. target_components: the "
-    "principal axes of the target's activations in columns. cv: the cross-validation."
+    "outputs are mapped, counted from 0; the source has source_blocks of them. lambda_: in lambda_unit; "
+    "lambda_absolute: what was added to the diagonal of the Gram matrix, whose eigenvalues are "
+    "gram_eigenvalues. n: pairs. target_components: the principal axes of the target's activations in "
+    "columns. cv: the cross-validation."
 )
 
 
