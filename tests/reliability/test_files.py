@@ -335,8 +335,8 @@ def test_signal_while_modules_are_imported():
         for line in process.stderr:
             if line.startswith("import 'torch.nn"):
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         printed = process.stderr.read()
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + signal.SIGTERM
     assert STOPPED in printed
     assert "Traceback" not in printed
