@@ -46,7 +46,8 @@ class LocalJudge(Judge):
                 f"judge.model {model_name!r} has no chat template, so it cannot be asked; name an instruct "
                 "model"
             )
-        if final_answer(prompt_text(self.tokenizer, question("?")).rpartition("|>")[2]) is None:
+        shown = prompt_text(self.tokenizer, question("?"), variables=LESS_THINKING)
+        if final_answer(shown.rpartition("|>")[2]) is None:
             raise InputError(
                 f"judge.model {model_name!r} has a template that opens a thought, whose next token is no "
                 "score; name a model that answers at once"

@@ -1,5 +1,7 @@
 """A judge that is loaded here: its score is the digits' mean, whatever else the model would say."""
 
+import copy
+
 import pytest
 import torch
 from chat_models import chatting
@@ -66,26 +68,22 @@ def thinking_tokenizer():
     return tokenizer
 
 
-class WithoutDigits:
-    chat_template = TEMPLATE
-
-    def apply_chat_template(self, messages, **options):
-        return "A: "
-
-    def __call__(self, text, **options):
-        return {"input_ids": [3]}
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
         (tiny_tokenizer(), "'tiny' has no chat template, so it cannot be asked"),
         (thinking_tokenizer(), "has a template that opens a thought"),
-        (WithoutDigits(), "does not write 1 to 5 as a token each"),
     ],
 )
-def test_a_base_model_or_one_without_digits_is_no_judge(judge_with, tokenizer, message):
+def test_a_model_that_cannot_answer_with_a_digit_at_once_is_no_judge(judge_with, tokenizer, message):
     with pytest.raises(InputError, match=message):
+        judge_with(tokenizer)
+
+
+def test_a_judge_writes_each_digit_as_a_token(judge_with, word_tokenizer):
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(InputError, match="does not write 1 to 5 as a token each"):
         judge_with(tokenizer)
 
 
