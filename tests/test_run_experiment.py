@@ -243,6 +243,7 @@ def real(all_threads, tmp_path_factory):
         "n_training_samples": 60,
         "personas": ["formal", "cheerful"],
         "n_test_prompts": 4,
+        "controls": [],
         "alpha_values": [0.35],
         "max_new_tokens": 8,
         "likelihood_ratio": False,  # reads thousands of texts; tests of scoring have it

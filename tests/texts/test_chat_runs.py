@@ -285,6 +285,8 @@ def packaged(all_threads, tmp_path_factory):
         "personas": ["formal", "pirate"],
         "extraction": {"kind": "responses", "from_texts": ["formal"], "n_questions": 4, "max_new_tokens": 32},
         "methods": ["other_persona", "ridge_mapped", "oracle"],
+        "controls": [],
+        "check_source_vectors": False,
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
         "likelihood_ratio": False,
