@@ -112,9 +112,14 @@ def blank_figures(patch):
 
 
 def score_by_characters(patch):
-    """Replace the trained scorers by two that score any text in no time, since tiny models write no words."""
-    patch.setattr(trait_classifier, "load_scorers", _by_characters(7))
-    patch.setattr(likelihood_ratio, "load_scorers", _by_characters(11))
+    """Replace the trained scorers by two that score any text in no time, since tiny models write no words.
+
+    Their keys are others, too: a run keeps scores of validation texts in the cache of all runs.
+    """
+    for module, divisor in ((trait_classifier, 7), (likelihood_ratio, 11)):
+        real_key = module.scorer_key
+        patch.setattr(module, "load_scorers", _by_characters(divisor))
+        patch.setattr(module, "scorer_key", lambda personas, key=real_key: f"by characters {key(personas)}")
 
 
 def _by_characters(divisor):

@@ -8,12 +8,14 @@ from tiny_runs import LOUD, run, score_by_characters, tiny_settings
 
 from experiment.conditions import DECIDING_CONTROLS
 from support.artifacts import load_json, load_tensors
+from support.package_cache import CACHE_VARIABLE
 from texts.personas import load_persona
 
 
 @pytest.fixture
-def six_keys(model_folders, tmp_path):
+def six_keys(model_folders, tmp_path, monkeypatch):
     """The specification's six keys, and what two tiny models without a hub need beside them."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     of_run = tiny_settings(model_folders, tmp_path)
     return {
         **{key: of_run[key] for key in ("source_model", "target_model", "neutral_text")},
