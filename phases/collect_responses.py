@@ -21,9 +21,8 @@ from experiment.inputs import Inputs
 from experiment.plan import Row, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.generate_texts import generate_rows
-from phases.score_texts import cached_judge, judge_key, judged_description
+from phases.score_texts import cached_judge, judge_key, judged_description, trait_prompts
 from scoring.brevity import brevity
-from scoring.gpt_judge import trait_prompt
 from scoring.judge_answers import Judgement
 from support.artifacts import fingerprint
 from support.errors import InputError
@@ -225,8 +224,8 @@ def _judged(
 ) -> tuple[list[Judgement], float | None]:
     """Return a judgement of each response, and the score from which it shows the trait, if any."""
     if judge := cached_judge(run):
-        described = persona.name, persona.description, persona.eval_prompt
-        judgements = judge.judge([trait_prompt(*described, row["prompt"], row["output"]) for row in rows])
+        read = ([row[key] for row in rows] for key in ("prompt", "output"))
+        judgements = judge.judge(trait_prompts(persona, *read))
         failed = [judged.failure for judged in judgements if judged.failure]
         if len(failed) > MAX_UNJUDGED * len(rows):
             raise InputError(

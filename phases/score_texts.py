@@ -95,6 +95,12 @@ def cached_judge(run: Run) -> CachedJudge | None:
     )
 
 
+def trait_prompts(persona: Persona, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return what a judge is asked about a trait in each text; prompts: what the texts respond to."""
+    described = persona.name, persona.description, persona.eval_prompt
+    return [trait_prompt(*described, *each) for each in zip(prompts, texts, strict=True)]
+
+
 def judged_trait(
     judge: CachedJudge, persona: Persona, prompts: Sequence[str], texts: Sequence[str]
 ) -> list[float | None]:
@@ -102,9 +108,8 @@ def judged_trait(
 
     prompts: what the texts respond to, one each.
     """
-    described = persona.name, persona.description, persona.eval_prompt
-    asked = [trait_prompt(*described, *each) for each in zip(prompts, texts, strict=True)]
-    return [None if judged.score is None else (judged.score - 1) / 4 for judged in judge.judge(asked)]
+    judged = judge.judge(trait_prompts(persona, prompts, texts))
+    return [None if each.score is None else (each.score - 1) / 4 for each in judged]
 
 
 def perplexity_key(run: Run) -> str:

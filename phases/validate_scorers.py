@@ -12,10 +12,16 @@ from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.choose_alphas import required_alphas
 from phases.generate_texts import generate_development
 from phases.make_vectors import grid_cells, vector_key
-from phases.score_texts import cached_judge, judge_key, judged_description, judged_trait, scorers_key
+from phases.score_texts import (
+    cached_judge,
+    judge_key,
+    judged_description,
+    judged_trait,
+    scorers_key,
+    trait_prompts,
+)
 from reporting.tables import format_validation
 from scoring.cached_judge import CachedJudge
-from scoring.gpt_judge import trait_prompt
 from scoring.validation import FEWEST, Sets, at_most, remembered, texts_of, validate, validation_sets
 from support.artifacts import fingerprint
 from texts.personas import Persona, load_prompts
@@ -135,10 +141,8 @@ def _judged_on(
         return judged_trait(judge, persona, [""] * len(read), read)
 
     validated = validate(score, sets, JUDGE_THRESHOLD)
-    described = persona.name, persona.description, persona.eval_prompt
     whole = [text for sides in islice(sets.values(), 1) for side in sides for text in side[:10]]
-    repeated = judge.repeat_noise([trait_prompt(*described, "", text) for text in whole])
-    return validated | {"repeat_noise": repeated}
+    return validated | {"repeat_noise": judge.repeat_noise(trait_prompts(persona, [""] * len(whole), whole))}
 
 
 def _target_texts(run: Run, steering: SteeringVectors) -> tuple[list[str], list[str]]:
