@@ -199,7 +199,7 @@ const filtered = prompts();
 set("prompt", "");
 set("order", [...document.getElementById("order").options].map((each) => each.value)
   .filter((value) => value.startsWith("perplexity"))[0]);
-const sorted = [...document.querySelectorAll(".row header")].map((header) => header.textContent);
+const sorted = [...document.querySelectorAll(".row")].map((row) => row.querySelector("header").textContent);
 document.querySelectorAll("#conditions input").forEach((box) => { if (box.checked) box.click(); });
 return [all, columns, found, filtered, sorted, document.querySelectorAll(".text").length,
   [...document.getElementById("persona").options].map((each) => each.textContent)];
