@@ -1,7 +1,8 @@
 """Measure steered text: fluency, repetition, trait strength (phase 5).
 
-A metric of a text may be missing (None): of an empty text, of a judgement that failed, of a persona without a
-trait scorer. The target's own perplexity rewards repetition loops, so it is to be read beside the repetition
+A metric of a text may be missing (None): of a judgement that failed, of a persona without a trait scorer. An
+empty text shows no trait and has collapsed; a judge is not asked and its scores are the lowest; what it has
+no value of, such as a perplexity, is missing. The target's own perplexity rewards repetition loops, so it is to be read beside the repetition
 rate and the perplexity of an independent model.
 """
 
@@ -52,6 +53,7 @@ TRAIT_SUFFIX = "_probability"  # a trait scorer's column ends so, which is how `
 TRAIT_COLUMN = "trait_probability"
 CONFIDENCE = 0.95
 
+OF_EMPTY = (Judgement(1.0), Judgement(1.0))  # coherence and trait of a text that no judge is asked about
 Row = Mapping[str, Any]  # of a table: a text, what is known of it, and its metrics
 
 
@@ -65,7 +67,7 @@ class EvaluationResult:
     perplexity: float | None  # of the text given its prompt, by the evaluated model without steering
     independent_perplexity: float | None  # the same by another model with its own tokenizer
     repetition: float | None  # share of 3-grams of words and marks that occurred before in the text
-    is_collapsed: bool | None  # repetition above 0.5
+    is_collapsed: bool | None  # repetition above 0.5, or no word at all
     distinct_1: float | None  # different words and marks / all of them (Li et al. 2016)
     distinct_2: float | None  # the same of pairs
     n_words: int
@@ -161,7 +163,8 @@ class Evaluator:
         """Yield (index of the row, metrics) in groups: as they are judged; without a judge, one group.
 
         wanted: indices of the rows to yield; all by default. The other rows only share the batches in which
-        traits are scored. The judge is asked about the wanted rows whose `is_judged` is true or missing.
+        traits are scored. The judge is asked about the wanted rows whose `is_judged` is true or missing, and
+        not about empty texts.
         """
         wanted = range(len(rows)) if wanted is None else wanted
         by_column = {column: self._trait_scores(column, rows) for column in self.scorers}
@@ -186,9 +189,10 @@ class Evaluator:
                 gpt4_failure=coherence.failure or trait.failure,
             )
 
-        asked = [index for index in wanted if self.judge and rows[index].get("is_judged", True)]
+        judged = [index for index in wanted if self.judge and rows[index].get("is_judged", True)]
+        asked = [index for index in judged if rows[index]["output"].strip()]
         if others := sorted(set(wanted) - set(asked)):
-            yield [(index, result(index)) for index in others]
+            yield [(index, result(index, OF_EMPTY if index in set(judged) else ())) for index in others]
         with closing(self._judged([rows[index] for index in asked])) as judged:
             for group in judged:
                 yield [(asked[index], result(asked[index], found)) for index, found in group]
@@ -308,13 +312,14 @@ def _perplexities(
 def repetition_metrics(text: str) -> dict[str, Any]:
     """Return repetition, is_collapsed, distinct_1, distinct_2 and n_words of a text.
 
-    Units are words and punctuation marks, lower case. A rate is None where the text has too few units.
+    Units are words and punctuation marks, lower case. A rate is None where the text has too few units; a text
+    without any has collapsed.
     """
     found = units(text)
     repetition = None if (ratio := distinct_share(found, REPETITION_N)) is None else 1 - ratio
     return {
         "repetition": repetition,
-        "is_collapsed": None if repetition is None else repetition > COLLAPSE_THRESHOLD,
+        "is_collapsed": not found or (None if repetition is None else repetition > COLLAPSE_THRESHOLD),
         "distinct_1": distinct_share(found, 1),
         "distinct_2": distinct_share(found, 2),
         "n_words": word_count(text),
@@ -322,12 +327,13 @@ def repetition_metrics(text: str) -> dict[str, Any]:
 
 
 def aggregate(
-    rows: Sequence[Row], by: Sequence[str] = ("condition", "persona", "alpha")
+    rows: Sequence[Row], by: Sequence[str] = ("condition", "draw", "persona", "alpha")
 ) -> list[dict[str, Any]]:
     """Group rows by these columns, in the order in which groups first appear.
 
     rows: as `EvaluationResult.row` returns them, with `prompt_idx`, `seed` and `has_ended` where they are
-    known; without `prompt_idx`, each row of a condition, persona and alpha has a prompt of its own.
+    known; without `prompt_idx`, each row of a condition, draw, persona and alpha has a prompt of its own.
+    `n` counts texts and `n_empty` those without a word.
     Each of METRICS, each trait score and `has_ended` becomes {mean, std, std_prompts, std_seeds, median, n,
     missing, low, high}: std is the sample's (n - 1) over texts, the other two that of the means of prompts
     and of seeds; n counts values and `missing` the rows without one; low and high are the 95 % interval of
@@ -338,11 +344,12 @@ def aggregate(
     rows = _with_changes(rows)
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in by), []).append(row)
     trait_columns = dict.fromkeys(name for row in rows for name in row if name.endswith(TRAIT_SUFFIX))
     table = []
     for place, members in groups.items():
-        entry = {**dict(zip(by, place, strict=True)), "n": len(members)}
+        n_empty = sum(row.get("n_characters") == 0 for row in members)
+        entry = {**dict(zip(by, place, strict=True)), "n": len(members), "n_empty": n_empty}
         if "persona" in by:
             entry["classifier_auc"] = members[0]["classifier_auc"]
         entry |= {name: _summary(members, name) for name in (*METRICS, *trait_columns, "has_ended")}
@@ -353,9 +360,9 @@ def aggregate(
 def aggregated_tables(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     """Return what `aggregated_results.json` holds: `conditions` by cell, `by_condition` alone, and `by_seed`.
 
-    A cell is a condition, persona and alpha; an unsteered text counts once for each persona.
+    A cell is a condition, draw, persona and alpha; an unsteered text counts once for each persona.
     """
-    cell = ("condition", "persona", "alpha")
+    cell = ("condition", "draw", "persona", "alpha")
     by = {"conditions": cell, "by_condition": cell[:1], "by_seed": (*cell, "seed")}
     return {name: aggregate(rows, columns) for name, columns in by.items()}
 
@@ -363,7 +370,7 @@ def aggregated_tables(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
 def _with_changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the rows with `prompt_idx`, and with `trait_change`, which unsteered rows lack."""
     counters: dict[tuple, Iterator[int]] = defaultdict(count)
-    cells = ((row["condition"], row["persona"], row["alpha"]) for row in rows)
+    cells = ((row["condition"], row.get("draw"), row["persona"], row["alpha"]) for row in rows)
     rows = [{"prompt_idx": next(counters[cell]), **row} for cell, row in zip(cells, rows, strict=True)]
     unsteered = {
         (row["persona"], row["prompt_idx"], row.get("seed")): row.get(TRAIT_COLUMN)

@@ -68,13 +68,11 @@ class CoherenceBound:
     """How far steered text may be from the unsteered text and still count as coherent.
 
     max_perplexity_ratio: see `results_table.perplexity_ratio`. max_repetition_increase: of the mean rate.
-    max_missing_increase: of the share of texts without a finite perplexity; an empty text is no sign of
-        coherence.
+    More texts without a finite perplexity than unsteered, such as empty ones, are never coherent.
     """
 
     max_perplexity_ratio: float = 1.5
     max_repetition_increase: float = 0.05
-    max_missing_increase: float = 0.1
 
     def of_trait(self, cost: float) -> "CoherenceBound":
         """Return the bound of text that shows a trait which is `cost` times as perplexing by itself."""
@@ -210,7 +208,7 @@ def compare(
     failed = {
         # One such text makes the geometric mean infinite, unless the prompt is to blame.
         "perplexity not finite": any(text.is_infinite and not before.is_infinite for text, before in pairs),
-        "texts missing": more_missing / max(1, len(pairs)) > bound.max_missing_increase,
+        "texts missing": more_missing > 0,
         "no perplexity to compare": ratio is None,
         "perplexity": ratio is not None and ratio > bound.max_perplexity_ratio,
         "no repetition to compare": increase is None,

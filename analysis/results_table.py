@@ -1,8 +1,9 @@
 """Hold the scored texts of a run as one pandas table, and read cells and perplexity ratios from it (phase 5).
 
-A cell is a persona, a condition and an alpha. The table has a row for each text and persona: the columns of
-`eval_results.json`, `scored_as_<persona>` for the scores of every persona, and two scores that are computed
-here from the row: `judged_trait` and `brevity`. A missing number is NaN, also the alpha of unsteered text.
+A cell is a persona, a compared name and an alpha. The table has a row for each text and persona: the columns of
+`eval_results.json`, `scored_as_<persona>` for the scores of every persona, two scores that are computed here
+from the row, `judged_trait` and `brevity`, and `compared`: the name under which the text is compared, which
+tells the draws of a control apart. A missing number is NaN, also the alpha of unsteered text.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiment.conditions import MAPPED, UNSTEERED
+from experiment.conditions import DRAWN, MAPPED, UNSTEERED, condition_of, drawn_name
 from scoring.brevity import brevity
 
 Alphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> the alpha of the cell
@@ -29,15 +30,16 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     unsteered = table["output"][table["condition"] == UNSTEERED]
     have_ended = [row["has_ended"] for row in rows]
     return table.assign(
+        compared=[drawn_name(row["condition"], row.get("draw")) for row in rows],
         judged_trait=(table["gpt4_trait_score"] - 1) / 4,
         brevity=np.array(brevity(table["output"], have_ended, unsteered), dtype=float),
     )
 
 
-def cell(table: pd.DataFrame, persona: str, condition: str, alpha: float | None) -> pd.DataFrame:
+def cell(table: pd.DataFrame, persona: str, name: str, alpha: float | None) -> pd.DataFrame:
     """Return the rows of one cell, in the order of the table."""
     has_alpha = table["alpha"].isna() if alpha is None else table["alpha"] == alpha
-    return table[has_alpha & (table["condition"] == condition) & (table["persona"] == persona)]
+    return table[has_alpha & (table["compared"] == name) & (table["persona"] == persona)]
 
 
 def at_alphas(table: pd.DataFrame, persona: str, alphas: Mapping[str, float | None]) -> pd.DataFrame:
@@ -59,22 +61,52 @@ def condition_alphas(table: pd.DataFrame, persona: str) -> dict[str, list[float 
 
 
 def prompt_means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return the mean over seeds, with a row for each prompt and a column for each condition.
+    """Return the mean over seeds, with a row for each prompt and a column for each compared name.
 
-    Conditions without any value are left out.
+    Names without any value are left out.
     """
-    means = rows.groupby(["prompt_idx", "condition"])[column].mean().unstack()
-    return means.reindex(columns=rows["condition"].unique()).dropna(axis="columns", how="all")
+    means = rows.groupby(["prompt_idx", "compared"])[column].mean().unstack()
+    return means.reindex(columns=rows["compared"].unique()).dropna(axis="columns", how="all")
+
+
+def worst_draws(effects: Mapping[str, float]) -> dict[str, str]:
+    """Return condition -> the compared name of its draw with the largest effect.
+
+    effects: compared name -> mean effect.
+    """
+    worst: dict[str, str] = {}
+    for name, effect in effects.items():
+        if effect > effects[worst.setdefault(condition_of(name), name)]:
+            worst[condition_of(name)] = name
+    return worst
+
+
+def worst_cells(table: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the table with one draw of each condition: the one with the largest change of the trait.
+
+    table: what `evaluation.aggregate` returns. A persona's draw may differ from alpha to alpha.
+    """
+    worst: dict[tuple, Mapping[str, Any]] = {}
+    for entry in table:
+        place = entry["condition"], entry["persona"], entry["alpha"]
+        if _change(entry) > _change(worst.setdefault(place, entry)):
+            worst[place] = entry
+    return list(worst.values())
+
+
+def _change(entry: Mapping[str, Any]) -> float:
+    change = entry["trait_change"]["mean"]
+    return -math.inf if change is None else change
 
 
 def paired_with_unsteered(
-    table: pd.DataFrame, persona: str, condition: str, alpha: float | None
+    table: pd.DataFrame, persona: str, name: str, alpha: float | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the texts of a cell and the unsteered text of the same prompt and seed beside each."""
     place = ["prompt_idx", "seed"]
     steered, unsteered = (
         cell(table, *each).set_index(place)
-        for each in ((persona, condition, alpha), (persona, UNSTEERED, None))
+        for each in ((persona, name, alpha), (persona, UNSTEERED, None))
     )
     shared = steered.index.intersection(unsteered.index)
     return steered.loc[shared], unsteered.loc[shared]
@@ -92,16 +124,17 @@ def perplexity_ratio(steered: Iterable[float | None], unsteered: Iterable[float 
 
 
 def cell_perplexity_ratio(
-    table: pd.DataFrame, persona: str, condition: str, alpha: float | None
+    table: pd.DataFrame, persona: str, name: str, alpha: float | None
 ) -> float | None:
     """Return the perplexity ratio of a cell by the independent model, or None without perplexities."""
-    pairs = paired_with_unsteered(table, persona, condition, alpha)
+    pairs = paired_with_unsteered(table, persona, name, alpha)
     return perplexity_ratio(*(texts["independent_perplexity"] for texts in pairs))
 
 
 def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each persona, scorer and condition, as `effects.csv` holds it.
 
+    draw: of a control of several vectors the one with the largest effect, whose numbers the row has.
     verdict: what `verdict.json` holds. compared_at: `chosen alpha`, or `oracle alpha` where the conditions
     were also compared at the oracle's. perplexity_ratio: of the written texts; plain_text_perplexity_ratio:
     of neutral passages that are read under the steering. rate_raw: share of texts in which the scorer sees
@@ -114,16 +147,18 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
         plain = verdict["plain_text_perplexity_ratios"] if key == "personas" else {}
         for persona, found in verdict[key].items():
             for scorer, decided in found["scorers"].items():
-                for condition, effect in decided["effects"].items():
-                    alpha = found["alphas"][condition]
+                shown = worst_draws({name: each["estimate"] for name, each in decided["effects"].items()})
+                for condition, name in shown.items():
+                    effect, alpha = decided["effects"][name], found["alphas"][condition]
                     recovery = decided["recovery"] if condition == MAPPED else None
-                    rates = decided["rates"].get(condition) or {}
+                    rates = decided["rates"].get(name) or {}
                     rows.append(
                         {
                             "persona": persona,
                             "scorer": scorer,
                             "is_validated": decided["is_validated"],
                             "condition": condition,
+                            "draw": name.partition(DRAWN)[2] or None,
                             "alpha": alpha,
                             "n_prompts": decided["n_prompts"],
                             "effect": effect["estimate"],
@@ -132,7 +167,7 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
                             **_columns("recovery", recovery),
                             "rate_raw": rates.get("raw"),
                             **_columns("rate", rates.get("corrected")),
-                            "perplexity_ratio": ratio(persona, condition, alpha),
+                            "perplexity_ratio": ratio(persona, name, alpha),
                             "verdict": found["verdict"],
                             "compared_at": compared_at,
                             "plain_text_perplexity_ratio": plain.get(persona, {}).get(condition),

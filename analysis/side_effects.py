@@ -1,13 +1,23 @@
 """Measure what a vector does beside the effect that is judged: on other traits, at other alphas (phase 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from analysis.results_table import Alphas, at_alphas, cell_perplexity_ratio, condition_alphas, prompt_means
+from analysis.results_table import (
+    Alphas,
+    at_alphas,
+    cell_perplexity_ratio,
+    condition_alphas,
+    prompt_means,
+    worst_draws,
+)
 from analysis.significance import mean_interval
 from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED
+
+
+EVERY_PERSONAS = "classifier"  # the scorer that scores every text for every persona
 
 
 def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[str, float]]]:
@@ -28,12 +38,34 @@ def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[
     return {method: by_persona for method, by_persona in rows.items() if by_persona}
 
 
+def largest_off_target(
+    matrix: Mapping[str, Mapping[str, Mapping[str, float]]],
+    validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> dict[str, dict[str, Any]]:
+    """Return persona -> {persona, mapped, native}: what else its mapped vector changes most, and native does.
+
+    matrix: from `off_target`. validation: persona -> scorer -> what `scoring.validation.validate` returned; a
+    persona for which the scorer is not validated is left out.
+    """
+    valid = {
+        name for name, found in validation.items() if found.get(EVERY_PERSONAS, {}).get("is_validated")
+    }
+    largest = {}
+    for persona, changes in matrix.get(MAPPED, {}).items():
+        others = {name: change for name, change in changes.items() if name in valid - {persona}}
+        if others:
+            other = max(others, key=lambda name: abs(others[name]))
+            native = matrix.get(ORACLE, {}).get(persona, {}).get(other)
+            largest[persona] = {"persona": other, "mapped": others[other], "native": native}
+    return largest
+
+
 def strength_curves(
     table: pd.DataFrame, personas: Sequence[str]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return persona -> condition -> points {alpha, perplexity_ratio, effect, low, high} by alpha.
 
-    The effect is the classifier's. Conditions that were steered at two alphas or more, with the mapped vector
+    The effect is the classifier's, of a control of several draws that of the largest. Conditions that were steered at two alphas or more, with the mapped vector
     and the oracle to compare them with, and points with both numbers.
     """
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -57,11 +89,15 @@ def _points(
 ) -> list[dict[str, Any]]:
     points = []
     for alpha in sorted(alphas, key=abs):
-        means = prompt_means(at_alphas(table, persona, {condition: alpha}), SCORERS["classifier"].column)
-        ratio = cell_perplexity_ratio(table, persona, condition, alpha)
-        if ratio is None or not {condition, UNSTEERED} <= set(means):
+        means = prompt_means(at_alphas(table, persona, {condition: alpha}), SCORERS[EVERY_PERSONAS].column)
+        if UNSTEERED not in means:
             continue
-        changes = (means[condition] - means[UNSTEERED]).dropna().to_numpy()
+        differences = means.drop(columns=UNSTEERED).sub(means[UNSTEERED], axis="index")
+        name = worst_draws(differences.mean().to_dict()).get(condition, condition)
+        ratio = cell_perplexity_ratio(table, persona, name, alpha)
+        if ratio is None or name not in differences:
+            continue
+        changes = differences[name].dropna().to_numpy()
         if len(changes):
             effect = mean_interval(changes)
             interval = {"effect": effect.estimate, "low": effect.low, "high": effect.high}

@@ -17,7 +17,6 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))  # 1.96
-N_RESAMPLES = 4000
 EXACT_PROMPTS = 12  # up to which all sign flips are tried
 N_FLIPS = 10_000
 MARGIN = 0.20  # of the oracle's effect, within which the mapped vector counts as equivalent
@@ -40,8 +39,14 @@ def mean_interval(differences: Differences) -> Interval:
     mean = float(np.mean(differences))
     if np.ptp(differences) == 0:
         return Interval(mean, mean, mean)
-    error = np.std(differences, ddof=1) / math.sqrt(len(differences))
-    return Interval(mean, *map(float, stats.t.interval(CONFIDENCE, len(differences) - 1, mean, error)))
+    half = _student(len(differences)) * float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    return Interval(mean, mean - half, mean + half)
+
+
+@functools.lru_cache
+def _student(n: int) -> float:
+    """Return how many standard errors the interval of a mean of n values reaches to either side."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
 
 
 def sign_flip_p(differences: Differences) -> float:
@@ -75,31 +80,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def recovery(mapped: Differences, oracle: Differences) -> Interval:
-    """Return mean(mapped) / mean(oracle) with a bootstrap interval; prompts are resampled together.
+    """Return mean(mapped) / mean(oracle) with Fieller's interval (1954), infinite where the latter may be 0.
 
-    A resample in which the oracle's mean has the other sign counts as an infinite ratio; where more than the
-    interval's tail are like that, the interval is infinite.
+    It covers 93 to 97 % at 8 to 60 prompts, where a bootstrap over prompts covers 88 to 94 %
+    (`benchmarks/bench_verdict.py`).
     """
-    sign, tail = math.copysign(1, oracle.mean()), (1 - CONFIDENCE) / 2
-
-    def ratio(mapped: np.ndarray, oracle: np.ndarray, axis: int) -> np.ndarray:
-        above, below = mapped.mean(axis=axis), oracle.mean(axis=axis)
-        return np.where(sign * below > 0, above / below, np.copysign(math.inf, sign * above))
-
-    options = {"paired": True, "n_resamples": N_RESAMPLES, "method": "percentile", "rng": 0}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = stats.bootstrap((mapped, oracle), ratio, **options).bootstrap_distribution
-    estimate = float(mapped.mean() / oracle.mean()) if oracle.mean() else math.inf
-    if np.mean(np.isinf(ratios)) > tail:
-        return Interval(estimate, -math.inf, math.inf)
-    return Interval(estimate, *map(float, np.quantile(ratios, (tail, 1 - tail), method="nearest")))
-
-
-def fieller(mapped: Differences, oracle: Differences) -> Interval:
-    """Return the same ratio with Fieller's interval (1954), infinite where the oracle's mean may be 0."""
     n, above, below = len(mapped), float(mapped.mean()), float(oracle.mean())
     covariance = np.cov(mapped, oracle) / n
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    t = _student(n)
     a = below**2 - t**2 * covariance[1, 1]
     b = above * below - t**2 * covariance[0, 1]
     c = above**2 - t**2 * covariance[0, 0]
@@ -151,13 +139,14 @@ def corrected_rate(
     return Interval(estimate, min(max(0.0, centre - half), estimate), max(min(1.0, centre + half), estimate))
 
 
-def prompts_needed(contrast: Differences) -> int | None:
+def prompts_needed(contrast: Differences, n_tests: int = 1) -> int | None:
     """Return how many prompts settle the sign of a contrast like this one in four cases of five, or None.
 
-    ((z_0.975 + z_0.8) s / mean)^2; None if the mean is 0.
+    ((z_a + z_0.8) s / mean)^2 with a of 0.025 / n_tests, as Holm asks of the first of n_tests; None if the
+    mean is 0.
     """
     mean, deviation = float(np.mean(contrast)), float(np.std(contrast, ddof=1))
     if mean == 0:
         return None
-    z = Z + stats.norm.ppf(POWER)
+    z = stats.norm.isf((1 - CONFIDENCE) / 2 / n_tests) + stats.norm.ppf(POWER)
     return max(len(contrast) + 1, math.ceil((z * deviation / mean) ** 2))

@@ -6,7 +6,6 @@ A control that needs more than one persona's vector and a map has a function in 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from activation_extractor import PersonaVector
 from baseline_methods import BaselineTransfer
-from experiment.conditions import MAPPED, N_DRAWS, ORACLE, vector_names
+from experiment.conditions import MAPPED, ORACLE, other_personas, vector_names
 from ridge_mapping import RidgeMapping
 
 MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
@@ -43,15 +42,6 @@ Vectors = Mapping[str, Mapping[str, Tensor]]  # persona -> vector name -> (d_tar
 def measures(vector: PersonaVector) -> dict[str, Any]:
     """Return what is known of a vector beside itself."""
     return {key: value for key, value in vars(vector).items() if key != "vector"}
-
-
-def other_personas(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return persona -> the N_DRAWS whose mapped vectors are its control: the next ones, if there are others.
-
-    Where there are fewer others, some come more than once.
-    """
-    others = {name: [*names[index + 1 :], *names[:index]] for index, name in enumerate(names)}
-    return {name: list(islice(cycle(found), N_DRAWS)) for name, found in others.items() if found}
 
 
 @dataclass(frozen=True, repr=False)

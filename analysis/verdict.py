@@ -1,7 +1,8 @@
 """Decide whether each persona transferred: a table of scores in, typed verdicts out (phase 5).
 
 Each validated scorer decides for itself, by the tests of `significance`; where scorers differ, the more
-cautious verdict stands. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
+cautious verdict stands. Mapped has to beat every draw of every control: an intersection-union test (Berger
+1982), whose p is the largest of theirs, so that only personas are many. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
 """
 
 import math
@@ -17,22 +18,32 @@ from analysis.significance import (
     Interval,
     corrected_rate,
     equivalence_p,
-    fieller,
     holm,
     mean_interval,
     prompts_needed,
     recovery,
     sign_flip_p,
 )
-from experiment.conditions import CONTROLS, DECIDING_CONTROLS, MAPPED, ORACLE, SCORERS, UNSTEERED
+from experiment.conditions import (
+    CONTROLS,
+    DECIDING_CONTROLS,
+    MAPPED,
+    ORACLE,
+    SCORERS,
+    UNSTEERED,
+    condition_of,
+)
 
 FEWEST_PROMPTS = 8
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.025  # one-sided, as the ends of a 95 % interval are; at 0.05, 5 to 6 % of nulls are claimed
+EQUIVALENT = 0.05  # for each of two one-sided tests
 NATIVE_WORKS = 0.05  # the oracle has an effect if the lower bound of it is above this
 NATIVE_FAILS = 0.15  # the oracle has no effect to speak of if the upper bound of it is below this
 TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # bounds of the recovery, as shares of the native effect
 ALL_COLLAPSE = 0.5  # share of collapsed texts under every vector from which steering itself is at fault
 NO_BETTER = 0.15  # share of the native effect; mapped surely exceeds the best control by less than this
+HIGH_SCORE, CEILING = 0.9, 0.3  # a share of native texts with higher scores above this is a ceiling
+LOWEST_SCORE = 0.001  # scores are clipped to it, and to 1 less it, before they become log-odds
 # From the most to the least that is claimed; of two scorers' verdicts, the later stands.
 VERDICTS = (
     "equivalent to native",
@@ -54,7 +65,7 @@ Reason = Literal[
     "control missing",  # the recovery is large enough, and controls in `missing` were not run
     "best control",  # recovery and best control together
 ]
-Scores = Mapping[str, np.ndarray]  # condition -> difference to unsteered at each prompt
+Scores = Mapping[str, np.ndarray]  # compared name -> difference to unsteered at each prompt
 Key = tuple[str, str]  # (persona, scorer)
 
 
@@ -62,8 +73,8 @@ Key = tuple[str, str]  # (persona, scorer)
 class Effect(Interval):
     """A condition's effect over prompts.
 
-    anti_steered: share of prompts whose score falls. p_mapped_over_it: of mapped doing no more, adjusted by
-        `holm`; None where it is not a control.
+    anti_steered: share of prompts whose score falls. p_mapped_over_it: of mapped doing no more, not adjusted;
+        None where it is not a control.
     """
 
     anti_steered: float
@@ -76,9 +87,11 @@ class ScorerVerdict:
 
     problems: why the scorer is not validated. validated_on: which texts a judge is validated on.
     n_left_out: prompts that lack a score under a condition.
-    missing: conditions that the reason is about. native, mapped, over_best_control: effects. fieller: another
-    interval of the recovery. highest_p: of mapped over the controls. prompts_needed: to settle an open case.
-    rates: condition -> share of texts over the scorer's threshold, {raw, corrected}.
+    missing: conditions that the reason is about. native, mapped, over_best_control: effects. best_control: the
+    draw with the largest effect. share_near_one: of native texts; where it is a ceiling, log_odds_p is of
+    equivalence in log-odds. adjusted_p: of mapped over the control that it beats least surely, by Holm over
+    n_personas. prompts_needed: to settle an open case. effects, rates: compared name -> its effect, and share
+    of texts over the scorer's threshold, {raw, corrected}.
     """
 
     verdict: str
@@ -88,11 +101,13 @@ class ScorerVerdict:
     native: Interval | None = None
     mapped: Interval | None = None
     recovery: Interval | None = None
-    fieller: Interval | None = None
     equivalence_p: float | None = None
+    share_near_one: float | None = None
+    log_odds_p: float | None = None
     best_control: str | None = None
     over_best_control: Interval | None = None
-    highest_p: float | None = None
+    adjusted_p: float | None = None
+    n_personas: int = 1
     prompts_needed: int | None = None
     is_validated: bool = False
     problems: tuple[str, ...] = ()
@@ -145,15 +160,21 @@ def decide_verdicts(
         (persona, scorer): SCORERS[scorer].column for persona in alphas for scorer in validation[persona]
     }
     found = {key: effects(texts[key[0]], column) for key, column in columns.items()}
-    adjusted = adjusted_p({key: differences for key, (differences, _) in found.items()})
+    p_values = {key: control_p(differences) for key, (differences, _) in found.items()}
+    adjusted = adjusted_p(p_values)
     verdicts = {}
     for persona, of_persona in alphas.items():
         scorers = {}
         for scorer, validated in validation[persona].items():
-            differences, n_left_out = found[persona, scorer]
+            key = persona, scorer
+            differences, n_left_out = found[key]
             scorers[scorer] = decide(
                 differences,
-                adjusted[persona, scorer],
+                p_values[key],
+                adjusted.get(key),
+                log_odds=effects(log_odds(texts[persona], columns[key]), columns[key])[0],
+                share_near_one=_share_near_one(texts[persona], columns[key]),
+                n_personas=max(1, sum(other == scorer for _, other in adjusted)),
                 is_validated=validated["is_validated"],
                 problems=tuple(validated["problems"]),
                 validated_on=validated.get("validated_on", ""),
@@ -169,7 +190,7 @@ def decide_verdicts(
 
 
 def effects(texts: pd.DataFrame, column: str) -> tuple[dict[str, np.ndarray], int]:
-    """Return condition -> difference to unsteered at each prompt, and how many prompts were left out.
+    """Return compared name -> difference to unsteered at each prompt, and how many prompts were left out.
 
     texts: from `at_alphas`. Prompts that lack a score under one of the conditions are left out under all, so
     that conditions stay paired; a condition without any score is left out.
@@ -181,31 +202,61 @@ def effects(texts: pd.DataFrame, column: str) -> tuple[dict[str, np.ndarray], in
     return {name: (paired[name] - unsteered).to_numpy() for name in steered}, len(means) - len(paired)
 
 
-def adjusted_p(found: Mapping[Key, Scores]) -> dict[Key, dict[str, float]]:
-    """Return (persona, scorer) -> control -> p of mapped over it, by Holm over personas and controls."""
-    p_values = {}
-    for key, differences in found.items():
-        mapped = differences.get(MAPPED, np.array([]))
-        if len(mapped) >= FEWEST_PROMPTS:
-            others = {UNSTEERED: 0.0, **{name: differences[name] for name in CONTROLS if name in differences}}
-            p_values |= {(key, name): sign_flip_p(mapped - other) for name, other in others.items()}
-    adjusted: dict[Key, dict[str, float]] = {key: {} for key in found}
-    for scorer in {scorer for _, scorer in found}:
-        tests = [test for test in p_values if test[0][1] == scorer]
-        for (key, name), p in zip(tests, holm([p_values[test] for test in tests]), strict=True):
-            adjusted[key][name] = p
+def log_odds(texts: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the texts with log-odds in the place of their scores."""
+    clipped = texts[column].clip(LOWEST_SCORE, 1 - LOWEST_SCORE)
+    return texts.assign(**{column: np.log(clipped / (1 - clipped))})
+
+
+def _share_near_one(texts: pd.DataFrame, column: str) -> float | None:
+    """Return the share of native texts that have nearly the highest score, None without any."""
+    scores = texts[column][texts["condition"] == ORACLE].dropna()
+    return float((scores > HIGH_SCORE).mean()) if len(scores) else None
+
+
+def control_p(differences: Scores) -> dict[str, float]:
+    """Return draw of a control, or unsteered -> p of mapped doing no more; empty for too few prompts."""
+    mapped = differences.get(MAPPED, np.array([]))
+    if len(mapped) < FEWEST_PROMPTS:
+        return {}
+    others = {UNSTEERED: 0.0, **{name: differences[name] for name in _controls(differences)}}
+    return {name: sign_flip_p(mapped - other) for name, other in others.items()}
+
+
+def _controls(differences: Scores) -> list[str]:
+    """Return the compared names of every draw of every control."""
+    return [name for name in differences if condition_of(name) in CONTROLS]
+
+
+def adjusted_p(p_values: Mapping[Key, Mapping[str, float]]) -> dict[Key, float]:
+    """Return (persona, scorer) -> p of mapped over all its controls, by Holm over the scorer's personas.
+
+    p_values: from `control_p`; where they are empty there is no test.
+    """
+    highest = {key: max(found.values()) for key, found in p_values.items() if found}
+    adjusted: dict[Key, float] = {}
+    for scorer in {scorer for _, scorer in highest}:
+        keys = [key for key in highest if key[1] == scorer]
+        adjusted |= zip(keys, holm([highest[key] for key in keys]), strict=True)
     return adjusted
 
 
-def decide(differences: Scores, p_values: Mapping[str, float], **known: Any) -> ScorerVerdict:
+def decide(
+    differences: Scores,
+    p_values: Mapping[str, float],
+    adjusted: float | None,
+    log_odds: Scores,
+    n_personas: int = 1,
+    **known: Any,
+) -> ScorerVerdict:
     """Return the verdict of one scorer on one persona.
 
-    differences: from `effects`. p_values: control -> p of mapped over it, from `adjusted_p`. known: fields of
-    the verdict that decide nothing.
+    differences, log_odds: from `effects`, of scores and of their log-odds. p_values, adjusted: from
+    `control_p` and `adjusted_p`. known: further fields of the verdict.
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
     n_prompts = len(next(iter(differences.values()), []))
-    known["n_prompts"] = n_prompts
+    known |= {"n_prompts": n_prompts, "n_personas": n_personas}
     if n_prompts >= FEWEST_PROMPTS:
         known["effects"] = {
             name: Effect(*astuple(mean_interval(values)), float(np.mean(values < 0)), p_values.get(name))
@@ -221,48 +272,59 @@ def decide(differences: Scores, p_values: Mapping[str, float], **known: Any) -> 
     if of_native.low <= NATIVE_WORKS:
         if of_native.high < NATIVE_FAILS:
             return ScorerVerdict("native steering ineffective", "native effect", **known)
-        needed = _fewest_needed(native - NATIVE_WORKS, native - NATIVE_FAILS)
+        needed = _fewest(*map(prompts_needed, (native - NATIVE_WORKS, native - NATIVE_FAILS)))
         return ScorerVerdict("inconclusive", "native effect", prompts_needed=needed, **known)
     known |= {
         "mapped": mean_interval(mapped),
         "recovery": recovery(mapped, native),
-        "fieller": fieller(mapped, native),
         "equivalence_p": equivalence_p(mapped, native),
+        "adjusted_p": adjusted,
     }
-    return _decide_by_recovery(differences, p_values, known)
+    if known["share_near_one"] > CEILING:
+        known["log_odds_p"] = equivalence_p(log_odds[MAPPED], log_odds[ORACLE])
+    return _decide_by_recovery(differences, known)
 
 
-def _decide_by_recovery(
-    differences: Scores, p_values: Mapping[str, float], known: Mapping[str, Any]
-) -> ScorerVerdict:
+def _decide_by_recovery(differences: Scores, known: Mapping[str, Any]) -> ScorerVerdict:
     """Return the verdict where the oracle has an effect. known: fields of the verdict so far."""
     native, mapped, ratio = differences[ORACLE], differences[MAPPED], known["recovery"]
     if ratio.high < NOT_TRANSFERRED:
         return ScorerVerdict("not transferred", "recovery", **known)
-    if missing := tuple(name for name in DECIDING_CONTROLS if name not in differences):
+    controls = _controls(differences)
+    if missing := tuple(name for name in DECIDING_CONTROLS if name not in map(condition_of, controls)):
         return ScorerVerdict("inconclusive", "control missing", missing=missing, **known)
-    controls = [name for name in CONTROLS if name in differences]
     best = max(controls, key=lambda name: differences[name].mean())
     over, least = mapped - differences[best], NO_BETTER * known["native"].estimate
     over_best = mean_interval(over)
-    highest_p = max(p_values[name] for name in (*controls, UNSTEERED))
-    beats, needed = highest_p < SIGNIFICANT, None
+    beats, needed = known["adjusted_p"] < SIGNIFICANT, None
     if beats and ratio.low > TRANSFERRED:
-        verdict = "equivalent to native" if known["equivalence_p"] < SIGNIFICANT else "transferred"
-    elif beats and ratio.high < 1:
+        is_equivalent = max(known["equivalence_p"], known.get("log_odds_p", 0.0)) < EQUIVALENT
+        verdict = "equivalent to native" if is_equivalent else "transferred"
+    elif beats and ratio.low > NOT_TRANSFERRED and ratio.high < 1:
         verdict = "partial"
     elif not beats and over_best.high < least:
         verdict = "not transferred"
     else:
         verdict = "inconclusive"
-        needed = _fewest_needed(*([mapped - TRANSFERRED * native] if beats else [over, over - least]))
-    known = {**known, "over_best_control": over_best, "highest_p": highest_p, "prompts_needed": needed}
+        to_beat = prompts_needed(over, known["n_personas"]), prompts_needed(over - least)
+        needed = _needed_by_recovery(mapped, native) if beats else _fewest(*to_beat)
+    known = {**known, "over_best_control": over_best, "prompts_needed": needed}
     return ScorerVerdict(verdict, "best control", best_control=best, **known)
 
 
-def _fewest_needed(*contrasts: np.ndarray) -> int | None:
-    """Return the prompts that settle the first of these, each of which would decide the case in its way."""
-    return min(filter(None, map(prompts_needed, contrasts)), default=None)
+def _needed_by_recovery(mapped: np.ndarray, native: np.ndarray) -> int | None:
+    """Return the prompts that show on which side of the bounds a recovery lies that is open now."""
+    share, quarter = mapped.mean() / native.mean(), prompts_needed(mapped - NOT_TRANSFERRED * native)
+    if share < NOT_TRANSFERRED:
+        return quarter
+    as_partial = [quarter, prompts_needed(native - mapped)] if share < 1 else [None]
+    half = prompts_needed(mapped - TRANSFERRED * native) if share > TRANSFERRED else None
+    return _fewest(half, None if None in as_partial else max(as_partial))
+
+
+def _fewest(*needed: int | None) -> int | None:
+    """Return the smallest number that is known, each of which would decide the case in its way."""
+    return min(filter(None, needed), default=None)
 
 
 def _rates(texts: pd.DataFrame, column: str, validated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

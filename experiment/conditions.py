@@ -8,13 +8,15 @@ Nothing heavy is imported, since the command line reads this before torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import cycle, islice
 from typing import Any, Literal
 
 Role = Literal["method", "control", "reference"]
 Need = Literal["source_vector", "target_vector", "map", "other_personas", "seed"]
 
-N_DRAWS = 3  # vectors of a control that chance decides; one draw alone may look like a trait by luck
+N_DRAWS = 3  # vectors of a control that chance decides; mapped has to beat each of them
 UNSTEERED, PROMPTED, MAPPED, ORACLE = "baseline", "prompted", "ridge_mapped", "oracle"
+DRAWN = ": "  # between a condition and its draw
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Condition:
 
     role: `method` is what the run is about, a `control` must do less, a `reference` is what both are compared
         with. needs: what the vector is made from; empty where no vector is added. draws: how many vectors it
-        has, which are rotated over the prompts. decides: without this control no claim of a transfer is made.
+        has, each of which writes on every prompt and is compared on its own. decides: without this control no
+        claim of a transfer is made.
     """
 
     name: str
@@ -61,9 +64,9 @@ _ALL = (
         "shuffled_pairs", "control", "shuffled pairs", "#666666", "+", ("source_vector", "map"), N_DRAWS, True
     ),
     Condition(
-        "other_persona", "control", "other personas", "#8c564b", "1", ("other_personas", "map"), N_DRAWS, True
+        "other_persona", "control", "other persona", "#8c564b", "1", ("other_personas", "map"), N_DRAWS, True
     ),
-    Condition("random_direction", "control", "random directions", "#bcbd22", "2", ("seed",), N_DRAWS, True),
+    Condition("random_direction", "control", "random direction", "#bcbd22", "2", ("seed",), N_DRAWS, True),
     Condition(PROMPTED, "reference", "prompting baseline", "#17becf", "p"),
 )
 CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in _ALL}
@@ -78,9 +81,44 @@ def vector_names(condition: str) -> tuple[str, ...]:
     return CONDITIONS[condition].vector_names if condition in CONDITIONS else (condition,)
 
 
-def condition_of(vector_name: str) -> str:
-    """Return the condition that a vector of this name belongs to; an unknown name is returned as it is."""
-    return next((name for name in STEERED if vector_name in vector_names(name)), vector_name)
+def condition_of(name: str) -> str:
+    """Return the condition of a vector or a drawn name; an unknown name is returned as it is."""
+    name = name.partition(DRAWN)[0]
+    return next((condition for condition in STEERED if name in vector_names(condition)), name)
+
+
+def other_personas(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return persona -> the N_DRAWS whose mapped vectors are its control: the next ones, if there are others.
+
+    Where there are fewer others, some come more than once.
+    """
+    others = {name: [*names[index + 1 :], *names[:index]] for index, name in enumerate(names)}
+    return {name: list(islice(cycle(found), N_DRAWS)) for name, found in others.items() if found}
+
+
+def draws_of(condition: str, others: Sequence[str]) -> dict[str, str | None]:
+    """Return vector name -> what its draw is called: another persona, a number; None of a single vector.
+
+    others: from `other_personas`; each of them is one draw.
+    """
+    names = vector_names(condition)
+    if len(names) == 1:
+        return {condition: None}
+    if "other_personas" in CONDITIONS[condition].needs:
+        return dict(zip(names, dict.fromkeys(others), strict=False))
+    return {name: str(number) for number, name in enumerate(names, 1)}
+
+
+def drawn_name(condition: str, draw: str | None) -> str:
+    """Return the name under which a draw is compared: `other_persona: pirate`; without a draw the condition."""
+    return condition if draw is None else f"{condition}{DRAWN}{draw}"
+
+
+def label_of(name: str) -> str:
+    """Return the label of a drawn name: `other persona: pirate`, `shuffled pairs 2`."""
+    condition, _, draw = name.partition(DRAWN)
+    label = CONDITIONS[condition].label
+    return f"{label} {draw}" if draw.isdigit() else drawn_name(label, draw or None)
 
 
 @dataclass(frozen=True)

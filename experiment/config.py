@@ -29,8 +29,11 @@ from experiment.conditions import (
     DECIDING_CONTROLS,
     MAPPED,
     METHODS,
+    N_DRAWS,
     ORACLE,
     PROMPTED,
+    draws_of,
+    other_personas,
 )
 from experiment.config_errors import explain
 from support.errors import InputError, shown
@@ -593,16 +596,31 @@ class ExperimentConfig(_Strict):
 
     @property
     def n_cells(self) -> int:
-        """Number of cells: unsteered text, persona x method x alpha, persona x prompting baseline.
+        """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline.
 
         A search finds two alphas for a method: its own, and the oracle's.
         """
-        names, methods = self.persona_names, self.steered_conditions
-        if self.alpha_values == "auto":
-            n_steered = len(names) * (len(methods) + (len(methods) - 1) * (ORACLE in methods))
-        else:
-            n_steered = sum(len(self.alphas_of(name, method)) for name in names for method in methods)
+        names, methods, is_searched = self.persona_names, self.steered_conditions, self.alpha_values == "auto"
+
+        def n_alphas(name: str, method: str) -> int:
+            if is_searched:
+                return 1 + (ORACLE in methods and method != ORACLE)
+            return len(self.alphas_of(name, method))
+
+        n_steered = sum(
+            n_alphas(name, method) * len(self.draws_of(name, method)) for name in names for method in methods
+        )
         return 1 + n_steered + len(names) * (PROMPTED in self.methods)
+
+    def draws_of(self, persona: str, condition: str) -> dict[str, str | None]:
+        """Return vector name -> what its draw is called; see `experiment.conditions.draws_of`.
+
+        The others of a persona that is alone are shipped ones.
+        """
+        names = self.persona_names
+        if len(names) == 1:
+            names += [name for name in shipped_personas() if name not in names][:N_DRAWS]
+        return draws_of(condition, other_personas(names)[persona])
 
     @property
     def seeds(self) -> list[int]:

@@ -24,13 +24,16 @@ VectorKey = Callable[[str, str], str]  # (persona, condition) -> what its vector
 class Cell:
     """One cell of the grid: everything about a text but its prompt and seed.
 
-    vector_key: what the added vector and its unit depend on.
+    vector_key: what the added vector and its unit depend on. draw, vector: of a control of several vectors what
+        this one is called, and its name; without a vector, a condition's draws are rotated over the prompts.
     """
 
     condition: str
     persona: str | None
     alpha: float | None
     vector_key: str
+    draw: str | None = None
+    vector: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,11 +63,11 @@ class SteeringVectors:
         return [norm.median for norm in self.norms]
 
     def added(self, row: Row) -> Tensor:
-        """Return what a row adds, (blocks, d_target); the draws of a control are rotated over the prompts."""
+        """Return what a row adds, (blocks, d_target): its vector, or by rotation one of its condition's."""
         if row["alpha"] is None:
             some = next(iter(next(iter(self.vectors.values())).values()))
             return torch.zeros_like(some)
-        names = vector_names(row["condition"])
+        names = [row["vector"]] if row.get("vector") else vector_names(row["condition"])
         return self.vectors[row["persona"]][names[row["prompt_idx"] % len(names)]]
 
 
@@ -72,7 +75,7 @@ UNSTEERED_CELL = Cell(UNSTEERED, None, None, UNSTEERED)
 
 
 def grid(inputs: Inputs, alphas: Alphas, vector_key: VectorKey) -> list[Cell]:
-    """Return the unsteered cell, once, and for each persona the prompting baseline and method x alpha.
+    """Return the unsteered cell, once, and for each persona the prompting baseline and draw x alpha.
 
     alphas: for every method, or for those of each persona, or persona -> method -> alpha, given or found by a
         search; at the oracle's alpha every other method is tried too.
@@ -82,8 +85,10 @@ def grid(inputs: Inputs, alphas: Alphas, vector_key: VectorKey) -> list[Cell]:
         if PROMPTED in inputs.config.methods:
             cells.append(Cell(PROMPTED, persona, None, UNSTEERED))
         for method in inputs.config.steered_conditions:
-            key = vector_key(persona, method)
-            cells += [Cell(method, persona, alpha, key) for alpha in alphas_of(alphas, persona, method)]
+            of_method, tried = vector_key(persona, method), alphas_of(alphas, persona, method)
+            for vector, draw in inputs.config.draws_of(persona, method).items():
+                key = of_method if draw is None else fingerprint(of_method, vector)
+                cells += [Cell(method, persona, alpha, key, draw, vector) for alpha in tried]
     return cells
 
 
@@ -96,7 +101,8 @@ def text_rows(
         # Where vectors are added says nothing about a text without one.
         where = None if cell.alpha is None else inputs.config.steer_positions
         settings = [inputs.target.fingerprint, sampling(inputs), where]
-        of_cell = {"condition": cell.condition, "persona": cell.persona, "alpha": cell.alpha}
+        of_cell = {"condition": cell.condition, "draw": cell.draw, "vector": cell.vector}
+        of_cell |= {"persona": cell.persona, "alpha": cell.alpha}
         places = [{**of_cell, "prompt_idx": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
         for place, shown in zip(places, shown_prompts(inputs, places), strict=True):
             for seed in seeds:

@@ -23,7 +23,7 @@ from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, sampl
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.fit_maps import mapping_data_key
 from phases.generate_texts import generate_development
-from phases.make_vectors import grid_cells
+from phases.make_vectors import vector_key
 from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
 from reporting.figures_results import alpha_search_figure
 from reporting.style import draw_once
@@ -40,9 +40,15 @@ def _costs_key(run: Run) -> str:
     return fingerprint(perplexity_key(run), labelled)
 
 
+def _searched(run: Run) -> dict[AlphaKey, str]:
+    """Return persona and method -> what its vectors depend on; a control's draws share one alpha."""
+    names, methods = run.config.persona_names, run.config.steered_conditions
+    return {(name, method): vector_key(run, name, method) for name in names for method in methods}
+
+
 def _search_key(run: Run) -> str:
     config, inputs = run.config, run.inputs
-    cells = [[cell.persona, cell.condition, cell.vector_key] for cell in grid_cells(run, [None])]
+    cells = [[*key, of_vectors] for key, of_vectors in _searched(run).items()]
     sides = dict.fromkeys(("target", *inputs.perplexity_sides))
     shown = [
         [inputs.prompting.prompt(side, prompt) for side in sides] for prompt in inputs.development_prompts
@@ -128,7 +134,7 @@ def _measure_costs(run: Run) -> dict[str, Any]:
 def find_alphas(run: Run, steering: SteeringVectors) -> tuple[dict[AlphaKey, ChosenAlpha], CoherenceBound]:
     """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
     config, settings = run.config, run.config.alpha_search
-    keys = {(cell.persona, cell.condition): cell.vector_key for cell in grid_cells(run, [None])}
+    keys = _searched(run)
 
     def texts_of(cells: Sequence[Cell]) -> list[list[ScoredText]]:
         by_cell = generate_development(run, cells, steering, settings.n_seeds)
@@ -145,10 +151,9 @@ def find_alphas(run: Run, steering: SteeringVectors) -> tuple[dict[AlphaKey, Cho
 
     (unsteered,) = texts_of([UNSTEERED_CELL])
     bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
-    searched = [(name, method) for name in config.persona_names for method in config.steered_conditions]
     bracket = alpha_bracket(run, steering.middle_norm)
     found = search_alphas(
-        searched, measure, unsteered, bracket, bound, settings.n_evaluations, trait_costs(run)
+        list(keys), measure, unsteered, bracket, bound, settings.n_evaluations, trait_costs(run)
     )
     return found, bound
 

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.alpha_search import compared_alphas, oracle_alphas
 from analysis.checklist import check_lambda, effect_check_name, failures
 from analysis.results_table import Alphas, effects_table, results_table
-from analysis.side_effects import off_target, strength_curves
+from analysis.side_effects import largest_off_target, off_target, strength_curves
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregated_tables
@@ -88,11 +88,16 @@ def _verdicts(
     validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
     checks: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return persona -> its verdict as JSON holds it, with whether the vector works in the source itself."""
+    """Return persona -> its verdict as JSON holds it, with what else its mapped vector changes most.
+
+    source_vector: whether the persona's vector works in the source itself.
+    """
+    others = largest_off_target(off_target(table, alphas), validation)
     status = {check["name"]: check["status"] for check in checks}
     contents = {}
     for name, verdict in decide_verdicts(table, alphas, validation).items():
-        content = verdict.content() | {"source_vector": status.get(effect_check_name("source", name))}
+        source_vector = status.get(effect_check_name("source", name))
+        content = verdict.content() | {"source_vector": source_vector, "off_target": others.get(name)}
         contents[name] = content | {"why": verdict_sentence(content)}
     return contents
 

@@ -78,6 +78,9 @@ def conditions_of(inputs: Inputs) -> list[str]:
     added = [name for name in config.conditions if name not in config.methods]
     with_controls = f", and the controls {', '.join(added)}" if added else ""
     lines = [f"conditions: {UNSTEERED}, {', '.join(config.methods)}{with_controls}"]
+    n_draws = {name: len(config.draws_of(config.persona_names[0], name)) for name in config.conditions}
+    if several := [f"{n} of {name}" for name, n in n_draws.items() if n > 1]:
+        lines.append(f"vectors that each write on every prompt and must each be beaten: {', '.join(several)}")
     if inputs.control_personas:
         lines.append(f"other_persona: {', '.join(persona.name for persona in inputs.control_personas)}")
     return lines

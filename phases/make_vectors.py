@@ -18,10 +18,9 @@ from analysis.vector_transfer import (
     ABOUT_NATIVE,
     ABOUT_VECTORS,
     measures,
-    other_personas,
     transfer_pair,
 )
-from experiment.conditions import CONDITIONS, ORACLE, STEERED, vector_names
+from experiment.conditions import CONDITIONS, ORACLE, STEERED, other_personas, vector_names
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
 from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, text_rows

@@ -106,10 +106,12 @@ def judged_trait(
 ) -> list[float | None]:
     """Return a judge's scores of a trait on a scale of 0 to 1, None where it gave none.
 
-    prompts: what the texts respond to, one each.
+    prompts: what the texts respond to, one each. An empty text shows no trait, and no judge is asked.
     """
-    judged = judge.judge(trait_prompts(persona, prompts, texts))
-    return [None if each.score is None else (each.score - 1) / 4 for each in judged]
+    asked = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text.strip()]
+    judged = iter(judge.judge(trait_prompts(persona, *map(list, zip(*asked, strict=True)))) if asked else [])
+    scores = [next(judged).score if text.strip() else 1.0 for text in texts]
+    return [None if score is None else (score - 1) / 4 for score in scores]
 
 
 def perplexity_key(run: Run) -> str:
@@ -253,7 +255,7 @@ def _missing_notes(rows: Sequence[Row]) -> list[str]:
     """Return how many evaluations lack something, for the end of a run."""
     notes = []
     if empty := sum(not row["output"].strip() for row in rows):
-        notes.append(f"{empty} texts are empty; their metrics are missing")
+        notes.append(f"{empty} texts are empty: they show no trait and count as collapsed")
     if failed := [row["gpt4_failure"] for row in rows if row["gpt4_failure"]]:
         example = {failure.partition(":")[0]: failure for failure in failed}
         kinds = Counter(failure.partition(":")[0] for failure in failed).most_common(3)

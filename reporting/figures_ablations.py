@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from analysis.results_table import worst_cells
 from experiment.conditions import CONDITIONS, MAPPED, ORACLE
 from reporting.figures_results import JUDGED_AXIS, choose_axes
 from reporting.style import add_legend, hide_frame, look_of, number_plainly, persona_columns
@@ -21,7 +22,7 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
     results: what `ablate_layers` collects; a column of panels for each persona.
     """
     tables = [
-        {(entry["persona"], entry["condition"]): entry for entry in result["conditions"]}
+        {(entry["persona"], entry["condition"]): entry for entry in worst_cells(result["conditions"])}
         for result in results
     ]
     metrics = choose_axes([entry for table in tables for entry in table.values()])

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.results_table import worst_cells
 from experiment.conditions import CONDITIONS, SCORERS, UNSTEERED
 from reporting.style import add_legend, as_label, hide_frame, look_of, number_plainly, persona_panels
 
@@ -118,10 +119,11 @@ def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel a persona: coherence (better to the right) against trait strength (up).
 
-    table: what `evaluation.aggregate` returns. A line joins a condition's alphas, the largest drawn largest.
+    table: what `evaluation.aggregate` returns; of a condition's draws, the worst is drawn. A line joins a condition's alphas, the largest drawn largest.
     Bars are 95 % intervals over prompts; dotted lines go through the unsteered text. Without a judge,
     coherence is the perplexity on a reversed logarithmic axis; a judge's axes go from 1 to 5.
     """
+    table = worst_cells(table)
     coherence, trait = choose_axes(table)
     judged = coherence == "gpt4_coherence_score"
     measured = f"{coherence.replace('_', ' ')}, geometric mean (fluent →)"

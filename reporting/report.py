@@ -12,9 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.results_table import cell_perplexity_ratio, results_table
-from experiment.conditions import CONDITIONS, MAPPED, ORACLE, SCORERS, UNSTEERED
-from reporting.tables import alone, interval, lowest_auc, maps_rows, number, percent, verdict_sentence
+from analysis.results_table import cell_perplexity_ratio, results_table, worst_draws
+from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED, drawn_name, label_of
+from reporting.tables import COVERED, alone, interval, lowest_auc, maps_rows, number, percent, verdict_sentence
 from support.artifacts import load_json, load_tensors, save_text
 from support.errors import InputError
 
@@ -54,6 +54,7 @@ def write_report(folder: Path) -> Path:
         n_prompts=len({row["prompt_idx"] for row in rows}),
         n_seeds=len({row["seed"] for row in rows}),
         n_texts=len(rows),
+        covered=COVERED,
         verdicts=verdict["personas"],
         note=alone,
         why=verdict_sentence,
@@ -83,7 +84,8 @@ def texts_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         # An unsteered text has a row for each persona, with the same scores in all of them.
         persona = None if row["condition"] == UNSTEERED else personas.index(row["persona"])
-        texts = cells.setdefault((row["condition"], persona, row["alpha"]), [None] * len(places))
+        name = drawn_name(row["condition"], row.get("draw"))
+        texts = cells.setdefault((name, persona, row["alpha"]), [None] * len(places))
         traits = [row["trait_probabilities"].get(name) for name in personas]
         perplexity = row["independent_perplexity"]
         texts[places.index((indices.index(row["prompt_idx"]), row["seed"]))] = {
@@ -93,12 +95,12 @@ def texts_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
     listed = [
         {
-            "condition": condition,
+            "condition": name,
             "persona": persona,
-            "label": CONDITIONS[condition].label + ("" if alpha is None else f" (α {alpha:.3g})"),
+            "label": label_of(name) + ("" if alpha is None else f" (α {alpha:.3g})"),
             "first": position * len(places),
         }
-        for position, (condition, persona, alpha) in enumerate(cells)
+        for position, (name, persona, alpha) in enumerate(cells)
     ]
     return {
         "personas": personas,
@@ -125,20 +127,23 @@ def _effects_tables(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
     for persona, found in verdict["personas"].items():
         scorers, plain = found["scorers"], verdict["plain_text_perplexity_ratios"].get(persona, {})
         names = [SCORERS[name].label + ("" if scorers[name]["is_validated"] else " *") for name in scorers]
-        header = ("condition", "α", *names, "anti-steered", "Holm p", "perplexity ratio", "on plain text")
+        header = ("condition", "α", *names, "anti-steered", "p", "perplexity ratio", "on plain text")
         lines = []
+        known = next(filter(None, (scorer["effects"] for scorer in scorers.values())), {})
+        worst = worst_draws({name: effect["estimate"] for name, effect in known.items()})
         for condition, alpha in found["alphas"].items():
-            effects = [scorer["effects"].get(condition) for scorer in scorers.values()]
+            drawn = worst.get(condition, condition)
+            effects = [scorer["effects"].get(drawn) for scorer in scorers.values()]
             first = next(filter(None, effects), {})
             line = (
                 number(alpha, ".3g"),
                 *map(interval, effects),
                 number(first.get("anti_steered"), ".0%"),
                 number(first.get("p_mapped_over_it"), ".3f"),
-                number(cell_perplexity_ratio(table, persona, condition, alpha)),
+                number(cell_perplexity_ratio(table, persona, drawn, alpha)),
                 number(plain.get(condition)),
             )
-            lines.append((CONDITIONS[condition].label, *line))
+            lines.append((label_of(drawn), *line))
         tables[persona] = header, lines
     return tables
 

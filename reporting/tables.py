@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.alpha_search import AlphaKey, ChosenAlpha
+from analysis.results_table import worst_cells
 from analysis.success_criteria import CRITERIA, EXPECTED
-from analysis.verdict import FEWEST_PROMPTS, VERDICTS
-from experiment.conditions import CONDITIONS, SCORERS
+from analysis.verdict import FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
+from experiment.conditions import CONDITIONS, SCORERS, drawn_name, label_of
 
 # heading -> metric and format of a condition's mean
 COLUMNS = {
@@ -21,6 +22,10 @@ OF_LENGTH = {"words": ("n_words", ".0f"), "ended": ("has_ended", ".0%")}
 OF_JUDGE = {f"judged {name}": (f"gpt4_{name}_score", ".2f") for name in ("coherence", "trait")}
 WITH_SPREAD = ("trait", "change", "ppl", "indep ppl", *OF_JUDGE)  # shown with their standard deviation
 MEASURED = {"coherence": ".1f", "trait": ".1f", "collapse_rate": ".0%"}  # in the order of EXPECTED
+# What an interval does not cover; said once beside verdicts.
+COVERED = (
+    "intervals cover the choice of questions, not vectors extracted from other texts nor another machine"
+)
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
 
@@ -45,11 +50,18 @@ def percent(found: Mapping[str, float | None]) -> str:
 
 
 def verdict_sentence(found: Mapping[str, Any]) -> str:
-    """Return why a persona's verdict stands. found: `Verdict.content()`, and preflight's `source_vector`."""
-    is_dud = found.get("source_vector") == "fail"
-    return _why(found) + (
-        "; the vector does not move the trait in the source itself (preflight)" if is_dud else ""
-    )
+    """Return why a persona's verdict stands, and what else the mapped vector does.
+
+    found: `Verdict.content()`, with preflight's `source_vector` and `off_target` where they are known.
+    """
+    said = [_why(found)]
+    if other := found.get("off_target"):
+        verb = "raises" if other["mapped"] > 0 else "lowers"
+        native = number(other["native"], "+.2f")
+        said.append(f"also {verb} {other['persona']} by {other['mapped']:+.2f} (native {native})")
+    if found.get("source_vector") == "fail":
+        said.append("the vector does not move the trait in the source itself (preflight)")
+    return "; ".join(said)
 
 
 def _why(found: Mapping[str, Any]) -> str:
@@ -89,9 +101,19 @@ def _scorer_sentence(found: Mapping[str, Any]) -> str:
         return recovers
     if found["reason"] == "control missing":
         return f"{recovers}, but these controls were not run: {missing}"
-    best, over = CONDITIONS[found["best_control"]].label, interval(found["over_best_control"])
-    differs = f"differs from the best control, {best}, by {over} (Holm p {found['highest_p']:.3f})"
-    return f"{recovers} and {differs}{needed}"
+    best, over = label_of(found["best_control"]), interval(found["over_best_control"])
+    differs = f"differs from the best control, {best}, by {over} (Holm p {found['adjusted_p']:.3f})"
+    return f"{recovers} and {differs}{_ceiling(found)}{needed}"
+
+
+def _ceiling(found: Mapping[str, Any]) -> str:
+    """Return that scores are at a ceiling, and what follows; nothing where they are not."""
+    if found["log_odds_p"] is None:
+        return ""
+    return (
+        f"; a ceiling: {found['share_near_one']:.0%} of native texts score above {HIGH_SCORE}, so that "
+        f"equivalence needs equal log-odds, too (p {found['log_odds_p']:.3f})"
+    )
 
 
 def alone(found: Mapping[str, Any]) -> str:
@@ -103,6 +125,8 @@ def alone(found: Mapping[str, Any]) -> str:
 def format_verdicts(content: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a line a persona: the verdict, the numbers that decided it, and the scorers it rests on.
 
+    Last, how many personas have which verdict, and what no interval covers.
+
     content: persona -> `Verdict.content()`.
     """
     lines = [
@@ -111,7 +135,7 @@ def format_verdicts(content: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     counts = {word: sum(found["verdict"] == word for found in content.values()) for word in VERDICTS}
     in_all = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return "\n".join([*lines, f"personas: {in_all}"])
+    return "\n".join([*lines, f"personas: {in_all}; {COVERED}"])
 
 
 def format_validation(validation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -187,7 +211,8 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table a persona, each under a heading with its classifier's AUC.
 
     table: what `evaluation.aggregate` returns. Perplexities are geometric means; missing counts texts without
-    a trait score. Standard deviations are those over seeds, or over prompts if there is one seed.
+    a trait score, empty those without a word, which show no trait. Standard deviations are those over seeds, or over prompts if there is one seed.
+    Of a control of several draws, the row is of the draw with the largest change.
     A judge's scores come in two more columns if there are any; so do, where unsteered texts end, the mean
     number of words and the share of texts that the model ended before the limit.
     """
@@ -196,12 +221,12 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
         more |= OF_LENGTH
     if any(entry["gpt4_coherence_score"]["n"] for entry in table):
         more |= OF_JUDGE
-    header = ("condition", "alpha", *COLUMNS, "n", "missing", *more)
+    header = ("condition", "alpha", *COLUMNS, "n", "missing", "empty", *more)
     over = "seeds" if any(entry["n_words"]["std_seeds"] is not None for entry in table) else "prompts"
     said = f"± standard deviation over {over}, ×/÷ of logarithms"
     blocks = []
     for persona in dict.fromkeys(entry["persona"] for entry in table):
-        entries = [entry for entry in table if entry["persona"] == persona]
+        entries = worst_cells([entry for entry in table if entry["persona"] == persona])
         auc = entries[0]["classifier_auc"]
         note = f"trait by a classifier with cross-validated AUC {auc:.3f}" if auc else "no trait classifier"
         rows = []
@@ -215,7 +240,8 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
                 for columns in (COLUMNS, more)
             )
             n_missing = entry["trait_probability"]["missing"]
-            rows.append((entry["condition"], alpha, *shown, str(entry["n"]), str(n_missing), *behind))
+            counts = map(str, (entry["n"], n_missing, entry["n_empty"]))
+            rows.append((drawn_name(entry["condition"], entry["draw"]), alpha, *shown, *counts, *behind))
         blocks.append(f"{persona} ({note}; {said})\n\n{markdown_table(header, rows)}")
     return "\n\n".join(blocks)
 

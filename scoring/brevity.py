@@ -11,12 +11,16 @@ def brevity(
 ) -> list[float | None]:
     """Return 1 for a text that ended by itself and is short, else 0.
 
-    A short text has at most half of the median number of words of the ordinary texts. An empty text has no
-    score (None), nor has one of which it is not known whether it ended.
+    A short text has at most half of the median number of words of the ordinary texts. An empty text has 0; one
+    of which it is not known whether it ended has no score (None).
     """
     lengths = [word_count(text) for text in ordinary if text.strip()]
     longest = statistics.median(lengths) / 2 if lengths else 0
     return [
-        None if has_ended is None or not text.strip() else float(has_ended and word_count(text) <= longest)
+        0.0
+        if not text.strip()
+        else None
+        if has_ended is None
+        else float(has_ended and word_count(text) <= longest)
         for text, has_ended in zip(texts, have_ended, strict=True)
     ]

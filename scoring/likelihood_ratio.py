@@ -77,7 +77,7 @@ class LikelihoodRatio:
     language_model: LanguageModel | None = field(repr=False)
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
-        """Return each text's probability of the trait, None for an empty text; equal texts are read once."""
+        """Return each text's probability of the trait, 0 for an empty text; equal texts are read once."""
         stripped = [text.strip() for text in texts]
         unique = list(dict.fromkeys(filter(None, stripped)))
         read = [text for text in unique if not has_collapsed(text)]
@@ -85,7 +85,7 @@ class LikelihoodRatio:
         if read:
             features = likelihood_features(self.language_model or load_scoring_model(), self.prefixes, read)
             scores |= zip(read, _probabilities(self.style, self.order, features).tolist(), strict=True)
-        return [scores.get(text) for text in stripped]
+        return [scores.get(text, 0.0) for text in stripped]
 
 
 def likelihood_features(model: LanguageModel, prefixes: Sequence[str], texts: Sequence[str]) -> np.ndarray:

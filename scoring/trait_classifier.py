@@ -120,11 +120,11 @@ class TraitClassifier:
     encode: Encoder | None = field(repr=False)
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
-        """Return each text's probability of the trait, None for an empty text."""
+        """Return each text's probability of the trait, 0 for an empty text."""
         stripped = [text.strip() for text in texts]
         unique = list(dict.fromkeys(filter(None, stripped)))
         if not unique:
-            return [None] * len(texts)
+            return [0.0] * len(texts)
         features = (self.encode or load_sentence_encoder())(unique)
         probabilities = self.style.predict_proba(features)[:, 1]
         if self.order is not None:
@@ -133,7 +133,7 @@ class TraitClassifier:
             text: 0.0 if has_collapsed(text) else float(probability)
             for text, probability in zip(unique, probabilities, strict=True)
         }
-        return [scores.get(text) for text in stripped]
+        return [scores.get(text, 0.0) for text in stripped]
 
 
 @dataclass(frozen=True)
