@@ -2,8 +2,8 @@
 
 A metric of a text may be missing (None): of a judgement that failed, of a persona without a trait scorer. An
 empty text shows no trait and has collapsed; a judge is not asked and its scores are the lowest; what it has
-no value of, such as a perplexity, is missing. The target's own perplexity rewards repetition loops, so it is to be read beside the repetition
-rate and the perplexity of an independent model.
+no value of, such as a perplexity, is missing. The target's own perplexity rewards repetition loops, so it is
+to be read beside the repetition rate and the perplexity of an independent model.
 """
 
 import logging

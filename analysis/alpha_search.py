@@ -35,7 +35,8 @@ AlphaKey = tuple[str, str]  # (persona, method)
 class ScoredText:
     """Metrics of one text; None means missing.
 
-    perplexity: of the continuation by an independent model; infinite or NaN is a text that is not coherent.
+    perplexity: of the continuation by an independent model; None of an empty text; infinite or NaN is a text
+        that is not coherent.
     repetition: share of repeated 3-grams. trait_probability: by the persona's classifier.
     """
 
@@ -68,7 +69,7 @@ class CoherenceBound:
     """How far steered text may be from the unsteered text and still count as coherent.
 
     max_perplexity_ratio: see `results_table.perplexity_ratio`. max_repetition_increase: of the mean rate.
-    More texts without a finite perplexity than unsteered, such as empty ones, are never coherent.
+    More empty texts than unsteered are never coherent, nor is a perplexity that is not finite.
     """
 
     max_perplexity_ratio: float = 1.5
@@ -204,11 +205,11 @@ def compare(
     rates = [both for both in rates if None not in both]
     increase = fmean(rate for rate, _ in rates) - fmean(rate for _, rate in rates) if rates else None
     n_missing = sum(not text.is_finite for text in steered)
-    more_missing = n_missing - sum(not text.is_finite for text in unsteered)
+    n_empty = sum(text.perplexity is None for text in steered)
     failed = {
         # One such text makes the geometric mean infinite, unless the prompt is to blame.
         "perplexity not finite": any(text.is_infinite and not before.is_infinite for text, before in pairs),
-        "texts missing": more_missing > 0,
+        "texts empty": n_empty > sum(before.perplexity is None for before in unsteered),
         "no perplexity to compare": ratio is None,
         "perplexity": ratio is not None and ratio > bound.max_perplexity_ratio,
         "no repetition to compare": increase is None,

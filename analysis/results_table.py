@@ -1,9 +1,9 @@
 """Hold the scored texts of a run as one pandas table, and read cells and perplexity ratios from it (phase 5).
 
-A cell is a persona, a compared name and an alpha. The table has a row for each text and persona: the columns of
-`eval_results.json`, `scored_as_<persona>` for the scores of every persona, two scores that are computed here
-from the row, `judged_trait` and `brevity`, and `compared`: the name under which the text is compared, which
-tells the draws of a control apart. A missing number is NaN, also the alpha of unsteered text.
+A cell is a persona, a compared name and an alpha. The table has a row for each text and persona: the columns
+of `eval_results.json`, `scored_as_<persona>` for the scores of every persona, two scores that are computed
+here from the row, `judged_trait` and `brevity`, and `compared`: the name under which the text is compared,
+which tells the draws of a control apart. A missing number is NaN, also the alpha of unsteered text.
 """
 
 import math
@@ -105,8 +105,7 @@ def paired_with_unsteered(
     """Return the texts of a cell and the unsteered text of the same prompt and seed beside each."""
     place = ["prompt_idx", "seed"]
     steered, unsteered = (
-        cell(table, *each).set_index(place)
-        for each in ((persona, name, alpha), (persona, UNSTEERED, None))
+        cell(table, *each).set_index(place) for each in ((persona, name, alpha), (persona, UNSTEERED, None))
     )
     shared = steered.index.intersection(unsteered.index)
     return steered.loc[shared], unsteered.loc[shared]
@@ -123,9 +122,7 @@ def perplexity_ratio(steered: Iterable[float | None], unsteered: Iterable[float 
     return math.exp(float(np.mean(pairs[:, 0] - pairs[:, 1]))) if len(pairs) else None
 
 
-def cell_perplexity_ratio(
-    table: pd.DataFrame, persona: str, name: str, alpha: float | None
-) -> float | None:
+def cell_perplexity_ratio(table: pd.DataFrame, persona: str, name: str, alpha: float | None) -> float | None:
     """Return the perplexity ratio of a cell by the independent model, or None without perplexities."""
     pairs = paired_with_unsteered(table, persona, name, alpha)
     return perplexity_ratio(*(texts["independent_perplexity"] for texts in pairs))

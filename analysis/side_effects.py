@@ -16,7 +16,6 @@ from analysis.results_table import (
 from analysis.significance import mean_interval
 from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED
 
-
 EVERY_PERSONAS = "classifier"  # the scorer that scores every text for every persona
 
 
@@ -47,9 +46,7 @@ def largest_off_target(
     matrix: from `off_target`. validation: persona -> scorer -> what `scoring.validation.validate` returned; a
     persona for which the scorer is not validated is left out.
     """
-    valid = {
-        name for name, found in validation.items() if found.get(EVERY_PERSONAS, {}).get("is_validated")
-    }
+    valid = {name for name, found in validation.items() if found.get(EVERY_PERSONAS, {}).get("is_validated")}
     largest = {}
     for persona, changes in matrix.get(MAPPED, {}).items():
         others = {name: change for name, change in changes.items() if name in valid - {persona}}
@@ -65,8 +62,9 @@ def strength_curves(
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return persona -> condition -> points {alpha, perplexity_ratio, effect, low, high} by alpha.
 
-    The effect is the classifier's, of a control of several draws that of the largest. Conditions that were steered at two alphas or more, with the mapped vector
-    and the oracle to compare them with, and points with both numbers.
+    The effect is the classifier's, of a control of several draws that of the largest. Conditions that were
+    steered at two alphas or more, with the mapped vector and the oracle to compare them with, and points with
+    both numbers.
     """
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for persona in personas:

@@ -2,7 +2,8 @@
 
 Each validated scorer decides for itself, by the tests of `significance`; where scorers differ, the more
 cautious verdict stands. Mapped has to beat every draw of every control: an intersection-union test (Berger
-1982), whose p is the largest of theirs, so that only personas are many. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
+1982), whose p is the largest of theirs, so that only personas are many. Why a verdict stands is data here;
+`reporting.tables` makes sentences of it.
 """
 
 import math
@@ -87,8 +88,8 @@ class ScorerVerdict:
 
     problems: why the scorer is not validated. validated_on: which texts a judge is validated on.
     n_left_out: prompts that lack a score under a condition.
-    missing: conditions that the reason is about. native, mapped, over_best_control: effects. best_control: the
-    draw with the largest effect. share_near_one: of native texts; where it is a ceiling, log_odds_p is of
+    missing: conditions that the reason is about. native, mapped, over_best_control: effects. best_control:
+    the draw with the largest effect. share_near_one: of native texts; where it is a ceiling, log_odds_p is of
     equivalence in log-odds. adjusted_p: of mapped over the control that it beats least surely, by Holm over
     n_personas. prompts_needed: to settle an open case. effects, rates: compared name -> its effect, and share
     of texts over the scorer's threshold, {raw, corrected}.

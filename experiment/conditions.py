@@ -110,7 +110,7 @@ def draws_of(condition: str, others: Sequence[str]) -> dict[str, str | None]:
 
 
 def drawn_name(condition: str, draw: str | None) -> str:
-    """Return the name under which a draw is compared: `other_persona: pirate`; without a draw the condition."""
+    """Return the name under which a draw is compared, `other_persona: pirate`; without one, the condition."""
     return condition if draw is None else f"{condition}{DRAWN}{draw}"
 
 

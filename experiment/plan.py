@@ -24,8 +24,8 @@ VectorKey = Callable[[str, str], str]  # (persona, condition) -> what its vector
 class Cell:
     """One cell of the grid: everything about a text but its prompt and seed.
 
-    vector_key: what the added vector and its unit depend on. draw, vector: of a control of several vectors what
-        this one is called, and its name; without a vector, a condition's draws are rotated over the prompts.
+    vector_key: what the added vector and its unit depend on. vector, draw: its name, and what it is called
+        among a control's; without a vector, a condition's are rotated over the prompts, as in a search.
     """
 
     condition: str

@@ -119,9 +119,10 @@ def choose_axes(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 def coherence_trait_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel a persona: coherence (better to the right) against trait strength (up).
 
-    table: what `evaluation.aggregate` returns; of a condition's draws, the worst is drawn. A line joins a condition's alphas, the largest drawn largest.
-    Bars are 95 % intervals over prompts; dotted lines go through the unsteered text. Without a judge,
-    coherence is the perplexity on a reversed logarithmic axis; a judge's axes go from 1 to 5.
+    table: what `evaluation.aggregate` returns; of a condition's draws, the worst is drawn. A line joins a
+    condition's alphas, the largest drawn largest. Bars are 95 % intervals over prompts; dotted lines go
+    through the unsteered text. Without a judge, coherence is the perplexity on a reversed logarithmic axis;
+    a judge's axes go from 1 to 5.
     """
     table = worst_cells(table)
     coherence, trait = choose_axes(table)

@@ -14,7 +14,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.results_table import cell_perplexity_ratio, results_table, worst_draws
 from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED, drawn_name, label_of
-from reporting.tables import COVERED, alone, interval, lowest_auc, maps_rows, number, percent, verdict_sentence
+from reporting.tables import (
+    COVERED,
+    alone,
+    interval,
+    lowest_auc,
+    maps_rows,
+    number,
+    percent,
+    verdict_sentence,
+)
 from support.artifacts import load_json, load_tensors, save_text
 from support.errors import InputError
 

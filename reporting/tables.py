@@ -210,11 +210,12 @@ def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table a persona, each under a heading with its classifier's AUC.
 
-    table: what `evaluation.aggregate` returns. Perplexities are geometric means; missing counts texts without
-    a trait score, empty those without a word, which show no trait. Standard deviations are those over seeds, or over prompts if there is one seed.
-    Of a control of several draws, the row is of the draw with the largest change.
-    A judge's scores come in two more columns if there are any; so do, where unsteered texts end, the mean
-    number of words and the share of texts that the model ended before the limit.
+    table: what `evaluation.aggregate` returns. Perplexities are geometric means; missing counts texts
+    without a trait score, empty those without a word, which show no trait. Standard deviations are those
+    over seeds, or over prompts if there is one seed. Of a control of several draws, the row is of the draw
+    with the largest change. A judge's scores come in two more columns if there are any; so do, where
+    unsteered texts end, the mean number of words and the share of texts that the model ended before the
+    limit.
     """
     more = {}
     if any((entry["has_ended"]["mean"] or 0) >= ENDING for entry in table if entry["alpha"] is None):

@@ -11,8 +11,8 @@ def brevity(
 ) -> list[float | None]:
     """Return 1 for a text that ended by itself and is short, else 0.
 
-    A short text has at most half of the median number of words of the ordinary texts. An empty text has 0; one
-    of which it is not known whether it ended has no score (None).
+    A short text has at most half of the median number of words of the ordinary texts. An empty text has 0;
+    one of which it is not known whether it ended has no score (None).
     """
     lengths = [word_count(text) for text in ordinary if text.strip()]
     longest = statistics.median(lengths) / 2 if lengths else 0

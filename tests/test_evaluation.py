@@ -124,7 +124,7 @@ def test_text_over_the_context_loses_its_beginning(prompt, output, llama, tokeni
         (VARIED, {"repetition": 0.0, "is_collapsed": False, "distinct_1": 1.0, "n_words": 15}),
         ("! ! ! ! ! !", {"repetition": 3 / 4, "is_collapsed": True, "n_words": 0}),
         ("one two", {"repetition": None, "is_collapsed": None, "distinct_2": 1.0, "n_words": 2}),
-        ("", {"repetition": None, "is_collapsed": None, "distinct_1": None, "n_words": 0}),
+        (" \n", {"repetition": None, "is_collapsed": True, "distinct_1": None, "n_words": 0}),
     ],
 )
 def test_repetition_metrics_by_hand(text, expected):
@@ -151,7 +151,7 @@ class Shouting:
     auc, threshold = 0.97, 0.5
 
     def score(self, texts):
-        return [sum(map(str.isupper, text)) / len(text.strip()) if text.strip() else None for text in texts]
+        return [sum(map(str.isupper, text)) / max(1, len(text.strip())) for text in texts]
 
 
 class Counting(Shouting):
@@ -202,13 +202,17 @@ def test_every_scorer_has_its_column_and_one_scores_every_text_for_every_persona
     assert every.score(rows, [None] * 5, [None] * 5)[4].trait_probabilities == {"loud": 1.0, "calm": 1.0}
 
 
-def test_empty_output_is_missing_and_counted(llama, tokenizer):
-    evaluator = Evaluator(llama, tokenizer, scorers=SCORERS)
-    results = evaluator.evaluate_batch([row("", "loud"), row(" yes we are here", "loud")])
+def test_an_empty_output_shows_no_trait_has_collapsed_and_is_counted(llama, tokenizer):
+    judge = Judge(lambda prompt: Judgement(4))
+    evaluator = Evaluator(llama, tokenizer, use_gpt4=True, judge=judge, scorers=SCORERS)
+    results = evaluator.evaluate_batch([row("\n", "loud"), row(" yes WE are here", "loud")])
     empty, present = (result.row() for result in results)
-    assert (empty["n_words"], empty["n_characters"]) == (0, 0)
+    assert (empty["n_words"], empty["n_characters"], empty["is_collapsed"]) == (0, 0, True)
+    assert (empty["trait_probability"], empty["gpt4_trait_score"], empty["gpt4_coherence_score"]) == (0, 1, 1)
+    assert len(judge.prompts) == 2  # about the other text
     (entry,) = evaluator.aggregate(results)
-    for metric in ("perplexity", "trait_probability", "repetition", "is_collapsed", "distinct_1"):
+    assert (entry["n"], entry["n_empty"], entry["trait_probability"]["missing"]) == (2, 1, 0)
+    for metric in ("perplexity", "repetition", "distinct_1"):
         assert empty[metric] is None
         found = [entry[metric][name] for name in ("n", "missing", "mean")]
         assert found == [1, 1, present[metric]], metric

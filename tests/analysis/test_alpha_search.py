@@ -106,7 +106,7 @@ def test_the_next_alpha_above_the_chosen_one_is_incoherent_where_coherence_comes
         # One extreme pair does not decide as a mean of ratios, 1.83, would.
         (texts([40.0, 5.0, 10.0]), texts([10.0] * 3), 2 ** (1 / 3), None),
         (texts([12.0, None, 5e3, *[12.0] * 9]), texts([10.0, 1e3, None, *[10.0] * 9]), 1.2, None),
-        (texts([None] * 4), UNSTEERED, None, "texts missing, no perplexity to compare"),
+        (texts([None] * 4), UNSTEERED, None, "texts empty, no perplexity to compare"),
         (texts([None, 10.0]), texts([10.0, None]), None, "no perplexity to compare"),
         (texts([math.inf, *[10.0] * 99]), texts([10.0] * 100), 1.0, "perplexity not finite"),
         (texts([math.nan, *[10.0] * 99]), texts([None, *[10.0] * 99]), 1.0, "perplexity not finite"),
@@ -128,13 +128,14 @@ def test_texts_are_compared_with_the_unsteered_ones_of_the_same_prompt(steered, 
 
 
 @pytest.mark.parametrize(
-    ("n_missing_before", "n_missing", "is_coherent"),
-    [(0, 0, True), (0, 3, True), (0, 4, False), (2, 5, True), (2, 6, False), (15, 0, True)],
+    ("n_empty_before", "n_empty", "is_coherent"),
+    [(0, 0, True), (0, 1, False), (2, 2, True), (2, 3, False), (15, 0, True)],
 )
-def test_more_missing_texts_than_the_bound_are_incoherent(n_missing_before, n_missing, is_coherent):
-    unsteered = texts([None] * n_missing_before + [10.0] * (30 - n_missing_before))
-    point = compare(1.0, texts([None] * n_missing + [10.0] * (30 - n_missing)), unsteered)
-    assert point.reason == (None if is_coherent else "texts missing")
+def test_more_empty_texts_than_unsteered_are_incoherent(n_empty_before, n_empty, is_coherent):
+    unsteered = texts([None] * n_empty_before + [10.0] * (30 - n_empty_before))
+    point = compare(1.0, texts([None] * n_empty + [10.0] * (30 - n_empty)), unsteered)
+    assert point.reason == (None if is_coherent else "texts empty")
+    assert point.n_missing == n_empty
 
 
 @pytest.mark.parametrize(("bounds", "reason"), [((2.5, 0.3), None), ((1.9, 0.1), "perplexity, repetition")])

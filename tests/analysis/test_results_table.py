@@ -1,24 +1,29 @@
 """One table holds every score; ratios and curves pair each steered text with the unsteered one."""
 
-import math
-
 import pandas as pd
 import pytest
 from made_up_scores import COMPARED, VALIDATED, scored_row, scored_run
 
-from analysis.results_table import cell, cell_perplexity_ratio, effects_table, results_table
-from analysis.side_effects import off_target, strength_curves
+from analysis.results_table import (
+    cell,
+    cell_perplexity_ratio,
+    effects_table,
+    results_table,
+    worst_cells,
+)
+from analysis.side_effects import largest_off_target, off_target, strength_curves
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
+from evaluation import aggregate
 from experiment.conditions import MAPPED, ORACLE
-from reporting.tables import format_success
+from reporting.tables import format_success, format_table
 
 
 def test_brevity_counts_texts_that_end_soon():
     rows = [scored_row("baseline", 0, 0.1, output="word " * 80)]
     for n_words, has_ended in ((30, True), (30, False), (60, True), (0, True)):
         rows.append(scored_row(ORACLE, 0, 0.1, output="word " * n_words, has_ended=has_ended))
-    assert results_table(rows)["brevity"].tolist() == pytest.approx([0, 1, 0, 0, math.nan], nan_ok=True)
+    assert results_table(rows)["brevity"].tolist() == [0, 1, 0, 0, 0]
 
 
 def test_a_cell_has_its_rows_and_the_scores_of_every_persona():
@@ -55,6 +60,27 @@ def curves_at(alphas):
     return strength_curves(results_table(rows), ["loud"])
 
 
+def drawn(effects, **more):
+    """Rows of shuffled pairs whose draws have these scores at each prompt."""
+    return [
+        scored_row("shuffled_pairs", prompt, score, draw=str(draw), **more)
+        for draw, scores in enumerate(effects, 1)
+        for prompt, score in enumerate(scores)
+    ]
+
+
+def test_curves_and_aggregated_tables_show_the_worst_draw():
+    rows = [scored_row(name, prompt, 0.1) for name in ("baseline", MAPPED) for prompt in range(3)]
+    for alpha in (1.0, 2.0):
+        rows += drawn([[0.2, 0.2, 0.2], [0.6, 0.1, 0.8], [0.1, 0.1, 0.1]], alpha=alpha)
+    points = strength_curves(results_table(rows), ["loud"])["loud"]["shuffled_pairs"]
+    assert [point["effect"] for point in points] == pytest.approx([0.4, 0.4])
+    table = worst_cells(aggregate(rows))
+    shown = [(entry["draw"], entry["n"]) for entry in table if entry["condition"] == "shuffled_pairs"]
+    assert shown == [("2", 3)] * 2
+    assert "shuffled_pairs: 2" in format_table(table)
+
+
 def test_curves_have_the_conditions_of_several_alphas_and_mapped_and_oracle_beside_them():
     alphas = {MAPPED: [0.5], ORACLE: [0.5], "shuffled_pairs": [0.9, 0.5], "zero_pad": [0.5]}
     curves = curves_at(alphas)["loud"]
@@ -80,6 +106,16 @@ def test_what_else_a_vector_moves_is_against_the_unsteered_text():
             "calm": pytest.approx({"loud": 0.06, "calm": 0.6}),
         }
     }
+
+
+def test_the_largest_change_of_another_persona_is_by_a_scorer_that_is_validated_for_it():
+    matrix = {
+        MAPPED: {"loud": {"loud": 0.6, "calm": -0.3, "sad": 0.5}, "sad": {"loud": 0.9}},
+        ORACLE: {"loud": {"loud": 0.7, "calm": -0.1}},
+    }
+    valid = {name: {"classifier": {"is_validated": name != "sad"}} for name in ("loud", "calm", "sad")}
+    found = largest_off_target(matrix, {**valid, "loud": {}})
+    assert found == {"loud": {"persona": "calm", "mapped": -0.3, "native": -0.1}}
 
 
 @pytest.mark.parametrize(

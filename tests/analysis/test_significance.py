@@ -9,7 +9,6 @@ from scipy import stats
 from analysis.significance import (
     corrected_rate,
     equivalence_p,
-    fieller,
     holm,
     mean_interval,
     one_sided_p,
@@ -47,29 +46,21 @@ def test_holm_is_monotonous_and_in_the_given_order():
     assert holm([]) == []
 
 
-@pytest.mark.parametrize("interval", [recovery, fieller])
-def test_intervals_of_a_ratio_cover_the_truth(interval):
+@pytest.mark.parametrize("n", [8, 40])
+def test_intervals_of_a_ratio_cover_the_truth(n):
     generator, covered = np.random.default_rng(2), []
-    for _ in range(150):
-        oracle = generator.normal(0.6, 0.25, 40)
-        mapped = 0.7 * oracle + generator.normal(0, 0.2, 40)
-        found = interval(mapped, oracle)
+    for _ in range(1000):
+        oracle = generator.beta(4, 2, n)
+        mapped = 0.7 * oracle + generator.normal(0, 0.2, n)
+        found = recovery(mapped, oracle)
         covered.append(found.low < 0.7 < found.high)
-    assert 0.88 < np.mean(covered) <= 1.0
+    assert 0.93 < np.mean(covered) < 0.97
 
 
-@pytest.mark.parametrize("interval", [recovery, fieller])
-def test_a_ratio_to_nothing_has_no_bounds(interval):
+def test_a_ratio_to_nothing_has_no_bounds():
     generator = np.random.default_rng(3)
-    found = interval(generator.normal(0.3, 0.2, 20), generator.normal(0.0, 0.3, 20))
+    found = recovery(generator.normal(0.3, 0.2, 20), generator.normal(0.0, 0.3, 20))
     assert (found.low, found.high) == (-np.inf, np.inf)
-
-
-def test_a_ratio_is_bounded_if_few_resamples_lack_an_oracle():
-    # One resample in hundreds has a mean below 0, which says nothing of where the ratio lies.
-    oracle = np.array([0.9] * 5 + [-0.2] * 5)
-    found = recovery(oracle * 0.9, oracle)
-    assert (found.low, found.high) == pytest.approx((0.9, 0.9))
 
 
 def test_equivalence_needs_a_small_difference_surely_known():
@@ -92,6 +83,7 @@ def test_needed_prompts_give_the_power_that_is_said():
     generator = np.random.default_rng(5)
     found = [stats.ttest_1samp(generator.choice(values, n), 0.0).pvalue < 0.05 for _ in range(500)]
     assert 0.74 < np.mean(found) < 0.86
+    assert prompts_needed(values, n_tests=6) > n
     assert prompts_needed(np.array([1.0, -1.0] * 4)) is None
 
 

@@ -4,16 +4,26 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_row, scored_run
+from scipy.special import expit
 
 from analysis.results_table import results_table
 from analysis.significance import Interval
-from analysis.verdict import ScorerVerdict, Verdict, adjusted_p, decide, decide_verdicts, effects
+from analysis.verdict import (
+    ScorerVerdict,
+    Verdict,
+    adjusted_p,
+    control_p,
+    decide,
+    decide_verdicts,
+    effects,
+)
 from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
-from reporting.tables import format_verdicts, verdict_sentence
+from reporting.tables import COVERED, format_verdicts, verdict_sentence
 
 BOTH = {"classifier": VALIDATED, "likelihood_ratio": VALIDATED}
 BREVITY = {"is_validated": True, "problems": []}
@@ -26,9 +36,10 @@ def differences(mapped, oracle, n=40, noise=0.15, seed=0):
     return {name: generator.normal(mean, noise, n) for name, mean in means.items()}
 
 
-def decided(given):
-    key = ("loud", "classifier")
-    return decide(given, adjusted_p({key: given})[key])
+def decided(given, log_odds=None, near_one=0.0):
+    key, p_values = ("loud", "classifier"), control_p(given)
+    adjusted = adjusted_p({key: p_values})[key]
+    return decide(given, p_values, adjusted, log_odds or given, share_near_one=near_one)
 
 
 def verdict_of(rows, validation):
@@ -44,7 +55,8 @@ def without(rows, condition):
     [
         (0.6, 0.6, "equivalent to native"),
         (0.45, 0.6, "transferred"),
-        (0.22, 0.6, "partial"),
+        (0.26, 0.6, "partial"),
+        (0.16, 0.6, "inconclusive"),  # the recovery may be below 25 %
         (0.0, 0.6, "not transferred"),
         (0.0, 0.0, "native steering ineffective"),
     ],
@@ -116,15 +128,61 @@ def test_rates_are_corrected_for_the_errors_that_the_validation_found():
     assert rates[ORACLE]["corrected"].low > rates[UNSTEERED]["corrected"].high
 
 
-def test_more_personas_make_the_adjusted_p_larger():
+def test_the_largest_p_of_all_controls_is_adjusted_over_personas_alone():
     runs = {"loud": scored_run(0.13, 0.8, noise=0.1), "calm": scored_run(0.8, 0.8, persona="calm")}
-    alone = verdict_of(runs["loud"], BOTH).scorers["classifier"].effects
+    alone = verdict_of(runs["loud"], BOTH).scorers["classifier"]
     table = results_table([row for rows in runs.values() for row in rows])
     verdicts = decide_verdicts(table, dict.fromkeys(runs, COMPARED), {"loud": BOTH, "calm": BOTH})
-    both = verdicts["loud"].scorers["classifier"].effects
-    assert both["shuffled_pairs"].p_mapped_over_it >= alone["shuffled_pairs"].p_mapped_over_it
-    assert both["shuffled_pairs"].estimate == alone["shuffled_pairs"].estimate
-    assert both[ORACLE].p_mapped_over_it is None
+    both = {name: found.scorers["classifier"] for name, found in verdicts.items()}
+    assert both["loud"].effects == alone.effects
+    p_values = [effect.p_mapped_over_it for effect in alone.effects.values()]
+    assert p_values[:2] == [None, None]  # mapped and native
+    assert alone.adjusted_p >= max(p_values[2:]) > both["calm"].adjusted_p / 2
+    assert both["loud"].adjusted_p == alone.adjusted_p  # the larger of two, so that Holm leaves it
+    assert both["calm"].n_personas == 2
+
+
+def with_draws(rows, best):
+    """The run with three draws of each control, the second of shuffled pairs at these scores."""
+    controls = [row for row in rows if row["condition"] in DECIDING_CONTROLS]
+    others = [row for row in rows if row["condition"] not in DECIDING_CONTROLS]
+    for row, draw in product(controls, "123"):
+        one = {**row, "draw": draw}
+        if (row["condition"], draw) == ("shuffled_pairs", "2"):
+            one["trait_probability"] = best[row["prompt_idx"]]
+        others.append(one)
+    return others
+
+
+def test_mapped_has_to_beat_the_best_single_draw():
+    mapped = [row["trait_probability"] for row in RUN if row["condition"] == MAPPED]
+    assert verdict_of(with_draws(RUN, np.full(20, 0.1)), ONE).verdict == "equivalent to native"
+    found = verdict_of(with_draws(RUN, mapped), ONE)
+    assert found.verdict not in ("equivalent to native", "transferred", "partial")
+    assert found.scorers["classifier"].best_control == "shuffled_pairs: 2"
+    assert "the best control, shuffled pairs 2, by" in verdict_sentence(found.content())
+
+
+def test_at_a_ceiling_equivalence_needs_equal_log_odds_and_the_verdict_says_so():
+    generator = np.random.default_rng(0)
+    odds = {ORACLE: generator.normal(6.0, 0.5, 60), MAPPED: generator.normal(4.0, 0.5, 60)}
+    odds |= {name: generator.normal(-4.0, 0.5, 60) for name in (UNSTEERED, *DECIDING_CONTROLS)}
+    for lower, verdict in ((0.0, "transferred"), (2.0, "equivalent to native")):
+        rows = [
+            scored_row(name, prompt, float(expit(value + lower * (name == MAPPED))))
+            for name, values in odds.items()
+            for prompt, value in enumerate(values)
+        ]
+        found = verdict_of(rows, ONE)
+        assert found.verdict == verdict
+        assert found.scorers["classifier"].equivalence_p < 0.05
+        assert "a ceiling: 100% of native texts score above 0.9" in verdict_sentence(found.content())
+
+
+def test_an_off_target_change_stands_beside_the_verdict():
+    other = {"persona": "calm", "mapped": 0.31, "native": 0.08}
+    content = verdict_of(RUN, ONE).content() | {"off_target": other}
+    assert verdict_sentence(content).endswith("; also raises calm by +0.31 (native +0.08)")
 
 
 INTERVAL = r"[-+]0\.\d\d \[[-+]0\.\d\d, [-+]0\.\d\d\]"
@@ -141,11 +199,19 @@ SAID = {
     ),
     f"{ALONE}, 7 prompts have scores and an interval needs 8": (scored_run(0.8, 0.8, n=7), ONE),
     rf"{ALONE}, no text has a score under native \(oracle\)": (without(RUN, ORACLE), ONE),
-    f"{ALONE}, {RECOVERS}, but these controls were not run: other personas": (
+    f"{ALONE}, {RECOVERS}, but these controls were not run: other persona": (
         without(RUN, "other_persona"),
         ONE,
     ),
     r"INCONCLUSIVE \(on brevity alone\): by brevity, all scores are equal, .*": (RUN, {"brevity": BREVITY}),
+    r"INCONCLUSIVE \(on the judge alone\): by the judge, all scores are equal, .*": (
+        [{**row, "gpt4_trait_score": 3} for row in RUN],
+        {"judge": BREVITY},
+    ),
+    rf"{ALONE}, no text has a score under native \(oracle\), mapped": (
+        [{**row, "trait_probability": None} for row in RUN],
+        ONE,
+    ),
     r"INCONCLUSIVE: no scorer is validated \(classifier: AUC 0\.70 on fragments\)": (
         RUN,
         {"classifier": NOT_VALIDATED},
@@ -160,12 +226,12 @@ def test_a_verdict_and_its_reason_are_said_in_a_sentence_made_from_the_file_alon
     content = json.loads(json.dumps(verdict_of(*SAID[sentence]).content(), allow_nan=False))
     first, last = format_verdicts({"loud": content}).split("\n")
     assert re.fullmatch(f"loud: {sentence}", first), first
-    assert last == f"personas: 1 {content['verdict']}"
+    assert last == f"personas: 1 {content['verdict']}; {COVERED}"
 
 
 def test_an_unbounded_recovery_is_written_and_said():
     ratio = Interval(0.1, -math.inf, math.inf)
-    scorer = ScorerVerdict("inconclusive", "best control", 20, native=ratio, recovery=ratio, highest_p=0.2)
+    scorer = ScorerVerdict("inconclusive", "best control", 20, native=ratio, recovery=ratio, adjusted_p=0.2)
     scorer = replace(scorer, best_control="random_direction", over_best_control=Interval(0.1, 0.0, 0.2))
     verdict = Verdict("inconclusive", "decided by scorer", "judge", ("judge",), {"judge": scorer}, COMPARED)
     content = json.loads(json.dumps(verdict.content(), allow_nan=False))

@@ -16,6 +16,10 @@ from experiment.conditions import (
     TRAINED_SCORERS,
     UNSTEERED,
     condition_of,
+    drawn_name,
+    draws_of,
+    label_of,
+    other_personas,
     vector_names,
 )
 from experiment.config import load_config
@@ -48,6 +52,20 @@ def test_controls_that_decide_have_several_draws_each_with_a_vector_name_of_its_
     names = [(vector, name) for name in STEERED for vector in vector_names(name)]
     assert len(dict(names)) == len(names)
     assert [condition_of(vector) for vector, _ in names] == [name for _, name in names]
+
+
+def test_each_draw_has_a_name_and_a_label_and_another_persona_is_drawn_once():
+    others = other_personas(["a", "b", "c", "d", "e"])["d"]
+    assert others == ["e", "a", "b"]
+    assert list(draws_of("other_persona", others).values()) == others
+    assert draws_of("other_persona", other_personas(["a", "b"])["a"]) == {"other_persona_1": "b"}
+    assert other_personas(["a"]) == {}
+    assert draws_of("oracle", []) == {"oracle": None}
+    draws = draws_of("shuffled_pairs", []).items()
+    names = [drawn_name("shuffled_pairs", draw) for _, draw in draws]
+    assert list(map(condition_of, names)) == [condition_of(vector) for vector, _ in draws]
+    said = [label_of(name) for name in (names[1], drawn_name("other_persona", "e"), "oracle")]
+    assert said == ["shuffled pairs 2", "other persona: e", "native (oracle)"]
 
 
 @pytest.mark.parametrize("name", TRAINED_SCORERS)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from activation_extractor import ResidualNorm
-from analysis.vector_transfer import other_personas
 from experiment.config import load_config
 from experiment.inputs import load_inputs
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, grid, text_rows
@@ -68,16 +67,22 @@ def test_equal_vectors_of_two_conditions_share_their_texts(inputs):
     assert len({row["key"] for row in rows}) == len(rows) / 2
 
 
-def test_the_draws_of_a_control_are_rotated_over_the_prompts_and_unsteered_rows_add_nothing():
+def test_every_draw_of_a_control_is_a_cell_of_its_own(tiny):
+    methods = ["shuffled_pairs", "other_persona", "oracle"]
+    config = load_config({**tiny, "methods": methods, "alpha_values": [1.0], "output_dir": "out"})
+    cells = grid(load_inputs(config), config.alpha_values, key_of)
+    assert len(cells) == len({cell.vector_key for cell in cells}) == config.n_cells
+    drawn = [(cell.draw, cell.vector) for cell in cells if cell.persona == "loud"]
+    shuffled = [(str(draw), f"shuffled_pairs_{draw}") for draw in (1, 2, 3)]
+    assert drawn == [*shuffled, ("numeric", "other_persona_1"), (None, "oracle")]
+
+
+def test_a_row_adds_its_vector_or_by_rotation_its_conditions_and_nothing_if_unsteered():
     drawn = {f"random_direction_{draw}": torch.full((2, 5), float(draw)) for draw in (1, 2, 3)}
     steering = SteeringVectors({"loud": drawn}, (ResidualNorm(1.0, 1.0, []), ResidualNorm(2.0, 2.0, [])))
     row = {"condition": "random_direction", "persona": "loud", "alpha": 1.0}
     assert [steering.added({**row, "prompt_idx": index})[0, 0] for index in range(4)] == [1, 2, 3, 1]
+    second = {**row, "vector": "random_direction_2"}
+    assert [steering.added({**second, "prompt_idx": index})[0, 0] for index in range(2)] == [2, 2]
     assert torch.equal(steering.added({**row, "prompt_idx": 0, "alpha": None}), torch.zeros(2, 5))
     assert (steering.medians, steering.middle_norm.median) == ([1.0, 2.0], 2.0)
-
-
-def test_another_personas_vectors_are_those_of_the_next_three():
-    assert other_personas(["a", "b", "c", "d", "e"])["d"] == ["e", "a", "b"]
-    assert other_personas(["a", "b"]) == {"a": ["b"] * 3, "b": ["a"] * 3}
-    assert other_personas(["a"]) == {}

@@ -125,7 +125,7 @@ def score_by_characters(patch):
 def _by_characters(divisor):
     def score(texts):
         return [
-            zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else None for each in texts
+            zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else 0.0 for each in texts
         ]
 
     scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=score)

@@ -7,6 +7,7 @@ import pytest
 from chat_server import chat_server, completion, error
 from tiny_runs import error_lines, rows, run
 
+from experiment.conditions import condition_of
 from experiment.config import load_config
 from phases.score_texts import judge_key
 from run_experiment import PersonaTransferExperiment
@@ -52,7 +53,7 @@ def test_a_judged_run_ends_with_the_judges_recovery_in_figure_and_report(tiny, t
             found = verdict["personas"][persona]["scorers"]["judge"]
             assert found["native"]["low"] > 0.4
             assert 0.3 < found["recovery"]["estimate"] < 1
-            assert set(found["effects"]) == set(METHODS)
+            assert set(map(condition_of, found["effects"])) == set(METHODS)
             assert f"{persona} {found['recovery']['estimate']:.0%}".replace("%", " %") in page
         assert "by judge" in page
         effects = PersonaTransferExperiment({**settings, "output_dir": str(out)}).results_frame(effects=True)

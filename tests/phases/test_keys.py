@@ -69,7 +69,15 @@ READ = PAIRED | SEARCHED | CHECKED  # where the map's texts change, so does the 
 MAPPED = {"ridge_mapped", "other_persona"}  # of the conditions below
 TRANSFERRED = {"random_proj", *MAPPED}
 STEERED_HERE = {"oracle", *TRANSFERRED}
-PLACES = {"condition", "persona", "prompt_idx", "alpha", "instruction"}  # of a text in a plan, not in its key
+PLACES = {
+    "condition",
+    "draw",
+    "vector",
+    "persona",
+    "prompt_idx",
+    "alpha",
+    "instruction",
+}  # of a text in a plan, not in its key
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from chat_server import chat_server, completion
 from tiny_runs import LOUD, run, score_by_characters, tiny_settings
 
-from experiment.conditions import DECIDING_CONTROLS
+from experiment.conditions import DECIDING_CONTROLS, condition_of
 from support.artifacts import load_json, load_tensors
 from support.package_cache import CACHE_VARIABLE
 from texts.personas import load_persona
@@ -40,7 +40,7 @@ def test_the_specifications_configuration_ends_in_a_verdict_with_every_control(
     assert list(found) == ["silly", "formal", "concise"]
     for persona in found.values():
         scorer = persona["scorers"]["classifier"]
-        assert set(DECIDING_CONTROLS) < set(scorer["effects"])
+        assert set(DECIDING_CONTROLS) < set(map(condition_of, scorer["effects"]))
         assert scorer["missing"] == []
         assert persona["source_vector"] in ("pass", "fail")
     first = (out / "experiment.log").read_text().splitlines()[0]
@@ -57,6 +57,7 @@ def test_what_a_configuration_cannot_end_in_is_said_before_anything_runs(six_key
         ({"n_test_prompts": 5}, "5 prompts, an interval needs 8"),
         ({"personas": [], "persona_datasets": {"mine": LOUD}}, "nothing scores it; give it labelled texts"),
         ({"personas": ["silly"]}, "other_persona: cheerful, concise, formal"),
+        ({}, "must each be beaten: 3 of shuffled_pairs, 2 of other_persona, 3 of random_direction"),
     )
     for change, said in cases:
         assert run(tmp_path / "out", {**six_keys, **change}, "--dry-run") == 0

@@ -1,6 +1,7 @@
 """What the texts of a run were steered with, and at which strength."""
 
 import math
+from itertools import product
 from statistics import fmean
 
 import pytest
@@ -38,8 +39,7 @@ def steered_by_hand(settings, folder, chosen):
     }
     unit = settings.get("alpha_unit", "absolute")
     for row in chosen:
-        names = vector_names(row["condition"])
-        vectors = content["vectors"][row["persona"]][names[row["prompt_idx"] % len(names)]]
+        vectors = content["vectors"][row["persona"]][row["vector"]]
         with SteeredGenerator(model, tokenizer, alpha_unit=unit, residual_norms=norms) as generator:
             for (_, layer), vector in zip(content["layer_pairs"], vectors, strict=True):
                 generator.register_steering(layer, vector, row["alpha"])
@@ -73,7 +73,7 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
 
 
 @pytest.mark.parametrize("method", ["random_direction", "shuffled_pairs"])
-def test_the_three_draws_of_a_control_are_rotated_over_the_prompts(method, tiny, out):
+def test_every_draw_of_a_control_writes_on_every_prompt(method, tiny, out):
     content = load_tensors(out / "persona_vectors.pt")
     for vectors in content["vectors"].values():
         for draw in (1, 3):
@@ -81,12 +81,12 @@ def test_the_three_draws_of_a_control_are_rotated_over_the_prompts(method, tiny,
     save_tensors(out / "persona_vectors.pt", content)
     assert run(out, {**tiny, "methods": [method, "oracle"], "alpha_values": [40.0]}, "--phase", "4") == 0
     written = rows(out)
-    unsteered = {(row["prompt_idx"], row["seed"]): row["output"] for row in written[:N_PER_CELL]}
-    steered = {
-        (row["prompt_idx"], row["seed"], row["output"]) for row in written if row["condition"] == method
-    }
-    changed = {prompt for prompt, seed, text in steered if text != unsteered[prompt, seed]}
-    assert changed == {prompt for prompt in range(N_PROMPTS) if prompt % 3 == 1}
+    unsteered, *cells = (written[start : start + N_PER_CELL] for start in range(0, len(written), N_PER_CELL))
+    drawn = {(cell[0]["persona"], cell[0]["draw"]): cell for cell in cells if cell[0]["condition"] == method}
+    assert sorted(drawn) == sorted(product(("loud", "numeric"), "123"))
+    for (_, draw), cell in drawn.items():
+        is_changed = [row["output"] != before["output"] for row, before in zip(cell, unsteered, strict=True)]
+        assert any(is_changed) == (draw == "2")
 
 
 def test_residual_norm_is_the_unit_of_alpha(tiny, finished, out):
@@ -106,6 +106,7 @@ def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny
     for row in rows(out):
         cells.setdefault((row["persona"], row["condition"], row["alpha"]), []).append(row["output"])
     for name, other in (("loud", "numeric"), ("numeric", "loud")):
+        assert {row["draw"] for row in rows(out) if row["persona"] == name} == {other, None}
         for drawn in vector_names("other_persona"):
             assert torch.equal(vectors[name][drawn], vectors[other]["ridge_mapped"])
         assert cells[name, "other_persona", 4.0] == cells[other, "ridge_mapped", 4.0]

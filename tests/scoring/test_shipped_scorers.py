@@ -41,8 +41,7 @@ def test_unseen_formal_sentences_score_above_casual_ones_and_alone_as_together(m
     scorer = module.load_scorers(["formal"], shipped)["formal"]
     *together, nothing, loop = scorer.score([*FORMAL, *CASUAL, "", "hereby " * 10])
     assert min(together[:2]) > 0.5 > max(together[2:])
-    assert nothing is None
-    assert loop == 0.0
+    assert nothing == loop == 0.0
     alone = [scorer.score([text])[0] for text in (*FORMAL, *CASUAL)]
     assert together == pytest.approx(alone, abs=tolerance)
 
