@@ -14,13 +14,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.results_table import cell_perplexity_ratio, results_table
 from experiment.conditions import CONDITIONS, MAPPED, ORACLE, SCORERS, UNSTEERED
-from reporting.tables import alone, interval, lowest_auc, maps_rows, number, percent, verdict_sentence
+from reporting.tables import (
+    alone,
+    interval,
+    lowest_auc,
+    maps_rows,
+    number,
+    percent,
+    spread_rows,
+    verdict_sentence,
+)
 from support.artifacts import load_json, load_tensors, save_text
 from support.errors import InputError
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
-VECTORS = "persona_vectors.pt"
+VECTORS, SPREAD = "persona_vectors.pt", "extraction_spread.json"
 # The licences of what is fetched from packages; for other models, see their cards.
 LICENCES = {
     "smollm2-135m-instruct": "Apache 2.0",
@@ -62,6 +71,7 @@ def write_report(folder: Path) -> Path:
         effects=_effects_tables(verdict, rows),
         maps=maps_rows(load_json(folder / "cv_results.json")["maps"]),
         layers=_layers_table(folder),
+        spread=spread_rows(load_json(folder / SPREAD)["personas"]) if (folder / SPREAD).is_file() else None,
         validation=_validation_table(verdict["validation"]),
         checks=_checks_table(checked["checks"]),
         provenance=_provenance(folder, config, checked["environment"]),
