@@ -302,7 +302,7 @@ def _resample_persona(
     mapped, of_mapped = mapped_spread(
         made["source"], made["target"], [learned.ridge.transform for learned in maps], massive
     )
-    resampled = {ORACLE: ("target", made["target"][1]), MAPPED: ("source", mapped)}
+    resampled = {MAPPED: ("source", mapped), ORACLE: ("target", made["target"][1])}
     n = run.config.extraction_resamples
     first = {name: found[:n].clone() for name, (side, found) in resampled.items() if of_sides[side][1]}
     return first, spread | of_mapped
