@@ -289,9 +289,9 @@ def _resample_persona(
     """
     inputs, made, spread = run.inputs, {}, {}
     for side, (natives, parts) in of_sides.items():
-        # Sides that read the same texts share their draws.
+        # Sides that read the same texts share their draws, and a persona's do not depend on its name.
         drawn_from = inputs.prompting.responders[side] if persona in inputs.responding_personas else "texts"
-        seed = int(fingerprint(run.config.seed, persona.name, drawn_from)[:15], 16)
+        seed = int(fingerprint(run.config.seed, drawn_from)[:15], 16)
         difference = torch.stack([each.vector * each.raw_norm for each in natives])
         made[side] = (
             torch.stack([each.vector for each in natives])[None],

@@ -31,6 +31,7 @@ from support.artifacts import fingerprint
 
 NAME, OF_EFFECTS = "side_effects.json", "effect_spread.json"
 N_QUESTIONS = 12  # development prompts on which vectors of resampled texts steer
+UNSCORED = "too few texts have a score"
 RESAMPLED = "_resampled_"  # between condition and number, in what such a vector is called
 
 ComparedAlphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> alpha
@@ -113,17 +114,16 @@ def resampled_effects(
     ]
     key = _resampled_key(run, cells, scorers)
     content = run.folder.current(OF_EFFECTS, key)
-    if content is None:
+    # A judge that failed may answer now; what it has said, and the texts, are cached.
+    if content is None or UNSCORED in {found["not_measured"] for found in content["personas"].values()}:
         measured = _measure_resampled(run, steering, resampled["vectors"], cells, scorers)
-        personas = {
-            name: {
-                "scorer": scorer,
-                "vectors": measured.get(name, {}),
-                "not_measured": resampled["personas"][name]["not_resampled"]
-                or (None if scorer else "no scorer is validated"),
-            }
-            for name, scorer in scorers.items()
-        }
+        personas = {}
+        for name, scorer in scorers.items():
+            why_not = resampled["personas"][name]["not_resampled"] or (
+                "no scorer is validated" if scorer is None else UNSCORED
+            )
+            entry = {"scorer": scorer, "vectors": measured.get(name, {})}
+            personas[name] = {**entry, "not_measured": None if entry["vectors"] else why_not}
         content = run.folder.save(OF_EFFECTS, key, {"personas": personas})
     run.folder.notes += [
         f"{name}: how far another sample of the extraction texts moves the effect is not known: {why_not}"

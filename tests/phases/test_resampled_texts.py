@@ -79,6 +79,18 @@ def test_the_effect_of_resampled_texts_stands_beside_the_verdict_and_is_measured
     assert len(more) == len(first) * 3 // 2
 
 
+def test_a_renamed_persona_has_the_vectors_of_its_texts(tiny, finished, tmp_path):
+    settings = {**tiny, "persona_datasets": {"renamed": LOUD}, "methods": ["oracle"]}
+    for phase in "123":
+        assert run(tmp_path / "out", settings, "--phase", phase) == 0
+    renamed, known = (
+        load_tensors(folder / "resampled_vectors.pt") for folder in (tmp_path / "out", finished)
+    )
+    assert torch.allclose(
+        renamed["vectors"]["renamed"]["oracle"], known["vectors"]["loud"]["oracle"], atol=1e-5
+    )
+
+
 def test_what_is_lost_is_made_again_from_the_same_draws(tiny, out):
     before = load_tensors(out / "resampled_vectors.pt")
     for name in ("resampled_vectors.pt", "extraction_deviations.pt"):
