@@ -5,7 +5,7 @@ Activations here are (n, blocks, d): of n texts, at the blocks of all layer pair
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ FEWEST_TEXTS = 4  # of a part; resamples of fewer are hardly ever different from
 # What the files say of themselves.
 ABOUT_DEVIATIONS = (
     "How each extraction text moves a persona's native vectors, from which texts are resampled. deviations: "
-    "side -> persona -> a part for pairs of texts, or one for positive and one for negative ones; none where "
-    "vectors are given. A part is (n, blocks, d) float32: what a text or pair adds to the difference of "
+    "side -> persona -> a part for `pairs` of texts, or one for `positive` and one for `negative` ones; none "
+    "where vectors are given. A part is (n, blocks, d) float32: what a text or pair adds to the difference of "
     "means, minus its mean over texts; column i is of the output of the decoder block of layer_pairs[i] "
     "(source, target), counted from 0."
 )
@@ -33,16 +33,17 @@ Transform = Callable[[Tensor], Tensor]  # of directions, (n, d_source) to (n, d_
 Spread = dict[str, float]
 
 
-def deviations(positive: Tensor, negative: Tensor, are_pairs: bool) -> list[Tensor]:
+def deviations(positive: Tensor, negative: Tensor, are_pairs: bool) -> dict[str, Tensor]:
     """Return the parts of a sample that are resampled apart: how a text moves the difference of means.
 
     positive, negative: activations. With `are_pairs`, text i of both is drawn together: there is one part.
     """
-    parts = [positive - negative] if are_pairs else [positive, -negative]
-    return [part - part.mean(0) for part in parts]
+    apart = {"positive": positive, "negative": -negative}
+    parts = {"pairs": positive - negative} if are_pairs else apart
+    return {name: part - part.mean(0) for name, part in parts.items()}
 
 
-def resampled_vectors(difference: Tensor, parts: Sequence[Tensor], seed: int) -> Tensor:
+def resampled_vectors(difference: Tensor, parts: Mapping[str, Tensor], seed: int) -> Tensor:
     """Return the vectors of N_RESAMPLES samples of as many texts, (N_RESAMPLES, blocks, d), of unit norm.
 
     difference: (blocks, d), of the means of all texts. parts: from `deviations`; those of two models of equal
@@ -50,7 +51,7 @@ def resampled_vectors(difference: Tensor, parts: Sequence[Tensor], seed: int) ->
     """
     generator = torch.Generator().manual_seed(seed)
     found = difference.expand(N_RESAMPLES, *difference.shape)
-    for part in parts:
+    for part in parts.values():
         drawn = torch.randint(len(part), (N_RESAMPLES, len(part)), generator=generator)
         counts = torch.zeros(drawn.shape).scatter_add_(1, drawn, torch.ones(drawn.shape))
         found = found + ((counts / len(part)) @ part.flatten(1)).view(found.shape)

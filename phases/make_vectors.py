@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 NativeVectors = dict[str, dict[str, list[PersonaVector]]]  # side -> persona -> a vector for each layer pair
 
-Deviations = dict[str, dict[str, list[Tensor]]]  # side -> persona -> parts, see `analysis.extraction_spread`
+Parts = dict[str, Tensor]  # see `analysis.extraction_spread.deviations`
 
 
 def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str:
@@ -147,7 +147,7 @@ def _measure(run: Run) -> dict[str, Any]:
     """Return what `native_vectors.pt` holds, and save how each text deviates from its side's mean."""
     vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
     known: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
-    parts: Deviations = {side: {} for side in SIDES}
+    parts: dict[str, dict[str, Parts]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
         layers = [pair[number] for pair in run.inputs.layer_pairs]
         controls = run.inputs.control_personas if side.name == "source" else ()
@@ -161,11 +161,11 @@ def _measure(run: Run) -> dict[str, Any]:
 
 def _native(
     run: Run, side: Side, persona: Persona, layers: Sequence[int]
-) -> tuple[list[PersonaVector], list[Tensor]]:
+) -> tuple[list[PersonaVector], Parts]:
     """Return a persona's vector at each layer, and the parts that are resampled; none of a given vector."""
     inputs = run.inputs
     if file := inputs.given.get((side.name, persona.name)):
-        return [inputs.given_vector(side, file, layer) for layer in layers], []
+        return [inputs.given_vector(side, file, layer) for layer in layers], {}
     texts, position = _read_texts(run, side.name, persona)
     by_layer = side.extractor.extract_sides(*texts, layers, position)
     found = [difference_vector(*by_layer[layer]) for layer in layers]
@@ -269,18 +269,18 @@ def _resample(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
     return {"about": ABOUT_RESAMPLED, "n_resamples": N_RESAMPLES, "vectors": vectors, "personas": spreads}
 
 
-def _why_not(sides: Sequence[Sequence[Tensor]]) -> str | None:
+def _why_not(sides: Sequence[Parts]) -> str | None:
     """Return why a persona's texts cannot be resampled, None if they can. sides: the parts of each."""
     if not any(sides):
         return "its vectors are given"
-    fewest = min(len(part) for parts in sides for part in parts)
+    fewest = min(len(part) for parts in sides for part in parts.values())
     return f"it has {fewest} texts on a side, fewer than {FEWEST_TEXTS}" if fewest < FEWEST_TEXTS else None
 
 
 def _resample_persona(
     run: Run,
     persona: Persona,
-    of_sides: dict[str, tuple[list[PersonaVector], list[Tensor]]],
+    of_sides: dict[str, tuple[list[PersonaVector], Parts]],
     maps: Sequence[LearnedMaps],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return condition -> the first resampled vectors, and the spread of cosines over all of them.
