@@ -18,8 +18,8 @@ FEWEST_TEXTS = 4  # of a part; resamples of fewer are hardly ever different from
 ABOUT_DEVIATIONS = (
     "How each extraction text moves a persona's native vectors, from which texts are resampled. deviations: "
     "side -> persona -> a part for `pairs` of texts, or one for `positive` and one for `negative` ones; none "
-    "where vectors are given. A part is (n, blocks, d) float32: what a text or pair adds to the difference of "
-    "means, minus its mean over texts; column i is of the output of the decoder block of layer_pairs[i] "
+    "where vectors are given. A part is (n, blocks, d) float32: what a text or pair adds to the difference "
+    "of means, minus its mean over texts; column i is of the output of the decoder block of layer_pairs[i] "
     "(source, target), counted from 0."
 )
 ABOUT_RESAMPLED = (
