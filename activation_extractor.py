@@ -255,8 +255,21 @@ class ActivationExtractor:
     ) -> dict[int, PersonaVector]:
         """Return layer -> persona vector with its raw norm and split-half cosine, from one pass.
 
-        With as many positive as negative texts, text i of both sides stays in the same half.
-        Raises InputError: a side is empty, or both sides have the same mean.
+        Raises InputError: as `extract_sides` and `difference_vector`.
+        """
+        by_layer = self.extract_sides(positive_texts, negative_texts, layers, position)
+        return {layer: difference_vector(*sides) for layer, sides in by_layer.items()}
+
+    def extract_sides(
+        self,
+        positive_texts: Sequence[ReadText],
+        negative_texts: Sequence[ReadText],
+        layers: Sequence[int],
+        position: str = "last",
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """Return layer -> activations of the positive and of the negative texts, (n, d) each, from one pass.
+
+        Raises InputError: a side is empty.
         """
         for side, side_texts in (("positive", positive_texts), ("negative", negative_texts)):
             if isinstance(side_texts, str):
@@ -265,16 +278,7 @@ class ActivationExtractor:
                 raise InputError(f"the persona has no {side} texts; it needs texts on both sides")
         sizes = len(positive_texts), len(negative_texts)
         by_layer = self.extract_layers([*positive_texts, *negative_texts], layers, position)
-        measured = {}
-        for layer, activations in by_layer.items():
-            positive, negative = activations.split(sizes)
-            difference = positive.mean(0) - negative.mean(0)
-            raw_norm = difference.norm().item()
-            if raw_norm <= 1e-6 * activations.norm(dim=1).mean().item():
-                raise InputError("positive and negative texts have the same mean activation; are they equal?")
-            stability = split_half_cosine(positive, negative)
-            measured[layer] = PersonaVector(difference / raw_norm, raw_norm, stability, *sizes)
-        return measured
+        return {layer: activations.split(sizes) for layer, activations in by_layer.items()}
 
     def _response_tokens(self, texts: Sequence[ReadText]) -> tuple[list[list[int]], list[list[int]]]:
         """Return the tokens of prompts with their responses, and the indices of the responses' tokens."""
@@ -437,6 +441,20 @@ def _n_own_tokens(
         for ids, of_text, prefix in zip(tokens, ends, prefixes, strict=True)
     ]
     return sum(map(len, tokens)) - sum(starts)
+
+
+def difference_vector(positive: Tensor, negative: Tensor) -> PersonaVector:
+    """Return mean(positive) - mean(negative) with its norm and stability.
+
+    positive, negative: (n, d) activations; with equal n, row i of both stays in the same half.
+    Raises InputError: both sides have the same mean.
+    """
+    difference = positive.mean(0) - negative.mean(0)
+    raw_norm = difference.norm().item()
+    if raw_norm <= 1e-6 * torch.cat([positive, negative]).norm(dim=1).mean().item():
+        raise InputError("positive and negative texts have the same mean activation; are they equal?")
+    stability = split_half_cosine(positive, negative)
+    return PersonaVector(difference / raw_norm, raw_norm, stability, len(positive), len(negative))
 
 
 def split_half_cosine(positive: Tensor, negative: Tensor) -> float | None:

@@ -48,7 +48,7 @@ from phases.decide_verdicts import aggregate_scores, closing_notes, decide
 from phases.dry_run import conditions_of, describe_run, verdict_gaps
 from phases.fit_maps import LearnedMaps, fit_maps
 from phases.generate_texts import generate_texts, generated_texts
-from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors
+from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors, resample_vectors
 from phases.score_texts import score_texts
 from phases.validate_scorers import validate_scorers
 from reporting.report import write_report
@@ -145,12 +145,14 @@ class PersonaTransferExperiment:
             return fit_maps(run)
 
     def extract_personas(self, run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
-        """Phase 3: extract each persona from both models and carry it over in every way.
+        """Phase 3: extract each persona from both models, carry it over in every way, and resample its texts.
 
         maps: of phase 2; else those that an earlier run left. Returns what `persona_vectors.pt` holds.
         """
         with _timed(3, "extract personas"):
-            return make_vectors(run, maps)
+            vectors = make_vectors(run, maps)
+            resample_vectors(run, maps)
+            return vectors
 
     def generate(self, run: Run, vectors: dict[str, Any] | None = None) -> list[Row]:
         """Phase 4: choose the alphas, and generate every text of the grid that is not cached.

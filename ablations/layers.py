@@ -83,6 +83,7 @@ def _inputs_at(inputs: Inputs, pair: LayerPair) -> Inputs:
         "test_prompts": list(prompts),
         "n_test_prompts": len(prompts),
         "alpha_values": alphas,
+        "extraction_resamples": 0,
     }
     return replace(inputs.at_pairs([pair]), config=config.model_copy(update=changed), prompts=prompts)
 

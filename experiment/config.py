@@ -64,6 +64,7 @@ LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
 MOST_TEXTS = 10_000_000  # a grid of more texts would take eleven days at ten texts a second
 MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona and method
+MOST_RESAMPLES = 200  # that phase 3 draws
 # What a run itself tells a chat template.
 OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_prompt strftime_now".split()
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
@@ -348,6 +349,8 @@ class ExperimentConfig(_Strict):
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
     Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat
         target is asked questions, another one continues text prefixes.
+    Extraction: `extraction_resamples` vectors from resampled texts steer on development prompts, to say how
+        far another sample would move an effect; 0 leaves that out.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
         without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
         persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for
@@ -396,6 +399,7 @@ class ExperimentConfig(_Strict):
     vectors: dict[Name, GivenVectors] = {}
     persona_position: PersonaPosition = "last"
     extraction: ExtractionConfig = ExtractionConfig()
+    extraction_resamples: Annotated[int, Field(ge=0, le=MOST_RESAMPLES)] = 3
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(DEFAULT_METHODS)
     controls: list[Literal[CONTROLS]] | None = None
@@ -513,6 +517,8 @@ class ExperimentConfig(_Strict):
 
     def _check_extraction(self) -> None:
         names, layers_are_searched = self.persona_names, self.layer_idx == "auto"
+        if self.extraction_resamples == 1:
+            raise ValueError("extraction_resamples is 1, which has no spread; expected 0, or 2 or more")
         for key, named in (("vectors", self.vectors), ("extraction.from_texts", self.extraction.from_texts)):
             if unknown := [name for name in named if name not in names]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no persona of this run")

@@ -19,7 +19,7 @@ from experiment.run import Run
 from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import coherence_bounds
 from phases.fit_maps import CV_RESULTS
-from phases.side_effects import plain_text_ratios
+from phases.side_effects import plain_text_ratios, resampled_effects
 from reporting.figures_results import (
     coherence_trait_figure,
     effect_perplexity_figure,
@@ -55,14 +55,17 @@ def decide(
     """
     table, checks = results_table(rows), _preflight(run)
     alphas, at_oracle = _alphas(run, table)
+    personas = _verdicts(table, alphas, validation, checks)
+    spread = resampled_effects(run, steering, personas)
     content = {
-        "personas": _verdicts(table, alphas, validation, checks),
-        "at_oracle_alpha": _verdicts(table, at_oracle, validation, checks),
+        "personas": _explained(personas, spread),
+        "at_oracle_alpha": _explained(_verdicts(table, at_oracle, validation, checks), {}),
         "validation": validation,
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    content = run.folder.save("verdict.json", fingerprint(rows_key(rows), validation, checks), content)
+    key = fingerprint(rows_key(rows), validation, checks, spread)
+    content = run.folder.save("verdict.json", key, content)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
     _draw(run, table, alphas, content, rows_key(rows))
@@ -94,12 +97,17 @@ def _verdicts(
     """
     others = largest_off_target(off_target(table, alphas), validation)
     status = {check["name"]: check["status"] for check in checks}
-    contents = {}
-    for name, verdict in decide_verdicts(table, alphas, validation).items():
-        source_vector = status.get(effect_check_name("source", name))
-        content = verdict.content() | {"source_vector": source_vector, "off_target": others.get(name)}
-        contents[name] = content | {"why": verdict_sentence(content)}
-    return contents
+    return {
+        name: verdict.content()
+        | {"source_vector": status.get(effect_check_name("source", name)), "off_target": others.get(name)}
+        for name, verdict in decide_verdicts(table, alphas, validation).items()
+    }
+
+
+def _explained(verdicts: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verdicts with how far another sample of the extraction texts moves effects, and why."""
+    contents = {name: found | {"extraction_spread": spread.get(name)} for name, found in verdicts.items()}
+    return {name: content | {"why": verdict_sentence(content)} for name, content in contents.items()}
 
 
 def _preflight(run: Run) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, re
 from phases.fit_maps import RIDGE_MAPPING
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
+from phases.side_effects import N_QUESTIONS, RESAMPLED
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
 from scoring.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from scoring.likelihood_ratio import N_TRAINING, N_WINDOWS, WINDOW, untrained
@@ -217,6 +218,19 @@ def _validation(run: Run, rates: Rates) -> Iterator[Step]:
         n_read = sum(len(texts_of(each)) + n_generated for each in sets if each)
         what = f"validation of the scorers: {n_read} texts, {n_generated} generations"
         yield what, n_generated * rates.text + n_read * seconds
+    if n := _n_resampled(run) * len(inputs.personas):
+        journal = run.folder.path / "generation_journal.jsonl"
+        known = {} if run.folder.fresh else rows_of(journal)
+        n_known = min(sum(RESAMPLED in row["condition"] for row in known.values()), n)
+        seconds = rates.text + _ratio_seconds(run, rates, run.config.max_new_tokens)
+        yield f"vectors of resampled texts: {n} generations{_cached(n_known)}", (n - n_known) * seconds
+
+
+def _n_resampled(run: Run) -> int:
+    """Return how many texts vectors of resampled extraction texts steer for a persona."""
+    n_vectors = sum(name in run.config.conditions for name in (MAPPED, ORACLE))
+    n_prompts = min(N_QUESTIONS, len(run.inputs.development_prompts))
+    return n_vectors * run.config.extraction_resamples * n_prompts
 
 
 def _has_alphas(run: Run) -> bool:
@@ -243,6 +257,8 @@ def _judge(run: Run, rates: Rates) -> tuple[str, float]:
         sets = [at_most(sets_of(run, persona), JUDGED_A_SIDE) for persona in run.inputs.personas]
         # Unsteered texts and those under random directions are two more sets.
         n += sum(len(texts_of(each)) + 2 * JUDGED_A_SIDE + N_REPEATED for each in sets if each)
+    # Where no other scorer is validated, the judge reads what vectors of resampled texts steer, too.
+    n += _n_resampled(run) * sum(not persona.labelled_positive for persona in run.inputs.personas)
     journal = run.folder.path / "judgements_journal.jsonl"
     n_known = 0 if run.folder.fresh else min(len(rows_of(journal)), n)
     counted = f"judgements: {n}{_cached(n_known)}"

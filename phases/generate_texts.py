@@ -47,11 +47,14 @@ def generate_steered(run: Run, planned: Sequence[Row], steering: SteeringVectors
 
 
 def generate_development(
-    run: Run, cells: Sequence[Cell], steering: SteeringVectors, n_seeds: int = 1
+    run: Run, cells: Sequence[Cell], steering: SteeringVectors, n_seeds: int = 1, n_prompts: int | None = None
 ) -> list[list[Row]]:
-    """Return each cell's rows on the development prompts with their texts: prompts, then seeds."""
+    """Return each cell's rows on the development prompts with their texts: prompts, then seeds.
+
+    n_prompts: the first ones alone; all by default.
+    """
     seeds = range(run.config.seed, run.config.seed + n_seeds)
-    prompts = run.inputs.development_prompts
+    prompts = run.inputs.development_prompts[:n_prompts]
     rows, _ = generate_steered(run, text_rows(run.inputs, cells, prompts, seeds), steering)
     size = len(prompts) * n_seeds
     return [rows[start : start + size] for start in range(0, len(rows), size)]

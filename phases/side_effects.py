@@ -1,28 +1,38 @@
-"""Measure what steering costs where nobody asked for the persona: the perplexity of plain text (phase 5).
+"""Measure what stands beside an effect: what it costs plain text, and how it spreads (phase 5).
 
-The target reads neutral passages under each steering that a verdict compares, and unsteered.
+What steering costs where nobody asked for the persona: the target reads neutral passages under each steering
+that a verdict compares, and unsteered. What another sample of the extraction texts would change: vectors of
+resampled texts steer on development questions.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from analysis.extraction_spread import effect_spread
 from analysis.results_table import perplexity_ratio
-from experiment.conditions import vector_names
+from experiment.conditions import TRAINED_SCORERS, vector_names
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS
-from experiment.plan import SteeringVectors
+from experiment.plan import UNSTEERED_CELL, Cell, Row, SteeringVectors, rows_key, text_rows
 from experiment.run import FORMAT_VERSION, Run
 from phases.fit_maps import mapping_data_key
-from phases.make_vectors import vector_key
+from phases.generate_texts import generate_development
+from phases.make_vectors import RESAMPLED_VECTORS, vector_key
+from phases.score_texts import cached_judge, judge_key, judged_description, judged_trait, scorers_key
+from scoring.brevity import brevity
 from support.artifacts import fingerprint
 
-NAME = "side_effects.json"
+NAME, OF_EFFECTS = "side_effects.json", "effect_spread.json"
+N_QUESTIONS = 12  # development prompts on which vectors of resampled texts steer
+UNSCORED = "too few texts have a score"
+RESAMPLED = "_resampled_"  # between condition and number, in what such a vector is called
 
 ComparedAlphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> alpha
 
@@ -79,3 +89,110 @@ def _measure(run: Run, steering: SteeringVectors, alphas: ComparedAlphas) -> dic
     for (persona, condition), values in logs.items():
         ratios[persona][condition] = math.exp(fmean(values))
     return {"n_texts": len(texts), "personas": ratios}
+
+
+def resampled_effects(
+    run: Run, steering: SteeringVectors, verdicts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return persona -> how far effects spread over vectors of resampled texts; writes it, too.
+
+    verdicts: persona -> `Verdict.content()`, whose alphas are taken, and whose scorer, but a judge only where
+    no other is validated. Of each persona: `scorer`; `vectors`, condition -> what `effect_spread` returns;
+    `not_measured`: why there is nothing.
+    """
+    if not run.config.extraction_resamples:
+        return {}
+    resampled = RESAMPLED_VECTORS.require(run)
+    scorers = {name: _scorer_of(found) for name, found in verdicts.items()}
+    cells = [
+        cell
+        for name, found in verdicts.items()
+        if scorers[name]
+        for method in resampled["vectors"].get(name, {})
+        if method in found["alphas"]
+        for cell in _resampled_cells(run, name, method, found["alphas"][method])
+    ]
+    key = _resampled_key(run, cells, scorers)
+    content = run.folder.current(OF_EFFECTS, key)
+    # A judge that failed may answer now; what it has said, and the texts, are cached.
+    if content is None or UNSCORED in {found["not_measured"] for found in content["personas"].values()}:
+        measured = _measure_resampled(run, steering, resampled["vectors"], cells, scorers)
+        personas = {}
+        for name, scorer in scorers.items():
+            why_not = resampled["personas"][name]["not_resampled"] or (
+                "no scorer is validated" if scorer is None else UNSCORED
+            )
+            entry = {"scorer": scorer, "vectors": measured.get(name, {})}
+            personas[name] = {**entry, "not_measured": None if entry["vectors"] else why_not}
+        content = run.folder.save(OF_EFFECTS, key, {"personas": personas})
+    run.folder.notes += [
+        f"{name}: how far another sample of the extraction texts moves the effect is not known: {why_not}"
+        for name, found in content["personas"].items()
+        if (why_not := found["not_measured"])
+    ]
+    return content["personas"]
+
+
+def _scorer_of(found: Mapping[str, Any]) -> str | None:
+    names = (found["decided_by"], *found["rests_on"])
+    return next((name for name in names if name != "judge"), found["decided_by"])
+
+
+def _resampled_cells(run: Run, persona: str, method: str, alpha: float) -> list[Cell]:
+    key = vector_key(run, persona, method), run.config.seed
+    names = [f"{method}{RESAMPLED}{number}" for number in range(run.config.extraction_resamples)]
+    return [Cell(name, persona, alpha, fingerprint(*key, name)) for name in names]
+
+
+def _resampled_key(run: Run, cells: Sequence[Cell], scorers: Mapping[str, str | None]) -> str:
+    inputs, config = run.inputs, run.config
+    texts = text_rows(inputs, cells, inputs.development_prompts[:N_QUESTIONS], [config.seed])
+    trained = scorers_key(run, sorted({name for name in scorers.values() if name in TRAINED_SCORERS}))
+    judged = None
+    if "judge" in scorers.values():
+        judged = [judge_key(config), list(map(judged_description, inputs.personas))]
+    return fingerprint(RESAMPLED_VECTORS.key(run), rows_key(texts), dict(scorers), trained, judged)
+
+
+def _measure_resampled(
+    run: Run,
+    steering: SteeringVectors,
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    cells: Sequence[Cell],
+    scorers: Mapping[str, str | None],
+) -> dict[str, dict[str, Any]]:
+    """Return persona -> condition -> what `effect_spread` returns. vectors: (resamples, blocks, d) each."""
+    if not cells:
+        return {}
+    by_name = {
+        persona: {
+            f"{method}{RESAMPLED}{number}": vector
+            for method, drawn in of_persona.items()
+            for number, vector in enumerate(drawn)
+        }
+        for persona, of_persona in vectors.items()
+    }
+    resampled = SteeringVectors(by_name, steering.norms)
+    unsteered, *texts = generate_development(run, [UNSTEERED_CELL, *cells], resampled, n_prompts=N_QUESTIONS)
+    scores: dict[tuple[str, str], list[Sequence[float | None]]] = {}
+    for cell, rows in zip(cells, texts, strict=True):
+        method = cell.condition.partition(RESAMPLED)[0]
+        found = _scores(run, scorers[cell.persona], cell.persona, rows, unsteered)
+        scores.setdefault((cell.persona, method), []).append(found)
+    measured: dict[str, dict[str, Any]] = {}
+    for (persona, method), found in scores.items():
+        if spread := effect_spread(found):
+            measured.setdefault(persona, {})[method] = spread
+    return measured
+
+
+def _scores(
+    run: Run, scorer: str, persona: str, rows: Sequence[Row], unsteered: Sequence[Row]
+) -> Sequence[float | None]:
+    outputs = [row["output"] for row in rows]
+    if scorer == "brevity":
+        return brevity(outputs, [row["has_ended"] for row in rows], [row["output"] for row in unsteered])
+    if scorer == "judge":
+        described = next(each for each in run.inputs.personas if each.name == persona)
+        return judged_trait(cached_judge(run), described, [row["prompt"] for row in rows], outputs)
+    return run.inputs.load_scorers(scorer)[persona].score(outputs)

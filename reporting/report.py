@@ -22,6 +22,7 @@ from reporting.tables import (
     maps_rows,
     number,
     percent,
+    spread_rows,
     verdict_sentence,
 )
 from support.artifacts import load_json, load_tensors, save_text
@@ -29,7 +30,7 @@ from support.errors import InputError
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
-VECTORS = "persona_vectors.pt"
+VECTORS, SPREAD = "persona_vectors.pt", "extraction_spread.json"
 # The licences of what is fetched from packages; for other models, see their cards.
 LICENCES = {
     "smollm2-135m-instruct": "Apache 2.0",
@@ -72,6 +73,7 @@ def write_report(folder: Path) -> Path:
         effects=_effects_tables(verdict, rows),
         maps=maps_rows(load_json(folder / "cv_results.json")["maps"]),
         layers=_layers_table(folder),
+        spread=spread_rows(load_json(folder / SPREAD)["personas"]) if (folder / SPREAD).is_file() else None,
         validation=_validation_table(verdict["validation"]),
         checks=_checks_table(checked["checks"]),
         provenance=_provenance(folder, config, checked["environment"]),

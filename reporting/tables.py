@@ -7,7 +7,7 @@ from analysis.alpha_search import AlphaKey, ChosenAlpha
 from analysis.results_table import worst_cells
 from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
-from experiment.conditions import CONDITIONS, SCORERS, drawn_name, label_of
+from experiment.conditions import CONDITIONS, MAPPED, SCORERS, drawn_name, label_of
 
 # heading -> metric and format of a condition's mean
 COLUMNS = {
@@ -50,9 +50,10 @@ def percent(found: Mapping[str, float | None]) -> str:
 
 
 def verdict_sentence(found: Mapping[str, Any]) -> str:
-    """Return why a persona's verdict stands, and what else the mapped vector does.
+    """Return why a persona's verdict stands, what else the vector does, and how other texts would move it.
 
-    found: `Verdict.content()`, with preflight's `source_vector` and `off_target` where they are known.
+    found: `Verdict.content()`, and where they are known preflight's `source_vector`, `off_target`, and
+    `extraction_spread` of phase 5.
     """
     said = [_why(found)]
     if other := found.get("off_target"):
@@ -61,7 +62,21 @@ def verdict_sentence(found: Mapping[str, Any]) -> str:
         said.append(f"also {verb} {other['persona']} by {other['mapped']:+.2f} (native {native})")
     if found.get("source_vector") == "fail":
         said.append("the vector does not move the trait in the source itself (preflight)")
-    return "; ".join(said)
+    return "; ".join([*said, *_moved(found)])
+
+
+def _moved(found: Mapping[str, Any]) -> list[str]:
+    """Return how far another sample of the extraction texts moves effects; nothing where it is not known."""
+    spread = found.get("extraction_spread") or {}
+    of_vectors = spread.get("vectors")
+    if not of_vectors:
+        return []
+    by = "" if spread["scorer"] == found["decided_by"] else f" by {SCORERS[spread['scorer']].phrase}"
+    moved = ", ".join(
+        f"±{each['std']:.2f} {'mapped' if name == MAPPED else 'native'}" for name, each in of_vectors.items()
+    )
+    chance = ", ".join(f"±{each['std_sampling']:.2f}" for each in of_vectors.values())
+    return [f"another sample of the extraction texts moves the effect{by} by {moved} (chance alone {chance})"]
 
 
 def _why(found: Mapping[str, Any]) -> str:
@@ -295,6 +310,36 @@ def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append((name, *cells.values(), number(entry["highest_cosine_to_other_oracles"]), energy))
         header = ("persona", *cells, "other oracles", "predicted energy")
     return markdown_table(header, rows)
+
+
+def format_spread(personas: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table: how far cosines spread over resamples of each persona's extraction texts.
+
+    personas: of `extraction_spread.json`.
+    """
+    return markdown_table(*spread_rows(personas), left=("persona", "not resampled because"))
+
+
+def spread_rows(
+    personas: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of the same table: medians with the middle 95 %."""
+    header = ("persona", "mapped to native", "resampled", "without massive", "resampled", "source to its own")
+    header += ("target to its own", "not resampled because")
+    rows = []
+    for name, found in personas.items():
+        cells: list[str] = []
+        for cosine in ("cosine_to_oracle", "cosine_without_massive"):
+            spread = found.get(cosine) or {}
+            cells += [number(spread.get("all_texts")), _middle(spread)]
+        cells += [_middle(found.get(side)) for side in ("source", "target")]
+        rows.append((name, *cells, found["not_resampled"] or ""))
+    return header, rows
+
+
+def _middle(spread: Mapping[str, float] | None) -> str:
+    """Return a median with the middle 95 %, or a dash."""
+    return f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]" if spread else "–"
 
 
 def markdown_table(

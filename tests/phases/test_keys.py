@@ -53,14 +53,15 @@ PERSONAS = {"loud": {**LOUD, **LABELLED}, "numeric": NUMERIC}
 TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be told
 
 SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "recovery.png"}
-SCORED |= {"off_target.png", "effect_perplexity.png"}
+SCORED |= {"off_target.png", "effect_perplexity.png", "effect_spread.json"}
+RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
 GRID = SCORED | {"generation_results.json"}
 STEERED = GRID | {"side_effects.json"}
 SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
 CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - {"side_effects.json"}  # sampled text, whoever reads it
-CARRIED = STEERED | {"persona_vectors.pt", "persona_similarities.json"}
-NATIVE = CARRIED | SEARCHED | {"native_vectors.pt", "preflight.json"}
+CARRIED = STEERED | RESAMPLED | {"persona_vectors.pt", "persona_similarities.json"}
+NATIVE = CARRIED | SEARCHED | {"native_vectors.pt", "extraction_deviations.pt", "preflight.json"}
 MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json")
 RESPONDED = NATIVE | {"extraction_responses.json"}
 FITTED = CARRIED | {*MAPS, *(f"layers/0_1/{name}" for name in MAPS), "mapping_analysis.png"}
@@ -152,12 +153,17 @@ CHANGES = {
         labelled_positive_texts=OTHER_LABELLED,
         labelled_negative_texts=OTHER_LABELLED,
     ),
-    **of_loud("pair", {"scorer_validation.json", "verdict.json"}, validation_texts=["WOW it is."] * 9),
+    **of_loud(
+        "pair",
+        {"scorer_validation.json", "effect_spread.json", "verdict.json"},
+        validation_texts=["WOW it is."] * 9,
+    ),
     **of_loud("band", RESPONDED, **ASKED_MORE),
     **of_pair(NATIVE, TRANSFERRED, vectors={"loud": "@vector.npy"}),
     **of_pair(NATIVE, persona_position="mean"),
     **within("extraction", "band", NATIVE, kind="texts", from_texts=["numeric", "loud"]),
     **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
+    **of_pair(RESAMPLED | {"effect_spread.json", "verdict.json"}, set(), extraction_resamples=2),
     **of_pair(STEERED, set(OTHER_METHODS), methods=["random_proj", "oracle", *OTHER_METHODS]),
     **of_pair(STEERED, {"random_direction"}, controls=["random_direction"]),
     **of_pair({"preflight.json", "verdict.json"}, set(), check_source_vectors=False),

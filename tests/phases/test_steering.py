@@ -23,6 +23,10 @@ from texts.personas import load_prompts
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 N_PER_CELL = N_PROMPTS * N_SEEDS
+# The tensor files that are of all layer pairs.
+OF_ALL = {
+    f"{name}.pt" for name in "native_vectors extraction_deviations persona_vectors resampled_vectors".split()
+}
 
 
 def outputs(folder):
@@ -221,13 +225,11 @@ def test_every_tensor_file_says_what_it_holds_and_of_which_models_and_layers(nam
     settings = request.getfixturevalue(name)
     folder = request.getfixturevalue({"tiny": "finished", "band": "finished_band"}[name])
     paths = list(folder.rglob("*.pt"))
-    assert len(paths) == {"tiny": 6, "band": 7}[name]
+    assert len(paths) == {"tiny": 8, "band": 9}[name]
     models = [settings["source_model"], settings["target_model"]]
     for path in paths:
         content = torch.load(path, weights_only=True)
-        pairs = (
-            all_pairs if "vectors" in path.name else all_pairs[:1] if "0_1" in path.parts else all_pairs[-1:]
-        )
+        pairs = all_pairs if path.name in OF_ALL else all_pairs[:1] if "0_1" in path.parts else all_pairs[-1:]
         if path.name == "ridge_mapping.pt":
             assert [content["source_model"], content["target_model"]] == models
             assert [[content["source_layer"], content["target_layer"]]] == pairs
