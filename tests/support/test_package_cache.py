@@ -1,8 +1,10 @@
 """Cache entries are built once, never half, and only from files with the expected sha256."""
 
 import hashlib
+import io
 import multiprocessing
 import pwd
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -13,6 +15,7 @@ import pytest
 from support.errors import InputError
 from support.package_cache import CACHE_VARIABLE, PackagedFile, build_once, cache_folder, fetch_packaged_files
 
+INFO = "Metadata-Version: 2.1\nName: {}\nVersion: 1.0\n"
 PARTS = {"pkg/part0": b"first,", "pkg/part1": b"second,", "pkg/part2": b"third"}
 
 
@@ -29,7 +32,7 @@ def wheels(tmp_path_factory):
     for name in ("tiny-parts", "tiny-other"):
         stem = f"{name.replace('-', '_')}-1.0"
         info = {
-            "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+            "METADATA": INFO.format(name),
             "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
             "RECORD": "",
         }
@@ -37,6 +40,28 @@ def wheels(tmp_path_factory):
         with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
             for member, content in members.items():
                 archive.writestr(member, content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A folder with a local source distribution, which needs nothing to tell pip its metadata."""
+    folder = tmp_path_factory.mktemp("sources")
+    backend = f"""
+import os
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    os.mkdir(folder + "/tiny_source-1.0.dist-info")
+    with open(folder + "/tiny_source-1.0.dist-info/METADATA", "w") as file:
+        file.write({INFO.format("tiny-source")!r})
+    return "tiny_source-1.0.dist-info"
+"""
+    build_system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    members = {"pyproject.toml": build_system.encode(), "backend.py": backend.encode(), **PARTS}
+    with tarfile.open(folder / "tiny_source-1.0.tar.gz", "w:gz") as archive:
+        for member, content in members.items():
+            info = tarfile.TarInfo(f"tiny_source-1.0/{member}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
     return folder
 
 
@@ -126,6 +151,17 @@ def test_parts_are_joined_in_the_stated_order_across_packages(wheels, tmp_path):
     (path,) = fetch_packaged_files([packaged(wheels, parts)], tmp_path)
     assert path.read_bytes() == b"thirdfirst,second,"
     assert list(tmp_path.iterdir()) == [path] == [tmp_path / "joined.bin"]
+
+
+def test_members_of_a_source_distribution_are_taken_where_it_is_asked_for(sources, tmp_path):
+    parts = [("tiny-source", "1.0", f"tiny_source-1.0/{member}") for member in PARTS]
+    sha256 = hashlib.sha256(b"".join(PARTS.values())).hexdigest()
+    offline = ("--no-index", "--find-links", str(sources), "--no-binary=:all:")
+    (path,) = fetch_packaged_files([PackagedFile("joined.bin", tuple(parts), sha256, offline)], tmp_path)
+    assert path.read_bytes() == b"first,second,third"
+    absent = PackagedFile("joined.bin", (("tiny-source", "1.0", "pkg/part0"),), sha256, offline)
+    with pytest.raises(InputError, match=r"tiny-source 1\.0 holds no file pkg/part0"):
+        fetch_packaged_files([absent], tmp_path)
 
 
 def test_a_wheel_that_two_entries_need_is_downloaded_once(wheels, tmp_path):
