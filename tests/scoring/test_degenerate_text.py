@@ -29,4 +29,4 @@ def test_loops_have_collapsed_and_few_words_cannot_be_corrupted(text, collapsed,
 def test_short_texts_that_ended_by_themselves_are_brief():
     texts = ["Blue.", "Blue and", "It is blue, as the sea is blue.", " ", "Blue."]
     found = brevity(texts, [True, False, True, True, None], ["It is blue, as the sea is blue."])
-    assert found == [1.0, 0.0, 0.0, None, None]
+    assert found == [1.0, 0.0, 0.0, 0.0, None]
