@@ -1,11 +1,11 @@
 """Say how far another sample of the extraction texts would move persona vectors, and their effects.
 
-The texts are resampled with replacement (the bootstrap, Efron 1979), from activations that were read once.
+The texts are resampled with replacement (the bootstrap, Efron 1979), as activations that are read once.
 Activations here are (n, blocks, d): of n texts, at the blocks of all layer pairs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,14 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 N_RESAMPLES = 200
 FEWEST_TEXTS = 4  # of a part; resamples of fewer are hardly ever different from each other
-# What the files say of themselves.
-ABOUT_DEVIATIONS = (
-    "How each extraction text moves a persona's native vectors, from which texts are resampled. deviations: "
-    "side -> persona -> a part for `pairs` of texts, or one for `positive` and one for `negative` ones; none "
-    "where vectors are given. A part is (n, blocks, d) float32: what a text or pair adds to the difference "
-    "of means, minus its mean over texts; column i is of the output of the decoder block of layer_pairs[i] "
-    "(source, target), counted from 0."
-)
+# What `resampled_vectors.pt` says of itself.
 ABOUT_RESAMPLED = (
     "Persona vectors from resampled extraction texts. vectors: persona -> `oracle` or `ridge_mapped` -> "
     "(resamples, blocks, d_target) float32, rows of unit norm at the target's decoder blocks of layer_pairs: "
@@ -33,29 +26,24 @@ Transform = Callable[[Tensor], Tensor]  # of directions, (n, d_source) to (n, d_
 Spread = dict[str, float]
 
 
-def deviations(positive: Tensor, negative: Tensor, are_pairs: bool) -> dict[str, Tensor]:
-    """Return the parts of a sample that are resampled apart: how a text moves the difference of means.
+def resampled_vectors(
+    positive: Tensor, negative: Tensor, are_pairs: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the vectors of all texts, (1, blocks, d), and of N_RESAMPLES samples of as many, of unit norm.
 
-    positive, negative: activations. With `are_pairs`, text i of both is drawn together: there is one part.
-    """
-    apart = {"positive": positive, "negative": -negative}
-    parts = {"pairs": positive - negative} if are_pairs else apart
-    return {name: part - part.mean(0) for name, part in parts.items()}
-
-
-def resampled_vectors(difference: Tensor, parts: Mapping[str, Tensor], seed: int) -> Tensor:
-    """Return the vectors of N_RESAMPLES samples of as many texts, (N_RESAMPLES, blocks, d), of unit norm.
-
-    difference: (blocks, d), of the means of all texts. parts: from `deviations`; those of two models of equal
-    sizes are resampled alike under one seed.
+    positive, negative: activations. With `are_pairs`, text i of both is drawn together. Those of two models
+    of equal sizes are resampled alike under one seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = difference.expand(N_RESAMPLES, *difference.shape)
-    for part in parts.values():
+    whole, found = torch.zeros(1, 1), torch.zeros(1, 1)
+    for part in [positive - negative] if are_pairs else [positive, -negative]:
         drawn = torch.randint(len(part), (N_RESAMPLES, len(part)), generator=generator)
         counts = torch.zeros(drawn.shape).scatter_add_(1, drawn, torch.ones(drawn.shape))
-        found = found + ((counts / len(part)) @ part.flatten(1)).view(found.shape)
-    return normalize(found, dim=-1)
+        # Deviations from the mean are resampled, since activations may be large where differences are small.
+        mean = part.mean(0, keepdim=True)
+        whole = whole + mean
+        found = found + mean + torch.einsum("rn,nbd->rbd", counts / len(part), part - mean)
+    return normalize(whole, dim=-1), normalize(found, dim=-1)
 
 
 def cosine_spread(found: Tensor, other: Tensor) -> Spread:

@@ -1,8 +1,7 @@
 """Make each persona's vectors: both models' own, and those carried from source to target (phase 3).
 
 `analysis.vector_transfer` carries the vectors over at one layer pair; here every layer pair has its turn, and
-the keys say what each condition's vectors depend on. The same is done with resampled extraction texts, from
-activations that were read once.
+the keys say what each condition's vectors depend on. The same is done with resampled extraction texts.
 """
 
 import logging
@@ -14,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activation_extractor import PersonaVector, ReadText, difference_vector
+from activation_extractor import PersonaVector, ReadText
 from analysis.extraction_spread import (
-    ABOUT_DEVIATIONS,
     ABOUT_RESAMPLED,
     FEWEST_TEXTS,
     N_RESAMPLES,
     cosine_spread,
-    deviations,
     mapped_spread,
     resampled_vectors,
 )
@@ -45,8 +42,6 @@ from texts.personas import Persona
 logger = logging.getLogger(__name__)
 
 NativeVectors = dict[str, dict[str, list[PersonaVector]]]  # side -> persona -> a vector for each layer pair
-
-Parts = dict[str, Tensor]  # see `analysis.extraction_spread.deviations`
 
 
 def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str:
@@ -107,7 +102,6 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
 
 
 NATIVE_VECTORS = Artifact("native_vectors.pt", 3, _native_key)
-DEVIATIONS = Artifact("extraction_deviations.pt", 3, _native_key)
 PERSONA_VECTORS = Artifact("persona_vectors.pt", 3, vectors_key)
 SIMILARITIES = Artifact("persona_similarities.json", 3, vectors_key)
 RESAMPLED_VECTORS = Artifact("resampled_vectors.pt", 3, _resampled_key)
@@ -126,10 +120,7 @@ def grid_rows(run: Run, alphas: Alphas) -> list[Row]:
 
 def native_vectors(run: Run) -> NativeVectors:
     """Return both models' own vectors at every layer pair, measured unless an earlier run has."""
-    return _as_vectors(NATIVE_VECTORS.current_or_make(run, _measure))
-
-
-def _as_vectors(content: dict[str, Any]) -> NativeVectors:
+    content = NATIVE_VECTORS.current_or_make(run, _measure)
     return {
         side: {
             name: [
@@ -143,34 +134,26 @@ def _as_vectors(content: dict[str, Any]) -> NativeVectors:
 
 
 def _measure(run: Run) -> dict[str, Any]:
-    """Return what `native_vectors.pt` holds, and save how each text deviates from its side's mean."""
+    """Return what `native_vectors.pt` holds: vectors (blocks, d) and measures by side and persona."""
     vectors: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
     known: dict[str, dict[str, list[dict[str, Any]]]] = {side: {} for side in SIDES}
-    parts: dict[str, dict[str, Parts]] = {side: {} for side in SIDES}
     for number, side in enumerate(run.inputs.sides):
         layers = [pair[number] for pair in run.inputs.layer_pairs]
         controls = run.inputs.control_personas if side.name == "source" else ()
         for persona in (*run.inputs.personas, *controls):
-            found, parts[side.name][persona.name] = _native(run, side, persona, layers)
+            found = _native(run, side, persona, layers)
             vectors[side.name][persona.name] = torch.stack([each.vector for each in found])
             known[side.name][persona.name] = list(map(measures, found))
-    DEVIATIONS.save(run, {"about": ABOUT_DEVIATIONS, "deviations": parts})
     return {"about": ABOUT_NATIVE, "vectors": vectors, "measures": known}
 
 
-def _native(
-    run: Run, side: Side, persona: Persona, layers: Sequence[int]
-) -> tuple[list[PersonaVector], Parts]:
-    """Return a persona's vector at each layer, and the parts that are resampled; none of a given vector."""
+def _native(run: Run, side: Side, persona: Persona, layers: Sequence[int]) -> list[PersonaVector]:
     inputs = run.inputs
     if file := inputs.given.get((side.name, persona.name)):
-        return [inputs.given_vector(side, file, layer) for layer in layers], {}
+        return [inputs.given_vector(side, file, layer) for layer in layers]
     texts, position = _read_texts(run, side.name, persona)
-    by_layer = side.extractor.extract_sides(*texts, layers, position)
-    found = [difference_vector(*by_layer[layer]) for layer in layers]
-    positive, negative = (torch.stack([by_layer[layer][sign] for layer in layers], 1) for sign in (0, 1))
-    are_pairs = persona not in inputs.responding_personas and len(positive) == len(negative)
-    return found, deviations(positive, negative, are_pairs)
+    by_layer = side.extractor.measure_persona_vectors(*texts, layers, position)
+    return [by_layer[layer] for layer in layers]
 
 
 def _read_texts(run: Run, side: str, persona: Persona) -> tuple[Sequence[Sequence[ReadText]], str]:
@@ -242,8 +225,10 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
 def resample_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> None:
     """Make vectors from resampled extraction texts, and write and log how far they spread.
 
-    maps: of phase 2; else those that an earlier run left. After `make_vectors`.
+    maps: of phase 2; else those that an earlier run left. Without `extraction_resamples`, nothing is made.
     """
+    if not run.config.extraction_resamples:
+        return
     content = RESAMPLED_VECTORS.current_or_make(run, lambda run: _resample(run, maps or load_maps(run)))
     EXTRACTION_SPREAD.save(run, {key: content[key] for key in ("n_resamples", "layer_pairs", "personas")})
     table = format_spread(content["personas"])
@@ -251,57 +236,60 @@ def resample_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> Non
 
 
 def _resample(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
-    content, parts = NATIVE_VECTORS.load(run), DEVIATIONS.load(run)
-    if content is None or parts is None:
-        content = NATIVE_VECTORS.save(run, _measure(run))
-        parts = DEVIATIONS.require(run)
-    natives, vectors, spreads = _as_vectors(content), {}, {}
+    vectors, spreads = {}, {}
     for persona in run.inputs.personas:
-        of_sides = {
-            side: (natives[side][persona.name], parts["deviations"][side][persona.name]) for side in SIDES
-        }
-        why_not = _why_not([found for _, found in of_sides.values()])
+        why_not = _why_not(run, persona)
         spreads[persona.name] = {"not_resampled": why_not}
         if why_not is None:
-            vectors[persona.name], spread = _resample_persona(run, persona, of_sides, maps)
+            vectors[persona.name], spread = _resample_persona(run, persona, maps)
             spreads[persona.name] |= spread
     return {"about": ABOUT_RESAMPLED, "n_resamples": N_RESAMPLES, "vectors": vectors, "personas": spreads}
 
 
-def _why_not(sides: Sequence[Parts]) -> str | None:
-    """Return why a persona's texts cannot be resampled, None if they can. sides: the parts of each."""
-    if not any(sides):
+def _why_not(run: Run, persona: Persona) -> str | None:
+    """Return why a persona's texts cannot be resampled, None if they can."""
+    measured = [side for side in SIDES if (side, persona.name) not in run.inputs.given]
+    if not measured:
         return "its vectors are given"
-    fewest = min(len(part) for parts in sides for part in parts.values())
+    fewest = min(len(texts) for side in measured for texts in _read_texts(run, side, persona)[0])
     return f"it has {fewest} texts on a side, fewer than {FEWEST_TEXTS}" if fewest < FEWEST_TEXTS else None
 
 
 def _resample_persona(
-    run: Run,
-    persona: Persona,
-    of_sides: dict[str, tuple[list[PersonaVector], Parts]],
-    maps: Sequence[LearnedMaps],
+    run: Run, persona: Persona, maps: Sequence[LearnedMaps]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return condition -> the first resampled vectors, and the spread of cosines over all of them.
 
-    of_sides: side -> its native vectors and parts. A vector that is given stays what it is.
+    A vector that is given stays what it is.
     """
-    inputs, made, spread = run.inputs, {}, {}
-    for side, (natives, parts) in of_sides.items():
-        # Sides that read the same texts share their draws, and a persona's do not depend on its name.
-        drawn_from = inputs.prompting.responders[side] if persona in inputs.responding_personas else "texts"
-        seed = int(fingerprint(run.config.seed, drawn_from)[:15], 16)
-        difference = torch.stack([each.vector * each.raw_norm for each in natives])
-        made[side] = (
-            torch.stack([each.vector for each in natives])[None],
-            resampled_vectors(difference, parts, seed),
-        )
-        spread[side] = cosine_spread(*made[side]) if parts else None
+    made, spread = {}, {}
+    for number, side in enumerate(run.inputs.sides):
+        layers = [pair[number] for pair in run.inputs.layer_pairs]
+        if file := run.inputs.given.get((side.name, persona.name)):
+            given = [run.inputs.given_vector(side, file, layer).vector for layer in layers]
+            whole = torch.stack(given)[None]
+            made[side.name], spread[side.name] = (whole, whole.expand(N_RESAMPLES, -1, -1)), None
+        else:
+            made[side.name] = _resample_side(run, side, persona, layers)
+            spread[side.name] = cosine_spread(*made[side.name])
     massive = [learned.residual_norm.massive_dimensions for learned in maps]
     mapped, of_mapped = mapped_spread(
         made["source"], made["target"], [learned.ridge.transform for learned in maps], massive
     )
     resampled = {MAPPED: ("source", mapped), ORACLE: ("target", made["target"][1])}
     n = run.config.extraction_resamples
-    first = {name: found[:n].clone() for name, (side, found) in resampled.items() if of_sides[side][1]}
+    first = {name: found[:n].clone() for name, (side, found) in resampled.items() if spread[side]}
     return first, spread | of_mapped
+
+
+def _resample_side(run: Run, side: Side, persona: Persona, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return a model's vectors of all texts and of the resamples; see `resampled_vectors`."""
+    texts, position = _read_texts(run, side.name, persona)
+    by_layer = side.extractor.extract_sides(*texts, layers, position)
+    positive, negative = (torch.stack([by_layer[layer][sign] for layer in layers], 1) for sign in (0, 1))
+    responds = persona in run.inputs.responding_personas
+    # Sides that read the same texts share their draws, and a persona's do not depend on its name.
+    drawn_from = run.inputs.prompting.responders[side.name] if responds else "texts"
+    seed = int(fingerprint(run.config.seed, drawn_from)[:15], 16)
+    are_pairs = not responds and len(positive) == len(negative)
+    return resampled_vectors(positive, negative, are_pairs, seed)

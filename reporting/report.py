@@ -55,6 +55,7 @@ def write_report(folder: Path) -> Path:
         )
     config, results, verdict, checked = (load_json(folder / name) for name in NEEDED)
     rows = results["rows"]
+    has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -73,7 +74,7 @@ def write_report(folder: Path) -> Path:
         effects=_effects_tables(verdict, rows),
         maps=maps_rows(load_json(folder / "cv_results.json")["maps"]),
         layers=_layers_table(folder),
-        spread=spread_rows(load_json(folder / SPREAD)["personas"]) if (folder / SPREAD).is_file() else None,
+        spread=spread_rows(load_json(folder / SPREAD)["personas"]) if has_spread else None,
         validation=_validation_table(verdict["validation"]),
         checks=_checks_table(checked["checks"]),
         provenance=_provenance(folder, config, checked["environment"]),

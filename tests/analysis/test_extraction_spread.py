@@ -5,7 +5,6 @@ from torch.nn.functional import normalize
 from analysis.extraction_spread import (
     N_RESAMPLES,
     cosine_spread,
-    deviations,
     effect_spread,
     mapped_spread,
     resampled_vectors,
@@ -19,9 +18,7 @@ def drawn(n, seed=0, d=16):
 
 def sample(positive, negative, are_pairs=True, seed=0):
     """Return the vectors of all texts, and of the resamples."""
-    difference = (positive - negative).mean(0) if are_pairs else positive.mean(0) - negative.mean(0)
-    found = resampled_vectors(difference, deviations(positive, negative, are_pairs), seed)
-    return normalize(difference, dim=-1)[None], found
+    return resampled_vectors(positive, negative, are_pairs, seed)
 
 
 def width(spread):

@@ -30,8 +30,7 @@ def test_a_failed_technical_check_stops_the_run_and_is_made_again(tiny, tmp_path
         patch.setattr(checklist, "EXACT_TOLERANCE", {torch.float32: 0.0})
         assert run(out, tiny) == 1
     assert error_lines(capsys)[0].startswith("error: preflight: source_extraction failed")
-    vectors = {"native_vectors.pt", "extraction_deviations.pt"}
-    assert visible_files(out) == {"config.json", *vectors, "preflight.json", "experiment.log"}
+    assert visible_files(out) == {"config.json", "native_vectors.pt", "preflight.json", "experiment.log"}
     assert run(out, tiny, "--phase", "1") == 0
     checks = load_json(out / "preflight.json")["checks"]
     assert all(check["status"] == "pass" for check in checks if check["technical"])
