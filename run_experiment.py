@@ -134,14 +134,14 @@ class PersonaTransferExperiment:
 
     def setup(self, run: Run) -> None:
         """Phase 1: write config.json and check the set-up."""
-        with _timed(1, "setup"):
+        with _phase(run, 1, "setup"):
             run.folder.lock()
             save_json(run.folder.path / "config.json", self.config.model_dump())
             check_setup(run)
 
     def learn_mapping(self, run: Run) -> tuple[LearnedMaps, ...]:
         """Phase 2: sum up paired activations, choose lambda and fit the maps of every layer pair."""
-        with _timed(2, "learn mapping"):
+        with _phase(run, 2, "learn mapping"):
             return fit_maps(run)
 
     def extract_personas(self, run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class PersonaTransferExperiment:
 
         maps: of phase 2; else those that an earlier run left. Returns what `persona_vectors.pt` holds.
         """
-        with _timed(3, "extract personas"):
+        with _phase(run, 3, "extract personas"):
             vectors = make_vectors(run, maps)
             resample_vectors(run, maps)
             return vectors
@@ -159,7 +159,7 @@ class PersonaTransferExperiment:
 
         vectors: what `persona_vectors.pt` holds; else that of an earlier run. Returns the rows.
         """
-        with _timed(4, "generate"):
+        with _phase(run, 4, "generate"):
             steering = SteeringVectors.from_content(vectors or PERSONA_VECTORS.require(run))
             return generate_texts(run, grid_rows(run, choose_alphas(run, steering)), steering)
 
@@ -170,7 +170,7 @@ class PersonaTransferExperiment:
 
         vectors, texts: of phases 3 and 4; else those that an earlier run left. Returns the aggregated table.
         """
-        with _timed(5, "evaluate"):
+        with _phase(run, 5, "evaluate"):
             if texts is None:
                 texts = generated_texts(run, grid_rows(run, required_alphas(run)))
             steering = SteeringVectors.from_content(vectors or PERSONA_VECTORS.require(run))
@@ -221,8 +221,10 @@ class PersonaTransferExperiment:
 
 
 @contextmanager
-def _timed(number: int, name: str) -> Iterator[None]:
+def _phase(run: Run, number: int, name: str) -> Iterator[None]:
     started = time.perf_counter()
+    if run.inputs.judge:
+        run.inputs.judge.begin_phase()
     logger.info("phase %d: %s", number, name)
     with working(f"phase {number} of 5, {name}"):
         yield

@@ -136,6 +136,7 @@ class GPTJudge(Judge):
         self._may_stream = "stream" not in given
         self._are_accepted = False
         self._stopped: str | None = None  # why no question is asked any more
+        self._may_try_again = True
         self._n_same, self._failure_kind = 0, ""
         self._lock = threading.Lock()
 
@@ -153,9 +154,14 @@ class GPTJudge(Judge):
         if problem:
             logger.warning("the judge %s gives no score for a plain sentence: %s", self.name, problem)
 
+    def begin_phase(self) -> None:
+        """Let a server that is not asked any more be tried again, once until the next phase."""
+        self._may_try_again = True
+
     def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
         """Yield judgements as they come; what is not asked when the caller stops early never is."""
-        if self._stopped:  # the server may be back
+        if self._stopped and self._may_try_again:  # the server may be back
+            self._may_try_again = False
             self._stopped = self._judge_one(FIRST_QUESTION, self.client.with_options(max_retries=0)).failure
         pool = ThreadPoolExecutor(self.max_workers)
         try:

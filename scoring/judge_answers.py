@@ -94,6 +94,9 @@ class Judge(ABC):
     def judge_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Judgement]]:
         """Yield the index of a complete judging prompt and its judgement, in any order."""
 
+    def begin_phase(self) -> None:  # noqa: B027 - most judges have nothing to do
+        """Begin a phase of a run, in which a server that was not asked any more may be tried again, once."""
+
     def judge(self, prompts: Sequence[str]) -> list[Judgement]:
         """Return a judgement for each complete judging prompt, in order."""
         found = dict(self.judge_each(prompts))

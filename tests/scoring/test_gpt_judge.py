@@ -175,8 +175,12 @@ def test_without_quota_the_asking_stops_and_what_was_judged_is_kept(caplog):
         judge = judge_at(server, 1)
         judgements = judge.judge([*"abcdefgh"])
         assert len(server.prompts) == 3
-        assert judge.judge(["i"])[0].score is None
+        # Whether the server is back is asked once a phase.
+        assert [judge.judge([each])[0].score for each in "ij"] == [None, None]
         assert len(server.prompts) == 4
+        judge.begin_phase()
+        assert judge.judge(["k"])[0].score is None
+        assert len(server.prompts) == 5
     assert [each.score for each in judgements] == [4, 4, *[None] * 6]
     assert all("exceeded your current quota" in each.failure for each in judgements[2:])
     assert len(caplog.records) == 1
