@@ -12,7 +12,6 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from analysis.extraction_spread import effect_spread
@@ -76,8 +75,8 @@ def _measure(run: Run, steering: SteeringVectors, alphas: ComparedAlphas) -> dic
         if alpha is not None
         for name in vector_names(condition)
     ]
-    some = next(iter(next(iter(steering.vectors.values())).values()))
-    chunks = [(texts, torch.zeros_like(some), 0.0, settings, size)]
+    any_vectors = next(iter(next(iter(steering.vectors.values())).values()))
+    chunks = [(texts, any_vectors, 0.0, settings, size)]
     chunks += [(texts, vectors, alpha, settings, size) for _, _, alpha, vectors in cells]
     with closing(run.executor.run("plain_perplexities", chunks)) as results:
         found = dict(results)

@@ -97,6 +97,8 @@ def test_residual_norm_is_the_unit_of_alpha(tiny, finished, out):
     unit = {**tiny, "alpha_values": alphas, "alpha_unit": "residual_norm"}
     assert run(out, unit, "--phase", "4") == 0
     assert outputs(out) == outputs(finished)
+    assert run(out, unit, "--phase", "5") == 0
+    assert "has length" not in (out / "experiment.log").read_text()
 
 
 def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny, out):
