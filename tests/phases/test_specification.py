@@ -94,7 +94,7 @@ def test_a_persona_of_ones_own_with_a_judge_has_a_verdict(
     found = load_json(out / "verdict.json")
     assert found["validation"]["mine"]["judge"]["validated_on"].startswith(validated_on)
     effects = found["personas"]["mine"]["scorers"]["judge"]["effects"]
-    assert set(DECIDING_CONTROLS) < set(effects)
+    assert set(DECIDING_CONTROLS) < set(map(condition_of, effects))
     checks = {check["name"]: check["status"] for check in load_json(out / "preflight.json")["checks"]}
     assert {checks["oracle_moves_mine"], checks["source_vector_moves_mine"]} <= {"pass", "fail"}
     vectors = load_tensors(out / "persona_vectors.pt")
