@@ -7,7 +7,7 @@ cautious verdict stands. Mapped has to beat every draw of every control: an inte
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ Reason = Literal[
     "equal scores",
     "native effect",  # whether the oracle has an effect is decided or open
     "recovery",
-    "control missing",  # the recovery is large enough, and controls in `missing` were not run
+    "control missing",  # the recovery is large enough, and controls or draws in `missing` have no score
     "best control",  # recovery and best control together
 ]
 Scores = Mapping[str, np.ndarray]  # compared name -> difference to unsteered at each prompt
@@ -88,11 +88,11 @@ class ScorerVerdict:
 
     problems: why the scorer is not validated. validated_on: which texts a judge is validated on.
     n_left_out: prompts that lack a score under a condition.
-    missing: conditions that the reason is about. native, mapped, over_best_control: effects. best_control:
-    the draw with the largest effect. share_near_one: of native texts; where it is a ceiling, log_odds_p is of
-    equivalence in log-odds. adjusted_p: of mapped over the control that it beats least surely, by Holm over
-    n_personas. prompts_needed: to settle an open case. effects, rates: compared name -> its effect, and share
-    of texts over the scorer's threshold, {raw, corrected}.
+    missing: conditions, or draws of them, that the reason is about. native, mapped, over_best_control:
+    effects. best_control: the draw with the largest effect. share_near_one: of native texts; where it is a
+    ceiling, log_odds_p is of equivalence in log-odds. adjusted_p: of mapped over the control that it beats
+    least surely, by Holm over n_personas. prompts_needed: to settle an open case. effects, rates: compared
+    name -> its effect, and share of texts over the scorer's threshold, {raw, corrected}.
     """
 
     verdict: str
@@ -173,6 +173,7 @@ def decide_verdicts(
                 differences,
                 p_values[key],
                 adjusted.get(key),
+                unscored=[name for name in _controls(texts[persona]["compared"]) if name not in differences],
                 log_odds=effects(log_odds(texts[persona], columns[key]), columns[key])[0],
                 share_near_one=_share_near_one(texts[persona], columns[key]),
                 n_personas=max(1, sum(other == scorer for _, other in adjusted)),
@@ -224,9 +225,9 @@ def control_p(differences: Scores) -> dict[str, float]:
     return {name: sign_flip_p(mapped - other) for name, other in others.items()}
 
 
-def _controls(differences: Scores) -> list[str]:
-    """Return the compared names of every draw of every control."""
-    return [name for name in differences if condition_of(name) in CONTROLS]
+def _controls(names: Iterable[str]) -> list[str]:
+    """Return the compared names of every draw of every control, each once."""
+    return [name for name in dict.fromkeys(names) if condition_of(name) in CONTROLS]
 
 
 def adjusted_p(p_values: Mapping[Key, Mapping[str, float]]) -> dict[Key, float]:
@@ -247,13 +248,15 @@ def decide(
     p_values: Mapping[str, float],
     adjusted: float | None,
     log_odds: Scores,
+    unscored: Sequence[str] = (),
     n_personas: int = 1,
     **known: Any,
 ) -> ScorerVerdict:
     """Return the verdict of one scorer on one persona.
 
     differences, log_odds: from `effects`, of scores and of their log-odds. p_values, adjusted: from
-    `control_p` and `adjusted_p`. known: further fields of the verdict.
+    `control_p` and `adjusted_p`. unscored: draws of controls that were run, no text of which has a score.
+    known: further fields of the verdict.
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
     n_prompts = len(next(iter(differences.values()), []))
@@ -283,16 +286,19 @@ def decide(
     }
     if known["share_near_one"] > CEILING:
         known["log_odds_p"] = equivalence_p(log_odds[MAPPED], log_odds[ORACLE])
-    return _decide_by_recovery(differences, known)
+    return _decide_by_recovery(differences, unscored, known)
 
 
-def _decide_by_recovery(differences: Scores, known: Mapping[str, Any]) -> ScorerVerdict:
+def _decide_by_recovery(
+    differences: Scores, unscored: Sequence[str], known: Mapping[str, Any]
+) -> ScorerVerdict:
     """Return the verdict where the oracle has an effect. known: fields of the verdict so far."""
     native, mapped, ratio = differences[ORACLE], differences[MAPPED], known["recovery"]
     if ratio.high < NOT_TRANSFERRED:
         return ScorerVerdict("not transferred", "recovery", **known)
     controls = _controls(differences)
-    if missing := tuple(name for name in DECIDING_CONTROLS if name not in map(condition_of, controls)):
+    known_of = set(map(condition_of, [*controls, *unscored]))
+    if missing := (*(name for name in DECIDING_CONTROLS if name not in known_of), *unscored):
         return ScorerVerdict("inconclusive", "control missing", missing=missing, **known)
     best = max(controls, key=lambda name: differences[name].mean())
     over, least = mapped - differences[best], NO_BETTER * known["native"].estimate

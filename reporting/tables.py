@@ -101,7 +101,7 @@ def _why(found: Mapping[str, Any]) -> str:
 
 def _scorer_sentence(found: Mapping[str, Any]) -> str:
     """Return why a scorer's verdict stands. found: of `ScorerVerdict`."""
-    missing = ", ".join(CONDITIONS[name].label for name in found["missing"])
+    missing = ", ".join(map(label_of, found["missing"]))
     if found["reason"] == "no scores":
         return f"no text has a score under {missing}"
     if found["reason"] == "few prompts":
@@ -115,7 +115,7 @@ def _scorer_sentence(found: Mapping[str, Any]) -> str:
     if found["reason"] == "recovery":
         return recovers
     if found["reason"] == "control missing":
-        return f"{recovers}, but these controls were not run: {missing}"
+        return f"{recovers}, but these controls were not run, or have no score: {missing}"
     best, over = label_of(found["best_control"]), interval(found["over_best_control"])
     differs = f"differs from the best control, {best}, by {over} (Holm p {found['adjusted_p']:.3f})"
     return f"{recovers} and {differs}{_ceiling(found)}{needed}"

@@ -199,8 +199,12 @@ SAID = {
     ),
     f"{ALONE}, 7 prompts have scores and an interval needs 8": (scored_run(0.8, 0.8, n=7), ONE),
     rf"{ALONE}, no text has a score under native \(oracle\)": (without(RUN, ORACLE), ONE),
-    f"{ALONE}, {RECOVERS}, but these controls were not run: other persona": (
+    f"{ALONE}, {RECOVERS}, but these controls were not run, or have no score: other persona": (
         without(RUN, "other_persona"),
+        ONE,
+    ),
+    f"{ALONE}, {RECOVERS}, but these controls were not run, or have no score: shuffled pairs 2": (
+        with_draws(RUN, [None] * 20),
         ONE,
     ),
     r"INCONCLUSIVE \(on brevity alone\): by brevity, all scores are equal, .*": (RUN, {"brevity": BREVITY}),
