@@ -22,6 +22,7 @@ from tiny_runs import (
 )
 
 from baseline_methods import METHODS
+from phases.side_effects import N_QUESTIONS
 from run_experiment import PersonaTransferExperiment, main
 from support import progress
 from support.artifacts import load_json, load_tensors
@@ -164,7 +165,9 @@ def test_a_dry_run_counts_and_writes_nothing(use_gpt4, tiny, tmp_path, monkeypat
     assert f"generations: {N_TEXTS} ({N_CELLS - 1} steered cells and 1 baseline, 3 prompts x 2 seeds" in shown
     assert f"at most {N_TEXTS * 6} tokens" in shown
     assert f"evaluations: {N_EVALUATIONS}, " in shown
-    n_judgements = use_gpt4 * (N_TEXTS + N_EVALUATIONS)
+    n_resampled = N_PERSONAS * 2 * 3 * N_QUESTIONS
+    assert f"vectors of resampled texts: {n_resampled} generations" in shown
+    n_judgements = use_gpt4 * (N_TEXTS + N_EVALUATIONS + n_resampled)
     assert f"judgements: {n_judgements}, about {n_judgements * 200 * 10 / 1e6:.2f} USD" in shown
 
 
@@ -188,7 +191,8 @@ def test_a_dry_run_counts_searches_responses_and_sums_and_makes_none(band, tiny,
     shown = capsys.readouterr().out
     n_cells, n_questions = 1 + N_PERSONAS * 3 * 3, len(load_prompts("development_questions"))
     assert f"alpha search: {n_questions * n_cells} generations" in shown
-    assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * (2 * 3 - 1))} " in shown  # the oracle's alpha, too
+    n_drawn = 2 * (1 + 3) + 1  # mapped and three shuffled maps at the oracle's alpha, too; native
+    assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * n_drawn)} " in shown
     assert "responses that the map is learnt from: 60" in shown
     assert "responses that vectors are made from: 16" in shown
     assert "2 layer pairs with sums of " in shown

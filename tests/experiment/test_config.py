@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from baseline_methods import METHODS
-from experiment.conditions import DECIDING_CONTROLS
 from experiment.config import ExperimentConfig, load_config
 from experiment.config_errors import RENAMED_KEYS, RENAMED_VALUES
 from support.errors import InputError
@@ -36,7 +35,7 @@ SPECIFICATION = {
     "seeds": [0, 1, 2],
     "max_new_tokens": 100,
     "use_gpt4": False,
-    "n_cells": 121,  # 6840 generations of 30 prompts and 3 seeds, and 4050 of the controls of a verdict
+    "n_cells": 196,  # 6840 generations of 30 prompts and 3 seeds, and 10,800 of eight draws of controls
 }
 
 
@@ -111,7 +110,8 @@ def test_alphas_may_be_given_for_each_persona_or_method():
     assert config.alphas_of("formal", "ridge_mapped") == [2.0, 3.0]
     assert config.alphas_of("concise", "ridge_mapped") == [4.0]
     assert [config.has_alphas_by_method(name) for name in config.persona_names] == [True, False, True]
-    assert config.n_cells == 1 + len([*METHODS, *DECIDING_CONTROLS]) * (1 + 2 + 1) + 1
+    n_draws = 3 + 3 + 2  # of the controls of a verdict; there are two other personas
+    assert config.n_cells == 1 + (len(METHODS) + n_draws) * (1 + 2 + 1) + 1
 
 
 COUNTS = ("n_test_prompts", "n_seeds", "max_new_tokens", "generation_batch_size")
