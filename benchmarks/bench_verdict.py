@@ -46,7 +46,7 @@ SIZES = (8, 16, 30, 60)
 TRUTHS = (1.0, 0.6, 0.3, 0.2)
 NULLS = ("unsteered", "shuffled", "a control as good", "empty")
 KINDS = (*NULLS, "ceiling", *TRUTHS)
-EMPTY = 0.8  # share of prompts
+EMPTY = 4, 1  # prompts with an empty text to others
 CEILING_PUSH = 0.7  # of the native push, in log-odds
 POPULATION = 4000  # prompts
 BASE, OF_PROMPT, OF_TEXT, OF_PUSH = -3.0, 1.0, 1.3, 1 / 3  # log-odds; the last as a share of the push
@@ -88,20 +88,27 @@ def _scores(prompts: np.ndarray, push: float, generator: np.random.Generator) ->
     return expit(prompts + pushed + generator.normal(0, OF_TEXT, len(prompts)))
 
 
-def with_truth(real: Population, kind: str | float, generator: np.random.Generator) -> Population | None:
-    """Return the population in which the truth is of this kind, None where it can't be."""
-    made = dict(real)
+def with_truth(real: Population, kind: str | float) -> Population | None:
+    """Return the population in which the truth is of this kind, None where it can't be.
+
+    What chance would decide at a prompt, the population has in all ways, so that the truth is exact however
+    few prompts a run has.
+    """
+    made, recovered = dict(real), recovering(real, 1.0 if isinstance(kind, str) else kind)
+    if recovered is None:
+        return None
     shuffled, random = (_first(real, condition) for condition in ("shuffled_pairs", "random_direction"))
     if kind == "unsteered":
         made[MAPPED] = real[random] - real[random].mean() + real[UNSTEERED].mean()
     elif kind == "shuffled":
         made[MAPPED], made[shuffled] = real[shuffled], real[random]
     elif kind == "a control as good":
-        is_swapped = generator.random(len(real[ORACLE])) < 0.5
-        both = recovering(real, 1.0), real[ORACLE]
-        made[MAPPED], made[shuffled] = np.where(is_swapped, both[::-1], both)
+        both = [recovered, real[ORACLE]]
+        made = {name: np.tile(values, 2) for name, values in real.items()}
+        made[MAPPED], made[shuffled] = np.concatenate(both), np.concatenate(both[::-1])
     elif kind == "empty":
-        made[MAPPED] = np.where(generator.random(len(real[ORACLE])) < EMPTY, 0.0, recovering(real, 1.0))
+        made = {name: np.tile(values, sum(EMPTY)) for name, values in real.items()}
+        made[MAPPED] = np.concatenate([np.zeros_like(recovered)] * EMPTY[0] + [recovered] * EMPTY[1])
     elif kind == "ceiling":
         if np.mean(real[ORACLE] > HIGH_SCORE) <= CEILING:
             return None
@@ -109,19 +116,24 @@ def with_truth(real: Population, kind: str | float, generator: np.random.Generat
         share = CEILING_PUSH * np.mean(native - before) / np.mean(mapped - start)
         made[MAPPED] = expit(start + share * (mapped - start))
     else:
-        made[MAPPED] = recovering(real, kind)
+        made[MAPPED] = recovered
     return made
 
 
-def recovering(real: Population, share: float) -> np.ndarray:
-    """Return scores whose mean effect is this share of the native one.
+def recovering(real: Population, share: float) -> np.ndarray | None:
+    """Return scores whose mean effect is this share of the native one, None where none of a run's have it.
 
     They lie between those of a random direction and of the mapped vector, in log-odds, or beyond the latter.
     """
     start, mapped = _logit(real[_first(real, "random_direction")]), _logit(real[MAPPED])
     before, wanted = real[UNSTEERED].mean(), share * (real[ORACLE] - real[UNSTEERED]).mean()
-    part = brentq(lambda part: expit(start + part * (mapped - start)).mean() - before - wanted, -9, 9)
-    return expit(start + part * (mapped - start))
+
+    def excess(part: float) -> float:
+        return expit(start + part * (mapped - start)).mean() - before - wanted
+
+    if excess(-9) * excess(9) > 0:
+        return None
+    return expit(start + brentq(excess, -9, 9) * (mapped - start))
 
 
 def _first(real: Population, condition: str) -> str:
@@ -149,7 +161,7 @@ def verdict_shares(real: list[Population], n: int, generator: np.random.Generato
     """Return a row for each truth and number of prompts: the share of each verdict."""
     rows = []
     for kind in KINDS:
-        made = [each for each in (with_truth(one, kind, generator) for one in real) if each]
+        made = [each for each in (with_truth(one, kind) for one in real) if each]
         for size in SIZES if made else ():
             words = Counter(
                 verdict_on(each, generator.integers(0, len(each[ORACLE]), size))
@@ -167,7 +179,8 @@ def coverage(real: list[Population], n: int, generator: np.random.Generator) -> 
     """
     rows = []
     for truth in TRUTHS:
-        made, cells = [with_truth(one, truth, generator) for one in real], []
+        made = [each for each in (with_truth(one, truth) for one in real) if each]
+        cells = []
         for size in SIZES:
             held = []
             for index in range(n):
@@ -188,7 +201,7 @@ def main() -> None:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--run", type=Path, help="folder of a finished run with all controls")
     given.add_argument("--synthetic", action="store_true", help="made-up scores instead of a run's")
-    parser.add_argument("--n", type=int, default=1000, help="experiments of each kind")
+    parser.add_argument("--n", type=int, default=300, help="experiments of each kind; 300 take a minute")
     options = parser.parse_args()
     generator = np.random.default_rng(0)
     real = made_up(generator) if options.synthetic else of_run(options.run)
