@@ -27,7 +27,7 @@ MAX_FLUENT_RATIO = 0.5
 MAX_COLLAPSE_RATE = 0.2
 REMEDIES = {
     "target": "without a working oracle there is nothing to recover",
-    "source": "what does not work where it was found can't be expected to work elsewhere",
+    "source": "where it has no effect here, nothing says that the source model has found the trait",
 }
 PROBE = "The committee met on Tuesday to discuss the new bridge over the river."
 LONGER_PROBE = f"{PROBE} Nobody could say how long the work would take or what it would cost."

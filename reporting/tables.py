@@ -61,7 +61,7 @@ def verdict_sentence(found: Mapping[str, Any]) -> str:
         native = number(other["native"], "+.2f")
         said.append(f"also {verb} {other['persona']} by {other['mapped']:+.2f} (native {native})")
     if found.get("source_vector") == "fail":
-        said.append("the vector does not move the trait in the source itself (preflight)")
+        said.append("in the source itself, the vector does not move the trait at these alphas (preflight)")
     return "; ".join([*said, *_moved(found)])
 
 
