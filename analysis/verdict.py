@@ -211,9 +211,14 @@ def log_odds(texts: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _share_near_one(texts: pd.DataFrame, column: str) -> float | None:
-    """Return the share of native texts that have nearly the highest score, None without any."""
+    """Return the share of native texts that have nearly the highest score, None without any.
+
+    A measure that is 0 or 1 has no ceiling, and its log-odds say nothing: its share is 0.
+    """
     scores = texts[column][texts["condition"] == ORACLE].dropna()
-    return float((scores > HIGH_SCORE).mean()) if len(scores) else None
+    if not len(scores):
+        return None
+    return 0.0 if scores.isin((0.0, 1.0)).all() else float((scores > HIGH_SCORE).mean())
 
 
 def control_p(differences: Scores) -> dict[str, float]:

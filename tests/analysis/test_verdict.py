@@ -179,6 +179,13 @@ def test_at_a_ceiling_equivalence_needs_equal_log_odds_and_the_verdict_says_so()
         assert "a ceiling: 100% of native texts score above 0.9" in verdict_sentence(found.content())
 
 
+def test_a_measure_of_0_or_1_has_no_ceiling():
+    rows = [{**row, "trait_probability": float(row["trait_probability"] > 0.5)} for row in RUN]
+    found = verdict_of(rows, ONE)
+    assert found.verdict == "equivalent to native"
+    assert "ceiling" not in verdict_sentence(found.content())
+
+
 def test_an_off_target_change_stands_beside_the_verdict():
     other = {"persona": "calm", "mapped": 0.31, "native": 0.08}
     content = verdict_of(RUN, ONE).content() | {"off_target": other}
