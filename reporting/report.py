@@ -21,6 +21,7 @@ from reporting.tables import (
     lowest_auc,
     maps_rows,
     number,
+    p_value,
     percent,
     spread_rows,
     verdict_sentence,
@@ -151,7 +152,7 @@ def _effects_tables(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
                 number(alpha, ".3g"),
                 *map(interval, effects),
                 number(first.get("anti_steered"), ".0%"),
-                number(first.get("p_mapped_over_it"), ".3f"),
+                p_value(first.get("p_mapped_over_it")),
                 number(cell_perplexity_ratio(table, persona, drawn, alpha)),
                 number(plain.get(condition)),
             )

@@ -35,6 +35,11 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
+def p_value(value: float | None) -> str:
+    """Return a p to three digits, or that it is below what they show."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")
+
+
 def interval(found: Mapping[str, float | None] | None, form: str = "+.2f") -> str:
     """Return an estimate with its interval in brackets, or a dash if it is missing."""
     if not found or found["estimate"] is None:
@@ -117,7 +122,7 @@ def _scorer_sentence(found: Mapping[str, Any]) -> str:
     if found["reason"] == "control missing":
         return f"{recovers}, but these controls were not run, or have no score: {missing}"
     best, over = label_of(found["best_control"]), interval(found["over_best_control"])
-    differs = f"differs from the best control, {best}, by {over} (Holm p {found['adjusted_p']:.3f})"
+    differs = f"differs from the best control, {best}, by {over} (Holm p {p_value(found['adjusted_p'])})"
     return f"{recovers} and {differs}{_ceiling(found)}{needed}"
 
 
@@ -127,7 +132,7 @@ def _ceiling(found: Mapping[str, Any]) -> str:
         return ""
     return (
         f"; a ceiling: {found['share_near_one']:.0%} of native texts score above {HIGH_SCORE}, so that "
-        f"equivalence needs equal log-odds, too (p {found['log_odds_p']:.3f})"
+        f"equivalence needs equal log-odds, too (p {p_value(found['log_odds_p'])})"
     )
 
 

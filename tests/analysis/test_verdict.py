@@ -197,7 +197,7 @@ RECOVERS = r"the mapped vector recovers -?\d+ % \[-?\d+, \d+\] of the native eff
 ALONE = r"INCONCLUSIVE \(on the classifier alone\): by the classifier"
 SAID = {
     f"EQUIVALENT TO NATIVE: by the classifier, {RECOVERS} and differs from the best control, .*, "
-    rf"by {INTERVAL} \(Holm p 0\.\d+\)": (RUN, BOTH),
+    rf"by {INTERVAL} \(Holm p [\d<][\d. ]+\)": (RUN, BOTH),
     r"INCONCLUSIVE: the scorers disagree \(classifier says equivalent to native, likelihood ratio says not "
     rf"transferred\); by the likelihood ratio, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
     f"NATIVE STEERING INEFFECTIVE: by the classifier, the native vector moves the trait by {INTERVAL}": (
