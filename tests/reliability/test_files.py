@@ -312,6 +312,7 @@ def test_signal_ends_the_run_with_one_line_and_it_goes_on(number, settings, fini
     def work():
         sys.stderr = open(printed, "w", buffering=1)  # noqa: SIM115 (the process ends soon)
         monkeypatch.setattr(Worker, "generate", slowly)
+        signal.signal(number, signal.SIG_DFL)  # a shell ignores SIGINT for what it starts in the background
         unwind_on_signals()
         return run(out, {**settings, "generation_batch_size": 4})
 
