@@ -189,10 +189,10 @@ class Evaluator:
                 gpt4_failure=coherence.failure or trait.failure,
             )
 
-        judged = [index for index in wanted if self.judge and rows[index].get("is_judged", True)]
-        asked = [index for index in judged if rows[index]["output"].strip()]
+        to_judge = {index for index in wanted if self.judge and rows[index].get("is_judged", True)}
+        asked = [index for index in wanted if index in to_judge and rows[index]["output"].strip()]
         if others := sorted(set(wanted) - set(asked)):
-            yield [(index, result(index, OF_EMPTY if index in set(judged) else ())) for index in others]
+            yield [(index, result(index, OF_EMPTY if index in to_judge else ())) for index in others]
         with closing(self._judged([rows[index] for index in asked])) as judged:
             for group in judged:
                 yield [(asked[index], result(asked[index], found)) for index, found in group]
