@@ -2,7 +2,7 @@
 
 Conventions, shared with steering:
 - Layer `layer_idx` is the output of decoder block `layer_idx`, counted from 0, where
-  `steered_generation` adds its vector.
+  `steered_generation` adds its vector. Layer EMBEDDINGS is what enters block 0.
 - Texts are tokenised with the tokenizer's special tokens, as prompts are.
 - Batches are padded on the right. Under causal attention that cannot reach a real token, so batch size
   and padding change nothing but float rounding.
@@ -17,13 +17,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
-from decoding.steering_hooks import block_output, hook_error, reject_steered
+from decoding.steering_hooks import block_input, block_output, hook_error, reject_steered
 from model_loading import (
     check_layer,
     context_length,
@@ -36,7 +37,7 @@ from model_loading import (
     plain_model,
 )
 from support.errors import InputError, shown
-from support.vocabulary import PAIR_POSITIONS, PERSONA_POSITIONS
+from support.vocabulary import EMBEDDINGS, PAIR_POSITIONS, PERSONA_POSITIONS
 from texts.aligned_positions import aligned_tokens, check_offsets, token_ends
 from texts.chat import Prompt, prompt_text
 from texts.encoding import encode, encode_continuations, encode_with_offsets
@@ -197,7 +198,8 @@ class ActivationExtractor:
         if not layers:
             raise InputError("the list of layers is empty; name at least one layer_idx")
         for layer_idx in layers:
-            check_layer(layer_idx, self.blocks)
+            if layer_idx != EMBEDDINGS:
+                check_layer(layer_idx, self.blocks)
         return sorted(set(layers))
 
     def token_ends(
@@ -252,13 +254,14 @@ class ActivationExtractor:
         negative_texts: Sequence[ReadText],
         layers: Sequence[int],
         position: str = "last",
+        may_vanish: bool = False,
     ) -> dict[int, PersonaVector]:
         """Return layer -> persona vector with its raw norm and split-half cosine, from one pass.
 
         Raises InputError: as `extract_sides` and `difference_vector`.
         """
         by_layer = self.extract_sides(positive_texts, negative_texts, layers, position)
-        return {layer: difference_vector(*sides) for layer, sides in by_layer.items()}
+        return {layer: difference_vector(*sides, may_vanish) for layer, sides in by_layer.items()}
 
     def extract_sides(
         self,
@@ -347,15 +350,25 @@ class ActivationExtractor:
         """Return for each text of a batch (tokens, layers, d) float32 on the CPU; layers ascend."""
         recorded: dict[int, Tensor] = {}
 
-        def record(layer_idx: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            recorded[layer_idx] = block_output(output)
+        def keep(layer_idx: int, hidden: Tensor) -> None:
+            recorded[layer_idx] = hidden
             if layer_idx == layers[-1]:
                 raise _StopForward
+
+        def record_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            keep(EMBEDDINGS, block_input(args, kwargs))
+
+        def record(layer_idx: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            keep(layer_idx, block_output(output))
 
         padded, _ = pad_tokens(tokens, filler_token_id(self.model), "right", self.model.device)
         with evaluation_mode(self.model), ExitStack() as stack:
             for layer_idx in layers:
-                stack.enter_context(self.blocks[layer_idx].register_forward_hook(partial(record, layer_idx)))
+                if layer_idx == EMBEDDINGS:
+                    handle = self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)
+                else:
+                    handle = self.blocks[layer_idx].register_forward_hook(partial(record, layer_idx))
+                stack.enter_context(handle)
             stack.enter_context(suppress(_StopForward))
             # Causality hides padding on the right, and without a mask attention takes its fast path.
             self.model(input_ids=padded, use_cache=False)
@@ -443,15 +456,17 @@ def _n_own_tokens(
     return sum(map(len, tokens)) - sum(starts)
 
 
-def difference_vector(positive: Tensor, negative: Tensor) -> PersonaVector:
+def difference_vector(positive: Tensor, negative: Tensor, may_vanish: bool = False) -> PersonaVector:
     """Return mean(positive) - mean(negative) with its norm and stability.
 
     positive, negative: (n, d) activations; with equal n, row i of both stays in the same half.
-    Raises InputError: both sides have the same mean.
+    Both sides may have the same mean: an InputError, or with `may_vanish` a vector of zeros and norm 0.
     """
     difference = positive.mean(0) - negative.mean(0)
     raw_norm = difference.norm().item()
     if raw_norm <= 1e-6 * torch.cat([positive, negative]).norm(dim=1).mean().item():
+        if may_vanish:
+            return PersonaVector(torch.zeros_like(difference), 0.0, None, len(positive), len(negative))
         raise InputError("positive and negative texts have the same mean activation; are they equal?")
     stability = split_half_cosine(positive, negative)
     return PersonaVector(difference / raw_norm, raw_norm, stability, len(positive), len(negative))

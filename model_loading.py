@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,21 @@ def is_causal(model: PreTrainedModel) -> bool:
         remedy = "use bfloat16 or float32, or check the weights"
         raise InputError(f"the logits are not finite in {model.dtype}; {remedy}")
     return torch.allclose(logits[0], logits[1], rtol=0, atol=0.02 * logits.std().item())
+
+
+def untrained_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Return a model of the same architecture, dtype and device with random weights, in evaluation mode.
+
+    The weights are those that transformers initialises from the configuration, in float32 on the CPU, and
+    depend on it and the seed alone. Quantised models get plain weights.
+    """
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = type(model)(config)
+    return made.to(model.device, model.dtype).eval()
 
 
 def is_on_a_hub(name_or_path: str) -> bool:

@@ -127,7 +127,8 @@ class SteeredGenerator:
         if vector.shape != (d_model(self.model),):
             raise InputError(f"steering_vector has shape {tuple(vector.shape)}, expected {expected}")
         scale = self.alpha_scale(layer_idx)
-        if self.alpha_unit == "residual_norm" and abs((length := vector.norm().item()) - 1) > 1e-3:
+        length = vector.norm().item()
+        if self.alpha_unit == "residual_norm" and length and abs(length - 1) > 1e-3:
             logger.warning(
                 f"the steering vector at layer {layer_idx} has length {length:.3g}: with alpha_unit "
                 f"residual_norm, alpha {alpha:g} adds {alpha * length:.3g} residual norms; divide the vector "

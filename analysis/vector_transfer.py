@@ -1,6 +1,7 @@
 """Carry persona vectors from source to target at one layer pair, with their controls (phase 3).
 
-A control that needs more than one persona's vector and a map has a function in `CONTROL_MAKERS`.
+A control that needs more than one persona's vector and a map has a function in `CONTROL_MAKERS`; one that is
+read from another source comes carried over by a map of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from activation_extractor import PersonaVector
 from baseline_methods import BaselineTransfer
@@ -23,16 +25,20 @@ ABOUT_NATIVE = (
     "divided by its norm. vectors: side -> persona -> (blocks, d) float32; row i is of the output of the "
     "decoder block of layer_pairs[i] (source, target), counted from 0. measures: side -> persona -> for "
     "each row the norm before the division, the cosine between halves of the texts, and the numbers of "
-    "texts."
+    "texts. ceilings: persona -> the target's vectors of the texts that the source has read, where its own "
+    "are of others."
 )
 ABOUT_VECTORS = (
     "Persona vectors for the target. vectors: persona -> name -> (blocks, d_target) float32, rows of unit "
     "norm; row i is added to the output of the target's decoder block layer_pairs[i][1], counted from 0. "
     "`oracle` is the target's own vector, `ridge_mapped` the source's under the map; the others are naive "
-    "transfers and controls. source_vectors: persona -> (blocks, d_source). residual_norms: for each row, "
+    "transfers and controls. A control whose source tells the texts apart by nothing has rows of zeros. "
+    "source_vectors: persona -> (blocks, d_source). residual_norms: for each row, "
     "`median` is what alpha 1 adds if alpha_unit is residual_norm. by_layer, personas: cosines and measures "
-    "at each layer pair, and at the middle one. energy_curves: how much of the oracle the map predicts, at "
-    "the middle pair."
+    "at each layer pair, and at the middle one; ceiling: the cosine of the oracle to the target's vector of "
+    "the texts that the source has read, where the oracle is of other texts. control_maps: how well the maps "
+    "of controls with a source of their own predict, and energy_curves: how much of the oracle the map "
+    "predicts, at the middle pair."
 )
 
 Transform = Callable[[Tensor], Tensor]
@@ -59,23 +65,37 @@ def transfer_pair(
     other_maps: Mapping[str, Transform],
     massive_dimensions: Sequence[int],
     seed: int,
+    of_controls: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ceilings: Mapping[str, Tensor] | None = None,
 ) -> PairTransfer:
     """Carry every persona from source to target in every way, and compare with the oracle.
 
     source, target: persona -> native vector in this layer pair; a persona of the source alone is a control of
         the others. ridge: names the layers that it maps.
     other_maps: vector name -> what carries a direction over. massive_dimensions: of the target.
+    of_controls: vector name -> persona -> direction in the target, carried over from a control's own source;
+        one of zeros stays so. ceilings: persona -> the target's vector of the texts that the source has read.
     """
     baseline = BaselineTransfer(ridge.d_source, ridge.d_target, seed)
-    vectors, report = {}, {}
+    vectors, report = {}, {name: {} for name in target}
+    left_out = {"cosine_to_oracle": (), "cosine_without_massive": massive_dimensions}
     for name in target:
         arguments = (source[name].vector, target[name].vector, ridge)
         vectors[name] = baseline.apply_all_baselines(*arguments, other_maps=other_maps)
         compare = partial(baseline.compare_to_oracle, *arguments, other_maps=other_maps)
-        report[name] = {
-            "cosine_to_oracle": compare(),
-            "cosine_without_massive": compare(left_out=massive_dimensions),
-        }
+        carried = {control: normalize(found[name], dim=0) for control, found in (of_controls or {}).items()}
+        oracle, ceiling = vectors[name][ORACLE], (ceilings or {}).get(name)
+        for measure, dimensions in left_out.items():
+            of_controls_too = {
+                control: _cosine(each, oracle, dimensions) for control, each in carried.items()
+            }
+            report[name][measure] = compare(left_out=dimensions) | of_controls_too
+        report[name]["ceiling"] = (
+            None
+            if ceiling is None
+            else {measure: _cosine(ceiling, oracle, dimensions) for measure, dimensions in left_out.items()}
+        )
+        vectors[name] |= carried
     mapped = {name: ridge.transform(each.vector) for name, each in source.items() if name not in target}
     known = {**vectors, **{name: {MAPPED: vector / vector.norm()} for name, vector in mapped.items()}}
     for condition, make in CONTROL_MAKERS.items():
@@ -116,7 +136,11 @@ CONTROL_MAKERS: dict[str, Callable[[Vectors, int, int], dict[str, list[Tensor]]]
 
 
 def _highest_cosine(vector: Tensor, others: Sequence[Tensor], left_out: Sequence[int]) -> float | None:
-    kept = torch.ones(len(vector))
+    return max((_cosine(other, vector, left_out) for other in others), default=None)
+
+
+def _cosine(vector: Tensor, other: Tensor, left_out: Sequence[int]) -> float:
+    """Return a cosine without some dimensions; that of a vector of zeros is 0."""
+    kept = torch.ones(len(other))
     kept[list(left_out)] = 0.0
-    cosines = [torch.cosine_similarity(vector * kept, other * kept, dim=0).item() for other in others]
-    return max(cosines, default=None)
+    return torch.cosine_similarity(vector * kept, other * kept, dim=0).item()

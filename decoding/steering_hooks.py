@@ -5,6 +5,7 @@ Until it is removed, a hook changes all that a model computes; code that reads o
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,21 @@ def block_output(output: Tensor | tuple) -> Tensor:
             f"a decoder block returned a {type(hidden).__name__} {shape}, expected (rows, positions, "
             "d): blocks that pass on several streams, as Gemma 3n's do, have no single residual stream; "
             "choose another model"
+        )
+    return hidden
+
+
+def block_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states (rows, positions, d) that a decoder block is given.
+
+    Raises InputError: it is given something else.
+    """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise InputError(
+            f"the first decoder block is given a {type(hidden).__name__}, expected hidden states (rows, "
+            "positions, d), so that the model's embeddings cannot be found; name its blocks with block_path, "
+            "or do without them"
         )
     return hidden
 

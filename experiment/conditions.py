@@ -1,7 +1,8 @@
 """The table of conditions and the table of scorers: what a run compares, and by what it measures.
 
 Configuration, plan, verdict, figures, tables and report read these two tables, so that a new control is a row
-here and a function in `analysis/vector_transfer.py`, and a new scorer a row here and a module in `scoring/`.
+here and a function in `analysis/vector_transfer.py` (a row alone, if it is read from another source), and a
+new scorer a row here and a module in `scoring/`.
 Nothing heavy is imported, since the command line reads this before torch.
 """
 
@@ -11,12 +12,30 @@ from importlib import import_module
 from itertools import cycle, islice
 from typing import Any, Literal
 
+from support.vocabulary import EMBEDDINGS
+
 Role = Literal["method", "control", "reference"]
-Need = Literal["source_vector", "target_vector", "map", "other_personas", "seed"]
+Need = Literal["source_vector", "target_vector", "map", "other_personas", "seed", "control_source"]
 
 N_DRAWS = 3  # vectors of a control that chance decides; mapped has to beat each of them
 UNSTEERED, PROMPTED, MAPPED, ORACLE = "baseline", "prompted", "ridge_mapped", "oracle"
 DRAWN = ": "  # between a condition and its draw
+
+
+@dataclass(frozen=True)
+class ControlSource:
+    """What a control's vectors are read from in the place of the source, with a map of its own to each block.
+
+    block: of the source, one for every block of the target; None: those that the source itself is read at.
+    is_untrained: the source's architecture with random weights, others for each draw.
+    """
+
+    block: int | None = None
+    is_untrained: bool = False
+
+    def layer_pair(self, pair: tuple[int, int]) -> tuple[int, int]:
+        """Return the layers of the map that takes the place of the one of this layer pair."""
+        return (pair[0] if self.block is None else self.block), pair[1]
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,7 @@ class Condition:
     role: `method` is what the run is about, a `control` must do less, a `reference` is what both are compared
         with. needs: what the vector is made from; empty where no vector is added. draws: how many vectors it
         has, each of which writes on every prompt and is compared on its own. decides: without this control no
-        claim of a transfer is made.
+        claim of a transfer is made. source: what its vectors are read from, if it is not the source.
     """
 
     name: str
@@ -37,6 +56,7 @@ class Condition:
     needs: tuple[Need, ...] = ()
     draws: int = 1
     decides: bool = False
+    source: ControlSource | None = None
 
     @property
     def is_steered(self) -> bool:
@@ -67,6 +87,36 @@ _ALL = (
         "other_persona", "control", "other persona", "#8c564b", "1", ("other_personas", "map"), N_DRAWS, True
     ),
     Condition("random_direction", "control", "random direction", "#bcbd22", "2", ("seed",), N_DRAWS, True),
+    Condition(
+        "embedding_source",
+        "control",
+        "source embeddings",
+        "#882255",
+        "<",
+        ("control_source",),
+        decides=True,
+        source=ControlSource(EMBEDDINGS),
+    ),
+    Condition(
+        "first_block",
+        "control",
+        "first source block",
+        "#332288",
+        ">",
+        ("control_source",),
+        decides=True,
+        source=ControlSource(0),
+    ),
+    Condition(
+        "untrained_source",
+        "control",
+        "untrained source",
+        "#aa4499",
+        "3",
+        ("control_source",),
+        N_DRAWS,
+        source=ControlSource(is_untrained=True),
+    ),
     Condition(PROMPTED, "reference", "prompting baseline", "#17becf", "p"),
 )
 CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in _ALL}
@@ -74,6 +124,9 @@ METHODS = tuple(name for name in CONDITIONS if name != UNSTEERED)  # what a conf
 STEERED = tuple(name for name in METHODS if CONDITIONS[name].is_steered)
 CONTROLS = tuple(name for name in CONDITIONS if CONDITIONS[name].role == "control")
 DECIDING_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].decides)
+SOURCE_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].source)
+# They tell words apart and know little or no context; mapped has to exceed them by a margin.
+LEXICAL_CONTROLS = tuple(name for name in SOURCE_CONTROLS if not CONDITIONS[name].source.is_untrained)
 
 
 def vector_names(condition: str) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ from support.vocabulary import (
 from texts.personas import (
     Persona,
     check_extraction,
+    check_halves,
     check_name,
     check_names_differ,
     load_persona,
@@ -350,7 +351,9 @@ class ExperimentConfig(_Strict):
     Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat
         target is asked questions, another one continues text prefixes.
     Extraction: `extraction_resamples` vectors from resampled texts steer on development prompts, to say how
-        far another sample would move an effect; 0 leaves that out.
+        far another sample would move an effect; 0 leaves that out. disjoint_texts: the source's vectors are
+        made from one half of a persona's texts and the native ones from the other; by default where a control
+        is read from another source.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
         without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
         persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for
@@ -400,6 +403,7 @@ class ExperimentConfig(_Strict):
     persona_position: PersonaPosition = "last"
     extraction: ExtractionConfig = ExtractionConfig()
     extraction_resamples: Annotated[int, Field(ge=0, le=MOST_RESAMPLES)] = 3
+    disjoint_texts: bool | None = None
 
     methods: Annotated[list[Method], Field(min_length=1)] = list(DEFAULT_METHODS)
     controls: list[Literal[CONTROLS]] | None = None
@@ -601,6 +605,16 @@ class ExperimentConfig(_Strict):
         return [name for name in self.conditions if CONDITIONS[name].is_steered]
 
     @property
+    def source_controls(self) -> list[str]:
+        """The conditions whose vectors are read from another source, each with a map of its own."""
+        return [name for name in self.conditions if CONDITIONS[name].source]
+
+    @property
+    def halves_texts(self) -> bool:
+        """Whether the source's vectors are made from other texts than the native ones."""
+        return bool(self.source_controls) if self.disjoint_texts is None else self.disjoint_texts
+
+    @property
     def n_cells(self) -> int:
         """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline.
 
@@ -639,6 +653,8 @@ class ExperimentConfig(_Strict):
         personas = [load_persona(name, given.get(name)) for name in self.persona_names]
         for persona in personas:
             check_extraction(persona, self.kind_of(persona.name))
+            if self.halves_texts:
+                check_halves(persona, self.kind_of(persona.name))
         return personas
 
     def format_of(self, side: str) -> str:

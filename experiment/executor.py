@@ -95,6 +95,7 @@ class Worker:
         self._sides = dict(sides)
         self._generators: dict[GenerationSettings, SteeredGenerator] = {}
         self._copies: dict[tuple[str, str], PreTrainedModel] = {}
+        self._of_seed: tuple[int, Side] | None = None
 
     def side(self, name: str) -> Side:
         """Return a side, loading it first if need be."""
@@ -107,9 +108,17 @@ class Worker:
         self, texts: Sequence[NeutralText], settings: PairSettings, fold_of: Mapping[str, int]
     ) -> CollectedPairs:
         """Return sums over the paired activations of some texts; see `pair_collection.read_pairs`."""
-        return read_pairs(
-            self.side("source").extractor, self.side("target").extractor, texts, settings, fold_of
+        source = (
+            self._untrained(settings.untrained) if settings.untrained is not None else self.side("source")
         )
+        return read_pairs(source.extractor, self.side("target").extractor, texts, settings, fold_of)
+
+    def _untrained(self, seed: int) -> Side:
+        """Return the source with random weights; that of one seed is kept."""
+        if self._of_seed is None or self._of_seed[0] != seed:
+            self._of_seed = None  # one at a time in memory
+            self._of_seed = seed, self.side("source").untrained(seed)
+        return self._of_seed[1]
 
     def generate(
         self, rows: Sequence[Mapping[str, Any]], vectors: Tensor, settings: GenerationSettings

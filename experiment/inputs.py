@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_extractor import PersonaVector
-from experiment.conditions import N_DRAWS, SCORERS, TRAINED_SCORERS
+from experiment.conditions import CONDITIONS, N_DRAWS, SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
 from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
@@ -29,6 +29,7 @@ from steered_generation import SteeredGenerator
 from support.errors import HubError, InputError
 from support.text_files import local_path
 from support.vector_files import VectorFile, read_vectors
+from support.vocabulary import EMBEDDINGS
 from texts.aligned_positions import check_offsets
 from texts.chat import as_words, resolve_format
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
@@ -274,6 +275,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     if pairs is not None:
         inputs = inputs.at_pairs(pairs)
     _check_layers(inputs)
+    _check_embeddings(inputs)
     _check_prompts(inputs)
     for note in inputs.persona_notes:
         logger.warning("%s", note)
@@ -400,6 +402,16 @@ def _check_layers(inputs: Inputs) -> None:
     for (name, _), file in inputs.given.items():
         for pair in inputs.layer_pairs:
             inputs.given_vector(inputs.side(name), file, pair[SIDES.index(name)])
+
+
+def _check_embeddings(inputs: Inputs) -> None:
+    """Raise InputError: a control reads the source's embeddings, and they cannot be found."""
+    sources = {name: CONDITIONS[name].source for name in inputs.config.source_controls}
+    if readers := [name for name, source in sources.items() if source.block == EMBEDDINGS]:
+        try:
+            inputs.source.extractor.extract_layers(["?"], [EMBEDDINGS])
+        except InputError as error:
+            raise InputError(f"control {readers[0]!r} of the source model: {error}") from error
 
 
 def _check_prompts(inputs: Inputs) -> None:

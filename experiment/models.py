@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import ActivationExtractor
 from experiment.config import ExperimentConfig
-from model_loading import decoder_blocks, load_model, model_fingerprint, plain_model
+from model_loading import decoder_blocks, load_model, model_fingerprint, plain_model, untrained_model
 from support.artifacts import fingerprint
 from support.errors import InputError
 
@@ -59,6 +59,19 @@ class Side:
         extractor = copy(self.extractor)
         (extractor.layer_idx,) = extractor.check_layers([layer_idx])
         return replace(self, extractor=extractor)
+
+    def untrained(self, seed: int) -> "Side":
+        """Return the side of a model with random weights in the place of the trained ones."""
+        model, own = untrained_model(self.model, seed), self.extractor
+        return replace(
+            self,
+            model_name=f"untrained {self.model_name}",
+            model=model,
+            extractor=ActivationExtractor(
+                model, self.tokenizer, own.layer_idx, batch_size=own.batch_size, block_path=own.block_path
+            ),
+            fingerprint=fingerprint(self.fingerprint, "untrained", seed),
+        )
 
 
 def load_side(

@@ -38,12 +38,18 @@ ABOUT = (
     "@ W."
 )
 
+ABOUT_CONTROLS = (
+    "Ridge regressions from what controls read in the place of the source, fitted on the same texts: its "
+    "token embeddings, the output of its first block, or the blocks of its architecture with random weights. "
+    "maps: vector name -> as in comparison_maps.pt."
+)
+
 
 @dataclass(frozen=True)
 class ComparisonMap:
-    """A map of one of KINDS, on the pairs that ridge regression was fitted on.
+    """A map of one of KINDS on the pairs of ridge regression, or ridge regression from a control's source.
 
-    draw: the number of the shuffle, from 0.
+    kind: the condition. draw: the number of the shuffle, or of the random weights, from 0.
     W (d_source, d_target), source_mean (d_source,), target_mean (d_target,): float64.
     rank: None but for `reduced_rank`. cv: the result of `ridge_mapping.held_out_summary` with the kind,
     lambda, rank and number of pairs.
@@ -86,6 +92,13 @@ class ComparisonMap:
         used = None if kind == "procrustes" else lambda_
         cv = {"kind": kind, "lambda": used, "rank": rank, "n": statistics.n_pairs, **summary}
         return cls(kind, draw, W, total.source_mean, total.target_mean, rank, cv)
+
+    @classmethod
+    def of_source(cls, kind: str, ridge: RidgeMapping, draw: int = 0) -> "ComparisonMap":
+        """Take over a cross-validated ridge regression from the source of a control."""
+        (row,) = maps_table(ridge, {})
+        cv = {"kind": kind, **{name: value for name, value in row.items() if name != "map"}}
+        return cls(kind, draw, ridge.W, ridge.source_mean, ridge.target_mean, None, cv)
 
     def transform(self, v_source: Tensor) -> Tensor:
         """Map directions without intercept; see `RidgeMapping.transform`."""

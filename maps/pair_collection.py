@@ -43,12 +43,14 @@ class PairSettings:
 
     layer_pairs: all are read in the same passes. positions: tokens of a text that give pairs, `aligned` or
         `last`; see `paired_activations`. seed: decides the folds, and which pairs are kept as a sample.
+    untrained: the seed of random weights for the source, None for the source itself.
     """
 
     layer_pairs: tuple[LayerPair, ...]
     positions: str = "aligned"
     n_folds: int = 5
     seed: int = 0
+    untrained: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,24 @@
 
 The pairs of all layer pairs come from one pass over the texts. Files of the middle layer pair stand in the
 run's folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for a single layer pair, so that
-other lambda values need no second pass; those of many pairs would fill a disk.
+other lambda values need no second pass; those of many pairs would fill a disk. Controls that are read from
+another source have maps of their own, to the target's block of each pair: embeddings and the first block are
+read in the same pass, a model with random weights in one of its own.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from activation_extractor import ResidualNorm, measure_residual_norm
-from experiment.conditions import vector_names
+from experiment.conditions import CONDITIONS, N_DRAWS, vector_names
 from experiment.executor import collect_in_chunks
 from experiment.run import FORMAT_VERSION, Artifact, Run, pair_folder
-from maps.comparison_maps import ABOUT, KINDS, ComparisonMap, maps_table
+from maps.comparison_maps import ABOUT, ABOUT_CONTROLS, KINDS, ComparisonMap, maps_table
 from maps.layer_bands import LayerPair
 from maps.pair_collection import PairSettings, collection_notes, statistics_content, training_data
 from phases.collect_responses import neutral_responses_key
@@ -33,12 +35,15 @@ from texts.neutral_text import NeutralText
 logger = logging.getLogger(__name__)
 
 
-def mapping_data_key(run: Run) -> str:
-    """Return what the activations that the maps learn from depend on, and with them the unit of alpha."""
+def mapping_data_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
+    """Return what the activations that the maps learn from depend on, and with them the unit of alpha.
+
+    pairs: the layers that are read, by default the run's.
+    """
     inputs, config = run.inputs, run.config
     sides = [side.fingerprint for side in inputs.sides]
     texts = neutral_responses_key(run) if inputs.neutral_questions else _texts_key(inputs.neutral_texts)
-    settings = [inputs.layer_pairs, inputs.mapping_positions, config.seed]
+    settings = [pairs or inputs.layer_pairs, inputs.mapping_positions, config.seed]
     return fingerprint(FORMAT_VERSION, sides, settings, texts)
 
 
@@ -47,14 +52,32 @@ def _texts_key(texts: tuple[NeutralText, ...]) -> str:
     return fingerprint([[item.text, item.document] for item in texts])
 
 
-def _pairs_key(run: Run) -> str:
-    return fingerprint(mapping_data_key(run), run.config.n_folds)
+def _pairs_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
+    return fingerprint(mapping_data_key(run, pairs), run.config.n_folds)
 
 
-def _maps_key(run: Run) -> str:
+def _maps_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
     config = run.config
     settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion]
-    return fingerprint(_pairs_key(run), settings)
+    return fingerprint(_pairs_key(run, pairs), settings)
+
+
+def control_key(run: Run, condition: str) -> str:
+    """Return what the maps from a control's own source depend on, and which weights it has."""
+    pairs = [CONDITIONS[condition].source.layer_pair(pair) for pair in run.inputs.layer_pairs]
+    return fingerprint(_maps_key(run, pairs), source_seeds(run, condition))
+
+
+def _controls_key(run: Run) -> str:
+    return fingerprint([[name, control_key(run, name)] for name in run.config.source_controls])
+
+
+def source_seeds(run: Run, condition: str) -> dict[str, int | None]:
+    """Return vector name -> seed of the random weights of a control's source; None for trained ones."""
+    names = vector_names(condition)
+    if not CONDITIONS[condition].source.is_untrained:
+        return dict.fromkeys(names)
+    return {name: run.config.seed * N_DRAWS + draw for draw, name in enumerate(names)}
 
 
 # Each at one layer pair, see `Run.at_pair`.
@@ -63,16 +86,21 @@ TRAINING_DATA = Artifact("training_data.pt", 2, _pairs_key)
 RIDGE_MAPPING = Artifact("ridge_mapping.pt", 2, _maps_key)
 COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _maps_key)
 CV_RESULTS = Artifact("cv_results.json", 2, _maps_key)
+CONTROL_MAPS = Artifact("control_maps.pt", 2, _controls_key)
 OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 
 
 @dataclass(frozen=True, repr=False)
 class LearnedMaps:
-    """The maps of one layer pair. others: by vector name. results: what `cv_results.json` holds."""
+    """The maps of one layer pair. others, controls: by vector name. results: what `cv_results.json` holds.
+
+    controls: from what controls read in the place of the source.
+    """
 
     ridge: RidgeMapping
     others: dict[str, ComparisonMap]
     results: dict[str, Any]
+    controls: dict[str, ComparisonMap] = field(default_factory=dict)
 
     @property
     def residual_norm(self) -> ResidualNorm:
@@ -83,6 +111,11 @@ class LearnedMaps:
     def transforms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Vector name -> how a comparison map carries a direction over."""
         return {name: other.transform for name, other in self.others.items()}
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each map, see `maps_table`."""
+        return [*self.results["maps"], *maps_table(self.ridge, self.controls)[1:]]
 
 
 def maps_key(run: Run) -> str:
@@ -101,12 +134,13 @@ def fit_maps(
     """
     pairs = run.inputs.layer_pairs
     learned = {pair: maps for pair in pairs if (maps := _current(run, pair)) is not None}
-    missing = [pair for pair in pairs if pair not in learned]
-    if missing:
-        sums = dict(collected or {}) or _collected(run, missing)
-        for pair in each(missing, "fitting maps", "layer pair", leave=False):
-            learned[pair] = _fit_pair(run, pair, sums.pop(pair))
-    maps = tuple(learned[pair] for pair in pairs)
+    controls = {pair: found for pair in pairs if (found := _current_controls(run, pair)) is not None}
+    missing, uncontrolled = ([pair for pair in pairs if pair not in found] for found in (learned, controls))
+    sums = _collected(run, missing, uncontrolled, collected or {})
+    for pair in each(missing, "fitting maps", "layer pair", leave=False):
+        learned[pair] = _fit_pair(run, pair, sums[pair])
+    controls |= _fit_controls(run, uncontrolled, sums)
+    maps = tuple(replace(learned[pair], controls=controls[pair]) for pair in pairs)
     _report(run, maps)
     return maps
 
@@ -116,24 +150,83 @@ def load_maps(run: Run) -> tuple[LearnedMaps, ...]:
     learned = []
     for pair in run.inputs.layer_pairs:
         with run.at_pair(pair) as at_pair:
-            learned.append(_read(at_pair, *(artifact.require(at_pair) for artifact in OF_MAPS)))
+            maps = _read(at_pair, *(artifact.require(at_pair) for artifact in OF_MAPS))
+            controls = CONTROL_MAPS.require(at_pair)["maps"] if run.config.source_controls else {}
+            learned.append(replace(maps, controls=_maps_from(controls)))
     return tuple(learned)
 
 
-def collect_sums(run: Run, pairs: Sequence[LayerPair]) -> dict[LayerPair, dict[str, Any]]:
-    """Return layer pair -> what `pair_statistics.pt` holds, from one pass over the texts of the map."""
-    config = run.config
-    settings = PairSettings(tuple(pairs), run.inputs.mapping_positions, config.n_folds, config.seed)
+def collect_sums(
+    run: Run, pairs: Sequence[LayerPair], untrained: int | None = None
+) -> dict[LayerPair, dict[str, Any]]:
+    """Return layer pair -> what `pair_statistics.pt` holds, from one pass over the texts of the map.
+
+    untrained: the seed of random weights that the source has in the place of its own.
+    """
+    config, positions = run.config, run.inputs.mapping_positions
+    settings = PairSettings(tuple(pairs), positions, config.n_folds, config.seed, untrained)
     collected = collect_in_chunks(run.executor, run.inputs.mapping_texts, settings)
     return {pair: statistics_content(collected, pair) for pair in pairs}
 
 
-def _collected(run: Run, missing: Sequence[LayerPair]) -> dict[LayerPair, dict[str, Any]]:
-    """Return the sums of the missing layer pairs; those of a single one are kept in a file."""
-    if len(run.inputs.layer_pairs) > 1:
-        return collect_sums(run, missing)
-    (pair,) = missing
-    return {pair: PAIR_STATISTICS.current_or_make(run, lambda run: collect_sums(run, [pair])[pair])}
+def _collected(
+    run: Run,
+    missing: Sequence[LayerPair],
+    uncontrolled: Sequence[LayerPair],
+    given: Mapping[LayerPair, dict[str, Any]],
+) -> dict[LayerPair, dict[str, Any]]:
+    """Return the sums of the missing layer pairs, and those of controls of the trained source.
+
+    uncontrolled: pairs whose controls have no map yet. given: sums that are there. The sums of a run of one
+    layer pair are kept in a file.
+    """
+    sums = dict(given)
+    kept = [pair for pair in missing if len(run.inputs.layer_pairs) == 1 and pair not in sums]
+    sums |= {pair: content for pair in kept if (content := PAIR_STATISTICS.current(run)) is not None}
+    sources = [CONDITIONS[name].source for name in run.config.source_controls]
+    trained = [source for source in sources if not source.is_untrained]
+    wanted = [*missing, *(source.layer_pair(pair) for source in trained for pair in uncontrolled)]
+    if new := [pair for pair in dict.fromkeys(wanted) if pair not in sums]:
+        sums |= collect_sums(run, new)
+    for pair in kept:
+        if pair in new:
+            PAIR_STATISTICS.save(run, sums[pair])
+    return sums
+
+
+def _current_controls(run: Run, pair: LayerPair) -> dict[str, ComparisonMap] | None:
+    """Return the controls' maps of an earlier run; None if they have to be fitted."""
+    if not run.config.source_controls:
+        return {}
+    with run.at_pair(pair) as at_pair:
+        content = CONTROL_MAPS.current(at_pair)
+    return None if content is None else _maps_from(content["maps"])
+
+
+def _fit_controls(
+    run: Run, pairs: Sequence[LayerPair], sums: Mapping[LayerPair, dict[str, Any]]
+) -> dict[LayerPair, dict[str, ComparisonMap]]:
+    """Fit and write the controls' maps of each layer pair; sums: of the trained source."""
+    found: dict[LayerPair, dict[str, ComparisonMap]] = {pair: {} for pair in pairs}
+    for condition in run.config.source_controls if pairs else ():
+        layers = {pair: CONDITIONS[condition].source.layer_pair(pair) for pair in pairs}
+        for draw, (name, seed) in enumerate(source_seeds(run, condition).items()):
+            read = sums if seed is None else collect_sums(run, list(layers.values()), seed)
+            for pair in each(pairs, f"fitting maps of {name}", "layer pair", leave=False):
+                ridge = _cross_validated(run, read[layers[pair]])
+                found[pair][name] = ComparisonMap.of_source(condition, ridge, draw)
+    for pair, maps in found.items():
+        with run.at_pair(pair) as at_pair:
+            content = {name: fitted.content() for name, fitted in maps.items()}
+            CONTROL_MAPS.save(at_pair, {"about": ABOUT_CONTROLS, "maps": content})
+    return found
+
+
+def _cross_validated(run: Run, sums: Mapping[str, Any]) -> RidgeMapping:
+    config, statistics = run.config, PairStatistics.from_content(sums["statistics"])
+    ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
+    ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
+    return ridge
 
 
 def _current(run: Run, pair: LayerPair) -> LearnedMaps | None:
@@ -147,9 +240,7 @@ def _current(run: Run, pair: LayerPair) -> LearnedMaps | None:
 def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     """Choose lambda, fit all maps on the summed pairs, and write them; `cv_results.json` last."""
     config, is_middle = run.config, pair == run.inputs.middle_pair
-    statistics = PairStatistics.from_content(sums["statistics"])
-    ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
-    ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
+    ridge = _cross_validated(run, sums)
     ridge.source_layer, ridge.target_layer = pair
     ridge.source_model, ridge.target_model = config.source_model, config.target_model
     ridge.source_blocks = run.inputs.source.n_blocks
@@ -167,7 +258,7 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
         "pairs": sums["report"],
         "analysis": ridge.analyze(),
         "maps": maps_table(ridge, others),
-        "target_residual_norm": asdict(measure_residual_norm(statistics.sample.H_target)),
+        "target_residual_norm": asdict(measure_residual_norm(ridge.statistics.sample.H_target)),
     }
     with run.at_pair(pair) as at_pair:
         if is_middle:
@@ -183,8 +274,12 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
 def _read(
     run: Run, results: dict[str, Any], ridge: dict[str, Any], others: dict[str, Any], *_: Any
 ) -> LearnedMaps:
-    maps = {name: ComparisonMap.from_content(entry) for name, entry in others["maps"].items()}
-    return LearnedMaps(RidgeMapping.from_content(ridge, str(RIDGE_MAPPING.path(run))), maps, results)
+    mapping = RidgeMapping.from_content(ridge, str(RIDGE_MAPPING.path(run)))
+    return LearnedMaps(mapping, _maps_from(others["maps"]), results)
+
+
+def _maps_from(content: Mapping[str, Mapping[str, Any]]) -> dict[str, ComparisonMap]:
+    return {name: ComparisonMap.from_content(entry) for name, entry in content.items()}
 
 
 def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
@@ -194,7 +289,7 @@ def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
     key, folder = middle.results["fingerprint"], run.folder
     folder.notes += collection_notes(middle.results["pairs"])
     draw_once(folder, "mapping_analysis.png", key, mapping_figure, middle.ridge.analyze(), cv, table)
-    logger.info("held-out R2 of the maps\n%s", format_maps(table))
+    logger.info("held-out R2 of the maps\n%s", format_maps(middle.table))
     documents = "questions" if run.inputs.neutral_questions else "documents"
     of_band = f"{len(maps)} layer pairs, of which the middle one has " if len(maps) > 1 else ""
     logger.info(

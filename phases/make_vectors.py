@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,16 +29,33 @@ from analysis.vector_transfer import (
     measures,
     transfer_pair,
 )
-from experiment.conditions import CONDITIONS, MAPPED, ORACLE, STEERED, other_personas, vector_names
+from experiment.conditions import (
+    CONDITIONS,
+    MAPPED,
+    ORACLE,
+    STEERED,
+    condition_of,
+    other_personas,
+    vector_names,
+)
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
 from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, text_rows
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from maps.comparison_maps import maps_table
 from phases.collect_responses import persona_responses_key
-from phases.fit_maps import LearnedMaps, load_maps, mapping_data_key, maps_key
+from phases.fit_maps import (
+    LearnedMaps,
+    control_key,
+    load_maps,
+    mapping_data_key,
+    maps_key,
+    source_seeds,
+)
 from reporting.tables import format_cosines, format_spread
 from support.artifacts import file_sha256, fingerprint
-from texts.personas import Persona
+from support.errors import InputError
+from texts.personas import Persona, half_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +71,8 @@ def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str
         parts.append(persona_responses_key(run, persona, measured))
     elif measured:
         parts += [persona.positive_texts, persona.negative_texts, run.config.persona_position]
+    if run.config.halves_texts:
+        parts.append(["halves", measured])
     return fingerprint(parts)
 
 
@@ -69,6 +89,7 @@ def _native_key(run: Run) -> str:
 def vectors_key(run: Run) -> str:
     """Return what all vectors of a run depend on."""
     made = [vector_names(name) for name in STEERED]
+    made += [control_key(run, name) for name in run.config.source_controls]
     return fingerprint(_native_key(run), maps_key(run), run.config.seed, made)
 
 
@@ -95,6 +116,11 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
         "other_personas": lambda: in_source(*other_personas(list(by_name))[persona]),
         "map": lambda: maps_key(run),
         "seed": lambda: config.seed,
+        "control_source": lambda: [
+            inputs.source.fingerprint,
+            persona_key(run, by_name[persona], ["source"]),
+            control_key(run, condition),
+        ],
     }
     unit = mapping_data_key(run) if config.alpha_unit == "residual_norm" else "absolute"
     found = [parts[need]() for need in needs]
@@ -144,25 +170,56 @@ def _measure(run: Run) -> dict[str, Any]:
             found = _native(run, side, persona, layers)
             vectors[side.name][persona.name] = torch.stack([each.vector for each in found])
             known[side.name][persona.name] = list(map(measures, found))
-    return {"about": ABOUT_NATIVE, "vectors": vectors, "measures": known}
+    return {"about": ABOUT_NATIVE, "vectors": vectors, "measures": known, "ceilings": _ceilings(run)}
 
 
-def _native(run: Run, side: Side, persona: Persona, layers: Sequence[int]) -> list[PersonaVector]:
+def _ceilings(run: Run) -> dict[str, Tensor]:
+    """Return persona -> the target's vectors of the texts that the source reads, where it reads others."""
+    inputs = run.inputs
+    measured = [each for each in inputs.personas if ("target", each.name) not in inputs.given]
+    return {
+        persona.name: torch.stack(
+            [each.vector for each in _native(run, inputs.target, persona, inputs.target_layers, half=0)]
+        )
+        for persona in (measured if run.config.halves_texts else ())
+    }
+
+
+def _native(
+    run: Run, side: Side, persona: Persona, layers: Sequence[int], half: int | None = None
+) -> list[PersonaVector]:
     inputs = run.inputs
     if file := inputs.given.get((side.name, persona.name)):
         return [inputs.given_vector(side, file, layer) for layer in layers]
-    texts, position = _read_texts(run, side.name, persona)
+    texts, position = _read_texts(run, side.name, persona, half)
     by_layer = side.extractor.measure_persona_vectors(*texts, layers, position)
     return [by_layer[layer] for layer in layers]
 
 
-def _read_texts(run: Run, side: str, persona: Persona) -> tuple[Sequence[Sequence[ReadText]], str]:
-    """Return a persona's positive and negative texts or responses, and where they are read."""
-    if persona not in run.inputs.responding_personas:
-        return (persona.positive_texts, persona.negative_texts), run.config.persona_position
-    by_sign = run.inputs.responses[side][persona.name]
+def _read_texts(
+    run: Run, side: str, persona: Persona, half: int | None = None
+) -> tuple[Sequence[Sequence[ReadText]], str]:
+    """Return a persona's positive and negative texts or responses, and where they are read.
+
+    half: which half of them, where they are halved; by default 0 for the source, 1 for the target.
+    Raises InputError: nothing is left on a side.
+    """
+    responds = persona in run.inputs.responding_personas
+    texts = persona.positive_texts, persona.negative_texts
+    if responds:
+        texts = run.inputs.responses[side][persona.name]
+    if run.config.halves_texts:
+        half = SIDES.index(side) if half is None else half
+        texts = [half_of(found, half, persona.questions if responds else ()) for found in texts]
+    if not all(texts):
+        raise InputError(
+            f"persona {persona.name!r} has no text or response left on a side for the {side}; give more "
+            'texts, or questions, set "disjoint_texts": false, or leave out the controls that read them'
+        )
+    if not responds:
+        return texts, run.config.persona_position
     ask = run.inputs.prompting.question
-    return [[(ask(side, asked), response) for asked, response in found] for found in by_sign], "response"
+    return [[(ask(side, asked), response) for asked, response in found] for found in texts], "response"
 
 
 def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
@@ -187,11 +244,20 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
         f"the massive dimensions {norm.massive_dimensions}; alpha 1 ({run.config.alpha_unit}) adds {unit:.4g}"
     )
     logger.info("%d personas, %s", len(content["personas"]), PERSONA_VECTORS.path(run))
+    for name, by_name in content["vectors"].items():
+        if empty := [
+            CONDITIONS[condition_of(vector)].label for vector, rows in by_name.items() if not rows.any()
+        ]:
+            run.folder.notes.append(
+                f"{name}: both sides of its texts are the same to {', '.join(empty)} where they are read: no "
+                "vector is added, and texts under this condition are unsteered"
+            )
     return content
 
 
 def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
-    natives = native_vectors(run)
+    natives, of_controls = native_vectors(run), _control_vectors(run)
+    ceilings = NATIVE_VECTORS.require(run)["ceilings"]
     found = [
         transfer_pair(
             *({name: rows[index] for name, rows in natives[side].items()} for side in SIDES),
@@ -199,6 +265,13 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
             learned.transforms,
             learned.residual_norm.massive_dimensions,
             run.config.seed,
+            {
+                vector: {
+                    name: learned.controls[vector].transform(rows[index]) for name, rows in by_persona.items()
+                }
+                for vector, by_persona in of_controls.items()
+            },
+            {name: rows[index] for name, rows in ceilings.items()},
         )
         for index, learned in enumerate(maps)
     ]
@@ -215,11 +288,36 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
         "residual_norms": [asdict(each.residual_norm) for each in maps],
         "personas": middle.report,
         "by_layer": [each.report for each in found],
+        "control_maps": maps_table(maps[len(maps) // 2].ridge, maps[len(maps) // 2].controls)[1:],
         "energy_curves": {
             name: maps[len(maps) // 2].ridge.energy_curve(by_name[ORACLE])
             for name, by_name in middle.vectors.items()
         },
     }
+
+
+def _control_vectors(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return vector name -> persona -> (blocks, d_source): what controls read in the place of the source.
+
+    Layers of the same weights are read in one pass.
+    """
+    wanted: dict[int | None, dict[str, list[int]]] = {}  # seed of random weights -> vector name -> layers
+    for condition in run.config.source_controls:
+        read = CONDITIONS[condition].source
+        for vector, seed in source_seeds(run, condition).items():
+            layers = [read.layer_pair(pair)[0] for pair in run.inputs.layer_pairs]
+            wanted.setdefault(seed, {})[vector] = layers
+    found: dict[str, dict[str, Tensor]] = {}
+    for seed, by_vector in wanted.items():
+        side = run.inputs.source if seed is None else run.inputs.source.untrained(seed)
+        for persona in run.inputs.personas:
+            texts, position = _read_texts(run, "source", persona)
+            layers = list(chain.from_iterable(by_vector.values()))
+            by_layer = side.extractor.measure_persona_vectors(*texts, layers, position, may_vanish=True)
+            for vector, own in by_vector.items():
+                rows = torch.stack([by_layer[layer].vector for layer in own])
+                found.setdefault(vector, {})[persona.name] = rows
+    return found
 
 
 def resample_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> None:

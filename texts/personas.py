@@ -162,6 +162,27 @@ def check_extraction(persona: Persona, kind: str) -> None:
             )
 
 
+def half_of(texts: Sequence[Any], half: int, questions: Sequence[str] = ()) -> list[Any]:
+    """Return half 0 or 1 of a side's texts, every other one; text i of both sides stays in the same half.
+
+    questions: of these, texts are (question, response), and the halves are of every other question.
+    """
+    if not questions:
+        return list(texts[half::2])
+    return [text for text in texts if questions.index(text[0]) % 2 == half]
+
+
+def check_halves(persona: Persona, kind: str) -> None:
+    """Raise InputError: the persona has too few texts, or questions, to make two vectors of disjoint ones."""
+    sides = {"positive texts": persona.positive_texts, "negative texts": persona.negative_texts}
+    for name, texts in ({"questions": persona.questions} if kind == "responses" else sides).items():
+        if len(texts) < 2:
+            raise InputError(
+                f"persona {persona.name!r} has {len(texts)} {name}, but source and native vector are made "
+                'from disjoint halves of them; give two or more, or set "disjoint_texts": false'
+            )
+
+
 def _check_persona(persona: Persona) -> None:
     check_extraction(persona, "responses" if persona.instructions or persona.questions else "texts")
     if bool(persona.labelled_positive) != bool(persona.labelled_negative):
