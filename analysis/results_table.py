@@ -134,8 +134,9 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
     draw: of a control of several vectors the one with the largest effect, whose numbers the row has.
     verdict: what `verdict.json` holds. compared_at: `chosen alpha`, or `oracle alpha` where the conditions
     were also compared at the oracle's. perplexity_ratio: of the written texts; plain_text_perplexity_ratio:
-    of neutral passages that are read under the steering. rate_raw: share of texts in which the scorer sees
-    the trait; rate, rate_low, rate_high: the same corrected for the scorer's errors.
+    of neutral passages that are read under the steering. recovery, beyond_lexical: of the mapped vector, of
+    the native effect and of what it is beyond the lexical control's. rate_raw: share of texts in which the
+    scorer sees the trait; rate, rate_low, rate_high: the same corrected for the scorer's errors.
     """
 
     ratio = cache(partial(cell_perplexity_ratio, table))
@@ -147,7 +148,7 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
                 shown = worst_draws({name: each["estimate"] for name, each in decided["effects"].items()})
                 for condition, name in shown.items():
                     effect, alpha = decided["effects"][name], found["alphas"][condition]
-                    recovery = decided["recovery"] if condition == MAPPED else None
+                    of_mapped = decided if condition == MAPPED else {}
                     rates = decided["rates"].get(name) or {}
                     rows.append(
                         {
@@ -161,7 +162,9 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
                             "effect": effect["estimate"],
                             **{name: effect[name] for name in ("low", "high", "anti_steered")},
                             "p_mapped_over_it": effect["p_mapped_over_it"],
-                            **_columns("recovery", recovery),
+                            **_columns("recovery", of_mapped.get("recovery")),
+                            "lexical_control": of_mapped.get("lexical_control"),
+                            **_columns("beyond_lexical", of_mapped.get("beyond_lexical")),
                             "rate_raw": rates.get("raw"),
                             **_columns("rate", rates.get("corrected")),
                             "perplexity_ratio": ratio(persona, name, alpha),

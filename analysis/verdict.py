@@ -2,8 +2,9 @@
 
 Each validated scorer decides for itself, by the tests of `significance`; where scorers differ, the more
 cautious verdict stands. Mapped has to beat every draw of every control: an intersection-union test (Berger
-1982), whose p is the largest of theirs, so that only personas are many. Why a verdict stands is data here;
-`reporting.tables` makes sentences of it.
+1982), whose p is the largest of theirs, so that only personas are many. It has to exceed the lexical
+controls, which know the source's words alone, by a share of the native effect besides; else what it does is
+text-borne. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
 """
 
 import math
@@ -28,6 +29,7 @@ from analysis.significance import (
 from experiment.conditions import (
     CONTROLS,
     DECIDING_CONTROLS,
+    LEXICAL_CONTROLS,
     MAPPED,
     ORACLE,
     SCORERS,
@@ -43,6 +45,7 @@ NATIVE_FAILS = 0.15  # the oracle has no effect to speak of if the upper bound o
 TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # bounds of the recovery, as shares of the native effect
 ALL_COLLAPSE = 0.5  # share of collapsed texts under every vector from which steering itself is at fault
 NO_BETTER = 0.15  # share of the native effect; mapped surely exceeds the best control by less than this
+BEYOND_WORDS = 0.15  # share of the native effect by which mapped has to exceed the lexical controls
 HIGH_SCORE, CEILING = 0.9, 0.3  # a share of native texts with higher scores above this is a ceiling
 LOWEST_SCORE = 0.001  # scores are clipped to it, and to 1 less it, before they become log-odds
 # From the most to the least that is claimed; of two scorers' verdicts, the later stands.
@@ -50,11 +53,12 @@ VERDICTS = (
     "equivalent to native",
     "transferred",
     "partial",
+    "text-borne",
     "inconclusive",
     "not transferred",
     "native steering ineffective",
 )
-CLAIMS, DENIALS = set(VERDICTS[:3]), set(VERDICTS[4:])
+CLAIMS, DENIALS = set(VERDICTS[:3]), set(VERDICTS[5:])
 
 # What a scorer's verdict follows from. In the first three cases nothing could be tested.
 Reason = Literal[
@@ -65,6 +69,7 @@ Reason = Literal[
     "recovery",
     "control missing",  # the recovery is large enough, and controls or draws in `missing` have no score
     "best control",  # recovery and best control together
+    "lexical control",  # both would do, but mapped does not surely exceed the stronger lexical control
 ]
 Scores = Mapping[str, np.ndarray]  # compared name -> difference to unsteered at each prompt
 Key = tuple[str, str]  # (persona, scorer)
@@ -91,8 +96,11 @@ class ScorerVerdict:
     missing: conditions, or draws of them, that the reason is about. native, mapped, over_best_control:
     effects. best_control: the draw with the largest effect. share_near_one: of native texts; where it is a
     ceiling, log_odds_p is of equivalence in log-odds. adjusted_p: of mapped over the control that it beats
-    least surely, by Holm over n_personas. prompts_needed: to settle an open case. effects, rates: compared
-    name -> its effect, and share of texts over the scorer's threshold, {raw, corrected}.
+    least surely, by Holm over n_personas. lexical_control: the one with the larger effect; over_lexical:
+    mapped's effect beyond it; lexical_p: of mapped exceeding all lexical controls by BEYOND_WORDS of the
+    native effect, and the other controls, by Holm; beyond_lexical: over_lexical as a share of the native
+    effect beyond it, None where that is not surely above 0. prompts_needed: to settle an open case. effects,
+    rates: compared name -> its effect, and share of texts over the scorer's threshold, {raw, corrected}.
     """
 
     verdict: str
@@ -108,6 +116,10 @@ class ScorerVerdict:
     best_control: str | None = None
     over_best_control: Interval | None = None
     adjusted_p: float | None = None
+    lexical_control: str | None = None
+    over_lexical: Interval | None = None
+    lexical_p: float | None = None
+    beyond_lexical: Interval | None = None
     n_personas: int = 1
     prompts_needed: int | None = None
     is_validated: bool = False
@@ -163,6 +175,9 @@ def decide_verdicts(
     found = {key: effects(texts[key[0]], column) for key, column in columns.items()}
     p_values = {key: control_p(differences) for key, (differences, _) in found.items()}
     adjusted = adjusted_p(p_values)
+    beyond_words = adjusted_p(
+        p_values, {key: lexical_p(differences) for key, (differences, _) in found.items()}
+    )
     verdicts = {}
     for persona, of_persona in alphas.items():
         scorers = {}
@@ -173,6 +188,7 @@ def decide_verdicts(
                 differences,
                 p_values[key],
                 adjusted.get(key),
+                beyond_words.get(key),
                 unscored=[name for name in _controls(texts[persona]["compared"]) if name not in differences],
                 log_odds=effects(log_odds(texts[persona], columns[key]), columns[key])[0],
                 share_near_one=_share_near_one(texts[persona], columns[key]),
@@ -230,17 +246,46 @@ def control_p(differences: Scores) -> dict[str, float]:
     return {name: sign_flip_p(mapped - other) for name, other in others.items()}
 
 
+def lexical_p(differences: Scores) -> dict[str, float]:
+    """Return lexical control -> p of mapped exceeding it by no more than BEYOND_WORDS of the native effect.
+
+    The margin is paired by prompt, so that it needs no estimate of the native effect; empty for too few
+    prompts, or without a native score.
+    """
+    mapped, native = (differences.get(name, np.array([])) for name in (MAPPED, ORACLE))
+    if min(len(mapped), len(native)) < FEWEST_PROMPTS:
+        return {}
+    least = BEYOND_WORDS * native
+    return {
+        name: sign_flip_p(mapped - differences[name] - least)
+        for name in LEXICAL_CONTROLS
+        if name in differences
+    }
+
+
 def _controls(names: Iterable[str]) -> list[str]:
     """Return the compared names of every draw of every control, each once."""
     return [name for name in dict.fromkeys(names) if condition_of(name) in CONTROLS]
 
 
-def adjusted_p(p_values: Mapping[Key, Mapping[str, float]]) -> dict[Key, float]:
+def adjusted_p(
+    p_values: Mapping[Key, Mapping[str, float]],
+    beyond_words: Mapping[Key, Mapping[str, float]] | None = None,
+) -> dict[Key, float]:
     """Return (persona, scorer) -> p of mapped over all its controls, by Holm over the scorer's personas.
 
-    p_values: from `control_p`; where they are empty there is no test.
+    p_values: from `control_p`; where they are empty there is no test. Lexical controls count with
+    `beyond_words`, from `lexical_p`, alone.
     """
-    highest = {key: max(found.values()) for key, found in p_values.items() if found}
+    highest = {
+        key: max(
+            *(p for name, p in found.items() if name not in LEXICAL_CONTROLS),
+            *(beyond_words or {}).get(key, {}).values(),
+            0.0,
+        )
+        for key, found in p_values.items()
+        if found
+    }
     adjusted: dict[Key, float] = {}
     for scorer in {scorer for _, scorer in highest}:
         keys = [key for key in highest if key[1] == scorer]
@@ -252,6 +297,7 @@ def decide(
     differences: Scores,
     p_values: Mapping[str, float],
     adjusted: float | None,
+    beyond_words: float | None,
     log_odds: Scores,
     unscored: Sequence[str] = (),
     n_personas: int = 1,
@@ -259,9 +305,9 @@ def decide(
 ) -> ScorerVerdict:
     """Return the verdict of one scorer on one persona.
 
-    differences, log_odds: from `effects`, of scores and of their log-odds. p_values, adjusted: from
-    `control_p` and `adjusted_p`. unscored: draws of controls that were run, no text of which has a score.
-    known: further fields of the verdict.
+    differences, log_odds: from `effects`, of scores and of their log-odds. p_values, adjusted, beyond_words:
+    from `control_p` and `adjusted_p`, without and with what `lexical_p` gives. unscored: draws of controls
+    that were run, no text of which has a score. known: further fields of the verdict.
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
     n_prompts = len(next(iter(differences.values()), []))
@@ -288,10 +334,26 @@ def decide(
         "recovery": recovery(mapped, native),
         "equivalence_p": equivalence_p(mapped, native),
         "adjusted_p": adjusted,
+        **_beyond_lexical(differences),
+        "lexical_p": beyond_words,
     }
     if known["share_near_one"] > CEILING:
         known["log_odds_p"] = equivalence_p(log_odds[MAPPED], log_odds[ORACLE])
     return _decide_by_recovery(differences, unscored, known)
+
+
+def _beyond_lexical(differences: Scores) -> dict[str, Any]:
+    """Return what mapped does beyond the stronger lexical control; nothing without one."""
+    ran = [name for name in LEXICAL_CONTROLS if name in differences]
+    if not ran:
+        return {}
+    strongest = max(ran, key=lambda name: differences[name].mean())
+    over, room = (differences[name] - differences[strongest] for name in (MAPPED, ORACLE))
+    return {
+        "lexical_control": strongest,
+        "over_lexical": mean_interval(over),
+        "beyond_lexical": recovery(over, room) if mean_interval(room).low > 0 else None,
+    }
 
 
 def _decide_by_recovery(
@@ -305,7 +367,9 @@ def _decide_by_recovery(
     known_of = set(map(condition_of, [*controls, *unscored]))
     if missing := (*(name for name in DECIDING_CONTROLS if name not in known_of), *unscored):
         return ScorerVerdict("inconclusive", "control missing", missing=missing, **known)
-    best = max(controls, key=lambda name: differences[name].mean())
+    best = max(
+        (name for name in controls if name not in LEXICAL_CONTROLS), key=lambda name: differences[name].mean()
+    )
     over, least = mapped - differences[best], NO_BETTER * known["native"].estimate
     over_best = mean_interval(over)
     beats, needed = known["adjusted_p"] < SIGNIFICANT, None
@@ -320,8 +384,13 @@ def _decide_by_recovery(
         verdict = "inconclusive"
         to_beat = prompts_needed(over, known["n_personas"]), prompts_needed(over - least)
         needed = _needed_by_recovery(mapped, native) if beats else _fewest(*to_beat)
+    reason: Reason = "best control"
+    if verdict in CLAIMS and known["lexical_p"] >= SIGNIFICANT:
+        verdict, reason = "text-borne", "lexical control"
+        beyond = mapped - differences[known["lexical_control"]] - BEYOND_WORDS * native
+        needed = prompts_needed(beyond, known["n_personas"]) if beyond.mean() > 0 else None
     known = {**known, "over_best_control": over_best, "prompts_needed": needed}
-    return ScorerVerdict(verdict, "best control", best_control=best, **known)
+    return ScorerVerdict(verdict, reason, best_control=best, **known)
 
 
 def _needed_by_recovery(mapped: np.ndarray, native: np.ndarray) -> int | None:

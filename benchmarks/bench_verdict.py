@@ -11,7 +11,9 @@ size: beta-like, and close to 1 where the push is strong.
 A truth of r: the mapped vector does r times what the native one does. Nulls, which must not be claimed:
 `unsteered`, texts without a vector in the place of the mapped vector's; `shuffled`, those of the shuffled
 pairs; `a control as good`, where one draw of a control has the distribution of mapped, and both do what
-native does; `empty`, where mapped does so and is empty on four prompts of five. `ceiling` must not be
+native does; `empty`, where mapped does so and is empty on four prompts of five; `the words' texts`, where
+mapped does what native does and its texts are those of a lexical control, drawn from one distribution, and
+`the words' and 15 %`, where its effect exceeds that control's by exactly the margin. `ceiling` must not be
 equivalent: native texts are close to 1, and mapped pushes their log-odds by 70 % as much.
 """
 
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from analysis.results_table import at_alphas, prompt_means, results_table
 from analysis.significance import mean_interval, recovery
 from analysis.verdict import (
+    BEYOND_WORDS,
     CEILING,
     HIGH_SCORE,
     LOWEST_SCORE,
@@ -37,14 +40,25 @@ from analysis.verdict import (
     adjusted_p,
     control_p,
     decide,
+    lexical_p,
 )
-from experiment.conditions import DECIDING_CONTROLS, MAPPED, N_DRAWS, ORACLE, SCORERS, UNSTEERED, drawn_name
+from experiment.conditions import (
+    DECIDING_CONTROLS,
+    LEXICAL_CONTROLS,
+    MAPPED,
+    ORACLE,
+    SCORERS,
+    UNSTEERED,
+    drawn_name,
+    draws_of,
+)
 from reporting.tables import markdown_table
 from support.artifacts import load_json
 
 SIZES = (8, 16, 30, 60)
 TRUTHS = (1.0, 0.6, 0.3, 0.2)
-NULLS = ("unsteered", "shuffled", "a control as good", "empty")
+LEXICAL, MARGIN = "the words' texts", f"the words' and {BEYOND_WORDS:.0%}"
+NULLS = ("unsteered", "shuffled", "a control as good", "empty", LEXICAL, MARGIN)
 KINDS = (*NULLS, "ceiling", *TRUTHS)
 EMPTY = 4, 1  # prompts with an empty text to others
 CEILING_PUSH = 0.7  # of the native push, in log-odds
@@ -73,7 +87,9 @@ def of_run(folder: Path) -> list[Population]:
 
 def made_up(generator: np.random.Generator) -> list[Population]:
     """Return a population for each native push, in which mapped does what native does."""
-    controls = [drawn_name(name, str(draw + 1)) for name in DECIDING_CONTROLS for draw in range(N_DRAWS)]
+    others = list("abc")  # personas
+    draws = [(name, draw) for name in DECIDING_CONTROLS for draw in draws_of(name, others).values()]
+    controls = [drawn_name(*each) for each in draws]
     populations = []
     for push in PUSHES:
         prompts = generator.normal(BASE, OF_PROMPT, POPULATION)
@@ -109,6 +125,14 @@ def with_truth(real: Population, kind: str | float) -> Population | None:
     elif kind == "empty":
         made = {name: np.tile(values, sum(EMPTY)) for name, values in real.items()}
         made[MAPPED] = np.concatenate([np.zeros_like(recovered)] * EMPTY[0] + [recovered] * EMPTY[1])
+    elif kind in (LEXICAL, MARGIN):
+        share = 1.0 if kind == LEXICAL else 1 - BEYOND_WORDS
+        words = [recovering(real, share, ORACLE), recovering(real, share)]
+        if words[1] is None:
+            return None
+        made = {name: np.tile(values, 2) for name, values in real.items()}
+        made[MAPPED] = np.concatenate([recovered, real[ORACLE]])
+        made[LEXICAL_CONTROLS[-1]] = np.concatenate(words)
     elif kind == "ceiling":
         if np.mean(real[ORACLE] > HIGH_SCORE) <= CEILING:
             return None
@@ -120,12 +144,12 @@ def with_truth(real: Population, kind: str | float) -> Population | None:
     return made
 
 
-def recovering(real: Population, share: float) -> np.ndarray | None:
+def recovering(real: Population, share: float, of: str = MAPPED) -> np.ndarray | None:
     """Return scores whose mean effect is this share of the native one, None where none of a run's have it.
 
-    They lie between those of a random direction and of the mapped vector, in log-odds, or beyond the latter.
+    They lie between those of a random direction and of a condition (`of`), in log-odds, or beyond the latter.
     """
-    start, mapped = _logit(real[_first(real, "random_direction")]), _logit(real[MAPPED])
+    start, mapped = _logit(real[_first(real, "random_direction")]), _logit(real[of])
     before, wanted = real[UNSTEERED].mean(), share * (real[ORACLE] - real[UNSTEERED]).mean()
 
     def excess(part: float) -> float:
@@ -154,7 +178,8 @@ def verdict_on(made: Population, chosen: np.ndarray) -> str:
     key, p_values = ("made up", "scorer"), control_p(differences)
     near_one = float(np.mean(scores[ORACLE] > HIGH_SCORE))
     adjusted = adjusted_p({key: p_values})[key]
-    return decide(differences, p_values, adjusted, log_odds, share_near_one=near_one).verdict
+    beyond_words = adjusted_p({key: p_values}, {key: lexical_p(differences)})[key]
+    return decide(differences, p_values, adjusted, beyond_words, log_odds, share_near_one=near_one).verdict
 
 
 def verdict_shares(real: list[Population], n: int, generator: np.random.Generator) -> list[tuple[str, ...]]:

@@ -153,14 +153,20 @@ class Inputs:
         return None if fastest == model.dtype else str(fastest).removeprefix("torch.")
 
     @property
-    def persona_notes(self) -> list[str]:
-        """What a reader of the scores has to know of the personas."""
-        return [
+    def notes(self) -> list[str]:
+        """What a reader of the results has to know of the personas and the models."""
+        notes = [
             f"persona {persona.name!r} is given without labelled texts: those of the shipped persona of this "
             "name train and validate its scorers; give it some, or another name"
             for persona in self.personas
             if persona.is_scored_as_shipped
         ]
+        if self.source.fingerprint == self.target.fingerprint:
+            notes.append(
+                "source and target are one model, a check of the tool: that what transfers is text-borne cannot "
+                "be excluded"
+            )
+        return notes
 
     @property
     def responding_personas(self) -> list[Persona]:
@@ -277,7 +283,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     _check_layers(inputs)
     _check_embeddings(inputs)
     _check_prompts(inputs)
-    for note in inputs.persona_notes:
+    for note in inputs.notes:
         logger.warning("%s", note)
     return inputs
 

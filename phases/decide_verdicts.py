@@ -27,7 +27,7 @@ from reporting.figures_results import (
     recovery_figure,
 )
 from reporting.style import draw_or_remove, save_figure
-from reporting.tables import format_success, format_verdicts, verdict_sentence
+from reporting.tables import format_recoveries, format_success, format_verdicts, verdict_sentence
 from scoring.trait_classifier import auc_notes
 from support.artifacts import fingerprint, save_text
 
@@ -73,6 +73,7 @@ def decide(
         logger.info("judged\n\n%s\n", format_success(content["success"]))
     if at_oracle:
         logger.info("at the oracle's alpha\n\n%s\n", format_verdicts(content["at_oracle_alpha"]))
+    logger.info("recovery, * not validated\n\n%s\n", format_recoveries(content["personas"]))
     logger.info("verdict\n\n%s\n", format_verdicts(content["personas"]))
     return content
 
@@ -133,4 +134,4 @@ def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
     checks = [*_preflight(run), asdict(check_lambda(run.config.lambda_values, results))]
     aucs = {entry["persona"]: entry["classifier_auc"] for entry in table}
     failed = [f"preflight: {failure}" for failure in failures(checks)]
-    return [*failed, *auc_notes(aucs), *run.inputs.persona_notes]
+    return [*failed, *auc_notes(aucs), *run.inputs.notes]

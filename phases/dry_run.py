@@ -16,7 +16,15 @@ import torch
 
 from analysis.verdict import FEWEST_PROMPTS
 from evaluation import continuation_perplexities
-from experiment.conditions import DECIDING_CONTROLS, MAPPED, N_DRAWS, ORACLE, UNSTEERED, vector_names
+from experiment.conditions import (
+    DECIDING_CONTROLS,
+    LEXICAL_CONTROLS,
+    MAPPED,
+    N_DRAWS,
+    ORACLE,
+    UNSTEERED,
+    vector_names,
+)
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.run import Artifact, Run
@@ -84,6 +92,8 @@ def conditions_of(inputs: Inputs) -> list[str]:
         lines.append(f"vectors that each write on every prompt and must each be beaten: {', '.join(several)}")
     if inputs.control_personas:
         lines.append(f"other_persona: {', '.join(persona.name for persona in inputs.control_personas)}")
+    if config.halves_texts:
+        lines.append("the source's vectors and the native ones are made from disjoint halves of the texts")
     return lines
 
 
@@ -161,11 +171,15 @@ def _map(run: Run, rates: Rates) -> Iterator[Step]:
     source, target = (n_texts * _n_tokens(side.tokenizer, read) / len(read) for side in inputs.sides)
     if inputs.neutral_questions:  # responses are not generated yet, and may be as long as allowed
         source = target = n_texts * config.max_new_tokens
-    n_maps = 1 + sum(len(vector_names(kind)) for kind in KINDS)
-    seconds = source * rates.source_token + target * rates.target_token
+    n_controls = sum(len(vector_names(name)) for name in config.source_controls)
+    n_lexical = sum(name in LEXICAL_CONTROLS for name in config.source_controls)
+    n_maps = 1 + sum(len(vector_names(kind)) for kind in KINDS) + n_controls
+    # A model with random weights is read in a pass of its own, and the target again beside it.
+    n_passes = 1 + n_controls - n_lexical
+    seconds = n_passes * (source * rates.source_token + target * rates.target_token)
     seconds += n_pairs * (config.n_folds + 1) * n_maps * rates.decomposition
     width = sum(side.d_model for side in inputs.sides)
-    size = n_pairs * (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
+    size = n_pairs * (1 + n_lexical) * (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
     of_pairs = f"{n_pairs} layer pair{'s' * (n_pairs > 1)} with sums of {size:.1f} GiB"
     yield f"{counted}, {source:.0f} source and {target:.0f} target tokens, {of_pairs}", seconds
 

@@ -78,7 +78,7 @@ def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str
 
 def _native_key(run: Run) -> str:
     inputs = run.inputs
-    models = [[side.fingerprint for side in inputs.sides], inputs.layer_pairs]
+    models = [[side.fingerprint for side in inputs.sides], inputs.layer_pairs, run.config.halves_texts]
     return fingerprint(
         FORMAT_VERSION,
         models,

@@ -17,12 +17,14 @@ from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED, drawn_name
 from reporting.tables import (
     COVERED,
     alone,
+    cosine_rows,
     interval,
     lowest_auc,
     maps_rows,
     number,
     p_value,
     percent,
+    recovery_rows,
     spread_rows,
     verdict_sentence,
 )
@@ -55,7 +57,7 @@ def write_report(folder: Path) -> Path:
             "phases are done"
         )
     config, results, verdict, checked = (load_json(folder / name) for name in NEEDED)
-    rows = results["rows"]
+    rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
@@ -71,10 +73,12 @@ def write_report(folder: Path) -> Path:
         note=alone,
         why=verdict_sentence,
         recoveries=_recoveries(verdict["personas"]),
+        recovered=recovery_rows(verdict["personas"]),
         figures={path.stem: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),
-        maps=maps_rows(load_json(folder / "cv_results.json")["maps"]),
-        layers=_layers_table(folder),
+        maps=maps_rows([*load_json(folder / "cv_results.json")["maps"], *vectors["control_maps"]]),
+        cosines=cosine_rows(vectors["personas"]),
+        layers=_layers_table(folder, vectors["layer_pairs"]),
         spread=spread_rows(load_json(folder / SPREAD)["personas"]) if has_spread else None,
         validation=_validation_table(verdict["validation"]),
         checks=_checks_table(checked["checks"]),
@@ -161,8 +165,7 @@ def _effects_tables(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
     return tables
 
 
-def _layers_table(folder: Path) -> Table:
-    pairs = load_tensors(folder / VECTORS)["layer_pairs"]
+def _layers_table(folder: Path, pairs: Sequence[Sequence[int]]) -> Table:
     rows = []
     for position, (source, target) in enumerate(pairs):
         # The middle pair of a band lies on top.

@@ -6,7 +6,7 @@ from typing import Any
 from analysis.alpha_search import AlphaKey, ChosenAlpha
 from analysis.results_table import worst_cells
 from analysis.success_criteria import CRITERIA, EXPECTED
-from analysis.verdict import FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
+from analysis.verdict import BEYOND_WORDS, FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
 from experiment.conditions import CONDITIONS, MAPPED, SCORERS, drawn_name, label_of
 
 # heading -> metric and format of a condition's mean
@@ -48,10 +48,10 @@ def interval(found: Mapping[str, float | None] | None, form: str = "+.2f") -> st
     return f"{found['estimate']:{form}} [{low}, {high}]"
 
 
-def percent(found: Mapping[str, float | None]) -> str:
+def percent(found: Mapping[str, float | None], unit: str = " %") -> str:
     """Return a share with its interval in per cent: 91 % [69, 113]."""
     low, high = ("unbounded" if found[end] is None else f"{found[end]:.0%}"[:-1] for end in ("low", "high"))
-    return f"{number(found['estimate'], '.0%')[:-1]} % [{low}, {high}]"
+    return f"{number(found['estimate'], '.0%')[:-1]}{unit} [{low}, {high}]"
 
 
 def verdict_sentence(found: Mapping[str, Any]) -> str:
@@ -123,7 +123,28 @@ def _scorer_sentence(found: Mapping[str, Any]) -> str:
         return f"{recovers}, but these controls were not run, or have no score: {missing}"
     best, over = label_of(found["best_control"]), interval(found["over_best_control"])
     differs = f"differs from the best control, {best}, by {over} (Holm p {p_value(found['adjusted_p'])})"
-    return f"{recovers} and {differs}{_ceiling(found)}{needed}"
+    return f"{recovers} and {differs}{_beyond_words(found)}{_ceiling(found)}{needed}"
+
+
+def _beyond_words(found: Mapping[str, Any]) -> str:
+    """Return what the mapped vector does beyond the source's words; nothing where no control says it."""
+    if found["lexical_control"] is None:
+        return ""
+    lexical, over = label_of(found["lexical_control"]), interval(found["over_lexical"])
+    p = f"Holm p {p_value(found['lexical_p'])} for more than {BEYOND_WORDS:.0%} of the native effect"
+    said = f", and from the lexical control, {lexical}, by {over} ({p}); {_beyond_lexical(found)}"
+    if found["reason"] == "lexical control":
+        said += "; the source's words do as well: nothing of the source model was needed"
+        if found["over_lexical"]["high"] > BEYOND_WORDS * found["native"]["estimate"]:
+            said += ", as far as these prompts can tell"
+    return said
+
+
+def _beyond_lexical(found: Mapping[str, Any]) -> str:
+    """Return the recovery beyond the lexical control, or why it has no interval."""
+    if found["beyond_lexical"] is None:
+        return "native is not surely above that control, so that recovery beyond it has no interval"
+    return f"it recovers {percent(found['beyond_lexical'])} of what native does beyond that control"
 
 
 def _ceiling(found: Mapping[str, Any]) -> str:
@@ -134,6 +155,41 @@ def _ceiling(found: Mapping[str, Any]) -> str:
         f"; a ceiling: {found['share_near_one']:.0%} of native texts score above {HIGH_SCORE}, so that "
         f"equivalence needs equal log-odds, too (p {p_value(found['log_odds_p'])})"
     )
+
+
+def recovery_rows(
+    personas: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of a table: what mapped does of the native effect, and beyond the words.
+
+    personas: name -> `Verdict.content()`. `*` marks a scorer that is not validated.
+    """
+    header = ("persona", "scorer", "native", "mapped", "recovery (%)", "lexical control", "mapped beyond it")
+    header += ("recovery beyond it (%)",)
+    rows = []
+    for persona, found in personas.items():
+        for scorer, decided in found["scorers"].items():
+            if not decided["recovery"]:
+                continue
+            beyond, name = decided["beyond_lexical"], decided["lexical_control"]
+            missing = "native not surely above it" if name else "not run"
+            rows.append(
+                (
+                    persona,
+                    SCORERS[scorer].label + ("" if decided["is_validated"] else " *"),
+                    *(interval(decided[effect]) for effect in ("native", "mapped")),
+                    percent(decided["recovery"], ""),
+                    label_of(name) if name else "–",
+                    interval(decided["over_lexical"]),
+                    percent(beyond, "") if beyond else missing,
+                )
+            )
+    return header, rows
+
+
+def format_recoveries(personas: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the same as a Markdown table."""
+    return markdown_table(*recovery_rows(personas), left=("persona", "scorer", "lexical control"))
 
 
 def alone(found: Mapping[str, Any]) -> str:
@@ -304,17 +360,28 @@ def maps_rows(table: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list
 def format_cosines(personas: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table: each transfer's cosine to the oracle, with / without massive dimensions.
 
-    personas: name -> what phase 3 reports. The last columns: the highest cosine of the mapped vector
-    to another persona's oracle, and the share of the oracle that the map predicts.
+    personas: name -> what phase 3 reports. The last columns: where the oracle is of other texts than the
+    source's vector, the cosine of the target's vector of the latter (ceiling); the highest cosine of the
+    mapped vector to another persona's oracle; and the share of the oracle that the map predicts.
     """
+    return markdown_table(*cosine_rows(personas))
+
+
+def cosine_rows(
+    personas: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of the same table."""
     header, rows = (), []
+    has_ceiling = any(entry["ceiling"] for entry in personas.values())
     for name, entry in personas.items():
         cosines, without = entry["cosine_to_oracle"], entry["cosine_without_massive"]
         cells = {method: f"{cosines[method]:.2f} / {without[method]:.2f}" for method in cosines}
+        if has_ceiling:
+            cells["ceiling"] = " / ".join(f"{each:.2f}" for each in (entry["ceiling"] or {}).values()) or "–"
         energy = number(entry["oracle_energy"]["mean_r2"], ".0%")
         rows.append((name, *cells.values(), number(entry["highest_cosine_to_other_oracles"]), energy))
         header = ("persona", *cells, "other oracles", "predicted energy")
-    return markdown_table(header, rows)
+    return header, rows
 
 
 def format_spread(personas: Mapping[str, Mapping[str, Any]]) -> str:

@@ -21,8 +21,9 @@ from analysis.verdict import (
     decide,
     decide_verdicts,
     effects,
+    lexical_p,
 )
-from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
+from experiment.conditions import DECIDING_CONTROLS, LEXICAL_CONTROLS, MAPPED, ORACLE, UNSTEERED
 from reporting.tables import COVERED, format_verdicts, verdict_sentence
 
 BOTH = {"classifier": VALIDATED, "likelihood_ratio": VALIDATED}
@@ -39,7 +40,8 @@ def differences(mapped, oracle, n=40, noise=0.15, seed=0):
 def decided(given, log_odds=None, near_one=0.0):
     key, p_values = ("loud", "classifier"), control_p(given)
     adjusted = adjusted_p({key: p_values})[key]
-    return decide(given, p_values, adjusted, log_odds or given, share_near_one=near_one)
+    beyond_words = adjusted_p({key: p_values}, {key: lexical_p(given)})[key]
+    return decide(given, p_values, adjusted, beyond_words, log_odds or given, share_near_one=near_one)
 
 
 def verdict_of(rows, validation):
@@ -137,6 +139,7 @@ def test_the_largest_p_of_all_controls_is_adjusted_over_personas_alone():
     assert both["loud"].effects == alone.effects
     p_values = [effect.p_mapped_over_it for effect in alone.effects.values()]
     assert p_values[:2] == [None, None]  # mapped and native
+    p_values = [each.p_mapped_over_it for name, each in alone.effects.items() if name not in LEXICAL_CONTROLS]
     assert alone.adjusted_p >= max(p_values[2:]) > both["calm"].adjusted_p / 2
     assert both["loud"].adjusted_p == alone.adjusted_p  # the larger of two, so that Holm leaves it
     assert both["calm"].n_personas == 2
@@ -161,6 +164,67 @@ def test_mapped_has_to_beat_the_best_single_draw():
     assert found.verdict not in ("equivalent to native", "transferred", "partial")
     assert found.scorers["classifier"].best_control == "shuffled_pairs: 2"
     assert "the best control, shuffled pairs 2, by" in verdict_sentence(found.content())
+
+
+def with_words(mean, noise=0.05, **changed):
+    """The run whose first block scores this much, and its embeddings less."""
+    rows = scored_run(0.8, 0.8, noise=noise)
+    generator = np.random.default_rng(1)
+    scores = {"first_block": mean, "embedding_source": mean - 0.1} | changed
+    return [
+        {**row, "trait_probability": float(np.clip(generator.normal(scores[row["condition"]], noise), 0, 1))}
+        if row["condition"] in scores
+        else row
+        for row in rows
+    ]
+
+
+def test_a_run_whose_mapped_texts_are_those_of_the_words_is_text_borne():
+    mapped = {row["prompt_idx"]: row["trait_probability"] for row in RUN if row["condition"] == MAPPED}
+    for control in LEXICAL_CONTROLS:
+        rows = [
+            {**row, "trait_probability": mapped[row["prompt_idx"]]} if row["condition"] == control else row
+            for row in RUN
+        ]
+        found = verdict_of(rows, ONE)
+        scorer = found.scorers["classifier"]
+        assert (found.verdict, scorer.lexical_control) == ("text-borne", control)
+        assert scorer.over_lexical == Interval(0.0, 0.0, 0.0)
+        assert scorer.lexical_p > 0.9 > 0.025 > scorer.adjusted_p
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [(0.1, "equivalent to native"), (0.6, "equivalent to native"), (0.72, "text-borne"), (0.9, "text-borne")],
+)
+def test_mapped_has_to_exceed_the_words_by_a_share_of_the_native_effect(words, verdict):
+    found = verdict_of(with_words(words), ONE).scorers["classifier"]
+    assert found.verdict == verdict
+    if words < 0.8:
+        assert found.beyond_lexical.low < 1 < found.beyond_lexical.high
+    else:
+        assert found.beyond_lexical is None
+
+
+@pytest.mark.parametrize("missing", LEXICAL_CONTROLS)
+def test_nothing_is_claimed_without_a_lexical_control(missing):
+    found = verdict_of(without(RUN, missing), ONE).scorers["classifier"]
+    assert (found.verdict, found.reason, found.missing) == ("inconclusive", "control missing", (missing,))
+
+
+def test_the_words_change_no_other_test():
+    plain, worded = (verdict_of(rows, ONE).scorers["classifier"] for rows in (RUN, with_words(0.8)))
+    assert worded.adjusted_p == plain.adjusted_p
+    assert worded.best_control == plain.best_control
+    assert verdict_of(with_words(0.8, random_direction=0.8), ONE).verdict == "not transferred"
+
+
+def test_text_borne_by_one_scorer_is_more_cautious_than_transferred_by_another():
+    scores = [row["trait_probability"] for row in with_words(0.8)]
+    rows = [{**row, "trait_probability": score} for row, score in zip(RUN, scores, strict=True)]
+    found = verdict_of(rows, BOTH)
+    assert found.scorers["likelihood_ratio"].verdict == "equivalent to native"
+    assert (found.verdict, found.decided_by) == ("text-borne", "classifier")
 
 
 def test_at_a_ceiling_equivalence_needs_equal_log_odds_and_the_verdict_says_so():
@@ -194,10 +258,23 @@ def test_an_off_target_change_stands_beside_the_verdict():
 
 INTERVAL = r"[-+]0\.\d\d \[[-+]0\.\d\d, [-+]0\.\d\d\]"
 RECOVERS = r"the mapped vector recovers -?\d+ % \[-?\d+, \d+\] of the native effect"
+WORDS = rf", and from the lexical control, .*, by {INTERVAL} \(Holm p [\d<][\d. ]+ for more than 15% of the "
+WORDS += r"native effect\); "
+BEYOND = r"it recovers -?\d+ % \[-?\d+, \d+\] of what native does beyond that control"
+BORNE = rf"TEXT-BORNE \(on the classifier alone\): .*{WORDS}"
+NEEDLESS = "the source's words do as well: nothing of the source model was needed"
 ALONE = r"INCONCLUSIVE \(on the classifier alone\): by the classifier"
 SAID = {
     f"EQUIVALENT TO NATIVE: by the classifier, {RECOVERS} and differs from the best control, .*, "
-    rf"by {INTERVAL} \(Holm p [\d<][\d. ]+\)": (RUN, BOTH),
+    rf"by {INTERVAL} \(Holm p [\d<][\d. ]+\){WORDS}{BEYOND}": (RUN, BOTH),
+    rf"{BORNE}native is not surely above .*, so that recovery beyond it has no interval; {NEEDLESS}": (
+        with_words(0.8),
+        ONE,
+    ),
+    rf"{BORNE}{BEYOND}; {NEEDLESS}, as far as these prompts can tell; about \d+ prompts would settle it": (
+        with_words(0.6, noise=0.2),
+        ONE,
+    ),
     r"INCONCLUSIVE: the scorers disagree \(classifier says equivalent to native, likelihood ratio says not "
     rf"transferred\); by the likelihood ratio, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
     f"NATIVE STEERING INEFFECTIVE: by the classifier, the native vector moves the trait by {INTERVAL}": (

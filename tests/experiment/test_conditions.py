@@ -10,8 +10,10 @@ from experiment.conditions import (
     CONDITIONS,
     CONTROLS,
     DECIDING_CONTROLS,
+    LEXICAL_CONTROLS,
     METHODS,
     SCORERS,
+    SOURCE_CONTROLS,
     STEERED,
     TRAINED_SCORERS,
     UNSTEERED,
@@ -41,14 +43,16 @@ def test_no_two_conditions_and_no_two_scorers_look_alike():
 
 
 def test_every_steered_condition_has_its_vectors_made_and_a_configuration_names_it():
-    assert sorted(STEERED) == sorted([*baseline_methods.METHODS, *KINDS, *CONTROL_MAKERS])
+    made = [*baseline_methods.METHODS, *KINDS, *CONTROL_MAKERS, *SOURCE_CONTROLS]
+    assert sorted(STEERED) == sorted(made)
     assert load_config({**SMALL, "methods": METHODS}).methods == list(METHODS)
     assert {*METHODS, UNSTEERED} == set(CONDITIONS)
 
 
-def test_controls_that_decide_have_several_draws_each_with_a_vector_name_of_its_own():
-    assert set(DECIDING_CONTROLS) <= set(CONTROLS)
-    assert all(len(vector_names(name)) > 1 for name in DECIDING_CONTROLS)
+def test_controls_that_chance_decides_have_several_draws_each_with_a_vector_name_of_its_own():
+    assert set(LEXICAL_CONTROLS) < set(DECIDING_CONTROLS) <= set(CONTROLS)
+    drawn = {*DECIDING_CONTROLS, "untrained_source"} - set(LEXICAL_CONTROLS)
+    assert {name for name in CONDITIONS if len(vector_names(name)) > 1} == drawn
     names = [(vector, name) for name in STEERED for vector in vector_names(name)]
     assert len(dict(names)) == len(names)
     assert [condition_of(vector) for vector, _ in names] == [name for _, name in names]

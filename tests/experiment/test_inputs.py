@@ -61,7 +61,7 @@ def test_neutral_text_holds_no_persona_text(settings, inputs):
 def test_whose_labelled_texts_score_a_persona_is_said(settings, caplog):
     own = {f"labelled_{side}_texts": [f"{side} {n}" for n in range(10)] for side in ("positive", "negative")}
     datasets = {"formal": LOUD, "silly": {**LOUD, **own}, "loud": LOUD}
-    (note,) = loaded(settings, persona_datasets=datasets).persona_notes
+    (note,) = loaded(settings, persona_datasets=datasets).notes
     assert note.startswith("persona 'formal' is given without labelled texts: those of the shipped persona")
     assert note in caplog.text
 

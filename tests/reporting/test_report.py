@@ -71,7 +71,15 @@ def finished(tmp_path_factory):
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         save_json(out / name, sealed(content))
-    save_tensors(out / "persona_vectors.pt", {"layer_pairs": PAIRS, "vectors": {"x": torch.ones(1)}})
+    cosines = {"ridge_mapped": 0.5, "first_block": 0.4}
+    of_persona = {
+        "cosine_to_oracle": cosines,
+        "cosine_without_massive": cosines,
+        "oracle_energy": {"mean_r2": 0.3},
+    }
+    of_persona |= {"highest_cosine_to_other_oracles": 0.2, "ceiling": dict.fromkeys(("all", "kept"), 0.93)}
+    vectors = {"layer_pairs": PAIRS, "vectors": {"x": torch.ones(1)}, "personas": {"loud": of_persona}}
+    save_tensors(out / "persona_vectors.pt", {**vectors, "control_maps": [{**maps, "map": "first_block"}]})
     save_figure(recovery_figure(personas), out / "recovery.png", "key")
     assert write_report(out) == out / "report.html"
     return out
@@ -122,7 +130,17 @@ def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finis
 def test_layer_pairs_of_the_run_are_listed_in_order(page):
     layers = [["2 → 3", "0.030"], ["4 → 5", "0.050"], ["6 → 10", "0.100"]]
     assert [row[:3:2] for row in table_of(page, "layers")] == layers
-    assert [row[0] for row in table_of(page, "maps")] == ["ridge"]
+    assert [row[0] for row in table_of(page, "maps")] == ["ridge", "first_block"]
+    assert table_of(page, "cosines") == [["loud", "0.50 / 0.50", "0.40 / 0.40", "0.93 / 0.93", "0.20", "30%"]]
+
+
+def test_recovery_beyond_the_words_is_in_a_table(page, finished):
+    rows = table_of(page, "recovered")
+    for persona, found in load_json(finished / "verdict.json")["personas"].items():
+        (row,) = (row for row in rows if row[:2] == [persona, "judge"])
+        beyond = found["scorers"]["judge"]["beyond_lexical"]
+        assert row[5] in ("source embeddings", "first source block")
+        assert row[7].startswith(f"{beyond['estimate']:.0%}"[:-1])
 
 
 def test_every_text_is_there_once():
