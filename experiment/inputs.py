@@ -163,8 +163,8 @@ class Inputs:
         ]
         if self.source.fingerprint == self.target.fingerprint:
             notes.append(
-                "source and target are one model, a check of the tool: that what transfers is text-borne cannot "
-                "be excluded"
+                "source and target are one model, a check of the tool: that what transfers is text-borne "
+                "cannot be excluded"
             )
         return notes
 

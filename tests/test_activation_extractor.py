@@ -16,6 +16,7 @@ from activation_extractor import (
 from model_loading import decoder_blocks
 from support.errors import InputError
 from support.tiny_models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from support.vocabulary import EMBEDDINGS
 
 TEXTS = ["Short.", "A longer text about nothing at all.", "Middle sized text.", "x", "Words, words."]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -54,12 +55,14 @@ def test_layer_idx_is_one_below_the_index_in_hidden_states(model, tokenizer):
     tokens = torch.tensor([tokenizer(TEXTS[1]).input_ids])
     with torch.inference_mode():
         expected = [
-            *model(tokens, output_hidden_states=True).hidden_states[1:-1],
+            *model(tokens, output_hidden_states=True).hidden_states[:-1],
             block_outputs(model, tokens)[-1],
         ]
-    extracted = ActivationExtractor(model, tokenizer, 0).extract_layers([TEXTS[1]], [3, 0, 1, 2, 0])
-    assert list(extracted) == list(range(N_LAYERS))
-    for layer_idx, states in enumerate(expected):
+    extracted = ActivationExtractor(model, tokenizer, 0).extract_layers(
+        [TEXTS[1]], [3, 0, 1, EMBEDDINGS, 2, 0]
+    )
+    assert list(extracted) == [EMBEDDINGS, *range(N_LAYERS)]
+    for layer_idx, states in enumerate(expected, EMBEDDINGS):
         assert_close(extracted[layer_idx][0], states[0, -1], **CLOSE)
 
 

@@ -35,7 +35,7 @@ SPECIFICATION = {
     "seeds": [0, 1, 2],
     "max_new_tokens": 100,
     "use_gpt4": False,
-    "n_cells": 196,  # 6840 generations of 30 prompts and 3 seeds, and 10,800 of eight draws of controls
+    "n_cells": 226,  # 6840 generations of 30 prompts and 3 seeds, and 13,500 of ten draws of controls
 }
 
 
@@ -93,7 +93,8 @@ def test_layers_are_set_together_or_apart(layers, expected):
 def test_personas_are_the_named_ones_then_those_defined_here():
     config = load_config({**SMALL, "persona_datasets": {"loud": PAIR, "formal": PAIR}})
     assert config.persona_names == ["silly", "formal", "concise", "loud"]
-    config = load_config({**SMALL, "personas": [], "persona_datasets": {"loud": PAIR}})
+    named = {"personas": [], "persona_datasets": {"loud": PAIR}, "disjoint_texts": False}
+    config = load_config({**SMALL, **named})
     assert [persona.positive_texts for persona in config.load_personas()] == [("YES",)]
 
 
@@ -110,7 +111,7 @@ def test_alphas_may_be_given_for_each_persona_or_method():
     assert config.alphas_of("formal", "ridge_mapped") == [2.0, 3.0]
     assert config.alphas_of("concise", "ridge_mapped") == [4.0]
     assert [config.has_alphas_by_method(name) for name in config.persona_names] == [True, False, True]
-    n_draws = 3 + 3 + 2  # of the controls of a verdict; there are two other personas
+    n_draws = 3 + 3 + 2 + 1 + 1  # of the controls of a verdict; there are two other personas
     assert config.n_cells == 1 + (len(METHODS) + n_draws) * (1 + 2 + 1) + 1
 
 

@@ -62,12 +62,13 @@ CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - {"side_effects.json"}  # sampled text, whoever reads it
 CARRIED = STEERED | RESAMPLED | {"persona_vectors.pt", "persona_similarities.json"}
 NATIVE = CARRIED | SEARCHED | {"native_vectors.pt", "preflight.json"}
-MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json")
+MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json", "control_maps.pt")
 RESPONDED = NATIVE | {"extraction_responses.json"}
 FITTED = CARRIED | {*MAPS, *(f"layers/0_1/{name}" for name in MAPS), "mapping_analysis.png"}
 PAIRED = FITTED | {"pair_statistics.pt", "training_data.pt"}
 READ = PAIRED | SEARCHED | CHECKED  # where the map's texts change, so does the norm that is the unit of alpha
-MAPPED = {"ridge_mapped", "other_persona"}  # of the conditions below
+OF_BLOCKS = {"ridge_mapped", "other_persona"}  # of the conditions below
+MAPPED = {"first_block", *OF_BLOCKS}
 TRANSFERRED = {"random_proj", *MAPPED}
 STEERED_HERE = {"oracle", *TRANSFERRED}
 PLACES = {
@@ -116,6 +117,7 @@ def of_pair(artifacts, conditions=None, **values):
 
 
 OTHER_METHODS = ["procrustes", "prompted", "shuffled_pairs"]
+UNREAD = ["embedding_source", "untrained_source"]
 OTHER_LABELLED = [f"AH {number}." for number in range(10)]
 ASKED_MORE = {
     "instruction": [{"pos": "Roar.", "neg": "Hush."}, *ASKED["instruction"]],
@@ -125,7 +127,7 @@ CHANGES = {
     **of_pair(None, TRANSFERRED, source_model="@other_source", source_block_path="model.layers"),
     **of_pair(None, target_model="@other", target_block_path="transformer.h", dtype="bfloat16"),
     "layer_idx": Change("pair", {**UNNAMED_LAYERS, "layer_idx": "band"}, None),
-    **of_pair(PAIRED | NATIVE, TRANSFERRED, source_layer_idx=2),
+    **of_pair(PAIRED | NATIVE, {"random_proj", *OF_BLOCKS}, source_layer_idx=2),
     **of_pair(PAIRED | NATIVE | CHECKED, target_layer_idx=1),
     "search_source_layers": Change("auto", {"search_source_layers": [0, 1]}, None),
     "search_target_layers": Change("auto", {"search_target_layers": [1, 2, 3]}, None),
@@ -164,8 +166,13 @@ CHANGES = {
     **within("extraction", "band", NATIVE, kind="texts", from_texts=["numeric", "loud"]),
     **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
     **of_pair(RESAMPLED | {"effect_spread.json", "verdict.json"}, set(), extraction_resamples=2),
-    **of_pair(STEERED, set(OTHER_METHODS), methods=["random_proj", "oracle", *OTHER_METHODS]),
-    **of_pair(STEERED, {"random_direction"}, controls=["random_direction"]),
+    **of_pair(NATIVE, STEERED_HERE, disjoint_texts=True),
+    **of_pair(STEERED, set(OTHER_METHODS), methods=["random_proj", "oracle", "first_block", *OTHER_METHODS]),
+    **of_pair(
+        CARRIED | {"control_maps.pt"},
+        {"random_direction", *UNREAD},
+        controls=["random_direction", *UNREAD],
+    ),
     **of_pair({"preflight.json", "verdict.json"}, set(), check_source_vectors=False),
     **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
     **of_pair(STEERED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
@@ -273,7 +280,8 @@ def bases(small, paths, tmp_path_factory):
             "lambda_values": [0.1, 1.0],
             "n_folds": 2,
             "persona_datasets": PERSONAS,
-            "methods": ["random_proj", "ridge_mapped", "other_persona", "oracle"],
+            "methods": ["random_proj", "ridge_mapped", "other_persona", "first_block", "oracle"],
+            "disjoint_texts": False,
             "n_test_prompts": 2,
             "n_seeds": 1,
             "alpha_values": [2.0],
