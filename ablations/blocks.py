@@ -2,7 +2,8 @@
 
 Only development prompts are used: for each number of blocks, persona and method an alpha is searched for (see
 `analysis.alpha_search`), and the trait and perplexity of the texts at that alpha are compared. Its files
-stand in `ablation_blocks/`.
+stand in `ablation_blocks/`. Controls that are read from another source are left out: they would need maps of
+their own at each block.
 """
 
 import logging
@@ -38,7 +39,7 @@ def ablate_blocks(run: Run) -> None:
     """
     if not run.config.independent_perplexity:
         raise InputError("--ablate blocks searches alphas by the independent perplexity; leave it on")
-    config = run.config.model_copy(update={"alpha_values": "auto"})
+    config = run.config.without_source_controls().model_copy(update={"alpha_values": "auto"})
     inputs = replace(run.inputs, config=config)
     bands = nested_bands(*(side.n_blocks for side in inputs.sides))
     points, keys = [], []

@@ -1,7 +1,8 @@
 """Repeat phases 2 to 5 at several layer pairs, on the development prompts (`--ablate layers`).
 
 Specification, "Figure 2". Each layer pair has a run of its own in `ablation_layers/SOURCE_TARGET/`; the texts
-of the map are read once for all of them, and a run that was stopped goes on where it ended.
+of the map are read once for all of them, and a run that was stopped goes on where it ended. Controls that are
+read from another source are left out: they would need maps of their own at each pair.
 """
 
 import logging
@@ -71,7 +72,7 @@ def _inputs_at(inputs: Inputs, pair: LayerPair) -> Inputs:
     Alpha is the middle one of `alpha_values` (of two, the lower), or searched for each pair; then the texts
     that are scored helped to choose it, and their coherence is within the bound.
     """
-    config, prompts = inputs.config, inputs.development_prompts
+    config, prompts = inputs.config.without_source_controls(), inputs.development_prompts
     alphas = config.alpha_values
     if alphas != "auto":
         ordered = {name: sorted(config.alphas_of(name, ORACLE)) for name in config.persona_names}

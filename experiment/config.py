@@ -609,6 +609,12 @@ class ExperimentConfig(_Strict):
         """The conditions whose vectors are read from another source, each with a map of its own."""
         return [name for name in self.conditions if CONDITIONS[name].source]
 
+    def without_source_controls(self) -> "ExperimentConfig":
+        """Return the configuration of the same run without the controls that are read from another source."""
+        kept = [name for name in self.conditions if name not in self.source_controls]
+        changed = {"methods": kept, "controls": [], "disjoint_texts": self.halves_texts}
+        return self.model_copy(update=changed)
+
     @property
     def halves_texts(self) -> bool:
         """Whether the source's vectors are made from other texts than the native ones."""

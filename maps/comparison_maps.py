@@ -41,7 +41,8 @@ ABOUT = (
 ABOUT_CONTROLS = (
     "Ridge regressions from what controls read in the place of the source, fitted on the same texts: its "
     "token embeddings, the output of its first block, or the blocks of its architecture with random weights. "
-    "maps: vector name -> as in comparison_maps.pt."
+    "maps: vector name -> as in comparison_maps.pt; layer_pairs: of each, in this order; source layer -1 is "
+    "the embeddings."
 )
 
 

@@ -217,8 +217,16 @@ def _fit_controls(
                 found[pair][name] = ComparisonMap.of_source(condition, ridge, draw)
     for pair, maps in found.items():
         with run.at_pair(pair) as at_pair:
-            content = {name: fitted.content() for name, fitted in maps.items()}
-            CONTROL_MAPS.save(at_pair, {"about": ABOUT_CONTROLS, "maps": content})
+            CONTROL_MAPS.save(
+                at_pair,
+                {
+                    "about": ABOUT_CONTROLS,
+                    "layer_pairs": [
+                        list(CONDITIONS[each.kind].source.layer_pair(pair)) for each in maps.values()
+                    ],
+                    "maps": {name: each.content() for name, each in maps.items()},
+                },
+            )
     return found
 
 
