@@ -77,7 +77,7 @@ def transfer_pair(
         one of zeros stays so. ceilings: persona -> the target's vector of the texts that the source has read.
     """
     baseline = BaselineTransfer(ridge.d_source, ridge.d_target, seed)
-    vectors, report = {}, {name: {} for name in target}
+    vectors, report = {}, {}
     left_out = {"cosine_to_oracle": (), "cosine_without_massive": massive_dimensions}
     for name in target:
         arguments = (source[name].vector, target[name].vector, ridge)
@@ -85,16 +85,12 @@ def transfer_pair(
         compare = partial(baseline.compare_to_oracle, *arguments, other_maps=other_maps)
         carried = {control: normalize(found[name], dim=0) for control, found in (of_controls or {}).items()}
         oracle, ceiling = vectors[name][ORACLE], (ceilings or {}).get(name)
+        report[name] = {"ceiling": None if ceiling is None else {}}
         for measure, dimensions in left_out.items():
-            of_controls_too = {
-                control: _cosine(each, oracle, dimensions) for control, each in carried.items()
-            }
-            report[name][measure] = compare(left_out=dimensions) | of_controls_too
-        report[name]["ceiling"] = (
-            None
-            if ceiling is None
-            else {measure: _cosine(ceiling, oracle, dimensions) for measure, dimensions in left_out.items()}
-        )
+            cosines = {control: _cosine(each, oracle, dimensions) for control, each in carried.items()}
+            report[name][measure] = compare(left_out=dimensions) | cosines
+            if ceiling is not None:
+                report[name]["ceiling"][measure] = _cosine(ceiling, oracle, dimensions)
         vectors[name] |= carried
     mapped = {name: ridge.transform(each.vector) for name, each in source.items() if name not in target}
     known = {**vectors, **{name: {MAPPED: vector / vector.norm()} for name, vector in mapped.items()}}

@@ -60,6 +60,8 @@ def test_first_block_is_mapped_by_a_map_of_its_own_to_every_block(made):
         assert_close(found, mapped / mapped.norm(), **CLOSE)
     assert torch.equal(maps[0].controls["first_block"].W, maps[0].ridge.W)  # whose source block is the first
     assert not torch.equal(maps[1].controls["first_block"].W, maps[1].ridge.W)
+    vectors = content["vectors"]["loud"]
+    assert_close(vectors["first_block"][0], vectors["ridge_mapped"][0], **CLOSE)
 
 
 def test_embeddings_hold_nothing_where_both_sides_end_on_the_same_token(made):
@@ -172,6 +174,13 @@ def test_a_source_whose_embeddings_cannot_be_found_is_one_clear_line(settings):
     config = load_config({**settings, "output_dir": "x"})
     with pytest.raises(InputError, match=r"'embedding_source' of the source model: .* embeddings cannot be"):
         load_inputs(config, loaded)
+
+
+def test_one_model_may_be_both_and_it_is_said_that_words_cannot_be_excluded(settings):
+    config = {**settings, "target_model": settings["source_model"], "output_dir": "x"}
+    (note,) = load_inputs(load_config(config)).notes
+    assert "text-borne cannot be excluded" in note
+    assert load_inputs(load_config({**settings, "output_dir": "x"})).notes == []
 
 
 @pytest.mark.parametrize(

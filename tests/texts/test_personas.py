@@ -8,7 +8,7 @@ from experiment.config import load_config
 from support.errors import InputError
 from texts import personas
 from texts.neutral_text import OverlapCheck
-from texts.personas import load_persona, load_prompts, shipped_personas
+from texts.personas import half_of, load_persona, load_prompts, shipped_personas
 
 PIRATE = {
     "description": "Talks like a pirate with 'arr' and nautical terms",
@@ -118,3 +118,13 @@ def test_damaged_persona_file_is_named(content, tmp_path, monkeypatch):
     monkeypatch.setattr(personas, "PERSONA_FOLDER", tmp_path)
     with pytest.raises(InputError, match=r"broken\.json is not (a persona file|JSON)"):
         load_persona("broken")
+
+
+def test_halves_are_disjoint_and_responses_to_one_question_stay_together():
+    texts = ["a", "b", "c", "d", "e"]
+    assert [half_of(texts, half) for half in (0, 1)] == [["a", "c", "e"], ["b", "d"]]
+    questions = ("Why?", "Who?", "When?")
+    responses = [(asked, str(number)) for number in range(2) for asked in questions]
+    first, second = (half_of(responses, half, questions) for half in (0, 1))
+    assert {asked for asked, _ in first} == {"Why?", "When?"}
+    assert second == [("Who?", "0"), ("Who?", "1")]
