@@ -158,7 +158,7 @@ class ActivationExtractor:
             raise InputError("texts is a single string; give a list of strings, or use extract()")
         if position not in PERSONA_POSITIONS:
             raise InputError(f"position {position!r} is unknown; choose {', '.join(PERSONA_POSITIONS)}")
-        wanted = self.check_layers(layers)
+        wanted = self.check_layers(layers, with_embeddings=True)
         if position == "response":
             tokens, token_indices = self._response_tokens(texts)
         else:
@@ -191,14 +191,15 @@ class ActivationExtractor:
         first_index: the number of the first text in errors.
         Raises InputError: an activation that is not finite (the text's index is named).
         """
-        return self._read(tokens, token_indices, self.check_layers(layers), lambda rows: rows, first_index)
+        wanted = self.check_layers(layers, with_embeddings=True)
+        return self._read(tokens, token_indices, wanted, lambda rows: rows, first_index)
 
-    def check_layers(self, layers: Sequence[int]) -> list[int]:
+    def check_layers(self, layers: Sequence[int], with_embeddings: bool = False) -> list[int]:
         """Return the layers in ascending order, each once. Raises InputError: none, or one out of range."""
         if not layers:
             raise InputError("the list of layers is empty; name at least one layer_idx")
         for layer_idx in layers:
-            if layer_idx != EMBEDDINGS:
+            if not (with_embeddings and layer_idx == EMBEDDINGS):
                 check_layer(layer_idx, self.blocks)
         return sorted(set(layers))
 
@@ -423,7 +424,7 @@ def paired_activations(
     if positions == "aligned":
         check_offsets(source.tokenizer, "source")
         check_offsets(target.tokenizer, "target")
-    source_layers = source.check_layers([source.layer_idx] if source_layers is None else source_layers)
+    source_layers = source.check_layers([source.layer_idx] if source_layers is None else source_layers, True)
     target_layers = target.check_layers([target.layer_idx] if target_layers is None else target_layers)
     remaining, first_index = iter(texts), 0
     while window := list(islice(remaining, WINDOW)):

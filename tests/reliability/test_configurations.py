@@ -23,7 +23,7 @@ from texts import personas
 from texts.personas import load_persona
 
 SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
-PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
+PAIR = {"positive_texts": ["YES", "OH"], "negative_texts": ["yes", "oh"]}
 NESTED = {
     "alpha_search": AlphaSearchConfig,
     "executor": ExecutorConfig,
@@ -126,7 +126,7 @@ MANY = [f"p{number}" for number in range(MOST_PERSONAS + 1)]  # more than a figu
     ("content", "message"),
     [
         (f'{START}, "n_seeds": {2**31}}}', "'n_seeds' is 2147483648: .*10000; lower it"),
-        (f'{START}, "n_seeds": 10000}}', "58,800,000 texts .* at most 10,000,000; lower n_seeds"),
+        (f'{START}, "n_seeds": 10000}}', "67,800,000 texts .* at most 10,000,000; lower n_seeds"),
         (f'{START}, "n_seeds": {"9" * 5000}}}', "number of thousands of digits"),
         (f'{START}, "lambda_values": [1e308]}}', "'lambda_values.0' is 1e\\+308: .*; lower it"),
         (json.dumps({**SMALL, "personas": MANY}), "101 personas, expected at most 100"),
