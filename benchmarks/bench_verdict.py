@@ -11,10 +11,10 @@ size: beta-like, and close to 1 where the push is strong.
 A truth of r: the mapped vector does r times what the native one does. Nulls, which must not be claimed:
 `unsteered`, texts without a vector in the place of the mapped vector's; `shuffled`, those of the shuffled
 pairs; `a control as good`, where one draw of a control has the distribution of mapped, and both do what
-native does; `empty`, where mapped does so and is empty on four prompts of five; `the words' texts`, where
-mapped does what native does and its texts are those of a lexical control, drawn from one distribution, and
-`the words' and 15 %`, where its effect exceeds that control's by exactly the margin. `ceiling` must not be
-equivalent: native texts are close to 1, and mapped pushes their log-odds by 70 % as much.
+native does; `empty`, where mapped does so and is empty on four prompts of five; `words do all`, where mapped
+does what native does and a lexical control does so, too, and `words do just too much`, where it does so less
+the margin that a transfer needs. `ceiling` must not be equivalent: native texts are close to 1, and mapped
+pushes their log-odds by 70 % as much.
 """
 
 import argparse
@@ -57,9 +57,15 @@ from support.artifacts import load_json
 
 SIZES = (8, 16, 30, 60)
 TRUTHS = (1.0, 0.6, 0.3, 0.2)
-LEXICAL, MARGIN = "the words' texts", f"the words' and {BEYOND_WORDS:.0%}"
-NULLS = ("unsteered", "shuffled", "a control as good", "empty", LEXICAL, MARGIN)
-KINDS = (*NULLS, "ceiling", *TRUTHS)
+# What a lexical control does of the native effect where mapped does all of it; the first two are nulls.
+WORDS = {
+    "words do all": 1.0,
+    "words do just too much": 1 - BEYOND_WORDS,
+    "words do 70%": 0.7,
+    "words do 50%": 0.5,
+}
+NULLS = ("unsteered", "shuffled", "a control as good", "empty")
+KINDS = (*NULLS, "ceiling", *TRUTHS, *WORDS)
 EMPTY = 4, 1  # prompts with an empty text to others
 CEILING_PUSH = 0.7  # of the native push, in log-odds
 POPULATION = 4000  # prompts
@@ -125,9 +131,8 @@ def with_truth(real: Population, kind: str | float) -> Population | None:
     elif kind == "empty":
         made = {name: np.tile(values, sum(EMPTY)) for name, values in real.items()}
         made[MAPPED] = np.concatenate([np.zeros_like(recovered)] * EMPTY[0] + [recovered] * EMPTY[1])
-    elif kind in (LEXICAL, MARGIN):
-        share = 1.0 if kind == LEXICAL else 1 - BEYOND_WORDS
-        words = [recovering(real, share, ORACLE), recovering(real, share)]
+    elif kind in WORDS:
+        words = [recovering(real, WORDS[kind], name) for name in (ORACLE, MAPPED)]
         if words[1] is None:
             return None
         made = {name: np.tile(values, 2) for name, values in real.items()}
