@@ -76,19 +76,15 @@ def test_embeddings_hold_nothing_where_both_sides_end_on_the_same_token(made):
 
 
 def test_embeddings_hold_words_where_tokens_are_averaged(settings, tmp_path):
-    experiment = PersonaTransferExperiment(
-        {
-            **settings,
-            "persona_position": "mean",
-            "controls": ["embedding_source"],
-            "output_dir": str(tmp_path),
-        }
-    )
+    """Where all lambdas are too small, it is said that their maps could be better."""
+    changed = {"persona_position": "mean", "controls": ["embedding_source"], "lambda_values": [1e-9, 1e-8]}
+    experiment = PersonaTransferExperiment({**settings, **changed, "output_dir": str(tmp_path)})
     run = Run(experiment.inputs, experiment.folder, experiment.executor)
     vectors = make_vectors(run, fit_maps(run))["vectors"]["loud"]["embedding_source"]
     experiment.close()
     assert_close(vectors.norm(dim=1), torch.ones(2))
     assert not torch.equal(vectors[0], vectors[1])  # a map for each block of the target
+    assert any("embedding_source: the best lambda of 2 of its 2 maps" in note for note in run.folder.notes)
 
 
 def test_untrained_draws_differ_and_are_the_same_each_time(made, settings):
