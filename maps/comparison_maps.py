@@ -142,6 +142,21 @@ def maps_table(ridge: RidgeMapping, others: Mapping[str, ComparisonMap]) -> list
     return [first, *({key: row[key] for key in first} for row in rows)]
 
 
+def edge_notes(
+    by_control: Mapping[str, Sequence[ComparisonMap]], lambda_values: Sequence[float]
+) -> list[str]:
+    """Return a sentence for each control whose maps want a lambda beyond the grid: it may be too weak."""
+    ends, notes = {min(lambda_values), max(lambda_values)}, []
+    for name, maps in by_control.items():
+        n = sum(each.cv["lambda"] in ends for each in maps)
+        if n and len(lambda_values) > 1:
+            notes.append(
+                f"{name}: the best lambda of {n} of its {len(maps)} maps is at the edge of the grid, so that "
+                "it may do less than it could; widen lambda_values"
+            )
+    return notes
+
+
 def procrustes(moments: Moments) -> Tensor:
     """Return scale * R with orthonormal rows (or columns, if the target is narrower), (d_source, d_target).
 

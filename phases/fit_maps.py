@@ -19,7 +19,7 @@ from activation_extractor import ResidualNorm, measure_residual_norm
 from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS, N_DRAWS, vector_names
 from experiment.executor import collect_in_chunks
 from experiment.run import FORMAT_VERSION, Artifact, Run, pair_folder
-from maps.comparison_maps import ABOUT, ABOUT_CONTROLS, KINDS, ComparisonMap, maps_table
+from maps.comparison_maps import ABOUT, ABOUT_CONTROLS, KINDS, ComparisonMap, edge_notes, maps_table
 from maps.layer_bands import LayerPair
 from maps.pair_collection import PairSettings, collection_notes, statistics_content, training_data
 from phases.collect_responses import neutral_responses_key
@@ -290,25 +290,15 @@ def _maps_from(content: Mapping[str, Mapping[str, Any]]) -> dict[str, Comparison
     return {name: ComparisonMap.from_content(entry) for name, entry in content.items()}
 
 
-def _edge_notes(run: Run, maps: Sequence[LearnedMaps]) -> list[str]:
-    """Return a sentence for each lexical control that may be weaker than it could, for want of a lambda."""
-    values, notes = run.config.lambda_values, []
-    ends = {min(values), max(values)} if len(values) > 1 else set()
-    for name in [name for name in maps[0].controls if name in LEXICAL_CONTROLS]:
-        if n := sum(learned.controls[name].cv["lambda"] in ends for learned in maps):
-            notes.append(
-                f"{name}: the best lambda of {n} of its {len(maps)} maps is at the edge of the grid, so that "
-                "it may do less than it could; widen lambda_values"
-            )
-    return notes
-
-
 def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
     """Draw the middle layer pair's map, and log what it knows."""
     middle = maps[len(maps) // 2]
     cv, table = middle.ridge.cv, middle.results["maps"]
     key, folder = middle.results["fingerprint"], run.folder
-    folder.notes += [*collection_notes(middle.results["pairs"]), *_edge_notes(run, maps)]
+    lexical = [name for name in middle.controls if name in LEXICAL_CONTROLS]
+    of_lexical = {name: [learned.controls[name] for learned in maps] for name in lexical}
+    folder.notes += collection_notes(middle.results["pairs"])
+    folder.notes += edge_notes(of_lexical, run.config.lambda_values)
     draw_once(folder, "mapping_analysis.png", key, mapping_figure, middle.ridge.analyze(), cv, table)
     logger.info("held-out R2 of the maps\n%s", format_maps(middle.table))
     documents = "questions" if run.inputs.neutral_questions else "documents"
