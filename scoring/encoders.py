@@ -61,7 +61,7 @@ class Probed:
 
 LANGUAGE_MODELS = {
     "smollm2-135m-instruct": Probed(("llama", 576, 30), (6, 12)),
-    "gemma-3-270m": Probed(("gemma3", 640, 18), (4, 9)),
+    "gemma-3-270m": Probed(("gemma3", 640, 18), (4, 8)),
 }
 ENCODERS = (SENTENCE_ENCODER, *LANGUAGE_MODELS)
 

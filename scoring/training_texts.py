@@ -17,6 +17,7 @@ from texts.personas import Persona, load_persona, load_prompts, load_training_ki
 
 DEGENERATE_EVERY_NTH = 16  # of the whole texts, one in so many is also turned into a loop
 N_SALADS = 60
+N_JOINED = 40  # long texts of each persona and kind, of three texts each
 N_CHAINS = 120  # chains of the words of each persona's positive texts, and as many of all texts
 VERSION = 1  # must be raised when what is made of the same texts changes
 
@@ -46,6 +47,9 @@ def training_rows(whole: Sequence[Row], seed: int = 0) -> list[Row]:
     generator = random.Random(seed)
     long = [replace(row, whole=False) for row in whole if can_be_corrupted(row.text)]
     cuts = [replace(row, text=any_cut(row.text, generator)) for row in _half(long, generator)]
+    for of_kind in _by_kind(long).values():
+        parts = (generator.sample(of_kind, min(len(of_kind), 3)) for _ in range(N_JOINED))
+        cuts += [replace(rows[0], text=" ".join(row.text for row in rows)) for rows in parts]
     degenerate = [replace(row, text=loop(row.text, generator)) for row in long[::DEGENERATE_EVERY_NTH]]
     degenerate += [
         replace(row, text=text, group=f"shuffled/{row.group}")
@@ -64,6 +68,13 @@ def training_rows(whole: Sequence[Row], seed: int = 0) -> list[Row]:
             for index, text in enumerate(word_chains(texts, generator, N_CHAINS))
         ]
     return [*whole, *cuts, *(replace(row, kind="degenerate", may_show=()) for row in degenerate)]
+
+
+def _by_kind(rows: Sequence[Row]) -> dict[tuple[str | None, str, tuple[str, ...]], list[Row]]:
+    found: dict[tuple[str | None, str, tuple[str, ...]], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.persona, row.kind, row.may_show), []).append(row)
+    return found
 
 
 def _half(rows: Sequence[Row], generator: random.Random) -> list[Row]:
@@ -123,4 +134,4 @@ def training_pool(persona: Persona) -> list[Persona]:
 def pool_key(personas: Sequence[Persona]) -> str:
     """Return what `training_rows` of these personas depend on."""
     rows = list(map(astuple, natural_rows(personas)))
-    return fingerprint(VERSION, DEGENERATE_EVERY_NTH, N_SALADS, N_CHAINS, rows)
+    return fingerprint(VERSION, DEGENERATE_EVERY_NTH, N_SALADS, N_JOINED, N_CHAINS, rows)

@@ -38,7 +38,7 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-INVERSE_REGULARISATION = 0.005
+INVERSE_REGULARISATION = 0.0003
 N_FOLDS = 5
 # What each kind of negative weighs in training; all negatives together weigh as much as the positives.
 WEIGHTS = {

@@ -37,7 +37,7 @@ class Tuning:
     n_pools: int
 
 
-SENTENCES = Tuning(n_epochs=4, rate=1.5e-4, n_pools=4)
+SENTENCES = Tuning(n_epochs=2, rate=1.5e-4, n_pools=2)
 STATES = Tuning(n_epochs=6, rate=5e-4, n_pools=1)  # of a text, states are read once
 
 
