@@ -18,6 +18,7 @@ from support.text_files import check_characters, parse_json, read_text
 
 PERSONA_FOLDER = Path(__file__).parent.parent / "personas"
 PROMPT_FOLDER = Path(__file__).parent.parent / "prompts"
+KINDS_TRAINING, KINDS_VALIDATION = (PROMPT_FOLDER / f"kinds_{use}.json" for use in ("training", "validation"))
 LONGEST_NAME = 100  # characters
 # Overrides and isolates of the direction of writing, which turn around the rest of a line.
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -225,15 +226,10 @@ def load_training_kinds() -> list[Kind]:
     """Return the kinds of `prompts/kinds_training.json`."""
     return [
         Kind(name, tuple(kind["texts"]), kind["shows"], kind["lacks"], tuple(kind["may_show"]))
-        for name, kind in _load_kinds("kinds_training").items()
+        for name, kind in parse_json(read_text(KINDS_TRAINING), str(KINDS_TRAINING)).items()
     ]
 
 
 def load_validation_kinds() -> dict[str, list[str]]:
     """Return kind -> texts without any trait, of `prompts/kinds_validation.json`."""
-    return _load_kinds("kinds_validation")
-
-
-def _load_kinds(name: str) -> dict[str, Any]:
-    path = PROMPT_FOLDER / f"{name}.json"
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(KINDS_VALIDATION), str(KINDS_VALIDATION))
