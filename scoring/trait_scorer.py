@@ -38,7 +38,7 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-INVERSE_REGULARISATION = 0.0003
+INVERSE_REGULARISATION = 0.00003
 N_FOLDS = 5
 # What each kind of negative weighs in training; all negatives together weigh as much as the positives.
 WEIGHTS = {
@@ -58,7 +58,7 @@ MIN_LABELLED = 10  # labelled texts on a side
 NUMBERS = ("auc", "n_positive", "n_negative", "threshold")
 PARTS = ("style", "order")
 FILE = "scorer.safetensors"
-VERSION = 4  # must be raised when training or what is stored changes, so that no older file is read
+VERSION = 5  # must be raised when training or what is stored changes, so that no older file is read
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ def train_scorers(names: Sequence[str], texts: Sequence[Row], encode: Encode) ->
     """
     pool = pd.DataFrame(training_rows(texts))
     features = Features.of(encode(list(pool.text)))
-    is_natural = (pool.kind != "degenerate").to_numpy()
-    long = np.array(list(map(can_be_corrupted, pool.text)))
-    of_order = is_natural & long | pool.group.str.startswith(("shuffled/", "chain/")).to_numpy()
-    order = features.folded(_fit(features.rows[of_order], is_natural[of_order]))
+    order = _of_order(features, pool)
     return {
         name: _train(name, pool, features, order, encode)
         for name in names
@@ -144,23 +141,31 @@ class Features:
         scale[scale == 0] = 1.0
         return cls((features - mean) / scale, mean, scale)
 
-    def folded(self, regression: LogisticRegression | None) -> Linear:
-        """Return a regression on the rows as one on the features; None is one that allows everything."""
-        if regression is None:
-            return Linear(np.zeros(len(self.mean), dtype=np.float32), math.inf)
-        weights = regression.coef_[0] / self.scale
-        return Linear(weights.astype(np.float32), float(regression.intercept_[0] - weights @ self.mean))
+    def folded(self, regression: LogisticRegression, slope: float, shift: float) -> Linear:
+        """Return slope * (log odds by a regression on the rows) + shift, as weights of the features."""
+        weights = slope * regression.coef_[0] / self.scale
+        bias = slope * regression.intercept_[0] + shift - weights @ self.mean
+        return Linear(weights.astype(np.float32), float(bias))
 
 
 def _regression() -> LogisticRegression:
     return LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000)
 
 
-def _fit(
-    rows: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
-) -> LogisticRegression | None:
-    """Return a regression; None where all labels are the same."""
-    return _regression().fit(rows, labels, weights) if len(set(labels.tolist())) == 2 else None
+def _held_out(rows: np.ndarray, labels: np.ndarray, groups: pd.Series, weights: np.ndarray) -> np.ndarray:
+    """Return the log odds of each row by a regression that has not seen its group."""
+    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
+    options = {"cv": folds, "method": "decision_function", "params": {"sample_weight": weights}}
+    return cross_val_predict(_regression(), rows, labels, groups=groups, **options)
+
+
+def _calibration(held_out: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Return slope and shift that make log odds those of the labels (Platt 1999).
+
+    Strong regularisation ranks texts of other writers best, and leaves its probabilities near a half.
+    """
+    found = LogisticRegression(C=1.0).fit(held_out[:, None], labels, weights)
+    return float(found.coef_[0, 0]), float(found.intercept_[0])
 
 
 def _train(name: str, pool: pd.DataFrame, features: Features, order: Linear, encode: Encode) -> TraitScorer:
@@ -169,20 +174,32 @@ def _train(name: str, pool: pd.DataFrame, features: Features, order: Linear, enc
     is_own, whole = (pool.persona == name).to_numpy(), pool.whole.to_numpy()
     labels = is_own & (pool.kind == "positive").to_numpy()
     weights = _weights(pool.kind, is_own, labels)
-    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
-    options = {"cv": folds, "method": "predict_proba", "params": {"sample_weight": weights}}
-    held_out = cross_val_predict(_regression(), rows, labels, groups=pool.group, **options)[:, 1]
-    others = held_out[~labels & (pool.kind != "degenerate").to_numpy()]
+    held_out = _held_out(rows, labels, pool.group, weights)
+    calibration = _calibration(held_out, labels, weights)
+    others = expit(np.polyval(calibration, held_out))[~labels & (pool.kind != "degenerate").to_numpy()]
     return TraitScorer(
         persona=name,
         auc=float(roc_auc_score(labels[whole], held_out[whole])),
         n_positive=int(labels[whole].sum()),
         n_negative=int((~labels[whole]).sum()),
         threshold=max(0.5, float(np.quantile(others, 1 - FALSE_POSITIVES))),
-        style=features.folded(_fit(rows, labels, weights)),
+        style=features.folded(_regression().fit(rows, labels, weights), *calibration),
         order=order,
         encode=encode,
     )
+
+
+def _of_order(features: Features, pool: pd.DataFrame) -> Linear:
+    """Return what tells texts from their shuffled words and from chains; it allows all if there is none."""
+    is_natural = (pool.kind != "degenerate").to_numpy()
+    long = np.array(list(map(can_be_corrupted, pool.text)))
+    taught = is_natural & long | pool.group.str.startswith(("shuffled/", "chain/")).to_numpy()
+    rows, labels = features.rows[taught], is_natural[taught]
+    if labels.all():
+        return Linear(np.zeros(rows.shape[1], dtype=np.float32), math.inf)
+    weights = np.ones(len(rows))
+    calibration = _calibration(_held_out(rows, labels, pool.group[taught], weights), labels, weights)
+    return features.folded(_regression().fit(rows, labels, weights), *calibration)
 
 
 def _weights(kinds: pd.Series, is_own: np.ndarray, labels: np.ndarray) -> np.ndarray:
