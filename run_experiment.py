@@ -136,7 +136,7 @@ class PersonaTransferExperiment:
         """Phase 1: write config.json and check the set-up."""
         with _phase(run, 1, "setup"):
             run.folder.lock()
-            save_json(run.folder.path / "config.json", self.config.model_dump())
+            save_json(run.folder.path / "config.json", run.config.model_dump())
             check_setup(run)
 
     def learn_mapping(self, run: Run) -> tuple[LearnedMaps, ...]:

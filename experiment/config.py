@@ -1,8 +1,9 @@
 """The configuration of an experiment: one validated model, read from a dictionary or a file.
 
 Only modules of `experiment/`, `phases/` and `ablations/` know this model; components take plain arguments.
-Unknown keys and values out of range are errors that name the key; `config_errors` words them. Defaults are
-the specification's, except where METHODOLOGY.md says why not.
+Unknown keys and values out of range are errors that name the key; `config_errors` words them. A configuration
+that names no layers is run by the protocol, PROTOCOL; the other defaults are the specification's, except where
+METHODOLOGY.md says why not.
 """
 
 import json
@@ -70,6 +71,26 @@ MOST_RESAMPLES = 200  # that phase 3 draws
 OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_prompt strftime_now".split()
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
+LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
+# The defaults of a configuration that names no layers: any two models, and a verdict on every shipped persona.
+PROTOCOL: dict[str, Any] = {
+    "layer_idx": "band",
+    "dtype": "fastest",
+    "neutral_text": "wikipedia-sample",
+    "mapping_data": "auto",
+    "n_training_samples": 300,
+    # From what a map of responses needs to what one of passages needs, in steps of about 3.
+    "lambda_values": [1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+    "lambda_unit": "relative",
+    "personas": shipped_personas(),
+    "persona_position": "mean",
+    "n_test_prompts": 60,
+    "alpha_values": "auto",
+    "alpha_unit": "residual_norm",
+    "n_seeds": 2,
+    "max_new_tokens": 96,
+    "generation_batch_size": 120,
+}
 
 
 def _if_string(check: Callable[[str], Any]) -> BeforeValidator:
@@ -344,10 +365,11 @@ class JudgeConfig(_Strict):
 class ExperimentConfig(_Strict):
     """All settings of a run; docs/configuration.md explains each.
 
-    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
+    Layers: where none is named, PROTOCOL has the defaults. `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
         equal length, a band: pairs of blocks, all of which are steered; `"layer_idx": "band"` chooses one;
         `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
         `search_target_layers`) on `search_tokens` source tokens of the neutral text.
+    Map: `mapping_data` `auto` is `styled_responses` for a target that is asked questions, else `neutral_text`.
     Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat
         target is asked questions, another one continues text prefixes.
     Extraction: `extraction_resamples` vectors from resampled texts steer on development prompts, to say how
@@ -383,7 +405,7 @@ class ExperimentConfig(_Strict):
 
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
-    mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
+    mapping_data: Literal["neutral_text", "responses", "styled_responses", "auto"] = "neutral_text"
     mapping_positions: Literal[PairPositions, "auto"] = "auto"
     lambda_values: Lambdas = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: LambdaUnit = "absolute"
@@ -434,6 +456,20 @@ class ExperimentConfig(_Strict):
     generation_batch_size: LargeCount = 32
     evaluation_batch_size: LargeCount = 8
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_protocol(cls, given: Any) -> Any:
+        """Return what is given with the protocol's defaults, where no layers are named."""
+        if not isinstance(given, dict) or any(given.get(key) is not None for key in LAYER_KEYS):
+            return given
+        alphas = given.get("alpha_values")
+        if isinstance(alphas, dict) and (own := [name for name in alphas if isinstance(alphas[name], dict)]):
+            raise ValueError(
+                f"alpha_values has an alpha for each method of {shown(own[0])}, but all conditions are compared "
+                "at the native vector's; leave alpha_values out, give a list for each persona, or name layers"
+            )
+        return {**PROTOCOL, **{key: value for key, value in given.items() if key not in LAYER_KEYS}}
+
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
         self._check_layers()
@@ -469,7 +505,7 @@ class ExperimentConfig(_Strict):
         if self.layer_idx != "auto" and searched:
             raise ValueError(f'{searched[0]} is of use with "layer_idx": "auto" alone; leave it out')
         missing = [f"{side}_layer_idx" for side in sides if f"{side}_layer_idx" not in given]
-        if self.layer_idx is None and missing:
+        if self.layer_idx is None and missing:  # one side is named, else PROTOCOL has the layers
             raise ValueError(f"{missing[0]} is not set; set layer_idx for both models, or this one")
 
     def _check_alphas(self) -> None:
@@ -533,13 +569,7 @@ class ExperimentConfig(_Strict):
                 "persona_position says how texts are read; responses are always read at all of their tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        responding = [name for name in names if self.kind_of(name) == "responses"]
-        if responding and len(responding) == len(names) and self.persona_position != "last":
-            raise ValueError(
-                f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
-                "the mean over the response; leave persona_position out"
-            )
-        if responding and layers_are_searched:
+        if layers_are_searched and any(self.kind_of(name) == "responses" for name in names):
             raise ValueError(
                 "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
                 "'extraction' of kind 'texts'"
