@@ -22,7 +22,7 @@ from analysis.alpha_search import (
 )
 from analysis.results_table import perplexity_ratio
 from experiment.conditions import ORACLE
-from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, sampling
+from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, choices, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.fit_maps import CV_RESULTS, mapping_data_key
 from phases.generate_texts import generate_development
@@ -30,7 +30,7 @@ from phases.make_vectors import NATIVE_VECTORS, native_vectors, vector_key
 from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
 from reporting.figures_results import alpha_search_figure
 from reporting.style import draw_once
-from reporting.tables import format_alphas
+from reporting.tables import alpha_notes, format_alphas
 from support.artifacts import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,9 @@ def search_key(run: Run, methods: Sequence[str] = (ORACLE,)) -> str:
 
 
 def _protocol_key(run: Run) -> str:
-    config, inputs = run.config, run.inputs
-    alphas = search_key(run) if config.alpha_values == "auto" else config.alpha_values
-    made_from = [[config.kind_of(name) for name in config.persona_names], config.persona_position]
-    tested = [config.conditions, inputs.prompts, config.seeds, sampling(inputs)]
-    chosen = [config.layer_idx, inputs.layer_pairs, inputs.prompting.chat_sides, config.mapping_data]
+    alphas = search_key(run) if run.config.alpha_values == "auto" else run.config.alpha_values
     numbers = [CV_RESULTS.key(run), NATIVE_VECTORS.key(run), alphas]
-    return fingerprint(FORMAT_VERSION, chosen, made_from, tested, numbers)
+    return fingerprint(FORMAT_VERSION, choices(run.inputs), numbers)
 
 
 FIGURE = "alpha_search.png"
@@ -93,7 +89,7 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
         )
     logger.info("alphas\n\n%s\n", format_alphas(chosen))
     draw_once(run.folder, FIGURE, content["fingerprint"], alpha_search_figure, content)
-    run.folder.notes += _notes(chosen)
+    run.folder.notes += alpha_notes(chosen)
     return _by_persona(chosen)
 
 
@@ -103,43 +99,19 @@ def write_protocol(run: Run) -> None:
 
 
 def _choices(run: Run) -> dict[str, Any]:
-    config, inputs = run.config, run.inputs
-    natives, pairs = native_vectors(run), list(map(list, inputs.layer_pairs))
     maps = []
-    for pair in inputs.layer_pairs:
+    for pair in run.inputs.layer_pairs:
         with run.at_pair(pair) as at_pair:
             cv = CV_RESULTS.require(at_pair)
         maps.append({"layers": pair, **{name: cv[name] for name in ("best_lambda", "lambda_unit", "r2")}})
-    extraction = {
-        name: {
-            "chosen": config.kind_of(name),
-            "alternatives": ["texts", "responses"],
-            "position": config.persona_position,
-            "split_half_cosines": {
-                side: [each.split_half_cosine for each in natives[side][name]] for side in natives
-            },
-        }
-        for name in config.persona_names
+    cosines = {
+        side: {name: [each.split_half_cosine for each in vectors] for name, vectors in by_persona.items()}
+        for side, by_persona in native_vectors(run).items()
     }
-    formats = {
-        side.name: "chat" if side.name in inputs.prompting.chat_sides else "raw" for side in inputs.sides
-    }
-    alphas: dict[str, Any] = {"given": config.alpha_values}
-    if config.alpha_values == "auto":
+    alphas: dict[str, Any] = {"given": run.config.alpha_values}
+    if run.config.alpha_values == "auto":
         alphas = {name: ALPHA_SEARCH.require(run)[name] for name in ("bound", "trait_costs", "alphas")}
-    return {
-        "layers": {"chosen": pairs, "by": config.layer_idx if isinstance(config.layer_idx, str) else "name"},
-        "prompt_format": {"chosen": formats, "alternatives": ["raw", "chat"]},
-        "mapping_data": {
-            "chosen": config.mapping_data,
-            "alternatives": ["neutral_text", "responses", "styled_responses"],
-        },
-        "maps": maps,
-        "extraction": extraction,
-        "alpha": alphas,
-        "conditions": config.conditions,
-        "test": {"prompts": inputs.prompts, "seeds": config.seeds, "max_new_tokens": config.max_new_tokens},
-    }
+    return {**choices(run.inputs), "maps": maps, "split_half_cosines": cosines, "alpha": alphas}
 
 
 def required_alphas(run: Run) -> Alphas:
@@ -241,16 +213,3 @@ def _search(run: Run, steering: SteeringVectors) -> dict[str, Any]:
 def _by_persona(chosen: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, list[float]]:
     """Return the alphas in the form in which a configuration gives them."""
     return {persona: [alpha.alpha] for (persona, _), alpha in chosen.items()}
-
-
-def _notes(chosen: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
-    notes = []
-    for (persona, _), found in chosen.items():
-        if not found.is_coherent:
-            note = f"native steering leaves no text that can be read ({found.point.reason}), not even at"
-            weakest = f"the weakest alpha, {found.alpha:g}, which is tested"
-            notes.append(f"{persona}: {note} {weakest}; lower alpha_search.bracket")
-        elif found.at == "highest":
-            note = f"the strongest alpha tried, {found.alpha:g}, still leaves text that can be read; raise"
-            notes.append(f"{persona}: {note} alpha_search.bracket")
-    return notes

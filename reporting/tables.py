@@ -290,6 +290,20 @@ def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
     return markdown_table(header, rows, left=("persona", "method", "note"))
 
 
+def alpha_notes(alphas: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
+    """Return a note for each persona whose bracket holds no alpha that its bounds decide."""
+    notes = []
+    for (persona, _), found in alphas.items():
+        if not found.is_coherent:
+            note = f"native steering leaves no text that can be read ({found.point.reason}), not even at"
+            weakest = f"the weakest alpha, {found.alpha:g}, which is tested"
+            notes.append(f"{persona}: {note} {weakest}; lower alpha_search.bracket")
+        elif found.at == "highest":
+            note = f"the strongest alpha tried, {found.alpha:g}, still leaves text that can be read; raise"
+            notes.append(f"{persona}: {note} alpha_search.bracket")
+    return notes
+
+
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table a persona, each under a heading with its classifier's AUC.
 

@@ -91,8 +91,9 @@ def test_the_protocol_has_every_choice_with_its_numbers(finished_protocol):
         assert len(entry["curve"]) == N_EVALUATIONS
         assert all(point["non_words_increase"] is not None for point in entry["curve"])
     assert protocol["test"]["prompts"] == load_prompts("test_questions")[:8]
-    cosines = protocol["extraction"]["pirate"]["split_half_cosines"]
-    assert {side: len(found) for side, found in cosines.items()} == {"source": 3, "target": 3}
+    assert protocol["extraction"]["chosen"] == {"formal": "texts", "pirate": "texts"}
+    cosines = protocol["split_half_cosines"]
+    assert {side: len(found["pirate"]) for side, found in cosines.items()} == {"source": 3, "target": 3}
 
 
 def test_a_persona_that_no_alpha_leaves_readable_is_ineffective_natively(names, small, tmp_path):
