@@ -72,7 +72,7 @@ OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_pro
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
 LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
-# The defaults where no layers are named: any two models, and a verdict on every shipped persona.
+# The defaults where no layers are named, beside all shipped personas: any two models, and a verdict on each.
 PROTOCOL: dict[str, Any] = {
     "layer_idx": "band",
     "dtype": "fastest",
@@ -82,7 +82,6 @@ PROTOCOL: dict[str, Any] = {
     # From what a map of responses needs to what one of passages needs, in steps of about 3.
     "lambda_values": [1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
     "lambda_unit": "relative",
-    "personas": shipped_personas(),
     "persona_position": "mean",
     "n_test_prompts": 60,
     "alpha_values": "auto",
@@ -471,7 +470,8 @@ class ExperimentConfig(_Strict):
                 f"alpha_values has an alpha for each method of {shown(own[0])}, but all conditions are "
                 "compared at the native vector's; leave alpha_values out, or give a list for each persona"
             )
-        return {**PROTOCOL, **{key: value for key, value in given.items() if key not in LAYER_KEYS}}
+        named = {key: value for key, value in given.items() if key not in LAYER_KEYS}
+        return {"personas": shipped_personas(), **PROTOCOL, **named}
 
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
