@@ -279,9 +279,11 @@ def adjusted_p(
     """
     highest = {
         key: max(
-            *(p for name, p in found.items() if name not in LEXICAL_CONTROLS),
-            *(beyond_words or {}).get(key, {}).values(),
-            0.0,
+            [
+                *(p for name, p in found.items() if name not in LEXICAL_CONTROLS),
+                *(beyond_words or {}).get(key, {}).values(),
+            ],
+            default=0.0,
         )
         for key, found in p_values.items()
         if found

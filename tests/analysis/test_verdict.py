@@ -325,3 +325,11 @@ def test_an_unbounded_recovery_is_written_and_said():
     content = json.loads(json.dumps(verdict.content(), allow_nan=False))
     assert content["scorers"]["judge"]["recovery"] == {"estimate": 0.1, "low": None, "high": None}
     assert "recovers 10 % [unbounded, unbounded] of the native effect" in verdict_sentence(content)
+
+
+def test_lexical_controls_alone_are_adjusted_by_what_they_are_tested_for():
+    alone = {("formal", "classifier"): {"first_block": 0.2}}
+    assert adjusted_p(alone) == {("formal", "classifier"): 0.0}
+    assert adjusted_p(alone, {("formal", "classifier"): {"first_block": 0.3}}) == {
+        ("formal", "classifier"): 0.3
+    }
