@@ -54,8 +54,6 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
 
     def scores(name: str) -> list[list[float | None]]:
         scorers = list(inputs.scorers[name].values())
-        # The classifiers read every text for all personas, the others only for its own.
-        scorers = scorers if name == "classifier" else scorers[:1]
         turn = next(turns)  # makes the texts new, because the encoder remembers the last ones
         return [scorer.score([f"{text} {turn}" for text in outputs]) for scorer in scorers]
 

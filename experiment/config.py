@@ -181,6 +181,7 @@ class PersonaDefinition(_Strict):
     negative_texts: Texts = []
     labelled_positive_texts: Texts = []
     labelled_negative_texts: Texts = []
+    resembling_texts: Texts = []
     validation_texts: Texts = []
     instruction: Annotated[list[InstructionPair], Field(max_length=1000)] = []
     questions: Texts = []
@@ -427,7 +428,7 @@ class ExperimentConfig(_Strict):
     use_gpt4: bool = False
     judge: JudgeConfig = JudgeConfig()
     independent_perplexity: bool = True
-    likelihood_ratio: bool = True
+    probe: bool = True
     evaluation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     extraction_batch_size: LargeCount = 8

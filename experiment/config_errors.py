@@ -13,6 +13,7 @@ RENAMED_KEYS = {
     "map_text": '"mapping_data"',
     "layers": '"layer_idx": "band"',
     "dose": '"alpha_search"',
+    "likelihood_ratio": '"probe"',
     "examination_texts": '"validation_texts"',
 }
 RENAMED_VALUES = {

@@ -21,10 +21,11 @@ from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
 from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
-from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, plain_model
+from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, model_fingerprint, plain_model
+from scoring.encoders import independent_model
 from scoring.gpt_judge import GPTJudge
 from scoring.local_judge import LocalJudge
-from scoring.trait_classifier import check_labelled
+from scoring.trait_scorer import check_labelled
 from steered_generation import SteeredGenerator
 from support.errors import HubError, InputError
 from support.text_files import local_path
@@ -123,9 +124,14 @@ class Inputs:
         """Scorer name -> persona -> scorer, of personas with labelled texts."""
         return {name: self.load_scorers(name) for name in self.scorer_names}
 
-    def scorer_key(self, name: str) -> str:
-        """Return what the scorers of this name depend on, without training them."""
-        return SCORERS[name].key(self.labelled_personas)
+    @property
+    def language_model(self) -> str:
+        """The packaged language model that scores: it shares no weights with the target."""
+        return independent_model(self.target.shape, self.source.shape)
+
+    def scorer_key(self, name: str, persona: Persona) -> str:
+        """Return what a persona's scorer of this name depends on, without training it."""
+        return SCORERS[name].key(persona, self.language_model)
 
     @property
     def classifiers(self) -> dict[str, Any]:
@@ -272,7 +278,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         layer_pairs=((source.extractor.layer_idx, target.extractor.layer_idx),),
         prompting=prompting,
         judge=judge,
-        load_scorers=cache(partial(_load_scorers, config.persona_names, labelled)),
+        load_scorers=cache(partial(_load_scorers, personas, independent_model(target.shape, source.shape))),
         given=given,
         neutral_questions=questions,
         neutral_styles=styles,
@@ -283,6 +289,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     _check_layers(inputs)
     _check_embeddings(inputs)
     _check_prompts(inputs)
+    _check_judge(inputs)
     for note in inputs.notes:
         logger.warning("%s", note)
     return inputs
@@ -387,6 +394,17 @@ def _as_words(persona: Persona, *sides: Side) -> Persona:
         for side in sides:
             texts[name] = tuple(as_words(side.tokenizer, text) for text in texts[name])
     return replace(persona, **texts)
+
+
+def _check_judge(inputs: Inputs) -> None:
+    """Raise InputError: the judge is the target model, whose texts it would judge."""
+    judge, target = inputs.judge, inputs.target
+    is_local = isinstance(judge, LocalJudge)
+    if is_local and model_fingerprint(judge.model, judge.tokenizer) == target.fingerprint:
+        raise InputError(
+            f"judge.model {judge.name!r} is the target model {target.model_name!r}, which can't judge what "
+            "it writes when it is steered; name another model"
+        )
 
 
 def _check_layers(inputs: Inputs) -> None:
@@ -521,9 +539,9 @@ def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_text
     return load_neutral_texts(config.neutral_text, n_texts, forbidden, config.seed)
 
 
-def _load_scorers(names: Sequence[str], labelled: Sequence[Persona], scorer: str) -> dict[str, Any]:
-    """Return persona -> scorer of one kind, trained on the labelled texts, and log its AUC."""
-    found = SCORERS[scorer].load(names, labelled)
+def _load_scorers(personas: Sequence[Persona], language_model: str, scorer: str) -> dict[str, Any]:
+    """Return persona -> scorer of one kind, and log its AUC."""
+    found = SCORERS[scorer].load([persona.name for persona in personas], personas, language_model)
     for name, trained in found.items():
         if (auc := getattr(trained, "auc", None)) is not None:
             logger.info("%s of %s: cross-validated AUC %.3f", SCORERS[scorer].label, name, auc)

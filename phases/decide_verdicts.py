@@ -28,7 +28,7 @@ from reporting.figures_results import (
 )
 from reporting.style import draw_or_remove, save_figure
 from reporting.tables import format_recoveries, format_success, format_verdicts, verdict_sentence
-from scoring.trait_classifier import auc_notes
+from scoring.trait_scorer import auc_notes
 from support.artifacts import fingerprint, save_text
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ from phases.score_texts import planned_evaluations
 from phases.side_effects import N_QUESTIONS, RESAMPLED
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
 from scoring.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
-from scoring.likelihood_ratio import N_TRAINING, N_WINDOWS, WINDOW, untrained
+from scoring.trait_scorer import n_training_texts, untrained
 from scoring.validation import at_most, texts_of
 from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
@@ -48,8 +48,7 @@ from texts.encoding import encode
 N_TIMED = 8  # texts
 TIMED_TOKENS = (2, 8)  # new tokens of two short batches; their difference is what a token takes
 VALIDATION_TOKENS = 25  # of a text of a validation set, on average
-N_PREFIXES = 3  # behind which the likelihood ratio reads a text
-N_TRAINING_TEXTS = 12 * N_TRAINING  # on which a likelihood ratio is trained, shuffled ones among them
+PROBE_SHARE = 0.25  # of what reading a token takes: a probe reads half of the blocks, and predicts nothing
 SMALL_WIDTH = 256  # of a timed eigendecomposition; others take the cube of their width
 PROMPT_SHARE = 0.25  # tokens of a prompt, as a share of its text's
 
@@ -198,7 +197,7 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
     # An unsteered text is scored for every persona, and read once.
     n_evaluations = n_texts + (len(inputs.personas) - 1) * n_per_cell
     seconds = _perplexity_seconds(run, rates) * (n_texts - generated + n_unread)
-    seconds += _ratio_seconds(run, rates, config.max_new_tokens) * (n_evaluations - evaluated)
+    seconds += _probe_seconds(run, rates, config.max_new_tokens) * (n_evaluations - evaluated)
     yield f"evaluations: {n_evaluations}{_cached(evaluated)}", seconds
     n_vectors = sum(map(len, map(vector_names, config.steered_conditions))) * len(inputs.personas)
     n_tokens = _n_tokens(inputs.target.tokenizer, _plain_texts(run))
@@ -222,10 +221,11 @@ def _cached_rows(run: Run) -> tuple[int, int, int]:
 
 
 def _validation(run: Run, rates: Rates) -> Iterator[Step]:
-    inputs, seconds = run.inputs, _ratio_seconds(run, rates, VALIDATION_TOKENS)
-    missing = untrained(run.config.persona_names, inputs.labelled_personas)
-    if run.config.likelihood_ratio and missing:
-        yield f"likelihood ratios to train: {len(missing)}", len(missing) * N_TRAINING_TEXTS * seconds
+    inputs, seconds = run.inputs, _probe_seconds(run, rates, VALIDATION_TOKENS)
+    missing = untrained(inputs.personas, inputs.language_model) if run.config.probe else []
+    if missing:
+        n_texts = sum(map(n_training_texts, missing))
+        yield f"scorers to train: of {len(missing)} personas, on {n_texts} texts", n_texts * seconds
     if not _is_validated(run):
         n_generated = (N_SEEDS + N_DRAWS) * len(inputs.development_prompts)
         sets = [sets_of(run, persona) for persona in inputs.personas]
@@ -236,7 +236,7 @@ def _validation(run: Run, rates: Rates) -> Iterator[Step]:
         journal = run.folder.path / "generation_journal.jsonl"
         known = {} if run.folder.fresh else rows_of(journal)
         n_known = min(sum(RESAMPLED in row["condition"] for row in known.values()), n)
-        seconds = rates.text + _ratio_seconds(run, rates, run.config.max_new_tokens)
+        seconds = rates.text + _probe_seconds(run, rates, run.config.max_new_tokens)
         yield f"vectors of resampled texts: {n} generations{_cached(n_known)}", (n - n_known) * seconds
 
 
@@ -291,10 +291,10 @@ def _perplexity_seconds(run: Run, rates: Rates) -> float:
     return tokens * (rates.target_token + rates.source_token * run.config.independent_perplexity)
 
 
-def _ratio_seconds(run: Run, rates: Rates, n_tokens: int) -> float:
-    """Return what a likelihood ratio takes; its model is about as large as the smaller of these."""
-    n_read = min(n_tokens, N_WINDOWS * WINDOW) * N_PREFIXES
-    return n_read * min(rates.source_token, rates.target_token) * run.config.likelihood_ratio
+def _probe_seconds(run: Run, rates: Rates, n_tokens: int) -> float:
+    """Return what a probe takes for a text; its model is about as large as the smaller of these."""
+    share = PROBE_SHARE * run.config.probe
+    return n_tokens * share * min(rates.source_token, rates.target_token)
 
 
 def _plain_texts(run: Run) -> list[str]:

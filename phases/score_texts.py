@@ -122,7 +122,10 @@ def perplexity_key(run: Run) -> str:
 
 def scorers_key(run: Run, scorers: Sequence[str]) -> str:
     """Return what the scores of these trained scorers depend on beside the texts."""
-    return fingerprint([[name, run.inputs.scorer_key(name)] for name in scorers])
+    inputs = run.inputs
+    return fingerprint(
+        [[name, [inputs.scorer_key(name, persona) for persona in inputs.personas]] for name in scorers]
+    )
 
 
 def evaluation_rows(run: Run, texts: Sequence[Row], scorers: Sequence[str]) -> list[Row]:

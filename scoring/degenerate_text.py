@@ -6,12 +6,15 @@ draws, so that the texts are the same in every run. The n-gram measures of repet
 
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 REPETITION_N = 3
 COLLAPSE_THRESHOLD = 0.5
 FEWEST_WORDS = 4  # different words that a text needs to be corrupted
 LONGEST = 60  # words in a degenerate text
+FEWEST_CHAINED = 12  # words in a chain
 
 
 def any_cut(text: str, generator: random.Random, fewest: int = 6, most: int = 25) -> str:
@@ -39,6 +42,25 @@ def loop(text: str, generator: random.Random) -> str:
 def word_salad(words: Sequence[str], generator: random.Random) -> str:
     """Return words drawn from many texts."""
     return " ".join(generator.choice(words) for _ in range(generator.randint(5, LONGEST)))
+
+
+def word_chains(texts: Sequence[str], generator: random.Random, n: int) -> list[str]:
+    """Return n texts in which each word has followed the word before it in one of these texts.
+
+    Texts that are too short to be corrupted are left out; without any other, there is none.
+    """
+    texts = list(filter(can_be_corrupted, texts))
+    followers: dict[str, list[str]] = defaultdict(list)
+    for word, following in chain.from_iterable(pairwise(text.split()) for text in texts):
+        followers[word].append(following)
+    firsts = [text.split()[0] for text in texts]
+    made = []
+    for _ in range(n if texts else 0):
+        words = [generator.choice(firsts)]
+        for _ in range(generator.randint(FEWEST_CHAINED, LONGEST) - 1):
+            words.append(generator.choice(followers.get(words[-1]) or firsts))
+        made.append(" ".join(words))
+    return made
 
 
 def units(text: str) -> list[str]:

@@ -250,7 +250,7 @@ def real(all_threads, tmp_path_factory):
         "controls": [],
         "alpha_values": [0.35],
         "max_new_tokens": 8,
-        "likelihood_ratio": False,  # reads thousands of texts; tests of scoring have it
+        "probe": False,  # reads thousands of texts; tests of scoring have it
         "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
     }
     experiment = PersonaTransferExperiment({**load_json(ROOT / "configs/smol_to_gemma.json"), **reduced})

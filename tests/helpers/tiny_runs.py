@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from phases import choose_alphas, choose_layers, decide_verdicts, fit_maps
 from reporting.style import figure_fingerprint
 from run_experiment import main
-from scoring import likelihood_ratio, trait_classifier
+from scoring import language_model_probe, trait_classifier
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from texts.personas import load_prompts
@@ -117,10 +117,10 @@ def score_by_characters(patch):
 
     Their keys are others, too: a run keeps scores of validation texts in the cache of all runs.
     """
-    for module, divisor in ((trait_classifier, 7), (likelihood_ratio, 11)):
+    for module, divisor in ((trait_classifier, 7), (language_model_probe, 11)):
         real_key = module.scorer_key
         patch.setattr(module, "load_scorers", _by_characters(divisor))
-        patch.setattr(module, "scorer_key", lambda personas, key=real_key: f"by characters {key(personas)}")
+        patch.setattr(module, "scorer_key", lambda *given, key=real_key: f"by characters {key(*given)}")
 
 
 def _by_characters(divisor):
@@ -130,7 +130,7 @@ def _by_characters(divisor):
         ]
 
     scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=score)
-    return lambda names, personas: dict.fromkeys(names, scorer)
+    return lambda names, personas, language_model: dict.fromkeys(names, scorer)
 
 
 def visible_files(folder):

@@ -183,7 +183,7 @@ CHANGES = {
     **of_pair(WRITTEN, STEERED_HERE, steer_positions="response"),
     **of_pair(READ, seed=1),
     **of_pair(WRITTEN, max_new_tokens=4, temperature=0.5, top_k=5, top_p=0.5),
-    **of_pair(SCORED | CHECKED, set(), use_gpt4=True, likelihood_ratio=False),
+    **of_pair(SCORED | CHECKED, set(), use_gpt4=True, probe=False),
     **within("judge", "judged", SCORED | CHECKED, model="other", max_answer_tokens=9),
     **within("judge", "judged", SCORED | CHECKED, request_options={"seed": 1}),
     **within("judge", "judged", SCORED, texts_per_cell=1),

@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     """The folder of a finished run of made-up numbers, on a band of three layer pairs."""
     out = tmp_path_factory.mktemp("report") / "out"
     rows = made_up_rows()
-    by_scorer = {"classifier": VALIDATED, "likelihood_ratio": NOT_VALIDATED, "judge": VALIDATED}
+    by_scorer = {"classifier": VALIDATED, "probe": NOT_VALIDATED, "judge": VALIDATED}
     validation = dict.fromkeys(PERSONAS, by_scorer)
     verdicts = decide_verdicts(results_table(rows), dict.fromkeys(PERSONAS, COMPARED), validation)
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
@@ -115,7 +115,7 @@ def test_the_verdict_comes_first_and_failures_come_first_among_the_checks(finish
 
 def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finished, page):
     header = re.search(r'<table id="effects-0">.*?<thead>(.*?)</thead>', page, re.S)[1]
-    assert re.findall(r">([^<>]+)</th>", header)[2:5] == ["classifier", "likelihood ratio *", "judge"]
+    assert re.findall(r">([^<>]+)</th>", header)[2:5] == ["classifier", "language-model probe *", "judge"]
     rows = {row[0]: row for row in table_of(page, "effects-0")}
     assert set(rows) == {CONDITIONS[name].label for name in COMPARED}
     effect = load_json(finished / "verdict.json")["personas"]["loud"]["scorers"]["judge"]["effects"]["oracle"]

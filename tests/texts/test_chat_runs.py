@@ -289,7 +289,7 @@ def packaged(all_threads, tmp_path_factory):
         "check_source_vectors": False,
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
-        "likelihood_ratio": False,
+        "probe": False,
         "max_new_tokens": 32,
         "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),
     }
