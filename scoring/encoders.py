@@ -60,7 +60,7 @@ class Probed:
 
 
 LANGUAGE_MODELS = {
-    "smollm2-135m-instruct": Probed(("llama", 576, 30), (2, 5, 8)),
+    "smollm2-135m-instruct": Probed(("llama", 576, 30), (4, 8, 12)),
     "gemma-3-270m": Probed(("gemma3", 640, 18), (1, 3, 5)),
 }
 ENCODERS = (SENTENCE_ENCODER, *LANGUAGE_MODELS)
@@ -218,7 +218,8 @@ def tuned_file(name: str, folder: Path = TRAINED_FOLDER) -> Path:
 def encoder_key(name: str) -> list[Any]:
     """Return what the features of an encoder depend on."""
     tuned = sha256(tuned_file(name).read_bytes()).hexdigest()
-    return [name, ENCODER_FILES, READ_BLOCKS, LANGUAGE_MODELS.get(name), LONGEST_TEXT, tuned]
+    read = READ_BLOCKS if name == SENTENCE_ENCODER else LANGUAGE_MODELS[name].layers
+    return [name, ENCODER_FILES, read, LONGEST_TEXT, tuned]
 
 
 def independent_model(target: tuple[str, int, int], source: tuple[str, int, int]) -> str:

@@ -49,10 +49,10 @@ WEIGHTS = {
     "other negative": 0.1,
     "other resembling": 0.1,
     "ordinary": 0.5,
-    "own degenerate": 0.2,
+    "own degenerate": 0.5,
     "other degenerate": 0.05,
 }
-IN_ORDER = 0.25  # log odds from which words count as in order
+IN_ORDER = 0.75  # log odds from which words count as in order
 PRIOR = 0.12  # share of texts that show a trait
 FALSE_POSITIVES = 0.01  # share of held-out negatives above the threshold
 AUC_WANTED = 0.95
