@@ -41,7 +41,7 @@ from experiment.plan import Row, SteeringVectors
 from experiment.run import Run
 from model_loading import quiet_transformers
 from phases.check_setup import PreflightError, check_judge, check_setup
-from phases.choose_alphas import choose_alphas, required_alphas
+from phases.choose_alphas import choose_alphas, required_alphas, write_protocol
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
@@ -136,7 +136,7 @@ class PersonaTransferExperiment:
         """Phase 1: write config.json and check the set-up."""
         with _phase(run, 1, "setup"):
             run.folder.lock()
-            save_json(run.folder.path / "config.json", self.config.model_dump())
+            save_json(run.folder.path / "config.json", run.config.model_dump())
             check_setup(run)
 
     def learn_mapping(self, run: Run) -> tuple[LearnedMaps, ...]:
@@ -155,13 +155,15 @@ class PersonaTransferExperiment:
             return vectors
 
     def generate(self, run: Run, vectors: dict[str, Any] | None = None) -> list[Row]:
-        """Phase 4: choose the alphas, and generate every text of the grid that is not cached.
+        """Phase 4: choose the alphas, write all choices down, and generate every text that is not cached.
 
         vectors: what `persona_vectors.pt` holds; else that of an earlier run. Returns the rows.
         """
         with _phase(run, 4, "generate"):
             steering = SteeringVectors.from_content(vectors or PERSONA_VECTORS.require(run))
-            return generate_texts(run, grid_rows(run, choose_alphas(run, steering)), steering)
+            alphas = choose_alphas(run, steering)
+            write_protocol(run)
+            return generate_texts(run, grid_rows(run, alphas), steering)
 
     def evaluate(
         self, run: Run, vectors: dict[str, Any] | None = None, texts: Sequence[Row] | None = None

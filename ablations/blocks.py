@@ -15,7 +15,7 @@ from analysis.alpha_search import AlphaKey, ChosenAlpha
 from experiment.plan import UNSTEERED_CELL, SteeringVectors
 from experiment.run import Run
 from maps.layer_bands import nested_bands
-from phases.choose_alphas import ALPHA_SEARCH, find_alphas, trait_costs
+from phases.choose_alphas import find_alphas, search_key, trait_costs
 from phases.fit_maps import fit_maps
 from phases.generate_texts import generate_development
 from phases.make_vectors import make_vectors
@@ -51,9 +51,10 @@ def ablate_blocks(run: Run) -> None:
                 vectors = make_vectors(at_band, [maps[pair] for pair in at_band.inputs.layer_pairs])
                 steering = SteeringVectors.from_content(vectors)
                 logger.info("%d blocks: %s", len(band), ", ".join(map(str, at_band.inputs.target_layers)))
-                found, _ = find_alphas(at_band, steering)
+                methods = config.steered_conditions
+                found = find_alphas(at_band, steering, methods)
                 points += _points(at_band, steering, found)
-                keys.append(ALPHA_SEARCH.key(at_band))
+                keys.append(search_key(at_band, methods))
         costs = trait_costs(everything)
     key = fingerprint(keys)
     run.folder.save(NAME, key, {"trait_costs": costs, "points": points})

@@ -1,21 +1,21 @@
-"""Find how strongly each vector can be added before the text stops being coherent (phases 4 and 5).
+"""Find how strongly a vector can be added before the text stops being coherent (phases 4 and 5).
 
-With `"alpha_values": "auto"`, the strongest alpha whose texts on the development prompts stay within a stated
-bound of the unsteered ones is searched for by bisection on log alpha, for each persona and method, all side
-by side, so that a round is one batch of generations. The trait is reported and never used to choose. With
-listed alphas, the verdict compares at the strongest coherent one of them.
+With `"alpha_values": "auto"`, the strongest alpha at which the native vector's texts on the development
+prompts stay within a stated bound of the unsteered ones is searched for by bisection on log alpha, for all
+personas side by side, so that a round is one batch of generations. The trait is reported and never used to
+choose. With listed alphas, the verdict compares at the strongest coherent one of them.
 
 Some traits raise perplexity by themselves: text that talks like a pirate is less predictable than text that
 does not. The bound is on what exceeds the trait's own perplexity ratio, if that is given.
 
-After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10 come
-within 5 % of a threshold. Coherence need not fall steadily with alpha: an alpha that is called coherent was
+After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 5 evaluations between 0.05 and 2 come
+within 12 % of a threshold. Coherence need not fall steadily with alpha: an alpha that is called coherent was
 measured to be, and the next stronger one measured is not, but others can go unseen. Few prompts make a noisy
 ratio, and an alpha chosen by it looks a little more coherent here than on other prompts.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -37,21 +37,23 @@ class ScoredText:
 
     perplexity: of the continuation by an independent model; None of an empty text; infinite or NaN is a text
         that is not coherent.
-    repetition: share of repeated 3-grams. trait_probability: by the persona's classifier.
+    repetition: share of repeated 3-grams. non_words: share of words that do not exist. trait_probability: by
+        the persona's classifier.
     """
 
     perplexity: float | None
     repetition: float | None
     trait_probability: float | None = None
+    non_words: float | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ScoredText":
         """Return the metrics of a row; a perplexity that a text of some words lacks counts as infinite."""
-        names = ("independent_perplexity", "repetition", "trait_probability")
-        perplexity, repetition, trait = (None if pd.isna(row.get(name)) else row[name] for name in names)
+        names = ("independent_perplexity", "repetition", "trait_probability", "non_words")
+        perplexity, *others = (None if pd.isna(row.get(name)) else row[name] for name in names)
         if perplexity is None and row["output"].strip():
             perplexity = math.inf  # JSON holds no such number
-        return cls(perplexity, repetition, trait)
+        return cls(perplexity, *others)
 
     @property
     def is_finite(self) -> bool:
@@ -69,11 +71,13 @@ class CoherenceBound:
     """How far steered text may be from the unsteered text and still count as coherent.
 
     max_perplexity_ratio: see `results_table.perplexity_ratio`. max_repetition_increase: of the mean rate.
+    max_non_words_increase: of the mean share of words that do not exist.
     More empty texts than unsteered are never coherent, nor is a perplexity that is not finite.
     """
 
     max_perplexity_ratio: float = 1.5
     max_repetition_increase: float = 0.05
+    max_non_words_increase: float = 0.02
 
     def of_trait(self, cost: float) -> "CoherenceBound":
         """Return the bound of text that shows a trait which is `cost` times as perplexing by itself."""
@@ -89,7 +93,8 @@ class AlphaPoint:
 
     perplexity_ratio: over pairs, which are the same prompt and seed with both perplexities finite; None
         without pairs.
-    repetition_increase: difference of means over the texts where both rates exist, or None.
+    repetition_increase, non_words_increase: difference of means over the texts where both rates exist, or
+        None.
     n_pairs: behind the ratio. n_missing: steered texts without a finite perplexity.
     reason: every bound that failed, or None. is_coherent: none did.
     trait_probability: mean over the steered texts that have one, or None.
@@ -103,6 +108,7 @@ class AlphaPoint:
     is_coherent: bool
     reason: str | None
     trait_probability: float | None = None
+    non_words_increase: float | None = None
 
 
 @dataclass(frozen=True)
@@ -201,9 +207,8 @@ def compare(
     """
     pairs = list(zip(steered, unsteered, strict=True))
     ratio = perplexity_ratio(*([text.perplexity for text in texts] for texts in (steered, unsteered)))
-    rates = [(text.repetition, before.repetition) for text, before in pairs]
-    rates = [both for both in rates if None not in both]
-    increase = fmean(rate for rate, _ in rates) - fmean(rate for _, rate in rates) if rates else None
+    increase = _increase((text.repetition, before.repetition) for text, before in pairs)
+    non_words = _increase((text.non_words, before.non_words) for text, before in pairs)
     n_missing = sum(not text.is_finite for text in steered)
     n_empty = sum(text.perplexity is None for text in steered)
     failed = {
@@ -214,12 +219,19 @@ def compare(
         "perplexity": ratio is not None and ratio > bound.max_perplexity_ratio,
         "no repetition to compare": increase is None,
         "repetition": increase is not None and increase > bound.max_repetition_increase,
+        "non-words": non_words is not None and non_words > bound.max_non_words_increase,
     }
     reason = ", ".join(name for name, is_failed in failed.items() if is_failed) or None
     n_pairs = sum(text.is_finite and before.is_finite for text, before in pairs)
     traits = [text.trait_probability for text in steered if text.trait_probability is not None]
     trait = fmean(traits) if traits else None
-    return AlphaPoint(alpha, ratio, increase, n_pairs, n_missing, reason is None, reason, trait)
+    return AlphaPoint(alpha, ratio, increase, n_pairs, n_missing, reason is None, reason, trait, non_words)
+
+
+def _increase(rates: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the difference of means over the pairs of (steered, unsteered) where both rates exist."""
+    known = [both for both in rates if None not in both]
+    return fmean(rate for rate, _ in known) - fmean(rate for _, rate in known) if known else None
 
 
 def alphas_content(
@@ -251,8 +263,8 @@ def compared_alphas(
 ) -> dict[str, dict[str, float | None]]:
     """Return persona -> condition -> the alpha at which the verdict compares.
 
-    table: from `results_table`. with_own_alphas: personas each of whose conditions has one alpha of its own,
-    searched or given. For the others it is the strongest listed alpha at which the oracle's texts are within
+    table: from `results_table`. with_own_alphas: personas each of whose conditions is given one alpha of its
+    own. For the others it is the strongest listed alpha at which the oracle's texts are within
     their bound, or the weakest.
     """
     chosen: dict[str, dict[str, float | None]] = {}

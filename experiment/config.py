@@ -1,8 +1,9 @@
 """The configuration of an experiment: one validated model, read from a dictionary or a file.
 
 Only modules of `experiment/`, `phases/` and `ablations/` know this model; components take plain arguments.
-Unknown keys and values out of range are errors that name the key; `config_errors` words them. Defaults are
-the specification's, except where METHODOLOGY.md says why not.
+Unknown keys and values out of range are errors that name the key; `config_errors` words them. Where no layers
+are named, PROTOCOL has the defaults; else they are the specification's, except where METHODOLOGY.md says why
+not.
 """
 
 import json
@@ -64,12 +65,31 @@ from texts.personas import (
 LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
 MOST_TEXTS = 10_000_000  # a grid of more texts would take eleven days at ten texts a second
-MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona and method
+MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona
 MOST_RESAMPLES = 200  # that phase 3 draws
 # What a run itself tells a chat template.
 OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_prompt strftime_now".split()
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
+LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
+# The defaults where no layers are named, beside all shipped personas: any two models, and a verdict on each.
+PROTOCOL: dict[str, Any] = {
+    "layer_idx": "band",
+    "dtype": "fastest",
+    "neutral_text": "wikipedia-sample",
+    "mapping_data": "auto",
+    "n_training_samples": 300,
+    # From what a map of responses needs to what one of passages needs, in steps of about 3.
+    "lambda_values": [1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+    "lambda_unit": "relative",
+    "persona_position": "mean",
+    "n_test_prompts": 60,
+    "alpha_values": "auto",
+    "alpha_unit": "residual_norm",
+    "n_seeds": 2,
+    "max_new_tokens": 96,
+    "generation_batch_size": 120,
+}
 
 
 def _if_string(check: Callable[[str], Any]) -> BeforeValidator:
@@ -239,16 +259,17 @@ class AlphaSearchConfig(_Strict):
 
     bracket: the weakest and the strongest alpha to consider, in median block-output norms without massive
         dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
-    n_seeds: texts for each development prompt.
+    n_seeds: texts for each development prompt. max_non_words_increase: see `degenerate_text.non_word_share`.
     bound: on the perplexity ratio: its `excess` over what the persona's trait costs by itself, or `plain`.
     """
 
     bound: Literal["excess", "plain"] = "excess"
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)] = 1.5
     max_repetition_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
-    n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 7
+    max_non_words_increase: Annotated[float, Field(ge=0, le=1)] = 0.02
+    n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 5
     bracket: tuple[Positive, Positive] = (0.05, 2.0)
-    n_seeds: Count = 2
+    n_seeds: Count = 1
 
     @model_validator(mode="after")
     def _check_bracket(self) -> "AlphaSearchConfig":
@@ -345,10 +366,13 @@ class JudgeConfig(_Strict):
 class ExperimentConfig(_Strict):
     """All settings of a run; docs/configuration.md explains each.
 
-    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
-        equal length, a band: pairs of blocks, all of which are steered; `"layer_idx": "band"` chooses one;
-        `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
-        `search_target_layers`) on `search_tokens` source tokens of the neutral text.
+    Layers: where none is named, PROTOCOL has the defaults. `layer_idx` sets both; `source_layer_idx` and
+        `target_layer_idx` set them apart, or to lists of equal length, a band: pairs of blocks, all of which
+        are steered; `"layer_idx": "band"` chooses one; `"layer_idx": "auto"` searches all pairs (or those of
+        `search_source_layers` and `search_target_layers`) on `search_tokens` source tokens of the neutral
+        text.
+    Map: `mapping_data` `auto` is `styled_responses` for a target that is asked questions, else
+        `neutral_text`.
     Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat
         target is asked questions, another one continues text prefixes.
     Extraction: `extraction_resamples` vectors from resampled texts steer on development prompts, to say how
@@ -357,9 +381,9 @@ class ExperimentConfig(_Strict):
         is read from another source.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
         without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
-        persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for
-        each persona and method on the development prompts. Where methods have alphas of their own, each is
-        tried at the oracle's too.
+        persona -> method -> alpha (methods that are not named take the oracle's, and each is tried at that
+        too); `auto` searches the strongest at which a persona's native vector leaves text that can be read,
+        on the development prompts, and every condition is steered at that.
     """
 
     source_model: LocalPath
@@ -384,7 +408,7 @@ class ExperimentConfig(_Strict):
 
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
-    mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
+    mapping_data: Literal["neutral_text", "responses", "styled_responses", "auto"] = "neutral_text"
     mapping_positions: Literal[PairPositions, "auto"] = "auto"
     lambda_values: Lambdas = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: LambdaUnit = "absolute"
@@ -435,6 +459,21 @@ class ExperimentConfig(_Strict):
     generation_batch_size: LargeCount = 32
     evaluation_batch_size: LargeCount = 8
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_protocol(cls, given: Any) -> Any:
+        """Return what is given with the protocol's defaults, where no layers are named."""
+        if not isinstance(given, dict) or any(given.get(key) is not None for key in LAYER_KEYS):
+            return given
+        alphas = given.get("alpha_values")
+        if isinstance(alphas, dict) and (own := [name for name in alphas if isinstance(alphas[name], dict)]):
+            raise ValueError(
+                f"alpha_values has an alpha for each method of {shown(own[0])}, but all conditions are "
+                "compared at the native vector's; leave alpha_values out, or give a list for each persona"
+            )
+        named = {key: value for key, value in given.items() if key not in LAYER_KEYS}
+        return {"personas": shipped_personas(), **PROTOCOL, **named}
+
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
         self._check_layers()
@@ -470,7 +509,7 @@ class ExperimentConfig(_Strict):
         if self.layer_idx != "auto" and searched:
             raise ValueError(f'{searched[0]} is of use with "layer_idx": "auto" alone; leave it out')
         missing = [f"{side}_layer_idx" for side in sides if f"{side}_layer_idx" not in given]
-        if self.layer_idx is None and missing:
+        if self.layer_idx is None and missing:  # one side is named, else PROTOCOL has the layers
             raise ValueError(f"{missing[0]} is not set; set layer_idx for both models, or this one")
 
     def _check_alphas(self) -> None:
@@ -534,13 +573,7 @@ class ExperimentConfig(_Strict):
                 "persona_position says how texts are read; responses are always read at all of their tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        responding = [name for name in names if self.kind_of(name) == "responses"]
-        if responding and len(responding) == len(names) and self.persona_position != "last":
-            raise ValueError(
-                f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
-                "the mean over the response; leave persona_position out"
-            )
-        if responding and layers_are_searched:
+        if layers_are_searched and any(self.kind_of(name) == "responses" for name in names):
             raise ValueError(
                 "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
                 "'extraction' of kind 'texts'"
@@ -585,9 +618,8 @@ class ExperimentConfig(_Strict):
         return alphas_of(self.alpha_values, persona, method)
 
     def has_alphas_by_method(self, persona: str) -> bool:
-        """Return whether each method has an alpha of its own, searched for or given."""
-        given = self.alpha_values
-        return given == "auto" or (isinstance(given, dict) and isinstance(given[persona], dict))
+        """Return whether methods are given alphas of their own."""
+        return isinstance(self.alpha_values, dict) and isinstance(self.alpha_values[persona], dict)
 
     @property
     def conditions(self) -> list[str]:
@@ -623,16 +655,11 @@ class ExperimentConfig(_Strict):
 
     @property
     def n_cells(self) -> int:
-        """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline.
-
-        A search finds two alphas for a method: its own, and the oracle's.
-        """
+        """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline."""
         names, methods, is_searched = self.persona_names, self.steered_conditions, self.alpha_values == "auto"
 
         def n_alphas(name: str, method: str) -> int:
-            if is_searched:
-                return 1 + (ORACLE in methods and method != ORACLE)
-            return len(self.alphas_of(name, method))
+            return 1 if is_searched else len(self.alphas_of(name, method))
 
         n_steered = sum(
             n_alphas(name, method) * len(self.draws_of(name, method)) for name in names for method in methods

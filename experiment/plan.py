@@ -1,4 +1,7 @@
-"""Plan the texts of a run: which conditions, personas and alphas there are, and a row for each text."""
+"""Plan the texts of a run: which conditions, personas and alphas there are, and a row for each text.
+
+What is chosen by rule, before anything is measured, is listed here too.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,3 +134,24 @@ def sampling(inputs: Inputs, max_new_tokens: int | None = None) -> list[Any]:
     """Return the settings that every sampled text depends on."""
     config = inputs.config
     return [max_new_tokens or config.max_new_tokens, config.temperature, config.top_k, config.top_p]
+
+
+def choices(inputs: Inputs) -> dict[str, Any]:
+    """Return what was chosen for a run without measuring anything, and from which alternatives."""
+    config, chat_sides = inputs.config, inputs.prompting.chat_sides
+    formats = {side.name: "chat" if side.name in chat_sides else "raw" for side in inputs.sides}
+    layers = {
+        "chosen": list(map(list, inputs.layer_pairs)),
+        "by": config.layer_idx if isinstance(config.layer_idx, str) else "name",
+    }
+    extraction = {name: config.kind_of(name) for name in config.persona_names}
+    mapping_data = ["neutral_text", "responses", "styled_responses"]
+    return {
+        "layers": layers,
+        "prompt_format": {"chosen": formats, "alternatives": ["raw", "chat"]},
+        "mapping_data": {"chosen": config.mapping_data, "alternatives": mapping_data},
+        "extraction": {"chosen": extraction, "alternatives": ["texts", "responses"]},
+        "persona_position": {"chosen": config.persona_position, "alternatives": ["last", "mean"]},
+        "conditions": config.conditions,
+        "test": {"prompts": inputs.prompts, "seeds": config.seeds, "max_new_tokens": config.max_new_tokens},
+    }

@@ -1,6 +1,8 @@
-"""Choose each vector's steering strength on development prompts, where the configuration searches (phase 4).
+"""Choose each persona's steering strength on development prompts, where the configuration searches (phase 4).
 
-What is chosen, is chosen here; test prompts are for phases 4 and 5 alone.
+It is the strongest at which the native vector leaves text that can be read, and every condition is steered at
+it: nothing is chosen by what the mapped vector does. Test prompts are for phases 4 and 5 alone. What was
+chosen, here and before, is written down before the first of them is answered.
 """
 
 import logging
@@ -19,15 +21,16 @@ from analysis.alpha_search import (
     search_alphas,
 )
 from analysis.results_table import perplexity_ratio
-from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, sampling
+from experiment.conditions import ORACLE
+from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, choices, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
-from phases.fit_maps import mapping_data_key
+from phases.fit_maps import CV_RESULTS, mapping_data_key
 from phases.generate_texts import generate_development
-from phases.make_vectors import vector_key
+from phases.make_vectors import NATIVE_VECTORS, native_vectors, vector_key
 from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
 from reporting.figures_results import alpha_search_figure
 from reporting.style import draw_once
-from reporting.tables import format_alphas
+from reporting.tables import alpha_notes, format_alphas
 from support.artifacts import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -40,15 +43,16 @@ def _costs_key(run: Run) -> str:
     return fingerprint(perplexity_key(run), labelled)
 
 
-def _searched(run: Run) -> dict[AlphaKey, str]:
+def _searched(run: Run, methods: Sequence[str]) -> dict[AlphaKey, str]:
     """Return persona and method -> what its vectors depend on; a control's draws share one alpha."""
-    names, methods = run.config.persona_names, run.config.steered_conditions
+    names = run.config.persona_names
     return {(name, method): vector_key(run, name, method) for name in names for method in methods}
 
 
-def _search_key(run: Run) -> str:
+def search_key(run: Run, methods: Sequence[str] = (ORACLE,)) -> str:
+    """Return what the alphas that are found for these methods depend on."""
     config, inputs = run.config, run.inputs
-    cells = [[*key, of_vectors] for key, of_vectors in _searched(run).items()]
+    cells = [[*key, of_vectors] for key, of_vectors in _searched(run, methods).items()]
     sides = dict.fromkeys(("target", *inputs.perplexity_sides))
     shown = [
         [inputs.prompting.prompt(side, prompt) for side in sides] for prompt in inputs.development_prompts
@@ -59,13 +63,20 @@ def _search_key(run: Run) -> str:
     return fingerprint(FORMAT_VERSION, cells, generated, bracket, _costs_key(run), scorers_key(run, SCORERS))
 
 
+def _protocol_key(run: Run) -> str:
+    alphas = search_key(run) if run.config.alpha_values == "auto" else run.config.alpha_values
+    numbers = [CV_RESULTS.key(run), NATIVE_VECTORS.key(run), alphas]
+    return fingerprint(FORMAT_VERSION, choices(run.inputs), numbers)
+
+
 FIGURE = "alpha_search.png"
 TRAIT_COSTS = Artifact("trait_costs.json", 4, _costs_key)
-ALPHA_SEARCH = Artifact("alpha_search.json", 4, _search_key)
+ALPHA_SEARCH = Artifact("alpha_search.json", 4, search_key)
+PROTOCOL = Artifact("protocol.json", 4, _protocol_key)
 
 
 def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
-    """Return the alphas of the grid: those configured, or persona -> method -> alpha by a search."""
+    """Return the alphas of the grid: those configured, or by a search one for each persona."""
     if run.config.alpha_values != "auto":
         (run.folder.path / FIGURE).unlink(missing_ok=True)  # a report would show that of an earlier search
         return run.config.alpha_values
@@ -78,8 +89,29 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
         )
     logger.info("alphas\n\n%s\n", format_alphas(chosen))
     draw_once(run.folder, FIGURE, content["fingerprint"], alpha_search_figure, content)
-    run.folder.notes += _notes(chosen)
+    run.folder.notes += alpha_notes(chosen)
     return _by_persona(chosen)
+
+
+def write_protocol(run: Run) -> None:
+    """Write `protocol.json`: what was chosen, from which alternatives and by which numbers."""
+    PROTOCOL.current_or_make(run, _choices)
+
+
+def _choices(run: Run) -> dict[str, Any]:
+    maps = []
+    for pair in run.inputs.layer_pairs:
+        with run.at_pair(pair) as at_pair:
+            cv = CV_RESULTS.require(at_pair)
+        maps.append({"layers": pair, **{name: cv[name] for name in ("best_lambda", "lambda_unit", "r2")}})
+    cosines = {
+        side: {name: [each.split_half_cosine for each in vectors] for name, vectors in by_persona.items()}
+        for side, by_persona in native_vectors(run).items()
+    }
+    alphas: dict[str, Any] = {"given": run.config.alpha_values}
+    if run.config.alpha_values == "auto":
+        alphas = {name: ALPHA_SEARCH.require(run)[name] for name in ("bound", "trait_costs", "alphas")}
+    return {**choices(run.inputs), "maps": maps, "split_half_cosines": cosines, "alpha": alphas}
 
 
 def required_alphas(run: Run) -> Alphas:
@@ -87,6 +119,17 @@ def required_alphas(run: Run) -> Alphas:
     if run.config.alpha_values != "auto":
         return run.config.alpha_values
     return _by_persona(alphas_from_content(ALPHA_SEARCH.require(run)))
+
+
+def unreadable_personas(run: Run) -> dict[str, str]:
+    """Return persona -> the bounds that its native vector breaks even at the weakest alpha of the search.
+
+    Empty where alphas are given.
+    """
+    if run.config.alpha_values != "auto":
+        return {}
+    found = alphas_from_content(ALPHA_SEARCH.require(run))
+    return {name: alpha.point.reason for (name, _), alpha in found.items() if not alpha.is_coherent}
 
 
 def alpha_bracket(run: Run, norm: ResidualNorm) -> tuple[float, float]:
@@ -99,10 +142,15 @@ def alpha_bracket(run: Run, norm: ResidualNorm) -> tuple[float, float]:
 
 def coherence_bounds(run: Run) -> dict[str, CoherenceBound]:
     """Return persona -> the bound within which its texts count as coherent."""
-    settings = run.config.alpha_search
-    bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
-    costs = trait_costs(run)
+    bound, costs = _bound(run), trait_costs(run)
     return {name: bound.of_trait(costs.get(name, 1.0)) for name in run.config.persona_names}
+
+
+def _bound(run: Run) -> CoherenceBound:
+    settings = run.config.alpha_search
+    return CoherenceBound(
+        settings.max_perplexity_ratio, settings.max_repetition_increase, settings.max_non_words_increase
+    )
 
 
 def trait_costs(run: Run) -> dict[str, float]:
@@ -131,10 +179,12 @@ def _measure_costs(run: Run) -> dict[str, Any]:
     return {"personas": costs}
 
 
-def find_alphas(run: Run, steering: SteeringVectors) -> tuple[dict[AlphaKey, ChosenAlpha], CoherenceBound]:
-    """Find the strongest coherent alpha of every persona and method, and return the bound that was kept."""
+def find_alphas(
+    run: Run, steering: SteeringVectors, methods: Sequence[str] = (ORACLE,)
+) -> dict[AlphaKey, ChosenAlpha]:
+    """Return the strongest coherent alpha of every persona and method."""
     config, settings = run.config, run.config.alpha_search
-    keys = _searched(run)
+    keys = _searched(run, methods)
 
     def texts_of(cells: Sequence[Cell]) -> list[list[ScoredText]]:
         by_cell = generate_development(run, cells, steering, settings.n_seeds)
@@ -150,34 +200,16 @@ def find_alphas(run: Run, steering: SteeringVectors) -> tuple[dict[AlphaKey, Cho
         return texts_of([Cell(method, name, alpha, keys[name, method]) for (name, method), alpha in asked])
 
     (unsteered,) = texts_of([UNSTEERED_CELL])
-    bound = CoherenceBound(settings.max_perplexity_ratio, settings.max_repetition_increase)
     bracket = alpha_bracket(run, steering.middle_norm)
-    found = search_alphas(
-        list(keys), measure, unsteered, bracket, bound, settings.n_evaluations, trait_costs(run)
+    return search_alphas(
+        list(keys), measure, unsteered, bracket, _bound(run), settings.n_evaluations, trait_costs(run)
     )
-    return found, bound
 
 
 def _search(run: Run, steering: SteeringVectors) -> dict[str, Any]:
-    chosen, bound = find_alphas(run, steering)
-    return alphas_content(chosen, bound, trait_costs(run))
+    return alphas_content(find_alphas(run, steering), _bound(run), trait_costs(run))
 
 
-def _by_persona(chosen: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, dict[str, float]]:
+def _by_persona(chosen: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, list[float]]:
     """Return the alphas in the form in which a configuration gives them."""
-    found: dict[str, dict[str, float]] = {}
-    for (persona, method), alpha in chosen.items():
-        found.setdefault(persona, {})[method] = alpha.alpha
-    return found
-
-
-def _notes(chosen: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
-    notes = []
-    for (persona, method), found in chosen.items():
-        if not found.is_coherent:
-            note = f"no alpha is coherent, not even the weakest, {found.alpha:g}, which is tested; lower"
-            notes.append(f"{persona} {method}: {note} alpha_search.bracket")
-        elif found.at == "highest":
-            note = f"the strongest alpha tried, {found.alpha:g}, is still coherent; raise"
-            notes.append(f"{persona} {method}: {note} alpha_search.bracket")
-    return notes
+    return {persona: [alpha.alpha] for (persona, _), alpha in chosen.items()}

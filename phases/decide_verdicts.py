@@ -17,7 +17,7 @@ from evaluation import aggregated_tables
 from experiment.plan import Row, SteeringVectors, rows_key
 from experiment.run import Run
 from phases.check_setup import PREFLIGHT
-from phases.choose_alphas import coherence_bounds
+from phases.choose_alphas import coherence_bounds, unreadable_personas
 from phases.fit_maps import CV_RESULTS
 from phases.side_effects import plain_text_ratios, resampled_effects
 from reporting.figures_results import (
@@ -55,16 +55,17 @@ def decide(
     """
     table, checks = results_table(rows), _preflight(run)
     alphas, at_oracle = _alphas(run, table)
-    personas = _verdicts(table, alphas, validation, checks)
+    unreadable = unreadable_personas(run)
+    personas = _verdicts(table, alphas, validation, checks, unreadable)
     spread = resampled_effects(run, steering, personas)
     content = {
         "personas": _explained(personas, spread),
-        "at_oracle_alpha": _explained(_verdicts(table, at_oracle, validation, checks), {}),
+        "at_oracle_alpha": _explained(_verdicts(table, at_oracle, validation, checks, {}), {}),
         "validation": validation,
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    key = fingerprint(rows_key(rows), validation, checks, spread)
+    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable)
     content = run.folder.save("verdict.json", key, content)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
@@ -91,6 +92,7 @@ def _verdicts(
     alphas: Alphas,
     validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
     checks: Sequence[Mapping[str, Any]],
+    unreadable: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return persona -> its verdict as JSON holds it, with what else its mapped vector changes most.
 
@@ -101,7 +103,7 @@ def _verdicts(
     return {
         name: verdict.content()
         | {"source_vector": status.get(effect_check_name("source", name)), "off_target": others.get(name)}
-        for name, verdict in decide_verdicts(table, alphas, validation).items()
+        for name, verdict in decide_verdicts(table, alphas, validation, unreadable).items()
     }
 
 

@@ -146,8 +146,8 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
         n = n_preflight_cells(run) * n_development
         yield f"preflight: {n} generations", n * rates.text
     if config.alpha_values == "auto" and not _is_current(ALPHA_SEARCH, run):
-        n_vectors = len(inputs.personas) * len(config.steered_conditions)
-        n = n_development * config.alpha_search.n_seeds * (1 + n_vectors * config.alpha_search.n_evaluations)
+        n_cells = 1 + len(inputs.personas) * config.alpha_search.n_evaluations
+        n = n_development * config.alpha_search.n_seeds * n_cells
         seconds = n * (rates.text + _perplexity_seconds(run, rates))
         yield f"alpha search: {n} generations and evaluations on development prompts", seconds
 

@@ -92,6 +92,11 @@ def _why(found: Mapping[str, Any]) -> str:
         return (
             f"under every vector most texts collapse into repetition ({rate}, the fewest); lower alpha_values"
         )
+    if found["reason"] == "unreadable":
+        return (
+            "at no alpha that was tried does the native vector leave text that can be read: even at the "
+            f"weakest it breaks the bounds ({found['unreadable']})"
+        )
     if found["reason"] == "no scorer validated":
         named = [f"{SCORERS[name].label}: {', '.join(scorers[name]['problems'])}" for name in scorers]
         return "no scorer is validated" + (f" ({'; '.join(named)})" if named else "")
@@ -275,12 +280,28 @@ def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
             f"{chosen.alpha:.4g}",
             number(chosen.point.perplexity_ratio),
             number(chosen.point.repetition_increase, "+.3f"),
+            number(chosen.point.non_words_increase, "+.3f"),
             AT_END[chosen.at] if chosen.is_coherent else f"not coherent even there: {chosen.point.reason}",
         )
         for key, chosen in alphas.items()
     ]
-    header = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
+    header = ("persona", "method", "alpha", "perplexity ratio", "repetition increase")
+    header += ("non-words increase", "note")
     return markdown_table(header, rows, left=("persona", "method", "note"))
+
+
+def alpha_notes(alphas: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
+    """Return a note for each persona whose bracket holds no alpha that its bounds decide."""
+    notes = []
+    for (persona, _), found in alphas.items():
+        if not found.is_coherent:
+            note = f"native steering leaves no text that can be read ({found.point.reason}), not even at"
+            weakest = f"the weakest alpha, {found.alpha:g}, which is tested"
+            notes.append(f"{persona}: {note} {weakest}; lower alpha_search.bracket")
+        elif found.at == "highest":
+            note = f"the strongest alpha tried, {found.alpha:g}, still leaves text that can be read; raise"
+            notes.append(f"{persona}: {note} alpha_search.bracket")
+    return notes
 
 
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:

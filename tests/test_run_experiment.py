@@ -189,9 +189,9 @@ def test_a_dry_run_counts_what_a_finished_run_holds_and_leaves_it_alone(tiny, ou
 def test_a_dry_run_counts_searches_responses_and_sums_and_makes_none(band, tiny, tmp_path, capsys):
     assert run(tmp_path / "out", band, "--dry-run") == 0
     shown = capsys.readouterr().out
-    n_cells, n_questions = 1 + N_PERSONAS * 3 * 3, len(load_prompts("development_questions"))
+    n_cells, n_questions = 1 + N_PERSONAS * 3, len(load_prompts("development_questions"))
     assert f"alpha search: {n_questions * n_cells} generations" in shown
-    n_drawn = 2 * (1 + 3) + 1  # mapped and three shuffled maps at the oracle's alpha, too; native
+    n_drawn = (1 + 3) + 1  # mapped and three shuffled maps; native: all at one alpha
     assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * n_drawn)} " in shown
     assert "responses that the map is learnt from: 60" in shown
     assert "responses that vectors are made from: 16" in shown

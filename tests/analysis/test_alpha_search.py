@@ -138,6 +138,20 @@ def test_more_empty_texts_than_unsteered_are_incoherent(n_empty_before, n_empty,
     assert point.n_missing == n_empty
 
 
+@pytest.mark.parametrize(
+    ("share", "before", "reason"),
+    [(0.03, 0.0, "non-words"), (0.03, 0.02, None), (0.01, 0.0, None), (None, 0.0, None), (0.9, None, None)],
+)
+def test_words_that_do_not_exist_are_bounded_by_their_increase(share, before, reason):
+    steered, unsteered = (
+        [ScoredText(10.0, 0.1, non_words=each) for _ in range(3)] for each in (share, before)
+    )
+    point = compare(1.0, steered, unsteered)
+    assert point.reason == reason
+    assert point.non_words_increase == (None if None in (share, before) else pytest.approx(share - before))
+    assert compare(1.0, steered, unsteered, CoherenceBound(max_non_words_increase=0.5)).is_coherent
+
+
 @pytest.mark.parametrize(("bounds", "reason"), [((2.5, 0.3), None), ((1.9, 0.1), "perplexity, repetition")])
 def test_bounds_are_those_given(bounds, reason):
     assert compare(1.0, times(2.0, 0.3), UNSTEERED, CoherenceBound(*bounds)).reason == reason

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from baseline_methods import METHODS
-from experiment.config import ExperimentConfig, load_config
+from experiment.conditions import DECIDING_CONTROLS
+from experiment.config import PROTOCOL, ExperimentConfig, load_config
 from experiment.config_errors import RENAMED_KEYS, RENAMED_VALUES
 from support.errors import InputError
+from texts.personas import shipped_personas
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = [ROOT / "example_config.json", *sorted((ROOT / "configs").glob("*.json"))]
@@ -90,6 +92,43 @@ def test_layers_are_set_together_or_apart(layers, expected):
     assert load_config({**SMALL, "layer_idx": None, **layers}).layer_pairs == expected
 
 
+NAMES = {key: SMALL[key] for key in ("source_model", "target_model", "output_dir")}
+
+
+def test_two_names_and_a_folder_are_run_by_the_protocol():
+    config = load_config(NAMES)
+    assert {name: getattr(config, name) for name in PROTOCOL} == PROTOCOL
+    assert config.persona_names == shipped_personas()
+    assert (len(config.load_test_prompts(True)), config.seeds, config.alpha_values) == (60, [0, 1], "auto")
+    assert set(config.conditions) == {*METHODS, *DECIDING_CONTROLS}
+    assert load_config(json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_what_is_named_stands_beside_the_protocol_and_a_layer_ends_it():
+    named = {"n_seeds": 1, "personas": ["formal"], "alpha_values": [0.1], "layer_idx": None}
+    config = load_config({**NAMES, **named})
+    assert (config.n_seeds, config.persona_names, config.alpha_values) == (1, ["formal"], [0.1])
+    assert (config.layer_idx, config.n_test_prompts) == ("band", 60)
+    for layers in ({"layer_idx": 3}, {"source_layer_idx": 1, "target_layer_idx": 2}):
+        config = load_config({**NAMES, **layers})
+        assert (config.n_test_prompts, config.alpha_values[0]) == (30, 0.5)
+        assert config.mapping_data == "neutral_text"
+
+
+def test_the_protocol_compares_at_one_alpha():
+    by_method = {"oracle": 0.04, "ridge_mapped": 0.05}
+    alphas = {"formal": [0.04], "pirate": by_method}
+    assert load_config({**SMALL, "personas": list(alphas), "alpha_values": alphas})
+    message = error_of({**NAMES, "personas": list(alphas), "alpha_values": alphas})
+    assert "alpha_values has an alpha for each method of 'pirate'" in message
+    assert "native vector's" in message
+
+
+def test_fewer_questions_than_the_protocol_asks_are_an_error():
+    with pytest.raises(InputError, match="n_test_prompts is 60 but there are 2 prompts; lower it"):
+        load_config({**NAMES, "test_prompts": ["Why?", "How?"]}).load_test_prompts(True)
+
+
 def test_personas_are_the_named_ones_then_those_defined_here():
     config = load_config({**SMALL, "persona_datasets": {"loud": PAIR, "formal": PAIR}})
     assert config.persona_names == ["silly", "formal", "concise", "loud"]
@@ -165,7 +204,6 @@ def silly(alphas):
         ({"persona_datasets": {"x": {**PAIR, "old": ["a"]}}}, "'persona_datasets.x.old' is unknown"),
         ({"persona_datasets": {"x": {"positive_texts": ["a"]}}}, "negative_texts is missing"),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": [""]}}}, "positive_texts.0"),
-        ({"layer_idx": None}, "source_layer_idx is not set"),
         ({"layer_idx": None, "source_layer_idx": 3}, "target_layer_idx is not set"),
         ({"layer_idx": "band", "target_layer_idx": 3}, "leave out target_layer_idx"),
         ({"search_source_layers": [1]}, 'search_source_layers is of use with "layer_idx": "auto" alone'),

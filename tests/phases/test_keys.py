@@ -55,7 +55,7 @@ TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be t
 SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "recovery.png"}
 SCORED |= {"off_target.png", "effect_perplexity.png", "effect_spread.json"}
 RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
-GRID = SCORED | {"generation_results.json"}
+GRID = SCORED | {"generation_results.json", "protocol.json"}
 STEERED = GRID | {"side_effects.json"}
 SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
 CHECKED = {"preflight.json", "scorer_validation.json"}
@@ -139,7 +139,9 @@ CHANGES = {
     **of_pair(FITTED, MAPPED, lambda_criterion="standardised"),
     **of_pair(PAIRED, MAPPED, n_folds=3),
     "prompt_format": Change("chat", {"prompt_format": "raw"}, WRITTEN),
-    "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json"}),
+    "source_prompt_format": Change(
+        "chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json", "protocol.json"}
+    ),
     "target_prompt_format": Change("chat", {"target_prompt_format": "raw"}, WRITTEN),
     "system_prompt": Change("chat", {"system_prompt": "Be kind."}, WRITTEN),
     "chat_template_kwargs": Change("chat", {"chat_template_kwargs": {"tone": "dry"}}, WRITTEN),
@@ -180,6 +182,7 @@ CHANGES = {
     **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_repetition_increase=0.3),
+    **within("alpha_search", "band", SEARCHED | CHECKED, max_non_words_increase=0.9),
     **of_pair(WRITTEN, STEERED_HERE, steer_positions="response"),
     **of_pair(READ, seed=1),
     **of_pair(WRITTEN, max_new_tokens=4, temperature=0.5, top_k=5, top_p=0.5),

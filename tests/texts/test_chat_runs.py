@@ -169,7 +169,6 @@ AUTO = {"layer_idx": "auto", "source_layer_idx": None, "target_layer_idx": None}
         ({"persona_datasets": {"loud": {**TRAIT, "instruction": [{"pos": "Shout."}]}}}, "instruction.0.neg"),
         ({"extraction": {"kind": "texts"}}, "choose 'extraction' of kind 'responses'"),
         ({"extraction": {"kind": "responses", "from_texts": ["loud"]}}, "has no positive texts"),
-        ({"persona_position": "mean"}, "leave persona_position out"),
         (AUTO, "searches with text pairs"),
         ({"prompt_format": "raw"}, "neither model is one"),
     ],
