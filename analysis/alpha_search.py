@@ -1,9 +1,9 @@
-"""Find how strongly a vector can be added before the text stops being coherent (phases 4 and 5).
+"""Find how strongly a vector can be added before the text stops being coherent (phase 4).
 
 With `"alpha_values": "auto"`, the strongest alpha at which the native vector's texts on the development
 prompts stay within a stated bound of the unsteered ones is searched for by bisection on log alpha, for all
 personas side by side, so that a round is one batch of generations. The trait is reported and never used to
-choose. With listed alphas, the verdict compares at the strongest coherent one of them.
+choose. Of listed alphas, the strongest coherent one is chosen in the same way, on the same texts.
 
 Some traits raise perplexity by themselves: text that talks like a pirate is less predictable than text that
 does not. The bound is on what exceeds the trait's own perplexity ratio, if that is given.
@@ -15,7 +15,7 @@ ratio, and an alpha chosen by it looks a little more coherent here than on other
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from analysis.results_table import condition_alphas, paired_with_unsteered, perplexity_ratio
-from experiment.conditions import ORACLE
+from analysis.results_table import perplexity_ratio
 from support.errors import InputError
 from support.progress import each
 
@@ -116,13 +115,13 @@ class ChosenAlpha:
     """The strongest coherent alpha of a persona and method, and everything measured on the way.
 
     is_coherent: False only if nothing was, not even the lowest alpha, which is then given as `alpha`.
-    at: `highest` or `lowest` if `alpha` is that end of the bracket, else `inside`.
-    curve: sorted by alpha.
+    at: `highest` or `lowest` if `alpha` is that end of the bracket, else `inside`; `listed` without a search.
+    curve: sorted by the size of alpha.
     """
 
     alpha: float
     is_coherent: bool
-    at: Literal["inside", "highest", "lowest"]
+    at: Literal["inside", "highest", "lowest", "listed"]
     curve: list[AlphaPoint]
 
     @property
@@ -166,6 +165,25 @@ def search_alphas(
     return {key: _choose(curve, bracket) for key, curve in curves.items()}
 
 
+def choose_listed(
+    listed: Mapping[AlphaKey, Sequence[float]],
+    measure: Measure,
+    unsteered: Sequence[ScoredText],
+    bound: CoherenceBound = DEFAULT_BOUND,
+    trait_costs: Mapping[str, float] = MappingProxyType({}),
+) -> dict[AlphaKey, ChosenAlpha]:
+    """Return the strongest coherent one of each key's listed alphas, or the weakest.
+
+    All are measured at once. The other arguments are those of `search_alphas`.
+    """
+    asked = [(key, alpha) for key, alphas in listed.items() for alpha in alphas]
+    curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in listed}
+    for (key, alpha), texts in zip(asked, measure(asked), strict=True):
+        of_persona = bound.of_trait(trait_costs.get(key[0], 1.0))
+        curves[key].append(compare(alpha, texts, unsteered, of_persona))
+    return {key: _choose(curve) for key, curve in curves.items()}
+
+
 def _check_unsteered(unsteered: Sequence[ScoredText]) -> None:
     none = f"none of the {len(unsteered)} unsteered texts has a"
     if not any(text.is_finite for text in unsteered):
@@ -186,12 +204,15 @@ def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_la
     return math.sqrt(low) * math.sqrt(high)
 
 
-def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float]) -> ChosenAlpha:
-    """Return the largest coherent alpha, or the lowest, which a search without any measured last."""
-    curve = sorted(curve, key=lambda point: point.alpha)
+def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float] | None = None) -> ChosenAlpha:
+    """Return the strongest coherent alpha, or the weakest, which a search without any measured last.
+
+    bracket: of the search; None of a list.
+    """
+    curve = sorted(curve, key=lambda point: abs(point.alpha))
     best = next((point for point in reversed(curve) if point.is_coherent), curve[0])
-    at = {bracket[0]: "lowest", bracket[1]: "highest"}.get(best.alpha, "inside")
-    return ChosenAlpha(best.alpha, best.is_coherent, at, curve)
+    ends = dict(zip(bracket, ("lowest", "highest"), strict=True)) if bracket else {best.alpha: "listed"}
+    return ChosenAlpha(best.alpha, best.is_coherent, ends.get(best.alpha, "inside"), curve)
 
 
 def compare(
@@ -253,47 +274,3 @@ def alphas_from_content(content: Mapping[str, Any]) -> dict[AlphaKey, ChosenAlph
         chosen = ChosenAlpha(entry["alpha"], entry["is_coherent"], entry["at"], curve)
         alphas[entry["persona"], entry["method"]] = chosen
     return alphas
-
-
-def compared_alphas(
-    table: pd.DataFrame,
-    personas: Sequence[str],
-    with_own_alphas: Collection[str],
-    bounds: Mapping[str, CoherenceBound],
-) -> dict[str, dict[str, float | None]]:
-    """Return persona -> condition -> the alpha at which the verdict compares.
-
-    table: from `results_table`. with_own_alphas: personas each of whose conditions is given one alpha of its
-    own. For the others it is the strongest listed alpha at which the oracle's texts are within
-    their bound, or the weakest.
-    """
-    chosen: dict[str, dict[str, float | None]] = {}
-    for persona in personas:
-        alphas = condition_alphas(table, persona)
-        common = None
-        if persona not in with_own_alphas and (listed := alphas.get(ORACLE)):
-            coherent = [alpha for alpha in listed if _is_coherent(table, persona, alpha, bounds[persona])]
-            common = max(coherent, key=abs) if coherent else min(listed, key=abs)
-        chosen[persona] = _at(common, alphas)
-    return chosen
-
-
-def _is_coherent(table: pd.DataFrame, persona: str, alpha: float, bound: CoherenceBound) -> bool:
-    steered, unsteered = (
-        [ScoredText.from_row(row) for row in texts.to_dict("records")]
-        for texts in paired_with_unsteered(table, persona, ORACLE, alpha)
-    )
-    return compare(alpha, steered, unsteered, bound).is_coherent
-
-
-def oracle_alphas(
-    table: pd.DataFrame, with_own_alphas: Collection[str]
-) -> dict[str, dict[str, float | None]]:
-    """Return the same with every condition at the oracle's alpha, for personas with alphas of their own."""
-    alphas = {persona: condition_alphas(table, persona) for persona in with_own_alphas}
-    return {persona: _at(found[ORACLE][0], found) for persona, found in alphas.items() if ORACLE in found}
-
-
-def _at(common: float | None, alphas: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
-    """Return condition -> the common alpha, or its first one where it was not steered at that."""
-    return {name: common if common in values else values[0] for name, values in alphas.items()}

@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.results_table import Alphas, at_alphas, prompt_means
 from analysis.significance import (
+    MARGIN,
     Interval,
     corrected_rate,
     equivalence_p,
@@ -47,6 +48,16 @@ TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # bounds of the recovery, as shares of
 ALL_COLLAPSE = 0.5  # share of collapsed texts under every vector from which steering itself is at fault
 NO_BETTER = 0.15  # share of the native effect; mapped surely exceeds the best control by less than this
 BEYOND_WORDS = 0.15  # share of the native effect by which mapped has to exceed the lexical controls
+# What a protocol states before anything is compared.
+VERDICT_BOUNDS = {
+    "fewest_prompts": FEWEST_PROMPTS,
+    "significant": SIGNIFICANT,
+    "equivalent_margin": MARGIN,
+    "native_works": NATIVE_WORKS,
+    "transferred": TRANSFERRED,
+    "not_transferred": NOT_TRANSFERRED,
+    "beyond_words": BEYOND_WORDS,
+}
 HIGH_SCORE, CEILING = 0.9, 0.3  # a share of native texts with higher scores above this is a ceiling
 LOWEST_SCORE = 0.001  # scores are clipped to it, and to 1 less it, before they become log-odds
 # From the most to the least that is claimed; of two scorers' verdicts, the later stands.

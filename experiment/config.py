@@ -71,6 +71,8 @@ MOST_RESAMPLES = 200  # that phase 3 draws
 OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_prompt strftime_now".split()
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
+# Shipped questions for chat targets. The last ones are for a last measurement: no default takes them.
+QUESTIONS = ("test_questions", "fresh_questions", "last_questions")
 LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
 # The defaults where no layers are named, beside all shipped personas: any two models, and a verdict on each.
 PROTOCOL: dict[str, Any] = {
@@ -84,8 +86,10 @@ PROTOCOL: dict[str, Any] = {
     "lambda_unit": "relative",
     "persona_position": "mean",
     "n_test_prompts": 60,
+    "test_prompts": "fresh_questions",
     "alpha_values": "auto",
     "alpha_unit": "residual_norm",
+    "equal_cost": True,
     "n_seeds": 2,
     "max_new_tokens": 96,
     "generation_batch_size": 120,
@@ -126,21 +130,35 @@ Name = Annotated[str, _if_string(check_name)]
 def _list_or_auto(value: Any) -> Any:
     if isinstance(value, str) and value != "auto":
         raise ValueError("expected a list of numbers, such a list for each persona, or 'auto'")
+    if isinstance(value, dict) and (by_method := [name for name in value if isinstance(value[name], dict)]):
+        raise ValueError(
+            f"{shown(by_method[0])} has an alpha for each method, but all conditions of a persona are "
+            "compared at one, the native vector's; leave alpha_values out, or give a list for each persona"
+        )
     return value
 
 
 # Each form has a tag, chosen by the type of what is given, so that errors are about that form alone.
-PersonaAlphas = Annotated[
-    Annotated[Alphas, Tag("tag-list")]
-    | Annotated[dict[Method, float], Field(min_length=1), Tag("tag-methods")],
-    Discriminator(lambda value: "tag-methods" if isinstance(value, dict) else "tag-list"),
-]
 AlphaValues = Annotated[
     Annotated[Alphas, Tag("tag-list")]
-    | Annotated[dict[Name, PersonaAlphas], Tag("tag-personas")]
+    | Annotated[dict[Name, Alphas], Tag("tag-personas")]
     | Annotated[Literal["auto"], Tag("tag-auto")],
     Discriminator(lambda value: {str: "tag-auto", dict: "tag-personas"}.get(type(value), "tag-list")),
     BeforeValidator(_list_or_auto),
+]
+
+
+def _questions(value: Any) -> Any:
+    if isinstance(value, str) and value not in QUESTIONS:
+        raise ValueError(f"expected a list of prompts, or one of {', '.join(QUESTIONS)}")
+    return value
+
+
+TestPrompts = Annotated[
+    Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000), Tag("tag-list")]
+    | Annotated[str, Tag("tag-name")],
+    Discriminator(lambda value: "tag-name" if isinstance(value, str) else "tag-list"),
+    BeforeValidator(_questions),
 ]
 
 
@@ -243,15 +261,9 @@ def _check_differ(name: str, values: list[Any]) -> None:
         raise ValueError(f"{name} holds a value twice: {shown(values)}")
 
 
-def alphas_of(given: Any, persona: str, method: str) -> Sequence[float | None]:
-    """Return the alphas at which a persona's method is tried: those listed, or its own and the oracle's.
-
-    given: a list, persona -> list, or persona -> method -> alpha.
-    """
-    alphas = given[persona] if isinstance(given, dict) else given
-    if not isinstance(alphas, dict):
-        return alphas
-    return list(dict.fromkeys(alphas[name] for name in (method, ORACLE) if name in alphas))
+def alphas_of(given: Any, persona: str) -> Sequence[float]:
+    """Return the alphas at which a persona's conditions are tried. given: a list, or persona -> list."""
+    return given[persona] if isinstance(given, dict) else given
 
 
 class AlphaSearchConfig(_Strict):
@@ -380,10 +392,13 @@ class ExperimentConfig(_Strict):
         made from one half of a persona's texts and the native ones from the other; by default where a control
         is read from another source.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
-        without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
-        persona -> method -> alpha (methods that are not named take the oracle's, and each is tried at that
-        too); `auto` searches the strongest at which a persona's native vector leaves text that can be read,
-        on the development prompts, and every condition is steered at that.
+        without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list;
+        `auto` searches the strongest at which a persona's native vector leaves text that can be read, on the
+        development prompts. A verdict compares every condition at that alpha, or at the strongest such one of
+        a list.
+    Test prompts: a list, or the name of a file of shipped questions; a target that continues texts takes the
+        shipped text prefixes instead. `equal_cost` writes more texts of each deciding control, for a table
+        that compares it with the mapped vector at an equal perplexity ratio.
     """
 
     source_model: LocalPath
@@ -434,10 +449,11 @@ class ExperimentConfig(_Strict):
     controls: list[Literal[CONTROLS]] | None = None
     check_source_vectors: bool = True
     n_test_prompts: LargeCount = 30
-    test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
+    test_prompts: TestPrompts = "test_questions"
     alpha_values: AlphaValues = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
     alpha_search: AlphaSearchConfig = AlphaSearchConfig()
+    equal_cost: bool = False
     steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -465,12 +481,6 @@ class ExperimentConfig(_Strict):
         """Return what is given with the protocol's defaults, where no layers are named."""
         if not isinstance(given, dict) or any(given.get(key) is not None for key in LAYER_KEYS):
             return given
-        alphas = given.get("alpha_values")
-        if isinstance(alphas, dict) and (own := [name for name in alphas if isinstance(alphas[name], dict)]):
-            raise ValueError(
-                f"alpha_values has an alpha for each method of {shown(own[0])}, but all conditions are "
-                "compared at the native vector's; leave alpha_values out, or give a list for each persona"
-            )
         named = {key: value for key, value in given.items() if key not in LAYER_KEYS}
         return {"personas": shipped_personas(), **PROTOCOL, **named}
 
@@ -514,6 +524,8 @@ class ExperimentConfig(_Strict):
 
     def _check_alphas(self) -> None:
         given = self.alpha_values
+        if self.equal_cost and not self.independent_perplexity:
+            raise ValueError("equal_cost compares at an equal independent perplexity; leave it on")
         if given == "auto":
             if not self.independent_perplexity:
                 raise ValueError("alpha_values 'auto' decides by the independent perplexity; leave it on")
@@ -524,30 +536,14 @@ class ExperimentConfig(_Strict):
                 "alpha_values and personas alone; name the same ones in both"
             )
         alphas: list[float] = []
-        for persona, values in given.items() if isinstance(given, dict) else [("", given)]:
-            if isinstance(values, dict):
-                self._check_methods_of(persona, values)
-                values = list(values.values())
-            else:
-                _check_differ("alpha_values", values)
+        for values in given.values() if isinstance(given, dict) else [given]:
+            _check_differ("alpha_values", values)
             alphas += values
         if any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in alphas):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
         if any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in alphas):
             raise ValueError(
                 "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
-            )
-
-    def _check_methods_of(self, persona: str, alphas: dict[str, float]) -> None:
-        if ORACLE not in alphas:
-            raise ValueError(
-                f"alpha_values of {persona} has alphas by method, but none of {ORACLE!r}, at which the other "
-                "methods are tried too; add it"
-            )
-        if idle := [name for name in alphas if name not in (*self.steered_conditions, ORACLE)]:
-            raise ValueError(
-                f"alpha_values of {persona} has an alpha of {idle[0]!r}, which adds no vector "
-                f"here, as {', '.join(self.steered_conditions)} do; leave it out, or add it to methods"
             )
 
     def _check_size(self) -> None:
@@ -613,13 +609,9 @@ class ExperimentConfig(_Strict):
         listed = DEFAULT_PERSONAS if self.personas is None else self.personas
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
 
-    def alphas_of(self, persona: str, method: str) -> Sequence[float]:
-        """Return the alphas of a persona's method, where they are given and not searched for."""
-        return alphas_of(self.alpha_values, persona, method)
-
-    def has_alphas_by_method(self, persona: str) -> bool:
-        """Return whether methods are given alphas of their own."""
-        return isinstance(self.alpha_values, dict) and isinstance(self.alpha_values[persona], dict)
+    def alphas_of(self, persona: str) -> Sequence[float]:
+        """Return a persona's alphas, where they are given and not searched for."""
+        return alphas_of(self.alpha_values, persona)
 
     @property
     def conditions(self) -> list[str]:
@@ -658,11 +650,10 @@ class ExperimentConfig(_Strict):
         """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline."""
         names, methods, is_searched = self.persona_names, self.steered_conditions, self.alpha_values == "auto"
 
-        def n_alphas(name: str, method: str) -> int:
-            return 1 if is_searched else len(self.alphas_of(name, method))
-
         n_steered = sum(
-            n_alphas(name, method) * len(self.draws_of(name, method)) for name in names for method in methods
+            (1 if is_searched else len(self.alphas_of(name)))
+            * sum(len(self.draws_of(name, method)) for method in methods)
+            for name in names
         )
         return 1 + n_steered + len(names) * (PROMPTED in self.methods)
 
@@ -698,9 +689,12 @@ class ExperimentConfig(_Strict):
     def load_test_prompts(self, are_questions: bool = False) -> list[str]:
         """Return `n_test_prompts` prompts. Raises InputError: too few, or one is there twice.
 
-        are_questions: which of the shipped ones are taken if the configuration has none.
+        are_questions: whether the target is asked questions; else shipped text prefixes are taken, unless the
+        configuration has prompts of its own.
         """
-        prompts = self.test_prompts or load_prompts("test_questions" if are_questions else "test")
+        prompts = self.test_prompts
+        if isinstance(prompts, str):
+            prompts = load_prompts(prompts if are_questions else "test")
         if len(prompts) < self.n_test_prompts:
             raise InputError(
                 f"n_test_prompts is {self.n_test_prompts} but there are {len(prompts)} prompts; lower it "

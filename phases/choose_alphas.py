@@ -1,12 +1,13 @@
-"""Choose each persona's steering strength on development prompts, where the configuration searches (phase 4).
+"""Choose each persona's steering strength on development prompts (phase 4).
 
-It is the strongest at which the native vector leaves text that can be read, and every condition is steered at
-it: nothing is chosen by what the mapped vector does. Test prompts are for phases 4 and 5 alone. What was
-chosen, here and before, is written down before the first of them is answered.
+It is the strongest at which the native vector leaves text that can be read, from a search or a list, and
+every condition is compared at it: nothing is chosen by what the mapped vector does. Test prompts are for the
+texts that are compared alone. What was chosen, here and before, is written down before the first of them is
+answered.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -18,10 +19,13 @@ from analysis.alpha_search import (
     ScoredText,
     alphas_content,
     alphas_from_content,
+    choose_listed,
     search_alphas,
 )
 from analysis.results_table import perplexity_ratio
+from analysis.verdict import VERDICT_BOUNDS
 from experiment.conditions import ORACLE
+from experiment.config import ExperimentConfig
 from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, choices, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.fit_maps import CV_RESULTS, mapping_data_key
@@ -59,14 +63,15 @@ def search_key(run: Run, methods: Sequence[str] = (ORACLE,)) -> str:
     ]
     generated = [inputs.target.fingerprint, sampling(inputs), config.steer_positions, config.seed, shown]
     # The bracket is in units of the norm that is measured on the map's texts, whatever the unit of alpha.
-    bracket = [mapping_data_key(run), config.alpha_unit, config.alpha_search.model_dump()]
-    return fingerprint(FORMAT_VERSION, cells, generated, bracket, _costs_key(run), scorers_key(run, SCORERS))
+    unit = [mapping_data_key(run), config.alpha_unit]
+    tried = [config.alpha_values, config.alpha_search.model_dump()]
+    scored = [_costs_key(run), scorers_key(run, SCORERS)]
+    return fingerprint(FORMAT_VERSION, cells, generated, unit, tried, scored)
 
 
 def _protocol_key(run: Run) -> str:
-    alphas = search_key(run) if run.config.alpha_values == "auto" else run.config.alpha_values
-    numbers = [CV_RESULTS.key(run), NATIVE_VECTORS.key(run), alphas]
-    return fingerprint(FORMAT_VERSION, choices(run.inputs), numbers)
+    numbers = [CV_RESULTS.key(run), NATIVE_VECTORS.key(run), search_key(run)]
+    return fingerprint(FORMAT_VERSION, choices(run.inputs), VERDICT_BOUNDS, numbers)
 
 
 FIGURE = "alpha_search.png"
@@ -76,10 +81,10 @@ PROTOCOL = Artifact("protocol.json", 4, _protocol_key)
 
 
 def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
-    """Return the alphas of the grid: those configured, or by a search one for each persona."""
-    if run.config.alpha_values != "auto":
-        (run.folder.path / FIGURE).unlink(missing_ok=True)  # a report would show that of an earlier search
-        return run.config.alpha_values
+    """Return the alphas of the grid: those configured, or by a search one for each persona.
+
+    Of those configured, one is chosen in the same way, at which the verdict compares.
+    """
     content = ALPHA_SEARCH.current_or_make(run, lambda run: _search(run, steering))
     chosen = alphas_from_content(content)
     if costs := content["trait_costs"]:
@@ -90,7 +95,7 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
     logger.info("alphas\n\n%s\n", format_alphas(chosen))
     draw_once(run.folder, FIGURE, content["fingerprint"], alpha_search_figure, content)
     run.folder.notes += alpha_notes(chosen)
-    return _by_persona(chosen)
+    return required_alphas(run)
 
 
 def write_protocol(run: Run) -> None:
@@ -108,17 +113,27 @@ def _choices(run: Run) -> dict[str, Any]:
         side: {name: [each.split_half_cosine for each in vectors] for name, vectors in by_persona.items()}
         for side, by_persona in native_vectors(run).items()
     }
-    alphas: dict[str, Any] = {"given": run.config.alpha_values}
-    if run.config.alpha_values == "auto":
-        alphas = {name: ALPHA_SEARCH.require(run)[name] for name in ("bound", "trait_costs", "alphas")}
-    return {**choices(run.inputs), "maps": maps, "split_half_cosines": cosines, "alpha": alphas}
+    alphas = {name: ALPHA_SEARCH.require(run)[name] for name in ("bound", "trait_costs", "alphas")}
+    return {
+        **choices(run.inputs),
+        "maps": maps,
+        "split_half_cosines": cosines,
+        "alpha": {"given": run.config.alpha_values, **alphas},
+        "verdict_bounds": VERDICT_BOUNDS,
+    }
 
 
 def required_alphas(run: Run) -> Alphas:
     """Return the same. Raises InputError where alphas are searched and the search is not there."""
     if run.config.alpha_values != "auto":
         return run.config.alpha_values
-    return _by_persona(alphas_from_content(ALPHA_SEARCH.require(run)))
+    return {persona: [alpha] for persona, alpha in compared_alphas(run).items()}
+
+
+def compared_alphas(run: Run) -> dict[str, float]:
+    """Return persona -> the alpha at which the verdict compares. Raises InputError: it is not chosen yet."""
+    found = alphas_from_content(ALPHA_SEARCH.require(run))
+    return {persona: chosen.alpha for (persona, _), chosen in found.items()}
 
 
 def unreadable_personas(run: Run) -> dict[str, str]:
@@ -138,12 +153,6 @@ def alpha_bracket(run: Run, norm: ResidualNorm) -> tuple[float, float]:
     unit /= len(run.inputs.layer_pairs)
     low, high = run.config.alpha_search.bracket
     return low * unit, high * unit
-
-
-def coherence_bounds(run: Run) -> dict[str, CoherenceBound]:
-    """Return persona -> the bound within which its texts count as coherent."""
-    bound, costs = _bound(run), trait_costs(run)
-    return {name: bound.of_trait(costs.get(name, 1.0)) for name in run.config.persona_names}
 
 
 def _bound(run: Run) -> CoherenceBound:
@@ -182,7 +191,7 @@ def _measure_costs(run: Run) -> dict[str, Any]:
 def find_alphas(
     run: Run, steering: SteeringVectors, methods: Sequence[str] = (ORACLE,)
 ) -> dict[AlphaKey, ChosenAlpha]:
-    """Return the strongest coherent alpha of every persona and method."""
+    """Return the strongest coherent alpha of every persona and method: of those listed, or by a search."""
     config, settings = run.config, run.config.alpha_search
     keys = _searched(run, methods)
 
@@ -200,16 +209,20 @@ def find_alphas(
         return texts_of([Cell(method, name, alpha, keys[name, method]) for (name, method), alpha in asked])
 
     (unsteered,) = texts_of([UNSTEERED_CELL])
+    if config.alpha_values != "auto":
+        listed = {(name, method): config.alphas_of(name) for name, method in keys}
+        return choose_listed(listed, measure, unsteered, _bound(run), trait_costs(run))
     bracket = alpha_bracket(run, steering.middle_norm)
     return search_alphas(
         list(keys), measure, unsteered, bracket, _bound(run), settings.n_evaluations, trait_costs(run)
     )
 
 
+def n_tried_alphas(config: ExperimentConfig, persona: str) -> int:
+    """Return at how many alphas a persona's native vector is tried."""
+    is_searched = config.alpha_values == "auto"
+    return config.alpha_search.n_evaluations if is_searched else len(config.alphas_of(persona))
+
+
 def _search(run: Run, steering: SteeringVectors) -> dict[str, Any]:
     return alphas_content(find_alphas(run, steering), _bound(run), trait_costs(run))
-
-
-def _by_persona(chosen: Mapping[AlphaKey, ChosenAlpha]) -> dict[str, list[float]]:
-    """Return the alphas in the form in which a configuration gives them."""
-    return {persona: [alpha.alpha] for (persona, _), alpha in chosen.items()}

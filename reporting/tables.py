@@ -28,6 +28,7 @@ COVERED = (
 )
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
+AT_END["listed"] = "the strongest listed one that can be read"
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -190,6 +191,84 @@ def recovery_rows(
                 )
             )
     return header, rows
+
+
+def equal_cost_rows(
+    found: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of a table: each control where it costs as much as the mapped vector.
+
+    found: `at_equal_cost` of `verdict.json`.
+    """
+    header = ("persona", "scorer", "control", "α", "perplexity ratio", "mapped's", "effect")
+    header += ("mapped beyond it", "note")
+    rows = []
+    for persona, of_persona in found.items():
+        for name, equal in of_persona["controls"].items():
+            tried = ", ".join(number(each["alpha"], ".3g") for each in equal["tried"])
+            note = f"at no α of {tried} does it cost as much; the nearest" if not equal["is_equal"] else ""
+            rows.append(
+                (
+                    persona,
+                    SCORERS[of_persona["scorer"]].label,
+                    label_of(name),
+                    number(equal["alpha"], ".3g"),
+                    *(number(equal[ratio]) for ratio in ("perplexity_ratio", "mapped_ratio")),
+                    *(interval(equal[effect]) for effect in ("effect", "mapped_over_it")),
+                    note,
+                )
+            )
+    return header, rows
+
+
+def format_equal_cost(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the same as a Markdown table."""
+    return markdown_table(*equal_cost_rows(found), left=("persona", "scorer", "control", "note"))
+
+
+def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of a table: what a run chose before its first test text, and by what.
+
+    protocol: what `protocol.json` holds.
+    """
+    layers, test, search = protocol["layers"], protocol["test"], protocol["alpha"]
+    pairs = ", ".join(f"{source} → {target}" for source, target in layers["chosen"])
+    r2 = [max(of_pair["r2"].values()) for of_pair in protocol["maps"]]
+    lambdas = [f"{of_pair['best_lambda']:g}" for of_pair in protocol["maps"]]
+    n_lambdas = len(protocol["maps"][0]["r2"])
+    rows = [
+        ("layers, source → target", pairs, f"by {layers['by']}"),
+        ("text of the map", protocol["mapping_data"]["chosen"].replace("_", " "), "by the target's prompts"),
+        (
+            "λ of the map",
+            ", ".join(lambdas),
+            f"best held-out R² of {n_lambdas}, {min(r2):.2f} to {max(r2):.2f}",
+        ),
+    ]
+    position = protocol["persona_position"]["chosen"]
+    for persona, kind in protocol["extraction"]["chosen"].items():
+        cosines = [
+            min(filter(None, of_side[persona]), default=None)
+            for of_side in protocol["split_half_cosines"].values()
+        ]
+        read = kind if kind == "responses" else f"{kind}, {position} token"
+        halves = " and ".join(number(cosine) for cosine in cosines)
+        rows.append(
+            (f"vector of {persona}", read, f"cosine of halves at least {halves} in source and target")
+        )
+    for entry in search["alphas"]:
+        tried = "; ".join(_tried(point) for point in entry["curve"])
+        rows.append((f"α of {entry['persona']}", number(entry["alpha"], ".4g"), tried))
+    rows.append(
+        ("test prompts", f"{len(test['prompts'])} of {test['chosen']}", f"{len(test['seeds'])} seeds")
+    )
+    return ("what", "chosen", "by"), rows
+
+
+def _tried(point: Mapping[str, Any]) -> str:
+    """Return an alpha that was tried, the native vector's perplexity ratio, and the bounds it breaks."""
+    said = f"{point['alpha']:.3g}: ratio {number(point['perplexity_ratio'])}"
+    return f"{said} ({point['reason']})" if point["reason"] else said
 
 
 def format_recoveries(personas: Mapping[str, Mapping[str, Any]]) -> str:

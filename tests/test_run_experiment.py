@@ -190,7 +190,7 @@ def test_a_dry_run_counts_searches_responses_and_sums_and_makes_none(band, tiny,
     assert run(tmp_path / "out", band, "--dry-run") == 0
     shown = capsys.readouterr().out
     n_cells, n_questions = 1 + N_PERSONAS * 3, len(load_prompts("development_questions"))
-    assert f"alpha search: {n_questions * n_cells} generations" in shown
+    assert f"choice of alphas: {n_questions * n_cells} generations" in shown
     n_drawn = (1 + 3) + 1  # mapped and three shuffled maps; native: all at one alpha
     assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * n_drawn)} " in shown
     assert "responses that the map is learnt from: 60" in shown

@@ -234,7 +234,7 @@ def test_text_borne_by_one_scorer_is_more_cautious_than_transferred_by_another()
     scores = [row["trait_probability"] for row in with_words(0.8)]
     rows = [{**row, "trait_probability": score} for row, score in zip(RUN, scores, strict=True)]
     found = verdict_of(rows, BOTH)
-    assert found.scorers["likelihood_ratio"].verdict == "equivalent to native"
+    assert found.scorers["probe"].verdict == "equivalent to native"
     assert (found.verdict, found.decided_by) == ("text-borne", "classifier")
 
 

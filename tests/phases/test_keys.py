@@ -58,6 +58,7 @@ RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
 GRID = SCORED | {"generation_results.json", "protocol.json"}
 STEERED = GRID | {"side_effects.json"}
 SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
+READ_AGAIN = SEARCHED - {"generation_results.json"}  # other perplexities may choose another listed alpha
 CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - {"side_effects.json"}  # sampled text, whoever reads it
 CARRIED = STEERED | RESAMPLED | {"persona_vectors.pt", "persona_similarities.json"}
@@ -139,9 +140,7 @@ CHANGES = {
     **of_pair(FITTED, MAPPED, lambda_criterion="standardised"),
     **of_pair(PAIRED, MAPPED, n_folds=3),
     "prompt_format": Change("chat", {"prompt_format": "raw"}, WRITTEN),
-    "source_prompt_format": Change(
-        "chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json", "protocol.json"}
-    ),
+    "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, READ_AGAIN | {"preflight.json"}),
     "target_prompt_format": Change("chat", {"target_prompt_format": "raw"}, WRITTEN),
     "system_prompt": Change("chat", {"system_prompt": "Be kind."}, WRITTEN),
     "chat_template_kwargs": Change("chat", {"chat_template_kwargs": {"tone": "dry"}}, WRITTEN),
@@ -153,7 +152,7 @@ CHANGES = {
     ),
     **of_loud(
         "pair",
-        SCORED | CHECKED | {"trait_costs.json"},
+        READ_AGAIN | CHECKED | {"trait_costs.json"},
         labelled_positive_texts=OTHER_LABELLED,
         labelled_negative_texts=OTHER_LABELLED,
     ),
@@ -177,7 +176,8 @@ CHANGES = {
     ),
     **of_pair({"preflight.json", "verdict.json"}, set(), check_source_vectors=False),
     **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
-    **of_pair(STEERED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
+    **of_pair(SEARCHED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
+    **of_pair({"protocol.json", "verdict.json"}, set(), equal_cost=True),
     **within("alpha_search", "band", SEARCHED, bound="plain"),
     **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),
@@ -190,8 +190,8 @@ CHANGES = {
     **within("judge", "judged", SCORED | CHECKED, model="other", max_answer_tokens=9),
     **within("judge", "judged", SCORED | CHECKED, request_options={"seed": 1}),
     **within("judge", "judged", SCORED, texts_per_cell=1),
-    **of_pair(SCORED | {"preflight.json"}, set(), independent_perplexity=False),
-    **of_pair(SCORED | {"trait_costs.json"}, set(), evaluation_dtype="bfloat16"),
+    **of_pair(READ_AGAIN | {"preflight.json"}, set(), independent_perplexity=False),
+    **of_pair(READ_AGAIN | {"trait_costs.json"}, set(), evaluation_dtype="bfloat16"),
 }
 # What says where, how fast and how dearly a run computes, or what an ablation does, changes nothing.
 INERT = {

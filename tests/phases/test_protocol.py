@@ -4,6 +4,7 @@ import pytest
 from tiny_runs import rows, run, score_by_characters, tiny_settings
 
 import run_experiment
+from analysis.verdict import BEYOND_WORDS
 from experiment.conditions import DECIDING_CONTROLS, ORACLE, UNSTEERED, condition_of
 from support.artifacts import load_json
 from support.journal import rows_of
@@ -50,7 +51,7 @@ def finished_protocol(names, small, tmp_path_factory):
     generate = run_experiment.generate_texts
 
     def generate_texts(*arguments):
-        test = set(load_prompts("test_questions"))
+        test = set(load_prompts("fresh_questions"))
         written = rows_of(out / "generation_journal.jsonl").values()
         before.append((load_json(out / "protocol.json"), test & {row["prompt"] for row in written}))
         return generate(*arguments)
@@ -64,7 +65,6 @@ def finished_protocol(names, small, tmp_path_factory):
 
 def test_two_names_end_in_a_verdict_on_every_control_at_the_native_vectors_alpha(finished_protocol):
     verdicts = load_json(finished_protocol / "verdict.json")
-    assert verdicts["at_oracle_alpha"] == {}
     for found in verdicts["personas"].values():
         assert set(DECIDING_CONTROLS) < set(map(condition_of, found["scorers"]["classifier"]["effects"]))
         assert len({alpha for alpha in found["alphas"].values() if alpha is not None}) == 1
@@ -90,10 +90,42 @@ def test_the_protocol_has_every_choice_with_its_numbers(finished_protocol):
     for entry in protocol["alpha"]["alphas"]:
         assert len(entry["curve"]) == N_EVALUATIONS
         assert all(point["non_words_increase"] is not None for point in entry["curve"])
-    assert protocol["test"]["prompts"] == load_prompts("test_questions")[:8]
+    assert protocol["test"]["prompts"] == load_prompts("fresh_questions")[:8]
+    assert protocol["test"]["chosen"] == "fresh_questions"
+    assert protocol["development"]["prompts"] == load_prompts("development_questions")
+    assert protocol["alpha"]["given"] == "auto"
+    assert protocol["verdict_bounds"]["beyond_words"] == BEYOND_WORDS
     assert protocol["extraction"]["chosen"] == {"formal": "texts", "pirate": "texts"}
     cosines = protocol["split_half_cosines"]
     assert {side: len(found["pirate"]) for side, found in cosines.items()} == {"source": 3, "target": 3}
+
+
+def test_controls_are_compared_where_they_cost_as_much_as_the_mapped_vector(finished_protocol):
+    verdict = load_json(finished_protocol / "verdict.json")
+    steps = set()
+    for persona, found in verdict["at_equal_cost"].items():
+        (alpha,) = {each for each in verdict["personas"][persona]["alphas"].values() if each is not None}
+        assert set(map(condition_of, found["controls"])) == set(DECIDING_CONTROLS)
+        for equal in found["controls"].values():
+            tried = {each["alpha"]: each["perplexity_ratio"] for each in equal["tried"]}
+            steps |= {len(tried)}
+            assert min(tried) * 0.999999 <= equal["alpha"] <= max(tried) * 1.000001
+            assert alpha in tried
+            ratios = sorted(tried.values())
+            if equal["is_equal"]:
+                assert equal["perplexity_ratio"] == pytest.approx(equal["mapped_ratio"], rel=0.05)
+            else:
+                assert not ratios[0] < equal["mapped_ratio"] < ratios[-1]
+    assert max(steps) > 1
+    tested = {(row["condition"], row["alpha"]) for row in rows(finished_protocol)}
+    journal = rows_of(finished_protocol / "evaluation_journal.jsonl").values()
+    prompts = load_prompts("fresh_questions")
+    more = {
+        row["condition"]
+        for row in journal
+        if row["prompt"] in prompts and (row["condition"], row["alpha"]) not in tested
+    }
+    assert more <= set(DECIDING_CONTROLS)
 
 
 def test_a_persona_that_no_alpha_leaves_readable_is_ineffective_natively(names, small, tmp_path):

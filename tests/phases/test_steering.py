@@ -117,17 +117,17 @@ def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny
     assert cells["loud", "other_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
 
 
-def test_alphas_by_method_are_tried_with_the_oracles_beside_them(tiny, out):
-    alphas = {"loud": {"oracle": 4.0, "ridge_mapped": 2.0}, "numeric": [1.0, 4.0]}
-    methods = ["zero_pad", "ridge_mapped", "oracle"]
-    assert run(out, {**tiny, "methods": methods, "alpha_values": alphas}) == 0
-    cells = {(row["condition"], row["alpha"]) for row in rows(out) if row["persona"] == "loud"}
-    assert cells == {("zero_pad", 4.0), ("ridge_mapped", 2.0), ("ridge_mapped", 4.0), ("oracle", 4.0)}
-    verdict = load_json(out / "verdict.json")
-    assert verdict["personas"]["loud"]["alphas"] == {"zero_pad": 4.0, "ridge_mapped": 2.0, "oracle": 4.0}
-    assert set(verdict["at_oracle_alpha"]) == {"loud"}
-    assert set(verdict["at_oracle_alpha"]["loud"]["alphas"].values()) == {4.0}
-    assert len(set(verdict["personas"]["numeric"]["alphas"].values())) == 1
+def test_of_a_list_the_alpha_that_is_compared_is_chosen_on_development_prompts(tiny, finished):
+    development = load_prompts("development")
+    assert not {row["prompt"] for row in rows(finished)} & set(development)
+    for entry in load_json(finished / "alpha_search.json")["alphas"]:
+        assert [point["alpha"] for point in entry["curve"]] == tiny["alpha_values"]
+        assert all(point["n_pairs"] <= len(development) for point in entry["curve"])
+        compared = load_json(finished / "verdict.json")["personas"][entry["persona"]]["alphas"]
+        assert set(compared.values()) == {entry["alpha"]}
+    written = rows_of(finished / "evaluation_journal.jsonl").values()
+    tried = {(row["condition"], row["alpha"]) for row in written if row["prompt"] in development}
+    assert tried == {("baseline", None), *(("oracle", alpha) for alpha in tiny["alpha_values"])}
 
 
 def test_plain_text_is_read_under_every_steering(finished):
@@ -182,7 +182,6 @@ def test_every_condition_is_tested_at_the_strongest_alpha_that_leaves_native_tex
     verdict = load_json(finished_band / "verdict.json")
     for name, method, alpha in one_alpha:
         assert verdict["personas"][name]["alphas"][method] == alpha
-    assert verdict["at_oracle_alpha"] == {}
 
 
 def test_alphas_are_searched_on_development_prompts_alone(finished_band):
