@@ -22,6 +22,7 @@ from tiny_runs import (
 )
 
 from baseline_methods import METHODS
+from experiment.config import PROTOCOL
 from phases.side_effects import N_QUESTIONS
 from run_experiment import PersonaTransferExperiment, main
 from support import progress
@@ -29,7 +30,6 @@ from support.artifacts import load_json, load_tensors
 from support.tiny_models import CONTEXT
 from texts.personas import load_prompts
 
-ROOT = Path(__file__).parent.parent
 N_PERSONAS, N_ALPHAS = 2, 2
 N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
@@ -244,6 +244,16 @@ def test_bad_input_ends_with_status_2_before_anything_is_written(
 def real(all_threads, tmp_path_factory):
     """A base model that goes on with texts, much reduced, on the packaged models."""
     reduced = {
+        "source_model": "smollm2-135m-instruct",
+        "target_model": "gemma-3-270m",
+        "source_layer_idx": 14,
+        "target_layer_idx": 8,
+        "neutral_text": "wikipedia-sample",
+        "lambda_values": PROTOCOL["lambda_values"],
+        "lambda_unit": "relative",
+        "persona_position": "mean",
+        "alpha_unit": "residual_norm",
+        "n_seeds": 1,
         "n_training_samples": 60,
         "personas": ["formal", "cheerful"],
         "n_test_prompts": 4,
@@ -253,7 +263,7 @@ def real(all_threads, tmp_path_factory):
         "probe": False,  # reads thousands of texts; tests of scoring have it
         "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
     }
-    experiment = PersonaTransferExperiment({**load_json(ROOT / "configs/smol_to_gemma.json"), **reduced})
+    experiment = PersonaTransferExperiment(reduced)
     return experiment.folder.path, experiment.run(), experiment
 
 

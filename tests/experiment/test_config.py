@@ -44,6 +44,10 @@ SPECIFICATION = {
 }
 
 
+def parse_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def error_of(config):
     """Return what the error says, in two lines at most."""
     with pytest.raises(InputError) as caught:
@@ -58,6 +62,13 @@ def test_values_are_the_specifications(is_shipped):
     given = ROOT / "configs" / "qwen7b_to_llama2_7b.json" if is_shipped else {**start, "layer_idx": 16}
     config = load_config(given)
     assert {name: getattr(config, name) for name in SPECIFICATION} == SPECIFICATION
+
+
+def test_the_example_is_two_names_and_little_else_and_one_file_writes_out_every_key_of_it():
+    example, written_out = (parse_json(path) for path in (SHIPPED[0], ROOT / "configs" / "all_keys.json"))
+    assert example.keys() == {*NAMES, "personas", "n_test_prompts"}
+    assert written_out.keys() == set(ExperimentConfig.model_fields)
+    assert load_config(written_out) == load_config(example)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
