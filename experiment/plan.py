@@ -165,6 +165,7 @@ def choices(inputs: Inputs) -> dict[str, Any]:
         "persona_position": {"chosen": config.persona_position, "alternatives": ["last", "mean"]},
         "conditions": config.conditions,
         "disjoint_texts": config.halves_texts,
+        "equal_cost": config.equal_cost,
         "generation": {name: getattr(config, name) for name in settings},
         "development": {"prompts": inputs.development_prompts, "n_seeds": config.alpha_search.n_seeds},
         "test": {

@@ -248,7 +248,10 @@ def compare_at_equal_cost(
         }
         if not asked:
             break
-        known += _written(run, steering, asked)
+        # A listed alpha may be one that the grid has.
+        held = {(row["persona"], drawn_name(row["condition"], row["draw"]), row["alpha"]) for row in known}
+        if new := {control: alpha for control, alpha in asked.items() if (*control, alpha) not in held}:
+            known += _written(run, steering, new)
         for control, alpha in asked.items():
             tried[control].append(alpha)
     points = _points(known, tried, scorers)

@@ -233,7 +233,7 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
     """
     layers, test, search = protocol["layers"], protocol["test"], protocol["alpha"]
     pairs = ", ".join(f"{source} → {target}" for source, target in layers["chosen"])
-    r2 = [max(of_pair["r2"].values()) for of_pair in protocol["maps"]]
+    r2 = [of_pair["r2"][str(of_pair["best_lambda"])] for of_pair in protocol["maps"]]
     lambdas = [f"{of_pair['best_lambda']:g}" for of_pair in protocol["maps"]]
     n_lambdas = len(protocol["maps"][0]["r2"])
     rows = [
@@ -375,8 +375,9 @@ def alpha_notes(alphas: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
     for (persona, _), found in alphas.items():
         if not found.is_coherent:
             note = f"native steering leaves no text that can be read ({found.point.reason}), not even at"
-            weakest = f"the weakest alpha, {found.alpha:g}, which is tested"
-            notes.append(f"{persona}: {note} {weakest}; lower alpha_search.bracket")
+            weakest = f"the weakest alpha, {found.alpha:g}, at which conditions are compared"
+            key = "alpha_values" if found.at == "listed" else "alpha_search.bracket"
+            notes.append(f"{persona}: {note} {weakest}; lower {key}")
         elif found.at == "highest":
             note = f"the strongest alpha tried, {found.alpha:g}, still leaves text that can be read; raise"
             notes.append(f"{persona}: {note} alpha_search.bracket")
