@@ -7,19 +7,22 @@ answered.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from activation_extractor import ResidualNorm
 from analysis.alpha_search import (
     AlphaKey,
+    AlphaPoint,
     ChosenAlpha,
     CoherenceBound,
     ScoredText,
     alphas_content,
     alphas_from_content,
     choose_listed,
+    compare,
     search_alphas,
 )
 from analysis.results_table import perplexity_ratio
@@ -47,16 +50,10 @@ def _costs_key(run: Run) -> str:
     return fingerprint(perplexity_key(run), labelled)
 
 
-def _searched(run: Run, methods: Sequence[str]) -> dict[AlphaKey, str]:
-    """Return persona and method -> what its vectors depend on; a control's draws share one alpha."""
-    names = run.config.persona_names
-    return {(name, method): vector_key(run, name, method) for name in names for method in methods}
-
-
-def search_key(run: Run, methods: Sequence[str] = (ORACLE,)) -> str:
-    """Return what the alphas that are found for these methods depend on."""
+def search_key(run: Run) -> str:
+    """Return what the chosen alphas depend on."""
     config, inputs = run.config, run.inputs
-    cells = [[*key, of_vectors] for key, of_vectors in _searched(run, methods).items()]
+    cells = [[name, ORACLE, vector_key(run, name, ORACLE)] for name in config.persona_names]
     sides = dict.fromkeys(("target", *inputs.perplexity_sides))
     shown = [
         [inputs.prompting.prompt(side, prompt) for side in sides] for prompt in inputs.development_prompts
@@ -188,34 +185,56 @@ def _measure_costs(run: Run) -> dict[str, Any]:
     return {"personas": costs}
 
 
-def find_alphas(
-    run: Run, steering: SteeringVectors, methods: Sequence[str] = (ORACLE,)
-) -> dict[AlphaKey, ChosenAlpha]:
-    """Return the strongest coherent alpha of every persona and method: of those listed, or by a search."""
+def find_alphas(run: Run, steering: SteeringVectors) -> dict[AlphaKey, ChosenAlpha]:
+    """Return the strongest alpha that leaves native texts coherent, for each persona: listed or searched."""
     config, settings = run.config, run.config.alpha_search
-    keys = _searched(run, methods)
-
-    def texts_of(cells: Sequence[Cell]) -> list[list[ScoredText]]:
-        by_cell = generate_development(run, cells, steering, settings.n_seeds)
-        # The unsteered text is scored for its fluency alone, so any persona will do.
-        generated = [
-            {**row, "persona": row["persona"] or config.persona_names[0]} for rows in by_cell for row in rows
-        ]
-        rows, _ = score_rows(run, evaluation_rows(run, generated, SCORERS), SCORERS)
-        texts, size = list(map(ScoredText.from_row, rows)), len(by_cell[0])
-        return [texts[start : start + size] for start in range(0, len(texts), size)]
-
-    def measure(asked: list[tuple[AlphaKey, float]]) -> list[list[ScoredText]]:
-        return texts_of([Cell(method, name, alpha, keys[name, method]) for (name, method), alpha in asked])
-
-    (unsteered,) = texts_of([UNSTEERED_CELL])
+    keys = [(name, ORACLE) for name in config.persona_names]
+    measure = partial(_development_texts, run, steering)
+    bounds = _bound(run), trait_costs(run)
     if config.alpha_values != "auto":
-        listed = {(name, method): config.alphas_of(name) for name, method in keys}
-        return choose_listed(listed, measure, unsteered, _bound(run), trait_costs(run))
+        listed = {key: config.alphas_of(key[0]) for key in keys}
+        return choose_listed(listed, measure, _unsteered(run, steering), *bounds)
     bracket = alpha_bracket(run, steering.middle_norm)
     return search_alphas(
-        list(keys), measure, unsteered, bracket, _bound(run), settings.n_evaluations, trait_costs(run)
+        keys, measure, _unsteered(run, steering), bracket, bounds[0], settings.n_evaluations, bounds[1]
     )
+
+
+def measure_at(
+    run: Run, steering: SteeringVectors, alphas: Mapping[AlphaKey, float]
+) -> dict[AlphaKey, AlphaPoint]:
+    """Return what an alpha does to the development texts of each persona and method; draws are rotated."""
+    bound, costs, unsteered = _bound(run), trait_costs(run), _unsteered(run, steering)
+    measured = zip(alphas.items(), _development_texts(run, steering, list(alphas.items())), strict=True)
+    return {
+        (name, method): compare(alpha, texts, unsteered, bound.of_trait(costs.get(name, 1.0)))
+        for ((name, method), alpha), texts in measured
+    }
+
+
+def _unsteered(run: Run, steering: SteeringVectors) -> list[ScoredText]:
+    return _scored(run, steering, [UNSTEERED_CELL])[0]
+
+
+def _development_texts(
+    run: Run, steering: SteeringVectors, asked: Sequence[tuple[AlphaKey, float]]
+) -> list[list[ScoredText]]:
+    """Return the scored development texts of each persona and method at an alpha."""
+    return _scored(
+        run,
+        steering,
+        [Cell(method, name, alpha, vector_key(run, name, method)) for (name, method), alpha in asked],
+    )
+
+
+def _scored(run: Run, steering: SteeringVectors, cells: Sequence[Cell]) -> list[list[ScoredText]]:
+    by_cell = generate_development(run, cells, steering, run.config.alpha_search.n_seeds)
+    # The unsteered text is scored for its fluency alone, so any persona will do.
+    first = run.config.persona_names[0]
+    generated = [{**row, "persona": row["persona"] or first} for rows in by_cell for row in rows]
+    rows, _ = score_rows(run, evaluation_rows(run, generated, SCORERS), SCORERS)
+    texts, size = list(map(ScoredText.from_row, rows)), len(by_cell[0])
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
 def n_tried_alphas(config: ExperimentConfig, persona: str) -> int:
