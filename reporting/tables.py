@@ -235,10 +235,11 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
     pairs = ", ".join(f"{source} → {target}" for source, target in layers["chosen"])
     r2 = [of_pair["r2"][str(of_pair["best_lambda"])] for of_pair in protocol["maps"]]
     lambdas = [f"{of_pair['best_lambda']:g}" for of_pair in protocol["maps"]]
-    n_lambdas = len(protocol["maps"][0]["r2"])
+    n_lambdas, learnt = len(protocol["maps"][0]["r2"]), protocol["mapping_data"]
+    kinds = ", ".join(learnt["alternatives"]).replace("_", " ")
     rows = [
         ("layers, source → target", pairs, f"by {layers['by']}"),
-        ("text of the map", protocol["mapping_data"]["chosen"].replace("_", " "), "by the target's prompts"),
+        ("text of the map", learnt["chosen"].replace("_", " "), f"of {kinds}"),
         (
             "λ of the map",
             ", ".join(lambdas),

@@ -34,7 +34,7 @@ POINTS = [
 ]
 PROTOCOL = {
     "layers": {"chosen": PAIRS, "by": "band"},
-    "mapping_data": {"chosen": "styled_responses"},
+    "mapping_data": {"chosen": "responses", "alternatives": ["responses", "neutral_text"]},
     "maps": [{"best_lambda": 0.01, "r2": {"0.01": 0.6, "0.1": 0.5}}] * 3,
     "persona_position": {"chosen": "mean"},
     "extraction": {"chosen": {"loud": "texts", "numeric": "responses"}},
