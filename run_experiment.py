@@ -41,7 +41,7 @@ from experiment.plan import Row, SteeringVectors
 from experiment.run import Run
 from model_loading import quiet_transformers
 from phases.check_setup import PreflightError, check_judge, check_setup
-from phases.choose_alphas import choose_alphas, required_alphas, write_protocol
+from phases.choose_alphas import choose_alphas, choose_extraction, required_alphas, write_protocol
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
@@ -115,6 +115,8 @@ class PersonaTransferExperiment:
             if run.inputs.judge:
                 logger.info("judge: %s", run.inputs.judge.name)
             run = choose_layers(run, may_search=1 in chosen)
+            with working("choice of what vectors are made from"):
+                run = choose_extraction(run, may_choose=1 in chosen)
             for pair in run.inputs.layer_pairs:
                 logger.info("source layer %d, target layer %d", *pair)
             if set(chosen) & {1, 2, 3}:
@@ -199,7 +201,7 @@ class PersonaTransferExperiment:
         ablation = {"layers": ablate_layers, "samples": ablate_samples, "blocks": ablate_blocks}[what]
         with self._running() as run:
             started = time.perf_counter()
-            run = choose_layers(run, may_search=True)
+            run = choose_extraction(choose_layers(run, may_search=True), may_choose=True)
             with working(f"ablation of {what}"):
                 ablation(run if what == "samples" else collect_responses(run))
             logger.info("ablation of %s done in %.0f s", what, time.perf_counter() - started)

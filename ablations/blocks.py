@@ -9,16 +9,14 @@ would need maps of their own at each block.
 import logging
 from dataclasses import replace
 from itertools import product
-from statistics import fmean
 from typing import Any
 
 from analysis.alpha_search import AlphaKey, AlphaPoint
-from experiment.plan import UNSTEERED_CELL, SteeringVectors
+from experiment.plan import SteeringVectors
 from experiment.run import Run
 from maps.layer_bands import nested_bands
-from phases.choose_alphas import find_alphas, measure_at, search_key, trait_costs
+from phases.choose_alphas import find_alphas, measure_at, search_key, trait_costs, unsteered_traits
 from phases.fit_maps import fit_maps
-from phases.generate_texts import generate_development
 from phases.make_vectors import make_vectors, vector_key
 from reporting.figures_ablations import block_ablation_figure
 from reporting.style import save_figure
@@ -68,7 +66,7 @@ def ablate_blocks(run: Run) -> None:
 def _points(
     run: Run, steering: SteeringVectors, measured: dict[AlphaKey, AlphaPoint]
 ) -> list[dict[str, Any]]:
-    unsteered = _unsteered_traits(run, steering)
+    unsteered = unsteered_traits(run, steering)
     points = []
     for (persona, method), found in measured.items():
         trait, before = found.trait_probability, unsteered[persona]
@@ -84,18 +82,6 @@ def _points(
             }
         )
     return points
-
-
-def _unsteered_traits(run: Run, steering: SteeringVectors) -> dict[str, float | None]:
-    """Return persona -> mean trait probability of the unsteered texts that the search has generated."""
-    (rows,) = generate_development(run, [UNSTEERED_CELL], steering, run.config.alpha_search.n_seeds)
-    traits = {}
-    for name in run.config.persona_names:
-        classifier = run.inputs.classifiers.get(name)
-        scores = classifier.score([row["output"] for row in rows]) if classifier else []
-        present = [score for score in scores if score is not None]
-        traits[name] = fmean(present) if present else None
-    return traits
 
 
 def _cells(point: dict[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ not.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,6 +73,8 @@ DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "or
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
 # Shipped questions for chat targets. The last ones are for a last measurement: no default takes them.
 QUESTIONS = ("test_questions", "fresh_questions", "last_questions")
+# Texts that are read at the mean over their tokens or at the last, and responses to system prompts.
+VECTOR_KINDS = ("mean", "last", "responses")
 LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
 # The defaults where no layers are named, beside all shipped personas: any two models, and a verdict on each.
 PROTOCOL: dict[str, Any] = {
@@ -85,6 +87,7 @@ PROTOCOL: dict[str, Any] = {
     "lambda_values": [1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
     "lambda_unit": "relative",
     "persona_position": "mean",
+    "extraction": {"kind": "auto"},
     "n_test_prompts": 60,
     "test_prompts": "fresh_questions",
     "alpha_values": "auto",
@@ -242,15 +245,17 @@ def _definition(value: Any) -> Any:
 
 
 class ExtractionConfig(_Strict):
-    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509).
+    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509); `auto` chooses.
 
-    from_texts: personas that are made from texts, where the kind is `responses`.
+    from_texts: personas that are made from texts, where the kind is `responses`. by_persona: texts that are
+        read at their `mean` or `last` token, or `responses`; of a persona that is named, nothing is chosen.
     n_questions: how many of a persona's questions are asked under each of its system prompts; all by default.
     n_seeds: responses to each. max_new_tokens: of a response.
     """
 
-    kind: Literal["texts", "responses"] = "texts"
+    kind: Literal["texts", "responses", "auto"] = "texts"
     from_texts: list[Name] = []
+    by_persona: dict[Name, Literal[VECTOR_KINDS]] = {}
     n_questions: Count | None = None
     n_seeds: Count = 1
     max_new_tokens: LargeCount = 64
@@ -559,9 +564,19 @@ class ExperimentConfig(_Strict):
         names, layers_are_searched = self.persona_names, self.layer_idx == "auto"
         if self.extraction_resamples == 1:
             raise ValueError("extraction_resamples is 1, which has no spread; expected 0, or 2 or more")
-        for key, named in (("vectors", self.vectors), ("extraction.from_texts", self.extraction.from_texts)):
+        extraction = self.extraction
+        for key, named in (
+            ("vectors", self.vectors),
+            ("extraction.from_texts", extraction.from_texts),
+            ("extraction.by_persona", extraction.by_persona),
+        ):
             if unknown := [name for name in named if name not in names]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no persona of this run")
+        if extraction.kind == "auto" and extraction.by_persona and set(extraction.by_persona) != set(names):
+            raise ValueError(
+                "extraction.by_persona names some of the personas, but 'extraction' of kind 'auto' chooses "
+                "for all; name all of them, or leave it out"
+            )
         if self.vectors and layers_are_searched:
             raise ValueError("layer_idx 'auto' searches with text pairs; with 'vectors', name the layers")
         if self.persona_position == "response":
@@ -577,7 +592,25 @@ class ExperimentConfig(_Strict):
 
     def kind_of(self, persona: str) -> str:
         """Return what a persona's vectors are made from, `texts` or `responses`."""
-        return "texts" if persona in self.extraction.from_texts else self.extraction.kind
+        return "responses" if self.vector_kind(persona) == "responses" else "texts"
+
+    def vector_kind(self, persona: str) -> str:
+        """Return the same with where texts are read: one of VECTOR_KINDS.
+
+        While it is yet to be chosen, it is texts, or responses of a persona without texts.
+        """
+        extraction, definition = self.extraction, self.persona_datasets.get(persona)
+        if persona in extraction.by_persona:
+            return extraction.by_persona[persona]
+        if extraction.kind == "auto" and definition and not definition.positive_texts:
+            return "responses"
+        responds = extraction.kind == "responses" and persona not in extraction.from_texts
+        return "responses" if responds else self.persona_position
+
+    def with_vector_kinds(self, kinds: Mapping[str, str]) -> "ExperimentConfig":
+        """Return the same configuration with what these personas' vectors are made from."""
+        extraction = self.extraction.model_copy(update={"by_persona": dict(kinds)})
+        return self.model_copy(update={"extraction": extraction})
 
     def _check_band(self) -> None:
         target = self.target_layer_idx

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from activation_extractor import ResidualNorm
 from experiment.conditions import PROMPTED, UNSTEERED, vector_names
-from experiment.config import alphas_of
+from experiment.config import VECTOR_KINDS, alphas_of
 from experiment.inputs import Inputs
 from experiment.run import FORMAT_VERSION
 from support.artifacts import fingerprint
@@ -152,7 +152,7 @@ def choices(inputs: Inputs) -> dict[str, Any]:
         "chosen": list(map(list, inputs.layer_pairs)),
         "by": config.layer_idx if isinstance(config.layer_idx, str) else "name",
     }
-    extraction = {name: config.kind_of(name) for name in config.persona_names}
+    extraction = {name: config.vector_kind(name) for name in config.persona_names}
     mapping_data = ["neutral_text", "responses", "styled_responses"]
     shown = config.test_prompts if isinstance(config.test_prompts, str) else "given"
     settings = ("temperature", "top_k", "top_p", "max_new_tokens", "steer_positions")
@@ -161,8 +161,7 @@ def choices(inputs: Inputs) -> dict[str, Any]:
         "layers": layers,
         "prompt_format": {"chosen": formats, "alternatives": ["raw", "chat"]},
         "mapping_data": {"chosen": config.mapping_data, "alternatives": mapping_data},
-        "extraction": {"chosen": extraction, "alternatives": ["texts", "responses"]},
-        "persona_position": {"chosen": config.persona_position, "alternatives": ["last", "mean"]},
+        "extraction": {"chosen": extraction, "alternatives": VECTOR_KINDS, "by": config.extraction.kind},
         "conditions": config.conditions,
         "disjoint_texts": config.halves_texts,
         "equal_cost": config.equal_cost,

@@ -1,15 +1,18 @@
-"""Choose each persona's steering strength on development prompts (phase 4).
+"""Choose on development prompts each persona's kind of vector (phase 1) and steering strength (phase 4).
 
-It is the strongest at which the native vector leaves text that can be read, from a search or a list, and
-every condition is compared at it: nothing is chosen by what the mapped vector does. Test prompts are for the
-texts that are compared alone. What was chosen, here and before, is written down before the first of them is
-answered.
+What vectors are made from, where the configuration leaves it open, is chosen by what the native vector does
+and by how near lexical controls come to it. The strength is the strongest at which the native vector leaves
+text that can be read, from a search or a list, and every condition is compared at it. Nothing is chosen by
+what the mapped vector does, nor on a test prompt; what was chosen is written down before the first of these
+is answered.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from activation_extractor import ResidualNorm
@@ -25,20 +28,32 @@ from analysis.alpha_search import (
     compare,
     search_alphas,
 )
+from analysis.extraction_choice import KindNumbers, choose_kind
 from analysis.results_table import perplexity_ratio
 from analysis.verdict import VERDICT_BOUNDS
-from experiment.conditions import ORACLE
-from experiment.config import ExperimentConfig
+from experiment.conditions import LEXICAL_CONTROLS, ORACLE
+from experiment.config import VECTOR_KINDS, ExperimentConfig
+from experiment.models import SIDES
 from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, choices, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
-from phases.fit_maps import CV_RESULTS, mapping_data_key
+from phases.collect_responses import collect_responses
+from phases.fit_maps import CV_RESULTS, LearnedMaps, fit_maps, mapping_data_key
 from phases.generate_texts import generate_development
-from phases.make_vectors import NATIVE_VECTORS, native_vectors, vector_key
+from phases.make_vectors import (
+    NATIVE_VECTORS,
+    check_readable,
+    make_vectors,
+    native_vectors,
+    vector_key,
+    vectors_key,
+)
 from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
 from reporting.figures_results import alpha_search_figure
 from reporting.style import draw_once
-from reporting.tables import alpha_notes, format_alphas
+from reporting.tables import alpha_notes, format_alphas, format_kinds
 from support.artifacts import fingerprint
+from support.errors import InputError
+from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +83,120 @@ def search_key(run: Run) -> str:
 
 def _protocol_key(run: Run) -> str:
     numbers = [CV_RESULTS.key(run), NATIVE_VECTORS.key(run), search_key(run)]
+    if run.config.extraction.kind == "auto":
+        numbers.append(_kinds_key(run))
     return fingerprint(FORMAT_VERSION, choices(run.inputs), VERDICT_BOUNDS, numbers)
 
 
+def _with_kinds(run: Run, kinds: Mapping[str, str]) -> Run:
+    return run.with_inputs(replace(run.inputs, config=run.config.with_vector_kinds(kinds)))
+
+
+def _kinds_key(run: Run) -> str:
+    kinds = [_with_kinds(run, dict.fromkeys(run.config.persona_names, kind)) for kind in VECTOR_KINDS]
+    return fingerprint([[vectors_key(each), search_key(each)] for each in kinds], run.config.conditions)
+
+
 FIGURE = "alpha_search.png"
+EXTRACTION_CHOICE = Artifact("extraction_choice.json", 1, _kinds_key)
 TRAIT_COSTS = Artifact("trait_costs.json", 4, _costs_key)
 ALPHA_SEARCH = Artifact("alpha_search.json", 4, search_key)
 PROTOCOL = Artifact("protocol.json", 4, _protocol_key)
+
+
+def choose_extraction(run: Run, may_choose: bool) -> Run:
+    """Return the run with what each persona's vectors are made from, where the configuration says `auto`.
+
+    may_choose: else the choice of an earlier run is required. Raises InputError where it is not there.
+    """
+    if run.config.extraction.kind != "auto" or run.config.extraction.by_persona:
+        return run
+    choice = EXTRACTION_CHOICE
+    content = choice.current_or_make(run, _choose_kinds) if may_choose else choice.require(run)
+    for name, kinds in content["personas"].items():
+        logger.info("vectors of %s: %s\n\n%s\n", name, content["chosen"][name], format_kinds(kinds))
+    return _with_kinds(run, content["chosen"])
+
+
+def _choose_kinds(run: Run) -> dict[str, Any]:
+    """Return `chosen`, persona -> kind, and `personas`: persona -> kind -> its numbers."""
+    run = collect_responses(run)
+    maps = fit_maps(run)
+    open_kinds = {persona.name: _available(run, persona) for persona in run.inputs.personas}
+    found: dict[str, dict[str, KindNumbers]] = {name: {} for name in open_kinds}
+    for kind in VECTOR_KINDS:
+        if names := [name for name, kinds in open_kinds.items() if kind in kinds]:
+            for name, numbers in _measure_kind(run, maps, kind, names).items():
+                found[name][kind] = numbers
+    return {
+        "chosen": {
+            name: choose_kind(kinds) if kinds else run.config.vector_kind(name)
+            for name, kinds in found.items()
+        },
+        "personas": {
+            name: {kind: asdict(each) for kind, each in kinds.items()} for name, kinds in found.items()
+        },
+    }
+
+
+def _available(run: Run, persona: Persona) -> list[str]:
+    """Return the kinds of which a persona has the texts; none where its vectors are given."""
+    inputs, fewest = run.inputs, 2 if run.config.halves_texts else 1
+    if any((side, persona.name) in inputs.given for side in SIDES):
+        return []
+    has_texts = min(len(persona.positive_texts), len(persona.negative_texts)) >= fewest
+    kinds = ["mean", "last"] if has_texts else []
+    can_ask = persona.instructions and len(persona.questions) >= fewest and inputs.prompting.chat_sides
+    if can_ask and inputs.config.layer_idx != "auto" and _responds(run, persona):
+        kinds.append("responses")
+    return kinds
+
+
+def _responds(run: Run, persona: Persona) -> bool:
+    """Tell whether responses are left on both sides; it is noted if not."""
+    try:
+        check_readable(collect_responses(_with_kinds(run, {persona.name: "responses"})), persona)
+    except InputError as error:
+        run.folder.notes.append(f"{persona.name}: no vector from responses was tried: {error}")
+        return False
+    return True
+
+
+def _measure_kind(
+    run: Run, maps: Sequence[LearnedMaps], kind: str, names: Sequence[str]
+) -> dict[str, KindNumbers]:
+    """Return persona -> the numbers of one kind, of its native vector and lexical controls alone."""
+    at_kind = collect_responses(_with_kinds(run, dict.fromkeys(names, kind)))
+    with run.beside(f"extraction/{kind}", at_kind.inputs) as beside:
+        vectors = make_vectors(beside, maps)
+    steering = SteeringVectors.from_content(vectors)
+    alphas, before = find_alphas(at_kind, steering), unsteered_traits(at_kind, steering)
+    found = {}
+    for name in names:
+        chosen = alphas[name, ORACLE]
+        trait = chosen.point.trait_probability
+        cosines = [report[name]["cosine_to_oracle"] for report in vectors["by_layer"]]
+        lexical = [control for control in LEXICAL_CONTROLS if control in run.config.conditions]
+        found[name] = KindNumbers(
+            chosen.alpha,
+            chosen.is_coherent,
+            chosen.point.perplexity_ratio,
+            None if None in (trait, before[name]) else trait - before[name],
+            {control: fmean(each[control] for each in cosines) for control in lexical},
+        )
+    return found
+
+
+def unsteered_traits(run: Run, steering: SteeringVectors) -> dict[str, float | None]:
+    """Return persona -> mean trait probability of the unsteered development texts."""
+    (rows,) = generate_development(run, [UNSTEERED_CELL], steering, run.config.alpha_search.n_seeds)
+    traits = {}
+    for name in run.config.persona_names:
+        classifier = run.inputs.classifiers.get(name)
+        scores = classifier.score([row["output"] for row in rows]) if classifier else []
+        present = [score for score in scores if score is not None]
+        traits[name] = fmean(present) if present else None
+    return traits
 
 
 def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
@@ -115,9 +237,16 @@ def _choices(run: Run) -> dict[str, Any]:
         **choices(run.inputs),
         "maps": maps,
         "split_half_cosines": cosines,
+        "extraction_numbers": _kind_numbers(run),
         "alpha": {"given": run.config.alpha_values, **alphas},
         "verdict_bounds": VERDICT_BOUNDS,
     }
+
+
+def _kind_numbers(run: Run) -> dict[str, Any]:
+    """Return persona -> kind of vector -> its numbers; empty where nothing was chosen."""
+    content = EXTRACTION_CHOICE.load(run) if run.config.extraction.kind == "auto" else None
+    return content["personas"] if content else {}
 
 
 def required_alphas(run: Run) -> Alphas:

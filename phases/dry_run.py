@@ -25,12 +25,13 @@ from experiment.conditions import (
     UNSTEERED,
     vector_names,
 )
+from experiment.config import VECTOR_KINDS
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.run import Artifact, Run
 from maps.comparison_maps import KINDS
 from phases.check_setup import PREFLIGHT, n_preflight_cells
-from phases.choose_alphas import ALPHA_SEARCH, n_tried_alphas, required_alphas
+from phases.choose_alphas import ALPHA_SEARCH, EXTRACTION_CHOICE, n_tried_alphas, required_alphas
 from phases.choose_layers import LAYER_SEARCH
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
 from phases.fit_maps import RIDGE_MAPPING
@@ -139,6 +140,13 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
     if inputs.neutral_questions and not _is_current(NEUTRAL_RESPONSES, run):
         n = config.n_training_samples
         yield f"responses that the map is learnt from: {n}", n * rates.text
+    if config.extraction.kind == "auto" and not _is_current(EXTRACTION_CHOICE, run):
+        n_alphas = sum(n_tried_alphas(config, name) for name in config.persona_names)
+        n = n_development * config.alpha_search.n_seeds * n_alphas * len(VECTOR_KINDS)
+        yield (
+            f"choice of what vectors are made from: {n} generations and evaluations, beside responses",
+            n * (rates.text + _perplexity_seconds(run, rates)),
+        )
     if inputs.responding_personas and not _is_current(EXTRACTION_RESPONSES, run):
         n, share = _n_responses(run), config.extraction.max_new_tokens / config.max_new_tokens
         yield f"responses that vectors are made from: {n}", n * rates.text * share

@@ -28,6 +28,7 @@ COVERED = (
 )
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
+READ_AS = {"mean": "texts, mean over tokens", "last": "texts, last token", "responses": "responses"}
 AT_END["listed"] = "the strongest listed one that can be read"
 
 
@@ -236,27 +237,26 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
     r2 = [of_pair["r2"][str(of_pair["best_lambda"])] for of_pair in protocol["maps"]]
     lambdas = [f"{of_pair['best_lambda']:g}" for of_pair in protocol["maps"]]
     n_lambdas, learnt = len(protocol["maps"][0]["r2"]), protocol["mapping_data"]
-    kinds = ", ".join(learnt["alternatives"]).replace("_", " ")
+    learnt_of = ", ".join(learnt["alternatives"]).replace("_", " ")
     rows = [
         ("layers, source → target", pairs, f"by {layers['by']}"),
-        ("text of the map", learnt["chosen"].replace("_", " "), f"of {kinds}"),
+        ("text of the map", learnt["chosen"].replace("_", " "), f"of {learnt_of}"),
         (
             "λ of the map",
             ", ".join(lambdas),
             f"best held-out R² of {n_lambdas}, {min(r2):.2f} to {max(r2):.2f}",
         ),
     ]
-    position = protocol["persona_position"]["chosen"]
     for persona, kind in protocol["extraction"]["chosen"].items():
         cosines = [
             min(filter(None, of_side[persona]), default=None)
             for of_side in protocol["split_half_cosines"].values()
         ]
-        read = kind if kind == "responses" else f"{kind}, {position} token"
         halves = " and ".join(number(cosine) for cosine in cosines)
-        rows.append(
-            (f"vector of {persona}", read, f"cosine of halves at least {halves} in source and target")
-        )
+        kinds = protocol["extraction_numbers"].get(persona, {})
+        measured = "; ".join(_kind(name, found) for name, found in kinds.items())
+        by = f"cosine of halves at least {halves} in source and target"
+        rows.append((f"vector of {persona}", READ_AS[kind], "; ".join(filter(None, [measured, by]))))
     for entry in search["alphas"]:
         tried = "; ".join(_tried(point) for point in entry["curve"])
         rows.append((f"α of {entry['persona']}", number(entry["alpha"], ".4g"), tried))
@@ -264,6 +264,12 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
         ("test prompts", f"{len(test['prompts'])} of {test['chosen']}", f"{len(test['seeds'])} seeds")
     )
     return ("what", "chosen", "by"), rows
+
+
+def _kind(kind: str, found: Mapping[str, Any]) -> str:
+    """Return what is known of a kind of vector that was tried."""
+    words = max(found["lexical_cosines"].values(), default=None)
+    return f"{kind}: native {number(found['native_effect'], '+.2f')}, cosine of words {number(words)}"
 
 
 def _tried(point: Mapping[str, Any]) -> str:
@@ -350,6 +356,27 @@ def format_success(found: Mapping[str, Any]) -> str:
         table = markdown_table(("condition", "coherence", "trait", "collapsed", "n"), rows)
         blocks.append(f"{persona}, the specification's result, {', '.join(said)}\n\n{table}")
     return "\n\n".join(blocks)
+
+
+def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table of one persona: what each kind of its vector does natively, and its words.
+
+    kinds: kind -> `KindNumbers` as a dictionary.
+    """
+    rows = [
+        (
+            kind,
+            number(found["alpha"], ".4g"),
+            number(found["native_effect"], "+.2f"),
+            number(found["perplexity_ratio"]),
+            "" if found["is_coherent"] else "cannot be read",
+            *map(number, found["lexical_cosines"].values()),
+        )
+        for kind, found in kinds.items()
+    ]
+    controls = next((found["lexical_cosines"] for found in kinds.values()), ())
+    header = ("made from", "α", "native effect", "perplexity ratio", "note", *map(label_of, controls))
+    return markdown_table(header, rows, left=("made from", "note"))
 
 
 def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from baseline_methods import METHODS
 from experiment.conditions import DECIDING_CONTROLS
-from experiment.config import PROTOCOL, QUESTIONS, ExperimentConfig, load_config
+from experiment.config import PROTOCOL, QUESTIONS, ExperimentConfig, ExtractionConfig, load_config
 from experiment.config_errors import RENAMED_KEYS, RENAMED_VALUES
 from experiment.inputs import read_personas
 from support.errors import InputError
@@ -108,7 +108,8 @@ def test_layers_are_set_together_or_apart(layers, expected):
 
 def test_two_names_and_a_folder_are_run_by_the_protocol():
     config = load_config(NAMES)
-    assert {name: getattr(config, name) for name in PROTOCOL} == PROTOCOL
+    chosen = {name: getattr(config, name) for name in PROTOCOL}
+    assert chosen == {**PROTOCOL, "extraction": ExtractionConfig(kind="auto")}
     assert config.persona_names == shipped_personas()
     assert (len(config.load_test_prompts(True)), config.seeds, config.alpha_values) == (60, [0, 1], "auto")
     assert set(config.conditions) == {*METHODS, *DECIDING_CONTROLS}
@@ -152,6 +153,23 @@ def test_test_development_and_last_questions_have_none_in_common_and_neither_hav
         assert not set(files[name]) & set(files[other]), (name, other)
     for name in QUESTIONS:
         read_personas(load_config({**NAMES, "test_prompts": name}))
+
+
+def test_what_vectors_are_made_from_is_said_for_each_persona_or_chosen_for_all():
+    loud = {"instruction": [{"pos": "Shout.", "neg": "Whisper."}], "questions": ["Why?", "Who?"]}
+    start = {**SMALL, "personas": ["formal"], "persona_datasets": {"loud": loud}}
+    config = load_config({**start, "extraction": {"kind": "auto"}})
+    assert {name: config.vector_kind(name) for name in config.persona_names} == {
+        "formal": "last",
+        "loud": "responses",
+    }
+    kinds = {"formal": "mean", "loud": "responses"}
+    chosen = config.with_vector_kinds(kinds)
+    assert {name: chosen.vector_kind(name) for name in kinds} == kinds
+    assert load_config(json.loads(json.dumps(chosen.model_dump()))) == chosen
+    some = {"kind": "auto", "by_persona": {"formal": "mean"}}
+    assert "name all of them, or leave it out" in error_of({**start, "extraction": some})
+    assert "'shy', which is no persona" in error_of({**SMALL, "extraction": {"by_persona": {"shy": "last"}}})
 
 
 def test_fewer_questions_than_the_protocol_asks_are_an_error():

@@ -1,12 +1,20 @@
 """Two names and a folder end in a verdict; choices rest on native vectors, and are written down first."""
 
 import pytest
+import torch
 from tiny_runs import rows, run, score_by_characters, tiny_settings
 
 import run_experiment
+from analysis.extraction_choice import KindNumbers, choose_kind
 from analysis.verdict import BEYOND_WORDS
-from experiment.conditions import DECIDING_CONTROLS, ORACLE, UNSTEERED, condition_of
-from support.artifacts import load_json
+from experiment.conditions import (
+    DECIDING_CONTROLS,
+    LEXICAL_CONTROLS,
+    ORACLE,
+    UNSTEERED,
+    condition_of,
+)
+from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from support.package_cache import CACHE_VARIABLE
 from texts.personas import load_prompts
@@ -33,6 +41,7 @@ def names(model_folders, chat_target, tmp_path_factory):
         "extraction_resamples": 0,
         "check_source_vectors": False,
         "alpha_search": {"n_evaluations": N_EVALUATIONS, **WITHIN},
+        "extraction": {"kind": "auto", "n_questions": 2, "max_new_tokens": 4},
     }
 
 
@@ -95,9 +104,31 @@ def test_the_protocol_has_every_choice_with_its_numbers(finished_protocol):
     assert protocol["development"]["prompts"] == load_prompts("development_questions")
     assert protocol["alpha"]["given"] == "auto"
     assert protocol["verdict_bounds"]["beyond_words"] == BEYOND_WORDS
-    assert protocol["extraction"]["chosen"] == {"formal": "texts", "pirate": "texts"}
+    choice = load_json(finished_protocol / "extraction_choice.json")
+    assert protocol["extraction"]["chosen"] == choice["chosen"]
+    assert protocol["extraction_numbers"] == choice["personas"]
     cosines = protocol["split_half_cosines"]
     assert {side: len(found["pirate"]) for side, found in cosines.items()} == {"source": 3, "target": 3}
+
+
+def test_each_kind_of_vector_is_tried_natively_and_the_least_lexical_that_works_is_steered(finished_protocol):
+    choice = load_json(finished_protocol / "extraction_choice.json")
+    steered = load_tensors(finished_protocol / "persona_vectors.pt")["vectors"]
+    for name, kinds in choice["personas"].items():
+        assert {"mean", "last"} <= kinds.keys()
+        numbers = {kind: KindNumbers(**found) for kind, found in kinds.items()}
+        assert choice["chosen"][name] == choose_kind(numbers)
+        for kind, found in kinds.items():
+            tried = load_tensors(finished_protocol / "extraction" / kind / "persona_vectors.pt")
+            assert found["lexical_cosines"].keys() == set(LEXICAL_CONTROLS)
+            for control, cosine in found["lexical_cosines"].items():
+                vectors = tried["vectors"][name]
+                cosines = torch.cosine_similarity(vectors[control], vectors[ORACLE], dim=1)
+                assert cosine == pytest.approx(cosines.mean().item(), abs=1e-5)
+            is_chosen = torch.allclose(tried["vectors"][name][ORACLE], steered[name][ORACLE], atol=1e-5)
+            assert is_chosen == (kind == choice["chosen"][name])
+        # Both sides of a pair end on the same token, of which embeddings know nothing else.
+        assert kinds["last"]["lexical_cosines"]["embedding_source"] < 0.5
 
 
 def test_controls_are_compared_where_they_cost_as_much_as_the_mapped_vector(finished_protocol):

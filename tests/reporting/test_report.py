@@ -36,8 +36,8 @@ PROTOCOL = {
     "layers": {"chosen": PAIRS, "by": "band"},
     "mapping_data": {"chosen": "responses", "alternatives": ["responses", "neutral_text"]},
     "maps": [{"best_lambda": 0.01, "r2": {"0.01": 0.6, "0.1": 0.5}}] * 3,
-    "persona_position": {"chosen": "mean"},
-    "extraction": {"chosen": {"loud": "texts", "numeric": "responses"}},
+    "extraction": {"chosen": {"loud": "mean", "numeric": "responses"}},
+    "extraction_numbers": {"loud": {"mean": {"native_effect": 0.3, "lexical_cosines": {"first_block": 0.7}}}},
     "split_half_cosines": {
         "source": {"loud": [0.8, 0.7], "numeric": [None]},
         "target": {"loud": [0.9], "numeric": [None]},
@@ -125,6 +125,8 @@ def table_of(page, name):
 def test_what_was_chosen_stands_on_the_page_with_its_numbers(page):
     rows = {name: (chosen, by) for name, chosen, by in table_of(page, "choices")}
     assert rows["layers, source → target"] == ("2 → 3, 4 → 5, 6 → 10", "by band")
+    assert rows["vector of loud"][0] == "texts, mean over tokens"
+    assert rows["vector of loud"][1].startswith("mean: native +0.30, cosine of words 0.70; cosine of halves")
     assert rows["vector of loud"][1].endswith("at least 0.70 and 0.90 in source and target")
     assert rows["α of loud"] == ("0.1", "0.1: ratio 1.20; 0.2: ratio 2.50 (perplexity, non-words)")
     assert rows["test prompts"] == ("9 of fresh_questions", "2 seeds")
