@@ -165,7 +165,7 @@ CHANGES = {
     **of_pair(NATIVE, TRANSFERRED, vectors={"loud": "@vector.npy"}),
     **of_pair(NATIVE, persona_position="mean"),
     **within("extraction", "band", NATIVE, kind="texts", from_texts=["numeric", "loud"]),
-    **within("extraction", "band", NATIVE, by_persona={"loud": "mean"}),
+    **within("extraction", "band", NATIVE | CHECKED, by_persona={"loud": "mean"}),
     **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
     **of_pair(RESAMPLED | {"effect_spread.json", "verdict.json"}, set(), extraction_resamples=2),
     **of_pair(NATIVE, STEERED_HERE, disjoint_texts=True),
