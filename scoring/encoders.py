@@ -60,8 +60,8 @@ class Probed:
 
 
 LANGUAGE_MODELS = {
-    "smollm2-135m-instruct": Probed(("llama", 576, 30), (6, 12)),
-    "gemma-3-270m": Probed(("gemma3", 640, 18), (4, 8)),
+    "smollm2-135m-instruct": Probed(("llama", 576, 30), (2, 5, 8)),
+    "gemma-3-270m": Probed(("gemma3", 640, 18), (1, 3, 5)),
 }
 ENCODERS = (SENTENCE_ENCODER, *LANGUAGE_MODELS)
 

@@ -38,7 +38,8 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-INVERSE_REGULARISATION = 0.00003
+# Inverse strengths of the penalty, for a loss that is averaged over texts.
+STYLE_C, ORDER_C = 0.4, 30.0
 N_FOLDS = 5
 # What each kind of negative weighs in training; all negatives together weigh as much as the positives.
 WEIGHTS = {
@@ -51,7 +52,6 @@ WEIGHTS = {
     "own degenerate": 0.2,
     "other degenerate": 0.05,
 }
-ORDER_INVERSE_REGULARISATION = 0.003
 IN_ORDER = 0.25  # log odds from which words count as in order
 PRIOR = 0.12  # share of texts that show a trait
 FALSE_POSITIVES = 0.01  # share of held-out negatives above the threshold
@@ -155,19 +155,20 @@ def _fit(
     labels: np.ndarray,
     groups: pd.Series,
     weights: np.ndarray,
-    inverse_regularisation: float,
+    inverse_penalty: float,
 ) -> tuple[LogisticRegression, tuple[float, float], np.ndarray]:
     """Return a regression, slope and shift that calibrate its log odds (Platt 1999), and held-out log odds.
 
     Strong regularisation ranks texts of other writers best, and leaves its probabilities near a half. So they
     are calibrated on log odds of each row by a regression that has not seen its group.
     """
-    regression = LogisticRegression(C=inverse_regularisation, max_iter=2000)
+    regression = LogisticRegression(C=inverse_penalty / len(rows), max_iter=2000)
     folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
     options = {"cv": folds, "method": "decision_function", "params": {"sample_weight": weights}}
     held_out = cross_val_predict(regression, rows, labels, groups=groups, **options)
-    platt = LogisticRegression(C=1.0).fit(held_out[:, None], labels, weights)
-    calibration = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    spread = held_out.std() or 1.0
+    platt = LogisticRegression(C=1.0).fit(held_out[:, None] / spread, labels, weights)
+    calibration = float(platt.coef_[0, 0] / spread), float(platt.intercept_[0])
     return regression.fit(rows, labels, weights), calibration, np.polyval(calibration, held_out)
 
 
@@ -177,7 +178,7 @@ def _train(name: str, pool: pd.DataFrame, features: Features, order: Linear, enc
     is_own, whole = (pool.persona == name).to_numpy(), pool.whole.to_numpy()
     labels = is_own & (pool.kind == "positive").to_numpy()
     weights = _weights(pool.kind, is_own, labels)
-    regression, (slope, shift), held_out = _fit(rows, labels, pool.group, weights, INVERSE_REGULARISATION)
+    regression, (slope, shift), held_out = _fit(rows, labels, pool.group, weights, STYLE_C)
     # Weighted as they are, half of the texts show the trait.
     rarity = float(logit(PRIOR))
     others = expit(held_out + rarity)[~labels & (pool.kind != "degenerate").to_numpy()]
@@ -202,7 +203,7 @@ def _of_order(features: Features, pool: pd.DataFrame) -> Linear:
     if labels.all():
         return Linear(np.zeros(rows.shape[1], dtype=np.float32), math.inf)
     weights = np.ones(len(rows))
-    regression, calibration, _ = _fit(rows, labels, pool.group[taught], weights, ORDER_INVERSE_REGULARISATION)
+    regression, calibration, _ = _fit(rows, labels, pool.group[taught], weights, ORDER_C)
     return features.folded(regression, *calibration)
 
 
@@ -268,7 +269,7 @@ def n_training_texts(persona: Persona) -> int:
 
 def scorer_key(persona: Persona, encoder_name: str) -> str:
     """Return what a scorer depends on, without training it."""
-    settings = [INVERSE_REGULARISATION, ORDER_INVERSE_REGULARISATION, PRIOR, N_FOLDS, WEIGHTS, IN_ORDER]
+    settings = [STYLE_C, ORDER_C, PRIOR, N_FOLDS, WEIGHTS, IN_ORDER]
     settings += [FALSE_POSITIVES, VERSION]
     return fingerprint(persona.name, pool_key(training_pool(persona)), settings, encoder_key(encoder_name))
 

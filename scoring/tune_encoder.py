@@ -38,7 +38,7 @@ class Tuning:
 
 
 SENTENCES = Tuning(n_epochs=2, rate=1.5e-4, n_pools=2)
-STATES = Tuning(n_epochs=6, rate=5e-4, n_pools=1)  # of a text, states are read once
+STATES = Tuning(n_epochs=4, rate=5e-4, n_pools=1)  # of a text, states are read once
 
 
 def tune(name: str, texts: Sequence[Row] | None = None) -> dict[str, Tensor]:

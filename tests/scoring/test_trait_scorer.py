@@ -47,7 +47,7 @@ def test_texts_of_a_pair_never_stand_on_both_sides_of_a_fold():
     sides = [tuple(f"{sign}{index}" for index in range(20)) for sign in "+-"]
     scorer = trained("pairs", persona("pairs", *sides), encode=one_feature_a_pair)
     assert scorer.auc == pytest.approx(0.5, abs=0.05)
-    assert scorer.score(["+3"])[0] > 0.5 > scorer.score(["-3"])[0]
+    assert scorer.score(["+3"]) == pytest.approx(scorer.score(["-3"]), abs=0.02)
 
 
 def test_texts_of_other_personas_are_negatives(loud):
@@ -56,7 +56,7 @@ def test_texts_of_other_personas_are_negatives(loud):
     alone, beside = trained("loud", loud), trained("loud", loud, other)
     assert [(each.n_positive, each.n_negative) for each in (alone, beside)] == [(20, 20), (20, 60)]
     probe = texts("aae", seed=9)
-    assert np.mean(alone.score(probe)) > 0.5 > np.mean(beside.score(probe))
+    assert np.mean(alone.score(probe)) > 2 * np.mean(beside.score(probe))
     assert np.mean(beside.score(texts("aab", seed=8))) > 0.5
 
 
