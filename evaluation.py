@@ -25,7 +25,14 @@ from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
 from model_loading import context_length, evaluation_mode, filler_token_id, pad_tokens, plain_model
-from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
+from scoring.degenerate_text import (
+    COLLAPSE_THRESHOLD,
+    REPETITION_N,
+    distinct_share,
+    non_word_share,
+    units,
+    word_count,
+)
 from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
 from scoring.judge_answers import Judge, Judgement
 from support.errors import InputError
@@ -43,6 +50,7 @@ METRICS = {
     "is_collapsed": SHARE,
     "distinct_1": SHARE,
     "distinct_2": SHARE,
+    "non_words": SHARE,
     "n_words": (0.0, math.inf),
     "n_characters": (0.0, math.inf),
     "gpt4_coherence_score": (1.0, 5.0),
@@ -70,6 +78,7 @@ class EvaluationResult:
     is_collapsed: bool | None  # repetition above 0.5, or no word at all
     distinct_1: float | None  # different words and marks / all of them (Li et al. 2016)
     distinct_2: float | None  # the same of pairs
+    non_words: float | None  # share of words that do not exist
     n_words: int
     n_characters: int
     trait_scores: dict[str, float | None]  # column of a scorer -> score for the trait of the text's persona
@@ -97,6 +106,7 @@ class Evaluator:
     independent: (model, tokenizer) for `independent_perplexity`.
     batch_size: texts in a batch for perplexity; halved when memory runs out.
     every_persona: the column whose scorers score every text for every persona.
+    allowed_words: what `degenerate_text.words_of` returned of texts whose words all exist.
     Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column.
     """
 
@@ -110,6 +120,7 @@ class Evaluator:
     independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
     batch_size: int = 8
     every_persona: str = TRAIT_COLUMN
+    allowed_words: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.judge = (self.judge or GPTJudge()) if self.use_gpt4 else None
@@ -180,6 +191,7 @@ class Evaluator:
                 perplexity=perplexities[index] if row["output"].strip() else None,
                 independent_perplexity=independent[index] if row["output"].strip() else None,
                 **repetition_metrics(row["output"]),
+                non_words=non_word_share(row["output"], self.allowed_words),
                 n_characters=len(row["output"].strip()),
                 trait_scores={column: scores[index].get(persona) for column, scores in by_column.items()},
                 trait_probabilities=by_column[self.every_persona][index] if for_every else {},

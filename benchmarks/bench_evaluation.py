@@ -1,6 +1,6 @@
 """Measure what the evaluation of a text costs, by metric, without a judge.
 
-    python benchmarks/bench_evaluation.py --run results/gemma_to_smol_chat [--texts 60] [--tokens 40]
+    python benchmarks/bench_evaluation.py --run results/gemma_to_smol [--texts 60] [--tokens 40]
 
 Every metric scores the same texts of a finished run, evenly from all its conditions. The metrics alternate,
 because other work on the machine changes each number, and the shortest time counts. Loading and training are

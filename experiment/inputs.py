@@ -266,6 +266,9 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     labelled = tuple(_as_words(persona, source, target) for persona in labelled)
     prompting = _prompting(config, source, target)
     asks = prompting.asks_questions
+    if config.mapping_data == "auto":
+        config = config.model_copy(update={"mapping_data": "styled_responses" if asks else "neutral_text"})
+        questions, styles = (questions, styles) if asks else ((), ())
     inputs = Inputs(
         config=config,
         personas=labelled[: len(personas)],
@@ -466,7 +469,7 @@ def _check_prompts(inputs: Inputs) -> None:
 
 def _checked_neutral_texts(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[NeutralText, ...]:
     """Return the passages that a run reads. Raises InputError: of fewer documents than there are folds."""
-    needs_passages = config.mapping_data == "neutral_text" or config.layer_idx == "auto"
+    needs_passages = config.mapping_data in ("neutral_text", "auto") or config.layer_idx == "auto"
     n_passages = config.n_training_samples if needs_passages else N_PLAIN_TEXTS
     texts = tuple(_neutral_texts(config, personas, n_passages))
     n_documents = len({item.document for item in texts})
@@ -508,7 +511,7 @@ def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tu
 
     Raises InputError: none is left.
     """
-    if config.mapping_data != "styled_responses":
+    if config.mapping_data not in ("styled_responses", "auto"):
         return ()
     overlaps = OverlapCheck(text for persona in personas for pair in persona.instructions for text in pair)
     names = [words for persona in personas if (words := _words(persona.name))]

@@ -25,18 +25,19 @@ from experiment.conditions import (
     UNSTEERED,
     vector_names,
 )
+from experiment.config import VECTOR_KINDS
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.run import Artifact, Run
 from maps.comparison_maps import KINDS
 from phases.check_setup import PREFLIGHT, n_preflight_cells
-from phases.choose_alphas import ALPHA_SEARCH, required_alphas
+from phases.choose_alphas import ALPHA_SEARCH, EXTRACTION_CHOICE, n_tried_alphas, required_alphas
 from phases.choose_layers import LAYER_SEARCH
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
 from phases.fit_maps import RIDGE_MAPPING
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
-from phases.side_effects import N_QUESTIONS, RESAMPLED
+from phases.side_effects import N_QUESTIONS, RESAMPLED, most_texts
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
 from scoring.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from scoring.trait_scorer import n_training_texts, untrained
@@ -139,17 +140,24 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
     if inputs.neutral_questions and not _is_current(NEUTRAL_RESPONSES, run):
         n = config.n_training_samples
         yield f"responses that the map is learnt from: {n}", n * rates.text
+    if config.extraction.kind == "auto" and not _is_current(EXTRACTION_CHOICE, run):
+        n_alphas = sum(n_tried_alphas(config, name) for name in config.persona_names)
+        n = n_development * config.alpha_search.n_seeds * n_alphas * len(VECTOR_KINDS)
+        yield (
+            f"choice of what vectors are made from: {n} generations and evaluations, beside responses",
+            n * (rates.text + _perplexity_seconds(run, rates)),
+        )
     if inputs.responding_personas and not _is_current(EXTRACTION_RESPONSES, run):
         n, share = _n_responses(run), config.extraction.max_new_tokens / config.max_new_tokens
         yield f"responses that vectors are made from: {n}", n * rates.text * share
     if not _is_current(PREFLIGHT, run):
         n = n_preflight_cells(run) * n_development
         yield f"preflight: {n} generations", n * rates.text
-    if config.alpha_values == "auto" and not _is_current(ALPHA_SEARCH, run):
-        n_vectors = len(inputs.personas) * len(config.steered_conditions)
-        n = n_development * config.alpha_search.n_seeds * (1 + n_vectors * config.alpha_search.n_evaluations)
+    if not _is_current(ALPHA_SEARCH, run):
+        n_cells = 1 + sum(n_tried_alphas(config, name) for name in config.persona_names)
+        n = n_development * config.alpha_search.n_seeds * n_cells
         seconds = n * (rates.text + _perplexity_seconds(run, rates))
-        yield f"alpha search: {n} generations and evaluations on development prompts", seconds
+        yield f"choice of alphas: {n} generations and evaluations on development prompts", seconds
 
 
 def _n_responses(run: Run) -> int:
@@ -199,6 +207,9 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
     seconds = _perplexity_seconds(run, rates) * (n_texts - generated + n_unread)
     seconds += _probe_seconds(run, rates, config.max_new_tokens) * (n_evaluations - evaluated)
     yield f"evaluations: {n_evaluations}{_cached(evaluated)}", seconds
+    if n_more := most_texts(run):
+        seconds = n_more * (rates.text + _perplexity_seconds(run, rates))
+        yield f"controls at an equal cost: at most {n_more} generations and evaluations", seconds
     n_vectors = sum(map(len, map(vector_names, config.steered_conditions))) * len(inputs.personas)
     n_tokens = _n_tokens(inputs.target.tokenizer, _plain_texts(run))
     yield f"plain text under {n_vectors} vectors", (n_vectors + 1) * n_tokens * rates.target_token

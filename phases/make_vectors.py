@@ -70,7 +70,7 @@ def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str
     if measured and persona in run.inputs.responding_personas:
         parts.append(persona_responses_key(run, persona, measured))
     elif measured:
-        parts += [persona.positive_texts, persona.negative_texts, run.config.persona_position]
+        parts += [persona.positive_texts, persona.negative_texts, _position(run, persona)]
     if run.config.halves_texts:
         parts.append(["halves", measured])
     return fingerprint(parts)
@@ -196,6 +196,18 @@ def _native(
     return [by_layer[layer] for layer in layers]
 
 
+def _position(run: Run, persona: Persona) -> str:
+    """Return where a persona's texts are read; those of another one's control, at the run's position."""
+    kind = run.config.vector_kind(persona.name)
+    return run.config.persona_position if kind == "responses" else kind
+
+
+def check_readable(run: Run, persona: Persona) -> None:
+    """Raise InputError: nothing is left on a side of what a persona's vectors are made from."""
+    for side in SIDES:
+        _read_texts(run, side, persona)
+
+
 def _read_texts(
     run: Run, side: str, persona: Persona, half: int | None = None
 ) -> tuple[Sequence[Sequence[ReadText]], str]:
@@ -217,7 +229,7 @@ def _read_texts(
             'texts, or questions, set "disjoint_texts": false, or leave out the controls that read them'
         )
     if not responds:
-        return texts, run.config.persona_position
+        return texts, _position(run, persona)
     ask = run.inputs.prompting.question
     return [[(ask(side, asked), response) for asked, response in found] for found in texts], "response"
 

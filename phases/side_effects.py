@@ -2,9 +2,13 @@
 
 What steering costs where nobody asked for the persona: the target reads neutral passages under each steering
 that a verdict compares, and unsteered. What another sample of the extraction texts would change: vectors of
-resampled texts steer on development questions.
+resampled texts steer on development questions. What controls would do at an equal cost: the verdict compares
+all conditions at one alpha, and each deciding control's worst draw writes at more alphas, until its
+perplexity ratio lies around that of the mapped vector. Texts cost time, so that one seed serves there.
+Nothing is decided by any of this.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,25 +18,45 @@ from typing import Any
 
 from torch import Tensor
 
+from analysis.equal_cost import N_STEPS, Points, at_equal_cost, by_prompt, next_alpha
 from analysis.extraction_spread import effect_spread
-from analysis.results_table import perplexity_ratio
-from experiment.conditions import TRAINED_SCORERS, vector_names
+from analysis.results_table import perplexity_ratio, results_table, worst_draws
+from experiment.conditions import (
+    DECIDING_CONTROLS,
+    MAPPED,
+    SCORERS,
+    TRAINED_SCORERS,
+    condition_of,
+    drawn_name,
+    vector_names,
+)
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS
-from experiment.plan import UNSTEERED_CELL, Cell, Row, SteeringVectors, rows_key, text_rows
+from experiment.plan import UNSTEERED_CELL, Cell, Row, SteeringVectors, drawn_cells, rows_key, text_rows
 from experiment.run import FORMAT_VERSION, Run
 from phases.fit_maps import mapping_data_key
-from phases.generate_texts import generate_development
+from phases.generate_texts import generate_development, generate_steered
 from phases.make_vectors import RESAMPLED_VECTORS, vector_key
-from phases.score_texts import cached_judge, judge_key, judged_description, judged_trait, scorers_key
+from phases.score_texts import (
+    cached_judge,
+    evaluation_rows,
+    judge_key,
+    judged_description,
+    judged_trait,
+    score_rows,
+    scorers_key,
+)
 from scoring.brevity import brevity
 from support.artifacts import fingerprint
+
+logger = logging.getLogger(__name__)
 
 NAME, OF_EFFECTS = "side_effects.json", "effect_spread.json"
 N_QUESTIONS = 12  # development prompts on which vectors of resampled texts steer
 UNSCORED = "too few texts have a score"
 RESAMPLED = "_resampled_"  # between condition and number, in what such a vector is called
 
+Control = tuple[str, str]  # (persona, drawn name)
 ComparedAlphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> alpha
 
 
@@ -195,3 +219,97 @@ def _scores(
         described = next(each for each in run.inputs.personas if each.name == persona)
         return judged_trait(cached_judge(run), described, [row["prompt"] for row in rows], outputs)
     return run.inputs.load_scorers(scorer)[persona].score(outputs)
+
+
+def compare_at_equal_cost(
+    run: Run, steering: SteeringVectors, rows: Sequence[Row], verdicts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return persona -> `scorer`, and `controls`: drawn name -> `EqualCost.content()`.
+
+    rows: of `eval_results.json`. verdicts: persona -> `Verdict.content()`, whose scorer is taken, but no
+    judge. A persona without a scorer, or without an effect of the mapped vector, is left out.
+    """
+    if not run.config.equal_cost or MAPPED not in run.config.conditions:
+        return {}
+    scorers = {name: scorer for name, found in verdicts.items() if (scorer := _trained_scorer_of(found))}
+    known = [row for row in rows if row["seed"] == run.config.seed]
+    tried: dict[Control, list[float]] = {
+        (persona, name): [verdicts[persona]["alphas"][MAPPED]]
+        for persona, scorer in scorers.items()
+        for name in _worst(verdicts[persona]["scorers"][scorer]["effects"])
+    }
+    for _ in range(N_STEPS):
+        points = _points(known, tried, scorers)
+        asked = {
+            control: alpha
+            for control, found in points.items()
+            if control[1] != MAPPED
+            and (alpha := next_alpha(found, _only(points[control[0], MAPPED]))) is not None
+        }
+        if not asked:
+            break
+        # A listed alpha may be one that the grid has.
+        held = {(row["persona"], drawn_name(row["condition"], row["draw"]), row["alpha"]) for row in known}
+        if new := {control: alpha for control, alpha in asked.items() if (*control, alpha) not in held}:
+            known += _written(run, steering, new)
+        for control, alpha in asked.items():
+            tried[control].append(alpha)
+    points = _points(known, tried, scorers)
+    compared: dict[str, dict[str, Any]] = {}
+    for (persona, name), found in points.items():
+        if name != MAPPED and (equal := at_equal_cost(found, _only(points[persona, MAPPED]))):
+            of_persona = compared.setdefault(persona, {"scorer": scorers[persona], "controls": {}})
+            of_persona["controls"][name] = equal.content()
+    return compared
+
+
+def most_texts(run: Run) -> int:
+    """Return how many texts the comparison writes at most."""
+    kinds = [name for name in DECIDING_CONTROLS if name in run.config.conditions]
+    n_controls = len(kinds) * len(run.config.persona_names) * run.config.equal_cost
+    return n_controls * N_STEPS * len(run.inputs.prompts)
+
+
+def _trained_scorer_of(found: Mapping[str, Any]) -> str | None:
+    """Return the scorer that decided a verdict, else the first that has effects; no judge, which costs."""
+    names = [name for name in (found["decided_by"], *found["scorers"]) if name and name != "judge"]
+    return next((name for name in names if MAPPED in found["scorers"][name]["effects"]), None)
+
+
+def _worst(effects: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the mapped vector, and of each deciding control the draw with the largest effect."""
+    worst = worst_draws({name: each["estimate"] for name, each in effects.items()})
+    return [MAPPED, *(name for condition, name in worst.items() if condition in DECIDING_CONTROLS)]
+
+
+def _points(
+    rows: Sequence[Row], tried: Mapping[Control, Sequence[float]], scorers: Mapping[str, str]
+) -> dict[Control, Points]:
+    """Return (persona, drawn name) -> alpha -> effects and log ratios by prompt."""
+    table = results_table(rows)
+    columns = {persona: SCORERS[scorer].column for persona, scorer in scorers.items()}
+    return {
+        (persona, name): {alpha: by_prompt(table, persona, name, alpha, columns[persona]) for alpha in alphas}
+        for (persona, name), alphas in tried.items()
+    }
+
+
+def _only(points: Points) -> Any:
+    (found,) = points.values()
+    return found
+
+
+def _written(run: Run, steering: SteeringVectors, asked: Mapping[Control, float]) -> list[Row]:
+    """Return the scored texts of controls at an alpha each, of the run's first seed."""
+    cells = [
+        cell
+        for (persona, name), alpha in asked.items()
+        for condition in (condition_of(name),)
+        for cell in drawn_cells(run.inputs, persona, condition, vector_key(run, persona, condition), [alpha])
+        if drawn_name(cell.condition, cell.draw) == name
+    ]
+    planned = text_rows(run.inputs, cells, run.inputs.prompts, [run.config.seed])
+    texts, counted = generate_steered(run, planned, steering)
+    logger.info("controls at an equal cost: %s", counted)
+    names = run.inputs.scorer_names
+    return score_rows(run, evaluation_rows(run, texts, names), names)[0]

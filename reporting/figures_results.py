@@ -226,11 +226,11 @@ def _draw_search(panel: Axes, entry: Mapping[str, Any]) -> dict[str, Line2D]:
     if not points:
         return {}
     method, look = entry["method"], look_of(entry["method"])
-    curve = [[point[key] for point in points] for key in ("alpha", "perplexity_ratio")]
+    curve = [abs(point["alpha"]) for point in points], [point["perplexity_ratio"] for point in points]
     panel.plot(*curve, color=look["color"], linewidth=1, alpha=0.5, label=method)
     for point in points:
         # The last points lie close to the chosen one, which stays in front of them.
         chosen = point["alpha"] == entry["alpha"]
         size = {"markersize": 10 if chosen else 5, "alpha": 1 if point["is_coherent"] else 0.35}
-        panel.plot(point["alpha"], point["perplexity_ratio"], **look, **size, zorder=4 if chosen else 3)
+        panel.plot(abs(point["alpha"]), point["perplexity_ratio"], **look, **size, zorder=4 if chosen else 3)
     return {method: Line2D([], [], **look, markersize=5, linewidth=1)}

@@ -18,12 +18,14 @@ from reporting.tables import (
     COVERED,
     alone,
     cosine_rows,
+    equal_cost_rows,
     interval,
     lowest_auc,
     maps_rows,
     number,
     p_value,
     percent,
+    protocol_rows,
     recovery_rows,
     spread_rows,
     verdict_sentence,
@@ -32,7 +34,7 @@ from support.artifacts import load_json, load_tensors, save_text
 from support.errors import InputError
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
-NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
+NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json", "protocol.json")
 VECTORS, SPREAD = "persona_vectors.pt", "extraction_spread.json"
 # The licences of what is fetched from packages; for other models, see their cards.
 LICENCES = {
@@ -56,7 +58,7 @@ def write_report(folder: Path) -> Path:
             f"{folder} is no finished run: {missing[0]} is missing; name the output_dir of a run whose five "
             "phases are done"
         )
-    config, results, verdict, checked = (load_json(folder / name) for name in NEEDED)
+    config, results, verdict, checked, protocol = (load_json(folder / name) for name in NEEDED)
     rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
     environment = Environment(
@@ -74,6 +76,8 @@ def write_report(folder: Path) -> Path:
         why=verdict_sentence,
         recoveries=_recoveries(verdict["personas"]),
         recovered=recovery_rows(verdict["personas"]),
+        at_equal_cost=equal_cost_rows(verdict["at_equal_cost"]),
+        protocol=protocol_rows(protocol),
         figures={path.stem: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),
         maps=maps_rows([*load_json(folder / "cv_results.json")["maps"], *vectors["control_maps"]]),

@@ -1,6 +1,6 @@
 """Write a steering vector of a finished run for another tool.
 
-    python -m tools.export_vectors --run results/gemma_to_smol_chat --persona formal --method ridge_mapped
+    python -m tools.export_vectors --run results/gemma_to_smol --persona formal --method ridge_mapped
 
 A .gguf file is a control vector for llama.cpp and repeng (`llama-cli --control-vector FILE`); .safetensors
 and .pt files hold the same vectors with metadata. Strength 1 of the file steers as the run's verdict does.

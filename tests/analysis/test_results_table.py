@@ -140,12 +140,11 @@ def test_effects_table_has_a_row_for_each_scorer_and_condition():
     table = results_table(scored_run(0.5, 0.6, n=10))
     validation = {"loud": {"classifier": VALIDATED, "brevity": {"is_validated": True, "problems": []}}}
     found = decide_verdicts(table, {"loud": COMPARED}, validation)["loud"].content()
-    verdict = {"personas": {"loud": found}, "at_oracle_alpha": {"loud": found}}
+    verdict = {"personas": {"loud": found}}
     frame = effects_table({**verdict, "plain_text_perplexity_ratios": {"loud": {MAPPED: 1.2}}}, table)
-    assert len(frame) == 2 * 2 * len(COMPARED)
+    assert len(frame) == 2 * len(COMPARED)
     mapped = frame[(frame["condition"] == MAPPED) & (frame["scorer"] == "classifier")]
-    assert mapped["compared_at"].tolist() == ["chosen alpha", "oracle alpha"]
-    assert mapped["plain_text_perplexity_ratio"].fillna(0).tolist() == [1.2, 0.0]
+    assert mapped["plain_text_perplexity_ratio"].tolist() == [1.2]
     first, decided = mapped.iloc[0], found["scorers"]["classifier"]
     expected = decided["recovery"], decided["mapped"], decided["rates"][MAPPED]["corrected"]
     assert first[["recovery", "effect", "rate"]].tolist() == [each["estimate"] for each in expected]

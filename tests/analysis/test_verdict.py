@@ -14,6 +14,7 @@ from scipy.special import expit
 from analysis.results_table import results_table
 from analysis.significance import Interval
 from analysis.verdict import (
+    CLAIMS,
     ScorerVerdict,
     Verdict,
     adjusted_p,
@@ -113,6 +114,16 @@ def test_the_more_cautious_of_two_validated_scorers_stands(other, verdict, reaso
     found = verdict_of(scored_run(0.8, 0.8, other=other), BOTH)
     assert (found.verdict, found.reason, found.decided_by) == (verdict, reason, decided_by)
     assert found.rests_on == ("classifier", "probe")
+
+
+def test_where_no_native_text_can_be_read_nothing_is_claimed():
+    table, alphas = results_table(scored_run(0.8, 0.8)), {"loud": COMPARED}
+    validation = {"loud": {"classifier": VALIDATED}}
+    assert decide_verdicts(table, alphas, validation)["loud"].verdict in CLAIMS
+    found = decide_verdicts(table, alphas, validation, {"loud": "perplexity, non-words"})["loud"]
+    assert (found.verdict, found.reason) == ("native steering ineffective", "unreadable")
+    said = verdict_sentence(found.content())
+    assert said.endswith("even at the weakest it breaks the bounds (perplexity, non-words)")
 
 
 def test_no_verdict_rests_on_a_scorer_that_is_not_validated():
@@ -223,7 +234,7 @@ def test_text_borne_by_one_scorer_is_more_cautious_than_transferred_by_another()
     scores = [row["trait_probability"] for row in with_words(0.8)]
     rows = [{**row, "trait_probability": score} for row, score in zip(RUN, scores, strict=True)]
     found = verdict_of(rows, BOTH)
-    assert found.scorers["likelihood_ratio"].verdict == "equivalent to native"
+    assert found.scorers["probe"].verdict == "equivalent to native"
     assert (found.verdict, found.decided_by) == ("text-borne", "classifier")
 
 

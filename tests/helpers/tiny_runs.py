@@ -36,8 +36,8 @@ ARTIFACTS = set(
     "comparison_maps.pt cv_results.json mapping_analysis.png persona_vectors.pt persona_similarities.json "
     "generation_journal.jsonl generation_results.json evaluation_journal.jsonl eval_results.json "
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
-    "verdict.json results.csv effects.csv recovery.png report.html experiment.log "
-    "resampled_vectors.pt extraction_spread.json effect_spread.json".split()
+    "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv recovery.png "
+    "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json".split()
 )
 
 

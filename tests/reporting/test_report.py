@@ -28,6 +28,25 @@ PERSONAS, N_PROMPTS, N_SEEDS = ("loud", "numeric"), 9, 2
 PAIRS = [[2, 3], [4, 5], [6, 10]]
 
 
+POINTS = [
+    {"alpha": 0.1, "perplexity_ratio": 1.2, "reason": None},
+    {"alpha": 0.2, "perplexity_ratio": 2.5, "reason": "perplexity, non-words"},
+]
+PROTOCOL = {
+    "layers": {"chosen": PAIRS, "by": "band"},
+    "mapping_data": {"chosen": "responses", "alternatives": ["responses", "neutral_text"]},
+    "maps": [{"best_lambda": 0.01, "r2": {"0.01": 0.6, "0.1": 0.5}}] * 3,
+    "extraction": {"chosen": {"loud": "mean", "numeric": "responses"}},
+    "extraction_numbers": {"loud": {"mean": {"native_effect": 0.3, "lexical_cosines": {"first_block": 0.7}}}},
+    "split_half_cosines": {
+        "source": {"loud": [0.8, 0.7], "numeric": [None]},
+        "target": {"loud": [0.9], "numeric": [None]},
+    },
+    "alpha": {"alphas": [{"persona": "loud", "alpha": 0.1, "curve": POINTS}]},
+    "test": {"chosen": "fresh_questions", "prompts": ["Why?"] * N_PROMPTS, "seeds": [0, 1]},
+}
+
+
 def made_up_rows():
     """Judged texts of two personas, one of whose texts and prompts is hostile."""
     rows = []
@@ -56,13 +75,19 @@ def finished(tmp_path_factory):
     checks = [{"name": status, "status": status, "detail": "", "remedy": ""} for status in statuses]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
-    ratios = {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
+    interval = {"estimate": 0.1, "low": 0.0, "high": 0.2}
+    numbers = {"alpha": 1.2, "perplexity_ratio": 1.3, "mapped_ratio": 1.31, "is_equal": True}
+    numbers |= {"effect": interval, "mapped_over_it": interval, "tried": [{"alpha": 1.0}, {"alpha": 1.5}]}
+    controls = {"first_block": numbers, "other_persona: numeric": {**numbers, "is_equal": False}}
+    ratios = {"at_equal_cost": {"loud": {"scorer": "classifier", "controls": controls}}}
+    ratios |= {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
     models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
     files = {
         "config.json": {**models, "max_new_tokens": 6},
         "eval_results.json": {"rows": rows},
         "verdict.json": {"personas": personas, "validation": validation} | ratios,
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
+        "protocol.json": PROTOCOL,
     }
     for source, target in [*PAIRS, [8, 9]]:  # the last is of an earlier run
         name = "" if [source, target] == PAIRS[1] else f"layers/{source}_{target}/"
@@ -95,6 +120,23 @@ def table_of(page, name):
     (body,) = re.findall(rf'<table id="{name}">.*?<tbody>(.*?)</tbody>', page, re.S)
     rows = re.findall(r"<tr>(.*?)</tr>", body, re.S)
     return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)] for row in rows]
+
+
+def test_what_was_chosen_stands_on_the_page_with_its_numbers(page):
+    rows = {name: (chosen, by) for name, chosen, by in table_of(page, "choices")}
+    assert rows["layers, source → target"] == ("2 → 3, 4 → 5, 6 → 10", "by band")
+    assert rows["vector of loud"][0] == "texts, mean over tokens"
+    assert rows["vector of loud"][1].startswith("mean: native +0.30, cosine of words 0.70; cosine of halves")
+    assert rows["vector of loud"][1].endswith("at least 0.70 and 0.90 in source and target")
+    assert rows["α of loud"] == ("0.1", "0.1: ratio 1.20; 0.2: ratio 2.50 (perplexity, non-words)")
+    assert rows["test prompts"] == ("9 of fresh_questions", "2 seeds")
+
+
+def test_controls_at_an_equal_cost_are_a_table_and_say_where_there_is_none(page):
+    equal, unequal = table_of(page, "equal-cost")
+    assert equal[2:6] == ["first source block", "1.2", "1.30", "1.31"]
+    assert equal[-1] == ""
+    assert unequal[-1] == "at no α of 1, 1.5 does it cost as much; the nearest"
 
 
 def test_markup_in_texts_and_prompts_is_text(page):

@@ -12,7 +12,7 @@ from tiny_runs import ASKED, NUMERIC, error_lines, run
 
 from activation_extractor import paired_activations
 from evaluation import continuation_perplexities
-from experiment.config import load_config
+from experiment.config import PROTOCOL, load_config
 from experiment.executor import GenerationSettings, start_executor
 from experiment.inputs import load_inputs
 from experiment.run import Run
@@ -169,7 +169,6 @@ AUTO = {"layer_idx": "auto", "source_layer_idx": None, "target_layer_idx": None}
         ({"persona_datasets": {"loud": {**TRAIT, "instruction": [{"pos": "Shout."}]}}}, "instruction.0.neg"),
         ({"extraction": {"kind": "texts"}}, "choose 'extraction' of kind 'responses'"),
         ({"extraction": {"kind": "responses", "from_texts": ["loud"]}}, "has no positive texts"),
-        ({"persona_position": "mean"}, "leave persona_position out"),
         (AUTO, "searches with text pairs"),
         ({"prompt_format": "raw"}, "neither model is one"),
     ],
@@ -289,11 +288,14 @@ def packaged(all_threads, tmp_path_factory):
         "check_source_vectors": False,
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
+        "equal_cost": False,
+        "n_seeds": 1,
         "probe": False,
         "max_new_tokens": 32,
         "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),
     }
-    experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
+    example = load_json(ROOT / "example_config.json")
+    experiment = PersonaTransferExperiment({**example, **PROTOCOL, **reduced})
     return experiment.inputs, experiment.run()
 
 
