@@ -155,6 +155,7 @@ CHANGES = {
         READ_AGAIN | CHECKED | {"trait_costs.json"},
         labelled_positive_texts=OTHER_LABELLED,
         labelled_negative_texts=OTHER_LABELLED,
+        resembling_texts=["WELL, it is as it is."],
     ),
     **of_loud(
         "pair",
