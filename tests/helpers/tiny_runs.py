@@ -5,6 +5,7 @@ import math
 import random
 import re
 import zlib
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from phases import choose_alphas, choose_layers, decide_verdicts, fit_maps
+from phases import choose_alphas, choose_layers, collect_responses, decide_verdicts, fit_maps
 from reporting.style import figure_fingerprint
 from run_experiment import main
 from scoring import language_model_probe, trait_classifier
@@ -121,16 +122,16 @@ def score_by_characters(patch):
         real_key = module.scorer_key
         patch.setattr(module, "load_scorers", _by_characters(divisor))
         patch.setattr(module, "scorer_key", lambda *given, key=real_key: f"by characters {key(*given)}")
+    patch.setattr(collect_responses, "show_trait", lambda persona, texts: _score(texts, 5))
 
 
 def _by_characters(divisor):
-    def score(texts):
-        return [
-            zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else 0.0 for each in texts
-        ]
-
-    scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=score)
+    scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=partial(_score, divisor=divisor))
     return lambda names, personas, language_model: dict.fromkeys(names, scorer)
+
+
+def _score(texts, divisor):
+    return [zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else 0.0 for each in texts]
 
 
 def visible_files(folder):
