@@ -44,7 +44,9 @@ def test_nothing_is_trained_for_shipped_personas(encoder_name, shipped):
 
 
 @pytest.mark.parametrize("encoder_name", ENCODERS)
-def test_shipped_scorers_are_validated_where_the_documents_say_so(encoder_name, shipped, tmp_path, monkeypatch):
+def test_shipped_scorers_are_validated_where_the_documents_say_so(
+    encoder_name, shipped, tmp_path, monkeypatch
+):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))  # whatever is not shipped would be made there
     scorers, problems = load_scorers(shipped_personas(), shipped, encoder_name), {}
     for persona in shipped:
