@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
+from judging.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
+from judging.judge_answers import Judge, Judgement
 from model_loading import context_length, evaluation_mode, filler_token_id, pad_tokens, plain_model
 from scoring.degenerate_text import (
     COLLAPSE_THRESHOLD,
@@ -33,8 +35,6 @@ from scoring.degenerate_text import (
     units,
     word_count,
 )
-from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
-from scoring.judge_answers import Judge, Judgement
 from support.errors import InputError
 from texts.chat import Prompt, plain_text, prompt_text
 from texts.encoding import encode_continuations

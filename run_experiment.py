@@ -45,7 +45,6 @@ from phases.choose_alphas import choose_alphas, choose_extraction, required_alph
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
-from phases.dry_run import conditions_of, describe_run, verdict_gaps
 from phases.fit_maps import LearnedMaps, fit_maps
 from phases.generate_texts import generate_texts, generated_texts
 from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors, resample_vectors
@@ -57,6 +56,7 @@ from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
 from support.progress import logged_progress, working
 from support.run_folder import RunFolder
+from tools.dry_run import conditions_of, describe_run, verdict_gaps
 
 logger = logging.getLogger(__name__)
 

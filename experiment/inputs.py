@@ -19,12 +19,12 @@ from experiment.conditions import CONDITIONS, N_DRAWS, SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
 from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
+from judging.gpt_judge import GPTJudge
+from judging.local_judge import LocalJudge
 from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
 from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, model_fingerprint, plain_model
 from scoring.encoders import independent_model
-from scoring.gpt_judge import GPTJudge
-from scoring.local_judge import LocalJudge
 from scoring.trait_scorer import check_labelled
 from steered_generation import SteeredGenerator
 from support.errors import HubError, InputError

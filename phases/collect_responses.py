@@ -20,9 +20,9 @@ from experiment.executor import GenerationSettings
 from experiment.inputs import Inputs
 from experiment.plan import Row, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from judging.judge_answers import Judgement
 from phases.generate_texts import generate_rows
 from phases.score_texts import cached_judge, judge_key, judged_description, trait_prompts
-from scoring.judge_answers import Judgement
 from scoring.response_filter import filter_key, show_trait
 from support.artifacts import fingerprint
 from support.errors import InputError

@@ -20,10 +20,10 @@ from experiment.conditions import SCORERS
 from experiment.config import ExperimentConfig
 from experiment.plan import Row
 from experiment.run import FORMAT_VERSION, Run
+from judging.cached_judge import CachedJudge
+from judging.gpt_judge import server_address, trait_prompt
 from phases.generate_texts import from_journal, save_rows
-from scoring.cached_judge import CachedJudge
 from scoring.degenerate_text import words_of
-from scoring.gpt_judge import server_address, trait_prompt
 from support.artifacts import fingerprint
 from support.journal import Journal
 from support.progress import Bar

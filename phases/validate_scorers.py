@@ -9,6 +9,7 @@ from typing import Any
 from experiment.conditions import N_DRAWS, vector_names
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from judging.cached_judge import CachedJudge
 from phases.choose_alphas import required_alphas
 from phases.generate_texts import generate_development
 from phases.make_vectors import grid_cells, vector_key
@@ -21,7 +22,6 @@ from phases.score_texts import (
     trait_prompts,
 )
 from reporting.tables import format_validation
-from scoring.cached_judge import CachedJudge
 from scoring.validation import (
     FEWEST,
     Sets,

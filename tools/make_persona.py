@@ -25,10 +25,10 @@ import openai
 
 from experiment.command_line import exit_status
 from experiment.config import load_config
+from judging.gpt_judge import read_key
+from judging.judge_answers import excerpt, final_answer
 from model_loading import load_model
 from scoring.encoders import plain_sentence_encoder
-from scoring.gpt_judge import read_key
-from scoring.judge_answers import excerpt, final_answer
 from steered_generation import SteeredGenerator
 from support.artifacts import save_text
 from support.errors import InputError, shown

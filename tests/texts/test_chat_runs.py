@@ -16,10 +16,10 @@ from experiment.config import PROTOCOL, load_config
 from experiment.executor import GenerationSettings, start_executor
 from experiment.inputs import load_inputs
 from experiment.run import Run
+from judging.gpt_judge import ONE_DIGIT
 from phases.collect_responses import collect_responses, neutral_responses_key
 from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
-from scoring.gpt_judge import ONE_DIGIT
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from support.run_folder import RunFolder

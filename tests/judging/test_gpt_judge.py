@@ -7,7 +7,7 @@ import threading
 import pytest
 from chat_server import JSON, chat_server, completion, error
 
-from scoring.gpt_judge import FIRST_QUESTION, N_SAME_FAILURES, GPTJudge
+from judging.gpt_judge import FIRST_QUESTION, N_SAME_FAILURES, GPTJudge
 from support.errors import InputError
 
 

@@ -14,8 +14,8 @@ import torch
 
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head
+from judging.judge_answers import Judge, Judgement, final_answer
 from model_loading import context_length, filler_token_id, load_model, pad_tokens
-from scoring.judge_answers import Judge, Judgement, final_answer
 from support.errors import InputError
 from texts.chat import LESS_THINKING, prompt_text, question
 from texts.encoding import encode

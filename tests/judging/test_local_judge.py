@@ -7,8 +7,8 @@ import torch
 from chat_models import chatting
 from tiny_runs import LOUD, NUMERIC, blank_figures, rows, run, tiny_settings
 
-from scoring import local_judge
-from scoring.local_judge import LocalJudge
+from judging import local_judge
+from judging.local_judge import LocalJudge
 from support.artifacts import load_json
 from support.errors import InputError
 from support.tiny_models import tiny_model, tiny_tokenizer

@@ -29,6 +29,7 @@ from experiment.config import VECTOR_KINDS
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.run import Artifact, Run
+from judging.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from maps.comparison_maps import KINDS
 from phases.check_setup import PREFLIGHT, n_preflight_cells
 from phases.choose_alphas import ALPHA_SEARCH, EXTRACTION_CHOICE, n_tried_alphas, required_alphas
@@ -39,7 +40,6 @@ from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
 from phases.side_effects import N_QUESTIONS, RESAMPLED, most_texts
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
-from scoring.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from scoring.trait_scorer import n_training_texts, untrained
 from scoring.validation import at_most, texts_of
 from support.journal import rows_of

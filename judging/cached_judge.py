@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
 
-from scoring.judge_answers import Judge, Judgement
+from judging.judge_answers import Judge, Judgement
 from support.artifacts import fingerprint
 from support.journal import Journal
 from support.progress import Bar

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
-from scoring.cached_judge import TOKENS_PER_JUDGEMENT, CachedJudge
-from scoring.judge_answers import Judgement
+from judging.cached_judge import TOKENS_PER_JUDGEMENT, CachedJudge
+from judging.judge_answers import Judgement
 from support.journal import Journal
 
 

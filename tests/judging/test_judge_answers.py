@@ -5,7 +5,7 @@ import time
 import pytest
 from chat_server import completion
 
-from scoring.judge_answers import excerpt, redacted, score_answer, stated_scores
+from judging.judge_answers import excerpt, redacted, score_answer, stated_scores
 
 KEY = "sk-proj-4f/9a+Zq=="
 FOUR = [

@@ -19,7 +19,7 @@ from typing import Any
 
 import openai
 
-from scoring.judge_answers import (
+from judging.judge_answers import (
     Judge,
     Judgement,
     NoChatCompletion,
