@@ -215,6 +215,7 @@ def tuned_file(name: str, folder: Path = TRAINED_FOLDER) -> Path:
     return folder / f"{name}_encoder.safetensors"
 
 
+@cache
 def encoder_key(name: str) -> list[Any]:
     """Return what the features of an encoder depend on."""
     tuned = sha256(tuned_file(name).read_bytes()).hexdigest()

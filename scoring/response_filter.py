@@ -11,7 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from scoring.training_texts import natural_rows, pool_key, training_pool
+from scoring.training_texts import natural_rows, training_key, training_pool
 from support.artifacts import fingerprint
 from texts.personas import Persona
 
@@ -26,7 +26,7 @@ def show_trait(persona: Persona, texts: Sequence[str]) -> list[float]:
 
 def filter_key(persona: Persona) -> str:
     """Return what the filter of a persona depends on."""
-    return fingerprint(VERSION, INVERSE_REGULARISATION, pool_key(training_pool(persona)))
+    return fingerprint(VERSION, INVERSE_REGULARISATION, training_key(persona))
 
 
 @cache

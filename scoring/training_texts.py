@@ -8,6 +8,7 @@ degenerate texts that are made from them: loops, shuffled words, random words an
 import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 
@@ -135,3 +136,9 @@ def pool_key(personas: Sequence[Persona]) -> str:
     """Return what `training_rows` of these personas depend on."""
     rows = list(map(astuple, natural_rows(personas)))
     return fingerprint(VERSION, DEGENERATE_EVERY_NTH, N_SALADS, N_JOINED, N_CHAINS, rows)
+
+
+@cache
+def training_key(persona: Persona) -> str:
+    """Return what the texts depend on that train a persona's scorer."""
+    return pool_key(training_pool(persona))

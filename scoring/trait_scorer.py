@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from scoring.degenerate_text import can_be_corrupted, has_collapsed
 from scoring.encoders import TRAINED_FOLDER, Encode, encoder, encoder_key
-from scoring.training_texts import Row, natural_rows, pool_key, training_pool, training_rows
+from scoring.training_texts import Row, natural_rows, training_key, training_pool, training_rows
 from support.artifacts import fingerprint
 from support.errors import InputError
 from support.package_cache import build_once, cache_folder
@@ -271,7 +271,7 @@ def scorer_key(persona: Persona, encoder_name: str) -> str:
     """Return what a scorer depends on, without training it."""
     settings = [STYLE_C, ORDER_C, PRIOR, N_FOLDS, WEIGHTS, IN_ORDER]
     settings += [FALSE_POSITIVES, VERSION]
-    return fingerprint(persona.name, pool_key(training_pool(persona)), settings, encoder_key(encoder_name))
+    return fingerprint(persona.name, training_key(persona), settings, encoder_key(encoder_name))
 
 
 def trained_file(encoder_name: str, folder: Path = TRAINED_FOLDER) -> Path:
