@@ -21,7 +21,8 @@ def formal():
 def separation(encode, rows):
     """The distance between the sides' means of standardised features."""
     features = encode([row.text for row in rows])
-    features = (features - features.mean(0)) / features.std(0)
+    spread = features.std(0)
+    features = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
     positive = np.array([row.kind == "positive" for row in rows])
     return np.linalg.norm(features[positive].mean(0) - features[~positive].mean(0))
 
@@ -45,7 +46,7 @@ def test_tuning_sets_a_trait_apart_in_texts_it_has_not_seen(name, formal, monkey
 def test_a_text_has_the_same_features_alone_as_among_others(name):
     encode = encoder(name)
     together, alone = encode(TEXTS), np.concatenate([encode([text]) for text in TEXTS])
-    assert together == pytest.approx(alone, abs=2e-4 * np.abs(together).max())
+    assert np.abs(together - alone).max() < 5e-3 * np.abs(together).max()  # states are kept in float16
 
 
 def test_what_ships_changes_the_sentence_encoder():
