@@ -226,11 +226,6 @@ def test_every_field_has_a_changed_value_here():
     assert fields == {*CHANGES, *INERT, *ELSEWHERE}
 
 
-def on(base):
-    """Return the mark of a test of this base: one process has them all, and makes its run once."""
-    return pytest.mark.xdist_group(f"keys_{base}")
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Everything that takes long and that no key depends on is small."""
@@ -355,9 +350,7 @@ def by_key(folder, found):
     return made
 
 
-@pytest.mark.parametrize(
-    "field", [pytest.param(field, marks=on(change.base)) for field, change in CHANGES.items()]
-)
+@pytest.mark.parametrize("field", CHANGES)
 def test_a_changed_setting_changes_the_keys_of_what_depends_on_it_alone(
     field, bases, finished_base, paths, tmp_path
 ):
@@ -377,7 +370,6 @@ def test_a_changed_setting_changes_the_keys_of_what_depends_on_it_alone(
     assert change.conditions is None or new <= change.conditions
 
 
-@on("judged")
 def test_where_and_how_fast_a_run_computes_changes_nothing(bases, finished_base, paths, tmp_path):
     folder, before = finished_base("judged")
     nested = {name.split(".")[1]: value for name, value in INERT.items() if name.startswith("judge.")}
@@ -390,7 +382,7 @@ def test_where_and_how_fast_a_run_computes_changes_nothing(bases, finished_base,
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("base", [pytest.param(base, marks=on(base)) for base in BASES])
+@pytest.mark.parametrize("base", BASES)
 def test_a_second_run_makes_nothing(base, bases, finished_base, tmp_path):
     folder, _ = finished_base(base)
     out = shutil.copytree(folder, tmp_path / "out")
@@ -400,7 +392,6 @@ def test_a_second_run_makes_nothing(base, bases, finished_base, tmp_path):
             assert (out / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
 
 
-@on("pair")
 def test_a_layer_pair_is_a_band_of_one(bases, finished_base, tmp_path):
     _, pair = finished_base("pair")
     config = {**bases["pair"], "source_layer_idx": [1], "target_layer_idx": [2]}
