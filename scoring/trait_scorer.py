@@ -237,13 +237,14 @@ def load_scorers(
         if name in shipped and shipped[name][0] == key:
             found[name] = shipped[name][1]
         else:
-            build = partial(_train_one, by_name[name], encoder_name, key)
+            build = partial(train_one, by_name[name], encoder_name, key)
             path = build_once(f"scorers/{key[:32]}", build) / FILE
             found[name] = read_scorers(path, encoder_name)[name][1]
     return found
 
 
-def _train_one(persona: Persona, encoder_name: str, key: str, folder: Path) -> None:
+def train_one(persona: Persona, encoder_name: str, key: str, folder: Path) -> None:
+    """Train the scorer of a persona, and write it to `FILE` in a folder, with its key."""
     logger.info(
         "training the scorer of %s on features of %s, once on this machine", persona.name, encoder_name
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoring import tune_encoder
+from scoring import training_texts, tune_encoder
 from scoring.encoders import ENCODERS, SENTENCE_ENCODER, as_encode, encoder, untuned
 from scoring.training_texts import labelled_rows
 from texts.personas import load_persona
@@ -31,6 +31,8 @@ def separation(encode, rows):
 def test_tuning_sets_a_trait_apart_in_texts_it_has_not_seen(name, formal, monkeypatch):
     for tuning in ("SENTENCES", "STATES"):
         monkeypatch.setattr(tune_encoder, tuning, tune_encoder.Tuning(2, 3e-4, 1))
+    for number in ("N_CHAINS", "N_SALADS", "N_JOINED"):
+        monkeypatch.setattr(training_texts, number, 20)
     pairs = [row for row in labelled_rows(formal) if row.kind != "resembling"]
     numbers = [int(row.group.split("/")[1]) for row in pairs]
     seen = [row for row, number in zip(pairs, numbers, strict=True) if number < 30]
