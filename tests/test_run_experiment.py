@@ -259,7 +259,6 @@ def real(all_threads, tmp_path_factory):
         "n_test_prompts": 4,
         "controls": [],
         "check_source_vectors": False,
-        "extraction_resamples": 0,
         "alpha_values": [0.35],
         "max_new_tokens": 8,
         "probe": False,  # reads thousands of texts; tests of scoring have it
