@@ -288,7 +288,7 @@ def packaged(all_threads, tmp_path_factory):
         "check_source_vectors": False,
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
-        "equal_cost": False,
+        "strength_curve": False,
         "n_seeds": 1,
         "probe": False,
         "max_new_tokens": 32,
