@@ -35,6 +35,7 @@ from phases.check_setup import PREFLIGHT, n_preflight_cells
 from phases.choose_alphas import (
     ALPHA_SEARCH,
     EXTRACTION_CHOICE,
+    choose_extraction,
     compared_alphas,
     n_tried_alphas,
     required_alphas,
@@ -77,6 +78,8 @@ def describe_run(run: Run) -> str:
 
     What a run would reject, `experiment.inputs.load_inputs` has rejected before.
     """
+    if run.config.extraction.kind == "auto" and _is_current(EXTRACTION_CHOICE, run):
+        run = choose_extraction(run, may_choose=False)  # else what rests on the choice would not be found
     rates = _measure(run)
     steps = [*_preparation(run, rates), *_map(run, rates), *_grid(run, rates), *_validation(run, rates)]
     lines = [*conditions_of(run.inputs), *verdict_gaps(run.inputs)]
