@@ -7,7 +7,6 @@ controls, which know the source's words alone, by a share of the native effect b
 text-borne. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from analysis.significance import (
     equivalence_p,
     holm,
     mean_interval,
+    plain,
     prompts_needed,
     recovery,
     sign_flip_p,
@@ -164,15 +164,7 @@ class Verdict:
 
     def content(self) -> dict[str, Any]:
         """Return the verdict as JSON holds it; the ends of an unbounded interval are None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return list(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return plain(asdict(self))
 
 
 def decide_verdicts(

@@ -92,7 +92,7 @@ PROTOCOL: dict[str, Any] = {
     "test_prompts": "fresh_questions",
     "alpha_values": "auto",
     "alpha_unit": "residual_norm",
-    "equal_cost": True,
+    "strength_curve": True,
     "n_seeds": 2,
     "max_new_tokens": 96,
     "generation_batch_size": 120,
@@ -402,8 +402,8 @@ class ExperimentConfig(_Strict):
         development prompts. A verdict compares every condition at that alpha, or at the strongest such one of
         a list.
     Test prompts: a list, or the name of a file of shipped questions; a target that continues texts takes the
-        shipped text prefixes instead. `equal_cost` writes more texts of each deciding control, for a table
-        that compares it with the mapped vector at an equal perplexity ratio.
+        shipped text prefixes instead. With `strength_curve`, native, mapped and deciding controls also write
+        at multiples of the alpha at which a verdict compares.
     """
 
     source_model: LocalPath
@@ -458,7 +458,7 @@ class ExperimentConfig(_Strict):
     alpha_values: AlphaValues = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
     alpha_search: AlphaSearchConfig = AlphaSearchConfig()
-    equal_cost: bool = False
+    strength_curve: bool = False
     steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -487,6 +487,9 @@ class ExperimentConfig(_Strict):
         if not isinstance(given, dict) or any(given.get(key) is not None for key in LAYER_KEYS):
             return given
         named = {key: value for key, value in given.items() if key not in LAYER_KEYS}
+        methods = named.get("methods", DEFAULT_METHODS)
+        if isinstance(methods, list | tuple) and not all(name in methods for name in (MAPPED, ORACLE)):
+            named = {"strength_curve": False, **named}  # there is nothing to compare
         return {"personas": shipped_personas(), **PROTOCOL, **named}
 
     @model_validator(mode="after")
@@ -497,6 +500,7 @@ class ExperimentConfig(_Strict):
         for name in ("lambda_values", "methods", "controls"):
             _check_differ(name, getattr(self, name) or [])
         self._check_alphas()
+        self._check_strength_curve()
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"
@@ -529,8 +533,6 @@ class ExperimentConfig(_Strict):
 
     def _check_alphas(self) -> None:
         given = self.alpha_values
-        if self.equal_cost and not self.independent_perplexity:
-            raise ValueError("equal_cost compares at an equal independent perplexity; leave it on")
         if given == "auto":
             if not self.independent_perplexity:
                 raise ValueError("alpha_values 'auto' decides by the independent perplexity; leave it on")
@@ -549,6 +551,20 @@ class ExperimentConfig(_Strict):
         if any(not 1e-9 <= abs(alpha) <= 1e9 for alpha in alphas):
             raise ValueError(
                 "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
+            )
+
+    def _check_strength_curve(self) -> None:
+        if not self.strength_curve:
+            return
+        if missing := [name for name in (MAPPED, ORACLE) if name not in self.conditions]:
+            raise ValueError(
+                f"strength_curve compares the mapped vector with the native one; add {' and '.join(missing)} "
+                "to methods, or set strength_curve to false"
+            )
+        if not self.independent_perplexity:
+            raise ValueError(
+                "strength_curve compares at an equal independent perplexity; leave independent_perplexity "
+                "on, or set strength_curve to false"
             )
 
     def _check_size(self) -> None:

@@ -14,6 +14,7 @@ RENAMED_KEYS = {
     "layers": '"layer_idx": "band"',
     "dose": '"alpha_search"',
     "likelihood_ratio": '"probe"',
+    "equal_cost": '"strength_curve"',
     "examination_texts": '"validation_texts"',
 }
 RENAMED_VALUES = {

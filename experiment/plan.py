@@ -164,7 +164,7 @@ def choices(inputs: Inputs) -> dict[str, Any]:
         "extraction": {"chosen": extraction, "alternatives": VECTOR_KINDS, "by": config.extraction.kind},
         "conditions": config.conditions,
         "disjoint_texts": config.halves_texts,
-        "equal_cost": config.equal_cost,
+        "strength_curve": config.strength_curve,
         "generation": {name: getattr(config, name) for name in settings},
         "development": {"prompts": inputs.development_prompts, "n_seeds": config.alpha_search.n_seeds},
         "test": {

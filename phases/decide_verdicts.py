@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.checklist import check_lambda, effect_check_name, failures
 from analysis.results_table import Alphas, effects_table, results_table
-from analysis.side_effects import largest_off_target, off_target, strength_curves
+from analysis.side_effects import curves_by_alpha, largest_off_target, off_target
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregated_tables
@@ -18,17 +18,18 @@ from experiment.run import Run
 from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import compared_alphas, unreadable_personas
 from phases.fit_maps import CV_RESULTS
-from phases.side_effects import compare_at_equal_cost, plain_text_ratios, resampled_effects
+from phases.side_effects import compare_strengths, plain_text_ratios, resampled_effects
 from reporting.figures_results import (
     coherence_trait_figure,
     effect_perplexity_figure,
     off_target_figure,
     recovery_figure,
+    strength_curve_figure,
 )
 from reporting.style import draw_or_remove, save_figure
 from reporting.tables import (
-    format_equal_cost,
     format_recoveries,
+    format_strengths,
     format_success,
     format_verdicts,
     verdict_sentence,
@@ -63,23 +64,23 @@ def decide(
     unreadable = unreadable_personas(run)
     personas = _verdicts(table, alphas, validation, checks, unreadable)
     spread = resampled_effects(run, steering, personas)
-    at_equal_cost = compare_at_equal_cost(run, steering, rows, personas)
+    strengths = compare_strengths(run, steering, rows, personas)
     content = {
         "personas": _explained(personas, spread),
-        "at_equal_cost": at_equal_cost,
+        "strength_curve": strengths,
         "validation": validation,
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, at_equal_cost)
+    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, strengths)
     content = run.folder.save("verdict.json", key, content)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
     _draw(run, table, alphas, content, rows_key(rows))
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
-    if at_equal_cost:
-        logger.info("controls at an equal perplexity ratio\n\n%s\n", format_equal_cost(at_equal_cost))
+    if strengths:
+        logger.info("over strengths\n\n%s\n", format_strengths(strengths))
     logger.info("recovery, * not validated\n\n%s\n", format_recoveries(content["personas"]))
     logger.info("verdict\n\n%s\n", format_verdicts(content["personas"]))
     return content
@@ -127,10 +128,12 @@ def _preflight(run: Run) -> list[dict[str, Any]]:
 
 
 def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
-    path, curves = run.folder.path, strength_curves(table, run.config.persona_names)
+    path, curves = run.folder.path, curves_by_alpha(table, run.config.persona_names)
     save_figure(recovery_figure(content["personas"]), path / "recovery.png", key)
     draw_or_remove(path / "off_target.png", key, off_target_figure, off_target(table, alphas))
     draw_or_remove(path / "effect_perplexity.png", key, effect_perplexity_figure, curves)
+    strengths = content["strength_curve"]
+    draw_or_remove(path / "strength_curve.png", fingerprint(strengths), strength_curve_figure, strengths)
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:

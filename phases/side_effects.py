@@ -2,10 +2,10 @@
 
 What steering costs where nobody asked for the persona: the target reads neutral passages under each steering
 that a verdict compares, and unsteered. What another sample of the extraction texts would change: vectors of
-resampled texts steer on development questions. What controls would do at an equal cost: the verdict compares
-all conditions at one alpha, and each deciding control's worst draw writes at more alphas, until its
-perplexity ratio lies around that of the mapped vector. Texts cost time, so that one seed serves there.
-Nothing is decided by any of this.
+resampled texts steer on development questions. What vectors do over strengths: the verdict compares all
+conditions at one alpha, and native, mapped and deciding controls write at multiples of it, too. Texts cost
+time, so that one seed serves there, and one draw of each control: its first, since one that is chosen by what
+it does would have a biased interval. Nothing is decided by any of this.
 """
 
 import logging
@@ -18,15 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.equal_cost import N_STEPS, Points, at_equal_cost, by_prompt, next_alpha
 from analysis.extraction_spread import effect_spread
-from analysis.results_table import perplexity_ratio, results_table, worst_draws
+from analysis.results_table import perplexity_ratio, results_table
+from analysis.strength_curve import MULTIPLES, strength_curve
 from experiment.conditions import (
     DECIDING_CONTROLS,
     MAPPED,
+    ORACLE,
     SCORERS,
     TRAINED_SCORERS,
-    condition_of,
     drawn_name,
     vector_names,
 )
@@ -56,7 +56,6 @@ N_QUESTIONS = 12  # development prompts on which vectors of resampled texts stee
 UNSCORED = "too few texts have a score"
 RESAMPLED = "_resampled_"  # between condition and number, in what such a vector is called
 
-Control = tuple[str, str]  # (persona, drawn name)
 ComparedAlphas = Mapping[str, Mapping[str, float | None]]  # persona -> condition -> alpha
 
 
@@ -126,7 +125,9 @@ def resampled_effects(
     if not run.config.extraction_resamples:
         return {}
     resampled = RESAMPLED_VECTORS.require(run)
-    scorers = {name: _scorer_of(found) for name, found in verdicts.items()}
+    scorers = {
+        name: _scorer_of(found, found["rests_on"]) or found["decided_by"] for name, found in verdicts.items()
+    }
     cells = [
         cell
         for name, found in verdicts.items()
@@ -156,9 +157,10 @@ def resampled_effects(
     return content["personas"]
 
 
-def _scorer_of(found: Mapping[str, Any]) -> str | None:
-    names = (found["decided_by"], *found["rests_on"])
-    return next((name for name in names if name != "judge"), found["decided_by"])
+def _scorer_of(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the scorer of these that decided a verdict, else the first of them; no judge, which costs."""
+    free = [name for name in names if name != "judge"]
+    return found["decided_by"] if found["decided_by"] in free else next(iter(free), None)
 
 
 def _resampled_cells(run: Run, persona: str, method: str, alpha: float) -> list[Cell]:
@@ -221,95 +223,59 @@ def _scores(
     return run.inputs.load_scorers(scorer)[persona].score(outputs)
 
 
-def compare_at_equal_cost(
+def compare_strengths(
     run: Run, steering: SteeringVectors, rows: Sequence[Row], verdicts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return persona -> `scorer`, and `controls`: drawn name -> `EqualCost.content()`.
+    """Return persona -> `scorer`, whether it `is_validated`, and what `strength_curve` returns.
 
     rows: of `eval_results.json`. verdicts: persona -> `Verdict.content()`, whose scorer is taken, but no
-    judge. A persona without a scorer, or without an effect of the mapped vector, is left out.
+    judge. A persona without a scorer, or without effects of the native and the mapped vector, is left out.
     """
-    if not run.config.equal_cost or MAPPED not in run.config.conditions:
+    if not run.config.strength_curve:
         return {}
-    scorers = {name: scorer for name, found in verdicts.items() if (scorer := _trained_scorer_of(found))}
+    scorers: dict[str, str] = {}
+    for persona, found in verdicts.items():
+        has_effects = [
+            name for name, by in found["scorers"].items() if {MAPPED, ORACLE} <= by["effects"].keys()
+        ]
+        if scorer := _scorer_of(found, has_effects):
+            scorers[persona] = scorer
+    alphas = {persona: verdicts[persona]["alphas"][ORACLE] for persona in scorers}
+    planned = texts_over_strengths(run, alphas)
     known = [row for row in rows if row["seed"] == run.config.seed]
-    tried: dict[Control, list[float]] = {
-        (persona, name): [verdicts[persona]["alphas"][MAPPED]]
-        for persona, scorer in scorers.items()
-        for name in _worst(verdicts[persona]["scorers"][scorer]["effects"])
-    }
-    for _ in range(N_STEPS):
-        points = _points(known, tried, scorers)
-        asked = {
-            control: alpha
-            for control, found in points.items()
-            if control[1] != MAPPED
-            and (alpha := next_alpha(found, _only(points[control[0], MAPPED]))) is not None
-        }
-        if not asked:
-            break
-        # A listed alpha may be one that the grid has.
-        held = {(row["persona"], drawn_name(row["condition"], row["draw"]), row["alpha"]) for row in known}
-        if new := {control: alpha for control, alpha in asked.items() if (*control, alpha) not in held}:
-            known += _written(run, steering, new)
-        for control, alpha in asked.items():
-            tried[control].append(alpha)
-    points = _points(known, tried, scorers)
-    compared: dict[str, dict[str, Any]] = {}
-    for (persona, name), found in points.items():
-        if name != MAPPED and (equal := at_equal_cost(found, _only(points[persona, MAPPED]))):
-            of_persona = compared.setdefault(persona, {"scorer": scorers[persona], "controls": {}})
-            of_persona["controls"][name] = equal.content()
+    held = set(map(_place, known))  # also where a listed alpha is a multiple of the compared one
+    texts, counted = generate_steered(run, [row for row in planned if _place(row) not in held], steering)
+    logger.info("texts over strengths: %s", counted)
+    of_texts = evaluation_rows(run, texts, run.inputs.scorer_names)
+    table = results_table([*known, *score_rows(run, of_texts, run.inputs.scorer_names)[0]])
+    compared = {}
+    for persona, scorer in scorers.items():
+        names = dict.fromkeys(_place(row)[1] for row in planned if row["persona"] == persona)
+        column, by = SCORERS[scorer].column, verdicts[persona]["scorers"][scorer]
+        if curve := strength_curve(table, persona, list(names), alphas[persona], column):
+            compared[persona] = {"scorer": scorer, "is_validated": by["is_validated"], **curve}
+    if left_out := [name for name in verdicts if name not in compared]:
+        run.folder.notes.append(
+            f"no strength curve of {', '.join(left_out)}: too few prompts have perplexities and, by a scorer "
+            "that is no judge, scores under all of its vectors"
+        )
     return compared
 
 
-def most_texts(run: Run) -> int:
-    """Return how many texts the comparison writes at most."""
-    kinds = [name for name in DECIDING_CONTROLS if name in run.config.conditions]
-    n_controls = len(kinds) * len(run.config.persona_names) * run.config.equal_cost
-    return n_controls * N_STEPS * len(run.inputs.prompts)
+def texts_over_strengths(run: Run, alphas: Mapping[str, float]) -> list[Row]:
+    """Return a row for each text of the first seed over strengths, with those that the grid has.
+
+    alphas: persona -> the alpha at which the verdict compares.
+    """
+    names = [name for name in (ORACLE, MAPPED, *DECIDING_CONTROLS) if name in run.config.conditions]
+    cells = []
+    for persona, alpha in alphas.items():
+        tried = [multiple * alpha for multiple in MULTIPLES]
+        for name in names:
+            every_draw = drawn_cells(run.inputs, persona, name, vector_key(run, persona, name), tried)
+            cells += every_draw[: len(tried)]
+    return text_rows(run.inputs, cells, run.inputs.prompts, [run.config.seed])
 
 
-def _trained_scorer_of(found: Mapping[str, Any]) -> str | None:
-    """Return the scorer that decided a verdict, else the first that has effects; no judge, which costs."""
-    names = [name for name in (found["decided_by"], *found["scorers"]) if name and name != "judge"]
-    return next((name for name in names if MAPPED in found["scorers"][name]["effects"]), None)
-
-
-def _worst(effects: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the mapped vector, and of each deciding control the draw with the largest effect."""
-    worst = worst_draws({name: each["estimate"] for name, each in effects.items()})
-    return [MAPPED, *(name for condition, name in worst.items() if condition in DECIDING_CONTROLS)]
-
-
-def _points(
-    rows: Sequence[Row], tried: Mapping[Control, Sequence[float]], scorers: Mapping[str, str]
-) -> dict[Control, Points]:
-    """Return (persona, drawn name) -> alpha -> effects and log ratios by prompt."""
-    table = results_table(rows)
-    columns = {persona: SCORERS[scorer].column for persona, scorer in scorers.items()}
-    return {
-        (persona, name): {alpha: by_prompt(table, persona, name, alpha, columns[persona]) for alpha in alphas}
-        for (persona, name), alphas in tried.items()
-    }
-
-
-def _only(points: Points) -> Any:
-    (found,) = points.values()
-    return found
-
-
-def _written(run: Run, steering: SteeringVectors, asked: Mapping[Control, float]) -> list[Row]:
-    """Return the scored texts of controls at an alpha each, of the run's first seed."""
-    cells = [
-        cell
-        for (persona, name), alpha in asked.items()
-        for condition in (condition_of(name),)
-        for cell in drawn_cells(run.inputs, persona, condition, vector_key(run, persona, condition), [alpha])
-        if drawn_name(cell.condition, cell.draw) == name
-    ]
-    planned = text_rows(run.inputs, cells, run.inputs.prompts, [run.config.seed])
-    texts, counted = generate_steered(run, planned, steering)
-    logger.info("controls at an equal cost: %s", counted)
-    names = run.inputs.scorer_names
-    return score_rows(run, evaluation_rows(run, texts, names), names)[0]
+def _place(row: Row) -> tuple[str, str, float | None]:
+    return row["persona"], drawn_name(row["condition"], row["draw"]), row["alpha"]

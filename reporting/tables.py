@@ -5,6 +5,7 @@ from typing import Any
 
 from analysis.alpha_search import AlphaKey, ChosenAlpha
 from analysis.results_table import worst_cells
+from analysis.strength_curve import MULTIPLES
 from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import BEYOND_WORDS, FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
 from experiment.conditions import CONDITIONS, MAPPED, SCORERS, drawn_name, label_of
@@ -194,37 +195,79 @@ def recovery_rows(
     return header, rows
 
 
-def equal_cost_rows(
+def strength_rows(
     found: Mapping[str, Mapping[str, Any]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return header and rows of a table: each control where it costs as much as the mapped vector.
+    """Return a table of effect and perplexity ratio by strength, and of mapped's recovery at equal strength.
 
-    found: `at_equal_cost` of `verdict.json`.
+    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated.
     """
-    header = ("persona", "scorer", "control", "α", "perplexity ratio", "mapped's", "effect")
-    header += ("mapped beyond it", "note")
+    header = ("persona", "scorer", "vector", *(f"{multiple:g} α" for multiple in MULTIPLES))
     rows = []
-    for persona, of_persona in found.items():
-        for name, equal in of_persona["controls"].items():
-            tried = ", ".join(number(each["alpha"], ".3g") for each in equal["tried"])
-            note = f"at no α of {tried} does it cost as much; the nearest" if not equal["is_equal"] else ""
+    for place, of_persona in _by_scorer(found):
+        for name, vector in of_persona["vectors"].items():
+            points = vector["points"]
+            cells = [f"{each['effect']:+.2f} ({each['perplexity_ratio']:.2f})" for each in points]
+            rows.append((*place, label_of(name), *cells))
+            if name == MAPPED:
+                shares = [_share(each["recovery"]) for each in points]
+                rows.append((*place, "mapped over native (%)", *shares))
+    return header, rows
+
+
+def native_ratio_rows(
+    found: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a table of vectors at native's perplexity ratio, and of where they have half of its effect.
+
+    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated.
+    """
+    header = ("persona", "scorer", "vector", "α ×", "perplexity ratio", "effect", "recovery (%)")
+    header += ("half of native's effect at α ×", "over native's", "note")
+    rows = []
+    for place, of_persona in _by_scorer(found):
+        for name, vector in of_persona["vectors"].items():
+            equal = vector["at_native_ratio"]
+            note = f"native's {of_persona['native_ratio']:.2f} is not reached; the nearest"
             rows.append(
                 (
-                    persona,
-                    SCORERS[of_persona["scorer"]].label,
+                    *place,
                     label_of(name),
-                    number(equal["alpha"], ".3g"),
-                    *(number(equal[ratio]) for ratio in ("perplexity_ratio", "mapped_ratio")),
-                    *(interval(equal[effect]) for effect in ("effect", "mapped_over_it")),
-                    note,
+                    *(number(equal[key]) for key in ("multiple", "perplexity_ratio")),
+                    interval(equal["effect"]),
+                    _share(equal["recovery"]),
+                    *(_reached(vector[key]) for key in ("half_effect", "half_over_native")),
+                    "" if equal["is_reached"] else note,
                 )
             )
     return header, rows
 
 
-def format_equal_cost(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the same as a Markdown table."""
-    return markdown_table(*equal_cost_rows(found), left=("persona", "scorer", "control", "note"))
+def _by_scorer(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
+    """Return (persona, the scorer's label) and the persona's curves."""
+    return [
+        ((persona, SCORERS[each["scorer"]].label + ("" if each["is_validated"] else " *")), each)
+        for persona, each in found.items()
+    ]
+
+
+def _share(found: Mapping[str, float | None] | None) -> str:
+    """Return a share of the native effect in per cent, a dash where there is no native effect."""
+    return "–" if not found or found["estimate"] is None else percent(found, "")
+
+
+def _reached(found: Mapping[str, float | None] | None) -> str:
+    """Return a strength with its interval, each of which may not be reached; a dash if it is not known."""
+    if found and found["estimate"] is None:
+        return "not reached"
+    return interval(found, ".2f").replace("unbounded", "not reached")
+
+
+def format_strengths(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return both as Markdown tables."""
+    left = ("persona", "scorer", "vector", "note")
+    tables = [markdown_table(*make(found), left=left) for make in (strength_rows, native_ratio_rows)]
+    return "\n\n".join(tables)
 
 
 def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -32,13 +32,20 @@ from experiment.run import Artifact, Run
 from judging.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from maps.comparison_maps import KINDS
 from phases.check_setup import PREFLIGHT, n_preflight_cells
-from phases.choose_alphas import ALPHA_SEARCH, EXTRACTION_CHOICE, n_tried_alphas, required_alphas
+from phases.choose_alphas import (
+    ALPHA_SEARCH,
+    EXTRACTION_CHOICE,
+    choose_extraction,
+    compared_alphas,
+    n_tried_alphas,
+    required_alphas,
+)
 from phases.choose_layers import LAYER_SEARCH
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
 from phases.fit_maps import RIDGE_MAPPING
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
-from phases.side_effects import N_QUESTIONS, RESAMPLED, most_texts
+from phases.side_effects import N_QUESTIONS, RESAMPLED, texts_over_strengths
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
 from scoring.trait_scorer import n_training_texts, untrained
 from scoring.validation import at_most, texts_of
@@ -71,6 +78,8 @@ def describe_run(run: Run) -> str:
 
     What a run would reject, `experiment.inputs.load_inputs` has rejected before.
     """
+    if run.config.extraction.kind == "auto" and _is_current(EXTRACTION_CHOICE, run):
+        run = choose_extraction(run, may_choose=False)  # else what rests on the choice would not be found
     rates = _measure(run)
     steps = [*_preparation(run, rates), *_map(run, rates), *_grid(run, rates), *_validation(run, rates)]
     lines = [*conditions_of(run.inputs), *verdict_gaps(run.inputs)]
@@ -207,9 +216,11 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
     seconds = _perplexity_seconds(run, rates) * (n_texts - generated + n_unread)
     seconds += _probe_seconds(run, rates, config.max_new_tokens) * (n_evaluations - evaluated)
     yield f"evaluations: {n_evaluations}{_cached(evaluated)}", seconds
-    if n_more := most_texts(run):
-        seconds = n_more * (rates.text + _perplexity_seconds(run, rates))
-        yield f"controls at an equal cost: at most {n_more} generations and evaluations", seconds
+    if config.strength_curve:
+        n_more, n_known = _over_strengths(run)
+        seconds = _perplexity_seconds(run, rates) + _probe_seconds(run, rates, config.max_new_tokens)
+        counted = f"at most {n_more} generations and evaluations{_cached(n_known)}"
+        yield f"over strengths: {counted}", (n_more - n_known) * (rates.text + seconds)
     n_vectors = sum(map(len, map(vector_names, config.steered_conditions))) * len(inputs.personas)
     n_tokens = _n_tokens(inputs.target.tokenizer, _plain_texts(run))
     yield f"plain text under {n_vectors} vectors", (n_vectors + 1) * n_tokens * rates.target_token
@@ -229,6 +240,15 @@ def _cached_rows(run: Run) -> tuple[int, int, int]:
     new = [row for row in evaluations if row["key"] not in done]
     unread = {row["perplexity_key"] for row in new} - {row["perplexity_key"] for row in done.values()}
     return len(generated), len(evaluations) - len(new), len(unread)
+
+
+def _over_strengths(run: Run) -> tuple[int, int]:
+    """Return how many texts strength curves add to the grid at most, and how many of them are cached."""
+    is_known = _is_current(ALPHA_SEARCH, run)
+    alphas = compared_alphas(run) if is_known else dict.fromkeys(run.config.persona_names, 1.0)
+    rows = [row for row in texts_over_strengths(run, alphas) if row["alpha"] != alphas[row["persona"]]]
+    texts = rows_of(run.folder.path / "generation_journal.jsonl") if is_known else {}
+    return len(rows), sum(row["key"] in texts for row in rows)
 
 
 def _validation(run: Run, rates: Rates) -> Iterator[Step]:

@@ -11,7 +11,7 @@ from analysis.results_table import (
     results_table,
     worst_cells,
 )
-from analysis.side_effects import largest_off_target, off_target, strength_curves
+from analysis.side_effects import curves_by_alpha, largest_off_target, off_target
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregate
@@ -57,7 +57,7 @@ def curves_at(alphas):
         for alpha in of_name
         for prompt in range(3)
     ]
-    return strength_curves(results_table(rows), ["loud"])
+    return curves_by_alpha(results_table(rows), ["loud"])
 
 
 def drawn(effects, **more):
@@ -73,7 +73,7 @@ def test_curves_and_aggregated_tables_show_the_worst_draw():
     rows = [scored_row(name, prompt, 0.1) for name in ("baseline", MAPPED) for prompt in range(3)]
     for alpha in (1.0, 2.0):
         rows += drawn([[0.2, 0.2, 0.2], [0.6, 0.1, 0.8], [0.1, 0.1, 0.1]], alpha=alpha)
-    points = strength_curves(results_table(rows), ["loud"])["loud"]["shuffled_pairs"]
+    points = curves_by_alpha(results_table(rows), ["loud"])["loud"]["shuffled_pairs"]
     assert [point["effect"] for point in points] == pytest.approx([0.4, 0.4])
     table = worst_cells(aggregate(rows))
     shown = [(entry["draw"], entry["n"]) for entry in table if entry["condition"] == "shuffled_pairs"]

@@ -121,6 +121,8 @@ def test_what_is_named_stands_beside_the_protocol_and_a_layer_ends_it():
     config = load_config({**NAMES, **named})
     assert (config.n_seeds, config.persona_names, config.alpha_values) == (1, ["formal"], [0.1])
     assert (config.layer_idx, config.n_test_prompts) == ("band", 60)
+    assert config.strength_curve
+    assert not load_config({**NAMES, "methods": ["oracle"]}).strength_curve  # there is nothing to compare
     for layers in ({"layer_idx": 3}, {"source_layer_idx": 1, "target_layer_idx": 2}):
         config = load_config({**NAMES, **layers})
         assert (config.n_test_prompts, config.alpha_values[0]) == (30, 0.5)
@@ -262,7 +264,12 @@ def silly(alphas):
         (silly([]), "'alpha_values.silly'"),
         (silly({}), "'silly' has an alpha for each method"),
         (silly([math.inf]), "must be finite and not 0"),
-        ({"equal_cost": True, "independent_perplexity": False}, "equal_cost compares at an equal"),
+        ({"strength_curve": True, "independent_perplexity": False}, "curve compares at an equal independent"),
+        (
+            {"strength_curve": True, "methods": ["oracle"]},
+            "add ridge_mapped to methods, or set strength_curve",
+        ),
+        ({"strength_curve": True, "methods": ["zero_pad"]}, "add ridge_mapped and oracle to methods"),
         ({"test_prompts": "questions"}, "one of test_questions, fresh_questions, last_questions"),
         ({"alpha_search": {"bracket": [2, 1]}}, "a lower and a higher alpha"),
     ],

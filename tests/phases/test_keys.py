@@ -179,7 +179,7 @@ CHANGES = {
     **of_pair({"preflight.json", "verdict.json"}, set(), check_source_vectors=False),
     **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
     **of_pair(SEARCHED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
-    **of_pair({"protocol.json", "verdict.json"}, set(), equal_cost=True),
+    **of_pair({"protocol.json", "verdict.json"}, set(), strength_curve=True),
     **within("alpha_search", "band", SEARCHED, bound="plain"),
     **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),

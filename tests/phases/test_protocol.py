@@ -6,10 +6,12 @@ from tiny_runs import rows, run, score_by_characters, tiny_settings
 
 import run_experiment
 from analysis.extraction_choice import KindNumbers, choose_kind
+from analysis.strength_curve import MULTIPLES
 from analysis.verdict import BEYOND_WORDS
 from experiment.conditions import (
     DECIDING_CONTROLS,
     LEXICAL_CONTROLS,
+    MAPPED,
     ORACLE,
     UNSTEERED,
     condition_of,
@@ -103,6 +105,7 @@ def test_the_protocol_has_every_choice_with_its_numbers(finished_protocol):
     assert protocol["test"]["chosen"] == "fresh_questions"
     assert protocol["development"]["prompts"] == load_prompts("development_questions")
     assert protocol["alpha"]["given"] == "auto"
+    assert protocol["strength_curve"] is True
     assert protocol["verdict_bounds"]["beyond_words"] == BEYOND_WORDS
     choice = load_json(finished_protocol / "extraction_choice.json")
     assert protocol["extraction"]["chosen"] == choice["chosen"]
@@ -131,32 +134,44 @@ def test_each_kind_of_vector_is_tried_natively_and_the_least_lexical_that_works_
         assert kinds["last"]["lexical_cosines"]["embedding_source"] < 0.5
 
 
-def test_controls_are_compared_where_they_cost_as_much_as_the_mapped_vector(finished_protocol):
+def test_vectors_write_at_multiples_of_the_compared_alpha_on_the_test_questions_alone(finished_protocol):
     verdict = load_json(finished_protocol / "verdict.json")
-    steps = set()
-    for persona, found in verdict["at_equal_cost"].items():
-        (alpha,) = {each for each in verdict["personas"][persona]["alphas"].values() if each is not None}
-        assert set(map(condition_of, found["controls"])) == set(DECIDING_CONTROLS)
-        for equal in found["controls"].values():
-            tried = {each["alpha"]: each["perplexity_ratio"] for each in equal["tried"]}
-            steps |= {len(tried)}
-            assert min(tried) * 0.999999 <= equal["alpha"] <= max(tried) * 1.000001
-            assert alpha in tried
-            ratios = sorted(tried.values())
-            if equal["is_equal"]:
-                assert equal["perplexity_ratio"] == pytest.approx(equal["mapped_ratio"], rel=0.05)
-            else:
-                assert not ratios[0] < equal["mapped_ratio"] < ratios[-1]
-    assert max(steps) > 1
-    tested = {(row["condition"], row["alpha"]) for row in rows(finished_protocol)}
-    journal = rows_of(finished_protocol / "evaluation_journal.jsonl").values()
-    prompts = load_prompts("fresh_questions")
-    more = {
-        row["condition"]
-        for row in journal
-        if row["prompt"] in prompts and (row["condition"], row["alpha"]) not in tested
-    }
-    assert more <= set(DECIDING_CONTROLS)
+    tested = rows(finished_protocol)
+    held, prompts = {row["key"] for row in tested}, {row["prompt"] for row in tested}
+    journal = rows_of(finished_protocol / "generation_journal.jsonl").values()
+    more = [row for row in journal if row["prompt"] in prompts and row["key"] not in held]
+    assert {row["seed"] for row in more} == {tested[0]["seed"]}
+    assert set(verdict["strength_curve"]) == {"formal", "pirate"}
+    for persona, found in verdict["strength_curve"].items():
+        alphas = {each for each in verdict["personas"][persona]["alphas"].values() if each is not None}
+        assert alphas == {found["alpha"]}
+        compared = [ORACLE, MAPPED, *DECIDING_CONTROLS]
+        assert list(map(condition_of, found["vectors"])) == compared
+        first = {"shuffled_pairs: 1", "random_direction: 1"}
+        assert first < set(found["vectors"])
+        written = {(row["condition"], row["alpha"]) for row in more if row["persona"] == persona}
+        added = [multiple * found["alpha"] for multiple in MULTIPLES if multiple != 1]
+        assert written == {(condition, alpha) for condition in compared for alpha in added}
+    assert len(more) == 2 * len(compared) * len(added) * len(prompts)
+
+
+def test_a_dry_run_counts_the_texts_over_strengths(names, finished_protocol, tmp_path, capsys):
+    n = 2 * (2 + len(DECIDING_CONTROLS)) * (len(MULTIPLES) - 1) * 8
+    for out, cached in ((tmp_path / "out", ""), (finished_protocol, f", {n} of them cached")):
+        assert run(out, names, "--dry-run") == 0
+        assert f"over strengths: at most {n} generations and evaluations{cached}, " in capsys.readouterr().out
+
+
+def test_at_the_compared_alpha_the_curve_has_the_effects_of_the_verdict(finished_protocol):
+    verdict = load_json(finished_protocol / "verdict.json")
+    for persona, found in verdict["strength_curve"].items():
+        effects = verdict["personas"][persona]["scorers"][found["scorer"]]["effects"]
+        for name, vector in found["vectors"].items():
+            point = vector["points"][MULTIPLES.index(1.0)]
+            # Of one seed, as this run is, and of the prompts with all perplexities, which are all.
+            assert found["n_prompts"] == 8
+            assert point["effect"] == pytest.approx(effects[name]["estimate"])
+    assert (finished_protocol / "strength_curve.png").is_file()
 
 
 def test_a_persona_that_no_alpha_leaves_readable_is_ineffective_natively(names, small, tmp_path):

@@ -61,6 +61,28 @@ def made_up_rows():
     return rows
 
 
+def strengths():
+    """What two vectors do over strengths, by a scorer that is not validated."""
+    share = {"estimate": 0.9, "low": 0.7, "high": 1.1}
+    missing = dict.fromkeys(share)
+    point = {"multiple": 1.0, "alpha": 2.0, "perplexity_ratio": 1.3, "effect": 0.4, "low": 0.3, "high": 0.5}
+    native = {"multiple": 1.0, "perplexity_ratio": 1.3, "is_reached": True, "effect": share, "recovery": None}
+    mapped = {**native, "perplexity_ratio": 1.1, "is_reached": False, "recovery": share}
+    vectors = {
+        "oracle": {"points": [{**point, "recovery": None}] * 5, "at_native_ratio": native}
+        | {"half_effect": share, "half_over_native": None},
+        "ridge_mapped": {"points": [{**point, "recovery": share}] * 5, "at_native_ratio": mapped}
+        | {"half_effect": {**share, "high": None}, "half_over_native": missing},
+    }
+    return {
+        "scorer": "classifier",
+        "is_validated": False,
+        "alpha": 2.0,
+        "n_prompts": 9,
+        "native_ratio": 1.3,
+    } | {"vectors": vectors}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run of made-up numbers, on a band of three layer pairs."""
@@ -75,11 +97,7 @@ def finished(tmp_path_factory):
     checks = [{"name": status, "status": status, "detail": "", "remedy": ""} for status in statuses]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
-    interval = {"estimate": 0.1, "low": 0.0, "high": 0.2}
-    numbers = {"alpha": 1.2, "perplexity_ratio": 1.3, "mapped_ratio": 1.31, "is_equal": True}
-    numbers |= {"effect": interval, "mapped_over_it": interval, "tried": [{"alpha": 1.0}, {"alpha": 1.5}]}
-    controls = {"first_block": numbers, "other_persona: numeric": {**numbers, "is_equal": False}}
-    ratios = {"at_equal_cost": {"loud": {"scorer": "classifier", "controls": controls}}}
+    ratios = {"strength_curve": {"loud": strengths()}}
     ratios |= {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
     models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
     files = {
@@ -132,11 +150,15 @@ def test_what_was_chosen_stands_on_the_page_with_its_numbers(page):
     assert rows["test prompts"] == ("9 of fresh_questions", "2 seeds")
 
 
-def test_controls_at_an_equal_cost_are_a_table_and_say_where_there_is_none(page):
-    equal, unequal = table_of(page, "equal-cost")
-    assert equal[2:6] == ["first source block", "1.2", "1.30", "1.31"]
-    assert equal[-1] == ""
-    assert unequal[-1] == "at no α of 1, 1.5 does it cost as much; the nearest"
+def test_strengths_are_tables_and_what_is_not_reached_is_said(page):
+    native, mapped, shares = table_of(page, "strengths")
+    assert native == ["loud", "classifier *", "native (oracle)", *["+0.40 (1.30)"] * 5]
+    assert mapped[2] == "mapped"
+    assert shares[2:] == ["mapped over native (%)", *["90 [70, 110]"] * 5]
+    native, mapped = (row[3:] for row in table_of(page, "native-ratio"))
+    assert native == ["1.00", "1.30", "+0.90 [+0.70, +1.10]", "–", "0.90 [0.70, 1.10]", "–", ""]
+    assert mapped[3:6] == ["90 [70, 110]", "0.90 [0.70, not reached]", "not reached"]
+    assert mapped[6] == "native's 1.30 is not reached; the nearest"
 
 
 def test_markup_in_texts_and_prompts_is_text(page):
