@@ -33,6 +33,7 @@ from support.vector_files import VectorFile, read_vectors
 from support.vocabulary import EMBEDDINGS
 from texts.aligned_positions import check_offsets
 from texts.chat import as_words, resolve_format
+from texts.encoding import encode
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
@@ -177,12 +178,37 @@ class Inputs:
     @property
     def responding_personas(self) -> list[Persona]:
         """The personas whose vectors are made from responses."""
+        return self.measured_personas("responses")
+
+    def measured_personas(self, kind: str) -> list[Persona]:
+        """Return the personas whose vectors are made from `texts`, `responses` or `prompt`, and not given."""
         return [
             persona
             for persona in self.personas
-            if self.config.kind_of(persona.name) == "responses"
+            if self.config.kind_of(persona.name) == kind
             and any((side, persona.name) not in self.given for side in SIDES)
         ]
+
+    def persona_prompts(self, side: str, persona: Persona) -> tuple[list[tuple[str, str]], ...]:
+        """Return (question, prompt) under a persona's system prompts for the trait, and those against it.
+
+        Prompts are as a side's model reads them, up to where it would respond; item i of both has the same
+        question. Raises InputError: one is longer than the model's context, so that its end would be cut.
+        """
+        asked = persona.questions[: self.config.extraction.n_questions]
+        ask, of_side = self.prompting.instructed, self.side(side)
+        found = tuple(
+            [(text, ask(side, text, pair[sign])) for pair in persona.instructions for text in asked]
+            for sign in (0, 1)
+        )
+        prompts = [prompt for part in found for _, prompt in part]
+        longest = max(map(len, encode(of_side.tokenizer, prompts)), default=0)
+        if longest > (most := of_side.extractor.max_length):
+            raise InputError(
+                f"persona {persona.name!r} has a prompt of {longest} tokens for the {side} model, which reads"
+                f" {most}, so that its last token would be cut; shorten its instruction or questions"
+            )
+        return found
 
     def at_pairs(self, pairs: Sequence[LayerPair]) -> "Inputs":
         """Return the same inputs, read and steered at these layer pairs.
@@ -442,7 +468,7 @@ def _check_embeddings(inputs: Inputs) -> None:
 
 
 def _check_prompts(inputs: Inputs) -> None:
-    """Raise InputError for responses that no model can give, prompts or sampling that cannot be used."""
+    """Raise InputError for what no model can be asked, and prompts or sampling that cannot be used."""
     config, prompting = inputs.config, inputs.prompting
     for setting, is_chosen, remedy in (
         ("'extraction' of kind 'responses'", inputs.responding_personas, "choose kind 'texts'"),
@@ -453,6 +479,15 @@ def _check_prompts(inputs: Inputs) -> None:
                 f"{setting} asks a chat model, but neither model is one (prompt_format: "
                 f"{config.prompt_format!r}); {remedy}, or give an instruct model"
             )
+    for persona in inputs.measured_personas("prompt"):
+        if not prompting.asks_questions:
+            raise InputError(
+                f"persona {persona.name!r}: 'extraction' of kind 'prompt' reads where a chat model begins to "
+                f"respond, but the target is none (prompt_format: {config.prompt_format!r}); choose kind "
+                "'texts', or give an instruct model"
+            )
+        for side in SIDES:
+            inputs.persona_prompts(side, persona)
     if config.system_prompt and not prompting.asks_questions:
         raise InputError(
             "system_prompt is of use where the target is shown a chat template alone; leave it out, or give "

@@ -32,7 +32,7 @@ from analysis.extraction_choice import KindNumbers, choose_kind
 from analysis.results_table import perplexity_ratio
 from analysis.verdict import VERDICT_BOUNDS
 from experiment.conditions import LEXICAL_CONTROLS, ORACLE
-from experiment.config import VECTOR_KINDS, ExperimentConfig
+from experiment.config import ASKED_KINDS, VECTOR_KINDS, ExperimentConfig
 from experiment.models import SIDES
 from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, choices, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
@@ -146,18 +146,19 @@ def _available(run: Run, persona: Persona) -> list[str]:
         return []
     has_texts = min(len(persona.positive_texts), len(persona.negative_texts)) >= fewest
     kinds = ["mean", "last"] if has_texts else []
-    can_ask = persona.instructions and len(persona.questions) >= fewest and inputs.prompting.chat_sides
-    if can_ask and inputs.config.layer_idx != "auto" and _responds(run, persona):
-        kinds.append("responses")
+    if persona.instructions and len(persona.questions) >= fewest and inputs.config.layer_idx != "auto":
+        can_ask = {"responses": inputs.prompting.chat_sides, "prompt": inputs.prompting.asks_questions}
+        kinds += [kind for kind in ASKED_KINDS if can_ask[kind] and _is_readable(run, persona, kind)]
     return kinds
 
 
-def _responds(run: Run, persona: Persona) -> bool:
-    """Tell whether responses are left on both sides; it is noted if not."""
+def _is_readable(run: Run, persona: Persona, kind: str) -> bool:
+    """Tell whether responses, or prompts that a context holds, are left on both sides; it is noted if not."""
+    at_kind = _with_kinds(run, {persona.name: kind})
     try:
-        check_readable(collect_responses(_with_kinds(run, {persona.name: "responses"})), persona)
+        check_readable(collect_responses(at_kind) if kind == "responses" else at_kind, persona)
     except InputError as error:
-        run.folder.notes.append(f"{persona.name}: no vector from responses was tried: {error}")
+        run.folder.notes.append(f"{persona.name}: no vector of kind {kind} was tried: {error}")
         return False
     return True
 

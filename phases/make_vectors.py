@@ -38,6 +38,7 @@ from experiment.conditions import (
     other_personas,
     vector_names,
 )
+from experiment.config import ASKED_KINDS
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
 from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, text_rows
@@ -67,10 +68,15 @@ def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str
     given = {side: run.inputs.given.get((side, persona.name)) for side in sides}
     parts: list[Any] = [[side, file_sha256(file.path)] for side, file in given.items() if file]
     measured = [side for side in sides if given[side] is None]
-    if measured and persona in run.inputs.responding_personas:
+    kind = _kind(run, persona)
+    if measured and kind == "responses":
         parts.append(persona_responses_key(run, persona, measured))
+    elif measured and kind == "prompt":
+        asked = persona.questions[: run.config.extraction.n_questions]
+        shown = [run.inputs.prompting.instructed(side, "?", "!") for side in measured]
+        parts += [kind, persona.instructions, asked, shown]
     elif measured:
-        parts += [persona.positive_texts, persona.negative_texts, _position(run, persona)]
+        parts += [persona.positive_texts, persona.negative_texts, kind]
     if run.config.halves_texts:
         parts.append(["halves", measured])
     return fingerprint(parts)
@@ -196,10 +202,14 @@ def _native(
     return [by_layer[layer] for layer in layers]
 
 
-def _position(run: Run, persona: Persona) -> str:
-    """Return where a persona's texts are read; those of another one's control, at the run's position."""
-    kind = run.config.vector_kind(persona.name)
-    return run.config.persona_position if kind == "responses" else kind
+def _kind(run: Run, persona: Persona) -> str:
+    """Return the kind of a persona's vectors, one of VECTOR_KINDS; a control's is that of the run's persona.
+
+    No responses are collected for a control: its texts are read instead, at the run's position.
+    """
+    config, is_control = run.config, persona in run.inputs.control_personas
+    kind = config.vector_kind(config.persona_names[0] if is_control else persona.name)
+    return config.persona_position if is_control and kind == "responses" else kind
 
 
 def check_readable(run: Run, persona: Persona) -> None:
@@ -211,27 +221,31 @@ def check_readable(run: Run, persona: Persona) -> None:
 def _read_texts(
     run: Run, side: str, persona: Persona, half: int | None = None
 ) -> tuple[Sequence[Sequence[ReadText]], str]:
-    """Return a persona's positive and negative texts or responses, and where they are read.
+    """Return a persona's positive and negative texts, responses or prompts, and where they are read.
 
     half: which half of them, where they are halved; by default 0 for the source, 1 for the target.
-    Raises InputError: nothing is left on a side.
+    Raises InputError: nothing is left on a side, or a prompt is longer than the model's context.
     """
-    responds = persona in run.inputs.responding_personas
-    texts = persona.positive_texts, persona.negative_texts
-    if responds:
-        texts = run.inputs.responses[side][persona.name]
+    inputs, kind = run.inputs, _kind(run, persona)
+    texts: Sequence[Sequence[Any]] = persona.positive_texts, persona.negative_texts
+    if kind == "responses":
+        texts = inputs.responses[side][persona.name]
+    elif kind == "prompt":
+        texts = inputs.persona_prompts(side, persona)
     if run.config.halves_texts:
         half = SIDES.index(side) if half is None else half
-        texts = [half_of(found, half, persona.questions if responds else ()) for found in texts]
+        texts = [half_of(found, half, persona.questions if kind in ASKED_KINDS else ()) for found in texts]
     if not all(texts):
         raise InputError(
-            f"persona {persona.name!r} has no text or response left on a side for the {side}; give more "
-            'texts, or questions, set "disjoint_texts": false, or leave out the controls that read them'
+            f"persona {persona.name!r} has no text, response or prompt left on a side for the {side}; give "
+            'more texts, or questions, set "disjoint_texts": false, or leave out the controls that read them'
         )
-    if not responds:
-        return texts, _position(run, persona)
-    ask = run.inputs.prompting.question
-    return [[(ask(side, asked), response) for asked, response in found] for found in texts], "response"
+    if kind == "responses":
+        ask = inputs.prompting.question
+        return [[(ask(side, asked), response) for asked, response in found] for found in texts], "response"
+    if kind == "prompt":
+        return [[prompt for _, prompt in found] for found in texts], "last"
+    return texts, kind
 
 
 def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
@@ -262,7 +276,7 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
         ]:
             run.folder.notes.append(
                 f"{name}: both sides of its texts are the same to {', '.join(empty)} where they are read: no "
-                "vector is added, and texts under this condition are unsteered"
+                "vector is added, its cosine counts as 0, and what it writes is the unsteered text"
             )
     return content
 
@@ -397,7 +411,7 @@ def _resample_side(run: Run, side: Side, persona: Persona, layers: Sequence[int]
     texts, position = _read_texts(run, side.name, persona)
     by_layer = side.extractor.extract_sides(*texts, layers, position)
     positive, negative = (torch.stack([by_layer[layer][sign] for layer in layers], 1) for sign in (0, 1))
-    responds = persona in run.inputs.responding_personas
+    responds = _kind(run, persona) == "responses"
     # Sides that read the same texts share their draws, and a persona's do not depend on its name.
     drawn_from = run.inputs.prompting.responders[side.name] if responds else "texts"
     seed = int(fingerprint(run.config.seed, drawn_from)[:15], 16)

@@ -29,6 +29,7 @@ COVERED = (
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
 READ_AS = {"mean": "texts, mean over tokens", "last": "texts, last token", "responses": "responses"}
+READ_AS["prompt"] = "last token of prompts"
 AT_END["listed"] = "the strongest listed one that can be read"
 
 
