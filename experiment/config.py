@@ -597,6 +597,11 @@ class ExperimentConfig(_Strict):
         kind = self.vector_kind(persona)
         return kind if kind in ASKED_KINDS else "texts"
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a persona's vectors are made from prompts, for which there are maps of their own."""
+        return "prompt" in map(self.kind_of, self.persona_names)
+
     def vector_kind(self, persona: str) -> str:
         """Return the same with where texts are read: one of VECTOR_KINDS.
 

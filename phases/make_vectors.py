@@ -26,6 +26,7 @@ from analysis.extraction_spread import (
 from analysis.vector_transfer import (
     ABOUT_NATIVE,
     ABOUT_VECTORS,
+    PairTransfer,
     measures,
     transfer_pair,
 )
@@ -47,8 +48,10 @@ from maps.comparison_maps import maps_table
 from phases.collect_responses import persona_responses_key
 from phases.fit_maps import (
     LearnedMaps,
+    at_kind,
     control_key,
     load_maps,
+    map_runs,
     mapping_data_key,
     maps_key,
     source_seeds,
@@ -95,12 +98,18 @@ def _native_key(run: Run) -> str:
 def vectors_key(run: Run) -> str:
     """Return what all vectors of a run depend on."""
     made = [vector_names(name) for name in STEERED]
-    made += [control_key(run, name) for name in run.config.source_controls]
-    return fingerprint(_native_key(run), maps_key(run), run.config.seed, made)
+    made += [control_key(each, name) for each in map_runs(run) for name in run.config.source_controls]
+    return fingerprint(_carried_key(run), made)
+
+
+def _carried_key(run: Run) -> str:
+    kinds = [_kind(run, persona) for persona in run.inputs.personas]
+    maps = [maps_key(each) for each in map_runs(run)]
+    return fingerprint(_native_key(run), kinds, maps, run.config.seed)
 
 
 def _resampled_key(run: Run) -> str:
-    return fingerprint(_native_key(run), maps_key(run), run.config.seed, run.config.extraction_resamples)
+    return fingerprint(_carried_key(run), run.config.extraction_resamples)
 
 
 def vector_key(run: Run, persona: str, condition: str) -> str:
@@ -111,6 +120,7 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
     inputs, config, needs = run.inputs, run.config, CONDITIONS[condition].needs
     source_layers = [source for source, _ in inputs.layer_pairs]
     by_name = {each.name: each for each in (*inputs.personas, *inputs.control_personas)}
+    mapped = at_kind(run, _kind(run, by_name[persona]))
 
     def in_source(*names: str) -> list[Any]:
         keys = [persona_key(run, by_name[name], ["source"]) for name in names]
@@ -120,12 +130,12 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
         "source_vector": lambda: in_source(persona),
         "target_vector": lambda: persona_key(run, by_name[persona], ["target"]),
         "other_personas": lambda: in_source(*other_personas(list(by_name))[persona]),
-        "map": lambda: maps_key(run),
+        "map": lambda: maps_key(mapped),
         "seed": lambda: config.seed,
         "control_source": lambda: [
             inputs.source.fingerprint,
             persona_key(run, by_name[persona], ["source"]),
-            control_key(run, condition),
+            control_key(mapped, condition),
         ],
     }
     unit = mapping_data_key(run) if config.alpha_unit == "residual_norm" else "absolute"
@@ -253,10 +263,10 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 
     maps: of phase 2; else those that an earlier run left.
 
-    layer_pairs: [[source, target], ...]. source_vectors: persona -> (blocks, d_source). vectors: persona ->
-    vector name -> (blocks, d_target), rows of unit norm in the order of layer_pairs. residual_norms: the
-    target's, in the same order. by_layer: for each layer pair, persona -> cosines and measures; personas: the
-    middle pair's.
+    layer_pairs: [[source, target], ...]. kinds: persona -> one of VECTOR_KINDS. source_vectors: persona ->
+    (blocks, d_source). vectors: persona -> vector name -> (blocks, d_target), rows of unit norm in the order
+    of layer_pairs. residual_norms: the target's, in the same order. by_layer: for each layer pair, persona ->
+    cosines and measures; personas: the middle pair's.
     """
     content = PERSONA_VECTORS.current_or_make(run, lambda run: _transfer(run, maps or load_maps(run)))
     SIMILARITIES.save(run, {key: content[key] for key in ("layer_pairs", "personas", "residual_norms")})
@@ -284,12 +294,15 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
     natives, of_controls = native_vectors(run), _control_vectors(run)
     ceilings = NATIVE_VECTORS.require(run)["ceilings"]
-    found = [
-        transfer_pair(
+    kinds = {persona.name: _kind(run, persona) for persona in run.inputs.personas}
+    are_prompts = {name: kind == "prompt" for name, kind in kinds.items()}
+
+    def carried(index: int, learned: LearnedMaps) -> PairTransfer:
+        return transfer_pair(
             *({name: rows[index] for name, rows in natives[side].items()} for side in SIDES),
             learned.ridge,
             learned.transforms,
-            learned.residual_norm.massive_dimensions,
+            maps[index].residual_norm.massive_dimensions,
             run.config.seed,
             {
                 vector: {
@@ -299,8 +312,17 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
             },
             {name: rows[index] for name, rows in ceilings.items()},
         )
-        for index, learned in enumerate(maps)
-    ]
+
+    found = []
+    for index, learned in enumerate(maps):
+        # What other personas' vectors are a control of decides which map carries them over.
+        by_map = {
+            is_prompt: carried(index, learned.of_prompts if is_prompt else learned)
+            for is_prompt in set(are_prompts.values())
+        }
+        vectors = {name: by_map[is_prompt].vectors[name] for name, is_prompt in are_prompts.items()}
+        report = {name: by_map[is_prompt].report[name] for name, is_prompt in are_prompts.items()}
+        found.append(PairTransfer(vectors, report))
     middle = found[len(found) // 2]
     return {
         "about": ABOUT_VECTORS,
@@ -312,11 +334,12 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
             for name, by_name in middle.vectors.items()
         },
         "residual_norms": [asdict(each.residual_norm) for each in maps],
+        "kinds": kinds,
         "personas": middle.report,
         "by_layer": [each.report for each in found],
         "control_maps": maps_table(maps[len(maps) // 2].ridge, maps[len(maps) // 2].controls)[1:],
         "energy_curves": {
-            name: maps[len(maps) // 2].ridge.energy_curve(by_name[ORACLE])
+            name: maps[len(maps) // 2].for_kind(kinds[name]).ridge.energy_curve(by_name[ORACLE])
             for name, by_name in middle.vectors.items()
         },
     }
@@ -397,9 +420,8 @@ def _resample_persona(
             made[side.name] = _resample_side(run, side, persona, layers)
             spread[side.name] = cosine_spread(*made[side.name])
     massive = [learned.residual_norm.massive_dimensions for learned in maps]
-    mapped, of_mapped = mapped_spread(
-        made["source"], made["target"], [learned.ridge.transform for learned in maps], massive
-    )
+    transforms = [learned.for_kind(_kind(run, persona)).ridge.transform for learned in maps]
+    mapped, of_mapped = mapped_spread(made["source"], made["target"], transforms, massive)
     resampled = {MAPPED: ("source", mapped), ORACLE: ("target", made["target"][1])}
     n = run.config.extraction_resamples
     first = {name: found[:n].clone() for name, (side, found) in resampled.items() if spread[side]}

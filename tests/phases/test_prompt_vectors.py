@@ -5,20 +5,22 @@ from contextlib import closing
 import pytest
 import torch
 from chat_models import TEMPLATE, chatting, saved
-from tiny_runs import ASKED, LOUD, blank_figures, error_lines, rows, run, score_by_characters
+from tiny_runs import ASKED, LOUD, NUMERIC, blank_figures, error_lines, rows, run, score_by_characters
 from torch.testing import assert_close
 
 from experiment.conditions import SOURCE_CONTROLS, UNSTEERED, condition_of, vector_names
 from experiment.config import load_config
-from experiment.inputs import load_inputs
+from experiment.inputs import PROMPTS_A_TEXT, load_inputs
 from experiment.run import Run
-from phases.fit_maps import fit_maps
+from phases.fit_maps import fit_maps, load_maps
 from phases.make_vectors import NATIVE_VECTORS, make_vectors, native_vectors
+from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json
 from support.journal import rows_of
 from support.package_cache import CACHE_VARIABLE
 from support.tiny_models import tiny_model
+from texts.personas import load_prompts
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 BAND = {"source_layer_idx": [0, 2], "target_layer_idx": [1, 3]}
@@ -40,12 +42,14 @@ def settings(tiny, chat_target):
 
 @pytest.fixture(scope="module")
 def made(settings, tmp_path_factory):
-    """A run after phases 2 and 3, with its vectors."""
-    more = {"controls": SOURCE_CONTROLS, "persona_datasets": {"loud": ASKED, "numeric": BACKWARDS}}
+    """A run after phases 2 and 3, with its maps and vectors; a second persona is made from texts."""
+    more = {"controls": SOURCE_CONTROLS, "persona_datasets": {"loud": ASKED, "numeric": NUMERIC}}
+    more["extraction"] = {"kind": "prompt", "from_texts": ["numeric"]}
     folder = str(tmp_path_factory.mktemp("made"))
     experiment = PersonaTransferExperiment({**settings, **BAND, **more, "output_dir": folder})
     found = Run(experiment.inputs, experiment.folder, experiment.executor)
-    yield found, make_vectors(found, fit_maps(found))
+    maps = fit_maps(found)
+    yield found, maps, make_vectors(found, maps)
     experiment.close()
 
 
@@ -62,7 +66,7 @@ def mean_state(side, layer, sign, questions, instructions=ASKED["instruction"]):
 
 
 def test_each_model_reads_the_same_prompts_in_its_own_format_to_where_it_would_respond(made):
-    found, content = made
+    found, _, content = made
     vectors = {"source": content["source_vectors"]["loud"], "target": content["vectors"]["loud"]["oracle"]}
     for number, side in enumerate(found.inputs.sides):
         questions = ASKED["questions"][number::2]  # source and oracle read disjoint ones
@@ -76,7 +80,7 @@ def test_each_model_reads_the_same_prompts_in_its_own_format_to_where_it_would_r
 
 
 def test_embeddings_know_nothing_at_the_last_token_and_the_run_says_so(made):
-    found, content = made
+    found, _, content = made
     vectors = content["vectors"]["loud"]
     assert not vectors["embedding_source"].any()
     for name in ("first_block", "ridge_mapped", *vector_names("untrained_source")):
@@ -88,6 +92,35 @@ def test_embeddings_know_nothing_at_the_last_token_and_the_run_says_so(made):
     (note,) = (note for note in found.folder.notes if note.startswith("loud: "))
     assert "the same to source embeddings where they are read: no vector is added" in note
     assert "its cosine counts as 0, and what it writes is the unsteered text" in note
+
+
+def test_vectors_from_prompts_have_a_map_of_the_last_tokens_of_neutral_prompts(made):
+    found, maps, content = made
+    asked, styles = load_prompts("neutral_questions"), load_prompts("neutral_styles")
+    n_prompts = PROMPTS_A_TEXT * found.config.n_training_samples
+    shown = [(asked[number % 300], styles[(number + number // 300) % 20]) for number in range(n_prompts)]
+    states = []
+    for number, side in enumerate(found.inputs.sides):
+        texts = [SHOWN[side.name].format(instruction=style, question=text) for text, style in shown]
+        states.append(
+            side.extractor.extract_layers(texts, [pair[number] for pair in found.inputs.layer_pairs])
+        )
+    for index, (source, target) in enumerate(found.inputs.layer_pairs):
+        learnt = maps[index].of_prompts.ridge
+        expected = RidgeMapping(32, 48, "relative").fit(states[0][source], states[1][target], learnt.lambda_)
+        assert_close(learnt.W, expected.W, rtol=1e-3, atol=1e-5)
+        assert learnt.n == n_prompts
+        for name, mapping in (("loud", learnt), ("numeric", maps[index].ridge)):
+            mapped = mapping.transform(content["source_vectors"][name][index])
+            assert_close(content["vectors"][name]["ridge_mapped"][index], mapped / mapped.norm(), **CLOSE)
+        # The source's prompts all end in an empty line, whose embedding tells nothing.
+        assert maps[index].of_prompts.controls["embedding_source"].W.abs().max() < 1e-9
+        assert maps[index].controls["embedding_source"].W.abs().max() > 1e-3
+    assert content["kinds"] == {"loud": "prompt", "numeric": "last"}
+    assert content["residual_norms"][0] == maps[0].results["target_residual_norm"]
+    assert not [note for note in found.folder.notes if note.startswith("prompt_maps: embedding_source")]
+    for learned, again in zip(maps, load_maps(found), strict=True):
+        assert torch.equal(learned.of_prompts.ridge.W, again.of_prompts.ridge.W)
 
 
 def test_a_vector_of_zeros_has_the_unsteered_texts_and_an_effect_of_zero_at_no_cost(settings, tmp_path):
