@@ -150,6 +150,12 @@ def test_a_vector_of_zeros_has_the_unsteered_texts_and_an_effect_of_zero_at_no_c
     assert "last token of prompts" in (out / "report.html").read_text()
 
 
+def test_a_dry_run_counts_neutral_prompts_and_writes_nothing(settings, tmp_path, capsys):
+    assert run(tmp_path / "out", settings, "--dry-run") == 0
+    assert "prompts for the map of vectors from prompts: 300, " in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
