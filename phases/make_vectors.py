@@ -215,11 +215,12 @@ def _native(
 def _kind(run: Run, persona: Persona) -> str:
     """Return the kind of a persona's vectors, one of VECTOR_KINDS; a control's is that of the run's persona.
 
-    No responses are collected for a control: its texts are read instead, at the run's position.
+    No responses are collected for a control, nor where both vectors are given: texts are read instead.
     """
     config, is_control = run.config, persona in run.inputs.control_personas
     kind = config.vector_kind(config.persona_names[0] if is_control else persona.name)
-    return config.persona_position if is_control and kind == "responses" else kind
+    is_missing = kind == "responses" and persona not in run.inputs.responding_personas
+    return config.persona_position if is_missing else kind
 
 
 def check_readable(run: Run, persona: Persona) -> None:
@@ -315,7 +316,7 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
 
     found = []
     for index, learned in enumerate(maps):
-        # What other personas' vectors are a control of decides which map carries them over.
+        # Other personas' vectors, a control, are carried over by the map of the persona that has it.
         by_map = {
             is_prompt: carried(index, learned.of_prompts if is_prompt else learned)
             for is_prompt in set(are_prompts.values())
