@@ -73,8 +73,10 @@ DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "or
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
 # Shipped questions for chat targets. The last ones are for a last measurement: no default takes them.
 QUESTIONS = ("test_questions", "fresh_questions", "last_questions")
-# Texts that are read at the mean over their tokens or at the last, and responses to system prompts.
-VECTOR_KINDS = ("mean", "last", "responses")
+# Texts that are read at the mean over their tokens or at the last; and under system prompts for and against
+# the trait, responses to questions, and the last token of the prompt, from which a response is generated.
+VECTOR_KINDS = ("mean", "last", "responses", "prompt")
+ASKED_KINDS = ("responses", "prompt")
 LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
 # The defaults where no layers are named, beside all shipped personas: any two models, and a verdict on each.
 PROTOCOL: dict[str, Any] = {
@@ -245,15 +247,15 @@ def _definition(value: Any) -> Any:
 
 
 class ExtractionConfig(_Strict):
-    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509); `auto` chooses.
+    """What persona vectors are made from: `texts`, `responses` (arXiv 2507.21509), `prompt`; `auto` chooses.
 
-    from_texts: personas that are made from texts, where the kind is `responses`. by_persona: texts that are
-        read at their `mean` or `last` token, or `responses`; of a persona that is named, nothing is chosen.
+    from_texts: personas that are made from texts, where the kind is `responses` or `prompt`. by_persona: one
+        of VECTOR_KINDS; of a persona that is named, nothing is chosen.
     n_questions: how many of a persona's questions are asked under each of its system prompts; all by default.
     n_seeds: responses to each. max_new_tokens: of a response.
     """
 
-    kind: Literal["texts", "responses", "auto"] = "texts"
+    kind: Literal["texts", *ASKED_KINDS, "auto"] = "texts"
     from_texts: list[Name] = []
     by_persona: dict[Name, Literal[VECTOR_KINDS]] = {}
     n_questions: Count | None = None
@@ -600,15 +602,21 @@ class ExperimentConfig(_Strict):
                 "persona_position says how texts are read; responses are always read at all of their tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        if layers_are_searched and any(self.kind_of(name) == "responses" for name in names):
+        if layers_are_searched and any(self.kind_of(name) != "texts" for name in names):
             raise ValueError(
-                "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
-                "'extraction' of kind 'texts'"
+                "layer_idx 'auto' searches with text pairs, not with responses or prompts; name the layers, "
+                "or choose 'extraction' of kind 'texts'"
             )
 
     def kind_of(self, persona: str) -> str:
-        """Return what a persona's vectors are made from, `texts` or `responses`."""
-        return "responses" if self.vector_kind(persona) == "responses" else "texts"
+        """Return what a persona's vectors are made from: `texts`, `responses` or `prompt`."""
+        kind = self.vector_kind(persona)
+        return kind if kind in ASKED_KINDS else "texts"
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a persona's vectors are made from prompts, for which there are maps of their own."""
+        return "prompt" in map(self.kind_of, self.persona_names)
 
     def vector_kind(self, persona: str) -> str:
         """Return the same with where texts are read: one of VECTOR_KINDS.
@@ -620,8 +628,8 @@ class ExperimentConfig(_Strict):
             return extraction.by_persona[persona]
         if extraction.kind == "auto" and definition and not definition.positive_texts:
             return "responses"
-        responds = extraction.kind == "responses" and persona not in extraction.from_texts
-        return "responses" if responds else self.persona_position
+        is_asked = extraction.kind in ASKED_KINDS and persona not in extraction.from_texts
+        return extraction.kind if is_asked else self.persona_position
 
     def with_vector_kinds(self, kinds: Mapping[str, str]) -> "ExperimentConfig":
         """Return the same configuration with what these personas' vectors are made from."""

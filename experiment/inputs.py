@@ -33,12 +33,14 @@ from support.vector_files import VectorFile, read_vectors
 from support.vocabulary import EMBEDDINGS
 from texts.aligned_positions import check_offsets
 from texts.chat import as_words, resolve_format
+from texts.encoding import encode
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 logger = logging.getLogger(__name__)
 
 N_PLAIN_TEXTS = 16  # neutral passages on which side effects of steering are measured
+PROMPTS_A_TEXT = 5  # for a map of last tokens: a prompt gives one pair, a text of the run's map many
 # persona -> (question, response) of its positive responses, and of its negative ones
 Responses = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
 
@@ -55,6 +57,8 @@ class Inputs:
     given: (side, persona) -> file of vectors that are taken as they are.
     neutral_questions: asked where the map is learnt from responses. neutral_styles: system prompts, none a
         persona's, under which they are asked in rotation.
+    neutral_prompts: the same questions under neutral styles, each an empty text behind a prompt; the map of
+        vectors from prompts is learnt where they end. Empty where no persona's may be.
     neutral_responses, responses: what came of neutral_questions, and side -> what its persona vectors are
         made from; both are empty until `phases.collect_responses` has run.
     """
@@ -74,6 +78,7 @@ class Inputs:
     given: Mapping[tuple[str, str], VectorFile] = field(default_factory=dict)
     neutral_questions: tuple[str, ...] = ()
     neutral_styles: tuple[str, ...] = ()
+    neutral_prompts: tuple[NeutralText, ...] = ()
     neutral_responses: tuple[NeutralText, ...] = ()
     responses: Mapping[str, Responses] = field(default_factory=dict)
 
@@ -184,6 +189,37 @@ class Inputs:
             and any((side, persona.name) not in self.given for side in SIDES)
         ]
 
+    def persona_prompts(self, side: str, persona: Persona) -> tuple[list[tuple[str, str]], ...]:
+        """Return (question, prompt) under a persona's system prompts for the trait, and those against it.
+
+        Prompts are as a side's model reads them, up to where it would respond; item i of both has the same
+        question. Raises InputError: one is longer than the model's context, so that its end would be cut.
+        """
+        asked = persona.questions[: self.config.extraction.n_questions]
+        ask, of_side = self.prompting.instructed, self.side(side)
+        found = tuple(
+            [(text, ask(side, text, pair[sign])) for pair in persona.instructions for text in asked]
+            for sign in (0, 1)
+        )
+        prompts = [prompt for part in found for _, prompt in part]
+        longest = max(map(len, encode(of_side.tokenizer, prompts)), default=0)
+        if longest > (most := of_side.extractor.max_length):
+            raise InputError(
+                f"persona {persona.name!r} has a prompt of {longest} tokens for the {side} model, which reads"
+                f" {most}, so that its last token would be cut; shorten its instruction or questions"
+            )
+        return found
+
+    def for_kind(self, kind: str) -> "Inputs":
+        """Return inputs with the texts that the map of a kind of vectors is learnt from, by default these.
+
+        Vectors from prompts are of the last token of a prompt, and so is their map.
+        """
+        if kind != "prompt":
+            return self
+        config = self.config.model_copy(update={"mapping_positions": "last"})
+        return replace(self, config=config, neutral_texts=self.neutral_prompts, neutral_questions=())
+
     def at_pairs(self, pairs: Sequence[LayerPair]) -> "Inputs":
         """Return the same inputs, read and steered at these layer pairs.
 
@@ -285,6 +321,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         given=given,
         neutral_questions=questions,
         neutral_styles=styles,
+        neutral_prompts=_neutral_prompts(config, personas, prompting),
     )
     pairs = band_of(source.n_blocks, target.n_blocks) if config.layer_idx == "band" else config.layer_pairs
     if pairs is not None:
@@ -442,7 +479,7 @@ def _check_embeddings(inputs: Inputs) -> None:
 
 
 def _check_prompts(inputs: Inputs) -> None:
-    """Raise InputError for responses that no model can give, prompts or sampling that cannot be used."""
+    """Raise InputError for what no model can be asked, and prompts or sampling that cannot be used."""
     config, prompting = inputs.config, inputs.prompting
     for setting, is_chosen, remedy in (
         ("'extraction' of kind 'responses'", inputs.responding_personas, "choose kind 'texts'"),
@@ -453,6 +490,21 @@ def _check_prompts(inputs: Inputs) -> None:
                 f"{setting} asks a chat model, but neither model is one (prompt_format: "
                 f"{config.prompt_format!r}); {remedy}, or give an instruct model"
             )
+    for persona in (each for each in inputs.personas if config.kind_of(each.name) == "prompt"):
+        if not prompting.asks_questions:
+            raise InputError(
+                f"persona {persona.name!r}: 'extraction' of kind 'prompt' reads where a chat model begins to "
+                f"respond, but the target is none (prompt_format: {config.prompt_format!r}); choose kind "
+                "'texts', or give an instruct model"
+            )
+        if not inputs.neutral_prompts:
+            raise InputError(
+                f"persona {persona.name!r}: the map of vectors from prompts is learnt from neutral questions "
+                f"in neutral styles, but what is left beside personas and prompts is no style, or fewer "
+                f"questions than n_folds, {config.n_folds}; lower it, or choose kind 'texts'"
+            )
+        for side in SIDES:
+            inputs.persona_prompts(side, persona)
     if config.system_prompt and not prompting.asks_questions:
         raise InputError(
             "system_prompt is of use where the target is shown a chat template alone; leave it out, or give "
@@ -488,6 +540,19 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     """
     if config.mapping_data == "neutral_text":
         return ()
+    kept = _unused_questions(config, personas)
+    n_asked = min(len(kept), config.n_training_samples)
+    if n_asked < config.n_folds:
+        raise InputError(
+            f"n_folds is {config.n_folds}, but the map is learnt from responses to {n_asked} questions, "
+            "which folds never split; lower n_folds, raise n_training_samples, or choose mapping_data "
+            "'neutral_text'"
+        )
+    return kept
+
+
+def _unused_questions(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the neutral questions that are in no prompt and no persona."""
     others = [*config.load_test_prompts(True), *load_prompts("development_questions")]
     others += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
     overlaps, asked = OverlapCheck(others), load_prompts("neutral_questions")
@@ -495,13 +560,6 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     if len(kept) < len(asked):
         logger.warning(
             "left out %d neutral questions that overlap personas or prompts", len(asked) - len(kept)
-        )
-    n_asked = min(len(kept), config.n_training_samples)
-    if n_asked < config.n_folds:
-        raise InputError(
-            f"n_folds is {config.n_folds}, but the map is learnt from responses to {n_asked} questions, "
-            "which folds never split; lower n_folds, raise n_training_samples, or choose mapping_data "
-            "'neutral_text'"
         )
     return kept
 
@@ -513,6 +571,16 @@ def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tu
     """
     if config.mapping_data not in ("styled_responses", "auto"):
         return ()
+    if not (kept := _unused_styles(personas)):
+        raise InputError(
+            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; "
+            "choose 'responses'"
+        )
+    return kept
+
+
+def _unused_styles(personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the neutral styles that are no persona's."""
     overlaps = OverlapCheck(text for persona in personas for pair in persona.instructions for text in pair)
     names = [words for persona in personas if (words := _words(persona.name))]
     styles = load_prompts("neutral_styles")
@@ -523,12 +591,31 @@ def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tu
     )
     if len(kept) < len(styles):
         logger.warning("left out %d neutral styles that are a persona's", len(styles) - len(kept))
-    if not kept:
-        raise InputError(
-            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; "
-            "choose 'responses'"
-        )
     return kept
+
+
+def _neutral_prompts(
+    config: ExperimentConfig, personas: Sequence[Persona], prompting: Prompting
+) -> tuple[NeutralText, ...]:
+    """Return the prompts that the map of vectors from prompts is learnt from, if there may be such vectors.
+
+    Questions come again under other styles, until there are PROMPTS_A_TEXT for each text of the run's map.
+    There are none if fewer questions than folds are left.
+    """
+    may_be = config.extraction.kind == "auto" or config.reads_prompts
+    if not may_be or not prompting.asks_questions:
+        return ()
+    asked, styles = _unused_questions(config, personas), _unused_styles(personas)
+    n_prompts = min(PROMPTS_A_TEXT * config.n_training_samples, len(asked) * len(styles))
+    if min(len(asked), n_prompts) < config.n_folds:
+        return ()
+    prompts = []
+    for number in range(n_prompts):
+        turn, index = divmod(number, len(asked))
+        style = styles[(index + turn) % len(styles)]
+        shown = tuple(prompting.instructed(side, asked[index], style) for side in SIDES)
+        prompts.append(NeutralText("", asked[index], shown))
+    return tuple(prompts)
 
 
 def _words(text: str) -> set[str]:

@@ -32,12 +32,19 @@ from analysis.extraction_choice import KindNumbers, choose_kind
 from analysis.results_table import perplexity_ratio
 from analysis.verdict import VERDICT_BOUNDS
 from experiment.conditions import LEXICAL_CONTROLS, ORACLE
-from experiment.config import VECTOR_KINDS, ExperimentConfig
+from experiment.config import ASKED_KINDS, VECTOR_KINDS, ExperimentConfig
 from experiment.models import SIDES
 from experiment.plan import UNSTEERED_CELL, Alphas, Cell, SteeringVectors, choices, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
 from phases.collect_responses import collect_responses
-from phases.fit_maps import CV_RESULTS, LearnedMaps, fit_maps, mapping_data_key
+from phases.fit_maps import (
+    CV_RESULTS,
+    LearnedMaps,
+    fit_maps,
+    map_runs,
+    mapping_data_key,
+    with_prompt_maps,
+)
 from phases.generate_texts import generate_development
 from phases.make_vectors import (
     NATIVE_VECTORS,
@@ -53,6 +60,7 @@ from reporting.style import draw_once
 from reporting.tables import alpha_notes, format_alphas, format_kinds
 from support.artifacts import fingerprint
 from support.errors import InputError
+from support.vocabulary import PROMPT_MAPS
 from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
@@ -85,7 +93,7 @@ def search_key(run: Run) -> str:
 
 
 def _protocol_key(run: Run) -> str:
-    numbers = [CV_RESULTS.key(run), NATIVE_VECTORS.key(run), search_key(run)]
+    numbers = [*map(CV_RESULTS.key, map_runs(run)), NATIVE_VECTORS.key(run), search_key(run)]
     if run.config.extraction.kind == "auto":
         numbers.append(_kinds_key(run))
     return fingerprint(FORMAT_VERSION, choices(run.inputs), VERDICT_BOUNDS, numbers)
@@ -150,18 +158,19 @@ def _available(run: Run, persona: Persona) -> list[str]:
         return []
     has_texts = min(len(persona.positive_texts), len(persona.negative_texts)) >= fewest
     kinds = ["mean", "last"] if has_texts else []
-    can_ask = persona.instructions and len(persona.questions) >= fewest and inputs.prompting.chat_sides
-    if can_ask and inputs.config.layer_idx != "auto" and _responds(run, persona):
-        kinds.append("responses")
+    if persona.instructions and len(persona.questions) >= fewest and inputs.config.layer_idx != "auto":
+        can_ask = {"responses": inputs.prompting.chat_sides, "prompt": inputs.neutral_prompts}
+        kinds += [kind for kind in ASKED_KINDS if can_ask[kind] and _is_readable(run, persona, kind)]
     return kinds
 
 
-def _responds(run: Run, persona: Persona) -> bool:
-    """Tell whether responses are left on both sides; it is noted if not."""
+def _is_readable(run: Run, persona: Persona, kind: str) -> bool:
+    """Tell whether responses, or prompts that a context holds, are left on both sides; it is noted if not."""
+    at_kind = _with_kinds(run, {persona.name: kind})
     try:
-        check_readable(collect_responses(_with_kinds(run, {persona.name: "responses"})), persona)
+        check_readable(collect_responses(at_kind) if kind == "responses" else at_kind, persona)
     except InputError as error:
-        run.folder.notes.append(f"{persona.name}: no vector from responses was tried: {error}")
+        run.folder.notes.append(f"{persona.name}: no vector of kind {kind} was tried: {error}")
         return False
     return True
 
@@ -171,6 +180,7 @@ def _measure_kind(
 ) -> dict[str, KindNumbers]:
     """Return persona -> the numbers of one kind, of its native vector and lexical controls alone."""
     at_kind = collect_responses(_with_kinds(run, dict.fromkeys(names, kind)))
+    maps = with_prompt_maps(at_kind, maps)
     with run.beside(f"extraction/{kind}", at_kind.inputs) as beside:
         vectors = make_vectors(beside, maps)
     steering = SteeringVectors.from_content(vectors)
@@ -228,11 +238,10 @@ def write_protocol(run: Run) -> None:
 
 
 def _choices(run: Run) -> dict[str, Any]:
-    maps = []
-    for pair in run.inputs.layer_pairs:
-        with run.at_pair(pair) as at_pair:
-            cv = CV_RESULTS.require(at_pair)
-        maps.append({"layers": pair, **{name: cv[name] for name in ("best_lambda", "lambda_unit", "r2")}})
+    of_prompts: list[dict[str, Any]] = []
+    if run.config.reads_prompts:
+        with run.beside(PROMPT_MAPS, run.inputs.for_kind("prompt")) as beside:
+            of_prompts = _map_numbers(beside)
     cosines = {
         side: {name: [each.split_half_cosine for each in vectors] for name, vectors in by_persona.items()}
         for side, by_persona in native_vectors(run).items()
@@ -240,12 +249,23 @@ def _choices(run: Run) -> dict[str, Any]:
     alphas = {name: ALPHA_SEARCH.require(run)[name] for name in ("bound", "trait_costs", "alphas")}
     return {
         **choices(run.inputs),
-        "maps": maps,
+        "maps": _map_numbers(run),
+        "prompt_maps": of_prompts,
         "split_half_cosines": cosines,
         "extraction_numbers": _kind_numbers(run),
         "alpha": {"given": run.config.alpha_values, **alphas},
         "verdict_bounds": VERDICT_BOUNDS,
     }
+
+
+def _map_numbers(run: Run) -> list[dict[str, Any]]:
+    """Return lambda and held-out R2 of every layer pair's map."""
+    maps = []
+    for pair in run.inputs.layer_pairs:
+        with run.at_pair(pair) as at_pair:
+            cv = CV_RESULTS.require(at_pair)
+        maps.append({"layers": pair, **{name: cv[name] for name in ("best_lambda", "lambda_unit", "r2")}})
+    return maps
 
 
 def _kind_numbers(run: Run) -> dict[str, Any]:

@@ -30,6 +30,7 @@ COVERED = (
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
 READ_AS = {"mean": "texts, mean over tokens", "last": "texts, last token", "responses": "responses"}
+READ_AS["prompt"] = "last token of prompts"
 AT_END["listed"] = "the strongest listed one that can be read"
 
 
@@ -277,19 +278,15 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
     """
     layers, test, search = protocol["layers"], protocol["test"], protocol["alpha"]
     pairs = ", ".join(f"{source} → {target}" for source, target in layers["chosen"])
-    r2 = [of_pair["r2"][str(of_pair["best_lambda"])] for of_pair in protocol["maps"]]
-    lambdas = [f"{of_pair['best_lambda']:g}" for of_pair in protocol["maps"]]
-    n_lambdas, learnt = len(protocol["maps"][0]["r2"]), protocol["mapping_data"]
+    learnt = protocol["mapping_data"]
     learnt_of = ", ".join(learnt["alternatives"]).replace("_", " ")
     rows = [
         ("layers, source → target", pairs, f"by {layers['by']}"),
         ("text of the map", learnt["chosen"].replace("_", " "), f"of {learnt_of}"),
-        (
-            "λ of the map",
-            ", ".join(lambdas),
-            f"best held-out R² of {n_lambdas}, {min(r2):.2f} to {max(r2):.2f}",
-        ),
+        _map_row("λ of the map", protocol["maps"]),
     ]
+    if of_prompts := protocol["prompt_maps"]:
+        rows.append(_map_row("λ of the map of vectors from prompts", of_prompts))
     for persona, kind in protocol["extraction"]["chosen"].items():
         cosines = [
             min(filter(None, of_side[persona]), default=None)
@@ -307,6 +304,13 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
         ("test prompts", f"{len(test['prompts'])} of {test['chosen']}", f"{len(test['seeds'])} seeds")
     )
     return ("what", "chosen", "by"), rows
+
+
+def _map_row(what: str, maps: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Return the lambdas of the maps of all layer pairs, and their held-out R2."""
+    r2 = [of_pair["r2"][str(of_pair["best_lambda"])] for of_pair in maps]
+    lambdas = ", ".join(f"{of_pair['best_lambda']:g}" for of_pair in maps)
+    return what, lambdas, f"best held-out R² of {len(maps[0]['r2'])}, {min(r2):.2f} to {max(r2):.2f}"
 
 
 def _kind(kind: str, found: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 A persona file in `personas/` holds extraction pairs, from which the vector is made, and labelled pairs on
 other subjects, on which the trait classifier is trained. The two never mix. It also holds, in the form of
 the trait files of persona_vectors (arXiv 2507.21509), system prompts for and against the trait
-(`instruction`) and `questions`; the vector may be made from the responses to these instead. A configuration
-may define a persona too, as lists of texts or as a trait file.
+(`instruction`) and `questions`; the vector may be made from the responses to these instead, or from the
+prompts themselves. A configuration may define a persona too, as lists of texts or as a trait file.
 """
 
 import unicodedata
@@ -157,14 +157,14 @@ def _read_persona(name: str) -> Persona:
 
 
 def check_extraction(persona: Persona, kind: str) -> None:
-    """Raise InputError: the persona lacks texts that a kind of extraction (`texts`, `responses`) needs."""
+    """Raise InputError: the persona lacks what extraction of kind `texts`, `responses` or `prompt` needs."""
     needed = {"positive texts": persona.positive_texts, "negative texts": persona.negative_texts}
     remedy = "give texts on both sides"
-    if kind == "responses":
+    if kind != "texts":
         needed = {"system prompts": persona.instructions, "questions": persona.questions}
         remedy = "give it instruction and questions, or choose 'extraction' of kind 'texts'"
     elif persona.instructions:
-        remedy = "choose 'extraction' of kind 'responses' for its system prompts and questions"
+        remedy = "choose 'extraction' of kind 'responses' or 'prompt' for its system prompts and questions"
     for name, texts in needed.items():
         if not texts:
             raise InputError(
@@ -175,7 +175,7 @@ def check_extraction(persona: Persona, kind: str) -> None:
 def half_of(texts: Sequence[Any], half: int, questions: Sequence[str] = ()) -> list[Any]:
     """Return half 0 or 1 of a side's texts, every other one; text i of both sides stays in the same half.
 
-    questions: of these, texts are (question, response), and the halves are of every other question.
+    questions: of these, texts are (question, response or prompt), and the halves are of every other question.
     """
     if not questions:
         return list(texts[half::2])
@@ -185,7 +185,7 @@ def half_of(texts: Sequence[Any], half: int, questions: Sequence[str] = ()) -> l
 def check_halves(persona: Persona, kind: str) -> None:
     """Raise InputError: the persona has too few texts, or questions, to make two vectors of disjoint ones."""
     sides = {"positive texts": persona.positive_texts, "negative texts": persona.negative_texts}
-    for name, texts in ({"questions": persona.questions} if kind == "responses" else sides).items():
+    for name, texts in (sides if kind == "texts" else {"questions": persona.questions}).items():
         if len(texts) < 2:
             raise InputError(
                 f"persona {persona.name!r} has {len(texts)} {name}, but source and native vector are made "

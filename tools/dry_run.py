@@ -51,6 +51,7 @@ from scoring.trait_scorer import n_training_texts, untrained
 from scoring.validation import at_most, texts_of
 from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
+from support.vocabulary import PROMPT_MAPS
 from texts.encoding import encode
 
 N_TIMED = 8  # texts
@@ -81,7 +82,8 @@ def describe_run(run: Run) -> str:
     if run.config.extraction.kind == "auto" and _is_current(EXTRACTION_CHOICE, run):
         run = choose_extraction(run, may_choose=False)  # else what rests on the choice would not be found
     rates = _measure(run)
-    steps = [*_preparation(run, rates), *_map(run, rates), *_grid(run, rates), *_validation(run, rates)]
+    steps = [*_preparation(run, rates), *_map(run, rates), *_prompt_map(run, rates)]
+    steps += [*_grid(run, rates), *_validation(run, rates)]
     lines = [*conditions_of(run.inputs), *verdict_gaps(run.inputs)]
     lines += [f"{what}, about {seconds / 60:.1f} min" for what, seconds in steps]
     judged, seconds = _judge(run, rates)
@@ -187,17 +189,44 @@ def _map(run: Run, rates: Rates) -> Iterator[Step]:
     source, target = (n_texts * _n_tokens(side.tokenizer, read) / len(read) for side in inputs.sides)
     if inputs.neutral_questions:  # responses are not generated yet, and may be as long as allowed
         source = target = n_texts * config.max_new_tokens
+    n_lexical = sum(name in LEXICAL_CONTROLS for name in config.source_controls)
+    width = sum(side.d_model for side in inputs.sides)
+    size = n_pairs * (1 + n_lexical) * (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
+    of_pairs = f"{n_pairs} layer pair{'s' * (n_pairs > 1)} with sums of {size:.1f} GiB"
+    of_tokens = f"{source:.0f} source and {target:.0f} target tokens"
+    yield f"{counted}, {of_tokens}, {of_pairs}", _map_seconds(run, rates, source, target)
+
+
+def _prompt_map(run: Run, rates: Rates) -> Iterator[Step]:
+    """Yield the maps of vectors from prompts, if there may be such vectors."""
+    if not (read := run.inputs.neutral_prompts):
+        return
+    counted = f"prompts for the map of vectors from prompts: {len(read)}"
+    with run.beside(PROMPT_MAPS, run.inputs.for_kind("prompt")) as of_prompts:
+        is_mapped = _is_current(
+            RIDGE_MAPPING, of_prompts.with_inputs(of_prompts.inputs.at_pairs([run.inputs.middle_pair]))
+        )
+    if is_mapped:
+        yield f"{counted}, already mapped", 0.0
+        return
+    source, target = (
+        _n_tokens(side.tokenizer, [item.prompts[number] for item in read])
+        for number, side in enumerate(run.inputs.sides)
+    )
+    of_tokens = f"{source} source and {target} target tokens"
+    yield f"{counted}, {of_tokens}", _map_seconds(run, rates, source, target)
+
+
+def _map_seconds(run: Run, rates: Rates, source: float, target: float) -> float:
+    """Return what all maps from texts of so many tokens in source and target take."""
+    config, n_pairs = run.config, len(run.inputs.layer_pairs)
     n_controls = sum(len(vector_names(name)) for name in config.source_controls)
     n_lexical = sum(name in LEXICAL_CONTROLS for name in config.source_controls)
     n_maps = 1 + sum(len(vector_names(kind)) for kind in KINDS) + n_controls
     # A model with random weights is read in a pass of its own, and the target again beside it.
     n_passes = 1 + n_controls - n_lexical
     seconds = n_passes * (source * rates.source_token + target * rates.target_token)
-    seconds += n_pairs * (config.n_folds + 1) * n_maps * rates.decomposition
-    width = sum(side.d_model for side in inputs.sides)
-    size = n_pairs * (1 + n_lexical) * (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
-    of_pairs = f"{n_pairs} layer pair{'s' * (n_pairs > 1)} with sums of {size:.1f} GiB"
-    yield f"{counted}, {source:.0f} source and {target:.0f} target tokens, {of_pairs}", seconds
+    return seconds + n_pairs * (config.n_folds + 1) * n_maps * rates.decomposition
 
 
 def _grid(run: Run, rates: Rates) -> Iterator[Step]:

@@ -18,6 +18,7 @@ from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
 from support.text_files import file_name
 from support.vector_files import FORMATS, write_vectors
+from support.vocabulary import PROMPT_MAPS
 
 NEEDED = ("config.json", "persona_vectors.pt", "verdict.json")
 
@@ -53,13 +54,16 @@ def export_vector(
             content["layer_pairs"], units, content["vectors"][persona][method], strict=True
         )
     }
+    is_of_prompts = content.get("kinds", {}).get(persona) == "prompt"
     metadata = {
         "persona": persona,
         "method": method,
         "alpha": alpha,
         "alpha_unit": config["alpha_unit"],
         "layer_pairs": content["layer_pairs"],
-        "maps_by_target_layer": _describe_maps(folder, content["layer_pairs"]),
+        "maps_by_target_layer": _describe_maps(
+            folder / PROMPT_MAPS if is_of_prompts else folder, content["layer_pairs"]
+        ),
         "verdict": decided.get("verdict", ""),
         "recovery_by_scorer": {
             name: scorer["recovery"]

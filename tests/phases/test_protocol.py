@@ -118,7 +118,7 @@ def test_each_kind_of_vector_is_tried_natively_and_the_least_lexical_that_works_
     choice = load_json(finished_protocol / "extraction_choice.json")
     steered = load_tensors(finished_protocol / "persona_vectors.pt")["vectors"]
     for name, kinds in choice["personas"].items():
-        assert {"mean", "last"} <= kinds.keys()
+        assert {"mean", "last", "prompt"} <= kinds.keys()
         numbers = {kind: KindNumbers(**found) for kind, found in kinds.items()}
         assert choice["chosen"][name] == choose_kind(numbers)
         for kind, found in kinds.items():
@@ -132,6 +132,7 @@ def test_each_kind_of_vector_is_tried_natively_and_the_least_lexical_that_works_
             assert is_chosen == (kind == choice["chosen"][name])
         # Both sides of a pair end on the same token, of which embeddings know nothing else.
         assert kinds["last"]["lexical_cosines"]["embedding_source"] < 0.5
+        assert kinds["prompt"]["lexical_cosines"]["embedding_source"] == 0
 
 
 def test_vectors_write_at_multiples_of_the_compared_alpha_on_the_test_questions_alone(finished_protocol):

@@ -36,6 +36,7 @@ PROTOCOL = {
     "layers": {"chosen": PAIRS, "by": "band"},
     "mapping_data": {"chosen": "responses", "alternatives": ["responses", "neutral_text"]},
     "maps": [{"best_lambda": 0.01, "r2": {"0.01": 0.6, "0.1": 0.5}}] * 3,
+    "prompt_maps": [{"best_lambda": 0.1, "r2": {"0.01": 0.3, "0.1": 0.44}}] * 3,
     "extraction": {"chosen": {"loud": "mean", "numeric": "responses"}},
     "extraction_numbers": {"loud": {"mean": {"native_effect": 0.3, "lexical_cosines": {"first_block": 0.7}}}},
     "split_half_cosines": {
