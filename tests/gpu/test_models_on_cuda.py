@@ -30,14 +30,7 @@ SAMPLING = {"top_k": {}, "top_p": {"top_k": 0, "top_p": 0.9}, "greedy": {"temper
 # repeats the entries of a table.
 MODEL_WAITS = {"gptj": 4, "falcon": 2, "gpt_neo": 1}
 MOST_WAITS = 1 / 4  # a token
-
-
-def write(model, n_tokens, **options):
-    """Return the texts of rows with vectors of their own."""
-    vectors = torch.arange(4 * D_MODEL).view(4, D_MODEL).float().cos()
-    rows = {"steering_vectors": {1: vectors, 2: -vectors}, "alphas": [0.5, 0.0, 0.5, 1.0]}
-    with SteeredGenerator(model, tiny_tokenizer(), batch_size=4) as generator:
-        return generator.generate_batch(PROMPTS, n_tokens, seeds=[1, 2, 3, 4], **rows, **options)
+N_TOKENS = STEPS_BETWEEN_READS + 2
 
 
 @pytest.fixture
@@ -46,66 +39,20 @@ def endless(monkeypatch):
     monkeypatch.setattr(steered_generation, "end_tokens", lambda *args: set())
 
 
-def check_texts_and_waits(name, **options):
-    """Write on the CPU and on a device, and count the waits of a later period of reading."""
-    n_first = n_more = STEPS_BETWEEN_READS
-    expected = write(tiny_model(name), n_first + n_more, **options)
-    with fake_cuda() as device:
-        model = tiny_model(name).to("cuda")
-        device.reset()
-        write(model, n_first, **options)
-        n_before = device.n_waits()
-        device.reset()
-        assert write(model, n_first + n_more, **options) == expected
-        n_waits = (device.n_waits() - n_before) / n_more
-    own = MODEL_WAITS.get(name, 0) * len(decoder_blocks(model))
-    # Without a limit of k, it is read at each step whether any row needs more of the vocabulary.
-    allowed = MOST_WAITS + own + (options.get("top_k") == 0)
-    assert n_waits <= allowed, device.waits
-    return n_waits - own
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_texts_are_those_of_the_cpu_and_the_host_rarely_waits(name, endless):
-    check_texts_and_waits(name)
-
-
-@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
-def test_other_sampling_writes_the_texts_of_the_cpu(options, endless):
-    check_texts_and_waits("qwen2", **options)
-
-
-def test_rows_that_end_and_prompts_of_one_length_change_nothing():
-    """They leave the batch, and without padding there is no mask."""
-    options = {"max_new_tokens": 40, "seeds": list(range(24)), "temperature": 2.0, "top_k": 0}
-
-    def write(model):
-        with SteeredGenerator(model, tiny_tokenizer()) as generator:
-            generator.register_steering(3, model.lm_head.weight.detach()[257].cpu(), 0.4)
-            mixed = generator.generate_batch(["Once upon a", "The sea"] * 12, **options)
-            return mixed + generator.generate_batch(["The sea", "Up high."[:7]] * 12, **options)
-
-    expected = write(tiny_model())
-    n_tokens = [each.n_tokens for each in expected]
-    assert min(n_tokens) < STEPS_BETWEEN_READS < max(n_tokens)
-    with fake_cuda():
-        assert write(tiny_model().to("cuda")) == expected
-
-
-def mapped_and_steered(source, target):
-    """Return what a small transfer gives: the map, scores and texts."""
+def transfer(source, target, **options):
+    """Extract, map, score, and steer the target in rows with vectors of their own. Return what that gives."""
     tokenizer = tiny_tokenizer()
     sides = [ActivationExtractor(model, tokenizer, 1) for model in (source, target)]
     (batch,) = paired_activations(*sides, [f"Text {n} of {n * n}." for n in range(12)])
     mapping = RidgeMapping(D_MODEL, D_MODEL)
     mapping.cross_validate(batch.H_source[1], batch.H_target[1], [1.0, 10.0], 3, batch.text_idx)
     native = sides[0].extract_batch(TEXTS, "mean")
-    vector = mapping.transform(native[0] - native[1])
-    with SteeredGenerator(target, tokenizer) as generator:
-        generator.register_steering(1, vector, 2.0)
-        texts = generator.generate_batch(PROMPTS, 5)
+    vectors = mapping.transform(native - native.mean(0))
     perplexities = continuation_perplexities(target, tokenizer, PROMPTS, [" and more."] * 4, 2)
-    return SimpleNamespace(numbers=[mapping.W, native, vector, torch.tensor(perplexities)], texts=texts)
+    rows = {"steering_vectors": {1: vectors, 2: -vectors}, "alphas": [5.0, 0.0, 5.0, 9.0]}
+    with SteeredGenerator(target, tokenizer, batch_size=4) as generator:
+        texts = generator.generate_batch(PROMPTS, N_TOKENS, seeds=[1, 2, 3, 4], **rows, **options)
+    return SimpleNamespace(numbers=[mapping.W, native, vectors, torch.tensor(perplexities)], texts=texts)
 
 
 def assert_equal(found, expected):
@@ -115,19 +62,51 @@ def assert_equal(found, expected):
         assert torch.allclose(here.double(), there.double(), rtol=1e-4, atol=1e-4)
 
 
+def check_transfer(name, devices=("cuda:0", "cuda:1"), **options):
+    """Compare with the CPU, and count the waits from one reading of tokens to the next."""
+    expected, counts = transfer(tiny_model("llama"), tiny_model(name, seed=1), **options), []
+    with fake_cuda(2) as device:
+        source, target = tiny_model("llama").to(devices[0]), tiny_model(name, seed=1).to(devices[1])
+        target.register_forward_pre_hook(lambda *args: counts.append(device.n_waits()))
+        assert_equal(transfer(source, target, **options), expected)
+    n_waits = (counts[-1] - counts[-1 - STEPS_BETWEEN_READS]) / STEPS_BETWEEN_READS
+    own = MODEL_WAITS.get(name, 0) * len(decoder_blocks(target))
+    # Without a limit of k, it is read at each step whether any row needs more of the vocabulary.
+    assert 0 < n_waits - own <= MOST_WAITS + (options.get("top_k") == 0), device.waits
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_source_and_target_may_have_a_device_each(name):
-    expected = mapped_and_steered(tiny_model("llama"), tiny_model(name, seed=1))
-    with fake_cuda(2):
-        sides = tiny_model("llama").to("cuda:0"), tiny_model(name, seed=1).to("cuda:1")
-        assert_equal(mapped_and_steered(*sides), expected)
+def test_source_and_target_on_a_device_each_give_what_the_cpu_gives_and_the_host_rarely_waits(name, endless):
+    check_transfer(name)
+
+
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
+def test_one_device_writes_the_texts_of_the_cpu_with_all_sampling(options, endless):
+    check_transfer("qwen2", ("cuda", "cuda"), **options)
+
+
+def test_rows_that_end_and_prompts_of_one_length_change_nothing():
+    """They leave the batch, and without padding there is no mask."""
+    options = {"max_new_tokens": 20, "seeds": list(range(16)), "temperature": 2.0, "top_k": 0}
+
+    def write(model):
+        with SteeredGenerator(model, tiny_tokenizer()) as generator:
+            generator.register_steering(3, model.lm_head.weight.detach()[257].cpu(), 0.4)
+            mixed = generator.generate_batch(["Once upon a", "The sea"] * 8, **options)
+            return mixed + generator.generate_batch(["The sea", "Up high"] * 8, **options)
+
+    expected = write(tiny_model())
+    n_tokens = [each.n_tokens for each in expected]
+    assert min(n_tokens) < STEPS_BETWEEN_READS < max(n_tokens)
+    with fake_cuda():
+        assert write(tiny_model().to("cuda")) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_a_model_may_lie_on_two_devices(name, endless):
-    expected = mapped_and_steered(tiny_model("llama"), tiny_model(name, seed=1))
+    expected = transfer(tiny_model("llama"), tiny_model(name, seed=1))
     with fake_cuda(2):
-        assert_equal(mapped_and_steered(tiny_model("llama").to("cuda"), sharded(name)), expected)
+        assert_equal(transfer(tiny_model("llama").to("cuda"), sharded(name)), expected)
 
 
 def sharded(name):
@@ -203,7 +182,7 @@ def test_rows_that_are_numbered_on_the_host_are_noticed(endless, monkeypatch):
     break_copy(monkeypatch, loop, "decode", "len(prompts), device=model.device", "len(prompts)")
     monkeypatch.setattr(steered_generation, "decode", loop.decode)
     with pytest.raises(AssertionError, match=r"host to device', 'steered_generation"):
-        check_texts_and_waits("llama")
+        check_transfer("llama")
 
 
 def test_vectors_that_are_left_on_the_host_are_noticed(endless, monkeypatch):
@@ -217,7 +196,7 @@ def test_vectors_that_are_left_on_the_host_are_noticed(endless, monkeypatch):
     )
     monkeypatch.setattr(steered_generation, "RowSteering", steering_hooks.RowSteering)
     with pytest.raises(AssertionError, match=r"host to device', 'decoding/steering_hooks"):
-        check_texts_and_waits("llama")
+        check_transfer("llama")
 
 
 def test_a_judges_prompt_that_is_left_on_the_host_is_noticed(monkeypatch):
