@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from scipy import stats
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
@@ -295,29 +296,29 @@ def _perplexities(
     model: PreTrainedModel, texts: Sequence[tuple[list[int], int]], batch_size: int
 ) -> list[float]:
     """Return the perplexity of each text; texts: (tokens, index of the first scored token, 1 or more)."""
-    before_scored = torch.empty(0)
+    # Rows and columns of the tokens before the scored ones, (scored,) each. A mask would have to be read for
+    # how many they are, and an accelerator is waited for then.
+    rows = columns = torch.empty(0)
+
+    def before_scored(values: Tensor) -> Tensor:
+        return values[rows.to(values.device), columns.to(values.device)]
 
     def run(indices: list[int]) -> list[float]:
-        nonlocal before_scored
+        nonlocal rows, columns
         batch = [texts[index] for index in indices]
         # With padding on the right causality hides it, and no mask is needed.
         tokens, _ = pad_tokens([ids for ids, _ in batch], filler_token_id(model), "right", model.device)
-        before_scored = torch.zeros_like(tokens, dtype=torch.bool)
-        for row, (ids, start) in enumerate(batch):
-            before_scored[row, start - 1 : len(ids) - 1] = True
+        places = [(row, i - 1) for row, (ids, start) in enumerate(batch) for i in range(start, len(ids))]
+        rows, columns = torch.tensor(places, device=model.device).unbind(1)
         logits = model(input_ids=tokens, use_cache=False).logits
         # A model whose head cannot be narrowed returns the logits of all tokens.
-        logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
-        following = tokens.roll(-1, dims=1)[before_scored]
-        likelihood = token_log_likelihoods(logits, following.to(logits.device))
+        logits = before_scored(logits) if logits.shape[:2] == tokens.shape else logits[0]
+        likelihood = token_log_likelihoods(logits, tokens[rows, columns + 1].to(logits.device))
         parts = likelihood.split([len(ids) - start for ids, start in batch])
-        return [math.exp(-part.mean().item()) for part in parts]
+        return [math.exp(-mean) for mean in torch.stack([part.mean() for part in parts]).tolist()]
 
     # Logits at the prompt's tokens would take most of the memory, and they are not needed.
-    with (
-        evaluation_mode(model),
-        narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]),
-    ):
+    with evaluation_mode(model), narrowed_head(model, lambda hidden: before_scored(hidden)[None]):
         return run_in_batches(run, [len(ids) for ids, _ in texts], batch_size, "perplexity")
 
 
