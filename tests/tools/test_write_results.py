@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from statistics import fmean
 
 import pytest
 from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
@@ -18,7 +19,7 @@ SCORERS = {"classifier": VALIDATED, "probe": NOT_VALIDATED}
 
 @pytest.fixture
 def scored(finished, tmp_path):
-    """A finished run in whose place of scores and verdicts made-up ones stand."""
+    """A finished run with made-up scores and their verdicts; nothing is validated for one persona."""
     folder = shutil.copytree(finished, tmp_path / "run")
     rows = [row for name in ("loud", "numeric") for row in scored_run(0.5, 0.6, persona=name)]
     for row in rows:
@@ -26,15 +27,10 @@ def scored(finished, tmp_path):
             row["trait_probability"] += 0.2
             row["independent_perplexity"] = 25.0
             row["output"] = HOSTILE
-    verdicts = decide_verdicts(
-        results_table(rows),
-        dict.fromkeys(("loud", "numeric"), COMPARED),
-        {"loud": SCORERS, "numeric": SCORERS},
-    )
+    validation = {"loud": SCORERS, "numeric": {"probe": NOT_VALIDATED}}
+    verdicts = decide_verdicts(results_table(rows), dict.fromkeys(validation, COMPARED), validation)
     old = load_json(folder / "verdict.json")
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
-    personas["numeric"]["decided_by"] = None
-    personas["numeric"]["scorers"] = {"probe": personas["numeric"]["scorers"]["probe"]}
     save_json(folder / "verdict.json", sealed({**old, "personas": personas}))
     save_json(folder / "eval_results.json", sealed({"rows": rows}))
     return folder
@@ -69,7 +65,9 @@ def test_effects_are_those_of_the_deciding_scorer_with_their_intervals(scored, t
     assert rows["loud"]["lexical control"].endswith("(first source block)")
     assert rows["loud"]["lexical control"].startswith(f"{decided['effects']['first_block']['estimate']:+.2f}")
     assert rows["loud"]["recovery (%)"].startswith(f"{decided['recovery']['estimate']:.0%}"[:-1])
-    assert rows["loud"]["unsteered"] == "0.10"
+    own = [row for row in load_json(scored / "eval_results.json")["rows"] if row["persona"] == "loud"]
+    unsteered = [row["trait_probability"] for row in own if row["condition"] == "baseline"]
+    assert rows["loud"]["unsteered"] == f"{fmean(unsteered):.2f}"
     assert rows["loud"]["prompting baseline"] == "–"  # was not run
     assert rows["numeric"]["scorer"] == "language-model probe *"
 
