@@ -32,7 +32,7 @@ from reporting.tables import (
     verdict_sentence,
 )
 from support.artifacts import load_json, load_tensors, save_text
-from support.errors import InputError
+from support.run_folder import load_finished
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json", "protocol.json")
@@ -53,13 +53,7 @@ def write_report(folder: Path) -> Path:
 
     Raises InputError: a folder without the artifacts of a finished run.
     """
-    missing = [name for name in (*NEEDED, VECTORS) if not (folder / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{folder} is no finished run: {missing[0]} is missing; name the output_dir of a run whose five "
-            "phases are done"
-        )
-    config, results, verdict, checked, protocol = (load_json(folder / name) for name in NEEDED)
+    config, results, verdict, checked, protocol = load_finished(folder, *NEEDED, others=(VECTORS,))
     rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
     environment = Environment(

@@ -16,11 +16,12 @@ from experiment.command_line import exit_status
 from experiment.conditions import condition_of
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
+from support.run_folder import load_finished
 from support.text_files import file_name
 from support.vector_files import FORMATS, write_vectors
 from support.vocabulary import PROMPT_MAPS
 
-NEEDED = ("config.json", "persona_vectors.pt", "verdict.json")
+VECTORS = "persona_vectors.pt"
 
 
 def export_vector(
@@ -34,11 +35,8 @@ def export_vector(
     Raises InputError: no finished run, an unknown persona, method, format or alpha, or layer 0 as GGUF.
     """
     _check_has("format", form, FORMATS)
-    for name in NEEDED:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is no finished run: {name} is missing; name its output_dir")
-    config, verdict = (load_json(folder / name) for name in ("config.json", "verdict.json"))
-    content = load_tensors(folder / "persona_vectors.pt")
+    config, verdict = load_finished(folder, "config.json", "verdict.json", others=(VECTORS,))
+    content = load_tensors(folder / VECTORS)
     _check_has(f"{folder}: persona", persona, content["vectors"])
     _check_has(f"{folder}: method", method, content["vectors"][persona])
     decided = verdict["personas"].get(persona, {})
