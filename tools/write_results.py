@@ -32,10 +32,9 @@ from experiment.conditions import (
     label_of,
 )
 from reporting.tables import (
-    equal_cost_rows,
-    format_equal_cost,
     format_maps,
     format_recoveries,
+    format_strengths,
     format_validation,
     format_verdicts,
     interval,
@@ -145,8 +144,8 @@ def run_section(folder: Path) -> list[str]:
     ]
     if recovery_rows(verdict["personas"])[1]:
         parts += ["### Recovery by every scorer", format_recoveries(verdict["personas"])]
-    if equal_cost_rows(verdict["at_equal_cost"])[1]:
-        parts += ["### Controls at an equal perplexity ratio", format_equal_cost(verdict["at_equal_cost"])]
+    if curves := verdict["strength_curve"]:
+        parts += ["### Over strengths", format_strengths(curves)]
     parts += [
         "### Scorers",
         "\n".join(f"- {line}" for line in format_validation(verdict["validation"]).splitlines()),
