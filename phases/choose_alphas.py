@@ -68,12 +68,17 @@ logger = logging.getLogger(__name__)
 N_EVALUATIONS_OF_KIND = (
     3  # of a search for the alpha of a kind of vector; the chosen kind's goes on from there
 )
+N_COST_PAIRS = 40
 SCORERS = ("classifier",)  # the trait is reported beside a search and never used to choose
 
 
 def _costs_key(run: Run) -> str:
-    labelled = [[each.name, each.labelled_positive, each.labelled_negative] for each in run.inputs.personas]
-    return fingerprint(perplexity_key(run), labelled)
+    return fingerprint(perplexity_key(run), [[each.name, *_cost_texts(each)] for each in run.inputs.personas])
+
+
+def _cost_texts(persona: Persona) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the first pairs of labelled texts, of which more would tell the cost of a trait no better."""
+    return persona.labelled_positive[:N_COST_PAIRS], persona.labelled_negative[:N_COST_PAIRS]
 
 
 def search_key(run: Run) -> str:
@@ -325,7 +330,7 @@ def trait_costs(run: Run) -> dict[str, float]:
 
 def _measure_costs(run: Run) -> dict[str, Any]:
     personas = [persona for persona in run.inputs.personas if persona.labelled_positive]
-    sides = [texts for each in personas for texts in (each.labelled_positive, each.labelled_negative)]
+    sides = [texts for each in personas for texts in _cost_texts(each)]
     size, dtype = run.config.evaluation_batch_size, run.inputs.evaluation_dtype
     chunks = [({"source": [""] * len(texts)}, list(texts), size, dtype) for texts in sides]
     with closing(run.executor.run("perplexities", chunks)) as results:
