@@ -66,7 +66,7 @@ def test_values_are_the_specifications(is_shipped):
 
 def test_the_example_is_two_names_and_little_else_and_one_file_writes_out_every_key_of_it():
     example, written_out = (parse_json(path) for path in (SHIPPED[0], ROOT / "configs" / "all_keys.json"))
-    assert example.keys() == {*NAMES, "personas", "n_test_prompts"}
+    assert example.keys() == {*NAMES, "personas", "n_test_prompts", "n_seeds", "strength_curve"}
     assert written_out.keys() == set(ExperimentConfig.model_fields)
     assert load_config(written_out) == load_config(example)
 

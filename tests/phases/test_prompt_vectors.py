@@ -23,7 +23,10 @@ from support.tiny_models import tiny_model
 from texts.personas import load_prompts
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-BAND = {"source_layer_idx": [0, 2], "target_layer_idx": [1, 3]}
+BAND = {
+    "source_layer_idx": [0, 2],
+    "target_layer_idx": [1, 2],
+}  # below the last, whose norm is read behind it
 LAYERS = {"source_layer_idx": None, "target_layer_idx": None, "layer_idx": "auto"}
 BACKWARDS = {**ASKED, "instruction": [{"pos": "Count.", "neg": "Guess."}]}
 SHORT = {"n_seeds": 1, "max_new_tokens": 4, "extraction_resamples": 0, "check_source_vectors": False}
