@@ -214,24 +214,26 @@ class ActivationExtractor:
 
         positions: `aligned`, see `aligned_positions.token_ends`; or `last`: the last token alone, and none
             of a text that is cut, because other models may end it elsewhere.
-        prompts: precede each text, none by default. Their tokens are returned, their ends are not. A special
-            token is a token in a prompt, and words in a text.
+        prompts: precede each text, none by default. Their tokens are returned, their ends are not; but with
+            `last` a text may be empty, and the token is its prompt's, from which a response would begin. A
+            special token is a token in a prompt, and words in a text.
         Raises InputError: an empty text, or a token without embedding; texts count from `first_index`.
         """
-        self._check_texts(texts, first_index)
         prompts = [""] * len(texts) if prompts is None else prompts
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        self._check_texts(whole if positions == "last" else texts, first_index)
         if positions == "last":
             tokens = encode(self.tokenizer, texts, self.model, first_index, prompts)
-            lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
-            ends = [{length: len(ids) - 1} for length, ids in zip(lengths, tokens, strict=True)]
+            ends = [{len(text): len(ids) - 1} for text, ids in zip(texts, tokens, strict=True)]
         else:
             tokens, offsets = encode_with_offsets(self.tokenizer, texts, self.model, first_index, prompts)
             special = set(self.tokenizer.all_special_ids)
-            ends = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
-        kept = [
-            {end - len(prompt): i for end, i in of_text.items() if end > len(prompt) and i < self.max_length}
-            for prompt, of_text in zip(prompts, ends, strict=True)
-        ]
+            found = [token_ends(*sides, special) for sides in zip(tokens, offsets, strict=True)]
+            ends = [
+                {end - len(prompt): i for end, i in of_text.items() if end > len(prompt)}
+                for prompt, of_text in zip(prompts, found, strict=True)
+            ]
+        kept = [{end: i for end, i in of_text.items() if i < self.max_length} for of_text in ends]
         return self._cut(tokens), kept
 
     def extract_persona_vector(
@@ -414,7 +416,8 @@ def paired_activations(
     texts: strings, or (prefix for the source, prefix for the target, text); a prefix is read before the
         text and gives no pairs. They are consumed as they are needed.
     positions: `aligned`, every place where both tokenizers end a token on the same character, see
-        `aligned_positions`; or `last`, the last token of each text, which works with any tokenizer.
+        `aligned_positions`; or `last`, the last token of each text, which works with any tokenizer; of an
+        empty text, the last one of its prefixes.
     source_layers, target_layers: layers to read in the one pass; the extractors' own by default.
     Raises InputError: an unknown `positions`, a tokenizer without offsets, an empty text, or an
     activation that is not finite (the text is named).

@@ -19,15 +19,23 @@ from typing import Any
 
 import torch
 from scipy import stats
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
 from decoding.output_head import narrowed_head, token_log_likelihoods
 from decoding.steering_hooks import unsteered
+from judging.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
+from judging.judge_answers import Judge, Judgement
 from model_loading import context_length, evaluation_mode, filler_token_id, pad_tokens, plain_model
-from scoring.degenerate_text import COLLAPSE_THRESHOLD, REPETITION_N, distinct_share, units, word_count
-from scoring.gpt_judge import COHERENCE_PROMPT, GPTJudge, trait_prompt
-from scoring.judge_answers import Judge, Judgement
+from scoring.degenerate_text import (
+    COLLAPSE_THRESHOLD,
+    REPETITION_N,
+    distinct_share,
+    non_word_share,
+    units,
+    word_count,
+)
 from support.errors import InputError
 from texts.chat import Prompt, plain_text, prompt_text
 from texts.encoding import encode_continuations
@@ -43,6 +51,7 @@ METRICS = {
     "is_collapsed": SHARE,
     "distinct_1": SHARE,
     "distinct_2": SHARE,
+    "non_words": SHARE,
     "n_words": (0.0, math.inf),
     "n_characters": (0.0, math.inf),
     "gpt4_coherence_score": (1.0, 5.0),
@@ -70,6 +79,7 @@ class EvaluationResult:
     is_collapsed: bool | None  # repetition above 0.5, or no word at all
     distinct_1: float | None  # different words and marks / all of them (Li et al. 2016)
     distinct_2: float | None  # the same of pairs
+    non_words: float | None  # share of words that do not exist
     n_words: int
     n_characters: int
     trait_scores: dict[str, float | None]  # column of a scorer -> score for the trait of the text's persona
@@ -97,6 +107,7 @@ class Evaluator:
     independent: (model, tokenizer) for `independent_perplexity`.
     batch_size: texts in a batch for perplexity; halved when memory runs out.
     every_persona: the column whose scorers score every text for every persona.
+    allowed_words: what `degenerate_text.words_of` returned of texts whose words all exist.
     Raises InputError: use_gpt4 without a judge and without a key. ValueError: a wrong column.
     """
 
@@ -110,6 +121,7 @@ class Evaluator:
     independent: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
     batch_size: int = 8
     every_persona: str = TRAIT_COLUMN
+    allowed_words: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.judge = (self.judge or GPTJudge()) if self.use_gpt4 else None
@@ -180,6 +192,7 @@ class Evaluator:
                 perplexity=perplexities[index] if row["output"].strip() else None,
                 independent_perplexity=independent[index] if row["output"].strip() else None,
                 **repetition_metrics(row["output"]),
+                non_words=non_word_share(row["output"], self.allowed_words),
                 n_characters=len(row["output"].strip()),
                 trait_scores={column: scores[index].get(persona) for column, scores in by_column.items()},
                 trait_probabilities=by_column[self.every_persona][index] if for_every else {},
@@ -283,29 +296,29 @@ def _perplexities(
     model: PreTrainedModel, texts: Sequence[tuple[list[int], int]], batch_size: int
 ) -> list[float]:
     """Return the perplexity of each text; texts: (tokens, index of the first scored token, 1 or more)."""
-    before_scored = torch.empty(0)
+    # Rows and columns of the tokens before the scored ones, (scored,) each. A mask would have to be read for
+    # how many they are, and an accelerator is waited for then.
+    rows = columns = torch.empty(0)
+
+    def before_scored(values: Tensor) -> Tensor:
+        return values[rows.to(values.device), columns.to(values.device)]
 
     def run(indices: list[int]) -> list[float]:
-        nonlocal before_scored
+        nonlocal rows, columns
         batch = [texts[index] for index in indices]
         # With padding on the right causality hides it, and no mask is needed.
         tokens, _ = pad_tokens([ids for ids, _ in batch], filler_token_id(model), "right", model.device)
-        before_scored = torch.zeros_like(tokens, dtype=torch.bool)
-        for row, (ids, start) in enumerate(batch):
-            before_scored[row, start - 1 : len(ids) - 1] = True
+        places = [(row, i - 1) for row, (ids, start) in enumerate(batch) for i in range(start, len(ids))]
+        rows, columns = torch.tensor(places, device=model.device).unbind(1)
         logits = model(input_ids=tokens, use_cache=False).logits
         # A model whose head cannot be narrowed returns the logits of all tokens.
-        logits = logits[before_scored.to(logits.device)] if logits.shape[:2] == tokens.shape else logits[0]
-        following = tokens.roll(-1, dims=1)[before_scored]
-        likelihood = token_log_likelihoods(logits, following.to(logits.device))
+        logits = before_scored(logits) if logits.shape[:2] == tokens.shape else logits[0]
+        likelihood = token_log_likelihoods(logits, tokens[rows, columns + 1].to(logits.device))
         parts = likelihood.split([len(ids) - start for ids, start in batch])
-        return [math.exp(-part.mean().item()) for part in parts]
+        return [math.exp(-mean) for mean in torch.stack([part.mean() for part in parts]).tolist()]
 
     # Logits at the prompt's tokens would take most of the memory, and they are not needed.
-    with (
-        evaluation_mode(model),
-        narrowed_head(model, lambda hidden: hidden[before_scored.to(hidden.device)][None]),
-    ):
+    with evaluation_mode(model), narrowed_head(model, lambda hidden: before_scored(hidden)[None]):
         return run_in_batches(run, [len(ids) for ids, _ in texts], batch_size, "perplexity")
 
 

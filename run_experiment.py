@@ -41,11 +41,10 @@ from experiment.plan import Row, SteeringVectors
 from experiment.run import Run
 from model_loading import quiet_transformers
 from phases.check_setup import PreflightError, check_judge, check_setup
-from phases.choose_alphas import choose_alphas, required_alphas
+from phases.choose_alphas import choose_alphas, choose_extraction, required_alphas, write_protocol
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
-from phases.dry_run import conditions_of, describe_run, verdict_gaps
 from phases.fit_maps import LearnedMaps, fit_maps
 from phases.generate_texts import generate_texts, generated_texts
 from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors, resample_vectors
@@ -57,6 +56,7 @@ from support.artifacts import check_writable, load_json, save_json
 from support.errors import InputError
 from support.progress import logged_progress, working
 from support.run_folder import RunFolder
+from tools.dry_run import conditions_of, describe_run, verdict_gaps
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ class PersonaTransferExperiment:
             if run.inputs.judge:
                 logger.info("judge: %s", run.inputs.judge.name)
             run = choose_layers(run, may_search=1 in chosen)
+            with working("choice of what vectors are made from"):
+                run = choose_extraction(run, may_choose=1 in chosen)
             for pair in run.inputs.layer_pairs:
                 logger.info("source layer %d, target layer %d", *pair)
             if set(chosen) & {1, 2, 3}:
@@ -136,7 +138,7 @@ class PersonaTransferExperiment:
         """Phase 1: write config.json and check the set-up."""
         with _phase(run, 1, "setup"):
             run.folder.lock()
-            save_json(run.folder.path / "config.json", self.config.model_dump())
+            save_json(run.folder.path / "config.json", run.config.model_dump())
             check_setup(run)
 
     def learn_mapping(self, run: Run) -> tuple[LearnedMaps, ...]:
@@ -155,13 +157,15 @@ class PersonaTransferExperiment:
             return vectors
 
     def generate(self, run: Run, vectors: dict[str, Any] | None = None) -> list[Row]:
-        """Phase 4: choose the alphas, and generate every text of the grid that is not cached.
+        """Phase 4: choose the alphas, write all choices down, and generate every text that is not cached.
 
         vectors: what `persona_vectors.pt` holds; else that of an earlier run. Returns the rows.
         """
         with _phase(run, 4, "generate"):
             steering = SteeringVectors.from_content(vectors or PERSONA_VECTORS.require(run))
-            return generate_texts(run, grid_rows(run, choose_alphas(run, steering)), steering)
+            alphas = choose_alphas(run, steering)
+            write_protocol(run)
+            return generate_texts(run, grid_rows(run, alphas), steering)
 
     def evaluate(
         self, run: Run, vectors: dict[str, Any] | None = None, texts: Sequence[Row] | None = None
@@ -197,7 +201,7 @@ class PersonaTransferExperiment:
         ablation = {"layers": ablate_layers, "samples": ablate_samples, "blocks": ablate_blocks}[what]
         with self._running() as run:
             started = time.perf_counter()
-            run = choose_layers(run, may_search=True)
+            run = choose_extraction(choose_layers(run, may_search=True), may_choose=True)
             with working(f"ablation of {what}"):
                 ablation(run if what == "samples" else collect_responses(run))
             logger.info("ablation of %s done in %.0f s", what, time.perf_counter() - started)

@@ -1,24 +1,23 @@
-"""Steer more and more blocks of the target, each at the alpha that leaves text coherent (`--ablate blocks`).
+"""Steer more and more blocks, at the alpha that leaves native text coherent (`--ablate blocks`).
 
-Only development prompts are used: for each number of blocks, persona and method an alpha is searched for (see
-`analysis.alpha_search`), and the trait and perplexity of the texts at that alpha are compared. Its files
-stand in `ablation_blocks/`. Controls that are read from another source are left out: they would need maps of
-their own at each block.
+Only development prompts are used: for each number of blocks and persona the native vector's alpha is searched
+for (see `analysis.alpha_search`), and the trait and perplexity of every method's texts at that alpha are
+compared. Its files stand in `ablation_blocks/`. Controls that are read from another source are left out: they
+would need maps of their own at each block.
 """
 
 import logging
 from dataclasses import replace
-from statistics import fmean
+from itertools import product
 from typing import Any
 
-from analysis.alpha_search import AlphaKey, ChosenAlpha
-from experiment.plan import UNSTEERED_CELL, SteeringVectors
+from analysis.alpha_search import AlphaKey, AlphaPoint
+from experiment.plan import SteeringVectors
 from experiment.run import Run
 from maps.layer_bands import nested_bands
-from phases.choose_alphas import ALPHA_SEARCH, find_alphas, trait_costs
+from phases.choose_alphas import find_alphas, measure_at, search_key, trait_costs, unsteered_traits
 from phases.fit_maps import fit_maps
-from phases.generate_texts import generate_development
-from phases.make_vectors import make_vectors
+from phases.make_vectors import make_vectors, vector_key
 from reporting.figures_ablations import block_ablation_figure
 from reporting.style import save_figure
 from reporting.tables import markdown_table
@@ -51,9 +50,11 @@ def ablate_blocks(run: Run) -> None:
                 vectors = make_vectors(at_band, [maps[pair] for pair in at_band.inputs.layer_pairs])
                 steering = SteeringVectors.from_content(vectors)
                 logger.info("%d blocks: %s", len(band), ", ".join(map(str, at_band.inputs.target_layers)))
-                found, _ = find_alphas(at_band, steering)
-                points += _points(at_band, steering, found)
-                keys.append(ALPHA_SEARCH.key(at_band))
+                cells = list(product(config.persona_names, config.steered_conditions))
+                chosen = {name: found.alpha for (name, _), found in find_alphas(at_band, steering).items()}
+                measured = measure_at(at_band, steering, {cell: chosen[cell[0]] for cell in cells})
+                points += _points(at_band, steering, measured)
+                keys.append([search_key(at_band), [vector_key(at_band, *cell) for cell in cells]])
         costs = trait_costs(everything)
     key = fingerprint(keys)
     run.folder.save(NAME, key, {"trait_costs": costs, "points": points})
@@ -62,35 +63,25 @@ def ablate_blocks(run: Run) -> None:
     logger.info("%d bands, %s", len(bands), run.folder.path / NAME)
 
 
-def _points(run: Run, steering: SteeringVectors, found: dict[AlphaKey, ChosenAlpha]) -> list[dict[str, Any]]:
-    unsteered = _unsteered_traits(run, steering)
+def _points(
+    run: Run, steering: SteeringVectors, measured: dict[AlphaKey, AlphaPoint]
+) -> list[dict[str, Any]]:
+    unsteered = unsteered_traits(run, steering)
     points = []
-    for (persona, method), chosen in found.items():
-        trait, before = chosen.point.trait_probability, unsteered[persona]
+    for (persona, method), found in measured.items():
+        trait, before = found.trait_probability, unsteered[persona]
         points.append(
             {
                 "persona": persona,
                 "method": method,
                 "target_layers": run.inputs.target_layers,
-                "alpha": chosen.alpha,
-                "is_coherent": chosen.is_coherent,
+                "alpha": found.alpha,
+                "is_coherent": found.is_coherent,
                 "trait_change": None if None in (trait, before) else trait - before,
-                "perplexity_ratio": chosen.point.perplexity_ratio,
+                "perplexity_ratio": found.perplexity_ratio,
             }
         )
     return points
-
-
-def _unsteered_traits(run: Run, steering: SteeringVectors) -> dict[str, float | None]:
-    """Return persona -> mean trait probability of the unsteered texts that the search has generated."""
-    (rows,) = generate_development(run, [UNSTEERED_CELL], steering, run.config.alpha_search.n_seeds)
-    traits = {}
-    for name in run.config.persona_names:
-        classifier = run.inputs.classifiers.get(name)
-        scores = classifier.score([row["output"] for row in rows]) if classifier else []
-        present = [score for score in scores if score is not None]
-        traits[name] = fmean(present) if present else None
-    return traits
 
 
 def _cells(point: dict[str, Any]) -> tuple[str, ...]:

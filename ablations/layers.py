@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiment.conditions import MAPPED, ORACLE
+from experiment.conditions import MAPPED
 from experiment.inputs import Inputs
 from experiment.plan import SteeringVectors
 from experiment.run import Run
@@ -75,7 +75,7 @@ def _inputs_at(inputs: Inputs, pair: LayerPair) -> Inputs:
     config, prompts = inputs.config.without_source_controls(), inputs.development_prompts
     alphas = config.alpha_values
     if alphas != "auto":
-        ordered = {name: sorted(config.alphas_of(name, ORACLE)) for name in config.persona_names}
+        ordered = {name: sorted(config.alphas_of(name)) for name in config.persona_names}
         alphas = {name: [values[(len(values) - 1) // 2]] for name, values in ordered.items()}
     changed = {
         "layer_idx": None,

@@ -1,21 +1,21 @@
-"""Find how strongly each vector can be added before the text stops being coherent (phases 4 and 5).
+"""Find how strongly a vector can be added before the text stops being coherent (phase 4).
 
-With `"alpha_values": "auto"`, the strongest alpha whose texts on the development prompts stay within a stated
-bound of the unsteered ones is searched for by bisection on log alpha, for each persona and method, all side
-by side, so that a round is one batch of generations. The trait is reported and never used to choose. With
-listed alphas, the verdict compares at the strongest coherent one of them.
+With `"alpha_values": "auto"`, the strongest alpha at which the native vector's texts on the development
+prompts stay within a stated bound of the unsteered ones is searched for by bisection on log alpha, for all
+personas side by side, so that a round is one batch of generations. The trait is reported and never used to
+choose. Of listed alphas, the strongest coherent one is chosen in the same way, on the same texts.
 
 Some traits raise perplexity by themselves: text that talks like a pirate is less predictable than text that
 does not. The bound is on what exceeds the trait's own perplexity ratio, if that is given.
 
-After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 7 evaluations between 0.5 and 10 come
-within 5 % of a threshold. Coherence need not fall steadily with alpha: an alpha that is called coherent was
+After k midpoints the bracket is left (high / low) ** (1 / 2**k) wide: 5 evaluations between 0.05 and 2 come
+within 12 % of a threshold. Coherence need not fall steadily with alpha: an alpha that is called coherent was
 measured to be, and the next stronger one measured is not, but others can go unseen. Few prompts make a noisy
 ratio, and an alpha chosen by it looks a little more coherent here than on other prompts.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from analysis.results_table import condition_alphas, paired_with_unsteered, perplexity_ratio
-from experiment.conditions import ORACLE
+from analysis.results_table import perplexity_ratio
 from support.errors import InputError
 from support.progress import each
 
@@ -37,21 +36,23 @@ class ScoredText:
 
     perplexity: of the continuation by an independent model; None of an empty text; infinite or NaN is a text
         that is not coherent.
-    repetition: share of repeated 3-grams. trait_probability: by the persona's classifier.
+    repetition: share of repeated 3-grams. non_words: share of words that do not exist. trait_probability: by
+        the persona's classifier.
     """
 
     perplexity: float | None
     repetition: float | None
     trait_probability: float | None = None
+    non_words: float | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ScoredText":
         """Return the metrics of a row; a perplexity that a text of some words lacks counts as infinite."""
-        names = ("independent_perplexity", "repetition", "trait_probability")
-        perplexity, repetition, trait = (None if pd.isna(row.get(name)) else row[name] for name in names)
+        names = ("independent_perplexity", "repetition", "trait_probability", "non_words")
+        perplexity, *others = (None if pd.isna(row.get(name)) else row[name] for name in names)
         if perplexity is None and row["output"].strip():
             perplexity = math.inf  # JSON holds no such number
-        return cls(perplexity, repetition, trait)
+        return cls(perplexity, *others)
 
     @property
     def is_finite(self) -> bool:
@@ -69,11 +70,13 @@ class CoherenceBound:
     """How far steered text may be from the unsteered text and still count as coherent.
 
     max_perplexity_ratio: see `results_table.perplexity_ratio`. max_repetition_increase: of the mean rate.
+    max_non_words_increase: of the mean share of words that do not exist.
     More empty texts than unsteered are never coherent, nor is a perplexity that is not finite.
     """
 
     max_perplexity_ratio: float = 1.5
     max_repetition_increase: float = 0.05
+    max_non_words_increase: float = 0.02
 
     def of_trait(self, cost: float) -> "CoherenceBound":
         """Return the bound of text that shows a trait which is `cost` times as perplexing by itself."""
@@ -89,7 +92,8 @@ class AlphaPoint:
 
     perplexity_ratio: over pairs, which are the same prompt and seed with both perplexities finite; None
         without pairs.
-    repetition_increase: difference of means over the texts where both rates exist, or None.
+    repetition_increase, non_words_increase: difference of means over the texts where both rates exist, or
+        None.
     n_pairs: behind the ratio. n_missing: steered texts without a finite perplexity.
     reason: every bound that failed, or None. is_coherent: none did.
     trait_probability: mean over the steered texts that have one, or None.
@@ -103,6 +107,7 @@ class AlphaPoint:
     is_coherent: bool
     reason: str | None
     trait_probability: float | None = None
+    non_words_increase: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,13 @@ class ChosenAlpha:
     """The strongest coherent alpha of a persona and method, and everything measured on the way.
 
     is_coherent: False only if nothing was, not even the lowest alpha, which is then given as `alpha`.
-    at: `highest` or `lowest` if `alpha` is that end of the bracket, else `inside`.
-    curve: sorted by alpha.
+    at: `highest` or `lowest` if `alpha` is that end of the bracket, else `inside`; `listed` without a search.
+    curve: sorted by the size of alpha.
     """
 
     alpha: float
     is_coherent: bool
-    at: Literal["inside", "highest", "lowest"]
+    at: Literal["inside", "highest", "lowest", "listed"]
     curve: list[AlphaPoint]
 
     @property
@@ -160,6 +165,25 @@ def search_alphas(
     return {key: _choose(curve, bracket) for key, curve in curves.items()}
 
 
+def choose_listed(
+    listed: Mapping[AlphaKey, Sequence[float]],
+    measure: Measure,
+    unsteered: Sequence[ScoredText],
+    bound: CoherenceBound = DEFAULT_BOUND,
+    trait_costs: Mapping[str, float] = MappingProxyType({}),
+) -> dict[AlphaKey, ChosenAlpha]:
+    """Return the strongest coherent one of each key's listed alphas, or the weakest.
+
+    All are measured at once. The other arguments are those of `search_alphas`.
+    """
+    asked = [(key, alpha) for key, alphas in listed.items() for alpha in alphas]
+    curves: dict[AlphaKey, list[AlphaPoint]] = {key: [] for key in listed}
+    for (key, alpha), texts in zip(asked, measure(asked), strict=True):
+        of_persona = bound.of_trait(trait_costs.get(key[0], 1.0))
+        curves[key].append(compare(alpha, texts, unsteered, of_persona))
+    return {key: _choose(curve) for key, curve in curves.items()}
+
+
 def _check_unsteered(unsteered: Sequence[ScoredText]) -> None:
     none = f"none of the {len(unsteered)} unsteered texts has a"
     if not any(text.is_finite for text in unsteered):
@@ -180,12 +204,15 @@ def _next_alpha(curve: Sequence[AlphaPoint], bracket: tuple[float, float], is_la
     return math.sqrt(low) * math.sqrt(high)
 
 
-def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float]) -> ChosenAlpha:
-    """Return the largest coherent alpha, or the lowest, which a search without any measured last."""
-    curve = sorted(curve, key=lambda point: point.alpha)
+def _choose(curve: Sequence[AlphaPoint], bracket: tuple[float, float] | None = None) -> ChosenAlpha:
+    """Return the strongest coherent alpha, or the weakest, which a search without any measured last.
+
+    bracket: of the search; None of a list.
+    """
+    curve = sorted(curve, key=lambda point: abs(point.alpha))
     best = next((point for point in reversed(curve) if point.is_coherent), curve[0])
-    at = {bracket[0]: "lowest", bracket[1]: "highest"}.get(best.alpha, "inside")
-    return ChosenAlpha(best.alpha, best.is_coherent, at, curve)
+    ends = dict(zip(bracket, ("lowest", "highest"), strict=True)) if bracket else {best.alpha: "listed"}
+    return ChosenAlpha(best.alpha, best.is_coherent, ends.get(best.alpha, "inside"), curve)
 
 
 def compare(
@@ -201,9 +228,8 @@ def compare(
     """
     pairs = list(zip(steered, unsteered, strict=True))
     ratio = perplexity_ratio(*([text.perplexity for text in texts] for texts in (steered, unsteered)))
-    rates = [(text.repetition, before.repetition) for text, before in pairs]
-    rates = [both for both in rates if None not in both]
-    increase = fmean(rate for rate, _ in rates) - fmean(rate for _, rate in rates) if rates else None
+    increase = _increase((text.repetition, before.repetition) for text, before in pairs)
+    non_words = _increase((text.non_words, before.non_words) for text, before in pairs)
     n_missing = sum(not text.is_finite for text in steered)
     n_empty = sum(text.perplexity is None for text in steered)
     failed = {
@@ -214,12 +240,19 @@ def compare(
         "perplexity": ratio is not None and ratio > bound.max_perplexity_ratio,
         "no repetition to compare": increase is None,
         "repetition": increase is not None and increase > bound.max_repetition_increase,
+        "non-words": non_words is not None and non_words > bound.max_non_words_increase,
     }
     reason = ", ".join(name for name, is_failed in failed.items() if is_failed) or None
     n_pairs = sum(text.is_finite and before.is_finite for text, before in pairs)
     traits = [text.trait_probability for text in steered if text.trait_probability is not None]
     trait = fmean(traits) if traits else None
-    return AlphaPoint(alpha, ratio, increase, n_pairs, n_missing, reason is None, reason, trait)
+    return AlphaPoint(alpha, ratio, increase, n_pairs, n_missing, reason is None, reason, trait, non_words)
+
+
+def _increase(rates: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the difference of means over the pairs of (steered, unsteered) where both rates exist."""
+    known = [both for both in rates if None not in both]
+    return fmean(rate for rate, _ in known) - fmean(rate for _, rate in known) if known else None
 
 
 def alphas_content(
@@ -241,47 +274,3 @@ def alphas_from_content(content: Mapping[str, Any]) -> dict[AlphaKey, ChosenAlph
         chosen = ChosenAlpha(entry["alpha"], entry["is_coherent"], entry["at"], curve)
         alphas[entry["persona"], entry["method"]] = chosen
     return alphas
-
-
-def compared_alphas(
-    table: pd.DataFrame,
-    personas: Sequence[str],
-    with_own_alphas: Collection[str],
-    bounds: Mapping[str, CoherenceBound],
-) -> dict[str, dict[str, float | None]]:
-    """Return persona -> condition -> the alpha at which the verdict compares.
-
-    table: from `results_table`. with_own_alphas: personas each of whose conditions has one alpha of its own,
-    searched or given. For the others it is the strongest listed alpha at which the oracle's texts are within
-    their bound, or the weakest.
-    """
-    chosen: dict[str, dict[str, float | None]] = {}
-    for persona in personas:
-        alphas = condition_alphas(table, persona)
-        common = None
-        if persona not in with_own_alphas and (listed := alphas.get(ORACLE)):
-            coherent = [alpha for alpha in listed if _is_coherent(table, persona, alpha, bounds[persona])]
-            common = max(coherent, key=abs) if coherent else min(listed, key=abs)
-        chosen[persona] = _at(common, alphas)
-    return chosen
-
-
-def _is_coherent(table: pd.DataFrame, persona: str, alpha: float, bound: CoherenceBound) -> bool:
-    steered, unsteered = (
-        [ScoredText.from_row(row) for row in texts.to_dict("records")]
-        for texts in paired_with_unsteered(table, persona, ORACLE, alpha)
-    )
-    return compare(alpha, steered, unsteered, bound).is_coherent
-
-
-def oracle_alphas(
-    table: pd.DataFrame, with_own_alphas: Collection[str]
-) -> dict[str, dict[str, float | None]]:
-    """Return the same with every condition at the oracle's alpha, for personas with alphas of their own."""
-    alphas = {persona: condition_alphas(table, persona) for persona in with_own_alphas}
-    return {persona: _at(found[ORACLE][0], found) for persona, found in alphas.items() if ORACLE in found}
-
-
-def _at(common: float | None, alphas: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
-    """Return condition -> the common alpha, or its first one where it was not steered at that."""
-    return {name: common if common in values else values[0] for name, values in alphas.items()}

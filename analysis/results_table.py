@@ -132,47 +132,43 @@ def effects_table(verdict: Mapping[str, Any], table: pd.DataFrame) -> pd.DataFra
     """Return a row for each persona, scorer and condition, as `effects.csv` holds it.
 
     draw: of a control of several vectors the one with the largest effect, whose numbers the row has.
-    verdict: what `verdict.json` holds. compared_at: `chosen alpha`, or `oracle alpha` where the conditions
-    were also compared at the oracle's. perplexity_ratio: of the written texts; plain_text_perplexity_ratio:
+    verdict: what `verdict.json` holds. perplexity_ratio: of the written texts; plain_text_perplexity_ratio:
     of neutral passages that are read under the steering. recovery, beyond_lexical: of the mapped vector, of
     the native effect and of what it is beyond the lexical control's. rate_raw: share of texts in which the
     scorer sees the trait; rate, rate_low, rate_high: the same corrected for the scorer's errors.
     """
-
     ratio = cache(partial(cell_perplexity_ratio, table))
     rows = []
-    for compared_at, key in (("chosen alpha", "personas"), ("oracle alpha", "at_oracle_alpha")):
-        plain = verdict["plain_text_perplexity_ratios"] if key == "personas" else {}
-        for persona, found in verdict[key].items():
-            for scorer, decided in found["scorers"].items():
-                shown = worst_draws({name: each["estimate"] for name, each in decided["effects"].items()})
-                for condition, name in shown.items():
-                    effect, alpha = decided["effects"][name], found["alphas"][condition]
-                    of_mapped = decided if condition == MAPPED else {}
-                    rates = decided["rates"].get(name) or {}
-                    rows.append(
-                        {
-                            "persona": persona,
-                            "scorer": scorer,
-                            "is_validated": decided["is_validated"],
-                            "condition": condition,
-                            "draw": name.partition(DRAWN)[2] or None,
-                            "alpha": alpha,
-                            "n_prompts": decided["n_prompts"],
-                            "effect": effect["estimate"],
-                            **{name: effect[name] for name in ("low", "high", "anti_steered")},
-                            "p_mapped_over_it": effect["p_mapped_over_it"],
-                            **_columns("recovery", of_mapped.get("recovery")),
-                            "lexical_control": of_mapped.get("lexical_control"),
-                            **_columns("beyond_lexical", of_mapped.get("beyond_lexical")),
-                            "rate_raw": rates.get("raw"),
-                            **_columns("rate", rates.get("corrected")),
-                            "perplexity_ratio": ratio(persona, name, alpha),
-                            "verdict": found["verdict"],
-                            "compared_at": compared_at,
-                            "plain_text_perplexity_ratio": plain.get(persona, {}).get(condition),
-                        }
-                    )
+    plain = verdict["plain_text_perplexity_ratios"]
+    for persona, found in verdict["personas"].items():
+        for scorer, decided in found["scorers"].items():
+            shown = worst_draws({name: each["estimate"] for name, each in decided["effects"].items()})
+            for condition, name in shown.items():
+                effect, alpha = decided["effects"][name], found["alphas"][condition]
+                of_mapped = decided if condition == MAPPED else {}
+                rates = decided["rates"].get(name) or {}
+                rows.append(
+                    {
+                        "persona": persona,
+                        "scorer": scorer,
+                        "is_validated": decided["is_validated"],
+                        "condition": condition,
+                        "draw": name.partition(DRAWN)[2] or None,
+                        "alpha": alpha,
+                        "n_prompts": decided["n_prompts"],
+                        "effect": effect["estimate"],
+                        **{name: effect[name] for name in ("low", "high", "anti_steered")},
+                        "p_mapped_over_it": effect["p_mapped_over_it"],
+                        **_columns("recovery", of_mapped.get("recovery")),
+                        "lexical_control": of_mapped.get("lexical_control"),
+                        **_columns("beyond_lexical", of_mapped.get("beyond_lexical")),
+                        "rate_raw": rates.get("raw"),
+                        **_columns("rate", rates.get("corrected")),
+                        "perplexity_ratio": ratio(persona, name, alpha),
+                        "verdict": found["verdict"],
+                        "plain_text_perplexity_ratio": plain.get(persona, {}).get(condition),
+                    }
+                )
     return pd.DataFrame(rows)
 
 

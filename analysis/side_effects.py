@@ -57,7 +57,7 @@ def largest_off_target(
     return largest
 
 
-def strength_curves(
+def curves_by_alpha(
     table: pd.DataFrame, personas: Sequence[str]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return persona -> condition -> points {alpha, perplexity_ratio, effect, low, high} by alpha.

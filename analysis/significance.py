@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -32,6 +33,15 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can hold of nested numbers: None in the place of one that is not finite."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def mean_interval(differences: Differences) -> Interval:

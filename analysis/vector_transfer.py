@@ -29,7 +29,8 @@ ABOUT_NATIVE = (
     "are of others."
 )
 ABOUT_VECTORS = (
-    "Persona vectors for the target. vectors: persona -> name -> (blocks, d_target) float32, rows of unit "
+    "Persona vectors for the target. kinds: persona -> what its vectors are made from. "
+    "vectors: persona -> name -> (blocks, d_target) float32, rows of unit "
     "norm; row i is added to the output of the target's decoder block layer_pairs[i][1], counted from 0. "
     "`oracle` is the target's own vector, `ridge_mapped` the source's under the map; the others are naive "
     "transfers and controls. A control whose source tells the texts apart by nothing has rows of zeros. "

@@ -7,9 +7,9 @@ controls, which know the source's words alone, by a share of the native effect b
 text-borne. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +17,13 @@ import pandas as pd
 
 from analysis.results_table import Alphas, at_alphas, prompt_means
 from analysis.significance import (
+    MARGIN,
     Interval,
     corrected_rate,
     equivalence_p,
     holm,
     mean_interval,
+    plain,
     prompts_needed,
     recovery,
     sign_flip_p,
@@ -46,6 +48,16 @@ TRANSFERRED, NOT_TRANSFERRED = 0.5, 0.25  # bounds of the recovery, as shares of
 ALL_COLLAPSE = 0.5  # share of collapsed texts under every vector from which steering itself is at fault
 NO_BETTER = 0.15  # share of the native effect; mapped surely exceeds the best control by less than this
 BEYOND_WORDS = 0.15  # share of the native effect by which mapped has to exceed the lexical controls
+# What a protocol states before anything is compared.
+VERDICT_BOUNDS = {
+    "fewest_prompts": FEWEST_PROMPTS,
+    "significant": SIGNIFICANT,
+    "equivalent_margin": MARGIN,
+    "native_works": NATIVE_WORKS,
+    "transferred": TRANSFERRED,
+    "not_transferred": NOT_TRANSFERRED,
+    "beyond_words": BEYOND_WORDS,
+}
 HIGH_SCORE, CEILING = 0.9, 0.3  # a share of native texts with higher scores above this is a ceiling
 LOWEST_SCORE = 0.001  # scores are clipped to it, and to 1 less it, before they become log-odds
 # From the most to the least that is claimed; of two scorers' verdicts, the later stands.
@@ -136,37 +148,36 @@ class Verdict:
 
     rests_on: the validated scorers. decided_by: the one whose verdict stands, None if no scorer is validated.
     alphas: condition -> the alpha at which it was compared. collapse_rates: condition with a vector -> share
-    of its texts that collapse.
+    of its texts that collapse. unreadable: the bounds that native steering breaks at every alpha, if it does.
     """
 
     verdict: str
-    reason: Literal["no scorer validated", "scorers disagree", "decided by scorer", "all collapse"]
+    reason: Literal[
+        "no scorer validated", "scorers disagree", "decided by scorer", "all collapse", "unreadable"
+    ]
     decided_by: str | None
     rests_on: tuple[str, ...]
     scorers: Mapping[str, ScorerVerdict]
     alphas: Mapping[str, float | None]
     collapse_rates: Mapping[str, float] = field(default_factory=dict)
+    unreadable: str | None = None
 
     def content(self) -> dict[str, Any]:
         """Return the verdict as JSON holds it; the ends of an unbounded interval are None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return list(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return plain(asdict(self))
 
 
 def decide_verdicts(
-    table: pd.DataFrame, alphas: Alphas, validation: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    table: pd.DataFrame,
+    alphas: Alphas,
+    validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    unreadable: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Verdict]:
     """Return persona -> its verdict at these alphas.
 
     table: from `results_table`. validation: persona -> scorer -> what `scoring.validation.validate` returned;
-    a score that needs no validation says that it is validated.
+    a score that needs no validation says that it is validated. unreadable: persona -> the bounds that its
+    native vector breaks at every alpha, so that there was nothing to carry over.
     """
     texts = {persona: at_alphas(table, persona, of_persona) for persona, of_persona in alphas.items()}
     columns = {
@@ -203,7 +214,9 @@ def decide_verdicts(
         combined = _combined(scorers)
         if min(collapse_rates.values(), default=0.0) > ALL_COLLAPSE:
             combined = ("native steering ineffective", "all collapse", *combined[2:])
-        verdicts[persona] = Verdict(*combined, scorers, of_persona, collapse_rates)
+        if persona in unreadable:
+            combined = ("native steering ineffective", "unreadable", *combined[2:])
+        verdicts[persona] = Verdict(*combined, scorers, of_persona, collapse_rates, unreadable.get(persona))
     return verdicts
 
 

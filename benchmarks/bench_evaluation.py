@@ -1,6 +1,6 @@
 """Measure what the evaluation of a text costs, by metric, without a judge.
 
-    python benchmarks/bench_evaluation.py --run results/gemma_to_smol_chat [--texts 60] [--tokens 40]
+    python benchmarks/bench_evaluation.py --run results/gemma_to_smol [--texts 60] [--tokens 40]
 
 Every metric scores the same texts of a finished run, evenly from all its conditions. The metrics alternate,
 because other work on the machine changes each number, and the shortest time counts. Loading and training are
@@ -54,8 +54,6 @@ def metrics(inputs: Inputs, rows: list[dict[str, Any]]) -> Mapping[str, Callable
 
     def scores(name: str) -> list[list[float | None]]:
         scorers = list(inputs.scorers[name].values())
-        # The classifiers read every text for all personas, the others only for its own.
-        scorers = scorers if name == "classifier" else scorers[:1]
         turn = next(turns)  # makes the texts new, because the encoder remembers the last ones
         return [scorer.score([f"{text} {turn}" for text in outputs]) for scorer in scorers]
 

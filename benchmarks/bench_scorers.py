@@ -1,11 +1,13 @@
 """Measure the trait scorers on external test sets, which neither training nor validation knows.
 
     python benchmarks/bench_scorers.py --texts benchmarks/labelled_elsewhere.json
+    python benchmarks/bench_scorers.py --validation
     python benchmarks/bench_scorers.py --external [--filters FOLDER] [--at-most 1000]
 
 The file holds kind -> texts. A kind with the name of a persona shows that trait; no other kind shows any.
 Each scorer is tested against every kind but its own: area under the ROC curve, and share of texts above its
-threshold. `--external` does so with the texts of `external_texts.py`, which it fetches.
+threshold. `--external` does so with the texts of `external_texts.py`, which it fetches. `--validation` prints
+what the validation of each scorer says without a run.
 """
 
 import argparse
@@ -15,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import norm, rankdata
@@ -32,12 +33,23 @@ from benchmarks.external_texts import (
     find_filters,
     rated_texts,
 )
-from experiment.conditions import SCORERS, TRAINED_SCORERS
 from reporting.tables import markdown_table
+from scoring.encoders import ENCODERS
+from scoring.trait_scorer import TraitScorer, load_scorers, scorer_key
+from scoring.validation import remembered, shared_validation_texts, texts_of, validate, validation_sets
 from support.artifacts import load_json
 from texts.personas import load_persona, shipped_personas
 
 HEADER = ("persona", "sensitivity", "mean AUC", "lowest AUC", "false positives", "most false positives")
+VALIDATION_HEADER = (
+    "persona",
+    "encoder",
+    "sensitivity",
+    "lowest AUC",
+    "highest apparent score",
+    "most false positives",
+    "verdict",
+)
 EXTERNAL_HEADER = ("persona", "scorer", "set", "texts", "AUC [95 %]", "above threshold", "others above")
 
 
@@ -109,24 +121,51 @@ def labelled_tables(texts: dict[str, list[str]]) -> str:
     return "\n\n".join(f"{label}\n\n{markdown_table(HEADER, table)}" for label, table in tables.items())
 
 
-def trained_scorers(names: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield label, persona and scorer of each trained scorer of the named personas."""
+def validation_table() -> str:
+    """Return a line for each scorer: what its validation says on every set that does not depend on a run."""
+    table = []
+    for encoder_name, name, scorer in trained_scorers(shipped_personas()):
+        persona = load_persona(name)
+        sets = validation_sets(persona, *shared_validation_texts(persona))
+        score = remembered(scorer.score, scorer_key(persona, encoder_name), texts_of(sets))
+        found = validate(score, sets, scorer.threshold)
+        worst = {key: max(found[key], key=found[key].get) for key in ("apparent", "false_positives")}
+        lowest = min(found["auc"], key=found["auc"].get)
+        sensitivity = found["sensitivity"]
+        table.append(
+            (
+                name,
+                encoder_name,
+                f"{sensitivity['n_right']}/{sensitivity['n']}",
+                f"{found['auc'][lowest]:.2f} ({lowest})",
+                *(f"{found[key][where]:.0%} ({where})" for key, where in worst.items()),
+                "; ".join(found["problems"]) or "validated",
+            )
+        )
+    return markdown_table(VALIDATION_HEADER, sorted(table, key=itemgetter(0)))
+
+
+def trained_scorers(names: Sequence[str]) -> Iterator[tuple[str, str, TraitScorer]]:
+    """Yield encoder, persona and scorer of each trained scorer of the named personas."""
     personas = list(map(load_persona, shipped_personas()))
-    for kind in (SCORERS[name] for name in TRAINED_SCORERS):
-        for persona, scorer in kind.load(names, personas).items():
-            yield kind.label, persona, scorer
+    for encoder_name in ENCODERS:
+        for persona, scorer in load_scorers(names, personas, encoder_name).items():
+            yield encoder_name, persona, scorer
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, help="JSON file of kind -> texts")
+    parser.add_argument("--validation", action="store_true", help="sets that validate the scorers")
     parser.add_argument("--external", action="store_true", help="fetch texts with public labels")
     parser.add_argument("--filters", type=Path, help="folder of the programs of Debian's package filters")
     parser.add_argument("--at-most", type=int, default=500, help="texts of a side of an external set (500)")
     arguments = parser.parse_args()
-    if not (arguments.texts or arguments.external):
-        parser.error("give --texts, --external or both")
+    if not (arguments.texts or arguments.external or arguments.validation):
+        parser.error("give --texts, --validation, --external or several of them")
+    if arguments.validation:
+        print(validation_table(), end="\n\n")
     if arguments.texts:
         texts = load_json(arguments.texts)
         if not set(shipped_personas()) & set(texts):

@@ -1,6 +1,6 @@
 """Calibrate the verdict: what it says where the truth is known, and how often its interval covers.
 
-    python benchmarks/bench_verdict.py --run results/gemma_to_smol_chat
+    python benchmarks/bench_verdict.py --run results/gemma_to_smol
     python benchmarks/bench_verdict.py --synthetic
 
 Experiments are made by resampling prompts, the conditions of a prompt together: those of a finished run, of

@@ -17,10 +17,15 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+# What libraries say of an allocation that failed, in a RuntimeError that is no OutOfMemoryError.
+FAILED_ALLOCATIONS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that an allocation failed, on CUDA or on the CPU."""
-    is_on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return is_on_cpu or isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    """Tell whether an exception means that an allocation failed, on the CPU or an accelerator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FAILED_ALLOCATIONS)
 
 
 def length_sorted_batches(

@@ -3,6 +3,10 @@
 The loop of `model.generate` copies and searches all logits several times a step, which takes as long as
 the model itself when the vocabulary is large. This one computes the logits of the last position alone.
 Equal rows share the pass over their prompt, and rows leave the batch once an eighth of them has ended.
+
+The host launches an accelerator's work ahead of it, and stands still whenever it reads a value from there.
+So tokens stay on the device and are read together every few steps; rows that have ended meanwhile write
+tokens that are thrown away.
 """
 
 import inspect
@@ -15,11 +19,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from decoding.output_head import narrowed_head
+from decoding.row_sampler import NOT_FINITE
 from model_loading import evaluation_mode, n_layers, pad_tokens
 from support.errors import InputError
 
 # Dropping rows copies the cache, which takes about a fifteenth of a step.
 DROP_FRACTION = 8
+STEPS_BETWEEN_READS = 8  # on an accelerator; the CPU's tokens are read at every step, which costs nothing
 
 
 @torch.inference_mode()
@@ -64,13 +70,14 @@ def decode(
     """Return the new tokens of each prompt, without the token that ended it.
 
     prompts: token ids of each row; padded on the left.
-    choose: (logits (rows, vocabulary), row indices (rows,), step) -> chosen tokens (rows,). The logits
-        are valid until the next step.
+    choose: (logits (rows, vocabulary), row indices (rows,), step) -> chosen tokens (rows,), NOT_FINITE where
+        there is none to choose. The logits are valid until the next step.
     ends: tokens that end a row.
     on_rows_change: called with the indices of the rows in the batch, (rows,), whenever they change.
     row_keys: rows with equal keys have the same prompt, which passes through the model once, and are
         treated equally by hooks.
-    Raises InputError for a model with a state that is neither in the cache nor in the tokens.
+    Raises InputError for logits that are not finite, and for a model with a state that is neither in the
+    cache nor in the tokens.
     """
     keys = range(len(prompts)) if row_keys is None else row_keys
     place = {key: index for index, key in enumerate(dict.fromkeys(keys))}
@@ -78,33 +85,58 @@ def decode(
     distinct = [copies.index(index) for index in range(len(place))]
     rows = torch.arange(len(prompts), device=model.device)
     batch = _Batch(model, [prompts[row] for row in distinct], pad_id, max_new_tokens)
-    new: list[list[int]] = [[] for _ in prompts]
-    ended: set[int] = set()
+    written = _Written(len(prompts), ends)
+    n_between = 1 if model.device.type == "cpu" else STEPS_BETWEEN_READS
     with evaluation_mode(model), narrowed_head(model, lambda hidden: hidden[:, -1:]):
         if is_shared := len(distinct) < len(rows):
             on_rows_change(rows[distinct])
         logits = batch.prefill()
         if is_shared:
-            logits = logits[copies]
-            batch.take(torch.tensor(copies, device=model.device))
+            logits = logits[batch.take(copies)]
             on_rows_change(rows)
+        unread = []
         for step in range(max_new_tokens):
             chosen = choose(logits, rows, step).to(model.device)
-            for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
-                if token in ends:
-                    ended.add(row)
-                elif row not in ended:
-                    new[row].append(token)
-            if step + 1 == max_new_tokens or len(ended) == len(prompts):
-                break
-            is_left = torch.tensor([row not in ended for row in rows.tolist()], device=model.device)
-            if (~is_left).sum() * DROP_FRACTION >= len(rows):
-                kept = is_left.nonzero()[:, 0]
-                rows, chosen = rows[kept], chosen[kept]
-                batch.take(kept)
-                on_rows_change(rows)
+            unread.append(chosen)
+            is_last = step + 1 == max_new_tokens
+            if is_last or len(unread) == n_between:
+                left = written.read(unread)
+                unread = []
+                if is_last or not left:
+                    break
+                if (len(rows) - len(left)) * DROP_FRACTION >= len(rows):
+                    kept = batch.take(left)
+                    rows, chosen = rows[kept], chosen[kept]
+                    written.keep(left)
+                    on_rows_change(rows)
             logits = batch.step(chosen)
-    return new
+    return written.tokens
+
+
+class _Written:
+    """The new tokens of all rows, as far as they are read, and the rows that are in the batch."""
+
+    def __init__(self, n_rows: int, ends: Collection[int]) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
+        self.in_batch, self.ends, self.ended = list(range(n_rows)), ends, set()
+
+    def read(self, steps: Sequence[Tensor]) -> list[int]:
+        """Take the tokens (rows,) of each step. Return the places in the batch of rows that go on."""
+        for row, tokens in zip(self.in_batch, torch.stack(list(steps), dim=1).tolist(), strict=True):
+            for token in tokens:
+                if row in self.ended:
+                    break
+                if token == NOT_FINITE:
+                    raise InputError("the logits are not finite; lower alpha, or use bfloat16 or float32")
+                if token in self.ends:
+                    self.ended.add(row)
+                else:
+                    self.tokens[row].append(token)
+        return [place for place, row in enumerate(self.in_batch) if row not in self.ended]
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Continue with the rows at these places of the batch."""
+        self.in_batch = [self.in_batch[place] for place in places]
 
 
 class _Batch:
@@ -115,6 +147,7 @@ class _Batch:
     ) -> None:
         self.model = model
         self.prompts, self.mask = pad_tokens(prompts, pad_id, "left", model.device)
+        self.is_padded = [len(prompt) < self.mask.shape[1] for prompt in prompts]
         self.takes_positions = _takes(model, "position_ids")
         self.cache = _preallocated_cache(model, self.mask.shape[1] + max_new_tokens)
 
@@ -131,18 +164,30 @@ class _Batch:
     def step(self, chosen: Tensor) -> Tensor:
         """Return the logits behind each row's new token, chosen (rows,)."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
-        return self._pass(chosen[:, None])
+        # A row without a token goes on with any, until that is read.
+        return self._pass(chosen[:, None].clamp(min=0))
 
-    def take(self, rows: Tensor) -> None:
-        """Continue with these rows, (n,) int64; an index may occur several times."""
-        self.mask = self.mask[rows]
-        self.cache.reorder_cache(rows)
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """Continue with these rows, of which one may occur several times; return them on the device."""
+        self.is_padded = [self.is_padded[row] for row in rows]
+        index = torch.tensor(rows, device=self.model.device)
+        self.mask = self.mask[index]
+        self.cache.reorder_cache(index)
+        return index
 
     def _pass(self, tokens: Tensor) -> Tensor:
-        options = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
+        # transformers reads from a mask whether it hides anything. It need not: without padding it gets none,
+        # and with a cache that can be compiled it makes the mask of a step unread.
+        self.cache.is_compileable = any(self.is_padded)
+        mask = self.mask if any(self.is_padded) else None
+        options = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
         if self.takes_positions:
             options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         return self.model(input_ids=tokens, **options).logits[:, -1]
+
+
+class _Cache(DynamicCache):
+    is_compileable = False  # a property of all layers otherwise, which an instance cannot set
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -177,12 +222,12 @@ class _PreallocatedLayer(DynamicLayer):
             self.update(*kept)
 
 
-def _preallocated_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+def _preallocated_cache(model: PreTrainedModel, capacity: int) -> _Cache:
     """Return the model's cache, preallocated in the layers that keep all `capacity` positions."""
     config = model.config.get_text_config(decoder=True)
     if config.num_hidden_layers != n_layers(model):
-        return DynamicCache()  # grows as the blocks ask: the configuration does not tell how many there are
-    cache = DynamicCache(config=model.config)
+        return _Cache()  # grows as the blocks ask: the configuration does not tell how many there are
+    cache = _Cache(config=model.config)
     for index, layer in enumerate(cache.layers):
         is_short = type(layer) is DynamicSlidingWindowLayer and capacity <= layer.sliding_window
         if type(layer) is DynamicLayer or is_short:

@@ -3,6 +3,10 @@
 Temperature, top-k and top-p apply in this order, as in transformers. The choice inverts the cumulative
 distribution over tokens in descending order of probability (equal ones in ascending order of their id). The
 largest few hundred logits decide for most rows, and a row that they leave undecided gets more.
+
+The host would have to wait for an accelerator to learn which rows are undecided. There, a limit of k is
+decided for all rows by their k largest logits and a count of those that tie with the k-th; only without such
+a limit is one value read at each step.
 """
 
 import hashlib
@@ -14,9 +18,10 @@ from decoding.output_head import total_weight
 from support.errors import InputError
 from support.vocabulary import LOWEST_TEMPERATURE
 
+NOT_FINITE = -1  # stands for the token of a row whose logits are not finite
 BLOCK = 64
 FIRST_SIZES = (256, 4096)
-MARGIN = 14  # for ties with the k-th logit, which transformers keeps all
+MARGIN = 14  # on the CPU, for ties with the k-th logit, which transformers keeps all
 
 
 class RowSampler:
@@ -39,35 +44,86 @@ class RowSampler:
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Return the chosen token of each row, (rows,) int64.
+        """Return the chosen token of each row, (rows,) int64; NOT_FINITE where its logits are not.
 
         logits: (rows, vocabulary), any float dtype; with contiguous rows or contiguous columns.
         uniform: (rows,) numbers in [0, 1), on any device.
-        Raises InputError: logits that are not finite.
         """
-        n_rows, size = logits.shape
+        if logits.dtype == torch.float64:
+            logits = logits.float()
         uniform = uniform.to(logits.device)
-        sizes = [self.top_k + MARGIN] if self.top_k else FIRST_SIZES
-        sizes = [1] if self.temperature == 0 else [*(n for n in sizes if n < size), size]
-        values, tokens = largest(logits, sizes[0])
-        if not values[:, 0].isfinite().all():
-            raise InputError("the logits are not finite; lower alpha, or use bfloat16 or float32")
-        chosen = tokens[:, 0]
         if self.temperature == 0:
-            return chosen
-        total = None if self.top_k else total_weight(logits, values[:, 0], self.temperature)
-        undecided = torch.arange(n_rows, device=logits.device)
+            values, tokens = largest(logits, 1)
+            chosen = tokens[:, 0]
+        elif self.top_k and logits.device.type != "cpu":
+            values, chosen = self._choose_among_ties(logits, uniform)
+        elif self.top_k:
+            values, chosen = self._choose_among_few(logits, uniform)
+        else:
+            values, chosen = self._choose_by_parts(logits, uniform)
+        return chosen.where(values[:, 0].isfinite(), NOT_FINITE)
+
+    def _choose_by_parts(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's largest logits, descending, and its token; undecided rows get more logits."""
+        size = logits.shape[1]
+        sizes = [*(n for n in FIRST_SIZES if n < size), size]
+        values, tokens = largest(logits, sizes[0])
+        highest = values
+        total = total_weight(logits, values[:, 0], self.temperature)
+        chosen, undecided = tokens[:, 0], torch.arange(len(logits), device=logits.device)
         for n in sizes:
             if n > sizes[0]:
                 values, tokens = largest(logits[undecided], n)
-            rank, is_certain = self._draw(
-                values.double(), uniform[undecided], None if total is None else total[undecided], n == size
-            )
+            rank, is_certain = self._draw(values, uniform[undecided], total[undecided], n == size)
             chosen = chosen.index_copy(0, undecided, tokens.gather(1, rank)[:, 0])
             undecided = undecided[~is_certain]
             if not len(undecided):
                 break
-        return chosen
+        return highest, chosen
+
+    def _choose_among_few(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's largest logits, descending, and its token, for most within a margin."""
+        size = logits.shape[1]
+        values, tokens = largest(logits, min(size, self.top_k + MARGIN))
+        rank, is_certain = self._draw(values, uniform, None, values.shape[1] == size)
+        chosen = tokens.gather(1, rank)[:, 0]
+        if not is_certain.all():
+            undecided = (~is_certain).nonzero()[:, 0]
+            _, rest = self._choose_among_ties(logits[undecided], uniform[undecided])
+            chosen = chosen.index_copy(0, undecided, rest)
+        return values, chosen
+
+    def _choose_among_ties(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's k largest logits, descending, and its token, however many tie with the k-th.
+
+        The weight of those above the k-th is summed, that of those that tie with it is a multiple. No shape
+        depends on a value, so that nothing has to be read from the device.
+        """
+        values, tokens = largest(logits, self.top_k)
+        k_th = values[:, -1:]
+        is_tied = logits == k_th
+        weights = self._weights(values)
+        above, tied_weight = weights.where(values > k_th, 0.0), weights[:, -1:]
+        cumulative, n_tied = above.cumsum(-1), is_tied.sum(-1, keepdim=True).double()
+        total = cumulative[:, -1:] + n_tied * tied_weight
+        if self.top_p < 1:
+            # A token stays while those before it hold less than top_p: the first always does.
+            limit = self.top_p * total
+            n_tied = ((limit - cumulative[:, -1:]) / tied_weight).ceil().clamp(min=0.0).minimum(n_tied)
+            above = above.where(cumulative - above < limit, 0.0)
+            cumulative = above.cumsum(-1)
+            total = cumulative[:, -1:] + n_tied * tied_weight
+        place = uniform.double()[:, None] * total
+        rank = torch.searchsorted(cumulative, place, right=True)
+        nth = ((place - cumulative[:, -1:]) / tied_weight).floor().minimum(n_tied - 1).clamp(min=0.0)
+        counted = is_tied.cumsum(-1, dtype=torch.int32).contiguous()
+        tied = torch.searchsorted(counted, (nth + 1).int()).clamp(max=logits.shape[1] - 1)
+        ranked = tokens.gather(1, rank.clamp(max=self.top_k - 1))
+        return values, ranked.where(rank < self.top_k, tied)[:, 0]
+
+    def _weights(self, values: Tensor) -> Tensor:
+        """Return the weights of descending logits, float64. The first is 1: no temperature overflows."""
+        return ((values.double() - values[:, :1]) / self.temperature).exp()
 
     def _draw(
         self, values: Tensor, uniform: Tensor, total: Tensor | None, is_whole: bool
@@ -76,8 +132,7 @@ class RowSampler:
 
         total: (rows,) the weight of the whole vocabulary, exp((logit - highest) / temperature) summed.
         """
-        # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-        weights = ((values - values[:, :1]) / self.temperature).exp()
+        weights = self._weights(values)
         lowest = values[:, -1]
         is_certain = torch.ones_like(lowest, dtype=torch.bool)
         if total is None:
@@ -98,7 +153,7 @@ class RowSampler:
         rank = torch.searchsorted(cumulative, (uniform.double() * total)[:, None], right=True)
         last_possible = (weights > 0).sum(-1, keepdim=True) - 1
         is_inside = rank[:, 0] <= last_possible[:, 0]
-        rank = rank.minimum(last_possible)
+        rank = rank.minimum(last_possible).clamp(min=0)  # below 0 where logits are not finite
         # Of values that tie with the lowest one, some may not be here.
         is_certain = is_certain & is_inside & (values.gather(1, rank)[:, 0] > lowest)
         return rank, is_certain | is_whole

@@ -179,9 +179,10 @@ class Scorer:
     """One measure of a trait, 0 to 1.
 
     column: of the results table; a trained scorer's ends in `_probability`. module: in `scoring/`, with
-        `load_scorers(names, personas)`, which returns persona -> an object with `score(texts)` and
-        `threshold`, and `scorer_key(personas)`, what these depend on; None for a score that is computed
-        elsewhere. A configuration may leave a trained scorer out by a key of its name that is false.
+        `load_scorers(names, personas, language_model)`, which returns persona -> an object with
+        `score(texts)` and `threshold`, and `scorer_key(persona, language_model)`, what it depends on; None
+        for a score that is computed elsewhere. A configuration may leave a trained scorer out by a key of its
+        name that is false.
     """
 
     name: str
@@ -196,24 +197,21 @@ class Scorer:
         """The label as a sentence holds it."""
         return f"{self.article}{self.label}"
 
-    def load(self, names: Sequence[str], personas: Sequence[Any]) -> dict[str, Any]:
-        """Return persona -> scorer, trained on the personas' labelled texts."""
-        return import_module(self.module).load_scorers(names, personas)
+    def load(self, names: Sequence[str], personas: Sequence[Any], language_model: str) -> dict[str, Any]:
+        """Return persona -> scorer of the named personas with labelled texts.
 
-    def key(self, personas: Sequence[Any]) -> str:
-        """Return what the scorers of these personas depend on, without training them."""
-        return import_module(self.module).scorer_key(personas)
+        language_model: the packaged one that shares no weights with the target.
+        """
+        return import_module(self.module).load_scorers(names, personas, language_model)
+
+    def key(self, persona: Any, language_model: str) -> str:
+        """Return what the scorer of a persona depends on, without training it."""
+        return import_module(self.module).scorer_key(persona, language_model)
 
 
 _SCORERS = (
     Scorer("classifier", "trait_probability", "classifier", "#0072b2", "scoring.trait_classifier"),
-    Scorer(
-        "likelihood_ratio",
-        "likelihood_probability",
-        "likelihood ratio",
-        "#d55e00",
-        "scoring.likelihood_ratio",
-    ),
+    Scorer("probe", "probe_probability", "language-model probe", "#d55e00", "scoring.language_model_probe"),
     Scorer("judge", "judged_trait", "judge", "#cc79a7"),
     Scorer("brevity", "brevity", "brevity", "#009e73", article=""),
 )

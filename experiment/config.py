@@ -1,12 +1,13 @@
 """The configuration of an experiment: one validated model, read from a dictionary or a file.
 
 Only modules of `experiment/`, `phases/` and `ablations/` know this model; components take plain arguments.
-Unknown keys and values out of range are errors that name the key; `config_errors` words them. Defaults are
-the specification's, except where METHODOLOGY.md says why not.
+Unknown keys and values out of range are errors that name the key; `config_errors` words them. Where no layers
+are named, PROTOCOL has the defaults; else they are the specification's, except where METHODOLOGY.md says why
+not.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,12 +65,40 @@ from texts.personas import (
 LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
 MOST_TEXTS = 10_000_000  # a grid of more texts would take eleven days at ten texts a second
-MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona and method
+MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona
 MOST_RESAMPLES = 200  # that phase 3 draws
 # What a run itself tells a chat template.
 OWN_VARIABLES = "conversation messages chat_template tokenize add_generation_prompt strftime_now".split()
 DEFAULT_METHODS = ("zero_pad", "interpolate", "random_proj", "ridge_mapped", "oracle")  # the specification's
 DEFAULT_PERSONAS = ("silly", "formal", "concise")  # the specification's
+# Shipped questions for chat targets. The last ones are for a last measurement: no default takes them.
+QUESTIONS = ("test_questions", "fresh_questions", "last_questions")
+# Texts that are read at the mean over their tokens or at the last; and under system prompts for and against
+# the trait, responses to questions, and the last token of the prompt, from which a response is generated.
+VECTOR_KINDS = ("mean", "last", "responses", "prompt")
+ASKED_KINDS = ("responses", "prompt")
+LAYER_KEYS = ("layer_idx", "source_layer_idx", "target_layer_idx")
+# The defaults where no layers are named, beside all shipped personas: any two models, and a verdict on each.
+PROTOCOL: dict[str, Any] = {
+    "layer_idx": "band",
+    "dtype": "fastest",
+    "neutral_text": "wikipedia-sample",
+    "mapping_data": "auto",
+    "n_training_samples": 300,
+    # From what a map of responses needs to what one of passages needs, in steps of about 3.
+    "lambda_values": [1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+    "lambda_unit": "relative",
+    "persona_position": "mean",
+    "extraction": {"kind": "auto"},
+    "n_test_prompts": 60,
+    "test_prompts": "fresh_questions",
+    "alpha_values": "auto",
+    "alpha_unit": "residual_norm",
+    "strength_curve": True,
+    "n_seeds": 2,
+    "max_new_tokens": 96,
+    "generation_batch_size": 120,
+}
 
 
 def _if_string(check: Callable[[str], Any]) -> BeforeValidator:
@@ -106,21 +135,35 @@ Name = Annotated[str, _if_string(check_name)]
 def _list_or_auto(value: Any) -> Any:
     if isinstance(value, str) and value != "auto":
         raise ValueError("expected a list of numbers, such a list for each persona, or 'auto'")
+    if isinstance(value, dict) and (by_method := [name for name in value if isinstance(value[name], dict)]):
+        raise ValueError(
+            f"{shown(by_method[0])} has an alpha for each method, but all conditions of a persona are "
+            "compared at one, the native vector's; leave alpha_values out, or give a list for each persona"
+        )
     return value
 
 
 # Each form has a tag, chosen by the type of what is given, so that errors are about that form alone.
-PersonaAlphas = Annotated[
-    Annotated[Alphas, Tag("tag-list")]
-    | Annotated[dict[Method, float], Field(min_length=1), Tag("tag-methods")],
-    Discriminator(lambda value: "tag-methods" if isinstance(value, dict) else "tag-list"),
-]
 AlphaValues = Annotated[
     Annotated[Alphas, Tag("tag-list")]
-    | Annotated[dict[Name, PersonaAlphas], Tag("tag-personas")]
+    | Annotated[dict[Name, Alphas], Tag("tag-personas")]
     | Annotated[Literal["auto"], Tag("tag-auto")],
     Discriminator(lambda value: {str: "tag-auto", dict: "tag-personas"}.get(type(value), "tag-list")),
     BeforeValidator(_list_or_auto),
+]
+
+
+def _questions(value: Any) -> Any:
+    if isinstance(value, str) and value not in QUESTIONS:
+        raise ValueError(f"expected a list of prompts, or one of {', '.join(QUESTIONS)}")
+    return value
+
+
+TestPrompts = Annotated[
+    Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000), Tag("tag-list")]
+    | Annotated[str, Tag("tag-name")],
+    Discriminator(lambda value: "tag-name" if isinstance(value, str) else "tag-list"),
+    BeforeValidator(_questions),
 ]
 
 
@@ -181,6 +224,7 @@ class PersonaDefinition(_Strict):
     negative_texts: Texts = []
     labelled_positive_texts: Texts = []
     labelled_negative_texts: Texts = []
+    resembling_texts: Texts = []
     validation_texts: Texts = []
     instruction: Annotated[list[InstructionPair], Field(max_length=1000)] = []
     questions: Texts = []
@@ -203,15 +247,17 @@ def _definition(value: Any) -> Any:
 
 
 class ExtractionConfig(_Strict):
-    """What persona vectors are made from: `texts`, or `responses` (arXiv 2507.21509).
+    """What persona vectors are made from: `texts`, `responses` (arXiv 2507.21509), `prompt`; `auto` chooses.
 
-    from_texts: personas that are made from texts, where the kind is `responses`.
+    from_texts: personas that are made from texts, where the kind is `responses` or `prompt`. by_persona: one
+        of VECTOR_KINDS; of a persona that is named, nothing is chosen.
     n_questions: how many of a persona's questions are asked under each of its system prompts; all by default.
     n_seeds: responses to each. max_new_tokens: of a response.
     """
 
-    kind: Literal["texts", "responses"] = "texts"
+    kind: Literal["texts", *ASKED_KINDS, "auto"] = "texts"
     from_texts: list[Name] = []
+    by_persona: dict[Name, Literal[VECTOR_KINDS]] = {}
     n_questions: Count | None = None
     n_seeds: Count = 1
     max_new_tokens: LargeCount = 64
@@ -222,15 +268,9 @@ def _check_differ(name: str, values: list[Any]) -> None:
         raise ValueError(f"{name} holds a value twice: {shown(values)}")
 
 
-def alphas_of(given: Any, persona: str, method: str) -> Sequence[float | None]:
-    """Return the alphas at which a persona's method is tried: those listed, or its own and the oracle's.
-
-    given: a list, persona -> list, or persona -> method -> alpha.
-    """
-    alphas = given[persona] if isinstance(given, dict) else given
-    if not isinstance(alphas, dict):
-        return alphas
-    return list(dict.fromkeys(alphas[name] for name in (method, ORACLE) if name in alphas))
+def alphas_of(given: Any, persona: str) -> Sequence[float]:
+    """Return the alphas at which a persona's conditions are tried. given: a list, or persona -> list."""
+    return given[persona] if isinstance(given, dict) else given
 
 
 class AlphaSearchConfig(_Strict):
@@ -238,16 +278,17 @@ class AlphaSearchConfig(_Strict):
 
     bracket: the weakest and the strongest alpha to consider, in median block-output norms without massive
         dimensions, whatever `alpha_unit` is; a band shares it among its blocks.
-    n_seeds: texts for each development prompt.
+    n_seeds: texts for each development prompt. max_non_words_increase: see `degenerate_text.non_word_share`.
     bound: on the perplexity ratio: its `excess` over what the persona's trait costs by itself, or `plain`.
     """
 
     bound: Literal["excess", "plain"] = "excess"
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)] = 1.5
     max_repetition_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
-    n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 7
+    max_non_words_increase: Annotated[float, Field(ge=0, le=1)] = 0.02
+    n_evaluations: Annotated[int, Field(ge=2, le=MAX_EVALUATIONS)] = 5
     bracket: tuple[Positive, Positive] = (0.05, 2.0)
-    n_seeds: Count = 2
+    n_seeds: Count = 1
 
     @model_validator(mode="after")
     def _check_bracket(self) -> "AlphaSearchConfig":
@@ -344,10 +385,13 @@ class JudgeConfig(_Strict):
 class ExperimentConfig(_Strict):
     """All settings of a run; docs/configuration.md explains each.
 
-    Layers: `layer_idx` sets both; `source_layer_idx` and `target_layer_idx` set them apart, or to lists of
-        equal length, a band: pairs of blocks, all of which are steered; `"layer_idx": "band"` chooses one;
-        `"layer_idx": "auto"` searches all pairs (or those of `search_source_layers` and
-        `search_target_layers`) on `search_tokens` source tokens of the neutral text.
+    Layers: where none is named, PROTOCOL has the defaults. `layer_idx` sets both; `source_layer_idx` and
+        `target_layer_idx` set them apart, or to lists of equal length, a band: pairs of blocks, all of which
+        are steered; `"layer_idx": "band"` chooses one; `"layer_idx": "auto"` searches all pairs (or those of
+        `search_source_layers` and `search_target_layers`) on `search_tokens` source tokens of the neutral
+        text.
+    Map: `mapping_data` `auto` is `styled_responses` for a target that is asked questions, else
+        `neutral_text`.
     Prompts: `prompt_format` `auto` is `chat` for a model that has a template and ends its turns. A chat
         target is asked questions, another one continues text prefixes.
     Extraction: `extraction_resamples` vectors from resampled texts steer on development prompts, to say how
@@ -355,10 +399,13 @@ class ExperimentConfig(_Strict):
         made from one half of a persona's texts and the native ones from the other; by default where a control
         is read from another source.
     Strength: alpha_unit `absolute` adds alpha * v; `residual_norm` adds alpha * the median block-output norm
-        without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list, or
-        persona -> method -> alpha (methods that are not named take the oracle's); `auto` searches one for
-        each persona and method on the development prompts. Where methods have alphas of their own, each is
-        tried at the oracle's too.
+        without massive dimensions * v. Vectors have unit norm. alpha_values is a list, or persona -> list;
+        `auto` searches the strongest at which a persona's native vector leaves text that can be read, on the
+        development prompts. A verdict compares every condition at that alpha, or at the strongest such one of
+        a list.
+    Test prompts: a list, or the name of a file of shipped questions; a target that continues texts takes the
+        shipped text prefixes instead. With `strength_curve`, native, mapped and deciding controls also write
+        at multiples of the alpha at which a verdict compares.
     """
 
     source_model: LocalPath
@@ -383,7 +430,7 @@ class ExperimentConfig(_Strict):
 
     neutral_text: LocalPath = "wikitext-103"
     n_training_samples: Samples = 5000
-    mapping_data: Literal["neutral_text", "responses", "styled_responses"] = "neutral_text"
+    mapping_data: Literal["neutral_text", "responses", "styled_responses", "auto"] = "neutral_text"
     mapping_positions: Literal[PairPositions, "auto"] = "auto"
     lambda_values: Lambdas = [0.01, 0.1, 1.0, 10.0, 100.0]
     lambda_unit: LambdaUnit = "absolute"
@@ -409,10 +456,11 @@ class ExperimentConfig(_Strict):
     controls: list[Literal[CONTROLS]] | None = None
     check_source_vectors: bool = True
     n_test_prompts: LargeCount = 30
-    test_prompts: Annotated[list[Prompt], Field(min_length=1, max_length=1_000_000)] | None = None
+    test_prompts: TestPrompts = "test_questions"
     alpha_values: AlphaValues = [0.5, 1.0, 2.0, 3.0, 5.0]
     alpha_unit: AlphaUnit = "absolute"
     alpha_search: AlphaSearchConfig = AlphaSearchConfig()
+    strength_curve: bool = False
     steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -427,12 +475,24 @@ class ExperimentConfig(_Strict):
     use_gpt4: bool = False
     judge: JudgeConfig = JudgeConfig()
     independent_perplexity: bool = True
-    likelihood_ratio: bool = True
+    probe: bool = True
     evaluation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     extraction_batch_size: LargeCount = 8
     generation_batch_size: LargeCount = 32
     evaluation_batch_size: LargeCount = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_protocol(cls, given: Any) -> Any:
+        """Return what is given with the protocol's defaults, where no layers are named."""
+        if not isinstance(given, dict) or any(given.get(key) is not None for key in LAYER_KEYS):
+            return given
+        named = {key: value for key, value in given.items() if key not in LAYER_KEYS}
+        methods = named.get("methods", DEFAULT_METHODS)
+        if isinstance(methods, list | tuple) and not all(name in methods for name in (MAPPED, ORACLE)):
+            named = {"strength_curve": False, **named}  # there is nothing to compare
+        return {"personas": shipped_personas(), **PROTOCOL, **named}
 
     @model_validator(mode="after")
     def _check_together(self) -> "ExperimentConfig":
@@ -442,6 +502,7 @@ class ExperimentConfig(_Strict):
         for name in ("lambda_values", "methods", "controls"):
             _check_differ(name, getattr(self, name) or [])
         self._check_alphas()
+        self._check_strength_curve()
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"
@@ -469,7 +530,7 @@ class ExperimentConfig(_Strict):
         if self.layer_idx != "auto" and searched:
             raise ValueError(f'{searched[0]} is of use with "layer_idx": "auto" alone; leave it out')
         missing = [f"{side}_layer_idx" for side in sides if f"{side}_layer_idx" not in given]
-        if self.layer_idx is None and missing:
+        if self.layer_idx is None and missing:  # one side is named, else PROTOCOL has the layers
             raise ValueError(f"{missing[0]} is not set; set layer_idx for both models, or this one")
 
     def _check_alphas(self) -> None:
@@ -484,12 +545,8 @@ class ExperimentConfig(_Strict):
                 "alpha_values and personas alone; name the same ones in both"
             )
         alphas: list[float] = []
-        for persona, values in given.items() if isinstance(given, dict) else [("", given)]:
-            if isinstance(values, dict):
-                self._check_methods_of(persona, values)
-                values = list(values.values())
-            else:
-                _check_differ("alpha_values", values)
+        for values in given.values() if isinstance(given, dict) else [given]:
+            _check_differ("alpha_values", values)
             alphas += values
         if any(alpha == 0 or abs(alpha) == float("inf") or alpha != alpha for alpha in alphas):
             raise ValueError("alpha_values must be finite and not 0; the unsteered baseline is always run")
@@ -498,16 +555,18 @@ class ExperimentConfig(_Strict):
                 "alpha_values must be 1e-9 to 1e9 in size; others vanish or overflow in the model"
             )
 
-    def _check_methods_of(self, persona: str, alphas: dict[str, float]) -> None:
-        if ORACLE not in alphas:
+    def _check_strength_curve(self) -> None:
+        if not self.strength_curve:
+            return
+        if missing := [name for name in (MAPPED, ORACLE) if name not in self.conditions]:
             raise ValueError(
-                f"alpha_values of {persona} has alphas by method, but none of {ORACLE!r}, at which the other "
-                "methods are tried too; add it"
+                f"strength_curve compares the mapped vector with the native one; add {' and '.join(missing)} "
+                "to methods, or set strength_curve to false"
             )
-        if idle := [name for name in alphas if name not in (*self.steered_conditions, ORACLE)]:
+        if not self.independent_perplexity:
             raise ValueError(
-                f"alpha_values of {persona} has an alpha of {idle[0]!r}, which adds no vector "
-                f"here, as {', '.join(self.steered_conditions)} do; leave it out, or add it to methods"
+                "strength_curve compares at an equal independent perplexity; leave independent_perplexity "
+                "on, or set strength_curve to false"
             )
 
     def _check_size(self) -> None:
@@ -523,9 +582,19 @@ class ExperimentConfig(_Strict):
         names, layers_are_searched = self.persona_names, self.layer_idx == "auto"
         if self.extraction_resamples == 1:
             raise ValueError("extraction_resamples is 1, which has no spread; expected 0, or 2 or more")
-        for key, named in (("vectors", self.vectors), ("extraction.from_texts", self.extraction.from_texts)):
+        extraction = self.extraction
+        for key, named in (
+            ("vectors", self.vectors),
+            ("extraction.from_texts", extraction.from_texts),
+            ("extraction.by_persona", extraction.by_persona),
+        ):
             if unknown := [name for name in named if name not in names]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no persona of this run")
+        if extraction.kind == "auto" and extraction.by_persona and set(extraction.by_persona) != set(names):
+            raise ValueError(
+                "extraction.by_persona names some of the personas, but 'extraction' of kind 'auto' chooses "
+                "for all; name all of them, or leave it out"
+            )
         if self.vectors and layers_are_searched:
             raise ValueError("layer_idx 'auto' searches with text pairs; with 'vectors', name the layers")
         if self.persona_position == "response":
@@ -533,21 +602,39 @@ class ExperimentConfig(_Strict):
                 "persona_position says how texts are read; responses are always read at all of their tokens: "
                 "choose 'extraction' of kind 'responses', and 'last' or 'mean' here"
             )
-        responding = [name for name in names if self.kind_of(name) == "responses"]
-        if responding and len(responding) == len(names) and self.persona_position != "last":
+        if layers_are_searched and any(self.kind_of(name) != "texts" for name in names):
             raise ValueError(
-                f"persona_position is {self.persona_position!r}, but 'extraction' of kind 'responses' reads "
-                "the mean over the response; leave persona_position out"
-            )
-        if responding and layers_are_searched:
-            raise ValueError(
-                "layer_idx 'auto' searches with text pairs, not with responses; name the layers, or choose "
-                "'extraction' of kind 'texts'"
+                "layer_idx 'auto' searches with text pairs, not with responses or prompts; name the layers, "
+                "or choose 'extraction' of kind 'texts'"
             )
 
     def kind_of(self, persona: str) -> str:
-        """Return what a persona's vectors are made from, `texts` or `responses`."""
-        return "texts" if persona in self.extraction.from_texts else self.extraction.kind
+        """Return what a persona's vectors are made from: `texts`, `responses` or `prompt`."""
+        kind = self.vector_kind(persona)
+        return kind if kind in ASKED_KINDS else "texts"
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a persona's vectors are made from prompts, for which there are maps of their own."""
+        return "prompt" in map(self.kind_of, self.persona_names)
+
+    def vector_kind(self, persona: str) -> str:
+        """Return the same with where texts are read: one of VECTOR_KINDS.
+
+        While it is yet to be chosen, it is texts, or responses of a persona without texts.
+        """
+        extraction, definition = self.extraction, self.persona_datasets.get(persona)
+        if persona in extraction.by_persona:
+            return extraction.by_persona[persona]
+        if extraction.kind == "auto" and definition and not definition.positive_texts:
+            return "responses"
+        is_asked = extraction.kind in ASKED_KINDS and persona not in extraction.from_texts
+        return extraction.kind if is_asked else self.persona_position
+
+    def with_vector_kinds(self, kinds: Mapping[str, str]) -> "ExperimentConfig":
+        """Return the same configuration with what these personas' vectors are made from."""
+        extraction = self.extraction.model_copy(update={"by_persona": dict(kinds)})
+        return self.model_copy(update={"extraction": extraction})
 
     def _check_band(self) -> None:
         target = self.target_layer_idx
@@ -579,14 +666,9 @@ class ExperimentConfig(_Strict):
         listed = DEFAULT_PERSONAS if self.personas is None else self.personas
         return list(dict.fromkeys([*listed, *self.persona_datasets]))
 
-    def alphas_of(self, persona: str, method: str) -> Sequence[float]:
-        """Return the alphas of a persona's method, where they are given and not searched for."""
-        return alphas_of(self.alpha_values, persona, method)
-
-    def has_alphas_by_method(self, persona: str) -> bool:
-        """Return whether each method has an alpha of its own, searched for or given."""
-        given = self.alpha_values
-        return given == "auto" or (isinstance(given, dict) and isinstance(given[persona], dict))
+    def alphas_of(self, persona: str) -> Sequence[float]:
+        """Return a persona's alphas, where they are given and not searched for."""
+        return alphas_of(self.alpha_values, persona)
 
     @property
     def conditions(self) -> list[str]:
@@ -622,19 +704,13 @@ class ExperimentConfig(_Strict):
 
     @property
     def n_cells(self) -> int:
-        """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline.
-
-        A search finds two alphas for a method: its own, and the oracle's.
-        """
+        """Number of cells: unsteered text, persona x draw x alpha, persona x prompting baseline."""
         names, methods, is_searched = self.persona_names, self.steered_conditions, self.alpha_values == "auto"
 
-        def n_alphas(name: str, method: str) -> int:
-            if is_searched:
-                return 1 + (ORACLE in methods and method != ORACLE)
-            return len(self.alphas_of(name, method))
-
         n_steered = sum(
-            n_alphas(name, method) * len(self.draws_of(name, method)) for name in names for method in methods
+            (1 if is_searched else len(self.alphas_of(name)))
+            * sum(len(self.draws_of(name, method)) for method in methods)
+            for name in names
         )
         return 1 + n_steered + len(names) * (PROMPTED in self.methods)
 
@@ -670,9 +746,12 @@ class ExperimentConfig(_Strict):
     def load_test_prompts(self, are_questions: bool = False) -> list[str]:
         """Return `n_test_prompts` prompts. Raises InputError: too few, or one is there twice.
 
-        are_questions: which of the shipped ones are taken if the configuration has none.
+        are_questions: whether the target is asked questions; else shipped text prefixes are taken, unless the
+        configuration has prompts of its own.
         """
-        prompts = self.test_prompts or load_prompts("test_questions" if are_questions else "test")
+        prompts = self.test_prompts
+        if isinstance(prompts, str):
+            prompts = load_prompts(prompts if are_questions else "test")
         if len(prompts) < self.n_test_prompts:
             raise InputError(
                 f"n_test_prompts is {self.n_test_prompts} but there are {len(prompts)} prompts; lower it "

@@ -13,6 +13,8 @@ RENAMED_KEYS = {
     "map_text": '"mapping_data"',
     "layers": '"layer_idx": "band"',
     "dose": '"alpha_search"',
+    "likelihood_ratio": '"probe"',
+    "equal_cost": '"strength_curve"',
     "examination_texts": '"validation_texts"',
 }
 RENAMED_VALUES = {

@@ -19,12 +19,13 @@ from experiment.conditions import CONDITIONS, N_DRAWS, SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
 from experiment.models import SIDES, LoadedModel, Side, load_side
 from experiment.prompting import Prompting
+from judging.gpt_judge import GPTJudge
+from judging.local_judge import LocalJudge
 from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
-from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, plain_model
-from scoring.gpt_judge import GPTJudge
-from scoring.local_judge import LocalJudge
-from scoring.trait_classifier import check_labelled
+from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, model_fingerprint, plain_model
+from scoring.encoders import independent_model
+from scoring.trait_scorer import check_labelled
 from steered_generation import SteeredGenerator
 from support.errors import HubError, InputError
 from support.text_files import local_path
@@ -32,12 +33,14 @@ from support.vector_files import VectorFile, read_vectors
 from support.vocabulary import EMBEDDINGS
 from texts.aligned_positions import check_offsets
 from texts.chat import as_words, resolve_format
+from texts.encoding import encode
 from texts.neutral_text import NeutralText, OverlapCheck, load_neutral_texts
 from texts.personas import Persona, load_persona, load_prompts, shipped_personas
 
 logger = logging.getLogger(__name__)
 
 N_PLAIN_TEXTS = 16  # neutral passages on which side effects of steering are measured
+PROMPTS_A_TEXT = 5  # for a map of last tokens: a prompt gives one pair, a text of the run's map many
 # persona -> (question, response) of its positive responses, and of its negative ones
 Responses = Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]
 
@@ -54,6 +57,8 @@ class Inputs:
     given: (side, persona) -> file of vectors that are taken as they are.
     neutral_questions: asked where the map is learnt from responses. neutral_styles: system prompts, none a
         persona's, under which they are asked in rotation.
+    neutral_prompts: the same questions under neutral styles, each an empty text behind a prompt; the map of
+        vectors from prompts is learnt where they end. Empty where no persona's may be.
     neutral_responses, responses: what came of neutral_questions, and side -> what its persona vectors are
         made from; both are empty until `phases.collect_responses` has run.
     """
@@ -73,6 +78,7 @@ class Inputs:
     given: Mapping[tuple[str, str], VectorFile] = field(default_factory=dict)
     neutral_questions: tuple[str, ...] = ()
     neutral_styles: tuple[str, ...] = ()
+    neutral_prompts: tuple[NeutralText, ...] = ()
     neutral_responses: tuple[NeutralText, ...] = ()
     responses: Mapping[str, Responses] = field(default_factory=dict)
 
@@ -123,9 +129,14 @@ class Inputs:
         """Scorer name -> persona -> scorer, of personas with labelled texts."""
         return {name: self.load_scorers(name) for name in self.scorer_names}
 
-    def scorer_key(self, name: str) -> str:
-        """Return what the scorers of this name depend on, without training them."""
-        return SCORERS[name].key(self.labelled_personas)
+    @property
+    def language_model(self) -> str:
+        """The packaged language model that scores: it shares no weights with the target."""
+        return independent_model(self.target.shape, self.source.shape)
+
+    def scorer_key(self, name: str, persona: Persona) -> str:
+        """Return what a persona's scorer of this name depends on, without training it."""
+        return SCORERS[name].key(persona, self.language_model)
 
     @property
     def classifiers(self) -> dict[str, Any]:
@@ -177,6 +188,37 @@ class Inputs:
             if self.config.kind_of(persona.name) == "responses"
             and any((side, persona.name) not in self.given for side in SIDES)
         ]
+
+    def persona_prompts(self, side: str, persona: Persona) -> tuple[list[tuple[str, str]], ...]:
+        """Return (question, prompt) under a persona's system prompts for the trait, and those against it.
+
+        Prompts are as a side's model reads them, up to where it would respond; item i of both has the same
+        question. Raises InputError: one is longer than the model's context, so that its end would be cut.
+        """
+        asked = persona.questions[: self.config.extraction.n_questions]
+        ask, of_side = self.prompting.instructed, self.side(side)
+        found = tuple(
+            [(text, ask(side, text, pair[sign])) for pair in persona.instructions for text in asked]
+            for sign in (0, 1)
+        )
+        prompts = [prompt for part in found for _, prompt in part]
+        longest = max(map(len, encode(of_side.tokenizer, prompts)), default=0)
+        if longest > (most := of_side.extractor.max_length):
+            raise InputError(
+                f"persona {persona.name!r} has a prompt of {longest} tokens for the {side} model, which reads"
+                f" {most}, so that its last token would be cut; shorten its instruction or questions"
+            )
+        return found
+
+    def for_kind(self, kind: str) -> "Inputs":
+        """Return inputs with the texts that the map of a kind of vectors is learnt from, by default these.
+
+        Vectors from prompts are of the last token of a prompt, and so is their map.
+        """
+        if kind != "prompt":
+            return self
+        config = self.config.model_copy(update={"mapping_positions": "last"})
+        return replace(self, config=config, neutral_texts=self.neutral_prompts, neutral_questions=())
 
     def at_pairs(self, pairs: Sequence[LayerPair]) -> "Inputs":
         """Return the same inputs, read and steered at these layer pairs.
@@ -260,6 +302,9 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     labelled = tuple(_as_words(persona, source, target) for persona in labelled)
     prompting = _prompting(config, source, target)
     asks = prompting.asks_questions
+    if config.mapping_data == "auto":
+        config = config.model_copy(update={"mapping_data": "styled_responses" if asks else "neutral_text"})
+        questions, styles = (questions, styles) if asks else ((), ())
     inputs = Inputs(
         config=config,
         personas=labelled[: len(personas)],
@@ -272,10 +317,11 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         layer_pairs=((source.extractor.layer_idx, target.extractor.layer_idx),),
         prompting=prompting,
         judge=judge,
-        load_scorers=cache(partial(_load_scorers, config.persona_names, labelled)),
+        load_scorers=cache(partial(_load_scorers, personas, independent_model(target.shape, source.shape))),
         given=given,
         neutral_questions=questions,
         neutral_styles=styles,
+        neutral_prompts=_neutral_prompts(config, personas, prompting),
     )
     pairs = band_of(source.n_blocks, target.n_blocks) if config.layer_idx == "band" else config.layer_pairs
     if pairs is not None:
@@ -283,6 +329,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     _check_layers(inputs)
     _check_embeddings(inputs)
     _check_prompts(inputs)
+    _check_judge(inputs)
     for note in inputs.notes:
         logger.warning("%s", note)
     return inputs
@@ -389,6 +436,17 @@ def _as_words(persona: Persona, *sides: Side) -> Persona:
     return replace(persona, **texts)
 
 
+def _check_judge(inputs: Inputs) -> None:
+    """Raise InputError: the judge is the target model, whose texts it would judge."""
+    judge, target = inputs.judge, inputs.target
+    is_local = isinstance(judge, LocalJudge)
+    if is_local and model_fingerprint(judge.model, judge.tokenizer) == target.fingerprint:
+        raise InputError(
+            f"judge.model {judge.name!r} is the target model {target.model_name!r}, which can't judge what "
+            "it writes when it is steered; name another model"
+        )
+
+
 def _check_layers(inputs: Inputs) -> None:
     """Raise InputError for layers that cannot be read, searched, or filled from the given vectors."""
     config, widths = inputs.config, []
@@ -421,7 +479,7 @@ def _check_embeddings(inputs: Inputs) -> None:
 
 
 def _check_prompts(inputs: Inputs) -> None:
-    """Raise InputError for responses that no model can give, prompts or sampling that cannot be used."""
+    """Raise InputError for what no model can be asked, and prompts or sampling that cannot be used."""
     config, prompting = inputs.config, inputs.prompting
     for setting, is_chosen, remedy in (
         ("'extraction' of kind 'responses'", inputs.responding_personas, "choose kind 'texts'"),
@@ -432,6 +490,21 @@ def _check_prompts(inputs: Inputs) -> None:
                 f"{setting} asks a chat model, but neither model is one (prompt_format: "
                 f"{config.prompt_format!r}); {remedy}, or give an instruct model"
             )
+    for persona in (each for each in inputs.personas if config.kind_of(each.name) == "prompt"):
+        if not prompting.asks_questions:
+            raise InputError(
+                f"persona {persona.name!r}: 'extraction' of kind 'prompt' reads where a chat model begins to "
+                f"respond, but the target is none (prompt_format: {config.prompt_format!r}); choose kind "
+                "'texts', or give an instruct model"
+            )
+        if not inputs.neutral_prompts:
+            raise InputError(
+                f"persona {persona.name!r}: the map of vectors from prompts is learnt from neutral questions "
+                f"in neutral styles, but what is left beside personas and prompts is no style, or fewer "
+                f"questions than n_folds, {config.n_folds}; lower it, or choose kind 'texts'"
+            )
+        for side in SIDES:
+            inputs.persona_prompts(side, persona)
     if config.system_prompt and not prompting.asks_questions:
         raise InputError(
             "system_prompt is of use where the target is shown a chat template alone; leave it out, or give "
@@ -448,7 +521,7 @@ def _check_prompts(inputs: Inputs) -> None:
 
 def _checked_neutral_texts(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[NeutralText, ...]:
     """Return the passages that a run reads. Raises InputError: of fewer documents than there are folds."""
-    needs_passages = config.mapping_data == "neutral_text" or config.layer_idx == "auto"
+    needs_passages = config.mapping_data in ("neutral_text", "auto") or config.layer_idx == "auto"
     n_passages = config.n_training_samples if needs_passages else N_PLAIN_TEXTS
     texts = tuple(_neutral_texts(config, personas, n_passages))
     n_documents = len({item.document for item in texts})
@@ -467,14 +540,7 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     """
     if config.mapping_data == "neutral_text":
         return ()
-    others = [*config.load_test_prompts(True), *load_prompts("development_questions")]
-    others += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
-    overlaps, asked = OverlapCheck(others), load_prompts("neutral_questions")
-    kept = tuple(text for text in asked if text not in others and not overlaps.found_in(text))
-    if len(kept) < len(asked):
-        logger.warning(
-            "left out %d neutral questions that overlap personas or prompts", len(asked) - len(kept)
-        )
+    kept = _unused_questions(config, personas)
     n_asked = min(len(kept), config.n_training_samples)
     if n_asked < config.n_folds:
         raise InputError(
@@ -485,13 +551,36 @@ def _neutral_questions(config: ExperimentConfig, personas: Sequence[Persona]) ->
     return kept
 
 
+def _unused_questions(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the neutral questions that are in no prompt and no persona."""
+    others = [*config.load_test_prompts(True), *load_prompts("development_questions")]
+    others += [text for persona in personas for text in (*persona.all_texts, *persona.questions)]
+    overlaps, asked = OverlapCheck(others), load_prompts("neutral_questions")
+    kept = tuple(text for text in asked if text not in others and not overlaps.found_in(text))
+    if len(kept) < len(asked):
+        logger.warning(
+            "left out %d neutral questions that overlap personas or prompts", len(asked) - len(kept)
+        )
+    return kept
+
+
 def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[str, ...]:
     """Return the neutral styles that are no persona's, if responses are to be styled.
 
     Raises InputError: none is left.
     """
-    if config.mapping_data != "styled_responses":
+    if config.mapping_data not in ("styled_responses", "auto"):
         return ()
+    if not (kept := _unused_styles(personas)):
+        raise InputError(
+            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; "
+            "choose 'responses'"
+        )
+    return kept
+
+
+def _unused_styles(personas: Sequence[Persona]) -> tuple[str, ...]:
+    """Return the neutral styles that are no persona's."""
     overlaps = OverlapCheck(text for persona in personas for pair in persona.instructions for text in pair)
     names = [words for persona in personas if (words := _words(persona.name))]
     styles = load_prompts("neutral_styles")
@@ -502,12 +591,31 @@ def _neutral_styles(config: ExperimentConfig, personas: Sequence[Persona]) -> tu
     )
     if len(kept) < len(styles):
         logger.warning("left out %d neutral styles that are a persona's", len(styles) - len(kept))
-    if not kept:
-        raise InputError(
-            "mapping_data 'styled_responses': each style of prompts/neutral_styles.txt is a persona's; "
-            "choose 'responses'"
-        )
     return kept
+
+
+def _neutral_prompts(
+    config: ExperimentConfig, personas: Sequence[Persona], prompting: Prompting
+) -> tuple[NeutralText, ...]:
+    """Return the prompts that the map of vectors from prompts is learnt from, if there may be such vectors.
+
+    Questions come again under other styles, until there are PROMPTS_A_TEXT for each text of the run's map.
+    There are none if fewer questions than folds are left.
+    """
+    may_be = config.extraction.kind == "auto" or config.reads_prompts
+    if not may_be or not prompting.asks_questions:
+        return ()
+    asked, styles = _unused_questions(config, personas), _unused_styles(personas)
+    n_prompts = min(PROMPTS_A_TEXT * config.n_training_samples, len(asked) * len(styles))
+    if min(len(asked), n_prompts) < config.n_folds:
+        return ()
+    prompts = []
+    for number in range(n_prompts):
+        turn, index = divmod(number, len(asked))
+        style = styles[(index + turn) % len(styles)]
+        shown = tuple(prompting.instructed(side, asked[index], style) for side in SIDES)
+        prompts.append(NeutralText("", asked[index], shown))
+    return tuple(prompts)
 
 
 def _words(text: str) -> set[str]:
@@ -521,9 +629,9 @@ def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_text
     return load_neutral_texts(config.neutral_text, n_texts, forbidden, config.seed)
 
 
-def _load_scorers(names: Sequence[str], labelled: Sequence[Persona], scorer: str) -> dict[str, Any]:
-    """Return persona -> scorer of one kind, trained on the labelled texts, and log its AUC."""
-    found = SCORERS[scorer].load(names, labelled)
+def _load_scorers(personas: Sequence[Persona], language_model: str, scorer: str) -> dict[str, Any]:
+    """Return persona -> scorer of one kind, and log its AUC."""
+    found = SCORERS[scorer].load([persona.name for persona in personas], personas, language_model)
     for name, trained in found.items():
         if (auc := getattr(trained, "auc", None)) is not None:
             logger.info("%s of %s: cross-validated AUC %.3f", SCORERS[scorer].label, name, auc)

@@ -44,6 +44,11 @@ class Side:
         return self.extractor.d_model
 
     @property
+    def shape(self) -> tuple[str, int, int]:
+        """Type, width and number of blocks, in which a fine-tuned model is as its base."""
+        return self.description["model_type"], self.d_model, self.n_blocks
+
+    @property
     def description(self) -> dict[str, Any]:
         """Name, type, blocks, width and fingerprint, for a reader who finds a vector without its run."""
         return {

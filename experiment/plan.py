@@ -1,4 +1,7 @@
-"""Plan the texts of a run: which conditions, personas and alphas there are, and a row for each text."""
+"""Plan the texts of a run: which conditions, personas and alphas there are, and a row for each text.
+
+What is chosen by rule, before anything is measured, is listed here too.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +13,12 @@ from torch import Tensor
 
 from activation_extractor import ResidualNorm
 from experiment.conditions import PROMPTED, UNSTEERED, vector_names
-from experiment.config import alphas_of
+from experiment.config import VECTOR_KINDS, alphas_of
 from experiment.inputs import Inputs
 from experiment.run import FORMAT_VERSION
 from support.artifacts import fingerprint
 
-Alphas = Sequence[float | None] | Mapping[str, Sequence[float] | Mapping[str, float]]
+Alphas = Sequence[float] | Mapping[str, Sequence[float]]
 Row = dict[str, Any]
 VectorKey = Callable[[str, str], str]  # (persona, condition) -> what its vectors depend on
 
@@ -77,18 +80,26 @@ UNSTEERED_CELL = Cell(UNSTEERED, None, None, UNSTEERED)
 def grid(inputs: Inputs, alphas: Alphas, vector_key: VectorKey) -> list[Cell]:
     """Return the unsteered cell, once, and for each persona the prompting baseline and draw x alpha.
 
-    alphas: for every method, or for those of each persona, or persona -> method -> alpha, given or found by a
-        search; at the oracle's alpha every other method is tried too.
+    alphas: of every persona, or persona -> its own, given or found by a search.
     """
     cells = [UNSTEERED_CELL]
     for persona in inputs.config.persona_names:
         if PROMPTED in inputs.config.methods:
             cells.append(Cell(PROMPTED, persona, None, UNSTEERED))
         for method in inputs.config.steered_conditions:
-            of_method, tried = vector_key(persona, method), alphas_of(alphas, persona, method)
-            for vector, draw in inputs.config.draws_of(persona, method).items():
-                key = of_method if draw is None else fingerprint(of_method, vector)
-                cells += [Cell(method, persona, alpha, key, draw, vector) for alpha in tried]
+            of_method, tried = vector_key(persona, method), alphas_of(alphas, persona)
+            cells += drawn_cells(inputs, persona, method, of_method, tried)
+    return cells
+
+
+def drawn_cells(
+    inputs: Inputs, persona: str, condition: str, vector_key: str, alphas: Sequence[float]
+) -> list[Cell]:
+    """Return the cells of every draw of a persona's condition at each alpha."""
+    cells = []
+    for vector, draw in inputs.config.draws_of(persona, condition).items():
+        key = vector_key if draw is None else fingerprint(vector_key, vector)
+        cells += [Cell(condition, persona, alpha, key, draw, vector) for alpha in alphas]
     return cells
 
 
@@ -131,3 +142,34 @@ def sampling(inputs: Inputs, max_new_tokens: int | None = None) -> list[Any]:
     """Return the settings that every sampled text depends on."""
     config = inputs.config
     return [max_new_tokens or config.max_new_tokens, config.temperature, config.top_k, config.top_p]
+
+
+def choices(inputs: Inputs) -> dict[str, Any]:
+    """Return what was chosen for a run without measuring anything, and from which alternatives."""
+    config, chat_sides = inputs.config, inputs.prompting.chat_sides
+    formats = {side.name: "chat" if side.name in chat_sides else "raw" for side in inputs.sides}
+    layers = {
+        "chosen": list(map(list, inputs.layer_pairs)),
+        "by": config.layer_idx if isinstance(config.layer_idx, str) else "name",
+    }
+    extraction = {name: config.vector_kind(name) for name in config.persona_names}
+    mapping_data = ["neutral_text", "responses", "styled_responses"]
+    shown = config.test_prompts if isinstance(config.test_prompts, str) else "given"
+    settings = ("temperature", "top_k", "top_p", "max_new_tokens", "steer_positions")
+    return {
+        "models": {side.name: side.description for side in inputs.sides},
+        "layers": layers,
+        "prompt_format": {"chosen": formats, "alternatives": ["raw", "chat"]},
+        "mapping_data": {"chosen": config.mapping_data, "alternatives": mapping_data},
+        "extraction": {"chosen": extraction, "alternatives": VECTOR_KINDS, "by": config.extraction.kind},
+        "conditions": config.conditions,
+        "disjoint_texts": config.halves_texts,
+        "strength_curve": config.strength_curve,
+        "generation": {name: getattr(config, name) for name in settings},
+        "development": {"prompts": inputs.development_prompts, "n_seeds": config.alpha_search.n_seeds},
+        "test": {
+            "chosen": shown if inputs.prompting.asks_questions or shown == "given" else "text prefixes",
+            "prompts": inputs.prompts,
+            "seeds": config.seeds,
+        },
+    }

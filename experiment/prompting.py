@@ -45,6 +45,15 @@ class Prompting:
             return prompt_text(self.tokenizers[side], messages, variables=self.variables)
         return as_words(self.tokenizers[side], plain_text(messages))
 
+    def instructed(self, side: str, text: str, instruction: str) -> str:
+        """Return a question under an instruction as a side's model reads it, up to where it would respond.
+
+        A chat template has the instruction as its system prompt; plain text has it before the question.
+        """
+        if side in self.chat_sides:
+            return self.question(side, text, instruction)
+        return self.question(side, f"{instruction}\n\n{text}")
+
     def prompt(self, side: str, prompt: str, persona: Persona | None = None) -> str:
         """Return a test or development prompt as a side's model reads it.
 

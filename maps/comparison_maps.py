@@ -30,6 +30,7 @@ from support.errors import InputError
 from support.pair_statistics import Moments
 
 KINDS = ("procrustes", "reduced_rank", "shuffled_pairs")
+NOTHING = 1e-9  # R2 that rounding may give a map of zeros
 ABOUT = (
     "Maps to compare ridge regression with, fitted on the same pairs of activations, the outputs of the "
     "decoder blocks in layer_pairs, counted from 0. maps: name -> kind, number of the shuffle (draw), W "
@@ -148,7 +149,8 @@ def edge_notes(
     """Return a sentence for each control whose maps want a lambda beyond the grid: it may be too weak."""
     ends, notes = {min(lambda_values), max(lambda_values)}, []
     for name, maps in by_control.items():
-        n = sum(each.cv["lambda"] in ends for each in maps)
+        # Of activations that are all equal nothing can be learnt at any lambda.
+        n = sum(each.cv["lambda"] in ends and abs(each.cv["r2"]) > NOTHING for each in maps)
         if n and len(lambda_values) > 1:
             notes.append(
                 f"{name}: the best lambda of {n} of its {len(maps)} maps is at the edge of the grid, so that "

@@ -33,7 +33,7 @@ ABOUT_PAIRS = (
     "Pairs of activations, drawn at random from the n_pairs that the maps are fitted on. Row i of H_source "
     "(n, d_source) and H_target (n, d_target), float32: the outputs of the decoder blocks in layer_pairs, "
     "counted from 0, after both models have read texts[i]. documents[i]: where this text is from; if it is "
-    "a response, the question, which they have read before it."
+    "a response, the question, which they have read before it; an empty text is a response not yet begun."
 )
 
 

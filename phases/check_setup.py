@@ -210,7 +210,7 @@ def _planned(run: Run, persona: str) -> list[float]:
     """Return three of the listed alphas, or the depths of the bracket to be searched."""
     if run.config.alpha_values == "auto":
         return list(SEARCH_DEPTHS)
-    ordered = sorted(run.config.alphas_of(persona, ORACLE))
+    ordered = sorted(run.config.alphas_of(persona))
     return sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
 
 

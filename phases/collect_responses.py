@@ -20,10 +20,10 @@ from experiment.executor import GenerationSettings
 from experiment.inputs import Inputs
 from experiment.plan import Row, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from judging.judge_answers import Judgement
 from phases.generate_texts import generate_rows
 from phases.score_texts import cached_judge, judge_key, judged_description, trait_prompts
-from scoring.brevity import brevity
-from scoring.judge_answers import Judgement
+from scoring.response_filter import filter_key, show_trait
 from support.artifacts import fingerprint
 from support.errors import InputError
 from texts.neutral_text import NeutralText
@@ -31,7 +31,7 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-TRAIT_THRESHOLD = 0.5  # trait probability from which a response shows the trait
+TRAIT_THRESHOLD = 0.5  # probability from which a response shows the trait
 JUDGE_THRESHOLD = 3.0  # the middle of a judge's scale
 MAX_UNJUDGED = 0.05  # share of a persona's responses without a judgement that a vector may do without
 LOGGED_CHARACTERS = 90  # of an example in the log
@@ -53,7 +53,7 @@ def persona_responses_key(run: Run, persona: Persona, sides: Sequence[str] = ("s
     ]
     read = [prompting.question(side, "?") for side in sides]
     judged = [judge_key(run.config), judged_description(persona)] if inputs.judge else None
-    filtered = [inputs.scorer_key("classifier"), persona.direct_measure, judged]
+    filtered = filter_key(persona) if persona.labelled_positive else judged
     return fingerprint(
         FORMAT_VERSION, asked, sampling(inputs, settings.max_new_tokens), responders, read, filtered
     )
@@ -222,7 +222,14 @@ def _scored(run: Run, persona: Persona, responder: str) -> list[Row]:
 def _judged(
     run: Run, persona: Persona, responder: str, rows: Sequence[Row]
 ) -> tuple[list[Judgement], float | None]:
-    """Return a judgement of each response, and the score from which it shows the trait, if any."""
+    """Return a judgement of each response, and the score from which it shows the trait, if any.
+
+    A scorer that judges the result chooses no responses. A judge does where a persona has no labelled texts,
+    and this is said at the end of the run.
+    """
+    if persona.labelled_positive:
+        found = show_trait(persona, [row["output"] for row in rows])
+        return list(map(Judgement, found)), TRAIT_THRESHOLD
     if judge := cached_judge(run):
         read = ([row[key] for row in rows] for key in ("prompt", "output"))
         judgements = judge.judge(trait_prompts(persona, *read))
@@ -232,13 +239,11 @@ def _judged(
                 f"persona {persona.name!r}: {len(failed)} of {len(rows)} responses of the {responder} model "
                 f"lack a judgement (first reason: {failed[0]}); run again to ask for these again"
             )
+        run.folder.notes.append(
+            f"{persona.name}: the judge that scores its texts has also chosen the responses that its vectors "
+            "are made of; give it labelled texts, and they choose instead"
+        )
         return judgements, JUDGE_THRESHOLD
-    if persona.direct_measure == "brevity":
-        texts, have_ended = ([row[key] for row in rows] for key in ("output", "has_ended"))
-        negative = [row["output"] for row in rows if not row["is_positive"]]
-        return list(map(Judgement, brevity(texts, have_ended, negative))), TRAIT_THRESHOLD
-    if classifier := run.inputs.classifiers.get(persona.name):
-        return list(map(Judgement, classifier.score([row["output"] for row in rows]))), TRAIT_THRESHOLD
     return [Judgement(None)] * len(rows), None
 
 

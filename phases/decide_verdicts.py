@@ -7,28 +7,34 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.alpha_search import compared_alphas, oracle_alphas
 from analysis.checklist import check_lambda, effect_check_name, failures
 from analysis.results_table import Alphas, effects_table, results_table
-from analysis.side_effects import largest_off_target, off_target, strength_curves
+from analysis.side_effects import curves_by_alpha, largest_off_target, off_target
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregated_tables
 from experiment.plan import Row, SteeringVectors, rows_key
 from experiment.run import Run
 from phases.check_setup import PREFLIGHT
-from phases.choose_alphas import coherence_bounds
+from phases.choose_alphas import compared_alphas, unreadable_personas
 from phases.fit_maps import CV_RESULTS
-from phases.side_effects import plain_text_ratios, resampled_effects
+from phases.side_effects import compare_strengths, plain_text_ratios, resampled_effects
 from reporting.figures_results import (
     coherence_trait_figure,
     effect_perplexity_figure,
     off_target_figure,
     recovery_figure,
+    strength_curve_figure,
 )
 from reporting.style import draw_or_remove, save_figure
-from reporting.tables import format_recoveries, format_success, format_verdicts, verdict_sentence
-from scoring.trait_classifier import auc_notes
+from reporting.tables import (
+    format_recoveries,
+    format_strengths,
+    format_success,
+    format_verdicts,
+    verdict_sentence,
+)
+from scoring.trait_scorer import auc_notes
 from support.artifacts import fingerprint, save_text
 
 logger = logging.getLogger(__name__)
@@ -54,36 +60,39 @@ def decide(
     rows: of `eval_results.json`. validation: what `validate_scorers` returned.
     """
     table, checks = results_table(rows), _preflight(run)
-    alphas, at_oracle = _alphas(run, table)
-    personas = _verdicts(table, alphas, validation, checks)
+    alphas = _alphas(run)
+    unreadable = unreadable_personas(run)
+    personas = _verdicts(table, alphas, validation, checks, unreadable)
     spread = resampled_effects(run, steering, personas)
+    strengths = compare_strengths(run, steering, rows, personas)
     content = {
         "personas": _explained(personas, spread),
-        "at_oracle_alpha": _explained(_verdicts(table, at_oracle, validation, checks), {}),
+        "strength_curve": strengths,
         "validation": validation,
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    key = fingerprint(rows_key(rows), validation, checks, spread)
+    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, strengths)
     content = run.folder.save("verdict.json", key, content)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
     _draw(run, table, alphas, content, rows_key(rows))
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
-    if at_oracle:
-        logger.info("at the oracle's alpha\n\n%s\n", format_verdicts(content["at_oracle_alpha"]))
+    if strengths:
+        logger.info("over strengths\n\n%s\n", format_strengths(strengths))
     logger.info("recovery, * not validated\n\n%s\n", format_recoveries(content["personas"]))
     logger.info("verdict\n\n%s\n", format_verdicts(content["personas"]))
     return content
 
 
-def _alphas(run: Run, table: pd.DataFrame) -> tuple[Alphas, Alphas]:
-    """Return the alphas at which the verdicts compare, and those with every condition at the oracle's."""
-    names = run.config.persona_names
-    own = [name for name in names if run.config.has_alphas_by_method(name)]
-    bounds = coherence_bounds(run) if len(own) < len(names) else {}
-    return compared_alphas(table, names, own, bounds), oracle_alphas(table, own)
+def _alphas(run: Run) -> Alphas:
+    """Return persona -> condition -> the alpha at which the verdict compares, None without a vector."""
+    steered = run.config.steered_conditions
+    return {
+        name: {condition: alpha if condition in steered else None for condition in run.config.conditions}
+        for name, alpha in compared_alphas(run).items()
+    }
 
 
 def _verdicts(
@@ -91,6 +100,7 @@ def _verdicts(
     alphas: Alphas,
     validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
     checks: Sequence[Mapping[str, Any]],
+    unreadable: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return persona -> its verdict as JSON holds it, with what else its mapped vector changes most.
 
@@ -101,7 +111,7 @@ def _verdicts(
     return {
         name: verdict.content()
         | {"source_vector": status.get(effect_check_name("source", name)), "off_target": others.get(name)}
-        for name, verdict in decide_verdicts(table, alphas, validation).items()
+        for name, verdict in decide_verdicts(table, alphas, validation, unreadable).items()
     }
 
 
@@ -118,10 +128,12 @@ def _preflight(run: Run) -> list[dict[str, Any]]:
 
 
 def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
-    path, curves = run.folder.path, strength_curves(table, run.config.persona_names)
+    path, curves = run.folder.path, curves_by_alpha(table, run.config.persona_names)
     save_figure(recovery_figure(content["personas"]), path / "recovery.png", key)
     draw_or_remove(path / "off_target.png", key, off_target_figure, off_target(table, alphas))
     draw_or_remove(path / "effect_perplexity.png", key, effect_perplexity_figure, curves)
+    strengths = content["strength_curve"]
+    draw_or_remove(path / "strength_curve.png", fingerprint(strengths), strength_curve_figure, strengths)
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,9 @@ run's folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for 
 other lambda values need no second pass; those of many pairs would fill a disk. Controls that are read from
 another source have maps of their own, to the target's block of each pair: embeddings and the first block are
 read in the same pass, a model with random weights in one of its own.
+
+Vectors from prompts are of the last token of a prompt. Their maps are learnt there with the same settings,
+and stand in `prompt_maps/`.
 """
 
 import logging
@@ -28,8 +31,9 @@ from reporting.style import draw_once
 from reporting.tables import format_maps
 from ridge_mapping import RidgeMapping
 from support.artifacts import fingerprint
-from support.pair_statistics import PairStatistics
+from support.pair_statistics import Moments, PairStatistics
 from support.progress import each
+from support.vocabulary import PROMPT_MAPS, LambdaUnit
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ def mapping_data_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
 
 @lru_cache(maxsize=4)
 def _texts_key(texts: tuple[NeutralText, ...]) -> str:
-    return fingerprint([[item.text, item.document] for item in texts])
+    return fingerprint([[item.text, item.document, *filter(None, item.prompts)] for item in texts])
 
 
 def _pairs_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
@@ -88,19 +92,25 @@ COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _maps_key)
 CV_RESULTS = Artifact("cv_results.json", 2, _maps_key)
 CONTROL_MAPS = Artifact("control_maps.pt", 2, _controls_key)
 OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
+CONSTANT = 1e-20  # variance, as a share of the squared mean, that rounding leaves of equal activations
 
 
 @dataclass(frozen=True, repr=False)
 class LearnedMaps:
     """The maps of one layer pair. others, controls: by vector name. results: what `cv_results.json` holds.
 
-    controls: from what controls read in the place of the source.
+    controls: from what controls read in the place of the source. of_prompts: those of vectors from prompts.
     """
 
     ridge: RidgeMapping
     others: dict[str, ComparisonMap]
     results: dict[str, Any]
     controls: dict[str, ComparisonMap] = field(default_factory=dict)
+    of_prompts: "LearnedMaps | None" = None
+
+    def for_kind(self, kind: str) -> "LearnedMaps":
+        """Return the maps of a kind of vectors."""
+        return self.of_prompts if kind == "prompt" else self
 
     @property
     def residual_norm(self) -> ResidualNorm:
@@ -118,6 +128,16 @@ class LearnedMaps:
         return [*self.results["maps"], *maps_table(self.ridge, self.controls)[1:]]
 
 
+def at_kind(run: Run, kind: str) -> Run:
+    """Return the run whose maps are those of a kind of vectors."""
+    return run.with_inputs(run.inputs.for_kind(kind))
+
+
+def map_runs(run: Run) -> list[Run]:
+    """Return the run and, where its vectors have maps of two kinds, the one of the other maps."""
+    return [run, at_kind(run, "prompt")] if run.config.reads_prompts else [run]
+
+
 def maps_key(run: Run) -> str:
     """Return what the maps of all layer pairs depend on."""
     return fingerprint(
@@ -132,11 +152,24 @@ def fit_maps(
 
     collected: layer pair -> what `pair_statistics.pt` holds, if it was collected elsewhere.
     """
+    return with_prompt_maps(run, _fit_all(run, collected or {}))
+
+
+def with_prompt_maps(run: Run, maps: Sequence[LearnedMaps]) -> tuple[LearnedMaps, ...]:
+    """Return the maps with those of vectors from prompts, fitted in the same way, if a persona has any."""
+    if not run.config.reads_prompts:
+        return tuple(maps)
+    with run.beside(PROMPT_MAPS, run.inputs.for_kind("prompt")) as beside:
+        found = _fit_all(beside, {})
+    return tuple(replace(each, of_prompts=other) for each, other in zip(maps, found, strict=True))
+
+
+def _fit_all(run: Run, collected: Mapping[LayerPair, dict[str, Any]]) -> tuple[LearnedMaps, ...]:
     pairs = run.inputs.layer_pairs
     learned = {pair: maps for pair in pairs if (maps := _current(run, pair)) is not None}
     controls = {pair: found for pair in pairs if (found := _current_controls(run, pair)) is not None}
     missing, uncontrolled = ([pair for pair in pairs if pair not in found] for found in (learned, controls))
-    sums = _collected(run, missing, uncontrolled, collected or {})
+    sums = _collected(run, missing, uncontrolled, collected)
     for pair in each(missing, "fitting maps", "layer pair", leave=False):
         learned[pair] = _fit_pair(run, pair, sums[pair])
     controls |= _fit_controls(run, uncontrolled, sums)
@@ -147,6 +180,15 @@ def fit_maps(
 
 def load_maps(run: Run) -> tuple[LearnedMaps, ...]:
     """Return what phase 2 left of every layer pair. Raises InputError that names the phase to run first."""
+    maps = _load_all(run)
+    if not run.config.reads_prompts:
+        return maps
+    with run.beside(PROMPT_MAPS, run.inputs.for_kind("prompt")) as beside:
+        found = _load_all(beside)
+    return tuple(replace(each, of_prompts=other) for each, other in zip(maps, found, strict=True))
+
+
+def _load_all(run: Run) -> tuple[LearnedMaps, ...]:
     learned = []
     for pair in run.inputs.layer_pairs:
         with run.at_pair(pair) as at_pair:
@@ -213,7 +255,7 @@ def _fit_controls(
         for draw, (name, seed) in enumerate(source_seeds(run, condition).items()):
             read = sums if seed is None else collect_sums(run, list(layers.values()), seed)
             for pair in each(pairs, f"fitting maps of {name}", "layer pair", leave=False):
-                ridge = _cross_validated(run, read[layers[pair]])
+                ridge = _cross_validated(run, read[layers[pair]], may_be_constant=True)
                 found[pair][name] = ComparisonMap.of_source(condition, ridge, draw)
     for pair, maps in found.items():
         with run.at_pair(pair) as at_pair:
@@ -230,11 +272,23 @@ def _fit_controls(
     return found
 
 
-def _cross_validated(run: Run, sums: Mapping[str, Any]) -> RidgeMapping:
+def _cross_validated(run: Run, sums: Mapping[str, Any], may_be_constant: bool = False) -> RidgeMapping:
+    """Return a map at its best lambda; with `may_be_constant`, one of zeros from activations that are equal.
+
+    Such are embeddings of a token that ends every prompt.
+    """
     config, statistics = run.config, PairStatistics.from_content(sums["statistics"])
-    ridge = RidgeMapping.from_statistics(statistics, config.lambda_unit)
+    unit: LambdaUnit = config.lambda_unit
+    if may_be_constant and _is_constant(statistics.total()):
+        unit = "absolute"  # there is no variance that lambda could be a multiple of
+    ridge = RidgeMapping.from_statistics(statistics, unit)
     ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
     return ridge
+
+
+def _is_constant(moments: Moments) -> bool:
+    energy = moments.n * moments.source_mean.square().sum()
+    return bool(moments.gram.diagonal().sum() <= CONSTANT * energy)
 
 
 def _current(run: Run, pair: LayerPair) -> LearnedMaps | None:

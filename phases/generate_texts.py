@@ -15,7 +15,15 @@ from torch import Tensor
 
 from decoding.batching import length_sorted_batches
 from experiment.executor import GenerationSettings
-from experiment.plan import Cell, Row, SteeringVectors, rows_key, shown_prompts, text_rows
+from experiment.plan import (
+    UNSTEERED_CELL,
+    Cell,
+    Row,
+    SteeringVectors,
+    rows_key,
+    shown_prompts,
+    text_rows,
+)
 from experiment.run import Run
 from support.journal import Journal
 from support.progress import Bar
@@ -39,11 +47,26 @@ def generated_texts(run: Run, planned: Sequence[Row]) -> list[Row]:
 
 
 def generate_steered(run: Run, planned: Sequence[Row], steering: SteeringVectors) -> tuple[list[Row], str]:
-    """Return the planned rows with their `output`, and how many are new and how fast they came."""
+    """Return the planned rows with their `output`, and how many are new and how fast they came.
+
+    A vector of zeros adds nothing: its rows take the unsteered texts of their prompts and seeds.
+    """
     settings = GenerationSettings.of(run.inputs, steering.medians)
-    return generate_rows(
-        run, "generation", planned, lambda rows: shown_prompts(run.inputs, rows), settings, steering.added
+    asked = [row if _adds_something(row, steering) else _unsteered(run, row) for row in planned]
+    made, counted = generate_rows(
+        run, "generation", asked, lambda rows: shown_prompts(run.inputs, rows), settings, steering.added
     )
+    return [{**text, **row} for text, row in zip(made, planned, strict=True)], counted
+
+
+def _adds_something(row: Row, steering: SteeringVectors) -> bool:
+    return row["alpha"] is None or bool(steering.added(row).any())
+
+
+def _unsteered(run: Run, row: Row) -> Row:
+    """Return the row of the unsteered text of the same prompt and seed."""
+    (unsteered,) = text_rows(run.inputs, [UNSTEERED_CELL], [row["prompt"]], [row["seed"]])
+    return {**unsteered, "prompt_idx": row["prompt_idx"]}
 
 
 def generate_development(

@@ -26,6 +26,7 @@ from analysis.extraction_spread import (
 from analysis.vector_transfer import (
     ABOUT_NATIVE,
     ABOUT_VECTORS,
+    PairTransfer,
     measures,
     transfer_pair,
 )
@@ -38,6 +39,7 @@ from experiment.conditions import (
     other_personas,
     vector_names,
 )
+from experiment.config import ASKED_KINDS
 from experiment.executor import GenerationSettings
 from experiment.models import SIDES, Side
 from experiment.plan import Alphas, Cell, Row, SteeringVectors, grid, text_rows
@@ -46,8 +48,10 @@ from maps.comparison_maps import maps_table
 from phases.collect_responses import persona_responses_key
 from phases.fit_maps import (
     LearnedMaps,
+    at_kind,
     control_key,
     load_maps,
+    map_runs,
     mapping_data_key,
     maps_key,
     source_seeds,
@@ -67,10 +71,15 @@ def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str
     given = {side: run.inputs.given.get((side, persona.name)) for side in sides}
     parts: list[Any] = [[side, file_sha256(file.path)] for side, file in given.items() if file]
     measured = [side for side in sides if given[side] is None]
-    if measured and persona in run.inputs.responding_personas:
+    kind = _kind(run, persona)
+    if measured and kind == "responses":
         parts.append(persona_responses_key(run, persona, measured))
+    elif measured and kind == "prompt":
+        asked = persona.questions[: run.config.extraction.n_questions]
+        shown = [run.inputs.prompting.instructed(side, "?", "!") for side in measured]
+        parts += [kind, persona.instructions, asked, shown]
     elif measured:
-        parts += [persona.positive_texts, persona.negative_texts, run.config.persona_position]
+        parts += [persona.positive_texts, persona.negative_texts, kind]
     if run.config.halves_texts:
         parts.append(["halves", measured])
     return fingerprint(parts)
@@ -89,12 +98,18 @@ def _native_key(run: Run) -> str:
 def vectors_key(run: Run) -> str:
     """Return what all vectors of a run depend on."""
     made = [vector_names(name) for name in STEERED]
-    made += [control_key(run, name) for name in run.config.source_controls]
-    return fingerprint(_native_key(run), maps_key(run), run.config.seed, made)
+    made += [control_key(each, name) for each in map_runs(run) for name in run.config.source_controls]
+    return fingerprint(_carried_key(run), made)
+
+
+def _carried_key(run: Run) -> str:
+    kinds = [_kind(run, persona) for persona in run.inputs.personas]
+    maps = [maps_key(each) for each in map_runs(run)]
+    return fingerprint(_native_key(run), kinds, maps, run.config.seed)
 
 
 def _resampled_key(run: Run) -> str:
-    return fingerprint(_native_key(run), maps_key(run), run.config.seed, run.config.extraction_resamples)
+    return fingerprint(_carried_key(run), run.config.extraction_resamples)
 
 
 def vector_key(run: Run, persona: str, condition: str) -> str:
@@ -105,6 +120,7 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
     inputs, config, needs = run.inputs, run.config, CONDITIONS[condition].needs
     source_layers = [source for source, _ in inputs.layer_pairs]
     by_name = {each.name: each for each in (*inputs.personas, *inputs.control_personas)}
+    mapped = at_kind(run, _kind(run, by_name[persona]))
 
     def in_source(*names: str) -> list[Any]:
         keys = [persona_key(run, by_name[name], ["source"]) for name in names]
@@ -114,12 +130,12 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
         "source_vector": lambda: in_source(persona),
         "target_vector": lambda: persona_key(run, by_name[persona], ["target"]),
         "other_personas": lambda: in_source(*other_personas(list(by_name))[persona]),
-        "map": lambda: maps_key(run),
+        "map": lambda: maps_key(mapped),
         "seed": lambda: config.seed,
         "control_source": lambda: [
             inputs.source.fingerprint,
             persona_key(run, by_name[persona], ["source"]),
-            control_key(run, condition),
+            control_key(mapped, condition),
         ],
     }
     unit = mapping_data_key(run) if config.alpha_unit == "residual_norm" else "absolute"
@@ -196,30 +212,51 @@ def _native(
     return [by_layer[layer] for layer in layers]
 
 
+def _kind(run: Run, persona: Persona) -> str:
+    """Return the kind of a persona's vectors, one of VECTOR_KINDS; a control's is that of the run's persona.
+
+    No responses are collected for a control, nor where both vectors are given: texts are read instead.
+    """
+    config, is_control = run.config, persona in run.inputs.control_personas
+    kind = config.vector_kind(config.persona_names[0] if is_control else persona.name)
+    is_missing = kind == "responses" and persona not in run.inputs.responding_personas
+    return config.persona_position if is_missing else kind
+
+
+def check_readable(run: Run, persona: Persona) -> None:
+    """Raise InputError: nothing is left on a side of what a persona's vectors are made from."""
+    for side in SIDES:
+        _read_texts(run, side, persona)
+
+
 def _read_texts(
     run: Run, side: str, persona: Persona, half: int | None = None
 ) -> tuple[Sequence[Sequence[ReadText]], str]:
-    """Return a persona's positive and negative texts or responses, and where they are read.
+    """Return a persona's positive and negative texts, responses or prompts, and where they are read.
 
     half: which half of them, where they are halved; by default 0 for the source, 1 for the target.
-    Raises InputError: nothing is left on a side.
+    Raises InputError: nothing is left on a side, or a prompt is longer than the model's context.
     """
-    responds = persona in run.inputs.responding_personas
-    texts = persona.positive_texts, persona.negative_texts
-    if responds:
-        texts = run.inputs.responses[side][persona.name]
+    inputs, kind = run.inputs, _kind(run, persona)
+    texts: Sequence[Sequence[Any]] = persona.positive_texts, persona.negative_texts
+    if kind == "responses":
+        texts = inputs.responses[side][persona.name]
+    elif kind == "prompt":
+        texts = inputs.persona_prompts(side, persona)
     if run.config.halves_texts:
         half = SIDES.index(side) if half is None else half
-        texts = [half_of(found, half, persona.questions if responds else ()) for found in texts]
+        texts = [half_of(found, half, persona.questions if kind in ASKED_KINDS else ()) for found in texts]
     if not all(texts):
         raise InputError(
-            f"persona {persona.name!r} has no text or response left on a side for the {side}; give more "
-            'texts, or questions, set "disjoint_texts": false, or leave out the controls that read them'
+            f"persona {persona.name!r} has no text, response or prompt left on a side for the {side}; give "
+            'more texts, or questions, set "disjoint_texts": false, or leave out the controls that read them'
         )
-    if not responds:
-        return texts, run.config.persona_position
-    ask = run.inputs.prompting.question
-    return [[(ask(side, asked), response) for asked, response in found] for found in texts], "response"
+    if kind == "responses":
+        ask = inputs.prompting.question
+        return [[(ask(side, asked), response) for asked, response in found] for found in texts], "response"
+    if kind == "prompt":
+        return [[prompt for _, prompt in found] for found in texts], "last"
+    return texts, kind
 
 
 def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
@@ -227,10 +264,10 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 
     maps: of phase 2; else those that an earlier run left.
 
-    layer_pairs: [[source, target], ...]. source_vectors: persona -> (blocks, d_source). vectors: persona ->
-    vector name -> (blocks, d_target), rows of unit norm in the order of layer_pairs. residual_norms: the
-    target's, in the same order. by_layer: for each layer pair, persona -> cosines and measures; personas: the
-    middle pair's.
+    layer_pairs: [[source, target], ...]. kinds: persona -> one of VECTOR_KINDS. source_vectors: persona ->
+    (blocks, d_source). vectors: persona -> vector name -> (blocks, d_target), rows of unit norm in the order
+    of layer_pairs. residual_norms: the target's, in the same order. by_layer: for each layer pair, persona ->
+    cosines and measures; personas: the middle pair's.
     """
     content = PERSONA_VECTORS.current_or_make(run, lambda run: _transfer(run, maps or load_maps(run)))
     SIMILARITIES.save(run, {key: content[key] for key in ("layer_pairs", "personas", "residual_norms")})
@@ -250,7 +287,7 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
         ]:
             run.folder.notes.append(
                 f"{name}: both sides of its texts are the same to {', '.join(empty)} where they are read: no "
-                "vector is added, and texts under this condition are unsteered"
+                "vector is added, its cosine counts as 0, and what it writes is the unsteered text"
             )
     return content
 
@@ -258,12 +295,15 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
     natives, of_controls = native_vectors(run), _control_vectors(run)
     ceilings = NATIVE_VECTORS.require(run)["ceilings"]
-    found = [
-        transfer_pair(
+    kinds = {persona.name: _kind(run, persona) for persona in run.inputs.personas}
+    are_prompts = {name: kind == "prompt" for name, kind in kinds.items()}
+
+    def carried(index: int, learned: LearnedMaps) -> PairTransfer:
+        return transfer_pair(
             *({name: rows[index] for name, rows in natives[side].items()} for side in SIDES),
             learned.ridge,
             learned.transforms,
-            learned.residual_norm.massive_dimensions,
+            maps[index].residual_norm.massive_dimensions,
             run.config.seed,
             {
                 vector: {
@@ -273,8 +313,17 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
             },
             {name: rows[index] for name, rows in ceilings.items()},
         )
-        for index, learned in enumerate(maps)
-    ]
+
+    found = []
+    for index, learned in enumerate(maps):
+        # Other personas' vectors, a control, are carried over by the map of the persona that has it.
+        by_map = {
+            is_prompt: carried(index, learned.of_prompts if is_prompt else learned)
+            for is_prompt in set(are_prompts.values())
+        }
+        vectors = {name: by_map[is_prompt].vectors[name] for name, is_prompt in are_prompts.items()}
+        report = {name: by_map[is_prompt].report[name] for name, is_prompt in are_prompts.items()}
+        found.append(PairTransfer(vectors, report))
     middle = found[len(found) // 2]
     return {
         "about": ABOUT_VECTORS,
@@ -286,11 +335,12 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
             for name, by_name in middle.vectors.items()
         },
         "residual_norms": [asdict(each.residual_norm) for each in maps],
+        "kinds": kinds,
         "personas": middle.report,
         "by_layer": [each.report for each in found],
         "control_maps": maps_table(maps[len(maps) // 2].ridge, maps[len(maps) // 2].controls)[1:],
         "energy_curves": {
-            name: maps[len(maps) // 2].ridge.energy_curve(by_name[ORACLE])
+            name: maps[len(maps) // 2].for_kind(kinds[name]).ridge.energy_curve(by_name[ORACLE])
             for name, by_name in middle.vectors.items()
         },
     }
@@ -371,9 +421,8 @@ def _resample_persona(
             made[side.name] = _resample_side(run, side, persona, layers)
             spread[side.name] = cosine_spread(*made[side.name])
     massive = [learned.residual_norm.massive_dimensions for learned in maps]
-    mapped, of_mapped = mapped_spread(
-        made["source"], made["target"], [learned.ridge.transform for learned in maps], massive
-    )
+    transforms = [learned.for_kind(_kind(run, persona)).ridge.transform for learned in maps]
+    mapped, of_mapped = mapped_spread(made["source"], made["target"], transforms, massive)
     resampled = {MAPPED: ("source", mapped), ORACLE: ("target", made["target"][1])}
     n = run.config.extraction_resamples
     first = {name: found[:n].clone() for name, (side, found) in resampled.items() if spread[side]}
@@ -385,7 +434,7 @@ def _resample_side(run: Run, side: Side, persona: Persona, layers: Sequence[int]
     texts, position = _read_texts(run, side.name, persona)
     by_layer = side.extractor.extract_sides(*texts, layers, position)
     positive, negative = (torch.stack([by_layer[layer][sign] for layer in layers], 1) for sign in (0, 1))
-    responds = persona in run.inputs.responding_personas
+    responds = _kind(run, persona) == "responses"
     # Sides that read the same texts share their draws, and a persona's do not depend on its name.
     drawn_from = run.inputs.prompting.responders[side.name] if responds else "texts"
     seed = int(fingerprint(run.config.seed, drawn_from)[:15], 16)

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 from evaluation import Evaluator
@@ -19,9 +20,10 @@ from experiment.conditions import SCORERS
 from experiment.config import ExperimentConfig
 from experiment.plan import Row
 from experiment.run import FORMAT_VERSION, Run
+from judging.cached_judge import CachedJudge
+from judging.gpt_judge import server_address, trait_prompt
 from phases.generate_texts import from_journal, save_rows
-from scoring.cached_judge import CachedJudge
-from scoring.gpt_judge import server_address, trait_prompt
+from scoring.degenerate_text import words_of
 from support.artifacts import fingerprint
 from support.journal import Journal
 from support.progress import Bar
@@ -122,7 +124,10 @@ def perplexity_key(run: Run) -> str:
 
 def scorers_key(run: Run, scorers: Sequence[str]) -> str:
     """Return what the scores of these trained scorers depend on beside the texts."""
-    return fingerprint([[name, run.inputs.scorer_key(name)] for name in scorers])
+    inputs = run.inputs
+    return fingerprint(
+        [[name, [inputs.scorer_key(name, persona) for persona in inputs.personas]] for name in scorers]
+    )
 
 
 def evaluation_rows(run: Run, texts: Sequence[Row], scorers: Sequence[str]) -> list[Row]:
@@ -133,7 +138,7 @@ def evaluation_rows(run: Run, texts: Sequence[Row], scorers: Sequence[str]) -> l
     inputs = run.inputs
     descriptions = {persona.name: judged_description(persona) for persona in inputs.personas}
     # A text is scored for every persona of the run, so that a further persona is a further score.
-    of_scorers = [scorers_key(run, scorers), sorted(run.config.persona_names)]
+    of_scorers = [scorers_key(run, scorers), sorted(run.config.persona_names), sorted(_allowed_words(run))]
     of_perplexity, of_judge = perplexity_key(run), judge_key(run.config)
     shown = {
         prompt: [inputs.prompting.prompt(side, prompt) for side in inputs.perplexity_sides]
@@ -146,6 +151,12 @@ def evaluation_rows(run: Run, texts: Sequence[Row], scorers: Sequence[str]) -> l
         key = fingerprint(text["key"], of_text, text["persona"], of_scorers, judged)
         rows.append({**text, "key": key, "perplexity_key": of_text})
     return rows
+
+
+def _allowed_words(run: Run) -> frozenset[str]:
+    """Return the words of the personas' labelled texts, which a trait may need and no list of words holds."""
+    labelled = ([*each.labelled_positive, *each.labelled_negative] for each in run.inputs.personas)
+    return words_of(list(chain.from_iterable(labelled)))
 
 
 def score_rows(run: Run, planned: Sequence[Row], scorers: Sequence[str]) -> tuple[list[Row], int]:
@@ -231,6 +242,7 @@ def _score_new(
         scorers={SCORERS[name].column: run.inputs.load_scorers(name) for name in scorers},
         descriptions={persona.name: persona.description for persona in personas},
         eval_prompts={persona.name: persona.eval_prompt for persona in personas},
+        allowed_words=_allowed_words(run),
     )
     journalled: set[str] = set()  # a row may stand in two cells
     with (

@@ -2,9 +2,13 @@
 
 What steering costs where nobody asked for the persona: the target reads neutral passages under each steering
 that a verdict compares, and unsteered. What another sample of the extraction texts would change: vectors of
-resampled texts steer on development questions.
+resampled texts steer on development questions. What vectors do over strengths: the verdict compares all
+conditions at one alpha, and native, mapped and deciding controls write at multiples of it, too. Texts cost
+time, so that one seed serves there, and one draw of each control: its first, since one that is chosen by what
+it does would have a biased interval. Nothing is decided by any of this.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -15,18 +19,37 @@ from typing import Any
 from torch import Tensor
 
 from analysis.extraction_spread import effect_spread
-from analysis.results_table import perplexity_ratio
-from experiment.conditions import TRAINED_SCORERS, vector_names
+from analysis.results_table import perplexity_ratio, results_table
+from analysis.strength_curve import MULTIPLES, strength_curve
+from experiment.conditions import (
+    DECIDING_CONTROLS,
+    MAPPED,
+    ORACLE,
+    SCORERS,
+    TRAINED_SCORERS,
+    drawn_name,
+    vector_names,
+)
 from experiment.executor import GenerationSettings
 from experiment.inputs import N_PLAIN_TEXTS
-from experiment.plan import UNSTEERED_CELL, Cell, Row, SteeringVectors, rows_key, text_rows
+from experiment.plan import UNSTEERED_CELL, Cell, Row, SteeringVectors, drawn_cells, rows_key, text_rows
 from experiment.run import FORMAT_VERSION, Run
 from phases.fit_maps import mapping_data_key
-from phases.generate_texts import generate_development
+from phases.generate_texts import generate_development, generate_steered
 from phases.make_vectors import RESAMPLED_VECTORS, vector_key
-from phases.score_texts import cached_judge, judge_key, judged_description, judged_trait, scorers_key
+from phases.score_texts import (
+    cached_judge,
+    evaluation_rows,
+    judge_key,
+    judged_description,
+    judged_trait,
+    score_rows,
+    scorers_key,
+)
 from scoring.brevity import brevity
 from support.artifacts import fingerprint
+
+logger = logging.getLogger(__name__)
 
 NAME, OF_EFFECTS = "side_effects.json", "effect_spread.json"
 N_QUESTIONS = 12  # development prompts on which vectors of resampled texts steer
@@ -102,7 +125,9 @@ def resampled_effects(
     if not run.config.extraction_resamples:
         return {}
     resampled = RESAMPLED_VECTORS.require(run)
-    scorers = {name: _scorer_of(found) for name, found in verdicts.items()}
+    scorers = {
+        name: _scorer_of(found, found["rests_on"]) or found["decided_by"] for name, found in verdicts.items()
+    }
     cells = [
         cell
         for name, found in verdicts.items()
@@ -132,9 +157,10 @@ def resampled_effects(
     return content["personas"]
 
 
-def _scorer_of(found: Mapping[str, Any]) -> str | None:
-    names = (found["decided_by"], *found["rests_on"])
-    return next((name for name in names if name != "judge"), found["decided_by"])
+def _scorer_of(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the scorer of these that decided a verdict, else the first of them; no judge, which costs."""
+    free = [name for name in names if name != "judge"]
+    return found["decided_by"] if found["decided_by"] in free else next(iter(free), None)
 
 
 def _resampled_cells(run: Run, persona: str, method: str, alpha: float) -> list[Cell]:
@@ -195,3 +221,61 @@ def _scores(
         described = next(each for each in run.inputs.personas if each.name == persona)
         return judged_trait(cached_judge(run), described, [row["prompt"] for row in rows], outputs)
     return run.inputs.load_scorers(scorer)[persona].score(outputs)
+
+
+def compare_strengths(
+    run: Run, steering: SteeringVectors, rows: Sequence[Row], verdicts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return persona -> `scorer`, whether it `is_validated`, and what `strength_curve` returns.
+
+    rows: of `eval_results.json`. verdicts: persona -> `Verdict.content()`, whose scorer is taken, but no
+    judge. A persona without a scorer, or without effects of the native and the mapped vector, is left out.
+    """
+    if not run.config.strength_curve:
+        return {}
+    scorers: dict[str, str] = {}
+    for persona, found in verdicts.items():
+        has_effects = [
+            name for name, by in found["scorers"].items() if {MAPPED, ORACLE} <= by["effects"].keys()
+        ]
+        if scorer := _scorer_of(found, has_effects):
+            scorers[persona] = scorer
+    alphas = {persona: verdicts[persona]["alphas"][ORACLE] for persona in scorers}
+    planned = texts_over_strengths(run, alphas)
+    known = [row for row in rows if row["seed"] == run.config.seed]
+    held = set(map(_place, known))  # also where a listed alpha is a multiple of the compared one
+    texts, counted = generate_steered(run, [row for row in planned if _place(row) not in held], steering)
+    logger.info("texts over strengths: %s", counted)
+    of_texts = evaluation_rows(run, texts, run.inputs.scorer_names)
+    table = results_table([*known, *score_rows(run, of_texts, run.inputs.scorer_names)[0]])
+    compared = {}
+    for persona, scorer in scorers.items():
+        names = dict.fromkeys(_place(row)[1] for row in planned if row["persona"] == persona)
+        column, by = SCORERS[scorer].column, verdicts[persona]["scorers"][scorer]
+        if curve := strength_curve(table, persona, list(names), alphas[persona], column):
+            compared[persona] = {"scorer": scorer, "is_validated": by["is_validated"], **curve}
+    if left_out := [name for name in verdicts if name not in compared]:
+        run.folder.notes.append(
+            f"no strength curve of {', '.join(left_out)}: too few prompts have perplexities and, by a scorer "
+            "that is no judge, scores under all of its vectors"
+        )
+    return compared
+
+
+def texts_over_strengths(run: Run, alphas: Mapping[str, float]) -> list[Row]:
+    """Return a row for each text of the first seed over strengths, with those that the grid has.
+
+    alphas: persona -> the alpha at which the verdict compares.
+    """
+    names = [name for name in (ORACLE, MAPPED, *DECIDING_CONTROLS) if name in run.config.conditions]
+    cells = []
+    for persona, alpha in alphas.items():
+        tried = [multiple * alpha for multiple in MULTIPLES]
+        for name in names:
+            every_draw = drawn_cells(run.inputs, persona, name, vector_key(run, persona, name), tried)
+            cells += every_draw[: len(tried)]
+    return text_rows(run.inputs, cells, run.inputs.prompts, [run.config.seed])
+
+
+def _place(row: Row) -> tuple[str, str, float | None]:
+    return row["persona"], drawn_name(row["condition"], row["draw"]), row["alpha"]

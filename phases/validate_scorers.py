@@ -9,6 +9,7 @@ from typing import Any
 from experiment.conditions import N_DRAWS, vector_names
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from judging.cached_judge import CachedJudge
 from phases.choose_alphas import required_alphas
 from phases.generate_texts import generate_development
 from phases.make_vectors import grid_cells, vector_key
@@ -21,10 +22,18 @@ from phases.score_texts import (
     trait_prompts,
 )
 from reporting.tables import format_validation
-from scoring.cached_judge import CachedJudge
-from scoring.validation import FEWEST, Sets, at_most, remembered, texts_of, validate, validation_sets
+from scoring.validation import (
+    FEWEST,
+    Sets,
+    at_most,
+    remembered,
+    shared_validation_texts,
+    texts_of,
+    validate,
+    validation_sets,
+)
 from support.artifacts import fingerprint
-from texts.personas import Persona, load_prompts
+from texts.personas import Persona, load_prompts, load_validation_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +52,7 @@ def _key(run: Run) -> str:
     generated = [inputs.target.fingerprint, sampling(inputs), config.steer_positions, config.seed]
     shown = [inputs.prompting.prompt("target", prompt) for prompt in inputs.development_prompts]
     texts = [[each.name, each.validation] for each in inputs.labelled_personas]
+    texts.append(load_validation_kinds())
     judged = [[judged_description(each), each.positive_texts] for each in inputs.personas]
     judged = [judge_key(config), judged] if inputs.judge else None
     scored = [scorers_key(run, inputs.scorer_names), config.persona_names, judged]
@@ -73,9 +83,7 @@ def sets_of(run: Run, persona: Persona, unsteered: Sequence[str] = (), steered: 
 
     unsteered, steered: by the target model; without them, the sets that are the same in every run.
     """
-    others = [other for other in run.inputs.labelled_personas if other.name != persona.name]
-    others.sort(key=lambda other: other.name)  # what is drawn does not depend on the run's order
-    return validation_sets(persona, others, load_prompts("ordinary_validation"), unsteered, steered)
+    return validation_sets(persona, *shared_validation_texts(persona), unsteered, steered)
 
 
 def _validate(run: Run, steering: SteeringVectors) -> dict[str, Any]:
@@ -90,7 +98,7 @@ def _validate(run: Run, steering: SteeringVectors) -> dict[str, Any]:
         for name, by_persona in scorers.items():
             if scorer := by_persona.get(persona.name):
                 # Texts that every run reads are scored once on a machine.
-                key = fingerprint(name, persona.name, inputs.scorer_key(name))
+                key = inputs.scorer_key(name, persona)
                 score = remembered(scorer.score, key, texts_of(sets_of(run, persona)))
                 of_persona[name] = validate(score, sets, scorer.threshold)
         if judge:

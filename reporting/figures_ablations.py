@@ -53,8 +53,8 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
 def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw how far the trait moves, and at what perplexity, over the number of blocks that are steered.
 
-    points: what `ablate_blocks` collects; a column of panels for each persona. Hollow points were coherent
-    at no alpha.
+    points: what `ablate_blocks` collects; a column of panels for each persona. Hollow points are not
+    coherent.
     """
     personas = list(dict.fromkeys(point["persona"] for point in points))
     methods = list(dict.fromkeys(point["method"] for point in points))

@@ -2,22 +2,27 @@
 
 `alpha_search.png` shows the alphas that were tried, `figure1.png` coherence against trait strength
 (specification, "Figure 1"), `recovery.png` how much of the native effect the mapped vectors recover,
-`effect_perplexity.png` what each condition does to trait and perplexity, `off_target.png` what else a
-vector moves.
+`effect_perplexity.png` what each condition does to trait and perplexity, `strength_curve.png` the same of the
+vectors that write at more strengths, `off_target.png` what else a vector moves.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from analysis.results_table import worst_cells
-from experiment.conditions import CONDITIONS, SCORERS, UNSTEERED
+from analysis.strength_curve import MULTIPLES
+from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS, MAPPED, ORACLE, SCORERS, UNSTEERED
 from reporting.style import add_legend, as_label, hide_frame, look_of, number_plainly, persona_panels
 
+CIRCLE = {"color": "black", "marker": "o", "fillstyle": "none", "markersize": 11, "linestyle": ""}
+FONT_SIZE = 13  # points; 12 pixels where a figure is shown at half its size
 JUDGED_AXIS = (0.9, 5.1)  # a judge's scores, and room for the points at the ends
 
 
@@ -53,14 +58,37 @@ def recovery_figure(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def effect_perplexity_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+def strength_curve_figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw effect against perplexity ratio over strengths: native, mapped and the stronger lexical control.
+
+    found: `strength_curve` of `verdict.json`. Lines begin at the unsteered text.
+    """
+    unsteered = {"alpha": 0.0, "perplexity_ratio": 1.0, "effect": 0.0, "low": 0.0, "high": 0.0}
+    curves = {}
+    for persona, of_persona in found.items():
+        points = {name: vector["points"] for name, vector in of_persona["vectors"].items()}
+        at_alpha = {name: each[MULTIPLES.index(1.0)]["effect"] for name, each in points.items()}
+        lexical = sorted(set(LEXICAL_CONTROLS) & set(points), key=at_alpha.__getitem__)[-1:]
+        curves[persona] = {name: [unsteered, *points[name]] for name in (ORACLE, MAPPED, *lexical)}
+    figure = effect_perplexity_figure(curves, {name: each["alpha"] for name, each in found.items()})
+    for panel in figure.axes:
+        panel.tick_params(labelsize=FONT_SIZE)
+    for text in figure.findobj(Text):
+        text.set_fontsize(FONT_SIZE)
+    return figure
+
+
+def effect_perplexity_figure(
+    curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    compared: Mapping[str, float] = MappingProxyType({}),
+) -> Figure:
     """Draw a panel a persona: what each condition does to the trait against what it does to perplexity.
 
-    curves: what `side_effects.strength_curves` returns. A line joins a condition's alphas, the strongest
-    drawn largest.
+    curves: what `side_effects.curves_by_alpha` returns. A line joins a condition's alphas, the strongest
+    drawn largest. compared: persona -> the alpha at which its points are circled.
     """
     xlabel = "perplexity ratio to the unsteered text (fluent ←)"
-    figure, panels = persona_panels(list(curves), xlabel, "change of trait probability (95 %)")
+    figure, panels = persona_panels(list(curves), xlabel, "change of the trait's score (95 %)")
     drawn = {}
     for persona, panel in panels.items():
         panel.axhline(0, color="grey", linewidth=0.8)
@@ -69,9 +97,12 @@ def effect_perplexity_figure(curves: Mapping[str, Mapping[str, Sequence[Mapping[
             x, y = [point["perplexity_ratio"] for point in points], [point["effect"] for point in points]
             error = [[abs(point[end] - point["effect"]) for point in points] for end in ("low", "high")]
             drawn[condition] = _draw_strengths(panel, condition, x, y, error)
+            for point in points:
+                if point["alpha"] == compared.get(persona):
+                    panel.plot(point["perplexity_ratio"], point["effect"], **CIRCLE)
         panel.set_xscale("log")
     number_plainly(panel.xaxis)
-    add_legend(figure, drawn)
+    add_legend(figure, drawn, [Line2D([], [], **CIRCLE, label="compared")] if compared else [])
     return figure
 
 
@@ -226,11 +257,11 @@ def _draw_search(panel: Axes, entry: Mapping[str, Any]) -> dict[str, Line2D]:
     if not points:
         return {}
     method, look = entry["method"], look_of(entry["method"])
-    curve = [[point[key] for point in points] for key in ("alpha", "perplexity_ratio")]
+    curve = [abs(point["alpha"]) for point in points], [point["perplexity_ratio"] for point in points]
     panel.plot(*curve, color=look["color"], linewidth=1, alpha=0.5, label=method)
     for point in points:
         # The last points lie close to the chosen one, which stays in front of them.
         chosen = point["alpha"] == entry["alpha"]
         size = {"markersize": 10 if chosen else 5, "alpha": 1 if point["is_coherent"] else 0.35}
-        panel.plot(point["alpha"], point["perplexity_ratio"], **look, **size, zorder=4 if chosen else 3)
+        panel.plot(abs(point["alpha"]), point["perplexity_ratio"], **look, **size, zorder=4 if chosen else 3)
     return {method: Line2D([], [], **look, markersize=5, linewidth=1)}

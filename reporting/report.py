@@ -21,18 +21,21 @@ from reporting.tables import (
     interval,
     lowest_auc,
     maps_rows,
+    native_ratio_rows,
     number,
     p_value,
     percent,
+    protocol_rows,
     recovery_rows,
     spread_rows,
+    strength_rows,
     verdict_sentence,
 )
 from support.artifacts import load_json, load_tensors, save_text
-from support.errors import InputError
+from support.run_folder import load_finished
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
-NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json")
+NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json", "protocol.json")
 VECTORS, SPREAD = "persona_vectors.pt", "extraction_spread.json"
 # The licences of what is fetched from packages; for other models, see their cards.
 LICENCES = {
@@ -50,13 +53,7 @@ def write_report(folder: Path) -> Path:
 
     Raises InputError: a folder without the artifacts of a finished run.
     """
-    missing = [name for name in (*NEEDED, VECTORS) if not (folder / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{folder} is no finished run: {missing[0]} is missing; name the output_dir of a run whose five "
-            "phases are done"
-        )
-    config, results, verdict, checked = (load_json(folder / name) for name in NEEDED)
+    config, results, verdict, checked, protocol = load_finished(folder, *NEEDED, others=(VECTORS,))
     rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
     environment = Environment(
@@ -74,6 +71,9 @@ def write_report(folder: Path) -> Path:
         why=verdict_sentence,
         recoveries=_recoveries(verdict["personas"]),
         recovered=recovery_rows(verdict["personas"]),
+        strengths=strength_rows(verdict["strength_curve"]),
+        at_native_ratio=native_ratio_rows(verdict["strength_curve"]),
+        protocol=protocol_rows(protocol),
         figures={path.stem: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),
         maps=maps_rows([*load_json(folder / "cv_results.json")["maps"], *vectors["control_maps"]]),

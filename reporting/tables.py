@@ -5,6 +5,7 @@ from typing import Any
 
 from analysis.alpha_search import AlphaKey, ChosenAlpha
 from analysis.results_table import worst_cells
+from analysis.strength_curve import MULTIPLES
 from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import BEYOND_WORDS, FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
 from experiment.conditions import CONDITIONS, MAPPED, SCORERS, drawn_name, label_of
@@ -28,6 +29,9 @@ COVERED = (
 )
 ENDING = 0.1  # share of unsteered texts that end, from which lengths are a result
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
+READ_AS = {"mean": "texts, mean over tokens", "last": "texts, last token", "responses": "responses"}
+READ_AS["prompt"] = "last token of prompts"
+AT_END["listed"] = "the strongest listed one that can be read"
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -91,6 +95,11 @@ def _why(found: Mapping[str, Any]) -> str:
         rate = f"{found['collapse_rates'][lowest]:.0%} of them under {CONDITIONS[lowest].label}"
         return (
             f"under every vector most texts collapse into repetition ({rate}, the fewest); lower alpha_values"
+        )
+    if found["reason"] == "unreadable":
+        return (
+            "at no alpha that was tried does the native vector leave text that can be read: even at the "
+            f"weakest it breaks the bounds ({found['unreadable']})"
         )
     if found["reason"] == "no scorer validated":
         named = [f"{SCORERS[name].label}: {', '.join(scorers[name]['problems'])}" for name in scorers]
@@ -187,6 +196,135 @@ def recovery_rows(
     return header, rows
 
 
+def strength_rows(
+    found: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a table of effect and perplexity ratio by strength, and of mapped's recovery at equal strength.
+
+    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated.
+    """
+    header = ("persona", "scorer", "vector", *(f"{multiple:g} α" for multiple in MULTIPLES))
+    rows = []
+    for place, of_persona in _by_scorer(found):
+        for name, vector in of_persona["vectors"].items():
+            points = vector["points"]
+            cells = [f"{each['effect']:+.2f} ({each['perplexity_ratio']:.2f})" for each in points]
+            rows.append((*place, label_of(name), *cells))
+            if name == MAPPED:
+                shares = [_share(each["recovery"]) for each in points]
+                rows.append((*place, "mapped over native (%)", *shares))
+    return header, rows
+
+
+def native_ratio_rows(
+    found: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a table of vectors at native's perplexity ratio, and of where they have half of its effect.
+
+    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated.
+    """
+    header = ("persona", "scorer", "vector", "α ×", "perplexity ratio", "effect", "recovery (%)")
+    header += ("half of native's effect at α ×", "over native's", "note")
+    rows = []
+    for place, of_persona in _by_scorer(found):
+        for name, vector in of_persona["vectors"].items():
+            equal = vector["at_native_ratio"]
+            note = f"native's {of_persona['native_ratio']:.2f} is not reached; the nearest"
+            rows.append(
+                (
+                    *place,
+                    label_of(name),
+                    *(number(equal[key]) for key in ("multiple", "perplexity_ratio")),
+                    interval(equal["effect"]),
+                    _share(equal["recovery"]),
+                    *(_reached(vector[key]) for key in ("half_effect", "half_over_native")),
+                    "" if equal["is_reached"] else note,
+                )
+            )
+    return header, rows
+
+
+def _by_scorer(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
+    """Return (persona, the scorer's label) and the persona's curves."""
+    return [
+        ((persona, SCORERS[each["scorer"]].label + ("" if each["is_validated"] else " *")), each)
+        for persona, each in found.items()
+    ]
+
+
+def _share(found: Mapping[str, float | None] | None) -> str:
+    """Return a share of the native effect in per cent, a dash where there is no native effect."""
+    return "–" if not found or found["estimate"] is None else percent(found, "")
+
+
+def _reached(found: Mapping[str, float | None] | None) -> str:
+    """Return a strength with its interval, each of which may not be reached; a dash if it is not known."""
+    if found and found["estimate"] is None:
+        return "not reached"
+    return interval(found, ".2f").replace("unbounded", "not reached")
+
+
+def format_strengths(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return both as Markdown tables."""
+    left = ("persona", "scorer", "vector", "note")
+    tables = [markdown_table(*make(found), left=left) for make in (strength_rows, native_ratio_rows)]
+    return "\n\n".join(tables)
+
+
+def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of a table: what a run chose before its first test text, and by what.
+
+    protocol: what `protocol.json` holds.
+    """
+    layers, test, search = protocol["layers"], protocol["test"], protocol["alpha"]
+    pairs = ", ".join(f"{source} → {target}" for source, target in layers["chosen"])
+    learnt = protocol["mapping_data"]
+    learnt_of = ", ".join(learnt["alternatives"]).replace("_", " ")
+    rows = [
+        ("layers, source → target", pairs, f"by {layers['by']}"),
+        ("text of the map", learnt["chosen"].replace("_", " "), f"of {learnt_of}"),
+        _map_row("λ of the map", protocol["maps"]),
+    ]
+    if of_prompts := protocol["prompt_maps"]:
+        rows.append(_map_row("λ of the map of vectors from prompts", of_prompts))
+    for persona, kind in protocol["extraction"]["chosen"].items():
+        cosines = [
+            min(filter(None, of_side[persona]), default=None)
+            for of_side in protocol["split_half_cosines"].values()
+        ]
+        halves = " and ".join(number(cosine) for cosine in cosines)
+        kinds = protocol["extraction_numbers"].get(persona, {})
+        measured = "; ".join(_kind(name, found) for name, found in kinds.items())
+        by = f"cosine of halves at least {halves} in source and target"
+        rows.append((f"vector of {persona}", READ_AS[kind], "; ".join(filter(None, [measured, by]))))
+    for entry in search["alphas"]:
+        tried = "; ".join(_tried(point) for point in entry["curve"])
+        rows.append((f"α of {entry['persona']}", number(entry["alpha"], ".4g"), tried))
+    rows.append(
+        ("test prompts", f"{len(test['prompts'])} of {test['chosen']}", f"{len(test['seeds'])} seeds")
+    )
+    return ("what", "chosen", "by"), rows
+
+
+def _map_row(what: str, maps: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Return the lambdas of the maps of all layer pairs, and their held-out R2."""
+    r2 = [of_pair["r2"][str(of_pair["best_lambda"])] for of_pair in maps]
+    lambdas = ", ".join(f"{of_pair['best_lambda']:g}" for of_pair in maps)
+    return what, lambdas, f"best held-out R² of {len(maps[0]['r2'])}, {min(r2):.2f} to {max(r2):.2f}"
+
+
+def _kind(kind: str, found: Mapping[str, Any]) -> str:
+    """Return what is known of a kind of vector that was tried."""
+    words = max(found["lexical_cosines"].values(), default=None)
+    return f"{kind}: native {number(found['native_effect'], '+.2f')}, cosine of words {number(words)}"
+
+
+def _tried(point: Mapping[str, Any]) -> str:
+    """Return an alpha that was tried, the native vector's perplexity ratio, and the bounds it breaks."""
+    said = f"{point['alpha']:.3g}: ratio {number(point['perplexity_ratio'])}"
+    return f"{said} ({point['reason']})" if point["reason"] else said
+
+
 def format_recoveries(personas: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the same as a Markdown table."""
     return markdown_table(*recovery_rows(personas), left=("persona", "scorer", "lexical control"))
@@ -267,6 +405,27 @@ def format_success(found: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def format_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table of one persona: what each kind of its vector does natively, and its words.
+
+    kinds: kind -> `KindNumbers` as a dictionary.
+    """
+    rows = [
+        (
+            kind,
+            number(found["alpha"], ".4g"),
+            number(found["native_effect"], "+.2f"),
+            number(found["perplexity_ratio"]),
+            "" if found["is_coherent"] else "cannot be read",
+            *map(number, found["lexical_cosines"].values()),
+        )
+        for kind, found in kinds.items()
+    ]
+    controls = next((found["lexical_cosines"] for found in kinds.values()), ())
+    header = ("made from", "α", "native effect", "perplexity ratio", "note", *map(label_of, controls))
+    return markdown_table(header, rows, left=("made from", "note"))
+
+
 def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
     """Return a Markdown table: each chosen alpha, and where its search met an end of the bracket."""
     rows = [
@@ -275,12 +434,29 @@ def format_alphas(alphas: Mapping[AlphaKey, ChosenAlpha]) -> str:
             f"{chosen.alpha:.4g}",
             number(chosen.point.perplexity_ratio),
             number(chosen.point.repetition_increase, "+.3f"),
+            number(chosen.point.non_words_increase, "+.3f"),
             AT_END[chosen.at] if chosen.is_coherent else f"not coherent even there: {chosen.point.reason}",
         )
         for key, chosen in alphas.items()
     ]
-    header = ("persona", "method", "alpha", "perplexity ratio", "repetition increase", "note")
+    header = ("persona", "method", "alpha", "perplexity ratio", "repetition increase")
+    header += ("non-words increase", "note")
     return markdown_table(header, rows, left=("persona", "method", "note"))
+
+
+def alpha_notes(alphas: Mapping[AlphaKey, ChosenAlpha]) -> list[str]:
+    """Return a note for each persona whose bracket holds no alpha that its bounds decide."""
+    notes = []
+    for (persona, _), found in alphas.items():
+        if not found.is_coherent:
+            note = f"native steering leaves no text that can be read ({found.point.reason}), not even at"
+            weakest = f"the weakest alpha, {found.alpha:g}, at which conditions are compared"
+            key = "alpha_values" if found.at == "listed" else "alpha_search.bracket"
+            notes.append(f"{persona}: {note} {weakest}; lower {key}")
+        elif found.at == "highest":
+            note = f"the strongest alpha tried, {found.alpha:g}, still leaves text that can be read; raise"
+            notes.append(f"{persona}: {note} alpha_search.bracket")
+    return notes
 
 
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:

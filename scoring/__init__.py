@@ -1,1 +1,1 @@
-"""Score written text: trait scorers, judges, and their validation."""
+"""Score written text: trait scorers and their validation."""

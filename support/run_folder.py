@@ -11,7 +11,7 @@ ends in whatever way, and names itself in `.run_owner.json`.
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -162,6 +162,21 @@ class RunFolder:
         if journal.n_damaged:
             self.notes.append(f"{journal.n_damaged} lines of {path} were damaged; their rows are recomputed")
         return journal
+
+
+def load_finished(folder: Path, *names: str, others: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the content of JSON artifacts of a finished run, in the order of their names.
+
+    others: further files that must be there.
+    Raises InputError: one of them is missing, or damaged.
+    """
+    missing = [name for name in (*names, *others) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} is no finished run: {missing[0]} is missing; name the output_dir of a run whose five "
+            "phases are done"
+        )
+    return [load_json(folder / name) for name in names]
 
 
 def _owner(path: Path) -> str:

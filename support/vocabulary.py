@@ -17,6 +17,7 @@ PersonaPosition = Literal["last", "mean", "response"]
 # the third where the vector is added: also to the prompt, or from the prompt's last token on.
 SteerPositions = Literal["all", "response"]
 
+PROMPT_MAPS = "prompt_maps"  # the folder of the maps of vectors from prompts, in a run's
 EMBEDDINGS = -1  # in the place of a decoder block: what enters the first one
 FIRST_DAY = "2026-01-01"  # what templates are told that ask for today's date
 LOWEST_TEMPERATURE = 1e-6  # below it, logits / temperature can overflow

@@ -21,17 +21,6 @@ SENTENCES = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, unless they name a group.
-
-    Under pytest 9.2 with xdist 3.8 this has no effect: xdist's groups do not reach the names of the tests.
-    """
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

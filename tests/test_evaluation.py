@@ -19,7 +19,7 @@ from evaluation import (
     continuation_perplexities,
     repetition_metrics,
 )
-from scoring.judge_answers import Judgement
+from judging.judge_answers import Judgement
 from support.errors import InputError
 from support.tiny_models import ARCHITECTURES, CONTEXT, tiny_model
 

@@ -17,7 +17,7 @@ FLOORS = (
     {"model_loading"},
     {"decoding"},
     {"activation_extractor", "ridge_mapping", "baseline_methods", "steered_generation"},
-    {"scoring"},
+    {"judging", "scoring"},
     {"evaluation"},
     {"maps"},
     {"experiment"},

@@ -22,6 +22,7 @@ from tiny_runs import (
 )
 
 from baseline_methods import METHODS
+from experiment.config import PROTOCOL
 from phases.side_effects import N_QUESTIONS
 from run_experiment import PersonaTransferExperiment, main
 from support import progress
@@ -29,7 +30,6 @@ from support.artifacts import load_json, load_tensors
 from support.tiny_models import CONTEXT
 from texts.personas import load_prompts
 
-ROOT = Path(__file__).parent.parent
 N_PERSONAS, N_ALPHAS = 2, 2
 N_PER_CELL = N_PROMPTS * N_SEEDS
 N_CELLS = len(METHODS) * N_PERSONAS * N_ALPHAS + 1
@@ -189,9 +189,9 @@ def test_a_dry_run_counts_what_a_finished_run_holds_and_leaves_it_alone(tiny, ou
 def test_a_dry_run_counts_searches_responses_and_sums_and_makes_none(band, tiny, tmp_path, capsys):
     assert run(tmp_path / "out", band, "--dry-run") == 0
     shown = capsys.readouterr().out
-    n_cells, n_questions = 1 + N_PERSONAS * 3 * 3, len(load_prompts("development_questions"))
-    assert f"alpha search: {n_questions * n_cells} generations" in shown
-    n_drawn = 2 * (1 + 3) + 1  # mapped and three shuffled maps at the oracle's alpha, too; native
+    n_cells, n_questions = 1 + N_PERSONAS * 3, len(load_prompts("development_questions"))
+    assert f"choice of alphas: {n_questions * n_cells} generations" in shown
+    n_drawn = (1 + 3) + 1  # mapped and three shuffled maps; native: all at one alpha
     assert f"generations: {N_PER_CELL * (1 + N_PERSONAS * n_drawn)} " in shown
     assert "responses that the map is learnt from: 60" in shown
     assert "responses that vectors are made from: 16" in shown
@@ -244,16 +244,27 @@ def test_bad_input_ends_with_status_2_before_anything_is_written(
 def real(all_threads, tmp_path_factory):
     """A base model that goes on with texts, much reduced, on the packaged models."""
     reduced = {
+        "source_model": "smollm2-135m-instruct",
+        "target_model": "gemma-3-270m",
+        "source_layer_idx": 14,
+        "target_layer_idx": 8,
+        "neutral_text": "wikipedia-sample",
+        "lambda_values": PROTOCOL["lambda_values"],
+        "lambda_unit": "relative",
+        "persona_position": "mean",
+        "alpha_unit": "residual_norm",
+        "n_seeds": 1,
         "n_training_samples": 60,
         "personas": ["formal", "cheerful"],
         "n_test_prompts": 4,
         "controls": [],
+        "check_source_vectors": False,
         "alpha_values": [0.35],
         "max_new_tokens": 8,
-        "likelihood_ratio": False,  # reads thousands of texts; tests of scoring have it
+        "probe": False,  # reads thousands of texts; tests of scoring have it
         "output_dir": str(tmp_path_factory.mktemp("real") / "out"),
     }
-    experiment = PersonaTransferExperiment({**load_json(ROOT / "configs/smol_to_gemma.json"), **reduced})
+    experiment = PersonaTransferExperiment(reduced)
     return experiment.folder.path, experiment.run(), experiment
 
 

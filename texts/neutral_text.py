@@ -56,7 +56,8 @@ NO_TEXT = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]|[(,;]\s*[,;]|\(\s|\s[,.)]
 class NeutralText:
     """Hold a passage and the document that it was cut from, or a response and its question.
 
-    prompts: texts that the source and the target read before it; only the text's own tokens give pairs.
+    prompts: texts that the source and the target read before it; only the text's own tokens give pairs. Of an
+        empty text, which is a response that has not begun, the prompts' last tokens do.
     """
 
     text: str

@@ -3,8 +3,8 @@
 A persona file in `personas/` holds extraction pairs, from which the vector is made, and labelled pairs on
 other subjects, on which the trait classifier is trained. The two never mix. It also holds, in the form of
 the trait files of persona_vectors (arXiv 2507.21509), system prompts for and against the trait
-(`instruction`) and `questions`; the vector may be made from the responses to these instead. A configuration
-may define a persona too, as lists of texts or as a trait file.
+(`instruction`) and `questions`; the vector may be made from the responses to these instead, or from the
+prompts themselves. A configuration may define a persona too, as lists of texts or as a trait file.
 """
 
 import unicodedata
@@ -18,6 +18,7 @@ from support.text_files import check_characters, parse_json, read_text
 
 PERSONA_FOLDER = Path(__file__).parent.parent / "personas"
 PROMPT_FOLDER = Path(__file__).parent.parent / "prompts"
+KINDS_TRAINING, KINDS_VALIDATION = (PROMPT_FOLDER / f"kinds_{use}.json" for use in ("training", "validation"))
 LONGEST_NAME = 100  # characters
 # Overrides and isolates of the direction of writing, which turn around the rest of a line.
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -30,6 +31,7 @@ class Persona:
     positive_texts, negative_texts: for extraction; text i of both sides has the same content
         if the persona was given as pairs.
     labelled_positive, labelled_negative: for training scorers; empty if the persona has none.
+    resembling: for training scorers too: texts that have words of the trait, and lack it.
     instructions: pairs of system prompts, for and against the trait. questions: asked under both.
     eval_prompt: asks a judge how strongly a response shows the trait, 0 to 100, with the places {question}
         and {answer}.
@@ -45,6 +47,7 @@ class Persona:
     negative_texts: tuple[str, ...]
     labelled_positive: tuple[str, ...] = ()
     labelled_negative: tuple[str, ...] = ()
+    resembling: tuple[str, ...] = ()
     instructions: tuple[tuple[str, str], ...] = ()
     questions: tuple[str, ...] = ()
     eval_prompt: str = ""
@@ -56,7 +59,12 @@ class Persona:
     def all_texts(self) -> list[str]:
         """Every text for extraction or scoring, for overlap checks."""
         extraction = self.positive_texts + self.negative_texts
-        return [*extraction, *self.labelled_positive, *self.labelled_negative, *self.validation]
+        return [*extraction, *self.scoring_texts, *self.validation]
+
+    @property
+    def scoring_texts(self) -> list[str]:
+        """Every text on which scorers are trained."""
+        return [*self.labelled_positive, *self.labelled_negative, *self.resembling]
 
 
 def shipped_personas() -> list[str]:
@@ -99,14 +107,15 @@ def load_persona(name: str, definition: Mapping[str, Any] | None = None) -> Pers
 
     definition: `description`, `positive_texts` and `negative_texts`, or `instruction` (pairs {"pos": ...,
         "neg": ...}), `questions` and `eval_prompt` as in a trait file. `labelled_positive_texts` and
-        `labelled_negative_texts` train scorers, and `validation_texts` validate them. Without labelled
+        `labelled_negative_texts` train scorers, with `resembling_texts` as further negatives, and
+        `validation_texts` validate them. Without labelled
         texts, a definition with a shipped persona's name gets those of that persona.
     Raises InputError: unknown name, a damaged file, or a side without texts.
     """
     persona = _read_persona(name) if definition is None else _make_persona(name, definition)
     if name in shipped_personas() and not (persona.labelled_positive or persona.labelled_negative):
         shipped = _read_persona(name)
-        scoring = ("labelled_positive", "labelled_negative", "validation", "direct_measure")
+        scoring = ("labelled_positive", "labelled_negative", "resembling", "validation", "direct_measure")
         taken = {key: getattr(persona, key) or getattr(shipped, key) for key in scoring}
         persona = replace(persona, **taken, is_scored_as_shipped=True)
     _check_persona(persona)
@@ -119,6 +128,7 @@ def _make_persona(name: str, definition: Mapping[str, Any]) -> Persona:
         name,
         definition.get("description", ""),
         *(tuple(definition.get(key, ())) for key in lists),
+        resembling=tuple(definition.get("resembling_texts", ())),
         instructions=tuple((pair["pos"], pair["neg"]) for pair in definition.get("instruction", ())),
         questions=tuple(definition.get("questions", ())),
         eval_prompt=definition.get("eval_prompt", ""),
@@ -147,14 +157,14 @@ def _read_persona(name: str) -> Persona:
 
 
 def check_extraction(persona: Persona, kind: str) -> None:
-    """Raise InputError: the persona lacks texts that a kind of extraction (`texts`, `responses`) needs."""
+    """Raise InputError: the persona lacks what extraction of kind `texts`, `responses` or `prompt` needs."""
     needed = {"positive texts": persona.positive_texts, "negative texts": persona.negative_texts}
     remedy = "give texts on both sides"
-    if kind == "responses":
+    if kind != "texts":
         needed = {"system prompts": persona.instructions, "questions": persona.questions}
         remedy = "give it instruction and questions, or choose 'extraction' of kind 'texts'"
     elif persona.instructions:
-        remedy = "choose 'extraction' of kind 'responses' for its system prompts and questions"
+        remedy = "choose 'extraction' of kind 'responses' or 'prompt' for its system prompts and questions"
     for name, texts in needed.items():
         if not texts:
             raise InputError(
@@ -165,7 +175,7 @@ def check_extraction(persona: Persona, kind: str) -> None:
 def half_of(texts: Sequence[Any], half: int, questions: Sequence[str] = ()) -> list[Any]:
     """Return half 0 or 1 of a side's texts, every other one; text i of both sides stays in the same half.
 
-    questions: of these, texts are (question, response), and the halves are of every other question.
+    questions: of these, texts are (question, response or prompt), and the halves are of every other question.
     """
     if not questions:
         return list(texts[half::2])
@@ -175,7 +185,7 @@ def half_of(texts: Sequence[Any], half: int, questions: Sequence[str] = ()) -> l
 def check_halves(persona: Persona, kind: str) -> None:
     """Raise InputError: the persona has too few texts, or questions, to make two vectors of disjoint ones."""
     sides = {"positive texts": persona.positive_texts, "negative texts": persona.negative_texts}
-    for name, texts in ({"questions": persona.questions} if kind == "responses" else sides).items():
+    for name, texts in (sides if kind == "texts" else {"questions": persona.questions}).items():
         if len(texts) < 2:
             raise InputError(
                 f"persona {persona.name!r} has {len(texts)} {name}, but source and native vector are made "
@@ -195,7 +205,7 @@ def _check_persona(persona: Persona) -> None:
     for number, text in enumerate(texts, start=1):
         check_characters(text, f"persona {persona.name!r}: text {number} of {len(texts)}")
     used = set(persona.positive_texts + persona.negative_texts)
-    trained, held_out = {*persona.labelled_positive, *persona.labelled_negative}, set(persona.validation)
+    trained, held_out = set(persona.scoring_texts), set(persona.validation)
     for purposes, shared in (
         ("training and validation of scorers", trained & held_out),
         ("extraction and scoring", used & (trained | held_out)),
@@ -216,3 +226,31 @@ def load_prompts(name: str) -> list[str]:
     """
     lines = read_text(PROMPT_FOLDER / f"{name}.txt").splitlines()
     return [line.strip() for line in lines if line.strip()]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Texts of one kind, on which all scorers are trained.
+
+    shows: the shipped persona whose trait they show, if any. lacks: the one that they were written against,
+    if any. may_show: those whose trait they may show, so that they are neither for nor against it.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    shows: str | None
+    lacks: str | None
+    may_show: tuple[str, ...]
+
+
+def load_training_kinds() -> list[Kind]:
+    """Return the kinds of `prompts/kinds_training.json`."""
+    return [
+        Kind(name, tuple(kind["texts"]), kind["shows"], kind["lacks"], tuple(kind["may_show"]))
+        for name, kind in parse_json(read_text(KINDS_TRAINING), str(KINDS_TRAINING)).items()
+    ]
+
+
+def load_validation_kinds() -> dict[str, list[str]]:
+    """Return kind -> texts without any trait, of `prompts/kinds_validation.json`."""
+    return parse_json(read_text(KINDS_VALIDATION), str(KINDS_VALIDATION))

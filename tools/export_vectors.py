@@ -1,6 +1,6 @@
 """Write a steering vector of a finished run for another tool.
 
-    python -m tools.export_vectors --run results/gemma_to_smol_chat --persona formal --method ridge_mapped
+    python -m tools.export_vectors --run results/gemma_to_smol --persona formal --method ridge_mapped
 
 A .gguf file is a control vector for llama.cpp and repeng (`llama-cli --control-vector FILE`); .safetensors
 and .pt files hold the same vectors with metadata. Strength 1 of the file steers as the run's verdict does.
@@ -16,10 +16,12 @@ from experiment.command_line import exit_status
 from experiment.conditions import condition_of
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError, shown
+from support.run_folder import load_finished
 from support.text_files import file_name
 from support.vector_files import FORMATS, write_vectors
+from support.vocabulary import PROMPT_MAPS
 
-NEEDED = ("config.json", "persona_vectors.pt", "verdict.json")
+VECTORS = "persona_vectors.pt"
 
 
 def export_vector(
@@ -33,11 +35,8 @@ def export_vector(
     Raises InputError: no finished run, an unknown persona, method, format or alpha, or layer 0 as GGUF.
     """
     _check_has("format", form, FORMATS)
-    for name in NEEDED:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is no finished run: {name} is missing; name its output_dir")
-    config, verdict = (load_json(folder / name) for name in ("config.json", "verdict.json"))
-    content = load_tensors(folder / "persona_vectors.pt")
+    config, verdict = load_finished(folder, "config.json", "verdict.json", others=(VECTORS,))
+    content = load_tensors(folder / VECTORS)
     _check_has(f"{folder}: persona", persona, content["vectors"])
     _check_has(f"{folder}: method", method, content["vectors"][persona])
     decided = verdict["personas"].get(persona, {})
@@ -53,13 +52,16 @@ def export_vector(
             content["layer_pairs"], units, content["vectors"][persona][method], strict=True
         )
     }
+    is_of_prompts = content.get("kinds", {}).get(persona) == "prompt"
     metadata = {
         "persona": persona,
         "method": method,
         "alpha": alpha,
         "alpha_unit": config["alpha_unit"],
         "layer_pairs": content["layer_pairs"],
-        "maps_by_target_layer": _describe_maps(folder, content["layer_pairs"]),
+        "maps_by_target_layer": _describe_maps(
+            folder / PROMPT_MAPS if is_of_prompts else folder, content["layer_pairs"]
+        ),
         "verdict": decided.get("verdict", ""),
         "recovery_by_scorer": {
             name: scorer["recovery"]

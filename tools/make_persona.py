@@ -25,10 +25,10 @@ import openai
 
 from experiment.command_line import exit_status
 from experiment.config import load_config
+from judging.gpt_judge import read_key
+from judging.judge_answers import excerpt, final_answer
 from model_loading import load_model
-from scoring.gpt_judge import read_key
-from scoring.judge_answers import excerpt, final_answer
-from scoring.trait_classifier import load_sentence_encoder
+from scoring.encoders import plain_sentence_encoder
 from steered_generation import SteeredGenerator
 from support.artifacts import save_text
 from support.errors import InputError, shown
@@ -231,7 +231,7 @@ def _unquoted(text: str) -> str:
 
 def _content_similarity(pairs: Sequence[Item]) -> list[float]:
     """Return the cosine of the sentence embeddings of each pair."""
-    encode = load_sentence_encoder()
+    encode = plain_sentence_encoder()
     one, other = (np.asarray(encode([pair[side] for pair in pairs]), dtype=np.float64) for side in (0, 1))
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return list((one * other).sum(1) / norms)

@@ -109,9 +109,9 @@ def test_amounts_of_text_need_fast_tokenizers(tiny, tmp_path, monkeypatch):
         experiment.ablate("samples")
 
 
-def test_more_and_more_blocks_are_steered_each_at_an_alpha_of_its_own(tiny, tmp_path):
+def test_more_and_more_blocks_are_steered_at_the_native_vectors_alpha(tiny, tmp_path):
     out = tmp_path / "out"
-    unbounded = {"max_perplexity_ratio": 1e6, "max_repetition_increase": 1}
+    unbounded = {"max_perplexity_ratio": 1e6, "max_repetition_increase": 1, "max_non_words_increase": 1}
     settings = {**tiny, "methods": ["shuffled_pairs", "oracle"], "alpha_unit": "residual_norm"}
     settings["alpha_search"] = {"n_evaluations": 2, "n_seeds": 1, **unbounded}
     assert run(out, settings, "--ablate", "blocks") == 0

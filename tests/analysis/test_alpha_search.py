@@ -5,19 +5,16 @@ import math
 from dataclasses import replace
 
 import pytest
-from made_up_scores import scored_row
 
 from analysis.alpha_search import (
     CoherenceBound,
     ScoredText,
     alphas_content,
     alphas_from_content,
+    choose_listed,
     compare,
-    compared_alphas,
-    oracle_alphas,
     search_alphas,
 )
-from analysis.results_table import results_table
 from support.errors import InputError
 
 LOW, HIGH = BRACKET = (0.5, 10.0)
@@ -138,6 +135,20 @@ def test_more_empty_texts_than_unsteered_are_incoherent(n_empty_before, n_empty,
     assert point.n_missing == n_empty
 
 
+@pytest.mark.parametrize(
+    ("share", "before", "reason"),
+    [(0.03, 0.0, "non-words"), (0.03, 0.02, None), (0.01, 0.0, None), (None, 0.0, None), (0.9, None, None)],
+)
+def test_words_that_do_not_exist_are_bounded_by_their_increase(share, before, reason):
+    steered, unsteered = (
+        [ScoredText(10.0, 0.1, non_words=each) for _ in range(3)] for each in (share, before)
+    )
+    point = compare(1.0, steered, unsteered)
+    assert point.reason == reason
+    assert point.non_words_increase == (None if None in (share, before) else pytest.approx(share - before))
+    assert compare(1.0, steered, unsteered, CoherenceBound(max_non_words_increase=0.5)).is_coherent
+
+
 @pytest.mark.parametrize(("bounds", "reason"), [((2.5, 0.3), None), ((1.9, 0.1), "perplexity, repetition")])
 def test_bounds_are_those_given(bounds, reason):
     assert compare(1.0, times(2.0, 0.3), UNSTEERED, CoherenceBound(*bounds)).reason == reason
@@ -198,40 +209,28 @@ def test_a_text_without_perplexity_is_incoherent_unless_it_is_empty():
     assert ScoredText.from_row({**row, "output": " "}) == ScoredText(None, None, 0.5)
 
 
-def listed(ratios, repetition=0.1):
-    """Unsteered texts and the oracle's, at alpha -> times the unsteered perplexity of the same prompt."""
-    rows = []
-    for prompt in range(4):
-        rows.append(scored_row("baseline", prompt, 0.1, perplexity=10.0 + prompt))
-        for alpha, ratio in ratios.items():
-            metrics = {"perplexity": (10.0 + prompt) * ratio, "repetition": repetition if alpha > 1 else 0.1}
-            rows.append(scored_row("oracle", prompt, 0.5, alpha=alpha, **metrics))
-    return rows
-
-
 @pytest.mark.parametrize(
     ("ratios", "repetition", "alpha"),
     [
         ({0.5: 1.1, 1.0: 1.4, 2.0: 1.6}, 0.1, 1.0),
-        ({0.5: 1.1, 1.0: 1.4, 2.0: 1.4}, 0.1, 2.0),
+        ({2.0: 1.4, 1.0: 1.4, 0.5: 1.1}, 0.1, 2.0),
         ({0.5: 1.1, 1.0: 1.4, 2.0: 0.9}, 0.6, 1.0),
         ({0.5: 3.0, 1.0: 4.0}, 0.1, 0.5),
         ({-1.0: 1.4, -0.5: 1.1}, 0.1, -1.0),
     ],
 )
-def test_listed_alphas_are_compared_at_the_oracles_strongest_coherent_one(ratios, repetition, alpha):
-    rows = listed(ratios, repetition)
-    rows += [scored_row("zero_pad", 0, 0.5, alpha=alpha) for alpha in ratios]
-    rows += [scored_row("shuffled_pairs", 0, 0.5, alpha=7.0), scored_row("prompted", 0, 0.5, alpha=None)]
-    found = compared_alphas(results_table(rows), ["loud"], [], {"loud": CoherenceBound()})
-    assert found["loud"] == {"oracle": alpha, "zero_pad": alpha, "shuffled_pairs": 7.0, "prompted": None}
+def test_of_listed_alphas_the_strongest_coherent_one_is_chosen_or_the_weakest(ratios, repetition, alpha):
+    def measure(asked):
+        return [times(ratios[each], repetition if each > 1 else 0.1) for _, each in asked]
+
+    chosen = choose_listed({CONDITION: list(ratios)}, measure, UNSTEERED)[CONDITION]
+    assert (chosen.alpha, chosen.at) == (alpha, "listed")
+    assert chosen.is_coherent is (min(ratios.values()) < 1.5)
+    assert {point.alpha: point.perplexity_ratio for point in chosen.curve} == pytest.approx(ratios)
 
 
-def test_own_alphas_are_compared_as_they_are_and_at_the_oracles():
-    rows = listed({2.0: 9.0}) + [scored_row("ridge_mapped", 0, 0.5, alpha=alpha) for alpha in (3.0, 2.0)]
-    rows += [scored_row("zero_pad", 0, 0.5, alpha=1.0)]
-    table = results_table(rows)
-    own = {"oracle": 2.0, "ridge_mapped": 3.0, "zero_pad": 1.0}
-    assert compared_alphas(table, ["loud"], ["loud"], {}) == {"loud": own}
-    assert oracle_alphas(table, ["loud"]) == {"loud": {**own, "ridge_mapped": 2.0}}
-    assert oracle_alphas(table, []) == {}
+def test_what_a_trait_costs_widens_the_bound_of_a_list_too():
+    chosen = choose_listed(
+        {CONDITION: [1.0, 2.0]}, lambda asked: [times(2.5)] * 2, UNSTEERED, trait_costs={"loud": 2.0}
+    )
+    assert chosen[CONDITION].alpha == 2.0

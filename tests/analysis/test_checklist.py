@@ -13,7 +13,8 @@ from analysis.checklist import (
     check_steering,
     check_vectors,
 )
-from scoring.trait_classifier import train_trait_classifiers
+from scoring.training_texts import labelled_rows
+from scoring.trait_scorer import train_scorers
 from steered_generation import SteeredGenerator
 from support.tiny_models import D_MODEL, N_LAYERS, tiny_model
 from texts.personas import Persona
@@ -110,7 +111,7 @@ def classifier():
         return np.array([[text.count("a"), text.count("b")] for text in texts], dtype=float)
 
     shown = Persona("shown", "", ("x",), ("y",), letters(8), letters(2))
-    return train_trait_classifiers(["shown"], [shown], count)["shown"]
+    return train_scorers(["shown"], labelled_rows(shown), count)["shown"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from analysis.results_table import (
     results_table,
     worst_cells,
 )
-from analysis.side_effects import largest_off_target, off_target, strength_curves
+from analysis.side_effects import curves_by_alpha, largest_off_target, off_target
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregate
@@ -57,7 +57,7 @@ def curves_at(alphas):
         for alpha in of_name
         for prompt in range(3)
     ]
-    return strength_curves(results_table(rows), ["loud"])
+    return curves_by_alpha(results_table(rows), ["loud"])
 
 
 def drawn(effects, **more):
@@ -73,7 +73,7 @@ def test_curves_and_aggregated_tables_show_the_worst_draw():
     rows = [scored_row(name, prompt, 0.1) for name in ("baseline", MAPPED) for prompt in range(3)]
     for alpha in (1.0, 2.0):
         rows += drawn([[0.2, 0.2, 0.2], [0.6, 0.1, 0.8], [0.1, 0.1, 0.1]], alpha=alpha)
-    points = strength_curves(results_table(rows), ["loud"])["loud"]["shuffled_pairs"]
+    points = curves_by_alpha(results_table(rows), ["loud"])["loud"]["shuffled_pairs"]
     assert [point["effect"] for point in points] == pytest.approx([0.4, 0.4])
     table = worst_cells(aggregate(rows))
     shown = [(entry["draw"], entry["n"]) for entry in table if entry["condition"] == "shuffled_pairs"]
@@ -140,12 +140,11 @@ def test_effects_table_has_a_row_for_each_scorer_and_condition():
     table = results_table(scored_run(0.5, 0.6, n=10))
     validation = {"loud": {"classifier": VALIDATED, "brevity": {"is_validated": True, "problems": []}}}
     found = decide_verdicts(table, {"loud": COMPARED}, validation)["loud"].content()
-    verdict = {"personas": {"loud": found}, "at_oracle_alpha": {"loud": found}}
+    verdict = {"personas": {"loud": found}}
     frame = effects_table({**verdict, "plain_text_perplexity_ratios": {"loud": {MAPPED: 1.2}}}, table)
-    assert len(frame) == 2 * 2 * len(COMPARED)
+    assert len(frame) == 2 * len(COMPARED)
     mapped = frame[(frame["condition"] == MAPPED) & (frame["scorer"] == "classifier")]
-    assert mapped["compared_at"].tolist() == ["chosen alpha", "oracle alpha"]
-    assert mapped["plain_text_perplexity_ratio"].fillna(0).tolist() == [1.2, 0.0]
+    assert mapped["plain_text_perplexity_ratio"].tolist() == [1.2]
     first, decided = mapped.iloc[0], found["scorers"]["classifier"]
     expected = decided["recovery"], decided["mapped"], decided["rates"][MAPPED]["corrected"]
     assert first[["recovery", "effect", "rate"]].tolist() == [each["estimate"] for each in expected]

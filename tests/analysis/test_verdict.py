@@ -14,6 +14,7 @@ from scipy.special import expit
 from analysis.results_table import results_table
 from analysis.significance import Interval
 from analysis.verdict import (
+    CLAIMS,
     ScorerVerdict,
     Verdict,
     adjusted_p,
@@ -26,7 +27,7 @@ from analysis.verdict import (
 from experiment.conditions import DECIDING_CONTROLS, LEXICAL_CONTROLS, MAPPED, ORACLE, UNSTEERED
 from reporting.tables import COVERED, format_verdicts, verdict_sentence
 
-BOTH = {"classifier": VALIDATED, "likelihood_ratio": VALIDATED}
+BOTH = {"classifier": VALIDATED, "probe": VALIDATED}
 BREVITY = {"is_validated": True, "problems": []}
 RUN, ONE = scored_run(0.8, 0.8), {"classifier": VALIDATED}
 
@@ -105,18 +106,28 @@ def test_effects_pair_prompts_and_average_seeds():
     ("other", "verdict", "reason", "decided_by"),
     [
         (None, "equivalent to native", "decided by scorer", "classifier"),
-        (0.6, "transferred", "decided by scorer", "likelihood_ratio"),
-        (0.1, "inconclusive", "scorers disagree", "likelihood_ratio"),
+        (0.6, "transferred", "decided by scorer", "probe"),
+        (0.1, "inconclusive", "scorers disagree", "probe"),
     ],
 )
 def test_the_more_cautious_of_two_validated_scorers_stands(other, verdict, reason, decided_by):
     found = verdict_of(scored_run(0.8, 0.8, other=other), BOTH)
     assert (found.verdict, found.reason, found.decided_by) == (verdict, reason, decided_by)
-    assert found.rests_on == ("classifier", "likelihood_ratio")
+    assert found.rests_on == ("classifier", "probe")
+
+
+def test_where_no_native_text_can_be_read_nothing_is_claimed():
+    table, alphas = results_table(scored_run(0.8, 0.8)), {"loud": COMPARED}
+    validation = {"loud": {"classifier": VALIDATED}}
+    assert decide_verdicts(table, alphas, validation)["loud"].verdict in CLAIMS
+    found = decide_verdicts(table, alphas, validation, {"loud": "perplexity, non-words"})["loud"]
+    assert (found.verdict, found.reason) == ("native steering ineffective", "unreadable")
+    said = verdict_sentence(found.content())
+    assert said.endswith("even at the weakest it breaks the bounds (perplexity, non-words)")
 
 
 def test_no_verdict_rests_on_a_scorer_that_is_not_validated():
-    one = {"classifier": VALIDATED, "likelihood_ratio": NOT_VALIDATED}
+    one = {"classifier": VALIDATED, "probe": NOT_VALIDATED}
     found = verdict_of(scored_run(0.8, 0.8, other=0.1), one)
     assert (found.verdict, found.rests_on) == ("equivalent to native", ("classifier",))
 
@@ -223,7 +234,7 @@ def test_text_borne_by_one_scorer_is_more_cautious_than_transferred_by_another()
     scores = [row["trait_probability"] for row in with_words(0.8)]
     rows = [{**row, "trait_probability": score} for row, score in zip(RUN, scores, strict=True)]
     found = verdict_of(rows, BOTH)
-    assert found.scorers["likelihood_ratio"].verdict == "equivalent to native"
+    assert found.scorers["probe"].verdict == "equivalent to native"
     assert (found.verdict, found.decided_by) == ("text-borne", "classifier")
 
 
@@ -275,8 +286,8 @@ SAID = {
         with_words(0.6, noise=0.2),
         ONE,
     ),
-    r"INCONCLUSIVE: the scorers disagree \(classifier says equivalent to native, likelihood ratio says not "
-    rf"transferred\); by the likelihood ratio, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
+    r"INCONCLUSIVE: the scorers disagree \(classifier says equivalent to native, language-model probe says "
+    rf"not transferred\); by the language-model probe, {RECOVERS}.*": (scored_run(0.8, 0.8, other=0.1), BOTH),
     f"NATIVE STEERING INEFFECTIVE: by the classifier, the native vector moves the trait by {INTERVAL}": (
         scored_run(0.1, 0.1),
         BOTH,

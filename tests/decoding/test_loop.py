@@ -7,6 +7,8 @@ import torch
 from watching import fails_at
 
 from decoding.loop import DROP_FRACTION, decode
+from decoding.row_sampler import NOT_FINITE
+from support.errors import InputError
 from support.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 PROMPTS = [[256, 5, 6, 7], [256], [256, 30, 31, 32, 33, 34], [256, 5, 6, 9], [256, 77, 78]]
@@ -130,6 +132,17 @@ def test_any_of_several_tokens_ends_a_row_and_is_left_out(llama):
     for new, whole in zip(decode(llama, PROMPTS, greedy, 8, ends), free, strict=True):
         cut = next((place for place, token in enumerate(whole) if token in ends), 8)
         assert new == whole[:cut]
+
+
+def test_logits_that_are_not_finite_are_rejected_in_rows_that_have_not_ended(llama):
+    def choose(logits, rows, step):
+        return torch.where((rows == 1) & (step == 3), NOT_FINITE, ending({1: at})(logits, rows, step))
+
+    at = 2
+    assert decode(llama, PROMPTS * 2, choose, 6, {END})[1] == decode(llama, PROMPTS, greedy, 2)[1]
+    at = None
+    with pytest.raises(InputError, match="not finite; lower alpha"):
+        decode(llama, PROMPTS * 2, choose, 6, {END})
 
 
 def test_prompts_of_rows_with_equal_keys_are_read_once_and_the_rows_go_their_own_ways():

@@ -1,13 +1,15 @@
 """The sampler has the distribution of transformers' processors, however large the vocabulary."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from pairwise import every_pair
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from decoding.row_sampler import BLOCK, FIRST_SIZES, MARGIN, RowSampler, row_uniforms
+from decoding.row_sampler import BLOCK, FIRST_SIZES, MARGIN, NOT_FINITE, RowSampler, row_uniforms
 from support.errors import InputError
 
 SETTINGS = [
@@ -27,6 +29,13 @@ BELOW_1 = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
 SMALL = dict.fromkeys((2, 30, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 5, 300), 50)
 SIZES = {**SMALL, 9_000: 20, 40_001: 6, 8 * BLOCK * FIRST_SIZES[0] + 1: 2}
 LAYOUTS = {"rows": lambda logits: logits, "columns": lambda logits: logits.T.contiguous().T}
+
+DEVICES = {"cpu": nullcontext, "cuda": fake_cuda}  # the device waits for nothing, and chooses otherwise
+
+
+def choose(device, settings, logits, uniform):
+    with DEVICES[device]():
+        return RowSampler(*settings).choose(logits.to(device), uniform).cpu()
 
 
 def make_logits(kind, n_rows, size):
@@ -104,12 +113,13 @@ def test_each_token_has_the_probability_that_transformers_leaves_it(temperature,
     size=SIZES,
     layout=LAYOUTS,
     dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    device=DEVICES,
 )
-def test_partial_selection_chooses_as_sorting_everything_does(settings, kind, size, layout, dtype):
+def test_partial_selection_chooses_as_sorting_everything_does(settings, kind, size, layout, dtype, device):
     temperature, top_k, top_p = settings[0], min(settings[1], size), settings[2]
     logits, uniform = make_logits(kind, SIZES[size], size).to(dtype), make_uniforms(SIZES[size])
     given = LAYOUTS[layout](logits.clone())
-    chosen = RowSampler(temperature, top_k, top_p).choose(given, uniform)
+    chosen = choose(device, (temperature, top_k, top_p), given, uniform)
     assert_chosen_as_sorted(chosen, logits.float(), uniform, temperature, top_k, top_p)
     assert torch.equal(given, logits)
 
@@ -129,17 +139,23 @@ def test_a_nucleus_around_the_first_sizes_is_not_cut(n_large, layout):
     assert torch.equal(chosen, large[places])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("n_tied", [1, 2, MARGIN, MARGIN + 1, MARGIN + 2, 500])
-def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, layout):
+@every_pair(
+    n_tied=[1, 2, MARGIN, MARGIN + 1, MARGIN + 2, 500],
+    n_above=[0, 1, 9],
+    top_p=[1.0, 0.95, 0.3],
+    layout=LAYOUTS,
+    device=DEVICES,
+)
+def test_all_tokens_that_tie_with_the_k_th_are_kept(n_tied, n_above, top_p, layout, device):
     """As bfloat16 makes them tie; transformers keeps them all, more than k."""
     size, top_k = 40_000, 10
     logits, order = torch.full((size,), -3.0), torch.randperm(size)
-    logits[order[: top_k - 1]] = 2.0
-    logits[order[top_k - 1 : top_k - 1 + n_tied]] = 0.0
+    n_tied += top_k - 1 - n_above
+    logits[order[:n_above]] = 2.0
+    logits[order[n_above : n_above + n_tied]] = 0.0
     logits, uniform = logits.expand(40, -1), (torch.arange(40) + 0.5) / 40
-    expected, _ = sorted_choice(logits, uniform, 1.0, top_k, 1.0)
-    chosen = RowSampler(1.0, top_k, 1.0).choose(LAYOUTS[layout](logits), uniform)
+    expected, _ = sorted_choice(logits, uniform, 1.0, top_k, top_p)
+    chosen = choose(device, (1.0, top_k, top_p), LAYOUTS[layout](logits), uniform)
     assert torch.equal(chosen, expected)
 
 
@@ -156,10 +172,10 @@ def test_temperature_0_takes_the_lowest_id_of_the_most_probable(size, dtype, lay
         assert RowSampler(0.0, *limits).choose(LAYOUTS[layout](logits), uniform).tolist() == expected
 
 
-@every_pair(settings=SETTINGS, uniform=[0.0, 0.9999999, BELOW_1], kind=KINDS)
-def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(settings, uniform, kind):
+@every_pair(settings=SETTINGS, uniform=[0.0, 0.9999999, BELOW_1], kind=KINDS, device=DEVICES)
+def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(settings, uniform, kind, device):
     logits, uniforms = make_logits(kind, 24, 9_000), torch.full((24,), uniform)
-    chosen = RowSampler(*settings).choose(logits, uniforms)
+    chosen = choose(device, settings, logits, uniforms)
     # The last tokens share less than the sum is accurate to.
     assert_chosen_as_sorted(chosen, logits, uniforms, *settings, share_equal=float(uniform == 0))
 
@@ -182,12 +198,15 @@ def test_a_row_is_chosen_without_regard_to_the_others(settings, layout):
     value=[math.nan, math.inf, -math.inf],
     settings=[(1.0, 50, 1.0), (1.0, 0, 0.9), (0.0, 0, 1.0)],
     layout=LAYOUTS,
+    device=DEVICES,
 )
-def test_logits_that_are_not_finite_are_rejected(place, value, settings, layout):
-    logits = make_logits("peaked", 5, 9_000)
+def test_a_row_whose_logits_are_not_finite_gets_no_token(place, value, settings, layout, device):
+    logits, uniform = make_logits("peaked", 5, 9_000), make_uniforms(5)
+    expected = choose(device, settings, logits, uniform)
     logits[3, slice(None) if value == -math.inf else place] = value
-    with pytest.raises(InputError, match="not finite"):
-        RowSampler(*settings).choose(LAYOUTS[layout](logits), torch.rand(5))
+    chosen = choose(device, settings, LAYOUTS[layout](logits), uniform)
+    assert chosen[3] == NOT_FINITE
+    assert torch.equal(chosen[[0, 1, 2, 4]], expected[[0, 1, 2, 4]])
 
 
 OUT_OF_RANGE = {

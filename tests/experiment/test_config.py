@@ -1,5 +1,6 @@
 """A configuration has the specification's defaults; what cannot be used is an error that names its key."""
 
+import itertools
 import json
 import math
 import re
@@ -8,13 +9,17 @@ from pathlib import Path
 import pytest
 
 from baseline_methods import METHODS
-from experiment.config import ExperimentConfig, load_config
+from experiment.conditions import DECIDING_CONTROLS
+from experiment.config import PROTOCOL, QUESTIONS, ExperimentConfig, ExtractionConfig, load_config
 from experiment.config_errors import RENAMED_KEYS, RENAMED_VALUES
+from experiment.inputs import read_personas
 from support.errors import InputError
+from texts.personas import load_prompts, shipped_personas
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = [ROOT / "example_config.json", *sorted((ROOT / "configs").glob("*.json"))]
 SMALL = {"source_model": "a", "target_model": "b", "output_dir": "c", "layer_idx": 3}
+NAMES = {key: SMALL[key] for key in ("source_model", "target_model", "output_dir")}
 PAIR = {"positive_texts": ["YES"], "negative_texts": ["yes"]}
 SPECIFICATION = {
     "source_model": "Qwen/Qwen-7B",
@@ -39,6 +44,10 @@ SPECIFICATION = {
 }
 
 
+def parse_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def error_of(config):
     """Return what the error says, in two lines at most."""
     with pytest.raises(InputError) as caught:
@@ -53,6 +62,13 @@ def test_values_are_the_specifications(is_shipped):
     given = ROOT / "configs" / "qwen7b_to_llama2_7b.json" if is_shipped else {**start, "layer_idx": 16}
     config = load_config(given)
     assert {name: getattr(config, name) for name in SPECIFICATION} == SPECIFICATION
+
+
+def test_the_example_is_two_names_and_little_else_and_one_file_writes_out_every_key_of_it():
+    example, written_out = (parse_json(path) for path in (SHIPPED[0], ROOT / "configs" / "all_keys.json"))
+    assert example.keys() == {*NAMES, "personas", "n_test_prompts", "n_seeds", "strength_curve"}
+    assert written_out.keys() == set(ExperimentConfig.model_fields)
+    assert load_config(written_out) == load_config(example)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -90,6 +106,79 @@ def test_layers_are_set_together_or_apart(layers, expected):
     assert load_config({**SMALL, "layer_idx": None, **layers}).layer_pairs == expected
 
 
+def test_two_names_and_a_folder_are_run_by_the_protocol():
+    config = load_config(NAMES)
+    chosen = {name: getattr(config, name) for name in PROTOCOL}
+    assert chosen == {**PROTOCOL, "extraction": ExtractionConfig(kind="auto")}
+    assert config.persona_names == shipped_personas()
+    assert (len(config.load_test_prompts(True)), config.seeds, config.alpha_values) == (60, [0, 1], "auto")
+    assert set(config.conditions) == {*METHODS, *DECIDING_CONTROLS}
+    assert load_config(json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_what_is_named_stands_beside_the_protocol_and_a_layer_ends_it():
+    named = {"n_seeds": 1, "personas": ["formal"], "alpha_values": [0.1], "layer_idx": None}
+    config = load_config({**NAMES, **named})
+    assert (config.n_seeds, config.persona_names, config.alpha_values) == (1, ["formal"], [0.1])
+    assert (config.layer_idx, config.n_test_prompts) == ("band", 60)
+    assert config.strength_curve
+    assert not load_config({**NAMES, "methods": ["oracle"]}).strength_curve  # there is nothing to compare
+    for layers in ({"layer_idx": 3}, {"source_layer_idx": 1, "target_layer_idx": 2}):
+        config = load_config({**NAMES, **layers})
+        assert (config.n_test_prompts, config.alpha_values[0]) == (30, 0.5)
+        assert config.mapping_data == "neutral_text"
+
+
+@pytest.mark.parametrize("start", [SMALL, NAMES], ids=["specification", "protocol"])
+def test_an_alpha_for_each_method_is_an_error_of_one_line(start):
+    alphas = {"formal": [0.04], "pirate": {"oracle": 0.04, "ridge_mapped": 0.05}}
+    message = error_of({**start, "personas": list(alphas), "alpha_values": alphas})
+    assert "'pirate' has an alpha for each method" in message
+    assert "the native vector's; leave alpha_values out" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_name_of_shipped_questions_is_what_a_chat_target_is_asked_and_the_last_are_no_default(name):
+    config = load_config({**NAMES, "test_prompts": name})
+    assert config.load_test_prompts(True) == load_prompts(name)
+    assert config.load_test_prompts(False) == load_prompts("test")
+    for start in (NAMES, SMALL):
+        default = load_config(start).load_test_prompts(True)
+        assert not set(default) & set(load_prompts("last_questions"))
+    assert load_config(NAMES).load_test_prompts(True) == load_prompts("fresh_questions")
+
+
+def test_test_development_and_last_questions_have_none_in_common_and_neither_have_persona_texts():
+    files = {name: load_prompts(name) for name in (*QUESTIONS, "development_questions", "neutral_questions")}
+    for name, other in itertools.combinations(files, 2):
+        assert not set(files[name]) & set(files[other]), (name, other)
+    for name in QUESTIONS:
+        read_personas(load_config({**NAMES, "test_prompts": name}))
+
+
+def test_what_vectors_are_made_from_is_said_for_each_persona_or_chosen_for_all():
+    loud = {"instruction": [{"pos": "Shout.", "neg": "Whisper."}], "questions": ["Why?", "Who?"]}
+    start = {**SMALL, "personas": ["formal"], "persona_datasets": {"loud": loud}}
+    config = load_config({**start, "extraction": {"kind": "auto"}})
+    assert {name: config.vector_kind(name) for name in config.persona_names} == {
+        "formal": "last",
+        "loud": "responses",
+    }
+    kinds = {"formal": "mean", "loud": "responses"}
+    chosen = config.with_vector_kinds(kinds)
+    assert {name: chosen.vector_kind(name) for name in kinds} == kinds
+    assert load_config(json.loads(json.dumps(chosen.model_dump()))) == chosen
+    some = {"kind": "auto", "by_persona": {"formal": "mean"}}
+    assert "name all of them, or leave it out" in error_of({**start, "extraction": some})
+    assert "'shy', which is no persona" in error_of({**SMALL, "extraction": {"by_persona": {"shy": "last"}}})
+
+
+def test_fewer_questions_than_the_protocol_asks_are_an_error():
+    with pytest.raises(InputError, match="n_test_prompts is 60 but there are 2 prompts; lower it"):
+        load_config({**NAMES, "test_prompts": ["Why?", "How?"]}).load_test_prompts(True)
+
+
 def test_personas_are_the_named_ones_then_those_defined_here():
     config = load_config({**SMALL, "persona_datasets": {"loud": PAIR, "formal": PAIR}})
     assert config.persona_names == ["silly", "formal", "concise", "loud"]
@@ -102,17 +191,12 @@ def test_seeds_count_up_from_seed():
     assert load_config({**SMALL, "seed": 7, "n_seeds": 3}).seeds == [7, 8, 9]
 
 
-def test_alphas_may_be_given_for_each_persona_or_method():
-    by_method = {"oracle": 1.0, "ridge_mapped": 1.5, "zero_pad": 1.0}
-    alphas = {"silly": by_method, "formal": [2.0, 3.0], "concise": {"oracle": 4.0}}
+def test_alphas_may_be_given_for_each_persona():
+    alphas = {"silly": [1.0], "formal": [2.0, 3.0], "concise": [4.0]}
     config = load_config({**SMALL, "alpha_values": alphas})
-    assert config.alphas_of("silly", "ridge_mapped") == [1.5, 1.0]  # its own and the oracle's
-    assert config.alphas_of("silly", "zero_pad") == config.alphas_of("silly", "interpolate") == [1.0]
-    assert config.alphas_of("formal", "ridge_mapped") == [2.0, 3.0]
-    assert config.alphas_of("concise", "ridge_mapped") == [4.0]
-    assert [config.has_alphas_by_method(name) for name in config.persona_names] == [True, False, True]
+    assert {name: config.alphas_of(name) for name in config.persona_names} == alphas
     n_draws = 3 + 3 + 2 + 1 + 1  # of the controls of a verdict; there are two other personas
-    assert config.n_cells == 1 + (len(METHODS) + n_draws) * (1 + 2 + 1) + 1
+    assert config.n_cells == 1 + (len(METHODS) + n_draws) * (1 + 2 + 1)
 
 
 COUNTS = ("n_test_prompts", "n_seeds", "max_new_tokens", "generation_batch_size")
@@ -165,7 +249,6 @@ def silly(alphas):
         ({"persona_datasets": {"x": {**PAIR, "old": ["a"]}}}, "'persona_datasets.x.old' is unknown"),
         ({"persona_datasets": {"x": {"positive_texts": ["a"]}}}, "negative_texts is missing"),
         ({"persona_datasets": {"x": {**PAIR, "positive_texts": [""]}}}, "positive_texts.0"),
-        ({"layer_idx": None}, "source_layer_idx is not set"),
         ({"layer_idx": None, "source_layer_idx": 3}, "target_layer_idx is not set"),
         ({"layer_idx": "band", "target_layer_idx": 3}, "leave out target_layer_idx"),
         ({"search_source_layers": [1]}, 'search_source_layers is of use with "layer_idx": "auto" alone'),
@@ -179,14 +262,15 @@ def silly(alphas):
         (silly([1.0, 1.0]), "holds a value twice"),
         (silly([0.0]), "must be finite and not 0"),
         (silly([]), "'alpha_values.silly'"),
-        (silly({}), "'alpha_values.silly'"),
-        (silly({"ridge_mapped": 1.0}), "alphas by method, but none of 'oracle'"),
+        (silly({}), "'silly' has an alpha for each method"),
+        (silly([math.inf]), "must be finite and not 0"),
+        ({"strength_curve": True, "independent_perplexity": False}, "curve compares at an equal independent"),
         (
-            {**silly({"oracle": 1.0, "shuffled_pairs": 2.0}), "controls": []},
-            "'shuffled_pairs', which adds no vector here",
+            {"strength_curve": True, "methods": ["oracle"]},
+            "add ridge_mapped to methods, or set strength_curve",
         ),
-        (silly({"oracle": math.inf}), "must be finite and not 0"),
-        (silly({"orcle": 1.0}), "'alpha_values.silly'"),
+        ({"strength_curve": True, "methods": ["zero_pad"]}, "add ridge_mapped and oracle to methods"),
+        ({"test_prompts": "questions"}, "one of test_questions, fresh_questions, last_questions"),
         ({"alpha_search": {"bracket": [2, 1]}}, "a lower and a higher alpha"),
     ],
     ids=str,

@@ -46,6 +46,17 @@ def test_a_band_is_ordered_by_target_layer_read_at_its_middle_and_not_changed_by
         inputs.at_pairs([(0, N_LAYERS)])
 
 
+def test_a_map_is_learnt_from_styled_responses_of_a_chat_target_else_from_neutral_text(
+    settings, chat_settings
+):
+    for given, chosen in ((settings, "neutral_text"), (chat_settings, "styled_responses")):
+        automatic, named = (loaded(given, mapping_data=choice) for choice in ("auto", chosen))
+        assert automatic.config == named.config
+        assert automatic.neutral_questions == named.neutral_questions
+        assert automatic.neutral_styles == named.neutral_styles
+        assert bool(automatic.neutral_questions) == (chosen == "styled_responses")
+
+
 def test_more_neutral_texts_begin_with_those_of_the_run(inputs):
     assert inputs.more_texts(70)[:60] == list(inputs.neutral_texts)
 

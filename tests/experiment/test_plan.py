@@ -10,7 +10,6 @@ from experiment.config import load_config
 from experiment.inputs import load_inputs
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, grid, text_rows
 
-MAPPED_BY_METHOD = {"oracle": 1.0, "ridge_mapped": 2.0}
 PROMPTS, SEEDS = ["One", "Two", "Three"], [0, 1]
 
 
@@ -29,9 +28,8 @@ def key_of(persona, condition):
     [
         ([1.0, 4.0], {"loud": [1.0, 4.0], "numeric": [1.0, 4.0]}),
         ({"loud": [3.0], "numeric": [1.0, 4.0]}, {"loud": [3.0], "numeric": [1.0, 4.0]}),
-        ({"loud": MAPPED_BY_METHOD, "numeric": [3.0]}, {"loud": [2.0, 1.0], "numeric": [3.0]}),
     ],
-    ids=["list", "by persona", "by method"],
+    ids=["list", "by persona"],
 )
 def test_the_grid_has_every_persona_method_and_alpha_and_the_unsteered_text_once(inputs, alphas, mapped):
     cells = grid(inputs, alphas, key_of)

@@ -30,7 +30,7 @@ def scored_row(condition, prompt, score, seed=0, persona="loud", alpha=1.0, perp
         "output": "What a fine day it is!",
         "has_ended": True,
         "trait_probability": score,
-        "likelihood_probability": score,
+        "probe_probability": score,
         "trait_probabilities": {persona: score},
         "classifier_auc": 0.97,
         "independent_perplexity": perplexity,
@@ -46,7 +46,7 @@ def scored_row(condition, prompt, score, seed=0, persona="loud", alpha=1.0, perp
 def scored_run(mapped, oracle, n=20, other=None, persona="loud", noise=0.05, judged=False):
     """All conditions that a claim needs, with these mean scores where nothing gives 0.1.
 
-    other: the likelihood ratio's mean of the mapped vector, where it differs from the classifier's.
+    other: the language-model probe's mean of the mapped vector, where it differs from the classifier's.
     """
     generator, rows = np.random.default_rng(0), []
     means = {UNSTEERED: 0.1, MAPPED: mapped, ORACLE: oracle, **dict.fromkeys(DECIDING_CONTROLS, 0.1)}
@@ -57,7 +57,7 @@ def scored_run(mapped, oracle, n=20, other=None, persona="loud", noise=0.05, jud
     for prompt, (name, mean) in product(range(n), means.items()):
         row = scored_row(name, prompt, drawn(mean), persona=persona)
         if other is not None and name == MAPPED:
-            row["likelihood_probability"] = drawn(other)
+            row["probe_probability"] = drawn(other)
         if judged:
             row |= {"gpt4_coherence_score": 4, "gpt4_trait_score": 1 + round(4 * row["trait_probability"])}
         rows.append(row)

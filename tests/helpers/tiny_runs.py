@@ -5,6 +5,7 @@ import math
 import random
 import re
 import zlib
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -12,10 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from phases import choose_alphas, choose_layers, decide_verdicts, fit_maps
+from phases import choose_alphas, choose_layers, collect_responses, decide_verdicts, fit_maps
 from reporting.style import figure_fingerprint
 from run_experiment import main
-from scoring import likelihood_ratio, trait_classifier
+from scoring import language_model_probe, trait_classifier
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from texts.personas import load_prompts
@@ -36,8 +37,8 @@ ARTIFACTS = set(
     "comparison_maps.pt cv_results.json mapping_analysis.png persona_vectors.pt persona_similarities.json "
     "generation_journal.jsonl generation_results.json evaluation_journal.jsonl eval_results.json "
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
-    "verdict.json results.csv effects.csv recovery.png report.html experiment.log "
-    "resampled_vectors.pt extraction_spread.json effect_spread.json".split()
+    "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv recovery.png "
+    "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json".split()
 )
 
 
@@ -117,20 +118,20 @@ def score_by_characters(patch):
 
     Their keys are others, too: a run keeps scores of validation texts in the cache of all runs.
     """
-    for module, divisor in ((trait_classifier, 7), (likelihood_ratio, 11)):
+    for module, divisor in ((trait_classifier, 7), (language_model_probe, 11)):
         real_key = module.scorer_key
         patch.setattr(module, "load_scorers", _by_characters(divisor))
-        patch.setattr(module, "scorer_key", lambda personas, key=real_key: f"by characters {key(personas)}")
+        patch.setattr(module, "scorer_key", lambda *given, key=real_key: f"by characters {key(*given)}")
+    patch.setattr(collect_responses, "show_trait", lambda persona, texts: _score(texts, 5))
 
 
 def _by_characters(divisor):
-    def score(texts):
-        return [
-            zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else 0.0 for each in texts
-        ]
+    scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=partial(_score, divisor=divisor))
+    return lambda names, personas, language_model: dict.fromkeys(names, scorer)
 
-    scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=score)
-    return lambda names, personas: dict.fromkeys(names, scorer)
+
+def _score(texts, divisor):
+    return [zlib.crc32(each.encode()) % divisor / (divisor - 1) if each.strip() else 0.0 for each in texts]
 
 
 def visible_files(folder):

@@ -55,9 +55,10 @@ TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be t
 SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "recovery.png"}
 SCORED |= {"off_target.png", "effect_perplexity.png", "effect_spread.json"}
 RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
-GRID = SCORED | {"generation_results.json"}
+GRID = SCORED | {"generation_results.json", "protocol.json"}
 STEERED = GRID | {"side_effects.json"}
 SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
+READ_AGAIN = SEARCHED - {"generation_results.json"}  # other perplexities may choose another listed alpha
 CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - {"side_effects.json"}  # sampled text, whoever reads it
 CARRIED = STEERED | RESAMPLED | {"persona_vectors.pt", "persona_similarities.json"}
@@ -139,7 +140,7 @@ CHANGES = {
     **of_pair(FITTED, MAPPED, lambda_criterion="standardised"),
     **of_pair(PAIRED, MAPPED, n_folds=3),
     "prompt_format": Change("chat", {"prompt_format": "raw"}, WRITTEN),
-    "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, SCORED | {"preflight.json"}),
+    "source_prompt_format": Change("chat", {"source_prompt_format": "raw"}, READ_AGAIN | {"preflight.json"}),
     "target_prompt_format": Change("chat", {"target_prompt_format": "raw"}, WRITTEN),
     "system_prompt": Change("chat", {"system_prompt": "Be kind."}, WRITTEN),
     "chat_template_kwargs": Change("chat", {"chat_template_kwargs": {"tone": "dry"}}, WRITTEN),
@@ -151,9 +152,10 @@ CHANGES = {
     ),
     **of_loud(
         "pair",
-        SCORED | CHECKED | {"trait_costs.json"},
+        READ_AGAIN | CHECKED | {"trait_costs.json"},
         labelled_positive_texts=OTHER_LABELLED,
         labelled_negative_texts=OTHER_LABELLED,
+        resembling_texts=["WELL, it is as it is."],
     ),
     **of_loud(
         "pair",
@@ -164,6 +166,7 @@ CHANGES = {
     **of_pair(NATIVE, TRANSFERRED, vectors={"loud": "@vector.npy"}),
     **of_pair(NATIVE, persona_position="mean"),
     **within("extraction", "band", NATIVE, kind="texts", from_texts=["numeric", "loud"]),
+    **within("extraction", "band", NATIVE | CHECKED, by_persona={"loud": "mean"}),
     **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
     **of_pair(RESAMPLED | {"effect_spread.json", "verdict.json"}, set(), extraction_resamples=2),
     **of_pair(NATIVE, STEERED_HERE, disjoint_texts=True),
@@ -175,20 +178,22 @@ CHANGES = {
     ),
     **of_pair({"preflight.json", "verdict.json"}, set(), check_source_vectors=False),
     **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
-    **of_pair(STEERED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
+    **of_pair(SEARCHED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
+    **of_pair({"protocol.json", "verdict.json"}, set(), strength_curve=True),
     **within("alpha_search", "band", SEARCHED, bound="plain"),
     **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_repetition_increase=0.3),
+    **within("alpha_search", "band", SEARCHED | CHECKED, max_non_words_increase=0.9),
     **of_pair(WRITTEN, STEERED_HERE, steer_positions="response"),
     **of_pair(READ, seed=1),
     **of_pair(WRITTEN, max_new_tokens=4, temperature=0.5, top_k=5, top_p=0.5),
-    **of_pair(SCORED | CHECKED, set(), use_gpt4=True, likelihood_ratio=False),
+    **of_pair(SCORED | CHECKED, set(), use_gpt4=True, probe=False),
     **within("judge", "judged", SCORED | CHECKED, model="other", max_answer_tokens=9),
     **within("judge", "judged", SCORED | CHECKED, request_options={"seed": 1}),
     **within("judge", "judged", SCORED, texts_per_cell=1),
-    **of_pair(SCORED | {"preflight.json"}, set(), independent_perplexity=False),
-    **of_pair(SCORED | {"trait_costs.json"}, set(), evaluation_dtype="bfloat16"),
+    **of_pair(READ_AGAIN | {"preflight.json"}, set(), independent_perplexity=False),
+    **of_pair(READ_AGAIN | {"trait_costs.json"}, set(), evaluation_dtype="bfloat16"),
 }
 # What says where, how fast and how dearly a run computes, or what an ablation does, changes nothing.
 INERT = {
@@ -219,11 +224,6 @@ def test_every_field_has_a_changed_value_here():
         is_model = isinstance(nested, type) and issubclass(nested, BaseModel)
         fields |= {f"{name}.{key}" for key in nested.model_fields} if is_model else {name}
     assert fields == {*CHANGES, *INERT, *ELSEWHERE}
-
-
-def on(base):
-    """Return the mark of a test of this base: one process has them all, and makes its run once."""
-    return pytest.mark.xdist_group(f"keys_{base}")
 
 
 @pytest.fixture(scope="module")
@@ -350,9 +350,7 @@ def by_key(folder, found):
     return made
 
 
-@pytest.mark.parametrize(
-    "field", [pytest.param(field, marks=on(change.base)) for field, change in CHANGES.items()]
-)
+@pytest.mark.parametrize("field", CHANGES)
 def test_a_changed_setting_changes_the_keys_of_what_depends_on_it_alone(
     field, bases, finished_base, paths, tmp_path
 ):
@@ -372,7 +370,6 @@ def test_a_changed_setting_changes_the_keys_of_what_depends_on_it_alone(
     assert change.conditions is None or new <= change.conditions
 
 
-@on("judged")
 def test_where_and_how_fast_a_run_computes_changes_nothing(bases, finished_base, paths, tmp_path):
     folder, before = finished_base("judged")
     nested = {name.split(".")[1]: value for name, value in INERT.items() if name.startswith("judge.")}
@@ -385,7 +382,7 @@ def test_where_and_how_fast_a_run_computes_changes_nothing(bases, finished_base,
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("base", [pytest.param(base, marks=on(base)) for base in BASES])
+@pytest.mark.parametrize("base", BASES)
 def test_a_second_run_makes_nothing(base, bases, finished_base, tmp_path):
     folder, _ = finished_base(base)
     out = shutil.copytree(folder, tmp_path / "out")
@@ -395,7 +392,6 @@ def test_a_second_run_makes_nothing(base, bases, finished_base, tmp_path):
             assert (out / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
 
 
-@on("pair")
 def test_a_layer_pair_is_a_band_of_one(bases, finished_base, tmp_path):
     _, pair = finished_base("pair")
     config = {**bases["pair"], "source_layer_idx": [1], "target_layer_idx": [2]}

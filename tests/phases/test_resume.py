@@ -114,14 +114,12 @@ def test_other_sampling_leaves_what_was_written_to_be_taken_back(tiny, finished,
     assert (out / "generation_journal.jsonl").read_bytes() == journal
 
 
-@pytest.mark.parametrize("auto", [False, True], ids=["listed", "searched"])
-def test_figures_of_an_earlier_configuration_do_not_stay(auto, tiny, out):
-    optional = {"alpha_search.png", "layer_search.png", "off_target.png", "effect_perplexity.png"}
+def test_figures_of_an_earlier_configuration_do_not_stay(tiny, out):
+    optional = {"layer_search.png", "off_target.png", "effect_perplexity.png"}
     for name in optional:
         shutil.copy(out / "recovery.png", out / name)
-    settings = {**tiny, "alpha_values": "auto", "alpha_search": {"n_evaluations": 2, "n_seeds": 1}}
-    assert run(out, {**settings, "methods": ["oracle"]} if auto else tiny) == 0
-    assert optional & visible_files(out) == ({"alpha_search.png"} if auto else set())
+    assert run(out, tiny) == 0
+    assert not optional & visible_files(out)
 
 
 def test_a_fresh_run_makes_everything_anew(tiny, finished, out):

@@ -117,17 +117,17 @@ def test_other_personas_are_their_mapped_vectors_at_the_personas_own_alphas(tiny
     assert cells["loud", "other_persona", 4.0] != cells["loud", "ridge_mapped", 4.0]
 
 
-def test_alphas_by_method_are_tried_with_the_oracles_beside_them(tiny, out):
-    alphas = {"loud": {"oracle": 4.0, "ridge_mapped": 2.0}, "numeric": [1.0, 4.0]}
-    methods = ["zero_pad", "ridge_mapped", "oracle"]
-    assert run(out, {**tiny, "methods": methods, "alpha_values": alphas}) == 0
-    cells = {(row["condition"], row["alpha"]) for row in rows(out) if row["persona"] == "loud"}
-    assert cells == {("zero_pad", 4.0), ("ridge_mapped", 2.0), ("ridge_mapped", 4.0), ("oracle", 4.0)}
-    verdict = load_json(out / "verdict.json")
-    assert verdict["personas"]["loud"]["alphas"] == {"zero_pad": 4.0, "ridge_mapped": 2.0, "oracle": 4.0}
-    assert set(verdict["at_oracle_alpha"]) == {"loud"}
-    assert set(verdict["at_oracle_alpha"]["loud"]["alphas"].values()) == {4.0}
-    assert len(set(verdict["personas"]["numeric"]["alphas"].values())) == 1
+def test_of_a_list_the_alpha_that_is_compared_is_chosen_on_development_prompts(tiny, finished):
+    development = load_prompts("development")
+    assert not {row["prompt"] for row in rows(finished)} & set(development)
+    for entry in load_json(finished / "alpha_search.json")["alphas"]:
+        assert [point["alpha"] for point in entry["curve"]] == tiny["alpha_values"]
+        assert all(point["n_pairs"] <= len(development) for point in entry["curve"])
+        compared = load_json(finished / "verdict.json")["personas"][entry["persona"]]["alphas"]
+        assert set(compared.values()) == {entry["alpha"]}
+    written = rows_of(finished / "evaluation_journal.jsonl").values()
+    tried = {(row["condition"], row["alpha"]) for row in written if row["prompt"] in development}
+    assert tried == {("baseline", None), *(("oracle", alpha) for alpha in tiny["alpha_values"])}
 
 
 def test_plain_text_is_read_under_every_steering(finished):
@@ -161,13 +161,14 @@ def test_what_a_trait_costs_is_the_perplexity_ratio_of_its_labelled_texts(tiny, 
 # Searched alphas
 
 
-def test_every_condition_is_tested_at_the_strongest_coherent_alpha_that_was_tried(finished_band):
+def test_every_condition_is_tested_at_the_strongest_alpha_that_leaves_native_texts_coherent(finished_band):
     methods = ("ridge_mapped", "shuffled_pairs", "oracle")
     search = load_json(finished_band / "alpha_search.json")["alphas"]
-    found = {(entry["persona"], entry["method"]): entry for entry in search}
-    assert set(found) == {(name, method) for name in ("loud", "numeric") for method in methods}
+    found = {entry["persona"]: entry for entry in search}
+    assert [entry["method"] for entry in search] == ["oracle"] * 2
+    assert list(found) == ["loud", "numeric"]
     middle = load_json(finished_band / "persona_similarities.json")["residual_norms"][1]["median"]
-    for entry in found.values():
+    for entry in search:
         tried = [point["alpha"] for point in entry["curve"]]
         assert 1 < len(tried) <= 3
         # The bracket is shared among the two blocks.
@@ -175,15 +176,12 @@ def test_every_condition_is_tested_at_the_strongest_coherent_alpha_that_was_trie
         chosen = next(point for point in entry["curve"] if point["alpha"] == entry["alpha"])
         assert chosen["is_coherent"] is entry["is_coherent"]
         assert not any(point["is_coherent"] for point in entry["curve"] if point["alpha"] > entry["alpha"])
-    assert len({entry["alpha"] for entry in found.values()}) > 1
     cells = {(row["persona"], row["condition"], row["alpha"]) for row in rows(finished_band)}
-    own = {(*cell, entry["alpha"]) for cell, entry in found.items()}
-    at_oracle = {(name, method, found[name, "oracle"]["alpha"]) for name, method in found}
-    assert cells == {(None, "baseline", None), *own, *at_oracle}
+    one_alpha = {(name, method, found[name]["alpha"]) for name in found for method in methods}
+    assert cells == {(None, "baseline", None), *one_alpha}
     verdict = load_json(finished_band / "verdict.json")
-    for name, method in found:
-        assert verdict["personas"][name]["alphas"][method] == found[name, method]["alpha"]
-        assert verdict["at_oracle_alpha"][name]["alphas"][method] == found[name, "oracle"]["alpha"]
+    for name, method, alpha in one_alpha:
+        assert verdict["personas"][name]["alphas"][method] == alpha
 
 
 def test_alphas_are_searched_on_development_prompts_alone(finished_band):

@@ -7,7 +7,7 @@ import pytest
 from chat_server import JSON, chat_server, completion, error
 
 from evaluation import Evaluator
-from scoring.gpt_judge import GPTJudge
+from judging.gpt_judge import GPTJudge
 from support.journal import Journal
 
 KEY = "sk-secret-0123456789"

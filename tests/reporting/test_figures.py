@@ -8,6 +8,7 @@ from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
 
 from analysis.alpha_search import CoherenceBound, ScoredText, alphas_content, search_alphas
 from analysis.results_table import results_table
+from analysis.strength_curve import MULTIPLES
 from analysis.verdict import decide_verdicts
 from evaluation import METRICS, aggregate
 from experiment.conditions import CONDITIONS, SCORERS
@@ -21,6 +22,7 @@ from reporting.figures_results import (
     effect_perplexity_figure,
     off_target_figure,
     recovery_figure,
+    strength_curve_figure,
 )
 from reporting.style import figure_fingerprint, save_figure
 from ridge_mapping import RidgeMapping
@@ -132,6 +134,25 @@ def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
     assert segment[:, 1].tolist() == pytest.approx([0.2, 0.4])
     (largest,) = [line for line in panel.lines if line.get_markersize() == 9]
     assert largest.get_xydata().tolist() == [[3.0, 0.5]]
+
+
+def test_strengths_are_drawn_from_the_unsteered_text_with_the_compared_ones_circled():
+    def points(effect):
+        of_point = {"perplexity_ratio": 1.5, "low": 0.0, "high": 1.0}
+        return [{**of_point, "alpha": 2 * each, "effect": effect * each} for each in MULTIPLES]
+
+    effects = {"oracle": 0.5, "ridge_mapped": 0.4, "first_block": 0.2, "embedding_source": 0.3}
+    vectors = {name: {"points": points(effect)} for name, effect in effects.items()}
+    figure = strength_curve_figure({"loud": {"alpha": 2.0, "vectors": vectors}})
+    drawn = ["oracle", "ridge_mapped", "embedding_source"]  # of the lexical controls, the stronger
+    assert legend_of(figure) == [*labels(drawn), "compared"]
+    (panel,) = figure.axes
+    for container, name in zip(panel.containers, drawn, strict=True):
+        lines = container.lines[0].get_xydata().tolist()
+        assert lines[0] == [1, 0]
+        assert [y for _, y in lines[1:]] == [effects[name] * each for each in MULTIPLES]
+    circles = [line for line in panel.lines if line.get_fillstyle() == "none"]
+    assert [line.get_xydata().tolist() for line in circles] == [[[1.5, effects[name]]] for name in drawn]
 
 
 def test_mapping_figure_draws_what_was_cross_validated():

@@ -28,6 +28,26 @@ PERSONAS, N_PROMPTS, N_SEEDS = ("loud", "numeric"), 9, 2
 PAIRS = [[2, 3], [4, 5], [6, 10]]
 
 
+POINTS = [
+    {"alpha": 0.1, "perplexity_ratio": 1.2, "reason": None},
+    {"alpha": 0.2, "perplexity_ratio": 2.5, "reason": "perplexity, non-words"},
+]
+PROTOCOL = {
+    "layers": {"chosen": PAIRS, "by": "band"},
+    "mapping_data": {"chosen": "responses", "alternatives": ["responses", "neutral_text"]},
+    "maps": [{"best_lambda": 0.01, "r2": {"0.01": 0.6, "0.1": 0.5}}] * 3,
+    "prompt_maps": [{"best_lambda": 0.1, "r2": {"0.01": 0.3, "0.1": 0.44}}] * 3,
+    "extraction": {"chosen": {"loud": "mean", "numeric": "responses"}},
+    "extraction_numbers": {"loud": {"mean": {"native_effect": 0.3, "lexical_cosines": {"first_block": 0.7}}}},
+    "split_half_cosines": {
+        "source": {"loud": [0.8, 0.7], "numeric": [None]},
+        "target": {"loud": [0.9], "numeric": [None]},
+    },
+    "alpha": {"alphas": [{"persona": "loud", "alpha": 0.1, "curve": POINTS}]},
+    "test": {"chosen": "fresh_questions", "prompts": ["Why?"] * N_PROMPTS, "seeds": [0, 1]},
+}
+
+
 def made_up_rows():
     """Judged texts of two personas, one of whose texts and prompts is hostile."""
     rows = []
@@ -42,12 +62,34 @@ def made_up_rows():
     return rows
 
 
+def strengths():
+    """What two vectors do over strengths, by a scorer that is not validated."""
+    share = {"estimate": 0.9, "low": 0.7, "high": 1.1}
+    missing = dict.fromkeys(share)
+    point = {"multiple": 1.0, "alpha": 2.0, "perplexity_ratio": 1.3, "effect": 0.4, "low": 0.3, "high": 0.5}
+    native = {"multiple": 1.0, "perplexity_ratio": 1.3, "is_reached": True, "effect": share, "recovery": None}
+    mapped = {**native, "perplexity_ratio": 1.1, "is_reached": False, "recovery": share}
+    vectors = {
+        "oracle": {"points": [{**point, "recovery": None}] * 5, "at_native_ratio": native}
+        | {"half_effect": share, "half_over_native": None},
+        "ridge_mapped": {"points": [{**point, "recovery": share}] * 5, "at_native_ratio": mapped}
+        | {"half_effect": {**share, "high": None}, "half_over_native": missing},
+    }
+    return {
+        "scorer": "classifier",
+        "is_validated": False,
+        "alpha": 2.0,
+        "n_prompts": 9,
+        "native_ratio": 1.3,
+    } | {"vectors": vectors}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run of made-up numbers, on a band of three layer pairs."""
     out = tmp_path_factory.mktemp("report") / "out"
     rows = made_up_rows()
-    by_scorer = {"classifier": VALIDATED, "likelihood_ratio": NOT_VALIDATED, "judge": VALIDATED}
+    by_scorer = {"classifier": VALIDATED, "probe": NOT_VALIDATED, "judge": VALIDATED}
     validation = dict.fromkeys(PERSONAS, by_scorer)
     verdicts = decide_verdicts(results_table(rows), dict.fromkeys(PERSONAS, COMPARED), validation)
     personas = {name: verdict.content() for name, verdict in verdicts.items()}
@@ -56,13 +98,15 @@ def finished(tmp_path_factory):
     checks = [{"name": status, "status": status, "detail": "", "remedy": ""} for status in statuses]
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
-    ratios = {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
+    ratios = {"strength_curve": {"loud": strengths()}}
+    ratios |= {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
     models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
     files = {
         "config.json": {**models, "max_new_tokens": 6},
         "eval_results.json": {"rows": rows},
         "verdict.json": {"personas": personas, "validation": validation} | ratios,
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
+        "protocol.json": PROTOCOL,
     }
     for source, target in [*PAIRS, [8, 9]]:  # the last is of an earlier run
         name = "" if [source, target] == PAIRS[1] else f"layers/{source}_{target}/"
@@ -97,6 +141,27 @@ def table_of(page, name):
     return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)] for row in rows]
 
 
+def test_what_was_chosen_stands_on_the_page_with_its_numbers(page):
+    rows = {name: (chosen, by) for name, chosen, by in table_of(page, "choices")}
+    assert rows["layers, source → target"] == ("2 → 3, 4 → 5, 6 → 10", "by band")
+    assert rows["vector of loud"][0] == "texts, mean over tokens"
+    assert rows["vector of loud"][1].startswith("mean: native +0.30, cosine of words 0.70; cosine of halves")
+    assert rows["vector of loud"][1].endswith("at least 0.70 and 0.90 in source and target")
+    assert rows["α of loud"] == ("0.1", "0.1: ratio 1.20; 0.2: ratio 2.50 (perplexity, non-words)")
+    assert rows["test prompts"] == ("9 of fresh_questions", "2 seeds")
+
+
+def test_strengths_are_tables_and_what_is_not_reached_is_said(page):
+    native, mapped, shares = table_of(page, "strengths")
+    assert native == ["loud", "classifier *", "native (oracle)", *["+0.40 (1.30)"] * 5]
+    assert mapped[2] == "mapped"
+    assert shares[2:] == ["mapped over native (%)", *["90 [70, 110]"] * 5]
+    native, mapped = (row[3:] for row in table_of(page, "native-ratio"))
+    assert native == ["1.00", "1.30", "+0.90 [+0.70, +1.10]", "–", "0.90 [0.70, 1.10]", "–", ""]
+    assert mapped[3:6] == ["90 [70, 110]", "0.90 [0.70, not reached]", "not reached"]
+    assert mapped[6] == "native's 1.30 is not reached; the nearest"
+
+
 def test_markup_in_texts_and_prompts_is_text(page):
     assert "<img src='https" not in page
     assert page.count("<script") == page.count("</script>") == 2
@@ -115,7 +180,7 @@ def test_the_verdict_comes_first_and_failures_come_first_among_the_checks(finish
 
 def test_effects_have_a_column_for_each_scorer_and_unbounded_ones_are_said(finished, page):
     header = re.search(r'<table id="effects-0">.*?<thead>(.*?)</thead>', page, re.S)[1]
-    assert re.findall(r">([^<>]+)</th>", header)[2:5] == ["classifier", "likelihood ratio *", "judge"]
+    assert re.findall(r">([^<>]+)</th>", header)[2:5] == ["classifier", "language-model probe *", "judge"]
     rows = {row[0]: row for row in table_of(page, "effects-0")}
     assert set(rows) == {CONDITIONS[name].label for name in COMPARED}
     effect = load_json(finished / "verdict.json")["personas"]["loud"]["scorers"]["judge"]["effects"]["oracle"]

@@ -1,6 +1,7 @@
 """Tables for people have the aggregated numbers, dashes for missing ones, and stay valid Markdown."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -96,6 +97,7 @@ def test_a_name_stays_in_its_cell(name):
 )
 def test_chosen_alphas_are_shown_with_what_was_measured_there(at, reason, note):
     point = AlphaPoint(0.5, None if reason else 1.25, None if reason else 0.02, 4, 0, reason is None, reason)
+    point = replace(point, non_words_increase=None if reason else 0.01)
     row = format_alphas({("loud", "oracle"): ChosenAlpha(0.5, reason is None, at, [point])}).split("\n")[2]
-    shown = ("–", "–") if reason else ("1.25", "+0.020")
+    shown = ("–",) * 3 if reason else ("1.25", "+0.020", "+0.010")
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["loud", "oracle", "0.5", *shown, note]

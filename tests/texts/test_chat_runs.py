@@ -12,14 +12,15 @@ from tiny_runs import ASKED, NUMERIC, error_lines, run
 
 from activation_extractor import paired_activations
 from evaluation import continuation_perplexities
-from experiment.config import load_config
+from experiment.config import PROTOCOL, load_config
 from experiment.executor import GenerationSettings, start_executor
 from experiment.inputs import load_inputs
 from experiment.run import Run
+from judging.gpt_judge import ONE_DIGIT
 from phases.collect_responses import collect_responses, neutral_responses_key
 from ridge_mapping import RidgeMapping
 from run_experiment import PersonaTransferExperiment
-from scoring.gpt_judge import ONE_DIGIT
+from scoring.response_filter import show_trait
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from support.run_folder import RunFolder
@@ -169,7 +170,6 @@ AUTO = {"layer_idx": "auto", "source_layer_idx": None, "target_layer_idx": None}
         ({"persona_datasets": {"loud": {**TRAIT, "instruction": [{"pos": "Shout."}]}}}, "instruction.0.neg"),
         ({"extraction": {"kind": "texts"}}, "choose 'extraction' of kind 'responses'"),
         ({"extraction": {"kind": "responses", "from_texts": ["loud"]}}, "has no positive texts"),
-        ({"persona_position": "mean"}, "leave persona_position out"),
         (AUTO, "searches with text pairs"),
         ({"prompt_format": "raw"}, "neither model is one"),
     ],
@@ -289,11 +289,15 @@ def packaged(all_threads, tmp_path_factory):
         "check_source_vectors": False,
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
-        "likelihood_ratio": False,
+        "strength_curve": False,
+        "extraction_resamples": 0,
+        "n_seeds": 1,
+        "probe": False,
         "max_new_tokens": 32,
         "output_dir": str(tmp_path_factory.mktemp("packaged") / "out"),
     }
-    experiment = PersonaTransferExperiment({**load_json(ROOT / "example_config.json"), **reduced})
+    example = load_json(ROOT / "example_config.json")
+    experiment = PersonaTransferExperiment({**example, **PROTOCOL, **reduced})
     return experiment.inputs, experiment.run()
 
 
@@ -314,8 +318,8 @@ def test_responses_that_do_not_show_the_trait_they_were_asked_for_are_left_out(p
     rows = rows_in(Path(inputs.config.output_dir), "extraction_responses.json")
     assert len(rows) == 2 * 5 * 4
     assert {row["persona"] for row in rows} == {"pirate"}
-    scores = inputs.classifiers["pirate"].score([row["output"] for row in rows])
-    for row, score in zip(rows, scores, strict=True):
+    (pirate,) = (persona for persona in inputs.personas if persona.name == "pirate")
+    for row, score in zip(rows, show_trait(pirate, [row["output"] for row in rows]), strict=True):
         assert row["trait"] == pytest.approx(score, abs=1e-4)
         assert row["is_kept"] is ((score >= 0.5) is row["is_positive"])
     kept = {sign: sum(row["is_kept"] for row in rows if row["is_positive"] is sign) for sign in (True, False)}

@@ -32,7 +32,7 @@ def test_a_shipped_persona_is_balanced_and_its_texts_are_apart(name):
     negatives = persona.negative_texts + persona.labelled_negative
     for positive, negative in zip(positives, negatives, strict=True):
         assert positive[-1] == negative[-1], (positive, negative)
-    n_texts = 2 * len(positives) + len(persona.validation)
+    n_texts = 2 * len(positives) + len(persona.resembling) + len(persona.validation)
     assert len(set(persona.all_texts)) == len(persona.all_texts) == n_texts
     assert len(persona.validation) >= 16
     extraction = OverlapCheck(persona.positive_texts + persona.negative_texts)
