@@ -47,6 +47,11 @@ def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def test_the_citation_has_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert re.findall(r"^version: (.*)$", read("CITATION.cff"), re.M) == [version]
+
+
 def code_blocks(name, language):
     return re.findall(rf"^```{language}\n(.*?)^```", read(name), re.M | re.S)
 
