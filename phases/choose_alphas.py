@@ -77,7 +77,7 @@ def _costs_key(run: Run) -> str:
 
 
 def _cost_texts(persona: Persona) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the first pairs of labelled texts, of which more would tell the cost of a trait no better."""
+    """Return the labelled texts on which the cost of a trait is measured: the first pairs, to spare time."""
     return persona.labelled_positive[:N_COST_PAIRS], persona.labelled_negative[:N_COST_PAIRS]
 
 

@@ -155,12 +155,19 @@ def fit_maps(
     return with_prompt_maps(run, _fit_all(run, collected or {}))
 
 
-def with_prompt_maps(run: Run, maps: Sequence[LearnedMaps]) -> tuple[LearnedMaps, ...]:
-    """Return the maps with those of vectors from prompts, fitted in the same way, if a persona has any."""
+def with_prompt_maps(
+    run: Run,
+    maps: Sequence[LearnedMaps],
+    make: Callable[[Run], tuple[LearnedMaps, ...]] | None = None,
+) -> tuple[LearnedMaps, ...]:
+    """Return the maps with those of vectors from prompts, if a persona has any.
+
+    make: returns them of the run that has their texts; by default they are fitted in the same way.
+    """
     if not run.config.reads_prompts:
         return tuple(maps)
     with run.beside(PROMPT_MAPS, run.inputs.for_kind("prompt")) as beside:
-        found = _fit_all(beside, {})
+        found = make(beside) if make else _fit_all(beside, {})
     return tuple(replace(each, of_prompts=other) for each, other in zip(maps, found, strict=True))
 
 
@@ -180,12 +187,7 @@ def _fit_all(run: Run, collected: Mapping[LayerPair, dict[str, Any]]) -> tuple[L
 
 def load_maps(run: Run) -> tuple[LearnedMaps, ...]:
     """Return what phase 2 left of every layer pair. Raises InputError that names the phase to run first."""
-    maps = _load_all(run)
-    if not run.config.reads_prompts:
-        return maps
-    with run.beside(PROMPT_MAPS, run.inputs.for_kind("prompt")) as beside:
-        found = _load_all(beside)
-    return tuple(replace(each, of_prompts=other) for each, other in zip(maps, found, strict=True))
+    return with_prompt_maps(run, _load_all(run), _load_all)
 
 
 def _load_all(run: Run) -> tuple[LearnedMaps, ...]:
