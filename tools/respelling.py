@@ -1,6 +1,6 @@
-"""Respell plain texts as a pirate or as other dialects say them, to train the scorer of *pirate* (phase 5).
+"""Respell plain texts as a pirate or as other dialects say them, to train the scorer of *pirate*.
 
-    python -m scoring.respelling
+    python -m tools.respelling
 
 Writes the kinds `pirate_respelled` and `dialects_respelled` of `prompts/kinds_training.json` anew. A scorer
 that has only seen texts by a writer takes any respelling for a pirate's; the same plain texts in every
