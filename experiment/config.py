@@ -19,6 +19,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainValidator,
+    PrivateAttr,
     Tag,
     ValidationError,
     model_validator,
@@ -404,7 +405,7 @@ class ExperimentConfig(_Strict):
         development prompts. A verdict compares every condition at that alpha, or at the strongest such one of
         a list.
     Test prompts: a list, or the name of a file of shipped questions; a target that continues texts takes the
-        shipped text prefixes instead. With `strength_curve`, native, mapped and deciding controls also write
+        shipped text prefixes instead. With `strength_curve`, native, mapped and lexical controls also write
         at multiples of the alpha at which a verdict compares.
     """
 
@@ -482,6 +483,8 @@ class ExperimentConfig(_Strict):
     generation_batch_size: LargeCount = 32
     evaluation_batch_size: LargeCount = 8
 
+    _chosen_kinds: Mapping[str, str] = PrivateAttr(default_factory=dict)  # persona -> one of VECTOR_KINDS
+
     @model_validator(mode="before")
     @classmethod
     def _by_protocol(cls, given: Any) -> Any:
@@ -492,6 +495,8 @@ class ExperimentConfig(_Strict):
         methods = named.get("methods", DEFAULT_METHODS)
         if isinstance(methods, list | tuple) and not all(name in methods for name in (MAPPED, ORACLE)):
             named = {"strength_curve": False, **named}  # there is nothing to compare
+        if isinstance(extraction := named.get("extraction"), dict):
+            named["extraction"] = {**PROTOCOL["extraction"], **extraction}
         return {"personas": shipped_personas(), **PROTOCOL, **named}
 
     @model_validator(mode="after")
@@ -590,11 +595,6 @@ class ExperimentConfig(_Strict):
         ):
             if unknown := [name for name in named if name not in names]:
                 raise ValueError(f"{key} names {unknown[0]!r}, which is no persona of this run")
-        if extraction.kind == "auto" and extraction.by_persona and set(extraction.by_persona) != set(names):
-            raise ValueError(
-                "extraction.by_persona names some of the personas, but 'extraction' of kind 'auto' chooses "
-                "for all; name all of them, or leave it out"
-            )
         if self.vectors and layers_are_searched:
             raise ValueError("layer_idx 'auto' searches with text pairs; with 'vectors', name the layers")
         if self.persona_position == "response":
@@ -624,17 +624,30 @@ class ExperimentConfig(_Strict):
         While it is yet to be chosen, it is texts, or responses of a persona without texts.
         """
         extraction, definition = self.extraction, self.persona_datasets.get(persona)
-        if persona in extraction.by_persona:
-            return extraction.by_persona[persona]
+        for named in (self._chosen_kinds, extraction.by_persona):
+            if persona in named:
+                return named[persona]
         if extraction.kind == "auto" and definition and not definition.positive_texts:
             return "responses"
         is_asked = extraction.kind in ASKED_KINDS and persona not in extraction.from_texts
         return extraction.kind if is_asked else self.persona_position
 
     def with_vector_kinds(self, kinds: Mapping[str, str]) -> "ExperimentConfig":
-        """Return the same configuration with what these personas' vectors are made from."""
-        extraction = self.extraction.model_copy(update={"by_persona": dict(kinds)})
-        return self.model_copy(update={"extraction": extraction})
+        """Return the same configuration with the kind that was chosen, or is tried, for these personas."""
+        config = self.model_copy()
+        config._chosen_kinds = dict(kinds)
+        return config
+
+    @property
+    def open_kinds(self) -> list[str]:
+        """The personas whose kind of vector is left to be chosen, also where it has been by now."""
+        is_open = self.extraction.kind == "auto"
+        return [name for name in self.persona_names if is_open and name not in self.extraction.by_persona]
+
+    @property
+    def has_chosen_kinds(self) -> bool:
+        """Whether nothing is left to be chosen."""
+        return self._chosen_kinds.keys() >= set(self.open_kinds)
 
     def _check_band(self) -> None:
         target = self.target_layer_idx

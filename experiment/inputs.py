@@ -602,7 +602,7 @@ def _neutral_prompts(
     Questions come again under other styles, until there are PROMPTS_A_TEXT for each text of the run's map.
     There are none if fewer questions than folds are left.
     """
-    may_be = config.extraction.kind == "auto" or config.reads_prompts
+    may_be = config.open_kinds or config.reads_prompts
     if not may_be or not prompting.asks_questions:
         return ()
     asked, styles = _unused_questions(config, personas), _unused_styles(personas)

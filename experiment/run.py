@@ -16,7 +16,7 @@ from experiment.inputs import Inputs
 from maps.layer_bands import LayerPair
 from support.run_folder import RunFolder
 
-FORMAT_VERSION = 3  # of all artifacts and journals; those of earlier versions are recomputed
+FORMAT_VERSION = 4  # of all artifacts and journals; those of earlier versions are recomputed
 
 
 @dataclass(frozen=True, repr=False)

@@ -73,7 +73,13 @@ SCORERS = ("classifier",)  # the trait is reported beside a search and never use
 
 
 def _costs_key(run: Run) -> str:
-    return fingerprint(perplexity_key(run), [[each.name, *_cost_texts(each)] for each in run.inputs.personas])
+    of_perplexity = perplexity_key(run, _fluency_sides(run))
+    return fingerprint(of_perplexity, [[each.name, *_cost_texts(each)] for each in run.inputs.personas])
+
+
+def _fluency_sides(run: Run) -> tuple[str, ...]:
+    """Return whose perplexity bounds a search: the independent model's alone, to spare time."""
+    return run.inputs.perplexity_sides[-1:]
 
 
 def _cost_texts(persona: Persona) -> tuple[Sequence[str], Sequence[str]]:
@@ -85,7 +91,7 @@ def search_key(run: Run) -> str:
     """Return what the chosen alphas depend on."""
     config, inputs = run.config, run.inputs
     cells = [[name, ORACLE, vector_key(run, name, ORACLE)] for name in config.persona_names]
-    sides = dict.fromkeys(("target", *inputs.perplexity_sides))
+    sides = dict.fromkeys(("target", *_fluency_sides(run)))
     shown = [
         [inputs.prompting.prompt(side, prompt) for side in sides] for prompt in inputs.development_prompts
     ]
@@ -99,7 +105,7 @@ def search_key(run: Run) -> str:
 
 def _protocol_key(run: Run) -> str:
     numbers = [*map(CV_RESULTS.key, map_runs(run)), NATIVE_VECTORS.key(run), search_key(run)]
-    if run.config.extraction.kind == "auto":
+    if run.config.open_kinds:
         numbers.append(_kinds_key(run))
     return fingerprint(FORMAT_VERSION, choices(run.inputs), VERDICT_BOUNDS, numbers)
 
@@ -111,7 +117,8 @@ def _with_kinds(run: Run, kinds: Mapping[str, str]) -> Run:
 def _kinds_key(run: Run) -> str:
     kinds = [_with_kinds(run, dict.fromkeys(run.config.persona_names, kind)) for kind in VECTOR_KINDS]
     searched = [[vectors_key(each), search_key(each)] for each in kinds]
-    return fingerprint(N_EVALUATIONS_OF_KIND, searched, run.config.conditions)
+    named = run.config.extraction.by_persona
+    return fingerprint(N_EVALUATIONS_OF_KIND, searched, run.config.conditions, named)
 
 
 FIGURE = "alpha_search.png"
@@ -126,7 +133,7 @@ def choose_extraction(run: Run, may_choose: bool) -> Run:
 
     may_choose: else the choice of an earlier run is required. Raises InputError where it is not there.
     """
-    if run.config.extraction.kind != "auto" or run.config.extraction.by_persona:
+    if run.config.has_chosen_kinds:
         return run
     choice = EXTRACTION_CHOICE
     content = choice.current_or_make(run, _choose_kinds) if may_choose else choice.require(run)
@@ -157,9 +164,10 @@ def _choose_kinds(run: Run) -> dict[str, Any]:
 
 
 def _available(run: Run, persona: Persona) -> list[str]:
-    """Return the kinds of which a persona has the texts; none where its vectors are given."""
+    """Return the kinds of which a persona has the texts; none where its kind is named or a vector given."""
     inputs, fewest = run.inputs, 2 if run.config.halves_texts else 1
-    if any((side, persona.name) in inputs.given for side in SIDES):
+    is_given = any((side, persona.name) in inputs.given for side in SIDES)
+    if is_given or persona.name not in run.config.open_kinds:
         return []
     has_texts = min(len(persona.positive_texts), len(persona.negative_texts)) >= fewest
     kinds = ["mean", "last"] if has_texts else []
@@ -275,7 +283,7 @@ def _map_numbers(run: Run) -> list[dict[str, Any]]:
 
 def _kind_numbers(run: Run) -> dict[str, Any]:
     """Return persona -> kind of vector -> its numbers; empty where nothing was chosen."""
-    content = EXTRACTION_CHOICE.load(run) if run.config.extraction.kind == "auto" else None
+    content = EXTRACTION_CHOICE.load(run) if run.config.open_kinds else None
     return content["personas"] if content else {}
 
 
@@ -395,7 +403,8 @@ def _scored(run: Run, steering: SteeringVectors, cells: Sequence[Cell]) -> list[
     # The unsteered text is scored for its fluency alone, so any persona will do.
     first = run.config.persona_names[0]
     generated = [{**row, "persona": row["persona"] or first} for rows in by_cell for row in rows]
-    rows, _ = score_rows(run, evaluation_rows(run, generated, SCORERS), SCORERS)
+    side = _fluency_sides(run)
+    rows, _ = score_rows(run, evaluation_rows(run, generated, SCORERS, side), SCORERS, side)
     texts, size = list(map(ScoredText.from_row, rows)), len(by_cell[0])
     return [texts[start : start + size] for start in range(0, len(texts), size)]
 

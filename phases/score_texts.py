@@ -116,9 +116,9 @@ def judged_trait(
     return [None if score is None else (score - 1) / 4 for score in scores]
 
 
-def perplexity_key(run: Run) -> str:
+def perplexity_key(run: Run, sides: Sequence[str]) -> str:
     """Return what perplexities depend on beside the texts: the models that give them, and in which dtype."""
-    models = [run.inputs.side(name).fingerprint for name in run.inputs.perplexity_sides]
+    models = [run.inputs.side(name).fingerprint for name in sides]
     return fingerprint(FORMAT_VERSION, models, run.inputs.evaluation_dtype)
 
 
@@ -130,18 +130,21 @@ def scorers_key(run: Run, scorers: Sequence[str]) -> str:
     )
 
 
-def evaluation_rows(run: Run, texts: Sequence[Row], scorers: Sequence[str]) -> list[Row]:
+def evaluation_rows(
+    run: Run, texts: Sequence[Row], scorers: Sequence[str], sides: Sequence[str] | None = None
+) -> list[Row]:
     """Return the rows of texts that have a persona, with the keys of their evaluation and perplexities.
 
     texts: a judge reads those with a true `is_judged`. scorers: names of the trained scorers that read them.
+    sides: the models that give perplexities; by default all that the run has.
     """
-    inputs = run.inputs
+    inputs, sides = run.inputs, sides or run.inputs.perplexity_sides
     descriptions = {persona.name: judged_description(persona) for persona in inputs.personas}
     # A text is scored for every persona of the run, so that a further persona is a further score.
     of_scorers = [scorers_key(run, scorers), sorted(run.config.persona_names), sorted(_allowed_words(run))]
-    of_perplexity, of_judge = perplexity_key(run), judge_key(run.config)
+    of_perplexity, of_judge = perplexity_key(run, sides), judge_key(run.config)
     shown = {
-        prompt: [inputs.prompting.prompt(side, prompt) for side in inputs.perplexity_sides]
+        prompt: [inputs.prompting.prompt(side, prompt) for side in sides]
         for prompt in {text["prompt"] for text in texts}
     }
     rows = []
@@ -159,11 +162,13 @@ def _allowed_words(run: Run) -> frozenset[str]:
     return words_of(list(chain.from_iterable(labelled)))
 
 
-def score_rows(run: Run, planned: Sequence[Row], scorers: Sequence[str]) -> tuple[list[Row], int]:
+def score_rows(
+    run: Run, planned: Sequence[Row], scorers: Sequence[str], sides: Sequence[str] | None = None
+) -> tuple[list[Row], int]:
     """Return the planned rows with their metrics, and how many of these are new.
 
-    planned: what `evaluation_rows` returned. The judge is asked about rows with a true `is_judged`; a failed
-    judgement is asked for again.
+    planned: what `evaluation_rows` returned for the same scorers and sides. The judge is asked about rows
+    with a true `is_judged`; a failed judgement is asked for again.
     """
     with run.folder.journal("evaluation") as journal:
         done = {key for key, row in journal.rows.items() if not row["gpt4_failure"]}
@@ -172,7 +177,8 @@ def score_rows(run: Run, planned: Sequence[Row], scorers: Sequence[str]) -> tupl
         if wanted:
             parts = _parts_with(planned, wanted)
             known = {row["perplexity_key"]: row for row in journal.rows.values()}
-            _score_new(run, parts, wanted, _perplexities(run, parts, known), scorers, journal)
+            perplexities = _perplexities(run, parts, known, sides or run.inputs.perplexity_sides)
+            _score_new(run, parts, wanted, perplexities, scorers, journal)
         return from_journal(planned, journal), len(wanted)
 
 
@@ -195,7 +201,7 @@ def _parts_with(planned: Sequence[Row], wanted: set[str]) -> list[list[Row]]:
 
 
 def _perplexities(
-    run: Run, parts: Sequence[Sequence[Row]], known: Mapping[str, Row]
+    run: Run, parts: Sequence[Sequence[Row]], known: Mapping[str, Row], sides: Sequence[str]
 ) -> Iterator[tuple[int, list[Any], list[Any]]]:
     """Yield index of a part, perplexities of its texts, and those to the independent model.
 
@@ -211,16 +217,13 @@ def _perplexities(
             unread.append(number)
     chunks = []
     for part in (parts[number] for number in unread):
-        shown = {
-            name: [inputs.prompting.prompt(name, row["prompt"]) for row in part]
-            for name in inputs.perplexity_sides
-        }
+        shown = {name: [inputs.prompting.prompt(name, row["prompt"]) for row in part] for name in sides}
         outputs = [row["output"] for row in part]
         chunks.append((shown, outputs, run.config.evaluation_batch_size, inputs.evaluation_dtype))
     with closing(run.executor.run("perplexities", chunks)) as results:
         for index, found in results:
-            nothing = [None] * len(found["target"])
-            yield unread[index], found["target"], found.get("source", nothing)
+            nothing = [None] * len(parts[unread[index]])
+            yield unread[index], *(found.get(name, nothing) for name in ("target", "source"))
 
 
 def _score_new(

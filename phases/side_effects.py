@@ -22,7 +22,7 @@ from analysis.extraction_spread import effect_spread
 from analysis.results_table import perplexity_ratio, results_table
 from analysis.strength_curve import MULTIPLES, strength_curve
 from experiment.conditions import (
-    DECIDING_CONTROLS,
+    LEXICAL_CONTROLS,
     MAPPED,
     ORACLE,
     SCORERS,
@@ -267,7 +267,7 @@ def texts_over_strengths(run: Run, alphas: Mapping[str, float]) -> list[Row]:
 
     alphas: persona -> the alpha at which the verdict compares.
     """
-    names = [name for name in (ORACLE, MAPPED, *DECIDING_CONTROLS) if name in run.config.conditions]
+    names = [name for name in (ORACLE, MAPPED, *LEXICAL_CONTROLS) if name in run.config.conditions]
     cells = []
     for persona, alpha in alphas.items():
         tried = [multiple * alpha for multiple in MULTIPLES]

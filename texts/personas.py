@@ -7,6 +7,7 @@ the trait files of persona_vectors (arXiv 2507.21509), system prompts for and ag
 prompts themselves. A configuration may define a persona too, as lists of texts or as a trait file.
 """
 
+import random
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -173,13 +174,19 @@ def check_extraction(persona: Persona, kind: str) -> None:
 
 
 def half_of(texts: Sequence[Any], half: int, questions: Sequence[str] = ()) -> list[Any]:
-    """Return half 0 or 1 of a side's texts, every other one; text i of both sides stays in the same half.
+    """Return half 0 or 1 of a side's texts; text i of both sides stays in the same half.
 
-    questions: of these, texts are (question, response or prompt), and the halves are of every other question.
+    Of each two neighbours, a coin says which is in which half: texts are often written in turns, such as
+    pairs whose negative is plain and pairs whose negative is contrary, which every other text would part.
+    questions: of these, texts are (question, response or prompt), and the halves are halves of the questions.
     """
-    if not questions:
-        return list(texts[half::2])
-    return [text for text in texts if questions.index(text[0]) % 2 == half]
+    places = [questions.index(text[0]) for text in texts] if questions else range(len(texts))
+    return [text for text, place in zip(texts, places, strict=True) if _half(place) == half]
+
+
+def _half(place: int) -> int:
+    neighbours, is_second = divmod(place, 2)
+    return is_second ^ random.Random(f"half {neighbours}").getrandbits(1)
 
 
 def check_halves(persona: Persona, kind: str) -> None:

@@ -79,7 +79,7 @@ def describe_run(run: Run) -> str:
 
     What a run would reject, `experiment.inputs.load_inputs` has rejected before.
     """
-    if run.config.extraction.kind == "auto" and _is_current(EXTRACTION_CHOICE, run):
+    if run.config.open_kinds and _is_current(EXTRACTION_CHOICE, run):
         run = choose_extraction(run, may_choose=False)  # else what rests on the choice would not be found
     rates = _measure(run)
     steps = [*_preparation(run, rates), *_map(run, rates), *_prompt_map(run, rates)]
@@ -151,12 +151,12 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
     if inputs.neutral_questions and not _is_current(NEUTRAL_RESPONSES, run):
         n = config.n_training_samples
         yield f"responses that the map is learnt from: {n}", n * rates.text
-    if config.extraction.kind == "auto" and not _is_current(EXTRACTION_CHOICE, run):
-        n_alphas = sum(n_tried_alphas(config, name, of_kind=True) for name in config.persona_names)
+    if config.open_kinds and not _is_current(EXTRACTION_CHOICE, run):
+        n_alphas = sum(n_tried_alphas(config, name, of_kind=True) for name in config.open_kinds)
         n = n_development * config.alpha_search.n_seeds * n_alphas * len(VECTOR_KINDS)
         yield (
             f"choice of what vectors are made from: {n} generations and evaluations, beside responses",
-            n * (rates.text + _perplexity_seconds(run, rates)),
+            n * (rates.text + _perplexity_seconds(run, rates, run.inputs.perplexity_sides[-1:])),
         )
     if inputs.responding_personas and not _is_current(EXTRACTION_RESPONSES, run):
         n, share = _n_responses(run), config.extraction.max_new_tokens / config.max_new_tokens
@@ -167,7 +167,7 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
     if not _is_current(ALPHA_SEARCH, run):
         n_cells = 1 + sum(n_tried_alphas(config, name) for name in config.persona_names)
         n = n_development * config.alpha_search.n_seeds * n_cells
-        seconds = n * (rates.text + _perplexity_seconds(run, rates))
+        seconds = n * (rates.text + _perplexity_seconds(run, rates, run.inputs.perplexity_sides[-1:]))
         yield f"choice of alphas: {n} generations and evaluations on development prompts", seconds
 
 
@@ -345,10 +345,11 @@ def _judge(run: Run, rates: Rates) -> tuple[str, float]:
     return f"{counted}, {cost} and {n_tokens} tokens each{cap}", 0.0
 
 
-def _perplexity_seconds(run: Run, rates: Rates) -> float:
-    """Return what the perplexities of a text of full length take."""
+def _perplexity_seconds(run: Run, rates: Rates, sides: tuple[str, ...] = ()) -> float:
+    """Return what the perplexities of a text of full length take, by default by all models that give them."""
     tokens = run.config.max_new_tokens * (1 + PROMPT_SHARE)
-    return tokens * (rates.target_token + rates.source_token * run.config.independent_perplexity)
+    by_side = {"source": rates.source_token, "target": rates.target_token}
+    return tokens * sum(by_side[side] for side in sides or run.inputs.perplexity_sides)
 
 
 def _probe_seconds(run: Run, rates: Rates, n_tokens: int) -> float:

@@ -157,7 +157,7 @@ def test_test_development_and_last_questions_have_none_in_common_and_neither_hav
         read_personas(load_config({**NAMES, "test_prompts": name}))
 
 
-def test_what_vectors_are_made_from_is_said_for_each_persona_or_chosen_for_all():
+def test_what_vectors_are_made_from_is_said_for_a_persona_or_chosen():
     loud = {"instruction": [{"pos": "Shout.", "neg": "Whisper."}], "questions": ["Why?", "Who?"]}
     start = {**SMALL, "personas": ["formal"], "persona_datasets": {"loud": loud}}
     config = load_config({**start, "extraction": {"kind": "auto"}})
@@ -168,9 +168,13 @@ def test_what_vectors_are_made_from_is_said_for_each_persona_or_chosen_for_all()
     kinds = {"formal": "mean", "loud": "responses"}
     chosen = config.with_vector_kinds(kinds)
     assert {name: chosen.vector_kind(name) for name in kinds} == kinds
-    assert load_config(json.loads(json.dumps(chosen.model_dump()))) == chosen
-    some = {"kind": "auto", "by_persona": {"formal": "mean"}}
-    assert "name all of them, or leave it out" in error_of({**start, "extraction": some})
+    assert not config.has_chosen_kinds
+    assert chosen.has_chosen_kinds
+    assert chosen.open_kinds == ["formal", "loud"]
+    some = load_config({**start, "extraction": {"kind": "auto", "by_persona": {"formal": "mean"}}})
+    assert some.open_kinds == ["loud"]
+    assert some.vector_kind("formal") == "mean"
+    assert load_config({**NAMES, "extraction": {"n_seeds": 2}}).open_kinds == shipped_personas()
     assert "'shy', which is no persona" in error_of({**SMALL, "extraction": {"by_persona": {"shy": "last"}}})
 
 

@@ -23,7 +23,8 @@ from texts.personas import load_prompts
 
 N_EVALUATIONS = 2
 WITHIN = {"max_perplexity_ratio": 1e6, "max_repetition_increase": 1, "max_non_words_increase": 1}
-UNREACHABLE = {"bound": "plain", "max_perplexity_ratio": 1.0, "bracket": [50.0, 60.0]}
+NO_INCREASE = {"max_repetition_increase": 0.0, "max_non_words_increase": 0.0}
+UNREACHABLE = {"bound": "plain", "max_perplexity_ratio": 1.0, "bracket": [50.0, 60.0], **NO_INCREASE}
 
 
 @pytest.fixture(scope="module")
@@ -146,20 +147,16 @@ def test_vectors_write_at_multiples_of_the_compared_alpha_on_the_test_questions_
     for persona, found in verdict["strength_curve"].items():
         alphas = {each for each in verdict["personas"][persona]["alphas"].values() if each is not None}
         assert alphas == {found["alpha"]}
-        compared = [ORACLE, MAPPED, *DECIDING_CONTROLS]
-        assert list(map(condition_of, found["vectors"])) == compared
-        first = {"shuffled_pairs: 1", "random_direction: 1"}
-        assert first < set(found["vectors"])
-        # A random direction is the same for all personas, and writes once where their alphas are the same.
-        own = [row for row in more if row["persona"] == persona or row["condition"] == "random_direction"]
-        written = {(row["condition"], row["alpha"]) for row in own}
+        compared = [ORACLE, MAPPED, *LEXICAL_CONTROLS]
+        assert list(found["vectors"]) == compared
+        written = {(row["condition"], row["alpha"]) for row in more if row["persona"] == persona}
         added = [multiple * found["alpha"] for multiple in MULTIPLES if multiple != 1]
         assert written == {(condition, alpha) for condition in compared for alpha in added}
-    assert len(more) == (2 * len(compared) - 1) * len(added) * len(prompts)
+    assert len(more) == 2 * len(compared) * len(added) * len(prompts)
 
 
 def test_a_dry_run_counts_the_texts_over_strengths(names, finished_protocol, tmp_path, capsys):
-    n = 2 * (2 + len(DECIDING_CONTROLS)) * (len(MULTIPLES) - 1) * 8
+    n = 2 * (2 + len(LEXICAL_CONTROLS)) * (len(MULTIPLES) - 1) * 8
     for out, cached in ((tmp_path / "out", ""), (finished_protocol, f", {n} of them cached")):
         assert run(out, names, "--dry-run") == 0
         assert f"over strengths: at most {n} generations and evaluations{cached}, " in capsys.readouterr().out
@@ -180,7 +177,7 @@ def test_at_the_compared_alpha_the_curve_has_the_effects_of_the_verdict(finished
 def test_a_persona_that_no_alpha_leaves_readable_is_ineffective_natively(names, small, tmp_path):
     out = tmp_path / "out"
     search = {**names["alpha_search"], **UNREACHABLE}
-    assert run(out, {**names, "personas": ["pirate"], "alpha_search": search}) == 0
+    assert run(out, {**names, "personas": ["pirate"], "max_new_tokens": 16, "alpha_search": search}) == 0
     (entry,) = load_json(out / "alpha_search.json")["alphas"]
     assert not entry["is_coherent"]
     found = load_json(out / "verdict.json")["personas"]["pirate"]

@@ -121,10 +121,20 @@ def test_damaged_persona_file_is_named(content, tmp_path, monkeypatch):
 
 
 def test_halves_are_disjoint_and_responses_to_one_question_stay_together():
-    texts = ["a", "b", "c", "d", "e"]
-    assert [half_of(texts, half) for half in (0, 1)] == [["a", "c", "e"], ["b", "d"]]
+    for n in range(2, 9):
+        halves = [half_of(range(n), half) for half in (0, 1)]
+        assert sorted(halves[0] + halves[1]) == list(range(n))
+        assert abs(len(halves[0]) - len(halves[1])) <= 1
     questions = ("Why?", "Who?", "When?")
     responses = [(asked, str(number)) for number in range(2) for asked in questions]
     first, second = (half_of(responses, half, questions) for half in (0, 1))
-    assert {asked for asked, _ in first} == {"Why?", "When?"}
-    assert second == [("Who?", "0"), ("Who?", "1")]
+    of_first, of_second = ({asked for asked, _ in half} for half in (first, second))
+    assert of_first | of_second == set(questions)
+    assert of_first.isdisjoint(of_second)
+    assert len(first) + len(second) == len(responses)
+
+
+def test_texts_that_are_written_in_turns_are_not_parted_by_halves():
+    turns = ["plain", "contrary"] * 50
+    for half in (0, 1):
+        assert 18 < half_of(turns, half).count("plain") < 32
