@@ -91,6 +91,7 @@ PROTOCOL: dict[str, Any] = {
     "lambda_unit": "relative",
     "persona_position": "mean",
     "extraction": {"kind": "auto"},
+    "methods": [*DEFAULT_METHODS, PROMPTED],
     "n_test_prompts": 60,
     "test_prompts": "fresh_questions",
     "alpha_values": "auto",
@@ -492,7 +493,7 @@ class ExperimentConfig(_Strict):
         if not isinstance(given, dict) or any(given.get(key) is not None for key in LAYER_KEYS):
             return given
         named = {key: value for key, value in given.items() if key not in LAYER_KEYS}
-        methods = named.get("methods", DEFAULT_METHODS)
+        methods = named.get("methods", PROTOCOL["methods"])
         if isinstance(methods, list | tuple) and not all(name in methods for name in (MAPPED, ORACLE)):
             named = {"strength_curve": False, **named}  # there is nothing to compare
         if isinstance(extraction := named.get("extraction"), dict):

@@ -19,11 +19,11 @@ from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import compared_alphas, unreadable_personas
 from phases.fit_maps import CV_RESULTS
 from phases.side_effects import compare_strengths, plain_text_ratios, resampled_effects
+from reporting.figures_headline import headline_figure
 from reporting.figures_results import (
     coherence_trait_figure,
     effect_perplexity_figure,
     off_target_figure,
-    recovery_figure,
     strength_curve_figure,
 )
 from reporting.style import draw_or_remove, save_figure
@@ -129,7 +129,7 @@ def _preflight(run: Run) -> list[dict[str, Any]]:
 
 def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
     path, curves = run.folder.path, curves_by_alpha(table, run.config.persona_names)
-    save_figure(recovery_figure(content["personas"]), path / "recovery.png", key)
+    save_figure(headline_figure(content["personas"], table), path / "headline.png", key)
     draw_or_remove(path / "off_target.png", key, off_target_figure, off_target(table, alphas))
     draw_or_remove(path / "effect_perplexity.png", key, effect_perplexity_figure, curves)
     strengths = content["strength_curve"]

@@ -1,7 +1,7 @@
 """Draw what the texts show (phases 4 and 5).
 
 `alpha_search.png` shows the alphas that were tried, `figure1.png` coherence against trait strength
-(specification, "Figure 1"), `recovery.png` how much of the native effect the mapped vectors recover,
+(specification, "Figure 1"),
 `effect_perplexity.png` what each condition does to trait and perplexity, `strength_curve.png` the same of the
 vectors that write at more strengths, `off_target.png` what else a vector moves.
 """
@@ -18,44 +18,12 @@ from matplotlib.text import Text
 
 from analysis.results_table import worst_cells
 from analysis.strength_curve import MULTIPLES
-from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS, MAPPED, ORACLE, SCORERS, UNSTEERED
-from reporting.style import add_legend, as_label, hide_frame, look_of, number_plainly, persona_panels
+from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS, MAPPED, ORACLE, UNSTEERED
+from reporting.style import add_legend, as_label, look_of, number_plainly, persona_panels
 
 CIRCLE = {"color": "black", "marker": "o", "fillstyle": "none", "markersize": 11, "linestyle": ""}
 FONT_SIZE = 13  # points; 12 pixels where a figure is shown at half its size
 JUDGED_AXIS = (0.9, 5.1)  # a judge's scores, and room for the points at the ends
-
-
-def recovery_figure(found: Mapping[str, Any]) -> Figure:
-    """Draw how much of the native effect each persona's mapped vector recovers, by scorer, with intervals.
-
-    found: persona -> `Verdict.content()`. A hollow point is of a scorer that is not validated. A recovery
-    that is not known or not bounded has no point.
-    """
-    figure = Figure(figsize=(6.5, 0.7 * len(found) + 1.5), layout="constrained")
-    panel = figure.subplots()
-    for value, style in ((0, "-"), (0.5, ":"), (1, "--")):
-        panel.axvline(value, color="grey", linewidth=0.8, linestyle=style)
-    drawn = {}
-    for row, verdict in enumerate(found.values()):
-        for number, (scorer, decided) in enumerate(verdict["scorers"].items()):
-            ratio = decided["recovery"]
-            if not ratio or None in ratio.values():
-                continue
-            look = {"color": SCORERS[scorer].colour}
-            if not decided["is_validated"]:
-                look["markerfacecolor"] = "white"
-            ends = [[ratio["estimate"] - ratio["low"]], [ratio["high"] - ratio["estimate"]]]
-            place = ratio["estimate"], row + 0.2 * number
-            drawn[scorer] = panel.errorbar(*place, xerr=ends, fmt="o", capsize=3, **look)
-    labels = [f"{as_label(name)}: {verdict['verdict']}" for name, verdict in found.items()]
-    panel.set_yticks(range(len(found)), labels)
-    panel.set_ylim(len(found) - 0.4, -0.6)  # the first above
-    panel.set_xlabel("share of the native effect that is recovered (95 %)")
-    hide_frame(panel)
-    if drawn:
-        panel.legend(drawn.values(), [SCORERS[name].label for name in drawn], fontsize=8)
-    return figure
 
 
 def strength_curve_figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:

@@ -73,7 +73,12 @@ def draw_once(
 
 def as_label(name: str) -> str:
     """Return a name as text of a figure: in lines of 40 characters, and `$` begins no formula."""
-    return "\n".join(textwrap.wrap(name, NAME_WIDTH) or [""]).replace("$", r"\$")
+    return without_formulas("\n".join(textwrap.wrap(name, NAME_WIDTH) or [""]))
+
+
+def without_formulas(text: str) -> str:
+    """Return a text that a figure shows as it is: `$` begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def look_of(condition: str) -> dict[str, str]:

@@ -10,7 +10,6 @@ import html
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path, PurePath
@@ -18,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.results_table import cell, cell_perplexity_ratio, prompt_means, results_table, worst_draws
+from analysis.results_table import cell, cell_perplexity_ratio, prompt_means, results_table
 from experiment.command_line import exit_status
 from experiment.conditions import (
     DECIDING_CONTROLS,
@@ -31,6 +30,7 @@ from experiment.conditions import (
     condition_of,
     label_of,
 )
+from reporting.figures_headline import DecidedPersona
 from reporting.tables import (
     format_maps,
     format_recoveries,
@@ -74,47 +74,6 @@ not validated. A control of several vectors is shown by the one with the largest
 is the stronger of the two vectors that know little but the source's words."""
 
 
-@dataclass(frozen=True)
-class Decided:
-    """A persona's verdict with the numbers of the scorer that decides it, or of the first that has any.
-
-    found: of `verdict.json`. scorer: its name, None without any. shown: condition -> compared name of its
-    draw with the largest effect.
-    """
-
-    persona: str
-    found: Mapping[str, Any]
-    scorer: str | None
-    shown: Mapping[str, str]
-
-    @classmethod
-    def from_verdict(cls, persona: str, found: Mapping[str, Any]) -> "Decided":
-        """Return it. found: what `verdict.json` holds on the persona."""
-        with_effects = (name for name, of_scorer in found["scorers"].items() if of_scorer["effects"])
-        scorer = found["decided_by"] or next(with_effects, next(iter(found["scorers"]), None))
-        known = found["scorers"][scorer]["effects"] if scorer else {}
-        return cls(
-            persona, found, scorer, worst_draws({name: each["estimate"] for name, each in known.items()})
-        )
-
-    @property
-    def numbers(self) -> Mapping[str, Any]:
-        """What the scorer found; empty without one."""
-        return self.found["scorers"][self.scorer] if self.scorer else {}
-
-    @property
-    def label(self) -> str:
-        """The scorer's name, with a star if it is not validated."""
-        if self.scorer is None:
-            return "–"
-        return SCORERS[self.scorer].label + ("" if self.numbers["is_validated"] else " *")
-
-    def largest(self, conditions: Sequence[str]) -> str | None:
-        """Return the compared name with the largest effect of these conditions, None without any."""
-        names = [self.shown[name] for name in conditions if name in self.shown]
-        return max(names, key=lambda name: self.numbers["effects"][name]["estimate"], default=None)
-
-
 def write_results(folders: Sequence[Path], out: Path) -> Path:
     """Write a page with a section for each run, and return its path.
 
@@ -129,7 +88,7 @@ def run_section(folder: Path) -> list[str]:
     """Return the paragraphs, tables and texts of one run. Raises InputError: no finished run."""
     config, protocol, verdict, results, cv = load_finished(folder, *NEEDED)
     table = results_table(results["rows"])
-    decided = [Decided.from_verdict(*each) for each in verdict["personas"].items()]
+    decided = [DecidedPersona.from_verdict(*each) for each in verdict["personas"].items()]
     names, sizes = zip(*(_model(protocol["models"][side]) for side in ("source", "target")), strict=True)
     test = protocol["test"]
     parts = [
@@ -171,7 +130,7 @@ def _model(found: Mapping[str, Any]) -> tuple[str, str]:
     return name, f"{name} ({found['model_type']}): {found['n_blocks']} blocks of width {found['d_model']}"
 
 
-def _effects_table(decided: Sequence[Decided], table: pd.DataFrame) -> str:
+def _effects_table(decided: Sequence[DecidedPersona], table: pd.DataFrame) -> str:
     rows = []
     for each in decided:
         unsteered = None
@@ -193,14 +152,14 @@ def _effects_table(decided: Sequence[Decided], table: pd.DataFrame) -> str:
     return markdown_table(header, rows, left=("persona", "verdict", "scorer"))
 
 
-def _effect(decided: Decided, conditions: Sequence[str]) -> str:
+def _effect(decided: DecidedPersona, conditions: Sequence[str]) -> str:
     """Return an effect with its interval, and its condition's label where several could be shown."""
     name = decided.largest(conditions)
     said = interval(decided.numbers["effects"][name]) if name else "–"
     return f"{said} ({label_of(name)})" if name and len(conditions) > 1 else said
 
 
-def _ratios_table(decided: Sequence[Decided], table: pd.DataFrame) -> str:
+def _ratios_table(decided: Sequence[DecidedPersona], table: pd.DataFrame) -> str:
     rows = []
     for each in decided:
         names = [each.largest(conditions) for conditions in EFFECTS.values()]
@@ -213,15 +172,9 @@ def _ratios_table(decided: Sequence[Decided], table: pd.DataFrame) -> str:
     return markdown_table(("persona", "α", *EFFECTS), rows)
 
 
-def _texts_table(decided: Decided, table: pd.DataFrame) -> str:
+def _texts_table(decided: DecidedPersona, table: pd.DataFrame) -> str:
     """Return the texts of the first prompts under four conditions side by side, with their scores."""
-    alphas = {UNSTEERED: None, **decided.found["alphas"]}
-    lexical = decided.largest(LEXICAL_CONTROLS) or next(filter(alphas.__contains__, LEXICAL_CONTROLS), None)
-    columns = {}
-    for name in filter(None, (UNSTEERED, lexical, MAPPED, ORACLE)):
-        if condition_of(name) in alphas:
-            texts = cell(table, decided.persona, name, alphas[condition_of(name)])
-            columns[name] = texts[texts["seed"] == table["seed"].min()].set_index("prompt_idx")
+    columns = decided.boxes(table)
     prompts = table.drop_duplicates("prompt_idx").set_index("prompt_idx")["prompt"].sort_index()[:N_SHOWN]
     rows = [
         (plain(prompt), *(_text(texts, index, decided.scorer) for texts in columns.values()))

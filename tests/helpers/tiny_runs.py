@@ -37,7 +37,7 @@ ARTIFACTS = set(
     "comparison_maps.pt cv_results.json mapping_analysis.png persona_vectors.pt persona_similarities.json "
     "generation_journal.jsonl generation_results.json evaluation_journal.jsonl eval_results.json "
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
-    "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv recovery.png "
+    "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv headline.png "
     "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json".split()
 )
 

@@ -58,12 +58,12 @@ def test_a_judged_run_ends_with_the_judges_recovery_in_figure_and_report(tiny, t
         assert "by judge" in page
         effects = PersonaTransferExperiment({**settings, "output_dir": str(out)}).results_frame(effects=True)
         assert set(effects[effects["scorer"] == "judge"]["condition"]) == set(METHODS)
-        figure = (out / "recovery.png").read_bytes()
+        figure = (out / "headline.png").read_bytes()
         assert run(out, settings) == 0
     assert len(server.prompts) == n_asked
     assert load_json(out / "verdict.json") == verdict
     assert (out / "report.html").read_text() == page
-    assert (out / "recovery.png").read_bytes() == figure
+    assert (out / "headline.png").read_bytes() == figure
 
 
 @pytest.mark.usefixtures("no_drawing")

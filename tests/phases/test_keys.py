@@ -52,7 +52,7 @@ PERSONAS = {"loud": {**LOUD, **LABELLED}, "numeric": NUMERIC}
 
 TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be told
 
-SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "recovery.png"}
+SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "headline.png"}
 SCORED |= {"off_target.png", "effect_perplexity.png", "effect_spread.json"}
 RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
 GRID = SCORED | {"generation_results.json", "protocol.json"}

@@ -4,16 +4,17 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
+from made_up_scores import COMPARED, VALIDATED, scored_run
 
 from analysis.alpha_search import CoherenceBound, ScoredText, alphas_content, search_alphas
 from analysis.results_table import results_table
 from analysis.strength_curve import MULTIPLES
 from analysis.verdict import decide_verdicts
 from evaluation import METRICS, aggregate
-from experiment.conditions import CONDITIONS, SCORERS
+from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS, label_of
 from maps.comparison_maps import ComparisonMap, maps_table
 from reporting.figures_ablations import block_ablation_figure, sample_ablation_figure
+from reporting.figures_headline import headline_figure
 from reporting.figures_mapping import layer_search_figure, mapping_figure
 from reporting.figures_results import (
     alpha_search_figure,
@@ -21,7 +22,6 @@ from reporting.figures_results import (
     coherence_trait_figure,
     effect_perplexity_figure,
     off_target_figure,
-    recovery_figure,
     strength_curve_figure,
 )
 from reporting.style import figure_fingerprint, save_figure
@@ -213,31 +213,34 @@ def test_sample_figure_has_the_error_over_training_samples_for_both_kinds_of_map
 
 
 def decided(names=("loud",), **validation):
-    """Contents of verdicts that rest on a classifier. validation: of other scorers."""
+    """Contents of verdicts that rest on a classifier, and their table. validation: of other scorers."""
     table = results_table([row for name in names for row in scored_run(0.5, 0.6, persona=name, judged=True)])
     found = {name: {"classifier": VALIDATED, **validation} for name in names}
     verdicts = decide_verdicts(table, dict.fromkeys(names, COMPARED), found)
-    return {name: verdict.content() for name, verdict in verdicts.items()}
+    return {name: verdict.content() for name, verdict in verdicts.items()}, table
 
 
-def test_recovery_figure_draws_every_scorer_with_its_interval_but_none_without():
-    found = decided(("loud", "calm", "shy"), judge=NOT_VALIDATED)
-    for name in ("calm", "shy"):
-        found[name]["scorers"] = {"classifier": found[name]["scorers"]["classifier"]}
-    found["calm"]["scorers"]["classifier"]["recovery"]["low"] = None
-    found["shy"]["scorers"]["classifier"]["recovery"] = None
-    (panel,) = recovery_figure(found).axes
-    said = [label.get_text() for label in panel.get_yticklabels()]
-    assert said == [f"{name}: {found[name]['verdict']}" for name in found]
-    scorers = found["loud"]["scorers"]
-    assert len(panel.containers) == len(scorers) > 1
-    legend = [text.get_text() for text in panel.get_legend().get_texts()]
-    assert legend == [SCORERS[name].label for name in scorers]
-    for bar, (name, scorer) in zip(panel.containers, scorers.items(), strict=True):
-        ratio = scorer["recovery"]
-        assert bar[0].get_xdata().tolist() == [ratio["estimate"]]
-        assert bar[2][0].get_segments()[0][:, 0].tolist() == pytest.approx([ratio["low"], ratio["high"]])
-        assert (bar[0].get_markerfacecolor() == "white") == (name == "judge")  # it is not validated
+def test_headline_shows_the_first_texts_and_every_effect_of_the_deciding_scorer():
+    found, table = decided(("loud", "calm"))
+    found["calm"] = {**found["calm"], "decided_by": None}
+    found["calm"]["scorers"]["classifier"]["is_validated"] = False
+    left, right = headline_figure(found, table).axes
+    written = [text.get_text() for text in left.texts]
+    first = table[(table["prompt_idx"] == 0) & (table["persona"] == "loud")]
+    assert [written[0], *written[4::2]] == list(map(label_of, ("baseline", "ridge_mapped", "oracle")))
+    assert written[2] in map(label_of, LEXICAL_CONTROLS)
+    assert written[1] in first.loc[first["condition"] == "baseline", "output"].tolist()
+    said = [text.get_text() for text in right.texts]
+    assert said == [f"{name}: {verdict['verdict']}" for name, verdict in found.items()]
+    assert len(right.containers) == 4 * len(found)  # another control, a lexical one, mapped, native
+    for row, verdict in enumerate(found.values()):
+        scorer = verdict["scorers"]["classifier"]
+        bars = right.containers[4 * row + 2 : 4 * row + 4]
+        for bar, name in zip(bars, ("ridge_mapped", "oracle"), strict=True):
+            effect, (ends,) = scorer["effects"][name], bar[2][0].get_segments()
+            assert bar[0].get_xdata().tolist() == [effect["estimate"]]
+            assert ends[:, 0].tolist() == pytest.approx([effect["low"], effect["high"]])
+            assert (bar[0].get_markerfacecolor() == "white") is not scorer["is_validated"]
 
 
 def test_off_target_figure_shows_who_is_steered_for_and_scored_as():
@@ -260,14 +263,14 @@ def texts(artists):
 def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
     figures = [
         coherence_trait_figure(aggregate([row for name in NAMES for row in rows(name)])),
-        recovery_figure(decided(NAMES)),
+        headline_figure(*decided(NAMES)),
         off_target_figure({"oracle": {name: dict.fromkeys(NAMES, 0.5) for name in NAMES}}),
         alpha_search_figure(searched_alphas(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
     ]
-    first, (recovered,), (matrix, _), last = (figure.axes for figure in figures)
+    first, (_, effects), (matrix, _), last = (figure.axes for figure in figures)
     for found in (
         [text.partition(" (")[0] for text in texts([panel.title for panel in first])],
-        [text.rpartition(":")[0] for text in texts(recovered.get_yticklabels())],
+        [text.rpartition(":")[0] for text in texts(effects.texts)],
         texts(matrix.get_xticklabels()),
         texts(matrix.get_yticklabels()),
         texts([panel.title for panel in last]),

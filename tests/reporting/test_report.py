@@ -13,7 +13,7 @@ from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
 from analysis.results_table import results_table
 from analysis.verdict import decide_verdicts
 from experiment.conditions import CONDITIONS
-from reporting.figures_results import recovery_figure
+from reporting.figures_headline import headline_figure
 from reporting.report import texts_data, write_report
 from reporting.style import save_figure
 from run_experiment import main
@@ -124,7 +124,7 @@ def finished(tmp_path_factory):
     of_persona |= {"highest_cosine_to_other_oracles": 0.2, "ceiling": dict.fromkeys(("all", "kept"), 0.93)}
     vectors = {"layer_pairs": PAIRS, "vectors": {"x": torch.ones(1)}, "personas": {"loud": of_persona}}
     save_tensors(out / "persona_vectors.pt", {**vectors, "control_maps": [{**maps, "map": "first_block"}]})
-    save_figure(recovery_figure(personas), out / "recovery.png", "key")
+    save_figure(headline_figure(personas, results_table(rows)), out / "headline.png", "key")
     assert write_report(out) == out / "report.html"
     return out
 
