@@ -37,7 +37,7 @@ ROWS = {
     label_of(MAPPED): (MAPPED,),
     label_of(ORACLE): (ORACLE,),
 }
-COLUMNS, LINES = 58, 5  # of a text in its box
+COLUMNS, LINES = 66, 5  # of a text in its box
 SIZE = 12  # points, so that it can be read at half the figure's size
 
 
