@@ -56,11 +56,8 @@ def write_report(folder: Path) -> Path:
     config, results, verdict, checked, protocol = load_finished(folder, *NEEDED, others=(VECTORS,))
     rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    page = environment.get_template("report.html.j2").render(
+    page = render_page(
+        "report.html.j2",
         config=config,
         n_prompts=len({row["prompt_idx"] for row in rows}),
         n_seeds=len({row["seed"] for row in rows}),
@@ -74,7 +71,7 @@ def write_report(folder: Path) -> Path:
         strengths=strength_rows(verdict["strength_curve"]),
         at_native_ratio=native_ratio_rows(verdict["strength_curve"]),
         protocol=protocol_rows(protocol),
-        figures={path.stem: b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
+        figures={path.stem: encoded(path) for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),
         maps=maps_rows([*load_json(folder / "cv_results.json")["maps"], *vectors["control_maps"]]),
         cosines=cosine_rows(vectors["personas"]),
@@ -89,6 +86,20 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     save_text(path, page)
     return path
+
+
+def render_page(template: str, **content: Any) -> str:
+    """Return a page of a template of this folder, in which all text of the content is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.get_template(template).render(content)
+
+
+def encoded(path: Path) -> str:
+    """Return a file in the letters in which a page holds it."""
+    return b64encode(path.read_bytes()).decode()
 
 
 def texts_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.results_table import cell, cell_perplexity_ratio, prompt_means, results_table
+from analysis.results_table import cell, prompt_means
 from experiment.command_line import exit_status
 from experiment.conditions import (
     DECIDING_CONTROLS,
@@ -27,7 +27,6 @@ from experiment.conditions import (
     PROMPTED,
     SCORERS,
     UNSTEERED,
-    condition_of,
     label_of,
 )
 from reporting.figures_headline import DecidedPersona
@@ -46,8 +45,8 @@ from reporting.tables import (
 )
 from support.artifacts import save_text
 from support.run_folder import load_finished
+from tools.finished_run import FinishedRun, short_name
 
-NEEDED = ("config.json", "protocol.json", "verdict.json", "eval_results.json", "cv_results.json")
 N_SHOWN = 3  # prompts whose texts stand side by side
 # Column -> the conditions of which the one with the largest effect is shown.
 EFFECTS = {
@@ -86,20 +85,20 @@ def write_results(folders: Sequence[Path], out: Path) -> Path:
 
 def run_section(folder: Path) -> list[str]:
     """Return the paragraphs, tables and texts of one run. Raises InputError: no finished run."""
-    config, protocol, verdict, results, cv = load_finished(folder, *NEEDED)
-    table = results_table(results["rows"])
-    decided = [DecidedPersona.from_verdict(*each) for each in verdict["personas"].items()]
+    run = FinishedRun.load(folder)
+    (cv,) = load_finished(folder, "cv_results.json")
+    protocol, verdict, table, decided = run.protocol, run.verdict, run.table, run.decided
     names, sizes = zip(*(_model(protocol["models"][side]) for side in ("source", "target")), strict=True)
     test = protocol["test"]
     parts = [
         f"## {' → '.join(names)}",
         f"{len(test['prompts'])} test prompts, {len(test['seeds'])} seeds, {len(table)} scored texts of at "
-        f"most {config['max_new_tokens']} tokens. {' → '.join(sizes)}.",
+        f"most {run.config['max_new_tokens']} tokens. {' → '.join(sizes)}.",
         _effects_table(decided, table),
         "\n".join(f"- {line}" for line in format_verdicts(verdict["personas"]).splitlines()),
         "### Perplexity ratio",
         "How many times as perplexing the texts of the table are to the source model as unsteered texts.",
-        _ratios_table(decided, table),
+        _ratios_table(run),
     ]
     if recovery_rows(verdict["personas"])[1]:
         parts += ["### Recovery by every scorer", format_recoveries(verdict["personas"])]
@@ -125,8 +124,7 @@ def run_section(folder: Path) -> list[str]:
 
 def _model(found: Mapping[str, Any]) -> tuple[str, str]:
     """Return a model's name, of a path its last part, and a phrase with its size."""
-    path = PurePath(found["name"])
-    name = path.name if path.is_absolute() or found["name"].startswith((".", "~")) else found["name"]
+    name = short_name(found["name"])
     return name, f"{name} ({found['model_type']}): {found['n_blocks']} blocks of width {found['d_model']}"
 
 
@@ -159,16 +157,12 @@ def _effect(decided: DecidedPersona, conditions: Sequence[str]) -> str:
     return f"{said} ({label_of(name)})" if name and len(conditions) > 1 else said
 
 
-def _ratios_table(decided: Sequence[DecidedPersona], table: pd.DataFrame) -> str:
+def _ratios_table(run: FinishedRun) -> str:
     rows = []
-    for each in decided:
+    for each in run.decided:
         names = [each.largest(conditions) for conditions in EFFECTS.values()]
-        alphas = each.found["alphas"]
-        ratios = [
-            cell_perplexity_ratio(table, each.persona, name, alphas[condition_of(name)]) if name else None
-            for name in names
-        ]
-        rows.append((each.persona, number(alphas.get(MAPPED), ".4g"), *map(number, ratios)))
+        ratios = [run.perplexity_ratio(each, name) for name in names]
+        rows.append((each.persona, number(each.found["alphas"].get(MAPPED), ".4g"), *map(number, ratios)))
     return markdown_table(("persona", "α", *EFFECTS), rows)
 
 

@@ -4,7 +4,10 @@ from itertools import product
 
 import numpy as np
 
+from analysis.results_table import results_table
+from analysis.verdict import decide_verdicts
 from experiment.conditions import DECIDING_CONTROLS, MAPPED, ORACLE, UNSTEERED
+from support.artifacts import load_json, save_json, sealed
 
 VALIDATED = {
     "is_validated": True,
@@ -62,3 +65,17 @@ def scored_run(mapped, oracle, n=20, other=None, persona="loud", noise=0.05, jud
             row |= {"gpt4_coherence_score": 4, "gpt4_trait_score": 1 + round(4 * row["trait_probability"])}
         rows.append(row)
     return rows
+
+
+def save_scores(folder, rows, validation, alphas=COMPARED):
+    """Give a finished run these scored texts, and the verdicts that follow from them; returns the folder."""
+    verdicts = decide_verdicts(results_table(rows), dict.fromkeys(validation, alphas), validation)
+    personas = {name: verdict.content() for name, verdict in verdicts.items()}
+    change(folder / "verdict.json", personas=personas)
+    save_json(folder / "eval_results.json", sealed({"rows": rows}))
+    return folder
+
+
+def change(path, **content):
+    """Replace entries of a JSON artifact."""
+    save_json(path, sealed({**load_json(path), **content}))

@@ -5,12 +5,10 @@ import shutil
 from statistics import fmean
 
 import pytest
-from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
+from made_up_scores import NOT_VALIDATED, VALIDATED, save_scores, scored_run
 from tiny_runs import error_lines
 
-from analysis.results_table import results_table
-from analysis.verdict import decide_verdicts
-from support.artifacts import load_json, save_json, sealed
+from support.artifacts import load_json
 from tools import write_results
 
 HOSTILE = "a | b\n# <b>bold</b> [link](http://example.com) `x` \\ *y* \u202ez"
@@ -28,12 +26,7 @@ def scored(finished, tmp_path):
             row["independent_perplexity"] = 25.0
             row["output"] = HOSTILE
     validation = {"loud": SCORERS, "numeric": {"probe": NOT_VALIDATED}}
-    verdicts = decide_verdicts(results_table(rows), dict.fromkeys(validation, COMPARED), validation)
-    old = load_json(folder / "verdict.json")
-    personas = {name: verdict.content() for name, verdict in verdicts.items()}
-    save_json(folder / "verdict.json", sealed({**old, "personas": personas}))
-    save_json(folder / "eval_results.json", sealed({"rows": rows}))
-    return folder
+    return save_scores(folder, rows, validation)
 
 
 def written(*folders, out):
