@@ -289,6 +289,7 @@ def packaged(all_threads, tmp_path_factory):
         "check_source_vectors": False,
         "n_test_prompts": 12,
         "alpha_values": {"formal": [0.16], "pirate": [0.12]},
+        "alpha_search": {"bound": "plain"},  # which spares the costs of the traits
         "strength_curve": False,
         "extraction_resamples": 0,
         "n_seeds": 1,
