@@ -1,7 +1,8 @@
 """Carry persona vectors from source to target at one layer pair, with their controls (phase 3).
 
-A control that needs more than one persona's vector and a map has a function in `CONTROL_MAKERS`; one that is
-read from another source comes carried over by a map of its own.
+A control that needs more than one persona's vector and a map has a function in `CONTROL_MAKERS`, one that is
+made for all blocks at once in `OVER_BLOCKS`; one that is read from another source comes carried over by a map
+of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,6 @@ from baseline_methods import BaselineTransfer
 from experiment.conditions import MAPPED, ORACLE, other_personas, vector_names
 from ridge_mapping import RidgeMapping
 
-MOST_BLOCKS = 10_000  # so that each block has random directions of its own under each seed
 # What the files of vectors say of themselves.
 ABOUT_NATIVE = (
     "Both models' own persona vectors: the mean activation of positive texts minus that of negative ones, "
@@ -96,7 +96,7 @@ def transfer_pair(
     mapped = {name: ridge.transform(each.vector) for name, each in source.items() if name not in target}
     known = {**vectors, **{name: {MAPPED: vector / vector.norm()} for name, vector in mapped.items()}}
     for condition, make in CONTROL_MAKERS.items():
-        for name, made in make(known, ridge.target_layer, seed).items():
+        for name, made in make(known).items():
             known[name] |= zip(vector_names(condition), made, strict=True)
     for name, by_name in vectors.items():
         others = [vectors[other][ORACLE] for other in vectors if other != name]
@@ -109,7 +109,7 @@ def transfer_pair(
     return PairTransfer(vectors, report)
 
 
-def _of_other_personas(vectors: Vectors, target_layer: int, seed: int) -> dict[str, list[Tensor]]:
+def _of_other_personas(vectors: Vectors) -> dict[str, list[Tensor]]:
     """Return persona -> the mapped vectors of other personas."""
     return {
         name: [vectors[other][MAPPED] for other in others]
@@ -117,19 +117,30 @@ def _of_other_personas(vectors: Vectors, target_layer: int, seed: int) -> dict[s
     }
 
 
-def _random_directions(vectors: Vectors, target_layer: int, seed: int) -> dict[str, list[Tensor]]:
-    """Return persona -> directions of unit norm: the same for all, others for each block and seed."""
-    d_target = len(next(iter(vectors.values()))[ORACLE])
-    generator = torch.Generator().manual_seed(seed * MOST_BLOCKS + target_layer)
-    drawn = [torch.randn(d_target, generator=generator) for _ in vector_names("random_direction")]
-    return {name: [direction / direction.norm() for direction in drawn] for name in vectors}
-
-
-# control -> makes its vectors: (vectors so far, target layer, seed) -> persona -> a vector for each draw
-CONTROL_MAKERS: dict[str, Callable[[Vectors, int, int], dict[str, list[Tensor]]]] = {
-    "other_persona": _of_other_personas,
-    "random_direction": _random_directions,
+# control -> makes its vectors of those at a layer pair: persona -> a vector for each draw
+CONTROL_MAKERS: dict[str, Callable[[Vectors], dict[str, list[Tensor]]]] = {
+    "other_persona": _of_other_personas
 }
+
+
+def _random_directions(oracle: Tensor, seed: int) -> list[Tensor]:
+    """Return the native vectors of all blocks, each time under another random rotation.
+
+    So a random direction keeps the native cosines between blocks. Directions that are drawn for each block
+    alone nearly cancel each other in the residual stream, and are a weaker control than a single one.
+    """
+    axes, sizes, _ = torch.linalg.svd(oracle.double(), full_matrices=False)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in vector_names("random_direction"):
+        drawn = torch.randn(oracle.shape[1], len(sizes), generator=generator, dtype=torch.float64)
+        frame, _ = torch.linalg.qr(drawn)
+        found.append((axes * sizes @ frame.T).to(oracle.dtype))
+    return found
+
+
+# control -> makes its vectors of the native ones of all blocks, (blocks, d_target), and a seed: one for each draw
+OVER_BLOCKS: dict[str, Callable[[Tensor, int], list[Tensor]]] = {"random_direction": _random_directions}
 
 
 def _highest_cosine(vector: Tensor, others: Sequence[Tensor], left_out: Sequence[int]) -> float | None:

@@ -86,7 +86,16 @@ _ALL = (
     Condition(
         "other_persona", "control", "other persona", "#8c564b", "1", ("other_personas", "map"), N_DRAWS, True
     ),
-    Condition("random_direction", "control", "random direction", "#bcbd22", "2", ("seed",), N_DRAWS, True),
+    Condition(
+        "random_direction",
+        "control",
+        "random direction",
+        "#bcbd22",
+        "2",
+        ("target_vector", "seed"),
+        N_DRAWS,
+        True,
+    ),
     Condition(
         "embedding_source",
         "control",

@@ -26,6 +26,7 @@ from analysis.extraction_spread import (
 from analysis.vector_transfer import (
     ABOUT_NATIVE,
     ABOUT_VECTORS,
+    OVER_BLOCKS,
     PairTransfer,
     measures,
     transfer_pair,
@@ -325,15 +326,20 @@ def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
         report = {name: by_map[is_prompt].report[name] for name, is_prompt in are_prompts.items()}
         found.append(PairTransfer(vectors, report))
     middle = found[len(found) // 2]
+    vectors = {
+        name: {key: torch.stack([each.vectors[name][key] for each in found]) for key in by_name}
+        for name, by_name in middle.vectors.items()
+    }
+    for by_name in vectors.values():
+        for control, make in OVER_BLOCKS.items():
+            made = make(by_name[ORACLE], run.config.seed)
+            by_name |= zip(vector_names(control), made, strict=True)
     return {
         "about": ABOUT_VECTORS,
         "source_vectors": {
             name: torch.stack([each.vector for each in rows]) for name, rows in natives["source"].items()
         },
-        "vectors": {
-            name: {key: torch.stack([each.vectors[name][key] for each in found]) for key in by_name}
-            for name, by_name in middle.vectors.items()
-        },
+        "vectors": vectors,
         "residual_norms": [asdict(each.residual_norm) for each in maps],
         "kinds": kinds,
         "personas": middle.report,

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 import baseline_methods
-from analysis.vector_transfer import CONTROL_MAKERS
+from analysis.vector_transfer import CONTROL_MAKERS, OVER_BLOCKS
 from experiment.conditions import (
     CONDITIONS,
     CONTROLS,
@@ -43,7 +43,7 @@ def test_no_two_conditions_and_no_two_scorers_look_alike():
 
 
 def test_every_steered_condition_has_its_vectors_made_and_a_configuration_names_it():
-    made = [*baseline_methods.METHODS, *KINDS, *CONTROL_MAKERS, *SOURCE_CONTROLS]
+    made = [*baseline_methods.METHODS, *KINDS, *CONTROL_MAKERS, *OVER_BLOCKS, *SOURCE_CONTROLS]
     assert sorted(STEERED) == sorted(made)
     assert load_config({**SMALL, "methods": METHODS}).methods == list(METHODS)
     assert {*METHODS, UNSTEERED} == set(CONDITIONS)
