@@ -117,10 +117,9 @@ def _of_other_personas(vectors: Vectors) -> dict[str, list[Tensor]]:
     }
 
 
-# control -> makes its vectors of those at a layer pair: persona -> a vector for each draw
-CONTROL_MAKERS: dict[str, Callable[[Vectors], dict[str, list[Tensor]]]] = {
-    "other_persona": _of_other_personas
-}
+Drawn = dict[str, list[Tensor]]  # persona -> a vector for each draw
+# control -> makes its vectors of those at a layer pair
+CONTROL_MAKERS: dict[str, Callable[[Vectors], Drawn]] = {"other_persona": _of_other_personas}
 
 
 def _random_directions(oracle: Tensor, seed: int) -> list[Tensor]:
@@ -139,7 +138,7 @@ def _random_directions(oracle: Tensor, seed: int) -> list[Tensor]:
     return found
 
 
-# control -> makes its vectors of the native ones of all blocks, (blocks, d_target), and a seed: one for each draw
+# control -> makes a vector for each draw of the native ones of all blocks, (blocks, d_target), and a seed
 OVER_BLOCKS: dict[str, Callable[[Tensor, int], list[Tensor]]] = {"random_direction": _random_directions}
 
 

@@ -112,7 +112,7 @@ def test_two_names_and_a_folder_are_run_by_the_protocol():
     assert chosen == {**PROTOCOL, "extraction": ExtractionConfig(kind="auto")}
     assert config.persona_names == shipped_personas()
     assert (len(config.load_test_prompts(True)), config.seeds, config.alpha_values) == (60, [0, 1], "auto")
-    assert set(config.conditions) == {*METHODS, *DECIDING_CONTROLS}
+    assert set(config.conditions) == {*METHODS, "prompted", *DECIDING_CONTROLS}
     assert load_config(json.loads(json.dumps(config.model_dump()))) == config
 
 
