@@ -512,9 +512,7 @@ def blocks_in_base(name_or_path: str, block_path: str | None = None, **options: 
     blocks = decoder_blocks(model, block_path)
     names = [name for name, each in model.base_model.named_modules() if each is blocks]
     if not names:
-        raise InputError(
-            f"the decoder blocks of {name_or_path!r} are not in its base_model; see print(model)"
-        )
+        raise InputError(f"the decoder blocks of {name_or_path!r} are not inside its base_model")
     return names[0]
 
 

@@ -54,9 +54,9 @@ def mean_interval(differences: Differences) -> Interval:
 
 
 def share_change(after: Sequence[bool], before: Sequence[bool]) -> Interval:
-    """Return the difference of two shares of the same items, with the interval of Agresti and Min (2005).
+    """Return the difference of two shares of the same items, with the interval of Bonett and Price (2012).
 
-    Half an item is added to each count of the pairs, so that it has a width where nothing changed, too, which
+    An item is added to those that changed either way, so that it has a width where nothing changed, too, which
     Student's has not.
     """
     n = len(before)
@@ -64,7 +64,7 @@ def share_change(after: Sequence[bool], before: Sequence[bool]) -> Interval:
         sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((after, before), (before, after))
     )
     estimate, centre = (gained - lost) / n, (gained - lost) / (n + 2)
-    half = Z * math.sqrt((gained + lost + 1) / (n + 2) - centre**2) / math.sqrt(n + 2)
+    half = Z * math.sqrt((gained + lost + 2) / (n + 2) - centre**2) / math.sqrt(n + 2)
     return Interval(estimate, max(-1.0, centre - half), min(1.0, centre + half))
 
 

@@ -32,8 +32,8 @@ def export_vector(
     """Write a vector of a run to a file for another tool, and return its path.
 
     method: name of the vector in `persona_vectors.pt`. form: gguf, safetensors, pt or lm-eval. output: by
-    default `<persona>_<method>.<form>` in the run's folder, with lm-eval `.pt` behind it. alpha: steering strength at strength 1 of the file, by
-    default the verdict's.
+    default `<persona>_<method>.<form>` in the run's folder, with `.pt` behind lm-eval. alpha: steering
+    strength at strength 1 of the file, by default the verdict's.
     Raises InputError: no finished run, an unknown persona, method, format or alpha, or layer 0 as GGUF.
     """
     _check_has("format", form, (*FORMATS, LM_EVAL))
