@@ -56,8 +56,8 @@ def mean_interval(differences: Differences) -> Interval:
 def share_change(after: Sequence[bool], before: Sequence[bool]) -> Interval:
     """Return the difference of two shares of the same items, with the interval of Bonett and Price (2012).
 
-    An item is added to those that changed either way, so that it has a width where nothing changed, too, which
-    Student's has not.
+    One is added to the items that changed either way, so that it has a width where nothing changed, too,
+    which Student's has not.
     """
     n = len(before)
     gained, lost = (
