@@ -295,7 +295,14 @@ def continuation_perplexities(
 def _perplexities(
     model: PreTrainedModel, texts: Sequence[tuple[list[int], int]], batch_size: int
 ) -> list[float]:
-    """Return the perplexity of each text; texts: (tokens, index of the first scored token, 1 or more)."""
+    """Return the perplexity of each text; texts: (tokens, index of the first scored token, 1 or more).
+
+    A text's last token need not be read, so texts that differ in it alone share a row of a batch.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for index, (ids, _) in enumerate(texts):
+        sharing.setdefault(tuple(ids[:-1]), []).append(index)
+    read = list(sharing)
     # Rows and columns of the tokens before the scored ones, (scored,) each. A mask would have to be read for
     # how many they are, and an accelerator is waited for then.
     rows = columns = torch.empty(0)
@@ -303,23 +310,31 @@ def _perplexities(
     def before_scored(values: Tensor) -> Tensor:
         return values[rows.to(values.device), columns.to(values.device)]
 
-    def run(indices: list[int]) -> list[float]:
+    def run(indices: list[int]) -> list[list[float]]:
         nonlocal rows, columns
-        batch = [texts[index] for index in indices]
+        batch = [read[index] for index in indices]
         # With padding on the right causality hides it, and no mask is needed.
-        tokens, _ = pad_tokens([ids for ids, _ in batch], filler_token_id(model), "right", model.device)
-        places = [(row, i - 1) for row, (ids, start) in enumerate(batch) for i in range(start, len(ids))]
-        rows, columns = torch.tensor(places, device=model.device).unbind(1)
+        tokens, _ = pad_tokens(batch, filler_token_id(model), "right", model.device)
+        of_batch = [(row, *texts[index]) for row, ids in enumerate(batch) for index in sharing[ids]]
+        scored = [(row, i - 1, ids[i]) for row, ids, start in of_batch for i in range(start, len(ids))]
+        rows, columns, following = torch.tensor(scored, device=model.device).unbind(1)
         logits = model(input_ids=tokens, use_cache=False).logits
         # A model whose head cannot be narrowed returns the logits of all tokens.
         logits = before_scored(logits) if logits.shape[:2] == tokens.shape else logits[0]
-        likelihood = token_log_likelihoods(logits, tokens[rows, columns + 1].to(logits.device))
-        parts = likelihood.split([len(ids) - start for ids, start in batch])
-        return [math.exp(-mean) for mean in torch.stack([part.mean() for part in parts]).tolist()]
+        likelihood = token_log_likelihoods(logits, following.to(logits.device))
+        parts = likelihood.split([len(ids) - start for _, ids, start in of_batch])
+        values = iter(torch.stack([part.mean() for part in parts]).tolist())
+        return [[math.exp(-next(values)) for _ in sharing[ids]] for ids in batch]
 
     # Logits at the prompt's tokens would take most of the memory, and they are not needed.
     with evaluation_mode(model), narrowed_head(model, lambda hidden: before_scored(hidden)[None]):
-        return run_in_batches(run, [len(ids) for ids, _ in texts], batch_size, "perplexity")
+        found = run_in_batches(run, [len(ids) for ids in read], batch_size, "perplexity")
+    by_index = {
+        index: value
+        for indices, values in zip(sharing.values(), found, strict=True)
+        for index, value in zip(indices, values, strict=True)
+    }
+    return [by_index[index] for index in range(len(texts))]
 
 
 def repetition_metrics(text: str) -> dict[str, Any]:

@@ -496,6 +496,26 @@ def _block_path(model: PreTrainedModel) -> str:
     return decoders[0]
 
 
+def blocks_in_base(name_or_path: str, block_path: str | None = None, **options: Any) -> str:
+    """Return the path of a model's decoder blocks from its `base_model`, such as `layers`; loads no weights.
+
+    options: `trust_remote_code` and `revision` of `load_model`.
+    Raises InputError as `decoder_blocks`, and for what is no causal model, as an adapter alone.
+    """
+    try:
+        config = AutoConfig.from_pretrained(_resolve_name(name_or_path), **options)
+        with torch.device("meta"):
+            remote = {"trust_remote_code": options.get("trust_remote_code", False)}
+            model = AutoModelForCausalLM.from_config(config, **remote)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot tell the modules of {name_or_path!r}: {first_line(error)}") from error
+    blocks = decoder_blocks(model, block_path)
+    names = [name for name, each in model.base_model.named_modules() if each is blocks]
+    if not names:
+        raise InputError(f"the decoder blocks of {name_or_path!r} are not inside its base_model")
+    return names[0]
+
+
 def check_layer(layer_idx: int, blocks: nn.ModuleList) -> None:
     """Raise InputError unless `layer_idx` is an index of a decoder block, counted from 0."""
     n = len(blocks)

@@ -53,6 +53,21 @@ def mean_interval(differences: Differences) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def share_change(after: Sequence[bool], before: Sequence[bool]) -> Interval:
+    """Return the difference of two shares of the same items, with the interval of Bonett and Price (2012).
+
+    One is added to the items that changed either way, so that it has a width where nothing changed, too,
+    which Student's has not.
+    """
+    n = len(before)
+    gained, lost = (
+        sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((after, before), (before, after))
+    )
+    estimate, centre = (gained - lost) / n, (gained - lost) / (n + 2)
+    half = Z * math.sqrt((gained + lost + 2) / (n + 2) - centre**2) / math.sqrt(n + 2)
+    return Interval(estimate, max(-1.0, centre - half), min(1.0, centre + half))
+
+
 @functools.lru_cache
 def _student(n: int) -> float:
     """Return how many standard errors the interval of a mean of n values reaches to either side."""

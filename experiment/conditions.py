@@ -19,6 +19,7 @@ Need = Literal["source_vector", "target_vector", "map", "other_personas", "seed"
 
 N_DRAWS = 3  # vectors of a control that chance decides; mapped has to beat each of them
 UNSTEERED, PROMPTED, MAPPED, ORACLE = "baseline", "prompted", "ridge_mapped", "oracle"
+RANDOM = "random_direction"
 DRAWN = ": "  # between a condition and its draw
 
 
@@ -87,7 +88,7 @@ _ALL = (
         "other_persona", "control", "other persona", "#8c564b", "1", ("other_personas", "map"), N_DRAWS, True
     ),
     Condition(
-        "random_direction",
+        RANDOM,
         "control",
         "random direction",
         "#bcbd22",

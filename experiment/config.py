@@ -62,6 +62,7 @@ from texts.personas import (
     load_prompts,
     shipped_personas,
 )
+from texts.questions import N_QUESTIONS
 
 LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
@@ -408,6 +409,7 @@ class ExperimentConfig(_Strict):
     Test prompts: a list, or the name of a file of shipped questions; a target that continues texts takes the
         shipped text prefixes instead. With `strength_curve`, native, mapped and lexical controls also write
         at multiples of the alpha at which a verdict compares.
+    n_capability_questions: on which the steered target's accuracy is measured; 0 leaves it out.
     """
 
     source_model: LocalPath
@@ -463,6 +465,7 @@ class ExperimentConfig(_Strict):
     alpha_unit: AlphaUnit = "absolute"
     alpha_search: AlphaSearchConfig = AlphaSearchConfig()
     strength_curve: bool = False
+    n_capability_questions: Annotated[int, Field(ge=0, le=N_QUESTIONS)] = N_QUESTIONS
     steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -170,17 +170,19 @@ class Worker:
         alpha: float,
         settings: GenerationSettings,
         batch_size: int,
+        prompts: Sequence[str] | None = None,
     ) -> list[float | None]:
         """Return the perplexity of texts to the target while it is steered.
 
-        vectors: (layers, d_target), each row of unit norm.
+        vectors: (layers, d_target), each row of unit norm. prompts: what precedes each text, if anything.
         """
         side, generator = self.side(settings.side), self._generator(settings)
         for layer, vector in zip(settings.layers, vectors, strict=True):
             generator.register_steering(layer, vector, alpha)
         try:
+            before = [""] * len(texts) if prompts is None else prompts
             return continuation_perplexities(
-                side.model, side.tokenizer, [""] * len(texts), texts, batch_size, is_steered=True
+                side.model, side.tokenizer, before, texts, batch_size, is_steered=True
             )
         finally:
             generator.clear_steering()

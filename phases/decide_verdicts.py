@@ -18,7 +18,12 @@ from experiment.run import Run
 from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import compared_alphas, unreadable_personas
 from phases.fit_maps import CV_RESULTS
-from phases.side_effects import compare_strengths, plain_text_ratios, resampled_effects
+from phases.side_effects import (
+    compare_strengths,
+    measure_capability,
+    plain_text_ratios,
+    resampled_effects,
+)
 from reporting.figures_headline import headline_figure
 from reporting.figures_results import (
     coherence_trait_figure,
@@ -28,6 +33,7 @@ from reporting.figures_results import (
 )
 from reporting.style import draw_or_remove, save_figure
 from reporting.tables import (
+    format_capability,
     format_recoveries,
     format_strengths,
     format_success,
@@ -74,6 +80,7 @@ def decide(
     }
     key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, strengths)
     content = run.folder.save("verdict.json", key, content)
+    capability = measure_capability(run, steering, personas)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
     _draw(run, table, alphas, content, rows_key(rows))
@@ -81,6 +88,8 @@ def decide(
         logger.info("judged\n\n%s\n", format_success(content["success"]))
     if strengths:
         logger.info("over strengths\n\n%s\n", format_strengths(strengths))
+    if capability:
+        logger.info("questions answered right\n\n%s\n", format_capability(capability))
     logger.info("recovery, * not validated\n\n%s\n", format_recoveries(content["personas"]))
     logger.info("verdict\n\n%s\n", format_verdicts(content["personas"]))
     return content

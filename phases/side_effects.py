@@ -1,18 +1,19 @@
 """Measure what stands beside an effect: what it costs plain text, and how it spreads (phase 5).
 
 What steering costs where nobody asked for the persona: the target reads neutral passages under each steering
-that a verdict compares, and unsteered. What another sample of the extraction texts would change: vectors of
-resampled texts steer on development questions. What vectors do over strengths: the verdict compares all
-conditions at one alpha, and native, mapped and deciding controls write at multiples of it, too. Texts cost
-time, so that one seed serves there, and one draw of each control: its first, since one that is chosen by what
-it does would have a biased interval. Nothing is decided by any of this.
+that a verdict compares, and unsteered, and answers short questions with one right continuation of four.
+What another sample of the extraction texts would change: vectors of resampled texts steer on development
+questions. What vectors do over strengths: the verdict compares all conditions at one alpha, and native,
+mapped and deciding controls write at multiples of it, too. Texts cost time, so that one seed serves there,
+and one draw of each control: its first, since one that is chosen by what it does would have a biased
+interval. Nothing is decided by any of this.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from analysis.extraction_spread import effect_spread
 from analysis.results_table import perplexity_ratio, results_table
+from analysis.significance import share_change
 from analysis.strength_curve import MULTIPLES, strength_curve
 from experiment.conditions import (
     LEXICAL_CONTROLS,
     MAPPED,
     ORACLE,
+    RANDOM,
     SCORERS,
     TRAINED_SCORERS,
     drawn_name,
@@ -48,10 +51,11 @@ from phases.score_texts import (
 )
 from scoring.brevity import brevity
 from support.artifacts import fingerprint
+from texts.questions import Question, load_questions
 
 logger = logging.getLogger(__name__)
 
-NAME, OF_EFFECTS = "side_effects.json", "effect_spread.json"
+NAME, CAPABILITY, OF_EFFECTS = "side_effects.json", "capability.json", "effect_spread.json"
 N_QUESTIONS = 12  # development prompts on which vectors of resampled texts steer
 UNSCORED = "too few texts have a score"
 RESAMPLED = "_resampled_"  # between condition and number, in what such a vector is called
@@ -67,12 +71,13 @@ def plain_text_ratios(
     alphas: conditions without one are left out. For a control of several draws, the geometric mean over them.
     A vector is added at every token, whatever `steer_positions` says.
     """
-    key = _key(run, alphas)
+    key = _key(run, alphas, _texts(run))
     content = run.folder.current(NAME, key) or run.folder.save(NAME, key, _measure(run, steering, alphas))
     return content["personas"]
 
 
-def _key(run: Run, alphas: ComparedAlphas) -> str:
+def _key(run: Run, alphas: ComparedAlphas, texts: Sequence[Any]) -> str:
+    """Return what perplexities of texts depend on under the vectors of these conditions."""
     config, target = run.config, run.inputs.target.fingerprint
     cells = [
         [persona, condition, alpha, vector_key(run, persona, condition)]
@@ -81,7 +86,7 @@ def _key(run: Run, alphas: ComparedAlphas) -> str:
         if alpha is not None
     ]
     unit = [config.alpha_unit, mapping_data_key(run)]
-    return fingerprint(FORMAT_VERSION, target, cells, _texts(run), unit)
+    return fingerprint(FORMAT_VERSION, target, cells, texts, unit)
 
 
 def _texts(run: Run) -> list[str]:
@@ -89,28 +94,102 @@ def _texts(run: Run) -> list[str]:
 
 
 def _measure(run: Run, steering: SteeringVectors, alphas: ComparedAlphas) -> dict[str, Any]:
-    texts, size = _texts(run), run.config.evaluation_batch_size
-    settings = replace(GenerationSettings.of(run.inputs, steering.medians), steer_positions="all")
+    texts = _texts(run)
     cells = [
-        (persona, condition, alpha, steering.vectors[persona][name])
+        (persona, condition, alpha, name)
         for persona, of_persona in alphas.items()
         for condition, alpha in of_persona.items()
         if alpha is not None
         for name in vector_names(condition)
     ]
-    any_vectors = next(iter(next(iter(steering.vectors.values())).values()))
-    chunks = [(texts, any_vectors, 0.0, settings, size)]
-    chunks += [(texts, vectors, alpha, settings, size) for _, _, alpha, vectors in cells]
-    with closing(run.executor.run("plain_perplexities", chunks)) as results:
-        found = dict(results)
+    unsteered, *found = _steered_perplexities(run, steering, cells, texts)
     logs: dict[tuple[str, str], list[float]] = {}
-    for number, (persona, condition, _, _) in enumerate(cells, 1):
-        if (ratio := perplexity_ratio(found[number], found[0])) is not None:
+    for (persona, condition, _, _), steered in zip(cells, found, strict=True):
+        if (ratio := perplexity_ratio(steered, unsteered)) is not None:
             logs.setdefault((persona, condition), []).append(math.log(ratio))
     ratios: dict[str, dict[str, float]] = {persona: {} for persona in alphas}
     for (persona, condition), values in logs.items():
         ratios[persona][condition] = math.exp(fmean(values))
     return {"n_texts": len(texts), "personas": ratios}
+
+
+def _steered_perplexities(
+    run: Run,
+    steering: SteeringVectors,
+    cells: Sequence[tuple[str, str, float, str]],
+    texts: Sequence[str],
+    prompts: Sequence[str] | None = None,
+) -> list[list[float | None]]:
+    """Return the perplexities of texts to the unsteered target, then under the vector of each cell.
+
+    cells: (persona, condition, alpha, vector name); the vector is added at every token. prompts: what
+    precedes each text, if anything.
+    """
+    size = run.config.evaluation_batch_size
+    settings = replace(GenerationSettings.of(run.inputs, steering.medians), steer_positions="all")
+    any_vectors = next(iter(next(iter(steering.vectors.values())).values()))
+    added = [(any_vectors, 0.0)]
+    added += [(steering.vectors[persona][name], alpha) for persona, _, alpha, name in cells]
+    chunks = [(texts, vectors, alpha, settings, size, prompts) for vectors, alpha in added]
+    with closing(run.executor.run("plain_perplexities", chunks)) as results:
+        found = dict(results)
+    return [found[number] for number in range(len(chunks))]
+
+
+def measure_capability(
+    run: Run, steering: SteeringVectors, verdicts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return how many short questions the target answers right, unsteered and steered; writes it, too.
+
+    A question is a text to be continued, without a chat template, and the answer is the continuation with the
+    lowest perplexity: the highest mean log-likelihood of a token. verdicts: persona -> `Verdict.content()`,
+    whose alphas are taken. The native and the mapped vector steer, the stronger lexical control and the first
+    random direction, where the run has them. Returns `n_questions`, the accuracy `unsteered`, and `personas`
+    -> condition -> `accuracy` and its `change`, with an interval paired by question; empty without questions.
+    """
+    questions = load_questions(run.config.n_capability_questions)
+    if not questions:
+        return {}
+    alphas = {persona: _of_capability(found) for persona, found in verdicts.items()}
+    key = _key(run, alphas, list(map(asdict, questions)))
+    if content := run.folder.current(CAPABILITY, key):
+        return content
+    cells = [
+        (persona, condition, alpha, vector_names(condition)[0])
+        for persona, of_persona in alphas.items()
+        for condition, alpha in of_persona.items()
+    ]
+    asked = [(each.text, continuation) for each in questions for continuation in each.continuations]
+    prompts, texts = map(list, zip(*asked, strict=True))
+    perplexities = _steered_perplexities(run, steering, cells, texts, prompts)
+    unsteered, *steered = (_are_right(questions, found) for found in perplexities)
+    personas: dict[str, dict[str, Any]] = {persona: {} for persona in alphas}
+    for (persona, condition, _, _), right in zip(cells, steered, strict=True):
+        change = asdict(share_change(right, unsteered))
+        personas[persona][condition] = {"accuracy": fmean(right), "change": change}
+    content = {"n_questions": len(questions), "unsteered": fmean(unsteered), "personas": personas}
+    return run.folder.save(CAPABILITY, key, content)
+
+
+def _of_capability(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return condition -> alpha of those under which a persona's verdict has questions answered."""
+    scorers = [found["decided_by"], *found["scorers"]]
+    effects = next(filter(None, (found["scorers"][name]["effects"] for name in scorers if name)), {})
+    lexical = [name for name in LEXICAL_CONTROLS if found["alphas"].get(name) is not None]
+    lexical.sort(key=lambda name: -effects[name]["estimate"] if name in effects else 0.0)
+    names = (ORACLE, MAPPED, *lexical[:1], RANDOM)
+    return {name: alpha for name in names if (alpha := found["alphas"].get(name)) is not None}
+
+
+def _are_right(questions: Sequence[Question], perplexities: Sequence[float | None]) -> list[bool]:
+    """Return for each question whether its right continuation alone has the lowest perplexity."""
+    remaining = iter(perplexities)
+    right = []
+    for question in questions:
+        values = dict(zip(question.continuations, remaining, strict=False))
+        own = values.pop(question.right)
+        right.append(all(own < other for other in values.values()))
+    return right
 
 
 def resampled_effects(

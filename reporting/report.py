@@ -17,6 +17,7 @@ from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED, drawn_name
 from reporting.tables import (
     COVERED,
     alone,
+    capability_rows,
     cosine_rows,
     interval,
     lowest_auc,
@@ -36,7 +37,7 @@ from support.run_folder import load_finished
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json", "protocol.json")
-VECTORS, SPREAD = "persona_vectors.pt", "extraction_spread.json"
+VECTORS, SPREAD, CAPABILITY = "persona_vectors.pt", "extraction_spread.json", "capability.json"
 # The licences of what is fetched from packages; for other models, see their cards.
 LICENCES = {
     "smollm2-135m-instruct": "Apache 2.0",
@@ -56,6 +57,7 @@ def write_report(folder: Path) -> Path:
     config, results, verdict, checked, protocol = load_finished(folder, *NEEDED, others=(VECTORS,))
     rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
+    capability = load_capability(folder, config)
     page = render_page(
         "report.html.j2",
         config=config,
@@ -73,6 +75,8 @@ def write_report(folder: Path) -> Path:
         protocol=protocol_rows(protocol),
         figures={path.stem: encoded(path) for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),
+        capability=capability_rows(capability) if capability else None,
+        n_questions=capability.get("n_questions"),
         maps=maps_rows([*load_json(folder / "cv_results.json")["maps"], *vectors["control_maps"]]),
         cosines=cosine_rows(vectors["personas"]),
         layers=_layers_table(folder, vectors["layer_pairs"]),
@@ -100,6 +104,12 @@ def render_page(template: str, **content: Any) -> str:
 def encoded(path: Path) -> str:
     """Return a file in the letters in which a page holds it."""
     return b64encode(path.read_bytes()).decode()
+
+
+def load_capability(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `capability.json` holds; empty where a run has asked no questions."""
+    is_asked = config.get("n_capability_questions") and (folder / CAPABILITY).is_file()
+    return load_json(folder / CAPABILITY) if is_asked else {}
 
 
 def texts_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

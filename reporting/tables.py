@@ -8,7 +8,7 @@ from analysis.results_table import worst_cells
 from analysis.strength_curve import MULTIPLES
 from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import BEYOND_WORDS, FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
-from experiment.conditions import CONDITIONS, MAPPED, SCORERS, drawn_name, label_of
+from experiment.conditions import CONDITIONS, MAPPED, ORACLE, RANDOM, SCORERS, drawn_name, label_of
 
 # heading -> metric and format of a condition's mean
 COLUMNS = {
@@ -269,6 +269,25 @@ def format_strengths(found: Mapping[str, Mapping[str, Any]]) -> str:
     left = ("persona", "scorer", "vector", "note")
     tables = [markdown_table(*make(found), left=left) for make in (strength_rows, native_ratio_rows)]
     return "\n\n".join(tables)
+
+
+def capability_rows(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of a table: the accuracy on short questions, and its change in points.
+
+    found: `capability.json`.
+    """
+    rows = [("unsteered", f"{found['unsteered']:.0%}", "–")]
+    for persona, by_condition in found["personas"].items():
+        for condition, each in by_condition.items():
+            name = {MAPPED: "mapped", ORACLE: "native", RANDOM: "random"}.get(condition, "lexical")
+            points = {end: 100 * value for end, value in each["change"].items()}
+            rows.append((f"{persona}: {name}", f"{each['accuracy']:.0%}", interval(points, "+.0f")))
+    return ("vector", "right", "change"), rows
+
+
+def format_capability(found: Mapping[str, Any]) -> str:
+    """Return the same as a Markdown table."""
+    return markdown_table(*capability_rows(found), left=("vector",))
 
 
 def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

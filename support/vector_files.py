@@ -27,6 +27,7 @@ from support.artifacts import replacing, save_tensors
 from support.errors import InputError, first_line
 
 FORMATS = ("gguf", "safetensors", "pt")
+LM_EVAL = "lm-eval"
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
 NUMBERED = re.compile(r"(?:direction\.|layers?[._]?)?(\d+)")  # the name of a block's vector
@@ -196,6 +197,27 @@ def write_vectors(
     else:
         copies = {name: vector.clone() for name, vector in named.items()}
         save_tensors(path, {"model_hint": model_hint, **metadata, **copies})
+
+
+def write_hookpoints(path: Path, directions: Mapping[int, Tensor], blocks: str) -> None:
+    """Write vectors as the steered models of lm-evaluation-harness load them, in one step.
+
+    directions: layer_idx -> (d,), as they are added to the block's output. blocks: path of the list of blocks
+    from the model's `base_model`. The file holds nothing else: each of its entries is a place to steer.
+    """
+    save_tensors(
+        path,
+        {
+            f"{blocks}.{layer}": {
+                "steering_vector": vector.float().clone(),
+                "steering_coefficient": 1.0,
+                "action": "add",
+                "bias": None,
+                "head_index": None,
+            }
+            for layer, vector in sorted(directions.items())
+        },
+    )
 
 
 def _write_gguf(path: Path, named: Mapping[str, Tensor], hint: str, metadata: Mapping[str, Any]) -> None:

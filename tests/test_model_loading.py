@@ -11,6 +11,7 @@ from watching import logits
 from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
 from model_loading import (
+    blocks_in_base,
     context_length,
     d_model,
     decoder_blocks,
@@ -75,6 +76,15 @@ def test_decoder_blocks_are_the_list_that_runs_in_order(model):
     for handle in handles:
         handle.remove()
     assert ran == list(blocks)
+
+
+def test_the_place_of_the_blocks_in_the_base_model_is_told_without_weights(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    place = blocks_in_base(str(tmp_path))
+    assert model.base_model.get_submodule(place) is decoder_blocks(model)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(InputError, match="cannot tell the modules of"):
+        blocks_in_base(str(tmp_path))
 
 
 @pytest.mark.parametrize(

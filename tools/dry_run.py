@@ -22,6 +22,7 @@ from experiment.conditions import (
     MAPPED,
     N_DRAWS,
     ORACLE,
+    RANDOM,
     UNSTEERED,
     vector_names,
 )
@@ -53,6 +54,7 @@ from support.journal import rows_of
 from support.pair_statistics import DEFAULT_SAMPLE
 from support.vocabulary import PROMPT_MAPS
 from texts.encoding import encode
+from texts.questions import load_questions
 
 N_TIMED = 8  # texts
 TIMED_TOKENS = (2, 8)  # new tokens of two short batches; their difference is what a token takes
@@ -253,6 +255,14 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
     n_vectors = sum(map(len, map(vector_names, config.steered_conditions))) * len(inputs.personas)
     n_tokens = _n_tokens(inputs.target.tokenizer, _plain_texts(run))
     yield f"plain text under {n_vectors} vectors", (n_vectors + 1) * n_tokens * rates.target_token
+    if config.n_capability_questions:
+        answered = {ORACLE, MAPPED, RANDOM} & set(config.steered_conditions)
+        n_vectors = len(answered) + bool(set(LEXICAL_CONTROLS) & set(config.steered_conditions))
+        n_vectors *= len(inputs.personas)
+        questions = [each.text for each in load_questions(config.n_capability_questions)]
+        n_tokens = _n_tokens(inputs.target.tokenizer, questions)
+        what = f"{len(questions)} questions under {n_vectors} vectors"
+        yield what, (n_vectors + 1) * n_tokens * rates.target_token
 
 
 def _cached_rows(run: Run) -> tuple[int, int, int]:

@@ -30,7 +30,9 @@ from experiment.conditions import (
     label_of,
 )
 from reporting.figures_headline import DecidedPersona
+from reporting.report import load_capability
 from reporting.tables import (
+    format_capability,
     format_maps,
     format_recoveries,
     format_strengths,
@@ -47,6 +49,11 @@ from support.artifacts import save_text
 from support.run_folder import load_finished
 from tools.finished_run import FinishedRun, short_name
 
+CAPABILITY_NOTE = (
+    "Of {n_questions} short questions with one right continuation of four, by the mean log-likelihood of a "
+    "token; changes are in points, paired by question. Lexical is the stronger lexical control, random the "
+    "first random direction."
+)
 N_SHOWN = 3  # prompts whose texts stand side by side
 # Column -> the conditions of which the one with the largest effect is shown.
 EFFECTS = {
@@ -104,6 +111,9 @@ def run_section(folder: Path) -> list[str]:
         parts += ["### Recovery by every scorer", format_recoveries(verdict["personas"])]
     if curves := verdict["strength_curve"]:
         parts += ["### Over strengths", format_strengths(curves)]
+    if capability := load_capability(folder, run.config):
+        parts += ["### Questions answered right", CAPABILITY_NOTE.format(**capability)]
+        parts.append(format_capability(capability))
     parts += [
         "### Scorers",
         "\n".join(f"- {line}" for line in format_validation(verdict["validation"]).splitlines()),

@@ -14,6 +14,7 @@ from analysis.significance import (
     one_sided_p,
     prompts_needed,
     recovery,
+    share_change,
     sign_flip_p,
 )
 
@@ -99,3 +100,18 @@ def test_corrected_rates_cover_the_truth():
     assert 0.93 <= np.mean(covered) <= 0.99
     assert corrected_rate(0.5, n, (5, 10), (5, 10)) is None
     assert corrected_rate(0.05, n, (9, 10), (9, 10)).estimate == 0
+
+
+@pytest.mark.parametrize(("n_lost", "n_gained"), [(0, 0), (2, 0), (12, 3), (40, 40), (0, 120)])
+def test_intervals_of_a_change_of_shares_cover_the_truth_and_never_lack_width(n_lost, n_gained):
+    n, rng = 120, np.random.default_rng(0)
+    cells = np.array([n_lost, n_gained, n - n_lost - n_gained]) / n
+    covered = []
+    for lost, gained, _ in rng.multinomial(n, cells, 2000):
+        before = [True] * lost + [False] * (n - lost)
+        after = [False] * lost + [True] * gained + [False] * (n - lost - gained)
+        found = share_change(after, before)
+        assert -1 <= found.low <= found.estimate == (gained - lost) / n <= found.high <= 1
+        assert found.low < found.high
+        covered.append(found.low <= (n_gained - n_lost) / n <= found.high)
+    assert np.mean(covered) > 0.93

@@ -38,7 +38,8 @@ ARTIFACTS = set(
     "generation_journal.jsonl generation_results.json evaluation_journal.jsonl eval_results.json "
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
     "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv headline.png "
-    "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json".split()
+    "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json "
+    "capability.json".split()
 )
 
 
@@ -66,6 +67,7 @@ def tiny_settings(model_folders, folder):
         "n_seeds": N_SEEDS,
         "max_new_tokens": 6,
         "evaluation_dtype": "float32",
+        "n_capability_questions": 4,
     }
 
 

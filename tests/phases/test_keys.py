@@ -56,11 +56,12 @@ SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figur
 SCORED |= {"off_target.png", "effect_perplexity.png", "effect_spread.json"}
 RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
 GRID = SCORED | {"generation_results.json", "protocol.json"}
-STEERED = GRID | {"side_effects.json"}
+COSTS = {"side_effects.json", "capability.json"}
+STEERED = GRID | COSTS
 SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
 READ_AGAIN = SEARCHED - {"generation_results.json"}  # other perplexities may choose another listed alpha
 CHECKED = {"preflight.json", "scorer_validation.json"}
-WRITTEN = CHECKED | SEARCHED - {"side_effects.json"}  # sampled text, whoever reads it
+WRITTEN = CHECKED | SEARCHED - COSTS  # sampled text, whoever reads it
 CARRIED = STEERED | RESAMPLED | {"persona_vectors.pt", "persona_similarities.json"}
 NATIVE = CARRIED | SEARCHED | {"native_vectors.pt", "preflight.json"}
 MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json", "control_maps.pt")
@@ -180,6 +181,7 @@ CHANGES = {
     **of_pair(GRID, n_test_prompts=3, test_prompts=["It is the", "Who would"], n_seeds=2),
     **of_pair(SEARCHED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
     **of_pair({"protocol.json", "verdict.json"}, set(), strength_curve=True),
+    **of_pair({"capability.json"}, set(), n_capability_questions=3),
     **within("alpha_search", "band", SEARCHED, bound="plain"),
     **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),

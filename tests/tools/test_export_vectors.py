@@ -1,6 +1,7 @@
 """A run's vector leaves it at the strength of the verdict; what a folder does not have is not exported."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from safetensors import safe_open
 from tiny_runs import error_lines
 
+from evaluation import continuation_perplexities
+from model_loading import load_model
 from ridge_mapping import RidgeMapping
+from steered_generation import SteeredGenerator
 from support.artifacts import load_json, load_tensors, save_json, save_tensors, sealed
 from support.vector_files import FORMATS, read_vectors
+from texts.encoding import encode_continuations
 from tools import export_vectors
 
 
@@ -45,6 +50,41 @@ def test_strength_1_is_the_alpha_of_the_verdict_at_each_block(
     ):
         unit = norm["median"] if alpha_unit == "residual_norm" else 1.0
         assert torch.allclose(exported, alpha * unit * expected.float())
+
+
+def test_lm_eval_steers_as_we_do(finished_band, band, tmp_path):
+    """Log-likelihoods under its steering are ours, and differ from unsteered ones."""
+    path = tmp_path / "loud.pt"
+    options = ["--run", str(finished_band), "--persona", "loud", "--output", str(path)]
+    assert export_vectors.main([*options, "--format", "lm-eval"]) == 0
+    assert list(torch.load(path, weights_only=True)) == ["h.1", "h.3"]
+    reason = "lm-evaluation-harness is not installed: pip install lm-eval"
+    steered = pytest.importorskip("lm_eval.models.hf_steered", reason=reason)
+    from lm_eval.api.instance import Instance
+
+    asked = [("The sea is", " blue and wide."), ("Rain", " falls on the old roof."), ("He", " no")]
+    model, tokenizer = load_model(band["target_model"])
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 2}
+    theirs = steered.SteeredModel(band["target_model"], str(path), **options)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    found = [likelihood for likelihood, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
+    encoded = encode_continuations(tokenizer, asked)
+
+    def likelihoods():
+        values = continuation_perplexities(model, tokenizer, *zip(*asked, strict=True), is_steered=True)
+        lengths = [len(tokens) - start for tokens, start in encoded]
+        return [-math.log(value) * n for value, n in zip(values, lengths, strict=True)]
+
+    plain = likelihoods()
+    content = load_tensors(finished_band / "persona_vectors.pt")
+    norms = {layer: norm["median"] for layer, norm in zip((1, 3), content["residual_norms"], strict=True)}
+    alpha = load_json(finished_band / "verdict.json")["personas"]["loud"]["alphas"]["ridge_mapped"]
+    unit = band.get("alpha_unit", "absolute")
+    with SteeredGenerator(model, tokenizer, alpha_unit=unit, residual_norms=norms) as generator:
+        for layer, vector in zip((1, 3), content["vectors"]["loud"]["ridge_mapped"], strict=True):
+            generator.register_steering(layer, vector, alpha)
+        assert found == pytest.approx(likelihoods(), rel=1e-4)
+    assert found != pytest.approx(plain, rel=1e-2)
 
 
 def test_metadata_name_the_run_and_the_map_of_each_layer(finished_band, tmp_path):

@@ -74,6 +74,9 @@ def test_ratios_choices_and_minutes_come_from_the_artifacts(scored, tmp_path):
     page = written(scored, out=tmp_path / "page.md")
     ratios = table_under(page, "### Perplexity ratio")["loud"]
     assert (ratios["lexical control"], ratios["mapped"], ratios["α"]) == ("2.50", "1.00", "1")
+    right = table_under(page, "### Questions answered right")
+    steered = [f"{name}: {vector}" for name in ("loud", "numeric") for vector in ("native", "mapped")]
+    assert list(right) == ["unsteered", *steered]
     chosen = table_under(page, "### What was chosen")["λ of the map"]["chosen"]
     assert float(chosen) == load_json(scored / "protocol.json")["maps"][0]["best_lambda"]
     minutes = {name: row["minutes"] for name, row in table_under(page, "### Minutes").items()}
