@@ -95,7 +95,7 @@ def _draw_maps(panel: Axes, maps: Sequence[Mapping[str, Any]]) -> None:
         heights = [row[key] or 0.0 for row in maps]
         panel.bar([index + 0.27 * (number - 1) for index in range(len(maps))], heights, 0.25, label=label)
     panel.axhline(0, color="grey", linewidth=0.8)
-    panel.set_xticks(range(len(maps)), names, fontsize=8)
+    panel.set_xticks(range(len(maps)), names, fontsize=8, rotation=30, ha="right")
     lowest = min(-0.05, *(min(row["r2"], row["r2_standardised"]) for row in maps))
     cut = f", bars cut at {LOWEST_R2:g}".replace("-", "−") if lowest < LOWEST_R2 else ""
     panel.set(ylim=(max(LOWEST_R2, lowest), 1.15), title=f"Maps compared{cut}")
