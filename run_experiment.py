@@ -45,6 +45,7 @@ from phases.choose_alphas import choose_alphas, choose_extraction, required_alph
 from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
+from phases.detect_traits import detect_traits
 from phases.fit_maps import LearnedMaps, fit_maps
 from phases.generate_texts import generate_texts, generated_texts
 from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors, resample_vectors
@@ -147,13 +148,15 @@ class PersonaTransferExperiment:
             return fit_maps(run)
 
     def extract_personas(self, run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[str, Any]:
-        """Phase 3: extract each persona from both models, carry it over in every way, and resample its texts.
+        """Phase 3: extract each persona from both models, carry it over in every way, resample its texts, and
+        test every vector as a detector.
 
         maps: of phase 2; else those that an earlier run left. Returns what `persona_vectors.pt` holds.
         """
         with _phase(run, 3, "extract personas"):
             vectors = make_vectors(run, maps)
             resample_vectors(run, maps)
+            detect_traits(run, vectors)
             return vectors
 
     def generate(self, run: Run, vectors: dict[str, Any] | None = None) -> list[Row]:

@@ -141,7 +141,7 @@ def _asked(
     return {"key": key, "system_prompt": system_prompt, "prompt": asked, "alpha": None, "seed": seed}
 
 
-def _generate(run: Run, planned: Sequence[Row], responder: str, max_new_tokens: int) -> list[Row]:
+def respond(run: Run, planned: Sequence[Row], responder: str, max_new_tokens: int) -> list[Row]:
     """Return the planned rows with a side's unsteered responses under their system prompts."""
     inputs = run.inputs
     settings = GenerationSettings.of(inputs, [1.0] * len(inputs.layer_pairs))
@@ -192,7 +192,7 @@ def _as_texts(inputs: Inputs, rows: Sequence[Row]) -> tuple[NeutralText, ...]:
 
 def _collect_neutral(run: Run) -> dict[str, Any]:
     responder = run.inputs.prompting.default_responder
-    rows = _generate(run, neutral_response_rows(run), responder, run.config.max_new_tokens)
+    rows = respond(run, neutral_response_rows(run), responder, run.config.max_new_tokens)
     return {"responder": responder, "n": len(rows), "rows": rows}
 
 
@@ -210,7 +210,7 @@ def _collect_extraction(run: Run) -> dict[str, Any]:
 def _scored(run: Run, persona: Persona, responder: str) -> list[Row]:
     """Return a persona's responses with their score, or why a judge gave none, and whether each is kept."""
     planned = response_rows(run, persona, responder)
-    rows = _generate(run, planned, responder, run.config.extraction.max_new_tokens)
+    rows = respond(run, planned, responder, run.config.extraction.max_new_tokens)
     judgements, threshold = _judged(run, persona, responder, rows)
     scored = [
         {**row, "trait": judged.score, "failure": judged.failure}

@@ -72,7 +72,7 @@ def persona_key(run: Run, persona: Persona, sides: Sequence[str] = SIDES) -> str
     given = {side: run.inputs.given.get((side, persona.name)) for side in sides}
     parts: list[Any] = [[side, file_sha256(file.path)] for side, file in given.items() if file]
     measured = [side for side in sides if given[side] is None]
-    kind = _kind(run, persona)
+    kind = vector_kind(run, persona)
     if measured and kind == "responses":
         parts.append(persona_responses_key(run, persona, measured))
     elif measured and kind == "prompt":
@@ -104,7 +104,7 @@ def vectors_key(run: Run) -> str:
 
 
 def _carried_key(run: Run) -> str:
-    kinds = [_kind(run, persona) for persona in run.inputs.personas]
+    kinds = [vector_kind(run, persona) for persona in run.inputs.personas]
     maps = [maps_key(each) for each in map_runs(run)]
     return fingerprint(_native_key(run), kinds, maps, run.config.seed)
 
@@ -121,7 +121,7 @@ def vector_key(run: Run, persona: str, condition: str) -> str:
     inputs, config, needs = run.inputs, run.config, CONDITIONS[condition].needs
     source_layers = [source for source, _ in inputs.layer_pairs]
     by_name = {each.name: each for each in (*inputs.personas, *inputs.control_personas)}
-    mapped = at_kind(run, _kind(run, by_name[persona]))
+    mapped = at_kind(run, vector_kind(run, by_name[persona]))
 
     def in_source(*names: str) -> list[Any]:
         keys = [persona_key(run, by_name[name], ["source"]) for name in names]
@@ -213,7 +213,7 @@ def _native(
     return [by_layer[layer] for layer in layers]
 
 
-def _kind(run: Run, persona: Persona) -> str:
+def vector_kind(run: Run, persona: Persona) -> str:
     """Return the kind of a persona's vectors, one of VECTOR_KINDS; a control's is that of the run's persona.
 
     No responses are collected for a control, nor where both vectors are given: texts are read instead.
@@ -238,7 +238,7 @@ def _read_texts(
     half: which half of them, where they are halved; by default 0 for the source, 1 for the target.
     Raises InputError: nothing is left on a side, or a prompt is longer than the model's context.
     """
-    inputs, kind = run.inputs, _kind(run, persona)
+    inputs, kind = run.inputs, vector_kind(run, persona)
     texts: Sequence[Sequence[Any]] = persona.positive_texts, persona.negative_texts
     if kind == "responses":
         texts = inputs.responses[side][persona.name]
@@ -296,7 +296,7 @@ def make_vectors(run: Run, maps: Sequence[LearnedMaps] | None = None) -> dict[st
 def _transfer(run: Run, maps: Sequence[LearnedMaps]) -> dict[str, Any]:
     natives, of_controls = native_vectors(run), _control_vectors(run)
     ceilings = NATIVE_VECTORS.require(run)["ceilings"]
-    kinds = {persona.name: _kind(run, persona) for persona in run.inputs.personas}
+    kinds = {persona.name: vector_kind(run, persona) for persona in run.inputs.personas}
     are_prompts = {name: kind == "prompt" for name, kind in kinds.items()}
 
     def carried(index: int, learned: LearnedMaps) -> PairTransfer:
@@ -427,7 +427,7 @@ def _resample_persona(
             made[side.name] = _resample_side(run, side, persona, layers)
             spread[side.name] = cosine_spread(*made[side.name])
     massive = [learned.residual_norm.massive_dimensions for learned in maps]
-    transforms = [learned.for_kind(_kind(run, persona)).ridge.transform for learned in maps]
+    transforms = [learned.for_kind(vector_kind(run, persona)).ridge.transform for learned in maps]
     mapped, of_mapped = mapped_spread(made["source"], made["target"], transforms, massive)
     resampled = {MAPPED: ("source", mapped), ORACLE: ("target", made["target"][1])}
     n = run.config.extraction_resamples
@@ -440,7 +440,7 @@ def _resample_side(run: Run, side: Side, persona: Persona, layers: Sequence[int]
     texts, position = _read_texts(run, side.name, persona)
     by_layer = side.extractor.extract_sides(*texts, layers, position)
     positive, negative = (torch.stack([by_layer[layer][sign] for layer in layers], 1) for sign in (0, 1))
-    responds = _kind(run, persona) == "responses"
+    responds = vector_kind(run, persona) == "responses"
     # Sides that read the same texts share their draws, and a persona's do not depend on its name.
     drawn_from = run.inputs.prompting.responders[side.name] if responds else "texts"
     seed = int(fingerprint(run.config.seed, drawn_from)[:15], 16)

@@ -19,6 +19,8 @@ from reporting.tables import (
     alone,
     capability_rows,
     cosine_rows,
+    detection_rows,
+    detection_sentence,
     interval,
     lowest_auc,
     maps_rows,
@@ -37,7 +39,8 @@ from support.run_folder import load_finished
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json", "protocol.json")
-VECTORS, SPREAD, CAPABILITY = "persona_vectors.pt", "extraction_spread.json", "capability.json"
+VECTORS, SPREAD = "persona_vectors.pt", "extraction_spread.json"
+CAPABILITY, DETECTION = "capability.json", "detection.json"
 # The licences of what is fetched from packages; for other models, see their cards.
 LICENCES = {
     "smollm2-135m-instruct": "Apache 2.0",
@@ -58,6 +61,7 @@ def write_report(folder: Path) -> Path:
     rows, vectors = results["rows"], load_tensors(folder / VECTORS)
     has_spread = config.get("extraction_resamples") and (folder / SPREAD).is_file()
     capability = load_capability(folder, config)
+    detection = load_json(folder / DETECTION)["personas"] if (folder / DETECTION).is_file() else {}
     page = render_page(
         "report.html.j2",
         config=config,
@@ -72,6 +76,8 @@ def write_report(folder: Path) -> Path:
         recovered=recovery_rows(verdict["personas"]),
         strengths=strength_rows(verdict["strength_curve"]),
         at_native_ratio=native_ratio_rows(verdict["strength_curve"]),
+        detected=detection_rows(detection),
+        detection=detection_sentence(detection),
         protocol=protocol_rows(protocol),
         figures={path.stem: encoded(path) for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),

@@ -8,7 +8,16 @@ from analysis.results_table import worst_cells
 from analysis.strength_curve import MULTIPLES
 from analysis.success_criteria import CRITERIA, EXPECTED
 from analysis.verdict import BEYOND_WORDS, FEWEST_PROMPTS, HIGH_SCORE, VERDICTS
-from experiment.conditions import CONDITIONS, MAPPED, ORACLE, RANDOM, SCORERS, drawn_name, label_of
+from experiment.conditions import (
+    CONDITIONS,
+    LEXICAL_CONTROLS,
+    MAPPED,
+    ORACLE,
+    RANDOM,
+    SCORERS,
+    drawn_name,
+    label_of,
+)
 
 # heading -> metric and format of a condition's mean
 COLUMNS = {
@@ -31,6 +40,8 @@ ENDING = 0.1  # share of unsteered texts that end, from which lengths are a resu
 AT_END = {"inside": "", "highest": "at the top of the bracket", "lowest": "at the bottom of the bracket"}
 READ_AS = {"mean": "texts, mean over tokens", "last": "texts, last token", "responses": "responses"}
 READ_AS["prompt"] = "last token of prompts"
+# Columns of the table of detectors; None is the stronger lexical control.
+DETECTORS = (ORACLE, MAPPED, None, "other_persona", "shuffled_pairs", RANDOM)
 AT_END["listed"] = "the strongest listed one that can be read"
 
 
@@ -607,6 +618,64 @@ def spread_rows(
 def _middle(spread: Mapping[str, float] | None) -> str:
     """Return a median with the middle 95 %, or a dash."""
     return f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]" if spread else "–"
+
+
+def detection_rows(
+    personas: Mapping[str, Mapping[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a table of vectors as detectors: AUROC at the middle block, and mapped less the lexical control.
+
+    personas: of `detection.json`. The labelled texts of a persona have a row also where they are not read,
+    its own responses (marked `responses`) where they are. Of a control the draw with the largest AUROC.
+    """
+    header = ("persona", "native", "mapped", "lexical", "other persona", "shuffled", "random")
+    rows = []
+    for persona, sets in personas.items():
+        for name, found in sets.items():
+            is_labelled = name == "labelled"
+            if is_labelled or not found["not_measured"]:
+                areas = [number(_area(found, condition)) for condition in DETECTORS]
+                over = interval(found.get("over_lexical"))
+                rows.append((persona if is_labelled else f"{persona}, {name}", *areas, over))
+    return (*header, "mapped − lexical"), rows
+
+
+def _area(found: Mapping[str, Any], condition: str | None) -> float | None:
+    """Return the AUROC of a condition's strongest draw at the middle block; None if it is not known."""
+    name = found.get("lexical_control" if condition is None else "shown")
+    if name and condition:
+        name = name.get(condition)
+    return found["auroc"][name][len(found["auroc"][name]) // 2]["estimate"] if name else None
+
+
+def detection_sentence(personas: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the table of detectors says, which sets are not measured, and which controls are zeros."""
+    sets = [(f"{persona}, {name}", found) for persona, by in personas.items() for name, found in by.items()]
+    read = [(place, found) for place, found in sets if not found["not_measured"]]
+    told = ""
+    for other, key in (
+        ("the stronger lexical control", "over_lexical"),
+        ("the native vector", "over_native"),
+    ):
+        if over := [found[key] for _, found in read if found[key]]:
+            better, worse = sum(each["low"] > 0 for each in over), sum(each["high"] < 0 for each in over)
+            counted = f"on {better} of {len(over)} sets of texts, and surely worse on {worse}"
+            told += f"Mapped is surely better than {other} {counted}. "
+    zeros = [place for place, found in read if set(found["zeros"]) & set(LEXICAL_CONTROLS)]
+    if zeros:
+        told += f"A lexical control is zeros, with an AUROC of 0.50 by definition: {'; '.join(zeros)}. "
+    reasons: dict[str, list[str]] = {}
+    for place, found in sets:
+        if found["not_measured"]:
+            reasons.setdefault(found["not_measured"], []).append(place)
+    missing = [f"{'; '.join(places)} ({why})" for why, places in reasons.items()]
+    counted = f"{len(sets) - len(read)} of {len(sets)} sets are not measured: " if missing else ""
+    return f"{told}{counted}{'; '.join(missing)}{'.' if missing else ''}".strip()
+
+
+def format_detection(personas: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table of detectors in Markdown, and what it says."""
+    return f"{markdown_table(*detection_rows(personas))}\n\n{detection_sentence(personas)}"
 
 
 def markdown_table(

@@ -180,6 +180,7 @@ def test_a_dry_run_counts_what_a_finished_run_holds_and_leaves_it_alone(tiny, ou
     assert f"evaluations: {N_EVALUATIONS}, {N_EVALUATIONS} of them cached, about 0.0 min" in shown
     assert "already mapped" in shown
     assert "preflight:" not in shown
+    assert "vectors as detectors" not in shown
     assert run(out, {**tiny, "alpha_values": [1.0, 4.0, 9.0]}, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert f"{N_TEXTS} of them cached" in shown

@@ -43,6 +43,7 @@ from phases.choose_alphas import (
 )
 from phases.choose_layers import LAYER_SEARCH
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
+from phases.detect_traits import DETECTION, labelled_sides, response_sides
 from phases.fit_maps import RIDGE_MAPPING
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
@@ -84,7 +85,7 @@ def describe_run(run: Run) -> str:
     if run.config.open_kinds and _is_current(EXTRACTION_CHOICE, run):
         run = choose_extraction(run, may_choose=False)  # else what rests on the choice would not be found
     rates = _measure(run)
-    steps = [*_preparation(run, rates), *_map(run, rates), *_prompt_map(run, rates)]
+    steps = [*_preparation(run, rates), *_map(run, rates), *_prompt_map(run, rates), *_detection(run, rates)]
     steps += [*_grid(run, rates), *_validation(run, rates)]
     lines = [*conditions_of(run.inputs), *verdict_gaps(run.inputs)]
     lines += [f"{what}, about {seconds / 60:.1f} min" for what, seconds in steps]
@@ -217,6 +218,19 @@ def _prompt_map(run: Run, rates: Rates) -> Iterator[Step]:
     )
     of_tokens = f"{source} source and {target} target tokens"
     yield f"{counted}, {of_tokens}", _map_seconds(run, rates, source, target)
+
+
+def _detection(run: Run, rates: Rates) -> Iterator[Step]:
+    """Yield the texts that vectors are tested on as detectors; responses may be as long as allowed."""
+    if _is_current(DETECTION, run):
+        return
+    personas = run.inputs.personas
+    labelled = [text for persona in personas for side in labelled_sides(persona) for text in side]
+    n_responses = sum(len(side) for persona in personas for side in response_sides(run, persona))
+    n_tokens = n_responses * run.config.extraction.max_new_tokens * (1 + PROMPT_SHARE)
+    if labelled:
+        n_tokens += _n_tokens(run.inputs.target.tokenizer, labelled)
+    yield f"vectors as detectors: {len(labelled) + n_responses} texts", n_tokens * rates.target_token
 
 
 def _map_seconds(run: Run, rates: Rates, source: float, target: float) -> float:

@@ -33,6 +33,7 @@ from reporting.figures_headline import DecidedPersona
 from reporting.report import load_capability
 from reporting.tables import (
     format_capability,
+    format_detection,
     format_maps,
     format_recoveries,
     format_strengths,
@@ -45,7 +46,7 @@ from reporting.tables import (
     protocol_rows,
     recovery_rows,
 )
-from support.artifacts import save_text
+from support.artifacts import load_json, save_text
 from support.run_folder import load_finished
 from tools.finished_run import FinishedRun, short_name
 
@@ -53,6 +54,11 @@ CAPABILITY_NOTE = (
     "Of {n_questions} short questions with one right continuation of four, by the mean log-likelihood of a "
     "token; changes are in points, paired by question. Lexical is the stronger lexical control, random the "
     "first random direction."
+)
+DETECTION = "detection.json"
+ABOUT_DETECTION = (
+    "AUROC of projections by which the target tells texts with the trait from texts without, at the middle "
+    "block: 0.5 is chance. No strength is chosen and no scorer trusted. Of a control, the largest draw."
 )
 N_SHOWN = 3  # prompts whose texts stand side by side
 # Column -> the conditions of which the one with the largest effect is shown.
@@ -114,6 +120,8 @@ def run_section(folder: Path) -> list[str]:
     if capability := load_capability(folder, run.config):
         parts += ["### Questions answered right", CAPABILITY_NOTE.format(**capability)]
         parts.append(format_capability(capability))
+    if (detection := folder / DETECTION).is_file():
+        parts += ["### Reading", ABOUT_DETECTION, format_detection(load_json(detection)["personas"])]
     parts += [
         "### Scorers",
         "\n".join(f"- {line}" for line in format_validation(verdict["validation"]).splitlines()),

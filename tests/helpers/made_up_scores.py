@@ -79,3 +79,41 @@ def save_scores(folder, rows, validation, alphas=COMPARED):
 def change(path, **content):
     """Replace entries of a JSON artifact."""
     save_json(path, sealed({**load_json(path), **content}))
+
+
+def detection(personas):
+    """What `detection.json` has of personas whose mapped vector exceeds the words; the last has no texts."""
+    areas = {
+        "oracle": 0.99,
+        "ridge_mapped": 0.94,
+        "embedding_source": 0.5,
+        "first_block": 0.81,
+        "other_persona: pirate": 0.66,
+        "shuffled_pairs: 1": 0.52,
+        "shuffled_pairs: 3": 0.58,
+        "random_direction: 2": 0.55,
+    }
+    strongest = {name.partition(": ")[0]: name for name in areas}
+    labelled = {
+        "not_measured": None,
+        "position": "mean",
+        "n_positive": 50,
+        "n_negative": 50,
+        "auroc": {
+            name: [{"estimate": each, "low": each - 0.05, "high": min(1.0, each + 0.05)}]
+            for name, each in areas.items()
+        },
+        "zeros": ["embedding_source"],
+        "shown": strongest,
+        "lexical_control": "first_block",
+        "over_lexical": {"estimate": 0.13, "low": 0.06, "high": 0.2},
+        "over_native": {"estimate": -0.05, "low": -0.11, "high": 0.01},
+    }
+    responses = {
+        **labelled,
+        "position": "response",
+        "over_native": {"estimate": -0.2, "low": -0.3, "high": -0.1},
+    }
+    unread = {"not_measured": "there are none"}
+    found = {persona: {"labelled": labelled, "responses": responses} for persona in personas}
+    return {**found, personas[-1]: {"labelled": unread, "responses": unread}}

@@ -39,7 +39,7 @@ ARTIFACTS = set(
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
     "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv headline.png "
     "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json "
-    "capability.json".split()
+    "capability.json detection.json".split()
 )
 
 

@@ -63,6 +63,7 @@ READ_AGAIN = SEARCHED - {"generation_results.json"}  # other perplexities may ch
 CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - COSTS  # sampled text, whoever reads it
 CARRIED = STEERED | RESAMPLED | {"persona_vectors.pt", "persona_similarities.json"}
+CARRIED |= {"detection.json"}
 NATIVE = CARRIED | SEARCHED | {"native_vectors.pt", "preflight.json"}
 MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json", "control_maps.pt")
 RESPONDED = NATIVE | {"extraction_responses.json"}
@@ -153,7 +154,7 @@ CHANGES = {
     ),
     **of_loud(
         "pair",
-        READ_AGAIN | CHECKED | {"trait_costs.json"},
+        READ_AGAIN | CHECKED | {"trait_costs.json", "detection.json"},
         labelled_positive_texts=OTHER_LABELLED,
         labelled_negative_texts=OTHER_LABELLED,
         resembling_texts=["WELL, it is as it is."],

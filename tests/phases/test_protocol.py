@@ -5,6 +5,7 @@ import torch
 from tiny_runs import rows, run, score_by_characters, tiny_settings
 
 import run_experiment
+from analysis.detection import FEWEST_TEXTS
 from analysis.extraction_choice import KindNumbers, choose_kind
 from analysis.strength_curve import MULTIPLES
 from analysis.verdict import BEYOND_WORDS
@@ -16,6 +17,7 @@ from experiment.conditions import (
     UNSTEERED,
     condition_of,
 )
+from phases.detect_traits import MOST_TEXTS
 from support.artifacts import load_json, load_tensors
 from support.journal import rows_of
 from support.package_cache import CACHE_VARIABLE
@@ -155,11 +157,40 @@ def test_vectors_write_at_multiples_of_the_compared_alpha_on_the_test_questions_
     assert len(more) == 2 * len(compared) * len(added) * len(prompts)
 
 
+def test_detectors_read_responses_that_the_choice_of_vectors_has_collected(finished_protocol):
+    found = load_json(finished_protocol / "detection.json")
+    kinds = load_json(finished_protocol / "extraction_choice.json")["chosen"]
+    written = rows_of(finished_protocol / "responses_target_journal.jsonl").values()
+    # The source cannot be asked, and reads the target's.
+    asked = {"formal", "pirate"} - {name for name, kind in kinds.items() if kind == "responses"}
+    for persona, sets in found["personas"].items():
+        assert sets["labelled"]["n_positive"] == sets["labelled"]["n_negative"] == MOST_TEXTS
+        assert sets["labelled"]["position"] == ("last" if kinds[persona] in ("last", "prompt") else "mean")
+        assert len(sets["labelled"]["auroc"][ORACLE]) == 3
+        of_persona = [row for row in written if row.get("persona") == persona]
+        assert len(of_persona) == (2 * 5 * 2)  # sides, pairs of system prompts, questions
+        n_words = [
+            sum(bool(row["output"].strip()) for row in of_persona if row["is_positive"] is sign)
+            for sign in (True, False)
+        ]
+        why_not = sets["responses"]["not_measured"]
+        if persona not in asked:
+            assert why_not == "its vectors are made from them"
+        elif min(n_words) >= FEWEST_TEXTS:
+            assert [sets["responses"][f"n_{sign}"] for sign in ("positive", "negative")] == n_words
+        else:
+            assert f"{min(n_words)} texts on a side" in why_not
+
+
 def test_a_dry_run_counts_the_texts_over_strengths(names, finished_protocol, tmp_path, capsys):
     n = 2 * (2 + len(LEXICAL_CONTROLS)) * (len(MULTIPLES) - 1) * 8
     for out, cached in ((tmp_path / "out", ""), (finished_protocol, f", {n} of them cached")):
         assert run(out, names, "--dry-run") == 0
-        assert f"over strengths: at most {n} generations and evaluations{cached}, " in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"over strengths: at most {n} generations and evaluations{cached}, " in shown
+        n_labelled, n_responses = 2 * 2 * MOST_TEXTS, 2 * 2 * 5 * 2
+        counted = f"vectors as detectors: {n_labelled + n_responses} texts"
+        assert (counted in shown) == (not cached)
 
 
 def test_at_the_compared_alpha_the_curve_has_the_effects_of_the_verdict(finished_protocol):

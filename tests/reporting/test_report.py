@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, scored_run
+from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, detection, scored_run
 
 from analysis.results_table import results_table
 from analysis.verdict import decide_verdicts
@@ -107,6 +107,7 @@ def finished(tmp_path_factory):
         "verdict.json": {"personas": personas, "validation": validation} | ratios,
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
         "protocol.json": PROTOCOL,
+        "detection.json": {"personas": detection(PERSONAS)},
     }
     for source, target in [*PAIRS, [8, 9]]:  # the last is of an earlier run
         name = "" if [source, target] == PAIRS[1] else f"layers/{source}_{target}/"
@@ -208,6 +209,22 @@ def test_recovery_beyond_the_words_is_in_a_table(page, finished):
         assert row[7].startswith(f"{beyond['estimate']:.0%}"[:-1])
 
 
+def test_detectors_are_in_a_table_with_what_it_says(page):
+    areas = ["0.99", "0.94", "0.81", "0.66", "0.58", "0.55", "+0.13 [+0.06, +0.20]"]
+    assert table_of(page, "detectors") == [
+        ["loud", *areas],
+        ["loud, responses", *areas],
+        ["numeric", *["–"] * 7],
+    ]
+    assert "Mapped is surely better than the stronger lexical control on 2 of 2 sets of texts" in page
+
+
+def test_a_run_of_before_there_were_detectors_has_a_report(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "detection.json").unlink()
+    assert 'id="detectors"' not in write_report(out).read_text(encoding="utf-8")
+
+
 def test_every_text_is_there_once():
     rows = made_up_rows()
     data = texts_data(rows)
@@ -298,3 +315,12 @@ return [all, columns, found, filtered, sorted, document.querySelectorAll(".text"
     assert perplexities == sorted(perplexities, reverse=True)
     assert n_texts == 0
     assert personas == list(PERSONAS)
+
+
+def test_the_table_of_detectors_fits_on_a_phone(in_browser):
+    needed, width = in_browser("""
+document.body.style.width = "360px";
+const at = document.getElementById("detectors").parentElement;
+return [at.scrollWidth, at.clientWidth];
+""")
+    assert 200 < needed <= width < 360

@@ -4,10 +4,11 @@ import re
 from dataclasses import replace
 
 import pytest
+from made_up_scores import detection
 
 from analysis.alpha_search import AlphaPoint, ChosenAlpha
 from evaluation import METRICS, aggregate
-from reporting.tables import format_alphas, format_table, markdown_table
+from reporting.tables import detection_sentence, format_alphas, format_table, markdown_table
 
 
 def rows(condition, alpha, persona="loud", n=12, auc=0.97, **values):
@@ -101,3 +102,13 @@ def test_chosen_alphas_are_shown_with_what_was_measured_there(at, reason, note):
     row = format_alphas({("loud", "oracle"): ChosenAlpha(0.5, reason is None, at, [point])}).split("\n")[2]
     shown = ("–",) * 3 if reason else ("1.25", "+0.020", "+0.010")
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["loud", "oracle", "0.5", *shown, note]
+
+
+def test_a_sentence_counts_sets_of_texts_and_says_what_is_not_measured():
+    assert detection_sentence(detection(["loud", "pirate"])) == (
+        "Mapped is surely better than the stronger lexical control on 2 of 2 sets of texts, and surely worse "
+        "on 0. Mapped is surely better than the native vector on 0 of 2 sets of texts, and surely worse on "
+        "1. A lexical control is zeros, "
+        "with an AUROC of 0.50 by definition: loud, labelled; loud, responses. 2 of 4 sets are not measured: "
+        "pirate, labelled; pirate, responses (there are none)."
+    )

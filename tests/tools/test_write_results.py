@@ -5,10 +5,10 @@ import shutil
 from statistics import fmean
 
 import pytest
-from made_up_scores import NOT_VALIDATED, VALIDATED, save_scores, scored_run
+from made_up_scores import NOT_VALIDATED, VALIDATED, detection, save_scores, scored_run
 from tiny_runs import error_lines
 
-from support.artifacts import load_json
+from support.artifacts import load_json, save_json, sealed
 from tools import write_results
 
 HOSTILE = "a | b\n# <b>bold</b> [link](http://example.com) `x` \\ *y* \u202ez"
@@ -83,6 +83,19 @@ def test_ratios_choices_and_minutes_come_from_the_artifacts(scored, tmp_path):
     assert minutes["phase 1, setup"] == "2.5"  # both starts
     assert minutes["in all"] == "3.5"  # without the pause between them
     assert minutes["before phase 1, and stopped phases"] == "1.0"
+
+
+def test_detectors_have_a_table_where_a_run_has_them(scored, tmp_path):
+    save_json(scored / "detection.json", sealed({"personas": detection(["loud", "numeric"])}))
+    page = written(scored, out=tmp_path / "page.md")
+    row = table_under(page, "### Reading")["loud, responses"]
+    assert (row["native"], row["lexical"], row["mapped − lexical"]) == (
+        "0.99",
+        "0.81",
+        "+0.13 [+0.06, +0.20]",
+    )
+    (scored / "detection.json").unlink()
+    assert "### Reading" not in written(scored, out=tmp_path / "page.md")
 
 
 def test_nothing_of_a_text_is_markup(scored, tmp_path):
