@@ -36,6 +36,7 @@ from reporting.tables import (
     format_maps,
     format_recoveries,
     format_strengths,
+    format_turns,
     format_validation,
     format_verdicts,
     interval,
@@ -114,6 +115,8 @@ def run_section(folder: Path) -> list[str]:
     if capability := load_capability(folder, run.config):
         parts += ["### Questions answered right", CAPABILITY_NOTE.format(**capability)]
         parts.append(format_capability(capability))
+    if turns := verdict.get("turns"):
+        parts += ["### Over turns", format_turns(turns)]
     parts += [
         "### Scorers",
         "\n".join(f"- {line}" for line in format_validation(verdict["validation"]).splitlines()),
