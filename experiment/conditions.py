@@ -137,6 +137,8 @@ DECIDING_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].decides)
 SOURCE_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].source)
 # They tell words apart and know little or no context; mapped has to exceed them by a margin.
 LEXICAL_CONTROLS = tuple(name for name in SOURCE_CONTROLS if not CONDITIONS[name].source.is_untrained)
+# They also write conversations where a run has any, a control with its first draw alone.
+CONVERSING = (ORACLE, MAPPED, "other_persona")
 
 
 def vector_names(condition: str) -> tuple[str, ...]:

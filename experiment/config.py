@@ -28,6 +28,7 @@ from pydantic import (
 from experiment.conditions import (
     CONDITIONS,
     CONTROLS,
+    CONVERSING,
     DECIDING_CONTROLS,
     MAPPED,
     METHODS,
@@ -67,6 +68,7 @@ from texts.questions import N_QUESTIONS
 LAST_LAYER = 10_000
 MOST_PERSONAS = 100  # each has a panel in the figures, which are at most 65,535 pixels wide
 MOST_TEXTS = 10_000_000  # a grid of more texts would take eleven days at ten texts a second
+MOST_TURNS = 10  # of a conversation; each turn is read with all before it
 MAX_EVALUATIONS = 8  # steering strengths that a search measures for each persona
 MOST_RESAMPLES = 200  # that phase 3 draws
 # What a run itself tells a chat template.
@@ -408,7 +410,8 @@ class ExperimentConfig(_Strict):
         a list.
     Test prompts: a list, or the name of a file of shipped questions; a target that continues texts takes the
         shipped text prefixes instead. With `strength_curve`, native, mapped and lexical controls also write
-        at multiples of the alpha at which a verdict compares.
+        at multiples of the alpha at which a verdict compares. With `n_turns` of 2 or more, the questions also
+        come as conversations of so many turns.
     n_capability_questions: on which the steered target's accuracy is measured; 0 leaves it out.
     """
 
@@ -466,6 +469,7 @@ class ExperimentConfig(_Strict):
     alpha_search: AlphaSearchConfig = AlphaSearchConfig()
     strength_curve: bool = False
     n_capability_questions: Annotated[int, Field(ge=0, le=N_QUESTIONS)] = N_QUESTIONS
+    n_turns: Annotated[int, Field(ge=1, le=MOST_TURNS)] = 1
     steer_positions: SteerPositions = "all"
     n_seeds: Count = 3
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -512,6 +516,11 @@ class ExperimentConfig(_Strict):
             _check_differ(name, getattr(self, name) or [])
         self._check_alphas()
         self._check_strength_curve()
+        if self.n_turns > 1 and not set(CONVERSING) & set(self.conditions):
+            raise ValueError(
+                "n_turns follows the mapped and the native vector over conversations; add ridge_mapped or "
+                "oracle to methods, or set n_turns to 1"
+            )
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"

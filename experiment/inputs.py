@@ -23,7 +23,14 @@ from judging.gpt_judge import GPTJudge
 from judging.local_judge import LocalJudge
 from maps.layer_bands import LayerPair, band_of
 from maps.layer_search import check_memory
-from model_loading import PACKAGED_MODELS, fastest_dtype, is_on_a_hub, model_fingerprint, plain_model
+from model_loading import (
+    PACKAGED_MODELS,
+    context_length,
+    fastest_dtype,
+    is_on_a_hub,
+    model_fingerprint,
+    plain_model,
+)
 from scoring.encoders import independent_model
 from scoring.trait_scorer import check_labelled
 from steered_generation import SteeredGenerator
@@ -96,6 +103,19 @@ class Inputs:
     def side(self, name: str) -> Side:
         """Return the side of this name."""
         return {side.name: side for side in self.sides}[name]
+
+    @property
+    def conversations(self) -> list[tuple[str, ...]]:
+        """The test questions in their order, `n_turns` to a conversation; those left over are in none."""
+        n = self.config.n_turns
+        return [self.prompts[end - n : end] for end in range(n, len(self.prompts) + 1, n)]
+
+    def shown_conversations(self, side: str) -> list[str]:
+        """Return each conversation up to its last question as a side's model reads it, responses as a dot."""
+        return [
+            self.prompting.conversation(side, [(text, ".") for text in earlier], last)
+            for *earlier, last in self.conversations
+        ]
 
     @property
     def middle_pair(self) -> LayerPair:
@@ -517,6 +537,35 @@ def _check_prompts(inputs: Inputs) -> None:
     shown = [prompting.prompt("target", prompt) for prompt in prompts]
     generator.tokenise_prompts(shown, config.max_new_tokens)
     generator.sampler(config.temperature, config.top_k, config.top_p)
+    if config.n_turns > 1:
+        _check_turns(inputs)
+
+
+def _check_turns(inputs: Inputs) -> None:
+    """Raise InputError: there is no conversation of `n_turns`, or the target's context may not hold one."""
+    config, prompting, n = inputs.config, inputs.prompting, inputs.config.n_turns
+    if not prompting.asks_questions:
+        raise InputError(
+            f"n_turns is {n}, but the target continues texts and is asked nothing (prompt_format: "
+            f"{config.prompt_format!r}); set n_turns to 1, or give an instruct model as target"
+        )
+    if not inputs.conversations:
+        raise InputError(
+            f"n_turns is {n}, but there are {len(inputs.prompts)} test prompts; lower n_turns, or raise "
+            "n_test_prompts"
+        )
+    try:
+        shown = inputs.shown_conversations("target")
+    except InputError as error:
+        raise InputError(f"n_turns is {n}: {error}; set n_turns to 1") from error
+    model, tokenizer = inputs.target.model, inputs.target.tokenizer
+    longest, limit = max(map(len, encode(tokenizer, shown, model))), context_length(model, tokenizer)
+    if longest + n * config.max_new_tokens > limit:
+        raise InputError(
+            f"n_turns is {n}: a conversation has {longest} tokens without its responses; with {n} of "
+            f"{config.max_new_tokens} that exceeds the target's context of {limit}; lower n_turns or "
+            "max_new_tokens"
+        )
 
 
 def _checked_neutral_texts(config: ExperimentConfig, personas: Sequence[Persona]) -> tuple[NeutralText, ...]:

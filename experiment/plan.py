@@ -6,6 +6,7 @@ What is chosen by rule, before anything is measured, is listed here too.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from activation_extractor import ResidualNorm
 from experiment.conditions import PROMPTED, UNSTEERED, vector_names
 from experiment.config import VECTOR_KINDS, alphas_of
 from experiment.inputs import Inputs
+from experiment.prompting import Turn
 from experiment.run import FORMAT_VERSION
 from support.artifacts import fingerprint
 
@@ -37,6 +39,12 @@ class Cell:
     vector_key: str
     draw: str | None = None
     vector: str | None = None
+
+    @property
+    def of_row(self) -> Row:
+        """What a row of the cell says of it."""
+        names = ("condition", "draw", "vector", "persona", "alpha")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,17 +117,42 @@ def text_rows(
     """Return a row for each text to generate: cells, prompts within them, seeds within these."""
     rows = []
     for cell in cells:
-        # Where vectors are added says nothing about a text without one.
-        where = None if cell.alpha is None else inputs.config.steer_positions
-        settings = [inputs.target.fingerprint, sampling(inputs), where]
-        of_cell = {"condition": cell.condition, "draw": cell.draw, "vector": cell.vector}
-        of_cell |= {"persona": cell.persona, "alpha": cell.alpha}
-        places = [{**of_cell, "prompt_idx": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
+        places = [
+            {**cell.of_row, "prompt_idx": index, "prompt": prompt} for index, prompt in enumerate(prompts)
+        ]
         for place, shown in zip(places, shown_prompts(inputs, places), strict=True):
             for seed in seeds:
-                key = fingerprint(FORMAT_VERSION, settings, cell.vector_key, cell.alpha, shown, seed)
-                rows.append({"key": key, **place, "seed": seed})
+                rows.append({"key": _text_key(inputs, cell, shown, seed), **place, "seed": seed})
     return rows
+
+
+def turn_rows(inputs: Inputs, cells: Sequence[Cell], earlier: Sequence[Sequence[Turn]]) -> list[Row]:
+    """Return a row for the next turn of every conversation: cells, conversations within them.
+
+    earlier: the turns before it, of each row. The first turn has the key of the same text of the grid.
+    """
+    config, rows = inputs.config, []
+    for (cell, (number, asked)), turns in zip(
+        product(cells, enumerate(inputs.conversations)), earlier, strict=True
+    ):
+        place = {"prompt_idx": number * config.n_turns + len(turns), "prompt": asked[len(turns)]}
+        row = {**cell.of_row, **place, "earlier": list(turns), "seed": config.seed}
+        (shown,) = shown_turns(inputs, [row])
+        rows.append({"key": _text_key(inputs, cell, shown, config.seed), **row})
+    return rows
+
+
+def shown_turns(inputs: Inputs, rows: Sequence[Row], side: str | None = None) -> list[str]:
+    """Return the prompt of each row of `turn_rows` as a side's model reads it, by default the target."""
+    show = inputs.prompting.conversation
+    return [show(side or inputs.target.name, row["earlier"], row["prompt"]) for row in rows]
+
+
+def _text_key(inputs: Inputs, cell: Cell, shown: str, seed: int) -> str:
+    # Where vectors are added says nothing about a text without one.
+    where = None if cell.alpha is None else inputs.config.steer_positions
+    settings = [inputs.target.fingerprint, sampling(inputs), where]
+    return fingerprint(FORMAT_VERSION, settings, cell.vector_key, cell.alpha, shown, seed)
 
 
 def shown_prompts(inputs: Inputs, rows: Sequence[Row]) -> list[str]:
@@ -165,6 +198,7 @@ def choices(inputs: Inputs) -> dict[str, Any]:
         "conditions": config.conditions,
         "disjoint_texts": config.halves_texts,
         "strength_curve": config.strength_curve,
+        "n_turns": config.n_turns,
         "generation": {name: getattr(config, name) for name in settings},
         "development": {"prompts": inputs.development_prompts, "n_seeds": config.alpha_search.n_seeds},
         "test": {

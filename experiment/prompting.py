@@ -1,13 +1,15 @@
 """Render prompts as each model reads them: in its chat template, or as plain text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from texts.chat import as_words, plain_text, prompt_text, question
+from texts.chat import Messages, as_words, plain_text, prompt_text, question
 from texts.personas import Persona
+
+Turn = Sequence[str]  # (question, response)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,22 @@ class Prompting:
 
     def question(self, side: str, text: str, system_prompt: str | None = None) -> str:
         """Return a question as a side's model reads it: in its chat template, else as plain text."""
-        messages = question(text, system_prompt)
+        return self._rendered(side, question(text, system_prompt))
+
+    def conversation(self, side: str, earlier: Sequence[Turn], text: str) -> str:
+        """Return a question behind earlier turns as a side's model reads it, under the run's system prompt.
+
+        Without an earlier turn, it is what `prompt` returns to a chat target.
+        """
+        *system, asked = question(text, self.system_prompt)
+        turns = [
+            {"role": role, "content": content}
+            for turn in earlier
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return self._rendered(side, [*system, *turns, asked])
+
+    def _rendered(self, side: str, messages: Messages) -> str:
         if side in self.chat_sides:
             return prompt_text(self.tokenizers[side], messages, variables=self.variables)
         return as_words(self.tokenizers[side], plain_text(messages))

@@ -17,6 +17,7 @@ from experiment.plan import Row, SteeringVectors, rows_key
 from experiment.run import Run
 from phases.check_setup import PREFLIGHT
 from phases.choose_alphas import compared_alphas, unreadable_personas
+from phases.converse import converse
 from phases.fit_maps import CV_RESULTS
 from phases.side_effects import (
     compare_strengths,
@@ -37,6 +38,7 @@ from reporting.tables import (
     format_recoveries,
     format_strengths,
     format_success,
+    format_turns,
     format_verdicts,
     verdict_sentence,
 )
@@ -71,14 +73,16 @@ def decide(
     personas = _verdicts(table, alphas, validation, checks, unreadable)
     spread = resampled_effects(run, steering, personas)
     strengths = compare_strengths(run, steering, rows, personas)
+    turns = converse(run, steering, personas)
     content = {
         "personas": _explained(personas, spread),
         "strength_curve": strengths,
+        "turns": turns,
         "validation": validation,
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, strengths)
+    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, strengths, turns)
     content = run.folder.save("verdict.json", key, content)
     capability = measure_capability(run, steering, personas)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
@@ -90,6 +94,8 @@ def decide(
         logger.info("over strengths\n\n%s\n", format_strengths(strengths))
     if capability:
         logger.info("questions answered right\n\n%s\n", format_capability(capability))
+    if turns:
+        logger.info("over turns\n\n%s\n", format_turns(turns))
     logger.info("recovery, * not validated\n\n%s\n", format_recoveries(content["personas"]))
     logger.info("verdict\n\n%s\n", format_verdicts(content["personas"]))
     return content

@@ -205,7 +205,7 @@ def resampled_effects(
         return {}
     resampled = RESAMPLED_VECTORS.require(run)
     scorers = {
-        name: _scorer_of(found, found["rests_on"]) or found["decided_by"] for name, found in verdicts.items()
+        name: scorer_of(found, found["rests_on"]) or found["decided_by"] for name, found in verdicts.items()
     }
     cells = [
         cell
@@ -236,7 +236,7 @@ def resampled_effects(
     return content["personas"]
 
 
-def _scorer_of(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def scorer_of(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """Return the scorer of these that decided a verdict, else the first of them; no judge, which costs."""
     free = [name for name in names if name != "judge"]
     return found["decided_by"] if found["decided_by"] in free else next(iter(free), None)
@@ -281,7 +281,7 @@ def _measure_resampled(
     scores: dict[tuple[str, str], list[Sequence[float | None]]] = {}
     for cell, rows in zip(cells, texts, strict=True):
         method = cell.condition.partition(RESAMPLED)[0]
-        found = _scores(run, scorers[cell.persona], cell.persona, rows, unsteered)
+        found = trait_scores(run, scorers[cell.persona], cell.persona, rows, unsteered)
         scores.setdefault((cell.persona, method), []).append(found)
     measured: dict[str, dict[str, Any]] = {}
     for (persona, method), found in scores.items():
@@ -290,9 +290,13 @@ def _measure_resampled(
     return measured
 
 
-def _scores(
+def trait_scores(
     run: Run, scorer: str, persona: str, rows: Sequence[Row], unsteered: Sequence[Row]
 ) -> Sequence[float | None]:
+    """Return a scorer's scores of a persona's trait in texts, None where it gives none.
+
+    unsteered: texts against whose length brevity is measured.
+    """
     outputs = [row["output"] for row in rows]
     if scorer == "brevity":
         return brevity(outputs, [row["has_ended"] for row in rows], [row["output"] for row in unsteered])
@@ -317,7 +321,7 @@ def compare_strengths(
         has_effects = [
             name for name, by in found["scorers"].items() if {MAPPED, ORACLE} <= by["effects"].keys()
         ]
-        if scorer := _scorer_of(found, has_effects):
+        if scorer := scorer_of(found, has_effects):
             scorers[persona] = scorer
     alphas = {persona: verdicts[persona]["alphas"][ORACLE] for persona in scorers}
     planned = texts_over_strengths(run, alphas)

@@ -32,6 +32,7 @@ from reporting.tables import (
     recovery_rows,
     spread_rows,
     strength_rows,
+    turn_tables,
     verdict_sentence,
 )
 from support.artifacts import load_json, load_tensors, save_text
@@ -78,6 +79,7 @@ def write_report(folder: Path) -> Path:
         at_native_ratio=native_ratio_rows(verdict["strength_curve"]),
         detected=detection_rows(detection),
         detection=detection_sentence(detection),
+        turns=turn_tables(verdict.get("turns", {})),
         protocol=protocol_rows(protocol),
         figures={path.stem: encoded(path) for path in folder.glob("*.png")},
         effects=_effects_tables(verdict, rows),

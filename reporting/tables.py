@@ -301,6 +301,43 @@ def format_capability(found: Mapping[str, Any]) -> str:
     return markdown_table(*capability_rows(found), left=("vector",))
 
 
+def turn_tables(
+    found: Mapping[str, Mapping[str, Any]],
+) -> dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return heading -> a table of one persona over the turns of conversations; few narrow columns.
+
+    found: `turns` of `verdict.json`. `*` marks a scorer that is not validated. An effect of too few
+    conversations has no interval.
+    """
+    header = ("vector", "turn", "trait", "effect", "perplexity ratio", "n")
+    tables = {}
+    for (persona, scorer), of_persona in _by_scorer(found):
+        rows = []
+        for name, of_name in of_persona["conditions"].items():
+            for turn in of_name["turns"]:
+                said = number(turn["trait"]), _change(turn["effect"]), number(turn["perplexity_ratio"])
+                rows.append((label_of(name), str(turn["turn"]), *said, _count(turn["effect"])))
+            if drift := of_name["drift"]:
+                rows.append((label_of(name), "drift", "", _change(drift), "", _count(drift)))
+        tables[f"{persona} by {scorer} at α {of_persona['alpha']:.3g}"] = header, rows
+    return tables
+
+
+def _change(found: Mapping[str, float | None] | None) -> str:
+    """Return an effect, with its interval if it has one."""
+    return interval(found) if not found or found["low"] is not None else number(found["estimate"], "+.2f")
+
+
+def _count(found: Mapping[str, Any] | None) -> str:
+    return str(found["n"]) if found else ""
+
+
+def format_turns(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the same as Markdown tables, each under its heading."""
+    tables = turn_tables(found).items()
+    return "\n\n".join(f"{heading}\n\n{markdown_table(*table)}" for heading, table in tables)
+
+
 def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows of a table: what a run chose before its first test text, and by what.
 

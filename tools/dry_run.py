@@ -43,6 +43,7 @@ from phases.choose_alphas import (
 )
 from phases.choose_layers import LAYER_SEARCH
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
+from phases.converse import conversing_cells
 from phases.detect_traits import DETECTION, labelled_sides, response_sides
 from phases.fit_maps import RIDGE_MAPPING
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
@@ -266,6 +267,11 @@ def _grid(run: Run, rates: Rates) -> Iterator[Step]:
         seconds = _perplexity_seconds(run, rates) + _probe_seconds(run, rates, config.max_new_tokens)
         counted = f"at most {n_more} generations and evaluations{_cached(n_known)}"
         yield f"over strengths: {counted}", (n_more - n_known) * (rates.text + seconds)
+    if config.n_turns > 1:
+        n_later, n_known, seconds = _over_turns(run, rates)
+        counted = f"at most {n_later} generations and evaluations{_cached(n_known)}"
+        of_turns = f"{len(inputs.conversations)} conversations of {config.n_turns} turns"
+        yield f"over turns: {counted}, {of_turns}, the first in the grid", (n_later - n_known) * seconds
     n_vectors = sum(map(len, map(vector_names, config.steered_conditions))) * len(inputs.personas)
     n_tokens = _n_tokens(inputs.target.tokenizer, _plain_texts(run))
     yield f"plain text under {n_vectors} vectors", (n_vectors + 1) * n_tokens * rates.target_token
@@ -302,6 +308,20 @@ def _over_strengths(run: Run) -> tuple[int, int]:
     rows = [row for row in texts_over_strengths(run, alphas) if row["alpha"] != alphas[row["persona"]]]
     texts = rows_of(run.folder.path / "generation_journal.jsonl") if is_known else {}
     return len(rows), sum(row["key"] in texts for row in rows)
+
+
+def _over_turns(run: Run, rates: Rates) -> tuple[int, int, float]:
+    """Return how many texts later turns of conversations are, how many are cached, and the seconds of one."""
+    config, n_turns = run.config, run.config.n_turns
+    cells = conversing_cells(run, dict.fromkeys(config.persona_names, 1.0))
+    n = len(cells) * len(run.inputs.conversations) * (n_turns - 1)
+    journal = {} if run.folder.fresh else rows_of(run.folder.path / "generation_journal.jsonl")
+    n_known = min(sum(bool(row.get("earlier")) for row in journal.values()), n)
+    # Both models read the turns before, half of them on average, with their questions.
+    n_read = config.max_new_tokens * (1 + PROMPT_SHARE) * n_turns / 2
+    seconds = rates.text + n_read * (rates.source_token + rates.target_token)
+    seconds += _perplexity_seconds(run, rates, run.inputs.perplexity_sides[-1:])
+    return n, n_known, seconds + _probe_seconds(run, rates, config.max_new_tokens)
 
 
 def _validation(run: Run, rates: Rates) -> Iterator[Step]:

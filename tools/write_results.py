@@ -37,6 +37,7 @@ from reporting.tables import (
     format_maps,
     format_recoveries,
     format_strengths,
+    format_turns,
     format_validation,
     format_verdicts,
     interval,
@@ -122,6 +123,8 @@ def run_section(folder: Path) -> list[str]:
         parts.append(format_capability(capability))
     if (detection := folder / DETECTION).is_file():
         parts += ["### Reading", ABOUT_DETECTION, format_detection(load_json(detection)["personas"])]
+    if turns := verdict.get("turns"):
+        parts += ["### Over turns", format_turns(turns)]
     parts += [
         "### Scorers",
         "\n".join(f"- {line}" for line in format_validation(verdict["validation"]).splitlines()),

@@ -45,6 +45,14 @@ def test_a_source_without_a_template_reads_a_question_as_plain_text_without_the_
     assert prompting(NONE).prompt("source", "Why") == "Why"
 
 
+def test_a_later_turn_stands_behind_the_responses_before_it():
+    shown, earlier = prompting(CHAT, "Be kind."), [("Why?", "So."), ("How?", "")]
+    before = "<bos>s: Be kind.<eos><bos>u: Why?<eos><bos>a: So.<eos><bos>u: How?<eos><bos>a: <eos>"
+    assert shown.conversation("target", earlier, "When?") == f"{before}<bos>u: When?<eos><bos>a: "
+    assert shown.conversation("source", earlier[:1], "When?") == "Why?\n\nSo.\n\nWhen?\n\n"
+    assert shown.conversation("target", [], "Why?") == shown.prompt("target", "Why?")
+
+
 @pytest.mark.parametrize(
     ("chat_sides", "responders", "default"),
     [

@@ -183,6 +183,7 @@ CHANGES = {
     **of_pair(SEARCHED | CHECKED, alpha_values=[3.0, 2.0], alpha_unit="residual_norm"),
     **of_pair({"protocol.json", "verdict.json"}, set(), strength_curve=True),
     **of_pair({"capability.json"}, set(), n_capability_questions=3),
+    "n_turns": Change("chat", {"n_turns": 2}, {"protocol.json", "turns.json", "verdict.json"}, set()),
     **within("alpha_search", "band", SEARCHED, bound="plain"),
     **within("alpha_search", "band", SEARCHED | CHECKED, bracket=[0.2, 1.0], n_evaluations=3, n_seeds=2),
     **within("alpha_search", "band", SEARCHED | CHECKED, max_perplexity_ratio=1.01),

@@ -84,6 +84,23 @@ def strengths():
     } | {"vectors": vectors}
 
 
+def turns():
+    """What ten turns of conversations come to: intervals, too few conversations, and nothing known."""
+    effect = {"estimate": -0.123, "low": -0.25, "high": -0.01, "n": 120}
+    few = {**effect, "low": None, "high": None, "n": 7}
+    steered = [
+        {"turn": number, "trait": 0.5, "effect": found, "perplexity_ratio": 12.345}
+        for number, found in enumerate((effect, few, None, *[effect] * 7), 1)
+    ]
+    plain = [{**turn, "effect": None, "perplexity_ratio": None} for turn in steered]
+    conditions = {
+        "baseline": {"turns": plain, "drift": None},
+        "oracle": {"turns": steered, "drift": effect},
+        "other_persona: cheerfulness": {"turns": steered, "drift": few},
+    }
+    return {"scorer": "probe", "is_validated": False, "alpha": 0.1234, "conditions": conditions}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run of made-up numbers, on a band of three layer pairs."""
@@ -99,6 +116,7 @@ def finished(tmp_path_factory):
     maps = {"n": 9, "lambda": 1.0, "rank": None, "retrieval_accuracy": 0.5, "retrieval_n": 9, "map": "ridge"}
     maps |= dict.fromkeys(("r2", "r2_standardised", "r2_median_dimension"), 0.5)
     ratios = {"strength_curve": {"loud": strengths()}}
+    ratios |= {"turns": {"loud": turns()}}
     ratios |= {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
     models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
     files = {
@@ -161,6 +179,17 @@ def test_strengths_are_tables_and_what_is_not_reached_is_said(page):
     assert native == ["1.00", "1.30", "+0.90 [+0.70, +1.10]", "–", "0.90 [0.70, 1.10]", "–", ""]
     assert mapped[3:6] == ["90 [70, 110]", "0.90 [0.70, not reached]", "not reached"]
     assert mapped[6] == "native's 1.30 is not reached; the nearest"
+
+
+def test_turns_are_a_table_with_drift_and_few_conversations_have_no_interval(page):
+    assert "<h3>Over turns: loud by language-model probe * at α 0.123</h3>" in page
+    rows = table_of(page, "turns-0")
+    assert rows[0] == ["unsteered", "1", "0.50", "–", "–", ""]
+    assert [row[1] for row in rows[10:21]] == [*map(str, range(1, 11)), "drift"]
+    assert rows[10][2:] == ["0.50", "-0.12 [-0.25, -0.01]", "12.35", "120"]
+    assert rows[11][3:] == ["-0.12", "12.35", "7"]
+    assert rows[12][3] == "–"
+    assert rows[20] == ["native (oracle)", "drift", "", "-0.12 [-0.25, -0.01]", "", "120"]
 
 
 def test_markup_in_texts_and_prompts_is_text(page):
@@ -286,6 +315,15 @@ def test_hostile_text_is_shown_and_does_nothing(in_browser):
     shown = HOSTILE.replace("\u202e", "⟨U+202E⟩").replace("\x07", "⟨U+0007⟩")
     assert shown in texts
     assert any(shown in prompt for prompt in prompts)
+
+
+def test_the_table_over_turns_fits_on_a_phone(in_browser):
+    needed, shown = in_browser("""
+document.body.style.width = "360px";
+const table = document.getElementById("turns-0"), at = table.parentElement;
+return [at.scrollWidth, at.clientWidth];
+""")
+    assert needed <= shown <= 360
 
 
 def test_a_reader_filters_searches_sorts_and_chooses(in_browser):
