@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 NAME, CAPABILITY, OF_EFFECTS = "side_effects.json", "capability.json", "effect_spread.json"
 N_QUESTIONS = 12  # development prompts on which vectors of resampled texts steer
+N_CURVE_PROMPTS = 20  # test prompts on which vectors also write at other strengths, which decides nothing
 UNSCORED = "too few texts have a score"
 RESAMPLED = "_resampled_"  # between condition and number, in what such a vector is called
 
@@ -346,7 +347,7 @@ def compare_strengths(
 
 
 def texts_over_strengths(run: Run, alphas: Mapping[str, float]) -> list[Row]:
-    """Return a row for each text of the first seed over strengths, with those that the grid has.
+    """Return a row for each text over strengths, with those that the grid has: first prompts, first seed.
 
     alphas: persona -> the alpha at which the verdict compares.
     """
@@ -357,7 +358,7 @@ def texts_over_strengths(run: Run, alphas: Mapping[str, float]) -> list[Row]:
         for name in names:
             every_draw = drawn_cells(run.inputs, persona, name, vector_key(run, persona, name), tried)
             cells += every_draw[: len(tried)]
-    return text_rows(run.inputs, cells, run.inputs.prompts, [run.config.seed])
+    return text_rows(run.inputs, cells, run.inputs.prompts[:N_CURVE_PROMPTS], [run.config.seed])
 
 
 def _place(row: Row) -> tuple[str, str, float | None]:
