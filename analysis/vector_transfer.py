@@ -126,7 +126,7 @@ def _random_directions(oracle: Tensor, seed: int) -> list[Tensor]:
     """Return the native vectors of all blocks, each time under another random rotation.
 
     So a random direction keeps the native cosines between blocks. Directions that are drawn for each block
-    alone nearly cancel each other in the residual stream, and are a weaker control than a single one.
+    alone add up to less in the residual stream: n of them to the square root of n, instead of nearly n.
     """
     axes, sizes, _ = torch.linalg.svd(oracle.double(), full_matrices=False)
     generator = torch.Generator().manual_seed(seed)

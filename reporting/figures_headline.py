@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from analysis.results_table import cell, worst_draws
 from experiment.conditions import (
     CONDITIONS,
-    DECIDING_CONTROLS,
+    CONTROLS,
     LEXICAL_CONTROLS,
     MAPPED,
     ORACLE,
@@ -29,10 +29,10 @@ from experiment.conditions import (
 from reporting.style import as_label, hide_frame, without_formulas
 
 LEXICAL, OTHER_CONTROLS = "lexical control", "strongest other control"
-# Row -> the conditions of which the one with the largest effect is drawn, with the look of the first.
+# Row -> the conditions of which the one with the largest effect is drawn, in its look.
 ROWS = {
     label_of(PROMPTED): (PROMPTED,),
-    OTHER_CONTROLS: tuple(name for name in DECIDING_CONTROLS if name not in LEXICAL_CONTROLS),
+    OTHER_CONTROLS: tuple(name for name in CONTROLS if name not in LEXICAL_CONTROLS),
     LEXICAL: LEXICAL_CONTROLS,
     label_of(MAPPED): (MAPPED,),
     label_of(ORACLE): (ORACLE,),
@@ -155,7 +155,7 @@ def _draw_effects(panel: Axes, decided: Sequence[DecidedPersona]) -> None:
             if (name := each.largest(conditions)) is None:
                 continue
             row += 1
-            effect, condition = each.numbers["effects"][name], CONDITIONS[conditions[0]]
+            effect, condition = each.numbers["effects"][name], CONDITIONS[condition_of(name)]
             ends = [[abs(effect[end] - effect["estimate"])] for end in ("low", "high")]
             fill = condition.colour if each.numbers["is_validated"] else "white"
             panel.errorbar(
