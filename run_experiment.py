@@ -42,11 +42,10 @@ from experiment.run import Run
 from model_loading import quiet_transformers
 from phases.check_setup import PreflightError, check_judge, check_setup
 from phases.choose_alphas import choose_alphas, choose_extraction, required_alphas, write_protocol
-from phases.choose_layers import choose_layers
 from phases.collect_responses import collect_responses
 from phases.decide_verdicts import aggregate_scores, closing_notes, decide
 from phases.detect_traits import detect_traits
-from phases.fit_maps import LearnedMaps, fit_maps
+from phases.fit_maps import LearnedMaps, choose_layers, fit_maps
 from phases.generate_texts import generate_texts, generated_texts
 from phases.make_vectors import PERSONA_VECTORS, grid_rows, make_vectors, resample_vectors
 from phases.score_texts import score_texts

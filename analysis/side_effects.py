@@ -1,8 +1,15 @@
-"""Measure what a vector does beside the effect that is judged: on other traits, at other alphas (phase 5)."""
+"""Measure what a vector does beside the effect that is judged (phase 5).
+
+On other traits, at other alphas, and over the turns of conversations. Of these, all conditions have the same
+conversations in the same order, and a turn is compared with the same turn of the unsteered conversation.
+Conversations are what varies independently, so that intervals are over them. Nothing is decided here.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.results_table import (
@@ -10,13 +17,18 @@ from analysis.results_table import (
     at_alphas,
     cell_perplexity_ratio,
     condition_alphas,
+    perplexity_ratio,
     prompt_means,
     worst_draws,
 )
-from analysis.significance import mean_interval
+from analysis.significance import mean_interval, plain
+from analysis.verdict import FEWEST_PROMPTS
 from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED
 
 EVERY_PERSONAS = "classifier"  # the scorer that scores every text for every persona
+Numbers = Mapping[
+    str, np.ndarray
+]  # compared name -> (conversations, turns) float64, NaN where there is no number
 
 
 def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[str, float]]]:
@@ -101,3 +113,43 @@ def _points(
             interval = {"effect": effect.estimate, "low": effect.low, "high": effect.high}
             points.append({"alpha": alpha, "perplexity_ratio": ratio, **interval})
     return points
+
+
+def by_turn(traits: Numbers, perplexities: Numbers) -> dict[str, dict[str, Any]]:
+    """Return compared name -> `turns`, a list, and `drift`, as JSON holds it.
+
+    traits, perplexities: UNSTEERED is among their names. Of a turn: `turn`, from 1; `trait`, the mean over
+    conversations that are scored under both; `effect` against unsteered, with Student's interval;
+    `perplexity_ratio`, the geometric mean over pairs. drift: the effect at the last turn less that at the
+    first. An effect has its number of conversations, `n`; its interval is None with fewer than
+    FEWEST_PROMPTS. What there is nothing for is None; so are effect, ratio and drift of unsteered text.
+    """
+    found = {}
+    for name, trait in traits.items():
+        effects, is_steered = trait - traits[UNSTEERED], name != UNSTEERED
+        turns = []
+        for place in range(trait.shape[1]):
+            effect = effects[:, place]
+            scored = trait[np.isfinite(effect), place]
+            pair = perplexities[name][:, place], perplexities[UNSTEERED][:, place]
+            turns.append(
+                {
+                    "turn": place + 1,
+                    "trait": float(scored.mean()) if len(scored) else None,
+                    "effect": _effect(effect) if is_steered else None,
+                    "perplexity_ratio": perplexity_ratio(*pair) if is_steered else None,
+                }
+            )
+        drift = _effect(effects[:, -1] - effects[:, 0]) if is_steered else None
+        found[name] = {"turns": turns, "drift": drift}
+    return plain(found)
+
+
+def _effect(differences: np.ndarray) -> dict[str, float | None] | None:
+    """Return the mean of those that are known, with its interval where they are enough."""
+    known = differences[np.isfinite(differences)]
+    if not len(known):
+        return None
+    if len(known) < FEWEST_PROMPTS:
+        return {"estimate": float(known.mean()), "low": None, "high": None, "n": len(known)}
+    return {**asdict(mean_interval(known)), "n": len(known)}

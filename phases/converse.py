@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.turns import by_turn
+from analysis.side_effects import by_turn
 from analysis.verdict import FEWEST_PROMPTS
 from experiment.conditions import CONVERSING, TRAINED_SCORERS, drawn_name
 from experiment.executor import GenerationSettings

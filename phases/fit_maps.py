@@ -1,5 +1,7 @@
 """Sum up paired activations, choose lambda, and fit the map and those to compare it with (phase 2).
 
+Before phase 1, `"layer_idx": "auto"` has the layer pair searched.
+
 The pairs of all layer pairs come from one pass over the texts. Files of the middle layer pair stand in the
 run's folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for a single layer pair, so that
 other lambda values need no second pass; those of many pairs would fill a disk. Controls that are read from
@@ -24,9 +26,10 @@ from experiment.executor import collect_in_chunks
 from experiment.run import FORMAT_VERSION, Artifact, Run, pair_folder
 from maps.comparison_maps import ABOUT, ABOUT_CONTROLS, KINDS, ComparisonMap, edge_notes, maps_table
 from maps.layer_bands import LayerPair
+from maps.layer_search import search_layers
 from maps.pair_collection import PairSettings, collection_notes, statistics_content, training_data
 from phases.collect_responses import neutral_responses_key
-from reporting.figures_mapping import mapping_figure
+from reporting.figures_mapping import layer_search_figure, mapping_figure
 from reporting.style import draw_once
 from reporting.tables import format_maps
 from ridge_mapping import RidgeMapping
@@ -34,6 +37,7 @@ from support.artifacts import fingerprint
 from support.pair_statistics import Moments, PairStatistics
 from support.progress import each
 from support.vocabulary import PROMPT_MAPS, LambdaUnit
+from texts.encoding import encode
 from texts.neutral_text import NeutralText
 
 logger = logging.getLogger(__name__)
@@ -368,3 +372,64 @@ def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
     for pair in run.inputs.layer_pairs:
         if pair != run.inputs.middle_pair:
             logger.info(f"layer pair {pair[0]} -> {pair[1]}: {folder.path / pair_folder(pair)}")
+
+
+def _search_key(run: Run) -> str:
+    config, inputs = run.config, run.inputs
+    personas = [
+        [persona.name, persona.positive_texts, persona.negative_texts] for persona in inputs.labelled_personas
+    ]
+    return fingerprint(
+        FORMAT_VERSION,
+        [side.fingerprint for side in inputs.sides],
+        [config.search_source_layers, config.search_target_layers, inputs.mapping_positions, config.seed],
+        [personas, config.persona_names, config.persona_position],
+        [[item.text, item.document] for item in _search_texts(run)],
+    )
+
+
+SEARCH_FIGURE = "layer_search.png"
+LAYER_SEARCH = Artifact("layer_search.json", 1, _search_key)
+
+
+def choose_layers(run: Run, may_search: bool) -> Run:
+    """Return the run at its layers; a search takes minutes.
+
+    may_search: else the search of an earlier run is required. Raises InputError where it is not there.
+    """
+    if run.config.layer_idx != "auto":
+        (run.folder.path / SEARCH_FIGURE).unlink(
+            missing_ok=True
+        )  # a report would show that of an earlier search
+        return run
+    search = LAYER_SEARCH.current_or_make(run, _search_layers) if may_search else LAYER_SEARCH.require(run)
+    draw_once(run.folder, SEARCH_FIGURE, search["fingerprint"], layer_search_figure, search)
+    logger.info("layer search: best pair %d -> %d", *search["best"])
+    return run.with_inputs(run.inputs.at_pairs([tuple(search["best"])]))
+
+
+def _search_layers(run: Run) -> dict[str, Any]:
+    config, inputs = run.config, run.inputs
+    return search_layers(
+        inputs.source.extractor,
+        inputs.target.extractor,
+        _search_texts(run),
+        inputs.labelled_personas,
+        config.persona_names,
+        position=config.persona_position,
+        positions=inputs.mapping_positions,
+        source_layers=config.search_source_layers,
+        target_layers=config.search_target_layers,
+        seed=config.seed,
+    ).content()
+
+
+def _search_texts(run: Run) -> list[NeutralText]:
+    """Return the first neutral texts that hold `search_tokens` source tokens, or all of them."""
+    n_tokens, texts = 0, []
+    for item in run.inputs.neutral_texts:
+        texts.append(item)
+        n_tokens += len(encode(run.inputs.source.tokenizer, [item.text])[0])
+        if n_tokens >= run.config.search_tokens:
+            break
+    return texts

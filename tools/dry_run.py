@@ -41,11 +41,10 @@ from phases.choose_alphas import (
     n_tried_alphas,
     required_alphas,
 )
-from phases.choose_layers import LAYER_SEARCH
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
 from phases.converse import conversing_cells
 from phases.detect_traits import DETECTION, labelled_sides, response_sides
-from phases.fit_maps import RIDGE_MAPPING
+from phases.fit_maps import LAYER_SEARCH, RIDGE_MAPPING
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
 from phases.side_effects import N_QUESTIONS, RESAMPLED, texts_over_strengths

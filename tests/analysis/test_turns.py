@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from analysis.side_effects import by_turn
 from analysis.significance import mean_interval
-from analysis.turns import by_turn
 from analysis.verdict import FEWEST_PROMPTS
 from experiment.conditions import ORACLE, UNSTEERED
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from phases import choose_alphas, choose_layers, collect_responses, decide_verdicts, fit_maps
+from phases import choose_alphas, collect_responses, decide_verdicts, fit_maps
 from reporting.style import figure_fingerprint
 from run_experiment import main
 from scoring import language_model_probe, trait_classifier
@@ -103,7 +103,7 @@ def run(output_dir, settings, *flags):
 
 def blank_figures(patch):
     """Have runs save figures of one pixel, with their fingerprints; most of a tiny run draws."""
-    for module in (choose_alphas, choose_layers, decide_verdicts, fit_maps):
+    for module in (choose_alphas, decide_verdicts, fit_maps):
         for name in [name for name in vars(module) if name.endswith("_figure") and name != "save_figure"]:
             patch.setattr(module, name, lambda *arguments: Figure(figsize=(1, 1)))
 

@@ -18,6 +18,7 @@ from run_experiment import PersonaTransferExperiment
 from support.artifacts import load_json, load_tensors
 from support.errors import InputError
 from support.vocabulary import EMBEDDINGS
+from texts.personas import half_of
 
 UNTRAINED = vector_names("untrained_source")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -43,7 +44,7 @@ def source_difference(run, layer, half):
     model, tokenizer = run.inputs.source.model, run.inputs.source.tokenizer
 
     def mean(texts):
-        read = [torch.tensor([tokenizer(text).input_ids]) for text in texts[half::2]]
+        read = [torch.tensor([tokenizer(text).input_ids]) for text in half_of(texts, half)]
         states = [model(ids, output_hidden_states=True).hidden_states[layer + 1][0, -1] for ids in read]
         return torch.stack(states).mean(0)
 
@@ -112,7 +113,7 @@ def test_oracle_and_source_read_disjoint_texts_and_the_ceiling_is_beside(made):
     target = run.inputs.target.extractor
     halves = [
         target.measure_persona_vectors(
-            LOUD["positive_texts"][half::2], LOUD["negative_texts"][half::2], [1, 3]
+            half_of(LOUD["positive_texts"], half), half_of(LOUD["negative_texts"], half), [1, 3]
         )
         for half in (0, 1)
     ]
