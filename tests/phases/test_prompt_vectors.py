@@ -20,7 +20,7 @@ from support.artifacts import load_json
 from support.journal import rows_of
 from support.package_cache import CACHE_VARIABLE
 from support.tiny_models import tiny_model
-from texts.personas import load_prompts
+from texts.personas import half_of, load_prompts
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 BAND = {
@@ -72,7 +72,7 @@ def test_each_model_reads_the_same_prompts_in_its_own_format_to_where_it_would_r
     found, _, content = made
     vectors = {"source": content["source_vectors"]["loud"], "target": content["vectors"]["loud"]["oracle"]}
     for number, side in enumerate(found.inputs.sides):
-        questions = ASKED["questions"][number::2]  # source and oracle read disjoint ones
+        questions = half_of(ASKED["questions"], number)  # source and oracle read disjoint ones
         for row, pair in zip(vectors[side.name], found.inputs.layer_pairs, strict=True):
             states = [mean_state(side, pair[number], sign, questions) for sign in ("pos", "neg")]
             difference = states[0] - states[1]
