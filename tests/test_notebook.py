@@ -20,7 +20,7 @@ def shown(cell):
         if "text/html" in data or "image/png" in data:
             header, _, _ = data.get("text/html", "").partition("</thead>")
             found.append((sorted(data), re.findall(r"<th>(.*?)</th>", header)))
-        elif output.get("name") == "stdout":
+        elif output.get("name") == "stdout" and found[-1:] != ["printed"]:
             found.append("printed")
     return found
 
