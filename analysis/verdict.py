@@ -7,7 +7,7 @@ controls, which know the source's words alone, by a share of the native effect b
 text-borne. Why a verdict stands is data here; `reporting.tables` makes sentences of it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -172,19 +172,21 @@ def decide_verdicts(
     alphas: Alphas,
     validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
     unreadable: Mapping[str, str] = MappingProxyType({}),
+    not_controls: Collection[str] = (),
 ) -> dict[str, Verdict]:
     """Return persona -> its verdict at these alphas.
 
     table: from `results_table`. validation: persona -> scorer -> what `scoring.validation.validate` returned;
     a score that needs no validation says that it is validated. unreadable: persona -> the bounds that its
-    native vector breaks at every alpha, so that there was nothing to carry over.
+    native vector breaks at every alpha, so that there was nothing to carry over. not_controls: conditions
+    that mapped need not beat here, such as naive transfers that leave the vector as it is.
     """
     texts = {persona: at_alphas(table, persona, of_persona) for persona, of_persona in alphas.items()}
     columns = {
         (persona, scorer): SCORERS[scorer].column for persona in alphas for scorer in validation[persona]
     }
     found = {key: effects(texts[key[0]], column) for key, column in columns.items()}
-    p_values = {key: control_p(differences) for key, (differences, _) in found.items()}
+    p_values = {key: control_p(differences, not_controls) for key, (differences, _) in found.items()}
     adjusted = adjusted_p(p_values)
     beyond_words = adjusted_p(
         p_values, {key: lexical_p(differences) for key, (differences, _) in found.items()}
@@ -200,7 +202,12 @@ def decide_verdicts(
                 p_values[key],
                 adjusted.get(key),
                 beyond_words.get(key),
-                unscored=[name for name in _controls(texts[persona]["compared"]) if name not in differences],
+                unscored=[
+                    name
+                    for name in _controls(texts[persona]["compared"], not_controls)
+                    if name not in differences
+                ],
+                not_controls=not_controls,
                 log_odds=effects(log_odds(texts[persona], columns[key]), columns[key])[0],
                 share_near_one=_share_near_one(texts[persona], columns[key]),
                 n_personas=max(1, sum(other == scorer for _, other in adjusted)),
@@ -250,12 +257,15 @@ def _share_near_one(texts: pd.DataFrame, column: str) -> float | None:
     return 0.0 if scores.isin((0.0, 1.0)).all() else float((scores > HIGH_SCORE).mean())
 
 
-def control_p(differences: Scores) -> dict[str, float]:
-    """Return draw of a control, or unsteered -> p of mapped doing no more; empty for too few prompts."""
+def control_p(differences: Scores, not_controls: Collection[str] = ()) -> dict[str, float]:
+    """Return draw of a control, or unsteered -> p of mapped doing no more; empty for too few prompts.
+
+    not_controls: conditions that do not count.
+    """
     mapped = differences.get(MAPPED, np.array([]))
     if len(mapped) < FEWEST_PROMPTS:
         return {}
-    others = {UNSTEERED: 0.0, **{name: differences[name] for name in _controls(differences)}}
+    others = {UNSTEERED: 0.0, **{name: differences[name] for name in _controls(differences, not_controls)}}
     return {name: sign_flip_p(mapped - other) for name, other in others.items()}
 
 
@@ -276,9 +286,10 @@ def lexical_p(differences: Scores) -> dict[str, float]:
     }
 
 
-def _controls(names: Iterable[str]) -> list[str]:
-    """Return the compared names of every draw of every control, each once."""
-    return [name for name in dict.fromkeys(names) if condition_of(name) in CONTROLS]
+def _controls(names: Iterable[str], not_controls: Collection[str]) -> list[str]:
+    """Return the compared names of every draw of every control that counts, each once."""
+    counting = set(CONTROLS).difference(not_controls)
+    return [name for name in dict.fromkeys(names) if condition_of(name) in counting]
 
 
 def adjusted_p(
@@ -316,13 +327,15 @@ def decide(
     log_odds: Scores,
     unscored: Sequence[str] = (),
     n_personas: int = 1,
+    not_controls: Collection[str] = (),
     **known: Any,
 ) -> ScorerVerdict:
     """Return the verdict of one scorer on one persona.
 
     differences, log_odds: from `effects`, of scores and of their log-odds. p_values, adjusted, beyond_words:
     from `control_p` and `adjusted_p`, without and with what `lexical_p` gives. unscored: draws of controls
-    that were run, no text of which has a score. known: further fields of the verdict.
+    that were run, no text of which has a score. not_controls: as in `decide_verdicts`.
+    known: further fields of the verdict.
     """
     native, mapped = differences.get(ORACLE), differences.get(MAPPED)
     n_prompts = len(next(iter(differences.values()), []))
@@ -354,7 +367,7 @@ def decide(
     }
     if known["share_near_one"] > CEILING:
         known["log_odds_p"] = equivalence_p(log_odds[MAPPED], log_odds[ORACLE])
-    return _decide_by_recovery(differences, unscored, known)
+    return _decide_by_recovery(differences, unscored, not_controls, known)
 
 
 def _beyond_lexical(differences: Scores) -> dict[str, Any]:
@@ -372,13 +385,13 @@ def _beyond_lexical(differences: Scores) -> dict[str, Any]:
 
 
 def _decide_by_recovery(
-    differences: Scores, unscored: Sequence[str], known: Mapping[str, Any]
+    differences: Scores, unscored: Sequence[str], not_controls: Collection[str], known: Mapping[str, Any]
 ) -> ScorerVerdict:
     """Return the verdict where the oracle has an effect. known: fields of the verdict so far."""
     native, mapped, ratio = differences[ORACLE], differences[MAPPED], known["recovery"]
     if ratio.high < NOT_TRANSFERRED:
         return ScorerVerdict("not transferred", "recovery", **known)
-    controls = _controls(differences)
+    controls = _controls(differences, not_controls)
     known_of = set(map(condition_of, [*controls, *unscored]))
     if missing := (*(name for name in DECIDING_CONTROLS if name not in known_of), *unscored):
         return ScorerVerdict("inconclusive", "control missing", missing=missing, **known)

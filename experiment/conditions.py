@@ -133,6 +133,8 @@ CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in _
 METHODS = tuple(name for name in CONDITIONS if name != UNSTEERED)  # what a configuration may name
 STEERED = tuple(name for name in METHODS if CONDITIONS[name].is_steered)
 CONTROLS = tuple(name for name in CONDITIONS if CONDITIONS[name].role == "control")
+# At equal widths both leave the vector as it is: a transfer without a map, and no control.
+IDENTITIES = ("zero_pad", "interpolate")
 DECIDING_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].decides)
 SOURCE_CONTROLS = tuple(name for name in CONTROLS if CONDITIONS[name].source)
 # They tell words apart and know little or no context; mapped has to exceed them by a margin.

@@ -13,6 +13,7 @@ from analysis.side_effects import curves_by_alpha, largest_off_target, off_targe
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregated_tables
+from experiment.conditions import CONDITIONS, IDENTITIES
 from experiment.plan import Row, SteeringVectors, rows_key
 from experiment.run import Run
 from phases.check_setup import PREFLIGHT
@@ -70,7 +71,8 @@ def decide(
     table, checks = results_table(rows), _preflight(run)
     alphas = _alphas(run)
     unreadable = unreadable_personas(run)
-    personas = _verdicts(table, alphas, validation, checks, unreadable)
+    not_controls = _not_controls(run)
+    personas = _verdicts(table, alphas, validation, checks, unreadable, not_controls)
     spread = resampled_effects(run, steering, personas)
     strengths = compare_strengths(run, steering, rows, personas)
     turns = converse(run, steering, personas)
@@ -82,7 +84,7 @@ def decide(
         "plain_text_perplexity_ratios": plain_text_ratios(run, steering, alphas),
         "success": success(table, alphas),
     }
-    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, strengths, turns)
+    key = fingerprint(rows_key(rows), validation, checks, spread, unreadable, not_controls, strengths, turns)
     content = run.folder.save("verdict.json", key, content)
     capability = measure_capability(run, steering, personas)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
@@ -116,6 +118,7 @@ def _verdicts(
     validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
     checks: Sequence[Mapping[str, Any]],
     unreadable: Mapping[str, str],
+    not_controls: Sequence[str],
 ) -> dict[str, Any]:
     """Return persona -> its verdict as JSON holds it, with what else its mapped vector changes most.
 
@@ -126,7 +129,7 @@ def _verdicts(
     return {
         name: verdict.content()
         | {"source_vector": status.get(effect_check_name("source", name)), "off_target": others.get(name)}
-        for name, verdict in decide_verdicts(table, alphas, validation, unreadable).items()
+        for name, verdict in decide_verdicts(table, alphas, validation, unreadable, not_controls).items()
     }
 
 
@@ -134,6 +137,26 @@ def _explained(verdicts: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[s
     """Return the verdicts with how far another sample of the extraction texts moves effects, and why."""
     contents = {name: found | {"extraction_spread": spread.get(name)} for name, found in verdicts.items()}
     return {name: content | {"why": verdict_sentence(content)} for name, content in contents.items()}
+
+
+def _not_controls(run: Run) -> list[str]:
+    """Return the conditions that leave the source's vector as it is; it is noted, also of a single model."""
+    source, target = run.inputs.sides
+    found = [
+        name for name in IDENTITIES if name in run.config.conditions and source.d_model == target.d_model
+    ]
+    if found:
+        labels = " and ".join(CONDITIONS[name].label for name in found)
+        run.folder.notes.append(
+            f"source and target are equally wide, so that {labels} leave the vector as it is: a transfer "
+            "without a map, which mapped need not beat"
+        )
+    if source.fingerprint == target.fingerprint:
+        run.folder.notes.append(
+            "source and target are one model: this checks the tool. Mapped vectors should do as much as "
+            "native ones, and that they are text-borne cannot be excluded"
+        )
+    return found
 
 
 def _preflight(run: Run) -> list[dict[str, Any]]:

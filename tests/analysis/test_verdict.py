@@ -230,6 +230,18 @@ def test_the_words_change_no_other_test():
     assert verdict_of(with_words(0.8, random_direction=0.8), ONE).verdict == "not transferred"
 
 
+def test_a_transfer_without_a_map_that_does_as_well_is_no_control_where_it_is_named_so():
+    rows = [{**row, "condition": "zero_pad"} for row in RUN if row["condition"] == MAPPED]
+    table, validation = results_table([*RUN, *rows]), {"loud": {"classifier": VALIDATED}}
+    alphas = {"loud": {**COMPARED, "zero_pad": 1.0}}
+    beaten = decide_verdicts(table, alphas, validation)["loud"]
+    assert beaten.verdict == "not transferred"
+    found = decide_verdicts(table, alphas, validation, not_controls=["zero_pad"])["loud"]
+    plain = decide_verdicts(results_table(RUN), {"loud": COMPARED}, validation)["loud"]
+    assert found.verdict == plain.verdict == "equivalent to native"
+    assert "zero_pad" in found.scorers["classifier"].effects
+
+
 def test_text_borne_by_one_scorer_is_more_cautious_than_transferred_by_another():
     scores = [row["trait_probability"] for row in with_words(0.8)]
     rows = [{**row, "trait_probability": score} for row, score in zip(RUN, scores, strict=True)]
