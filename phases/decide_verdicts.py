@@ -89,7 +89,7 @@ def decide(
     capability = measure_capability(run, steering, personas)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
-    _draw(run, table, alphas, content, rows_key(rows))
+    _draw(run, table, alphas, content, not_controls, rows_key(rows))
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
     if strengths:
@@ -165,9 +165,16 @@ def _preflight(run: Run) -> list[dict[str, Any]]:
     return done["checks"] if done else []
 
 
-def _draw(run: Run, table: pd.DataFrame, alphas: Alphas, content: Mapping[str, Any], key: str) -> None:
+def _draw(
+    run: Run,
+    table: pd.DataFrame,
+    alphas: Alphas,
+    content: Mapping[str, Any],
+    not_controls: Sequence[str],
+    key: str,
+) -> None:
     path, curves = run.folder.path, curves_by_alpha(table, run.config.persona_names)
-    save_figure(headline_figure(content["personas"], table), path / "headline.png", key)
+    save_figure(headline_figure(content["personas"], table, not_controls), path / "headline.png", key)
     draw_or_remove(path / "off_target.png", key, off_target_figure, off_target(table, alphas))
     draw_or_remove(path / "effect_perplexity.png", key, effect_perplexity_figure, curves)
     strengths = content["strength_curve"]

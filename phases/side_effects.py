@@ -4,9 +4,8 @@ What steering costs where nobody asked for the persona: the target reads neutral
 that a verdict compares, and unsteered, and answers short questions with one right continuation of four.
 What another sample of the extraction texts would change: vectors of resampled texts steer on development
 questions. What vectors do over strengths: the verdict compares all conditions at one alpha, and native,
-mapped and deciding controls write at multiples of it, too. Texts cost time, so that one seed serves there,
-and one draw of each control: its first, since one that is chosen by what it does would have a biased
-interval. Nothing is decided by any of this.
+mapped and lexical controls write at multiples of it, too. Texts cost time, so that one seed and the first
+prompts serve there. Nothing is decided by any of this.
 """
 
 import logging
@@ -356,8 +355,7 @@ def texts_over_strengths(run: Run, alphas: Mapping[str, float]) -> list[Row]:
     for persona, alpha in alphas.items():
         tried = [multiple * alpha for multiple in MULTIPLES]
         for name in names:
-            every_draw = drawn_cells(run.inputs, persona, name, vector_key(run, persona, name), tried)
-            cells += every_draw[: len(tried)]
+            cells += drawn_cells(run.inputs, persona, name, vector_key(run, persona, name), tried)
     return text_rows(run.inputs, cells, run.inputs.prompts[:N_CURVE_PROMPTS], [run.config.seed])
 
 

@@ -97,19 +97,22 @@ class DecidedPersona:
         return found
 
 
-def headline_figure(verdicts: Mapping[str, Any], table: pd.DataFrame) -> Figure:
+def headline_figure(
+    verdicts: Mapping[str, Any], table: pd.DataFrame, not_controls: Sequence[str] = ()
+) -> Figure:
     """Draw one question under four conditions, and the effects of all personas with their verdicts.
 
     verdicts: persona -> `Verdict.content()`. table: from `results_table`. The texts are of the persona with
     the largest native effect by a validated scorer, if there is one, at the first test prompt and seed.
-    Effects are by the scorer that decides, hollow if it is not validated.
+    Effects are by the scorer that decides, hollow if it is not validated. not_controls: conditions that
+    mapped need not beat, which are not drawn.
     """
     decided = [DecidedPersona.from_verdict(*each) for each in verdicts.items()]
     n_rows = len(decided) * (len(ROWS) + 1)
     figure = Figure(figsize=(15, max(6.5, 0.3 * n_rows + 1.2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _write_texts(left, max(decided, key=_native_effect), table)
-    _draw_effects(right, decided)
+    _draw_effects(right, decided, not_controls)
     return figure
 
 
@@ -137,7 +140,7 @@ def _lines(text: str, most: int) -> str:
     return without_formulas("\n".join(textwrap.wrap(text, COLUMNS, max_lines=most, placeholder=" …")))
 
 
-def _draw_effects(panel: Axes, decided: Sequence[DecidedPersona]) -> None:
+def _draw_effects(panel: Axes, decided: Sequence[DecidedPersona], not_controls: Sequence[str]) -> None:
     panel.axvline(0, color="grey", linewidth=0.8)
     ticks, labels, row = [], [], 0
     for each in decided:
@@ -152,7 +155,8 @@ def _draw_effects(panel: Axes, decided: Sequence[DecidedPersona]) -> None:
             transform=panel.get_yaxis_transform(),
         )
         for label, conditions in ROWS.items():
-            if (name := each.largest(conditions)) is None:
+            counting = [name for name in conditions if name not in not_controls]
+            if (name := each.largest(counting)) is None:
                 continue
             row += 1
             effect, condition = each.numbers["effects"][name], CONDITIONS[condition_of(name)]

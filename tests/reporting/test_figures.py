@@ -243,6 +243,15 @@ def test_headline_shows_the_first_texts_and_every_effect_of_the_deciding_scorer(
             assert (bar[0].get_markerfacecolor() == "white") is not scorer["is_validated"]
 
 
+def test_headline_leaves_out_what_mapped_need_not_beat():
+    found, table = decided()
+    counted, fewer = (
+        headline_figure(found, table, names).axes[1].containers
+        for names in ((), ("shuffled_pairs", "other_persona", "random_direction"))
+    )
+    assert len(counted) == len(fewer) + 1
+
+
 def test_off_target_figure_shows_who_is_steered_for_and_scored_as():
     matrix = {"oracle": {"loud": {"loud": 0.5, "calm": -0.25}, "calm": {"loud": 0.0, "calm": 0.75}}}
     panel = off_target_figure(matrix).axes[0]
