@@ -16,11 +16,11 @@ from scoring.degenerate_text import any_cut, can_be_corrupted, loop, shuffled, w
 from support.artifacts import fingerprint
 from texts.personas import Persona, load_persona, load_prompts, load_training_kinds, shipped_personas
 
-DEGENERATE_EVERY_NTH = 16  # of the whole texts, one in so many is also turned into a loop
+LOOPED, SHUFFLED = 1 / 16, 1 / 2  # shares of the whole texts that are also turned into these
 N_SALADS = 60
 N_JOINED = 40  # long texts of each persona and kind, of three texts each
-N_CHAINS = 120  # chains of the words of each persona's positive texts, and as many of all texts
-VERSION = 1  # must be raised when what is made of the same texts changes
+N_CHAINS = 240  # chains of the words of each persona's positive texts, and as many of all texts
+VERSION = 2  # must be raised when what is made of the same texts changes
 
 
 @dataclass(frozen=True)
@@ -45,30 +45,36 @@ def training_rows(whole: Sequence[Row], seed: int = 0) -> list[Row]:
 
     whole: from `natural_rows`. A seed draws other parts, and makes other degenerate texts.
     """
-    generator = random.Random(seed)
     long = [replace(row, whole=False) for row in whole if can_be_corrupted(row.text)]
-    cuts = [replace(row, text=any_cut(row.text, generator)) for row in long]
-    for of_kind in _by_kind(long).values():
-        parts = (generator.sample(of_kind, min(len(of_kind), 3)) for _ in range(N_JOINED))
+    cuts = [replace(row, text=any_cut(row.text, _drawing(seed, "cut", row.text))) for row in long]
+    for key, of_kind in _by_kind(long).items():
+        generator = _drawing(seed, "joined", *key)
+        parts = [generator.sample(of_kind, min(len(of_kind), 3)) for _ in range(N_JOINED)]
         cuts += [replace(rows[0], text=" ".join(row.text for row in rows)) for rows in parts]
-    degenerate = [replace(row, text=loop(row.text, generator)) for row in long[::DEGENERATE_EVERY_NTH]]
-    degenerate += [
-        replace(row, text=text, group=f"shuffled/{row.group}")
-        for row in _half(long, generator)
-        if (text := shuffled(row.text, generator)) != row.text
-    ]
-    words = [word for row in long for word in row.text.split()]
+    degenerate = []
+    for row in long:
+        generator = _drawing(seed, "degenerate", row.text)
+        if generator.random() < LOOPED:
+            degenerate.append(replace(row, text=loop(row.text, generator)))
+        if generator.random() < SHUFFLED and (text := shuffled(row.text, generator)) != row.text:
+            degenerate.append(replace(row, text=text, group=f"shuffled/{row.group}"))
+    generator, words = _drawing(seed, "salad"), [word for row in long for word in row.text.split()]
     salads = [word_salad(words, generator) for _ in range(N_SALADS)] if words else []
     degenerate += [Row(text, "", None, f"salad/{index}") for index, text in enumerate(salads)]
     for persona in dict.fromkeys([*(row.persona for row in long), None]):
         texts = [
             row.text for row in long if persona is None or (row.persona, row.kind) == (persona, "positive")
         ]
+        chains = word_chains(texts, _drawing(seed, "chain", persona), N_CHAINS)
         degenerate += [
-            Row(text, "", persona, f"chain/{persona}/{index}")
-            for index, text in enumerate(word_chains(texts, generator, N_CHAINS))
+            Row(text, "", persona, f"chain/{persona}/{index}") for index, text in enumerate(chains)
         ]
     return [*whole, *cuts, *(replace(row, kind="degenerate", may_show=()) for row in degenerate)]
+
+
+def _drawing(seed: int, *key: object) -> random.Random:
+    """Return what draws for one text or kind, so that a new text changes nothing of what others give."""
+    return random.Random(f"{seed}/{key}")
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[tuple[str | None, str, tuple[str, ...]], list[Row]]:
@@ -76,10 +82,6 @@ def _by_kind(rows: Sequence[Row]) -> dict[tuple[str | None, str, tuple[str, ...]
     for row in rows:
         found.setdefault((row.persona, row.kind, row.may_show), []).append(row)
     return found
-
-
-def _half(rows: Sequence[Row], generator: random.Random) -> list[Row]:
-    return generator.sample(rows, len(rows) // 2)
 
 
 def labelled_rows(persona: Persona) -> list[Row]:
@@ -135,7 +137,7 @@ def training_pool(persona: Persona) -> list[Persona]:
 def pool_key(personas: Sequence[Persona]) -> str:
     """Return what `training_rows` of these personas depend on."""
     rows = list(map(astuple, natural_rows(personas)))
-    return fingerprint(VERSION, DEGENERATE_EVERY_NTH, N_SALADS, N_JOINED, N_CHAINS, rows)
+    return fingerprint(VERSION, LOOPED, SHUFFLED, N_SALADS, N_JOINED, N_CHAINS, rows)
 
 
 @cache

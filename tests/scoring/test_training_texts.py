@@ -63,3 +63,12 @@ def test_a_seed_decides_what_is_made_of_the_texts(pirate):
         degenerate = [row.text for row in rows if row.kind == "degenerate"]
         assert len(degenerate) > len(list(filter(can_be_corrupted, [row.text for row in whole]))) / 2
         assert not set(degenerate) & {row.text for row in whole}
+
+
+def test_a_new_text_changes_nothing_that_is_made_of_texts_of_other_kinds(pirate):
+    whole = natural_rows([pirate])
+    new = Row("The mayor sat on a very small chair.", "ordinary", None, "/new")
+    before, after = (set(training_rows(rows)) for rows in (whole, [*whole, new]))
+    lost = [row for row in before - after if not row.group.startswith(("salad/", "chain/None/"))]
+    assert all((row.persona, row.kind, row.whole) == (None, "ordinary", False) for row in lost)
+    assert len(lost) <= 40  # joined ordinary texts
