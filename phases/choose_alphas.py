@@ -65,9 +65,6 @@ from texts.personas import Persona
 
 logger = logging.getLogger(__name__)
 
-N_EVALUATIONS_OF_KIND = (
-    3  # of a search for the alpha of a kind of vector; the chosen kind's goes on from there
-)
 N_COST_PAIRS = 40
 SCORERS = ("classifier",)  # the trait is reported beside a search and never used to choose
 
@@ -118,7 +115,7 @@ def _kinds_key(run: Run) -> str:
     kinds = [_with_kinds(run, dict.fromkeys(run.config.persona_names, kind)) for kind in VECTOR_KINDS]
     searched = [[vectors_key(each), search_key(each)] for each in kinds]
     named = run.config.extraction.by_persona
-    return fingerprint(N_EVALUATIONS_OF_KIND, searched, run.config.conditions, named)
+    return fingerprint(searched, run.config.conditions, named)
 
 
 FIGURE = "alpha_search.png"
@@ -197,7 +194,7 @@ def _measure_kind(
     with run.beside(f"extraction/{kind}", at_kind.inputs) as beside:
         vectors = make_vectors(beside, maps)
     steering = SteeringVectors.from_content(vectors)
-    alphas = find_alphas(at_kind, steering, of_kind=True)
+    alphas = find_alphas(at_kind, steering)
     before = unsteered_traits(at_kind, steering)
     found = {}
     for name in names:
@@ -352,11 +349,8 @@ def _measure_costs(run: Run) -> dict[str, Any]:
     return {"personas": costs}
 
 
-def find_alphas(run: Run, steering: SteeringVectors, of_kind: bool = False) -> dict[AlphaKey, ChosenAlpha]:
-    """Return the strongest alpha that leaves native texts coherent, for each persona: listed or searched.
-
-    of_kind: search less, for a kind of vector that may not be chosen.
-    """
+def find_alphas(run: Run, steering: SteeringVectors) -> dict[AlphaKey, ChosenAlpha]:
+    """Return the strongest alpha that leaves native texts coherent, for each persona: listed or searched."""
     config = run.config
     keys = [(name, ORACLE) for name in config.persona_names]
     measure = partial(_development_texts, run, steering)
@@ -365,7 +359,7 @@ def find_alphas(run: Run, steering: SteeringVectors, of_kind: bool = False) -> d
         listed = {key: config.alphas_of(key[0]) for key in keys}
         return choose_listed(listed, measure, _unsteered(run, steering), *bounds)
     bracket = alpha_bracket(run, steering.middle_norm)
-    n_evaluations = n_tried_alphas(config, config.persona_names[0], of_kind)
+    n_evaluations = config.alpha_search.n_evaluations
     return search_alphas(
         keys, measure, _unsteered(run, steering), bracket, bounds[0], n_evaluations, bounds[1]
     )
@@ -409,12 +403,10 @@ def _scored(run: Run, steering: SteeringVectors, cells: Sequence[Cell]) -> list[
     return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
-def n_tried_alphas(config: ExperimentConfig, persona: str, of_kind: bool = False) -> int:
-    """Return at how many alphas a persona's native vector is tried; of_kind: a kind, before one is chosen."""
-    if config.alpha_values != "auto":
-        return len(config.alphas_of(persona))
-    n = config.alpha_search.n_evaluations
-    return min(N_EVALUATIONS_OF_KIND, n) if of_kind else n
+def n_tried_alphas(config: ExperimentConfig, persona: str) -> int:
+    """Return at how many alphas a persona's native vector is tried."""
+    is_searched = config.alpha_values == "auto"
+    return config.alpha_search.n_evaluations if is_searched else len(config.alphas_of(persona))
 
 
 def _search(run: Run, steering: SteeringVectors) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _preparation(run: Run, rates: Rates) -> Iterator[Step]:
         n = config.n_training_samples
         yield f"responses that the map is learnt from: {n}", n * rates.text
     if config.open_kinds and not _is_current(EXTRACTION_CHOICE, run):
-        n_alphas = sum(n_tried_alphas(config, name, of_kind=True) for name in config.open_kinds)
+        n_alphas = sum(n_tried_alphas(config, name) for name in config.open_kinds)
         n = n_development * config.alpha_search.n_seeds * n_alphas * len(VECTOR_KINDS)
         yield (
             f"choice of what vectors are made from: {n} generations and evaluations, beside responses",
