@@ -188,7 +188,7 @@ def verdict_on(made: Population, chosen: np.ndarray) -> str:
 
 
 def verdict_shares(real: list[Population], n: int, generator: np.random.Generator) -> list[tuple[str, ...]]:
-    """Return a row for each truth and number of prompts: the share of each verdict."""
+    """Return a row for each truth and number of prompts: the share of the first two verdicts, and of each."""
     rows = []
     for kind in KINDS:
         made = [each for each in (with_truth(one, kind) for one in real) if each]
@@ -197,7 +197,8 @@ def verdict_shares(real: list[Population], n: int, generator: np.random.Generato
                 verdict_on(each, generator.integers(0, len(each[ORACLE]), size))
                 for each in (made[index % len(made)] for index in range(n))
             )
-            shares = [f"{words[word] / n:.1%}" for word in VERDICTS]
+            counts = [sum(words[word] for word in VERDICTS[:2]), *(words[word] for word in VERDICTS)]
+            shares = [f"{count / n:.1%}" for count in counts]
             rows.append((kind if isinstance(kind, str) else f"{kind:.0%}", str(size), *shares))
     return rows
 
@@ -238,7 +239,12 @@ def main() -> None:
     if not real:
         parser.error(f"{options.run}: no persona has a native effect and all controls")
     print(f"{len(real)} populations of scores, {options.n} experiments a cell\n")
-    print(markdown_table(("truth", "prompts", *VERDICTS), verdict_shares(real, options.n, generator)))
+    print(
+        markdown_table(
+            ("truth", "prompts", "either of the first two", *VERDICTS),
+            verdict_shares(real, options.n, generator),
+        )
+    )
     print("\nCoverage of the recovery's 95 % interval, by number of prompts\n")
     print(markdown_table(("true recovery", *map(str, SIZES)), coverage(real, options.n, generator)))
 
