@@ -4,10 +4,9 @@ A result is a number with a decimal point, a percentage, a ratio (`2 ×`), a tim
 or an interval with its estimate. It may be rounded further than its source. Plain integers ("three personas",
 "60 questions", 57/60), orders of magnitude, and what is written as code are not looked at.
 
-It has to be a float of the code or of a shipped configuration, or in what its section names: in
-`docs/results.md`, or in the output of a script that `docs/measured/` holds. An interval has to stand there
-behind its estimate. A sentence that cites others quotes them, and a section that says "not run" computes its
-numbers from assumptions.
+It has to be a constant of the code, or in what its section names: in `docs/results.md`, or in the output of
+a script that `docs/measured/` holds. An interval has to stand there behind its estimate. A sentence that
+cites others quotes them, and a section that says "not run" computes its numbers from assumptions.
 
 The words beside a number are not compared. `docs/results.md` has most shares of two digits, so that where it
 is named, a wrong one is surely found out only with its interval.
@@ -53,42 +52,32 @@ def numbers(path):
     return np.array([(value(m[1]), bool(set(".e") & set(m[1])), bool(m[2])) for m in found])
 
 
-def floats(path):
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, float)}
+def script_of(path):
+    return re.search(r"\w+\.py", path.read_text(encoding="utf-8"))[0]
 
 
 @pytest.fixture(scope="module")
 def sources():
-    """Return name -> sources that a section may name. Those of the name "" serve every section."""
-    code = [
-        path
-        for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))
-        if path.parent.name not in ("tests", "benchmarks")
-    ]
-    constants = [(each, True, False) for each in set().union(*map(floats, code))]
-    configurations = map(numbers, [ROOT / "example_config.json", *ROOT.glob("configs/**/*.json")])
-    shipped = [np.array(constants), *(found[found[:, 1] > 0] for found in configurations)]
-    known = {"": shipped, "results.md": [numbers(ROOT / "docs/results.md")]}
+    """Return name -> the sources that a section gets by naming it. The name "" is in every section."""
+    code = {*ROOT.glob("*.py"), *ROOT.glob("*/*.py")} - {*ROOT.glob("tests/*"), *ROOT.glob("benchmarks/*")}
+    nodes = (node for path in code for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    floats = {each.value for each in nodes if isinstance(getattr(each, "value", None), float)}
+    constants = np.array([(each, True, False) for each in floats])
+    known = {"": [constants], "results.md": [numbers(ROOT / "docs/results.md")]}
     for path in MEASURED:
         known.setdefault(script_of(path), []).append(numbers(path))
     return known
 
 
-def script_of(path):
-    return re.search(r"\w+\.py", path.read_text(encoding="utf-8"))[0]
-
-
 def same(source, written, is_percent, is_interval=False):
     """Return (n,): which numbers of a source the written one is, rounded as it is."""
-    values, is_decimal, of_hundred = source.T
-    is_decimal, of_hundred, digits = is_decimal > 0, of_hundred > 0, len(written.partition(".")[2])
-    as_is, times_100, by_100 = (
-        np.abs(factor * values - value(written)) <= 0.5 * 10**-digits + 1e-9 for factor in (1, 100, 0.01)
-    )
+    values, (is_decimal, of_hundred) = source[:, 0], source[:, 1:].T > 0
+    digits = len(written.partition(".")[2])
+    half = 0.5 * 10**-digits + 1e-9
+    as_is, times_100 = (np.abs(factor * values - value(written)) <= half for factor in (1, 100))
     if is_percent:
         return as_is & (of_hundred | is_interval) | times_100 & is_decimal
-    return as_is & ~of_hundred & (is_decimal | (digits == 0)) | by_100 & of_hundred & (digits > 0)
+    return as_is & ~of_hundred & (is_decimal | (digits == 0))
 
 
 def is_in(source, result):
@@ -136,7 +125,7 @@ def test_what_was_measured_says_by_which_command_and_when(path):
 TOLD = """# Speed
 
 By `bench_speed.py`, 0.97 [0.95,
-0.99], 12 to 13 %, and +2.6 at 1,079 tokens/s. Others (Li et al. 2016) say 7.7, and `7.8` is code. It is 2 of 3.
+0.99], 12 to 13 %, and +2.6 at 1,079 tokens/s. Others (Li et al. 2016) say 7.7, and `7.8` is code.
 
 # Elsewhere
 
