@@ -169,12 +169,13 @@ class ActivationExtractor:
                 left_out = set(self.tokenizer.all_special_ids)
                 kept = ([i for i, token in enumerate(ids) if i and token not in left_out] for ids in tokens)
                 token_indices = [of_text or last for of_text, last in zip(kept, token_indices, strict=True)]
-        return self._read(
+        return self.read(
             tokens,
             token_indices,
             wanted,
             lambda activations: activations.mean(0, keepdim=True),
-            batch_size=batch_size,
+            0,
+            batch_size,
         )
 
     def extract_tokens(
@@ -192,7 +193,7 @@ class ActivationExtractor:
         Raises InputError: an activation that is not finite (the text's index is named).
         """
         wanted = self.check_layers(layers, with_embeddings=True)
-        return self._read(tokens, token_indices, wanted, lambda rows: rows, first_index)
+        return self.read(tokens, token_indices, wanted, lambda rows: rows, first_index, None)
 
     def check_layers(self, layers: Sequence[int], with_embeddings: bool = False) -> list[int]:
         """Return the layers in ascending order, each once. Raises InputError: none, or one out of range."""
@@ -317,16 +318,20 @@ class ActivationExtractor:
             logger.warning("%d of %d texts were cut to %d tokens", n_long, len(tokens), self.max_length)
         return [ids[: self.max_length] for ids in tokens]
 
-    def _read(
+    def read(
         self,
         tokens: Sequence[Sequence[int]],
         token_indices: Sequence[Sequence[int]],
         layers: list[int],
         reduce: Callable[[Tensor], Tensor],
-        first_index: int = 0,
-        batch_size: int | None = None,
+        first_index: int,
+        batch_size: int | None,
     ) -> dict[int, Tensor]:
-        """Return layer_idx -> rows that `reduce` makes of each text's activations (tokens, layers, d)."""
+        """Return layer_idx -> rows that `reduce` makes of each text's activations (tokens, layers, d).
+
+        tokens, token_indices, first_index: as `extract_tokens` takes them. layers: ascending. batch_size: the
+        extractor's own where it is None.
+        """
 
         def run(indices: list[int]) -> list[Tensor]:
             batch = self._forward([tokens[i] for i in indices], [token_indices[i] for i in indices], layers)

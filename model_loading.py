@@ -64,6 +64,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Parts of other modalities, and buffers that old checkpoints store with the weights.
 HARMLESS_WEIGHTS = re.compile(r"vision|visual|image|audio|speech|rotary_emb|inv_freq|masked_bias|attn\.bias")
 HUB = "load the model from its safetensors folder or hub id"
+BYTES = {"8bit": 1.0, "4bit": 0.5}  # of a weight of a linear layer that bitsandbytes packs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,11 +133,19 @@ def _load(
     has_tokenizer = base is None or (Path(location) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(location if has_tokenizer else base, **options)
     config = AutoConfig.from_pretrained(base or location, **options)
+    is_stored_so = getattr(config, "quantization_config", None) is not None
+    if is_stored_so and quantization != "none":
+        raise InputError(
+            f"quantization {quantization!r} is for plain weights, but those of {name_or_path!r} are "
+            "quantised; choose 'none'"
+        )
     placed = _quantised(quantization, device, dtype)
     if device_map is not None:
         placed |= {"device_map": device_map, "offload_folder": _new_offload_folder()}
-    elif placed or getattr(config, "quantization_config", None) is not None:
-        placed["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
+    elif placed or is_stored_so or device.type == "cuda":
+        if device.type == "cuda" and not is_stored_so:
+            _check_fits(name_or_path, config, device, dtype, quantization, options)
+        placed["device_map"] = {"": device}  # loads onto it; quantised weights cannot be moved afterwards
     model = _with_all_weights(base or location, dtype=dtype, **options, **placed)
     if base is not None:
         from peft import PeftModel  # takes seconds to import and few need it
@@ -157,9 +166,50 @@ def _quantised(quantization: str, device: torch.device, dtype: torch.dtype) -> d
     if device.type != "cuda" or not is_bitsandbytes_available():
         needs = "a CUDA device and the package bitsandbytes"
         raise InputError(f"quantization {quantization!r} needs {needs}; choose 'none'")
+    if dtype == torch.float32:
+        raise InputError(
+            f"quantization {quantization!r} multiplies in 16 bits, but dtype is float32; choose bfloat16 or "
+            "auto"
+        )
     width = {f"load_in_{quantization}": True}
     config = BitsAndBytesConfig(**width, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config}
+
+
+def _check_fits(
+    name_or_path: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Raise InputError: the weights take more bytes than a card has free. It says what would fit."""
+    with torch.device("meta"):
+        remote = {"trust_remote_code": options["trust_remote_code"]}
+        empty = AutoModelForCausalLM.from_config(config, **remote)
+    free, total = torch.cuda.mem_get_info(device)
+    needed = weight_bytes(empty, dtype, quantization)
+    if needed <= free:
+        return
+    smaller = {
+        '"dtype": "bfloat16"': weight_bytes(empty, torch.bfloat16, quantization),
+        **{f'"quantization": "{kind}"': weight_bytes(empty, torch.bfloat16, kind) for kind in BYTES},
+    }
+    fitting = [f"{key} ({n:,} bytes)" for key, n in smaller.items() if n < min(free + 1, needed)]
+    raise InputError(
+        f"{name_or_path!r} has {needed:,} bytes of weights ({dtype}, quantization {quantization!r}), and "
+        f"{device} has {free:,} of {total:,} free; what fits is "
+        + ", ".join([*fitting, '"device_map": "auto", which also fills other cards and the host'])
+    )
+
+
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: str = "none") -> int:
+    """Return how many bytes a model's weights take; it may be on the meta device."""
+    n_all, head = sum(weights.numel() for weights in model.parameters()), model.get_output_embeddings()
+    linear = (each for each in model.modules() if isinstance(each, nn.Linear) and each is not head)
+    n_packed = sum(each.weight.numel() for each in linear) if quantization in BYTES else 0
+    return int(n_packed * BYTES.get(quantization, 0) + (n_all - n_packed) * dtype.itemsize)
 
 
 def _with_all_weights(location: str, **options: Any) -> PreTrainedModel:
@@ -270,8 +320,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(default if device == "auto" else device)
         torch.empty(1, device=chosen, dtype=torch.float64)
     except (RuntimeError, AssertionError) as error:
+        n = torch.cuda.device_count()
+        cards = f"'cuda:0' to 'cuda:{n - 1}', " if n else ""
         raise InputError(
-            f"device {str(device)!r} cannot be used here: {first_line(error)}; choose 'auto' or 'cpu'"
+            f"device {str(device)!r} cannot be used here: {first_line(error)}; choose {cards}'auto' or 'cpu'"
         ) from error
     return chosen
 
@@ -419,6 +471,28 @@ def is_causal(model: PreTrainedModel) -> bool:
         remedy = "use bfloat16 or float32, or check the weights"
         raise InputError(f"the logits are not finite in {model.dtype}; {remedy}")
     return torch.allclose(logits[0], logits[1], rtol=0, atol=0.02 * logits.std().item())
+
+
+class RestingBlocks:
+    """Let a model's decoder blocks rest in host memory; the next pass through them brings them back.
+
+    Its embeddings and head stay on the device.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self._blocks, self._device = blocks, next(blocks.parameters()).device
+        blocks[0].register_forward_pre_hook(lambda *_: self._move(self._device))
+
+    def rest(self) -> None:
+        """Move the blocks to the host, and leave the room to others."""
+        self._move(torch.device("cpu"))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _move(self, device: torch.device) -> None:
+        if next(self._blocks.parameters()).device != device:
+            with torch.inference_mode(False):  # in which moved weights could not be moved again
+                self._blocks.to(device)
 
 
 def untrained_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -35,8 +35,9 @@ from ablations.layers import ablate_layers
 from ablations.samples import ablate_samples
 from analysis.results_table import effects_table, results_table
 from experiment.config import ExperimentConfig
-from experiment.executor import Executor, start_executor
+from experiment.executor import Executor, read_by_workers, start_executor
 from experiment.inputs import Inputs, configured, load_inputs, read_personas
+from experiment.models import SIDES
 from experiment.plan import Row, SteeringVectors
 from experiment.run import Run
 from model_loading import quiet_transformers
@@ -85,7 +86,8 @@ class PersonaTransferExperiment:
         check_writable(self.folder.path)
 
     def __repr__(self) -> str:
-        return f"PersonaTransferExperiment({self.config.source_model} -> {self.config.target_model})"
+        source, target = (self.config.place_of(f"{side}_model").name for side in SIDES)
+        return f"PersonaTransferExperiment({source} -> {target})"
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -219,7 +221,7 @@ class PersonaTransferExperiment:
                 self.folder.lock()
             if asks_judge:
                 check_judge(self.config, self.folder)
-            run = Run(self.inputs, self.folder, self.executor)
+            run = Run(read_by_workers(self.inputs, self.executor), self.folder, self.executor)
             with self.folder.logged(), logged_progress():
                 for line in (*conditions_of(run.inputs), *verdict_gaps(run.inputs)):
                     logger.info("%s", line)

@@ -193,7 +193,7 @@ class Scorer:
     """One measure of a trait, 0 to 1.
 
     column: of the results table; a trained scorer's ends in `_probability`. module: in `scoring/`, with
-        `load_scorers(names, personas, language_model)`, which returns persona -> an object with
+        `load_scorers(names, personas, language_model, device)`, which returns persona -> an object with
         `score(texts)` and `threshold`, and `scorer_key(persona, language_model)`, what it depends on; None
         for a score that is computed elsewhere. A configuration may leave a trained scorer out by a key of its
         name that is false.
@@ -211,12 +211,14 @@ class Scorer:
         """The label as a sentence holds it."""
         return f"{self.article}{self.label}"
 
-    def load(self, names: Sequence[str], personas: Sequence[Any], language_model: str) -> dict[str, Any]:
+    def load(
+        self, names: Sequence[str], personas: Sequence[Any], language_model: str, device: str
+    ) -> dict[str, Any]:
         """Return persona -> scorer of the named personas with labelled texts.
 
-        language_model: the packaged one that shares no weights with the target.
+        language_model: the packaged one that shares no weights with the target. device: of the encoder.
         """
-        return import_module(self.module).load_scorers(names, personas, language_model)
+        return import_module(self.module).load_scorers(names, personas, language_model, device)
 
     def key(self, persona: Any, language_model: str) -> str:
         """Return what the scorer of a persona depends on, without training it."""

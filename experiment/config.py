@@ -190,6 +190,10 @@ def _device_map(value: Any) -> str | dict[str, int | str] | None:
     return value
 
 
+DeviceMap = Annotated[str | dict[str, int | str] | None, PlainValidator(_device_map)]
+Dtype = Literal["auto", "fastest", "float32", "bfloat16", "float16"]
+
+
 def _check_day(value: str) -> None:
     try:
         date.fromisoformat(value)
@@ -307,19 +311,53 @@ class AlphaSearchConfig(_Strict):
 class ExecutorConfig(_Strict):
     """Where the grids run: in this process, or on a Ray cluster; see `ray_executor`.
 
-    address: of a Ray cluster; without it Ray starts on this machine. n_workers: by default one a GPU,
-        or one a machine without GPUs.
+    address: of a Ray cluster; without it Ray starts on this machine. n_workers: by default as many as the
+        GPUs allow, or one a machine without GPUs. gpus_per_worker: more than one for models that one GPU does
+        not hold, with `device_map` or a device for each.
     """
 
     kind: Literal["local", "ray"] = "local"
     address: Text | None = None
     n_workers: Count | None = None
+    gpus_per_worker: Annotated[int, Field(ge=1, le=64)] = 1
 
     @model_validator(mode="after")
     def _check_kind(self) -> "ExecutorConfig":
-        if self.kind == "local" and (self.address or self.n_workers):
-            raise ValueError('executor: address and n_workers are of use with "kind": "ray" alone')
+        if self.kind == "local" and (self.address or self.n_workers or self.gpus_per_worker > 1):
+            raise ValueError(
+                'executor: address, n_workers and gpus_per_worker are of use with "kind": "ray" alone'
+            )
         return self
+
+
+class ModelConfig(_Strict):
+    """A model with a place of its own; what is left out is as for the whole run.
+
+    offload: of the source, whose decoder blocks lie in host memory while the target writes.
+    """
+
+    name: LocalPath
+    device: Text | None = None
+    device_map: DeviceMap = None
+    dtype: Dtype | None = None
+    quantization: Quantization | None = None
+    offload: bool = False
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "ModelConfig":
+        if self.offload and (self.device_map or self.quantization not in (None, "none")):
+            raise ValueError(
+                "offload moves whole blocks between one device and the host; leave it out with device_map or "
+                "quantization"
+            )
+        return self
+
+
+# A name, or an object where more is to be said.
+Model = Annotated[
+    Annotated[LocalPath, Tag("tag-name")] | Annotated[ModelConfig, Tag("tag-model")],
+    Discriminator(lambda value: "tag-model" if isinstance(value, dict | ModelConfig) else "tag-name"),
+]
 
 
 class GivenVectors(_Strict):
@@ -366,7 +404,7 @@ class JudgeConfig(_Strict):
     """
 
     kind: Literal["server", "local"] = "server"
-    model: Text = "gpt-4o"
+    model: Model = "gpt-4o"
     base_url: String | None = None
     api_key_env: Text = "OPENAI_API_KEY"
     max_workers: Count = 4
@@ -380,10 +418,14 @@ class JudgeConfig(_Strict):
     def _check_kind(self) -> "JudgeConfig":
         of_server = {"base_url", "api_key_env", "max_workers", "max_answer_tokens", "max_usd"}
         of_server |= {"request_options"}
-        if self.kind == "local" and (odd := sorted(of_server & self.model_fields_set)):
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        odd = sorted(name for name in of_server if getattr(self, name) != defaults[name])
+        if self.kind == "local" and odd:
             raise ValueError(f'judge.{odd[0]} is of use with "kind": "server" alone; leave it out')
         if self.kind == "local" and "model" not in self.model_fields_set:
             raise ValueError("judge.model is not set; name the instruct model that judges")
+        if self.kind == "server" and isinstance(self.model, ModelConfig):
+            raise ValueError('judge.model is loaded here with "kind": "local" alone; give its name')
         return self
 
 
@@ -415,8 +457,8 @@ class ExperimentConfig(_Strict):
     n_capability_questions: on which the steered target's accuracy is measured; 0 leaves it out.
     """
 
-    source_model: LocalPath
-    target_model: LocalPath
+    source_model: Model
+    target_model: Model
     output_dir: LocalPath
     layer_idx: Annotated[int | str | None, PlainValidator(_layer)] = None
     source_layer_idx: Layer | Layers | None = None
@@ -430,9 +472,9 @@ class ExperimentConfig(_Strict):
     target_revision: Text | None = None
     trust_remote_code: bool = False
     device: Text = "auto"
-    device_map: Annotated[str | dict[str, int | str] | None, PlainValidator(_device_map)] = None
+    device_map: DeviceMap = None
     executor: ExecutorConfig = ExecutorConfig()
-    dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     quantization: Quantization = "none"
 
     neutral_text: LocalPath = "wikitext-103"
@@ -525,9 +567,32 @@ class ExperimentConfig(_Strict):
             raise ValueError(
                 f"temperature is {self.temperature:g}, expected 0 (greedy) or {LOWEST_TEMPERATURE:g} or more"
             )
+        if odd := [key for key in ("target_model", "judge.model") if self.place_of(key).offload]:
+            raise ValueError(
+                f"{odd[0]}.offload: the source alone rests while the target writes; leave it out"
+            )
+        if self.executor.kind == "ray":
+            self._check_workers()
         self._check_personas()
         self._check_size()
         return self
+
+    def _check_workers(self) -> None:
+        n = self.executor.gpus_per_worker
+        for key in ("source_model", "target_model"):
+            place = self.place_of(key)
+            number = place.device.removeprefix("cuda:")
+            if number.isdecimal() and int(number) >= n:
+                raise ValueError(
+                    f"{key} is to be on {place.device}, but a Ray worker has {n} GPU{'s' * (n > 1)}, "
+                    f"numbered from 0; set executor.gpus_per_worker to {int(number) + 1}"
+                )
+            if place.quantization != "none":
+                raise ValueError(
+                    f"{key} with quantization {place.quantization!r}: the process that hands chunks to Ray's "
+                    "workers takes no GPU and cannot quantise; leave out the executor, or raise "
+                    'executor.gpus_per_worker with "device_map": "auto"'
+                )
 
     def _check_personas(self) -> None:
         n = len(self.persona_names)
@@ -764,6 +829,18 @@ class ExperimentConfig(_Strict):
             if self.halves_texts:
                 check_halves(persona, self.kind_of(persona.name))
         return personas
+
+    def place_of(self, key: str) -> ModelConfig:
+        """Return a model with its device, device_map, dtype and quantization, its own or those of the run.
+
+        key: `source_model`, `target_model` or `judge.model`. A device of its own rules out the run's map.
+        """
+        given = self.judge.model if key == "judge.model" else getattr(self, key)
+        own = given.model_dump(exclude_none=True) if isinstance(given, ModelConfig) else {"name": given}
+        shared = {name: getattr(self, name) for name in ("device", "device_map", "dtype", "quantization")}
+        if "device" in own:
+            del shared["device_map"]
+        return ModelConfig.model_construct(**{**shared, **own})
 
     def format_of(self, side: str) -> str:
         """Return how the model of a side, `source` or `target`, is to be shown prompts: raw, chat or auto."""

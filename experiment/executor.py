@@ -5,6 +5,7 @@ Worker each. What a chunk gives depends on the chunk alone, so both executors gi
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,15 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from activation_extractor import ActivationExtractor
 from evaluation import continuation_perplexities
 from experiment.config import ExperimentConfig
 from experiment.inputs import Inputs
 from experiment.models import Side, load_side
 from experiment.ray_executor import RayExecutor
-from maps.pair_collection import CollectedPairs, PairSettings, document_folds, merge_pairs, read_pairs
+from maps.pair_collection import (
+    CollectedPairs,
+    PairSettings,
+    document_folds,
+    join_pairs,
+    merge_pairs,
+    read_pairs,
+)
 from model_loading import DTYPES, PACKAGED_MODELS, plain_model
 from steered_generation import Generation, SteeredGenerator
 from texts.neutral_text import NeutralText
@@ -111,7 +121,17 @@ class Worker:
         source = (
             self._untrained(settings.untrained) if settings.untrained is not None else self.side("source")
         )
-        return read_pairs(source.extractor, self.side("target").extractor, texts, settings, fold_of)
+        extractors = source.extractor, self.side("target").extractor
+        parts = (texts[at : at + EXTRACTION_CHUNK] for at in range(0, len(texts), EXTRACTION_CHUNK))
+        return join_pairs(read_pairs(*extractors, part, settings, fold_of) for part in parts)
+
+    def read(self, name: str, *given: Any) -> dict[int, Tensor]:
+        """Return what a side's extractor reads; see `ActivationExtractor.read`."""
+        return self.side(name).extractor.read(*given)
+
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        """Return function(this worker, *given), of a function that its process can import."""
+        return function(self, *given)
 
     def _untrained(self, seed: int) -> Side:
         """Return the source with random weights; that of one seed is kept."""
@@ -128,6 +148,9 @@ class Worker:
         rows: with `prompt` as the model reads it, `seed` and `alpha` (None for unsteered).
         vectors: (rows, layers, d_target).
         """
+        source = self._sides.get("source")
+        if settings.side == "target" and isinstance(source, Side) and source.resting:
+            source.resting.rest()
         return self._generator(settings).generate_batch(
             [row["prompt"] for row in rows],
             settings.max_new_tokens,
@@ -188,8 +211,8 @@ class Worker:
             generator.clear_steering()
 
     def _scoring_model(self, side: Side, dtype: str | None) -> PreTrainedModel:
-        """Return a side's model in a dtype; a copy that is kept, if it is another one."""
-        if dtype is None or DTYPES[dtype] == side.model.dtype:
+        """Return a side's model in a dtype; on the CPU a copy that is kept, if it is another one."""
+        if dtype is None or DTYPES[dtype] == side.model.dtype or side.model.device.type != "cpu":
             return side.model
         key = (side.name, dtype)
         if key not in self._copies:
@@ -198,10 +221,15 @@ class Worker:
 
 
 class LocalExecutor:
-    """Run chunks one after the other in this process."""
+    """Run chunks one after the other in this process.
+
+    n_workers, has_gpus: as a Ray executor's, which says of workers elsewhere whether they alone have GPUs.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+
+    n_workers, has_gpus = 1, False
 
     def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Yield (chunk index, the worker's method(*chunk)), in order."""
@@ -222,29 +250,61 @@ def start_executor(inputs: Inputs) -> Executor:
     if settings.kind == "local":
         return LocalExecutor(Worker({side.name: side for side in inputs.sides}))
     sides = {side.name: _loader(inputs.config, side) for side in inputs.sides}
-    return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers)
+    return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers, settings.gpus_per_worker)
+
+
+def read_by_workers(inputs: Inputs, executor: Executor) -> Inputs:
+    """Return inputs whose models are read by workers, if the workers alone have GPUs."""
+    if not executor.has_gpus:
+        return inputs
+    source, target = (replace(side, extractor=WorkersExtractor(side, executor)) for side in inputs.sides)
+    return replace(inputs, source=source, target=target)
+
+
+class WorkersExtractor(ActivationExtractor):
+    """An extractor that tokenises here, and has workers read."""
+
+    def __init__(self, side: Side, executor: RayExecutor) -> None:
+        vars(self).update(vars(side.extractor))
+        self._name, self._executor = side.name, executor
+
+    def read(
+        self, tokens: Sequence[Sequence[int]], token_indices: Sequence[Sequence[int]], *given: Any
+    ) -> dict[int, Tensor]:
+        """Return what the workers' extractors read, in chunks of texts."""
+        layers, reduce, first_index, batch_size = given
+        chunks = []
+        for start in range(0, len(tokens), EXTRACTION_CHUNK):
+            rows = slice(start, start + EXTRACTION_CHUNK)
+            of_chunk = tokens[rows], token_indices[rows], layers, reduce, first_index + start, batch_size
+            chunks.append((self._name, *of_chunk))
+        with closing(self._executor.run("read", chunks)) as results:
+            found = list(_in_order(results))
+        self.n_tokens += sum(map(len, tokens))
+        return {layer: torch.cat([part[layer] for part in found]) for layer in found[0]}
 
 
 def _loader(config: ExperimentConfig, side: Side) -> Callable[[], Side]:
     """Return what loads the same model in the same dtype in another process, also from another folder."""
+    key, path = f"{side.name}_model", Path(side.model_name).expanduser()
     changes = {"dtype": str(side.model.dtype).removeprefix("torch.")}
-    path = Path(side.model_name).expanduser()
     if side.model_name not in PACKAGED_MODELS and path.exists():
-        changes[f"{side.name}_model"] = str(path.resolve())
-    changed = config.model_copy(update=changes)
+        changes["name"] = str(path.resolve())
+    changed = config.model_copy(update={key: config.place_of(key).model_copy(update=changes)})
     return partial(load_side, changed, side.name, expected_fingerprint=side.fingerprint)
 
 
 def collect_in_chunks(
     executor: Executor, texts: Sequence[NeutralText], settings: PairSettings
 ) -> CollectedPairs:
-    """Return the sums over all texts for every layer pair, read chunk by chunk by the executor's workers.
+    """Return the sums over all texts for every layer pair, which the executor's workers read and merge.
 
     Raises InputError: fewer documents than folds, no pair at all, or as `paired_activations`.
     """
     fold_of = document_folds(texts, settings)
-    starts = range(0, len(texts), EXTRACTION_CHUNK)
-    chunks = [(texts[start : start + EXTRACTION_CHUNK], settings, fold_of) for start in starts]
+    # The sums of a band take gigabytes, so that each worker sends them once.
+    size = EXTRACTION_CHUNK * math.ceil(len(texts) / EXTRACTION_CHUNK / executor.n_workers)
+    chunks = [(texts[at : at + size], settings, fold_of) for at in range(0, len(texts), size)]
     started = time.perf_counter()
     with closing(executor.run("pairs", chunks)) as results:
         pairs = merge_pairs(_in_order(results))

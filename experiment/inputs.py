@@ -17,7 +17,7 @@ from typing import Any
 from activation_extractor import PersonaVector
 from experiment.conditions import CONDITIONS, N_DRAWS, SCORERS, TRAINED_SCORERS
 from experiment.config import ExperimentConfig, load_config
-from experiment.models import SIDES, LoadedModel, Side, load_side
+from experiment.models import SIDES, LoadedModel, Side, load_side, on_driver
 from experiment.prompting import Prompting
 from judging.gpt_judge import GPTJudge
 from judging.local_judge import LocalJudge
@@ -30,6 +30,7 @@ from model_loading import (
     is_on_a_hub,
     model_fingerprint,
     plain_model,
+    resolve_device,
 )
 from scoring.encoders import independent_model
 from scoring.trait_scorer import check_labelled
@@ -176,10 +177,9 @@ class Inputs:
     @property
     def evaluation_dtype(self) -> str | None:
         """The dtype in which texts are scored, None for the models' own; `auto` is this machine's fastest."""
-        wanted = self.config.evaluation_dtype
+        wanted, model = self.config.evaluation_dtype, self.target.model
         if wanted != "auto":
             return wanted
-        model = self.target.model
         fastest = fastest_dtype(model.device, model.dtype)
         return None if fastest == model.dtype else str(fastest).removeprefix("torch.")
 
@@ -311,6 +311,10 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     loaded: side -> model and tokenizer, of sides that need not be loaded.
     Raises InputError for whatever cannot be used; for texts before a model is loaded.
     """
+    driver = on_driver(config)
+    scores_on = config.device if driver is config else "cpu"
+    for key in _loaded_models(config):
+        resolve_device(driver.place_of(key).device)
     personas = read_personas(config)
     others = [name for name in shipped_personas() if name not in config.persona_names]
     labelled = (*personas, *map(load_persona, others))
@@ -318,7 +322,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     questions, styles = _neutral_questions(config, personas), _neutral_styles(config, personas)
     with _hub_lines(config):
         judge, passages = load_judge(config), _checked_neutral_texts(config, personas)
-        source, target = (load_side(config, name, (loaded or {}).get(name)) for name in SIDES)
+        source, target = (load_side(driver, name, (loaded or {}).get(name)) for name in SIDES)
     labelled = tuple(_as_words(persona, source, target) for persona in labelled)
     prompting = _prompting(config, source, target)
     asks = prompting.asks_questions
@@ -337,7 +341,9 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
         layer_pairs=((source.extractor.layer_idx, target.extractor.layer_idx),),
         prompting=prompting,
         judge=judge,
-        load_scorers=cache(partial(_load_scorers, personas, independent_model(target.shape, source.shape))),
+        load_scorers=cache(
+            partial(_load_scorers, personas, independent_model(target.shape, source.shape), scores_on)
+        ),
         given=given,
         neutral_questions=questions,
         neutral_styles=styles,
@@ -350,6 +356,7 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     _check_embeddings(inputs)
     _check_prompts(inputs)
     _check_judge(inputs)
+    _check_evaluation_dtype(inputs)
     for note in inputs.notes:
         logger.warning("%s", note)
     return inputs
@@ -378,16 +385,20 @@ def configured(
     return checked, loaded
 
 
+def _loaded_models(config: ExperimentConfig) -> list[str]:
+    """Return the keys of the models that are loaded here."""
+    judges = ["judge.model"] if config.use_gpt4 and config.judge.kind == "local" else []
+    return [*(f"{side}_model" for side in SIDES), *judges]
+
+
 @contextmanager
 def _hub_lines(config: ExperimentConfig) -> Iterator[None]:
     """Name all lines of a configuration that need a hub, if it cannot be reached in the body."""
     try:
         yield
     except HubError as error:
-        models = {f"{side}_model": getattr(config, f"{side}_model") for side in SIDES}
-        if config.use_gpt4 and config.judge.kind == "local":
-            models["judge.model"] = config.judge.model
-        lines = {key: name for key, name in models.items() if is_on_a_hub(name)}
+        names = {key: config.place_of(key).name for key in _loaded_models(config)}
+        lines = {key: name for key, name in names.items() if is_on_a_hub(name)}
         if config.neutral_text == "wikitext-103":
             lines["neutral_text"] = config.neutral_text
         needed = ", ".join(f'"{key}": "{name}"' for key, name in lines.items())
@@ -403,7 +414,9 @@ def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
     if not config.use_gpt4:
         return None
     if settings.kind == "local":
-        return LocalJudge(settings.model, config.device, config.dtype, config.evaluation_batch_size)
+        place, size = config.place_of("judge.model"), config.evaluation_batch_size
+        options = {"device_map": place.device_map, "quantization": place.quantization}
+        return LocalJudge(place.name, place.device, place.dtype, size, **options)
     return GPTJudge(
         settings.model,
         settings.base_url,
@@ -465,6 +478,18 @@ def _check_judge(inputs: Inputs) -> None:
             f"judge.model {judge.name!r} is the target model {target.model_name!r}, which can't judge what "
             "it writes when it is steered; name another model"
         )
+
+
+def _check_evaluation_dtype(inputs: Inputs) -> None:
+    """Raise InputError: texts are to be scored in another dtype by a model that would be copied on a card."""
+    wanted = inputs.config.evaluation_dtype
+    for side in map(inputs.side, inputs.perplexity_sides):
+        own, device = str(side.model.dtype).removeprefix("torch."), side.model.device
+        if wanted not in ("auto", own) and device.type != "cpu":
+            raise InputError(
+                f"evaluation_dtype {wanted!r} would copy the {side.name} model, on {device} in {own}; "
+                f"leave it out, or load the model in {wanted}"
+            )
 
 
 def _check_layers(inputs: Inputs) -> None:
@@ -678,9 +703,11 @@ def _neutral_texts(config: ExperimentConfig, personas: Sequence[Persona], n_text
     return load_neutral_texts(config.neutral_text, n_texts, forbidden, config.seed)
 
 
-def _load_scorers(personas: Sequence[Persona], language_model: str, scorer: str) -> dict[str, Any]:
+def _load_scorers(
+    personas: Sequence[Persona], language_model: str, device: str, scorer: str
+) -> dict[str, Any]:
     """Return persona -> scorer of one kind, and log its AUC."""
-    found = SCORERS[scorer].load([persona.name for persona in personas], personas, language_model)
+    found = SCORERS[scorer].load([persona.name for persona in personas], personas, language_model, device)
     for name, trained in found.items():
         if (auc := getattr(trained, "auc", None)) is not None:
             logger.info("%s of %s: cross-validated AUC %.3f", SCORERS[scorer].label, name, auc)

@@ -5,11 +5,21 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activation_extractor import ActivationExtractor
 from experiment.config import ExperimentConfig
-from model_loading import decoder_blocks, load_model, model_fingerprint, plain_model, untrained_model
+from experiment.ray_executor import has_gpus
+from model_loading import (
+    RestingBlocks,
+    decoder_blocks,
+    load_model,
+    model_fingerprint,
+    plain_model,
+    resolve_dtype,
+    untrained_model,
+)
 from support.artifacts import fingerprint
 from support.errors import InputError
 
@@ -23,7 +33,8 @@ LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 class Side:
     """One of the two models with what reads it.
 
-    name: `source` or `target`. model_name: what the configuration calls the model.
+    name: `source` or `target`. model_name: what the configuration calls the model. resting: what moves its
+        blocks to the host while the other one writes, if they are to.
     """
 
     name: str
@@ -32,6 +43,7 @@ class Side:
     tokenizer: PreTrainedTokenizerBase
     extractor: ActivationExtractor
     fingerprint: str
+    resting: RestingBlocks | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -76,7 +88,26 @@ class Side:
                 model, self.tokenizer, own.layer_idx, batch_size=own.batch_size, block_path=own.block_path
             ),
             fingerprint=fingerprint(self.fingerprint, "untrained", seed),
+            resting=None,
         )
+
+
+def on_driver(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the configuration by which the process that you start loads source and target.
+
+    Where workers of a Ray cluster have the GPUs, it takes none: its models are on the CPU, in the dtype that
+    `auto` and `fastest` are on a worker.
+    """
+    if config.executor.kind == "local" or not has_gpus(config.executor.address):
+        return config
+    places = {}
+    for key in (f"{side}_model" for side in SIDES):
+        place = config.place_of(key)
+        device = torch.device("cpu" if place.device == "cpu" else "cuda")
+        dtype = str(resolve_dtype(place.dtype, device)).removeprefix("torch.")
+        own = {"device": "cpu", "device_map": None, "dtype": dtype, "offload": False}
+        places[key] = place.model_copy(update=own)
+    return config.model_copy(update=places)
 
 
 def load_side(
@@ -91,17 +122,17 @@ def load_side(
     expected_fingerprint: of the side as another process has loaded it.
     Raises InputError as `load_model` and `decoder_blocks` do, or if the model is not the expected one.
     """
-    model_name, block_path = getattr(config, f"{name}_model"), getattr(config, f"{name}_block_path")
+    place, block_path = config.place_of(f"{name}_model"), getattr(config, f"{name}_block_path")
     if loaded is None:
-        logger.info("loading the %s model %s", name, model_name)
+        logger.info("loading the %s model %s", name, place.name)
         model, tokenizer = load_model(
-            model_name,
-            config.device,
-            config.dtype,
+            place.name,
+            place.device,
+            place.dtype,
             config.trust_remote_code,
-            config.device_map,
+            place.device_map,
             getattr(config, f"{name}_revision"),
-            config.quantization,
+            place.quantization,
         )
     else:
         model, tokenizer = plain_model(loaded[0]).eval(), loaded[1]
@@ -112,10 +143,11 @@ def load_side(
         found = fingerprint(found, block_path)
     if expected_fingerprint not in (None, found):
         raise InputError(
-            f"the {name} model {model_name} differs between the machines of this run; "
+            f"the {name} model {place.name} differs between the machines of this run; "
             "give all of them the same files, library versions and dtype"
         )
-    side = Side(name, model_name, model, tokenizer, extractor, found)
+    resting = RestingBlocks(extractor.blocks) if place.offload else None
+    side = Side(name, place.name, model, tokenizer, extractor, found, resting)
     shape = f"{side.d_model} dimensions, {side.n_blocks} blocks"
     logger.info("%s: %s, %s on %s", name, shape, model.dtype, model.device)
     return side

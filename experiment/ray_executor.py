@@ -54,29 +54,31 @@ class RayExecutor:
     """Workers on a Ray cluster; close it, or use it as a context manager."""
 
     def __init__(
-        self, make_worker: Callable[[], Any], address: str | None = None, n_workers: int | None = None
+        self,
+        make_worker: Callable[[], Any],
+        address: str | None = None,
+        n_workers: int | None = None,
+        gpus_per_worker: int = 1,
     ) -> None:
         """Connect and wait until every worker has its place.
 
         make_worker: picklable, for example functools.partial(Worker, settings); called once in each worker.
         address: None starts a local Ray; "auto", "ray://host:port" or "host:port" is a cluster.
             A Ray that the caller has initialised is used as it is, whatever the address, and stays up.
-        n_workers: default one for each GPU, or without GPUs one for each node with all its CPUs.
+        n_workers: default as many as the GPUs allow, or without GPUs one for each node with all its CPUs.
+        gpus_per_worker: where there are any.
         Raises InputError: Ray is not installed, no cluster at the address, no room for the workers.
         """
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError(
-                "the Ray executor needs Ray, which is not installed: pip install -r requirements-ray.txt"
-            ) from error
+        ray = _ray()
         self._ray, self._actors = ray, []
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             _connect(ray, address)
         sends_code = self._started_ray and address is not None
         try:
-            for number, place in enumerate(plan_places(ray.nodes(), n_workers)):
+            places = plan_places(ray.nodes(), n_workers, gpus_per_worker)
+            self.has_gpus = places[0].n_gpus > 0
+            for number, place in enumerate(places):
                 actor = ray.remote(_Host).options(**_options(place, sends_code))
                 self._actors.append(actor.remote(number, make_worker))
             self._wait_for_places()
@@ -89,6 +91,11 @@ class RayExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def n_workers(self) -> int:
+        """How many workers there are."""
+        return len(self._actors)
 
     def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Yield (chunk index, worker.method(*chunk)) for every chunk, as they finish.
@@ -199,16 +206,51 @@ class _Host:
         return [self._records.get() for _ in range(self._records.qsize())]
 
 
-def plan_places(nodes: Sequence[Mapping[str, Any]], n_workers: int | None = None) -> list[Place]:
+def has_gpus(address: str | None = None) -> bool:
+    """Return whether workers at an address, as of a RayExecutor, would have GPUs.
+
+    Raises InputError: Ray is not installed, or no cluster at the address.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        return _have_gpus(ray.nodes())
+    if address is None:  # a Ray that is yet to be started here
+        import torch  # which each worker would wait for before it has its place
+
+        return torch.cuda.is_available()
+    _connect(ray, address)
+    try:
+        return _have_gpus(ray.nodes())
+    finally:
+        ray.shutdown()
+
+
+def _ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(
+            "the Ray executor needs Ray, which is not installed: pip install -r requirements-ray.txt"
+        ) from error
+    return ray
+
+
+def _have_gpus(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    return any(node["Alive"] and node["Resources"].get("GPU", 0) >= 1 for node in nodes)
+
+
+def plan_places(
+    nodes: Sequence[Mapping[str, Any]], n_workers: int | None = None, gpus_per_worker: int = 1
+) -> list[Place]:
     """Return the place of every worker; nodes: as ray.nodes() describes them.
 
-    With GPUs in the cluster a worker gets one GPU and its share of the node's CPUs. Without, a node's
-    workers share its CPUs; more workers go where there is more for each.
-    Raises InputError if a worker would be left without a GPU, or without a CPU.
+    With GPUs in the cluster a worker gets `gpus_per_worker` of a node's and their share of its CPUs. Without,
+    a node's workers share its CPUs; more workers go where there is more for each.
+    Raises InputError if a worker would be left without its GPUs, or without a CPU.
     """
     resources = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
-    device = "GPU" if any(total.get("GPU", 0) >= 1 for total in resources.values()) else "CPU"
-    n_devices = {node_id: int(total.get(device, 0)) for node_id, total in resources.items()}
+    device, each = ("GPU", gpus_per_worker) if _have_gpus(nodes) else ("CPU", 1)
+    n_devices = {node_id: int(total.get(device, 0)) // each for node_id, total in resources.items()}
     one_a_node = n_workers is None and device == "CPU"
     slots = sorted(
         ((number + 1) / n, node_id)
@@ -218,13 +260,18 @@ def plan_places(nodes: Sequence[Mapping[str, Any]], n_workers: int | None = None
     n_asked = len(slots) if n_workers is None else n_workers
     if not 1 <= n_asked <= len(slots):
         raise InputError(
-            f"{n_asked} Ray workers asked for, but each needs a {device} and the cluster has {len(slots)}; "
-            f"ask for at least 1 and at most {len(slots)}"
+            f"{n_asked} Ray workers asked for, but each needs {'a' if each == 1 else each} {device}"
+            f"{'s on one node' * (each > 1)} and the cluster has {'room for ' * (each > 1)}{len(slots)}; "
+            + (
+                "lower executor.gpus_per_worker"
+                if each > 1 and not slots
+                else f"ask for at least 1 and at most {len(slots)}"
+            )
         )
     counts = Counter(node_id for _, node_id in slots[:n_asked])
     shares = n_devices if device == "GPU" else counts
     return [
-        Place(node_id, int(resources[node_id].get("CPU", 0)) // shares[node_id], int(device == "GPU"))
+        Place(node_id, int(resources[node_id].get("CPU", 0)) // shares[node_id], each * int(device == "GPU"))
         for node_id in counts.elements()
     ]
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -30,17 +31,18 @@ LOW_MASS = 0.5  # the log warns if the digits together are less probable
 class LocalJudge(Judge):
     """An instruct model as judge; see `GPTJudge` for the same on a server.
 
-    model_name, device, dtype: as `model_loading.load_model` takes them. batch_size: prompts at a time.
+    model_name, device, dtype, options: as `model_loading.load_model` takes them. batch_size: prompts at a
+        time.
     Raises InputError: a model without a chat template, one whose template opens a thought before the answer,
         or one whose digits are not single tokens.
     """
 
     def __init__(
-        self, model_name: str, device: str = "auto", dtype: str = "auto", batch_size: int = 8
+        self, model_name: str, device: str = "auto", dtype: str = "auto", batch_size: int = 8, **options: Any
     ) -> None:
         self.name = model_name
         self.batch_size = batch_size
-        self.model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
+        self.model, self.tokenizer = load_model(model_name, device=device, dtype=dtype, **options)
         if not self.tokenizer.chat_template:
             raise InputError(
                 f"judge.model {model_name!r} has no chat template, so it cannot be asked; name an instruct "

@@ -135,12 +135,17 @@ def read_pairs(
     )
 
 
+def join_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
+    """Return the sums over consecutive parts, which together may be but a part of the texts themselves."""
+    return reduce(_joined, parts)
+
+
 def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
-    """Return the sums over consecutive parts of the texts; the first part is changed.
+    """Return the sums over all texts from consecutive parts of them; the first part is changed.
 
     Raises InputError: no pair at all.
     """
-    whole = reduce(_joined, parts)
+    whole = join_pairs(parts)
     if not len(whole.text_idx):
         raise InputError(
             f"the two tokenizers never end a token on the same character in {whole.n_texts} texts; "

@@ -28,10 +28,12 @@ from analysis.checklist import (
 )
 from experiment.conditions import ORACLE
 from experiment.config import ExperimentConfig
+from experiment.executor import Worker
 from experiment.inputs import load_judge
 from experiment.models import SIDES
 from experiment.plan import UNSTEERED_CELL, Cell, SteeringVectors, sampling
 from experiment.run import FORMAT_VERSION, Artifact, Run
+from maps.layer_bands import LayerPair
 from phases.choose_alphas import alpha_bracket
 from phases.fit_maps import mapping_data_key
 from phases.generate_texts import generate_development
@@ -119,16 +121,14 @@ def check_setup(run: Run) -> dict[str, Any]:
 
 def _run_checks(run: Run) -> list[Check]:
     """Return the technical checks, and if they pass, those of the experiment's premises."""
-    inputs, target = run.inputs, run.inputs.target
+    inputs = run.inputs
     natives, middle = native_vectors(run), len(inputs.layer_pairs) // 2
     at_middle = {
         side: {name: rows[middle] for name, rows in by_persona.items()}
         for side, by_persona in natives.items()
     }
-    checks = [check for side in inputs.sides for check in check_extraction(side.name, side.extractor)]
-    generator = SteeredGenerator(target.model, target.tokenizer, block_path=run.config.target_block_path)
     first = next(iter(at_middle["target"].values())).vector
-    checks += check_steering(generator, target.extractor, first)
+    ((_, checks),) = run.executor.run("call", [(_check_models, inputs.middle_pair, first)])
     checks += [check for side in at_middle for check in check_vectors(side, at_middle[side])]
     if any(check.technical and check.status == "fail" for check in checks):
         return checks
@@ -141,6 +141,15 @@ def _run_checks(run: Run) -> list[Check]:
         mirrored = run.with_inputs(inputs.of_source())
         checks += check_effects("source", _scores(mirrored), *_own_texts(run, mirrored, natives))
     return checks
+
+
+def _check_models(worker: Worker, pair: LayerPair, vector: Tensor) -> list[Check]:
+    """Return the checks of reading and steering where texts are read and written; vector: the target's."""
+    sides = [worker.side(name).at_layer(layer) for name, layer in zip(SIDES, pair, strict=True)]
+    checks = [check for side in sides for check in check_extraction(side.name, side.extractor)]
+    target = sides[1]
+    generator = SteeredGenerator(target.model, target.tokenizer, block_path=target.extractor.block_path)
+    return checks + check_steering(generator, target.extractor, vector)
 
 
 def _scores(run: Run) -> dict[str, Callable[[Sequence[str]], Sequence[float | None]]]:

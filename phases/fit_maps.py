@@ -307,10 +307,10 @@ def _current(run: Run, pair: LayerPair) -> LearnedMaps | None:
 
 def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     """Choose lambda, fit all maps on the summed pairs, and write them; `cv_results.json` last."""
-    config, is_middle = run.config, pair == run.inputs.middle_pair
+    is_middle = pair == run.inputs.middle_pair
     ridge = _cross_validated(run, sums)
     ridge.source_layer, ridge.target_layer = pair
-    ridge.source_model, ridge.target_model = config.source_model, config.target_model
+    ridge.source_model, ridge.target_model = (side.model_name for side in run.inputs.sides)
     ridge.source_blocks = run.inputs.source.n_blocks
     others = {
         name: ComparisonMap.fitted(kind, ridge, draw)
@@ -320,8 +320,8 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     results = {
         "source_layer": pair[0],
         "target_layer": pair[1],
-        "source_model": config.source_model,
-        "target_model": config.target_model,
+        "source_model": ridge.source_model,
+        "target_model": ridge.target_model,
         **ridge.cv,
         "pairs": sums["report"],
         "analysis": ridge.analyze(),

@@ -22,6 +22,7 @@ from experiment.plan import Row
 from experiment.run import FORMAT_VERSION, Run
 from judging.cached_judge import CachedJudge
 from judging.gpt_judge import server_address, trait_prompt
+from model_loading import resolve_device, resolve_dtype
 from phases.generate_texts import from_journal, save_rows
 from scoring.degenerate_text import words_of
 from support.artifacts import fingerprint
@@ -75,7 +76,12 @@ def judge_key(config: ExperimentConfig) -> list[Any]:
     """Return what a judgement depends on beside its prompt."""
     settings = config.judge
     if settings.kind == "local":
-        return ["local", settings.model, config.dtype]
+        place = config.place_of("judge.model")
+        device = resolve_device(place.device)
+        # On the CPU, the name that the configuration has.
+        dtype = place.dtype if device.type == "cpu" else str(resolve_dtype(place.dtype, device))
+        key = ["local", place.name, dtype]
+        return key if place.quantization == "none" else [*key, place.quantization]
     key = [settings.model, server_address(settings.base_url), settings.max_answer_tokens]
     return [*key, settings.request_options] if settings.request_options else key
 

@@ -37,6 +37,7 @@ from reporting.tables import (
 )
 from support.artifacts import load_json, load_tensors, save_text
 from support.run_folder import load_finished
+from support.vocabulary import model_name
 
 FIRST_SHOWN = (UNSTEERED, MAPPED, ORACLE)
 NEEDED = ("config.json", "eval_results.json", "verdict.json", "preflight.json", "protocol.json")
@@ -233,7 +234,8 @@ def _checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
 
 def _provenance(folder: Path, config: Mapping[str, Any], environment: Mapping[str, str]) -> Table:
     rows = [(name, str(value), "") for name, value in environment.items()]
-    names = [(key, config[key]) for key in ("source_model", "target_model", "neutral_text")]
+    keys = "source_model", "target_model", "neutral_text"
+    names = [(key, model_name(config[key])) for key in keys]
     rows += [(key, name, LICENCES.get(name, "see its source")) for key, name in names]
     for path in sorted(folder.glob("*.json")):
         cache_key = load_json(path).get("fingerprint") if path.name != "config.json" else None

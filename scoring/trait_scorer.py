@@ -222,33 +222,33 @@ def _weights(kinds: pd.Series, is_own: np.ndarray, labels: np.ndarray) -> np.nda
 
 
 def load_scorers(
-    names: Sequence[str], personas: Sequence[Persona], encoder_name: str
+    names: Sequence[str], personas: Sequence[Persona], encoder_name: str, device: str = "auto"
 ) -> dict[str, TraitScorer]:
     """Return the scorers of the named personas that have labelled texts; see the module.
 
     The negatives of each are the texts of the shipped personas, whatever else a run compares.
-    encoder_name: see `scoring.encoders.encoder`.
+    encoder_name, device: see `scoring.encoders.encoder`.
     """
     by_name = {persona.name: persona for persona in personas if persona.labelled_positive}
-    shipped = read_scorers(trained_file(encoder_name), encoder_name)
+    shipped = read_scorers(trained_file(encoder_name), encoder_name, device)
     found = {}
     for name in (name for name in names if name in by_name):
         key = scorer_key(by_name[name], encoder_name)
         if name in shipped and shipped[name][0] == key:
             found[name] = shipped[name][1]
         else:
-            build = partial(train_one, by_name[name], encoder_name, key)
+            build = partial(train_one, by_name[name], encoder_name, key, device=device)
             path = build_once(f"scorers/{key[:32]}", build) / FILE
-            found[name] = read_scorers(path, encoder_name)[name][1]
+            found[name] = read_scorers(path, encoder_name, device)[name][1]
     return found
 
 
-def train_one(persona: Persona, encoder_name: str, key: str, folder: Path) -> None:
+def train_one(persona: Persona, encoder_name: str, key: str, folder: Path, device: str = "auto") -> None:
     """Train the scorer of a persona, and write it to `FILE` in a folder, with its key."""
     logger.info(
         "training the scorer of %s on features of %s, once on this machine", persona.name, encoder_name
     )
-    trained = _train_on([persona.name], _fewer_rows(persona), encoder(encoder_name))
+    trained = _train_on([persona.name], _fewer_rows(persona), encoder(encoder_name, device))
     save_scorers(folder / FILE, {persona.name: key}, trained)
 
 
@@ -303,7 +303,7 @@ def save_scorers(path: Path, keys: Mapping[str, str], scorers: Mapping[str, Trai
     save_file(tensors, path, {"scorers": json.dumps(about)})
 
 
-def read_scorers(path: Path, encoder_name: str) -> dict[str, tuple[str, TraitScorer]]:
+def read_scorers(path: Path, encoder_name: str, device: str = "auto") -> dict[str, tuple[str, TraitScorer]]:
     """Return name -> key and scorer of a file; none if there is no file."""
     if not path.exists():
         return {}
@@ -321,7 +321,7 @@ def read_scorers(path: Path, encoder_name: str) -> dict[str, tuple[str, TraitSco
                 name,
                 **{number: each[number] for number in NUMBERS},
                 **{part: linear[name, part] for part in PARTS},
-                encode=lambda texts: encoder(encoder_name)(texts),
+                encode=lambda texts: encoder(encoder_name, device)(texts),
             ),
         )
         for name, each in about.items()

@@ -3,7 +3,8 @@
 The names of conditions are in `experiment.conditions`.
 """
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 LambdaUnit = Literal["absolute", "relative"]
 LambdaCriterion = Literal["pooled", "standardised"]
@@ -28,3 +29,8 @@ ALPHA_UNITS: tuple[str, ...] = get_args(AlphaUnit)
 PAIR_POSITIONS: tuple[str, ...] = get_args(PairPositions)
 PERSONA_POSITIONS: tuple[str, ...] = get_args(PersonaPosition)
 STEER_POSITIONS: tuple[str, ...] = get_args(SteerPositions)
+
+
+def model_name(given: str | Mapping[str, Any]) -> str:
+    """Return the name of a model as config.json has it: a name, or an object that holds it."""
+    return given if isinstance(given, str) else given["name"]

@@ -27,6 +27,7 @@ from reporting.style import save_figure
 from reporting.tables import number, percent
 from support.artifacts import fingerprint, load_json, save_text
 from support.errors import InputError
+from support.vocabulary import model_name
 from tools.finished_run import FinishedRun, short_name
 
 REPORT, DETECTION = "report.html", "detection.json"
@@ -127,7 +128,7 @@ def protocol_settings(run: FinishedRun) -> dict[str, str]:
         "vectors": list(config["vectors"]),
         "alpha_values": "searched" if alpha["given"] == "auto" else "listed",
         "alpha_search.bound": config["alpha_search"]["bound"],
-        "judge": config["judge"]["model"] if config["use_gpt4"] else "none",
+        "judge": model_name(config["judge"]["model"]) if config["use_gpt4"] else "none",
         **{key: config.get(key) for key in CONFIGURED},
         **protocol["generation"],
         **alpha["bound"],

@@ -21,7 +21,7 @@ from support.errors import InputError, shown
 from support.run_folder import load_finished
 from support.text_files import file_name
 from support.vector_files import FORMATS, LM_EVAL, write_hookpoints, write_vectors
-from support.vocabulary import PROMPT_MAPS
+from support.vocabulary import PROMPT_MAPS, model_name
 
 VECTORS = "persona_vectors.pt"
 
@@ -90,7 +90,7 @@ def _blocks_of(config: Mapping[str, Any]) -> str:
     """Return where lm-evaluation-harness finds the target's blocks."""
     options = {"trust_remote_code": config.get("trust_remote_code", False)}
     options |= {"revision": revision} if (revision := config.get("target_revision")) else {}
-    return blocks_in_base(config["target_model"], config.get("target_block_path"), **options)
+    return blocks_in_base(model_name(config["target_model"]), config.get("target_block_path"), **options)
 
 
 def _describe_maps(folder: Path, layer_pairs: Sequence[tuple[int, int]]) -> dict[str, dict[str, Any]]:

@@ -203,6 +203,23 @@ def test_alphas_may_be_given_for_each_persona():
     assert config.n_cells == 1 + (len(METHODS) + n_draws) * (1 + 2 + 1)
 
 
+def test_a_model_may_be_an_object_and_has_the_rest_from_the_run():
+    own = {"name": "a", "device": "cuda:1", "quantization": "8bit"}
+    shared = {"device": "cuda:0", "device_map": "auto", "dtype": "bfloat16"}
+    judge = {"kind": "local", "model": {"name": "j", "dtype": "float16"}}
+    config = load_config({**SMALL, **shared, "source_model": own, "judge": judge})
+    assert load_config(config.model_dump()) == config
+    source, target, judge = (config.place_of(key) for key in ("source_model", "target_model", "judge.model"))
+    assert (source.name, source.device, source.device_map, source.dtype) == ("a", "cuda:1", None, "bfloat16")
+    assert (target.name, target.device, target.device_map, target.quantization) == (
+        "b",
+        "cuda:0",
+        "auto",
+        "none",
+    )
+    assert (judge.name, judge.dtype, judge.device) == ("j", "float16", "cuda:0")
+
+
 COUNTS = ("n_test_prompts", "n_seeds", "max_new_tokens", "generation_batch_size")
 CHOICES = ("lambda_unit", "prompt_format", "persona_position", "alpha_unit", "use_gpt4")
 OUT_OF_RANGE = {
@@ -246,6 +263,15 @@ def silly(alphas):
         ({"layer_ix": 3}, "'layer_ix' is unknown; did you mean 'layer_idx'"),
         ({"judge": {"modle": "x"}}, "'judge.modle' is unknown; see docs/configuration.md"),
         ({"judge": {"kind": "local"}}, "judge.model is not set"),
+        ({"judge": {"model": {"name": "x"}}}, "judge.model is loaded here with"),
+        ({"source_model": {"device": "cuda:0"}}, "key 'source_model.name' is missing"),
+        ({"source_model": {"name": "x", "devise": "cpu"}}, "key 'source_model.devise' is unknown"),
+        ({"source_model": {"name": "x", "dtype": "int8"}}, "key 'source_model.dtype' is 'int8'"),
+        (
+            {"source_model": {"name": "x", "offload": True, "device_map": "auto"}},
+            "leave it out with device_map",
+        ),
+        ({"target_model": {"name": "x", "offload": True}}, "target_model.offload: the source alone rests"),
         ({"judge": {"kind": "local", "model": "x", "max_usd": 1}}, "judge.max_usd is of use"),
         ({"executor": {"n_workers": 2}}, 'of use with "kind": "ray" alone'),
         ({"vectors": {"silly": {}}}, "it names no file"),

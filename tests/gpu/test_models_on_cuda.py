@@ -130,9 +130,9 @@ def features(device):
     torch.manual_seed(0)
     model, tokenizer = tiny_model().to(device), tiny_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "load_model", lambda name: (model, tokenizer))
+        patch.setattr(encoders, "load_model", lambda *args: (model, tokenizer))
         patch.setitem(encoders.LANGUAGE_MODELS, "tiny", Probed(("llama", D_MODEL, 4), (0, 2)))
-        return torch.from_numpy(as_encode(StateReader("tiny").eval())(TEXTS))
+        return torch.from_numpy(as_encode(StateReader("tiny").eval().to(device))(TEXTS))
 
 
 def judged(device):

@@ -20,6 +20,7 @@ by CUDA's rules:
 It cannot show what real kernels do (dtypes that they lack, their rounding, their memory), streams or races.
 """
 
+import os
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -363,6 +364,8 @@ def fake_cuda(n_devices=1):
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        # The modes are of this thread alone, so that transformers has to load weights in it.
+        stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         torch._C._ensureCUDADeviceGuardSet()  # in a build without CUDA: a guard that does nothing
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

@@ -129,7 +129,7 @@ def score_by_characters(patch):
 
 def _by_characters(divisor):
     scorer = SimpleNamespace(threshold=0.5, auc=0.99, score=partial(_score, divisor=divisor))
-    return lambda names, personas, language_model: dict.fromkeys(names, scorer)
+    return lambda names, personas, language_model, device="cpu": dict.fromkeys(names, scorer)
 
 
 def _score(texts, divisor):

@@ -217,7 +217,7 @@ INERT = {
 # What cannot be changed on two tiny models in this process.
 ELSEWHERE = (
     "source_revision target_revision quantization device_map executor.kind executor.address "
-    "executor.n_workers judge.kind judge.base_url".split()
+    "executor.n_workers executor.gpus_per_worker judge.kind judge.base_url".split()
 )
 
 
