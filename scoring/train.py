@@ -22,7 +22,7 @@ from scoring.tune_encoder import tune
 from scoring.validation import shared_validation_texts, texts_of, validation_scores_name, validation_sets
 from texts.personas import load_persona, shipped_personas
 
-DIGITS = 4  # of a stored score
+DIGITS = 4  # of a stored score, significant ones: decimals would make equal what is near 0
 
 
 def write_trained(encoder_name: str, folder: Path = TRAINED_FOLDER) -> None:
@@ -33,7 +33,7 @@ def write_trained(encoder_name: str, folder: Path = TRAINED_FOLDER) -> None:
     save_scorers(trained_file(encoder_name, folder), keys, scorers)
     for persona in personas:
         texts = texts_of(validation_sets(persona, *shared_validation_texts(persona)))
-        scores = [round(score, DIGITS) for score in scorers[persona.name].score(texts)]
+        scores = [float(f"{score:.{DIGITS}g}") for score in scorers[persona.name].score(texts)]
         path = folder / f"{validation_scores_name(keys[persona.name], texts)}.json"
         path.write_text(json.dumps(scores), encoding="utf-8")
 

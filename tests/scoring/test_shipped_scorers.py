@@ -12,9 +12,9 @@ from support.package_cache import CACHE_VARIABLE
 from texts.personas import load_persona, shipped_personas
 
 VALIDATED = {
-    "minilm": {"formal", "hedging"},
-    "gemma-3-270m": {"formal", "hedging", "cheerful"},
-    "smollm2-135m-instruct": {"formal"},
+    "minilm": {"formal", "hedging", "cheerful", "pirate"},
+    "gemma-3-270m": {"formal", "hedging", "cheerful", "pirate", "silly"},
+    "smollm2-135m-instruct": {"formal", "cheerful"},
 }
 FORMAL = (
     "We would be grateful if you could confirm your attendance at your earliest convenience.",
