@@ -71,7 +71,9 @@ def layer_search_figure(search: Mapping[str, Any]) -> Figure:
     )
     for panel, (key, title) in zip(figure.subplots(1, 3), HEAT_MAPS, strict=True):
         image = panel.imshow(tables[key], origin="lower", aspect="auto", cmap="viridis", vmin=0)
-        panel.plot(column, row, "o", markersize=13, markerfacecolor="none", markeredgecolor="red")
+        panel.plot(
+            column, row, "o", markersize=13, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2
+        )
         for axis, side in zip((panel.yaxis, panel.xaxis), sides, strict=True):
             layers = search[f"{side}_layers"]
             step = max(1, len(layers) // 10)

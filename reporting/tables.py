@@ -232,11 +232,11 @@ def _strength_cells(vector: Mapping[str, Any]) -> dict[str, str]:
     equal = vector["at_native_ratio"]
     return {
         **{
-            f"{multiple:g} α": f"{point['effect']:+.2f} ({point['perplexity_ratio']:.2f})"
+            f"effect (ratio) at {multiple:g} α": f"{point['effect']:+.2f} ({point['perplexity_ratio']:.2f})"
             for multiple, point in at_multiples
         },
         **{f"recovery at {multiple:g} α (%)": _share(point["recovery"]) for multiple, point in at_multiples},
-        "native's ratio at α ×": number(equal["multiple"]) + ("" if equal["is_reached"] else " (nearest)"),
+        "α × at native's ratio": number(equal["multiple"]) + ("" if equal["is_reached"] else " (nearest)"),
         "ratio there": number(equal["perplexity_ratio"]),
         "effect there": interval(equal["effect"]),
         "recovery there (%)": _share(equal["recovery"]),

@@ -186,7 +186,9 @@ def test_what_was_chosen_stands_on_the_page_with_its_numbers(page):
 def test_strengths_are_a_table_and_what_is_not_reached_is_said(page):
     assert "<h3>Over strengths: loud by classifier * at α 2</h3>" in page
     rows, multiples = table_of(page, "strengths-0"), ("0.25", "0.5", "0.75", "1", "1.25")
-    assert [row[:3] for row in rows[:5]] == [[f"{each} α", *["+0.40 (1.30)"] * 2] for each in multiples]
+    assert [row[:3] for row in rows[:5]] == [
+        [f"effect (ratio) at {each} α", *["+0.40 (1.30)"] * 2] for each in multiples
+    ]
     shares = [[f"recovery at {each} α (%)", "–", "90 [70, 110]"] for each in multiples]
     assert [row[:3] for row in rows[5:10]] == shares
     assert [row[3] for row in rows[5:10]] == ["90 [−∞, ∞]"] * 5
