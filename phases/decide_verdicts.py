@@ -89,7 +89,11 @@ def decide(
     capability = measure_capability(run, steering, personas)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
-    _draw(run, table, alphas, content, not_controls, rows_key(rows))
+    headline = headline_figure(content["personas"], table, not_controls)
+    save_figure(headline, run.folder.path / "headline.png", rows_key(rows))
+    matrix = off_target(table, alphas, validation)
+    draw_or_remove(run.folder.path / "off_target.png", off_target_figure, matrix)
+    draw_or_remove(run.folder.path / "strength_curve.png", strength_curve_figure, strengths)
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
     if strengths:
@@ -163,20 +167,6 @@ def _preflight(run: Run) -> list[dict[str, Any]]:
     """Return the checks that phase 1 made, none if it has not run."""
     done = PREFLIGHT.load(run)
     return done["checks"] if done else []
-
-
-def _draw(
-    run: Run,
-    table: pd.DataFrame,
-    alphas: Alphas,
-    content: Mapping[str, Any],
-    not_controls: Sequence[str],
-    key: str,
-) -> None:
-    path, matrix = run.folder.path, off_target(table, alphas, content["validation"])
-    save_figure(headline_figure(content["personas"], table, not_controls), path / "headline.png", key)
-    draw_or_remove(path / "off_target.png", off_target_figure, matrix)
-    draw_or_remove(path / "strength_curve.png", strength_curve_figure, content["strength_curve"])
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
