@@ -51,15 +51,6 @@ def at_alphas(table: pd.DataFrame, persona: str, alphas: Mapping[str, float | No
     return own[has_alpha & own["condition"].isin(list(wanted))]
 
 
-def condition_alphas(table: pd.DataFrame, persona: str) -> dict[str, list[float | None]]:
-    """Return condition -> its alphas in the order of the table, without the unsteered text."""
-    own = table[(table["persona"] == persona) & (table["condition"] != UNSTEERED)]
-    return {
-        condition: [None if math.isnan(alpha) else alpha for alpha in alphas.unique().tolist()]
-        for condition, alphas in own.groupby("condition", sort=False)["alpha"]
-    }
-
-
 def prompt_means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return the mean over seeds, with a row for each prompt and a column for each compared name.
 

@@ -1,11 +1,11 @@
 """Measure what a vector does beside the effect that is judged (phase 5).
 
-On other traits, at other alphas, and over the turns of conversations. Of these, all conditions have the same
+On other traits, and over the turns of conversations. Of these, all conditions have the same
 conversations in the same order, and a turn is compared with the same turn of the unsteered conversation.
 Conversations are what varies independently, so that intervals are over them. Nothing is decided here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,15 +15,11 @@ import pandas as pd
 from analysis.results_table import (
     Alphas,
     at_alphas,
-    cell_perplexity_ratio,
-    condition_alphas,
     perplexity_ratio,
-    prompt_means,
-    worst_draws,
 )
 from analysis.significance import mean_interval, plain
 from analysis.verdict import FEWEST_PROMPTS
-from experiment.conditions import MAPPED, ORACLE, SCORERS, UNSTEERED
+from experiment.conditions import MAPPED, ORACLE, UNSTEERED
 
 EVERY_PERSONAS = "classifier"  # the scorer that scores every text for every persona
 Numbers = Mapping[
@@ -31,14 +27,18 @@ Numbers = Mapping[
 ]  # compared name -> (conversations, turns) float64, NaN where there is no number
 
 
-def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[str, float]]]:
+def off_target(
+    table: pd.DataFrame, alphas: Alphas, validation: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Return method -> persona steered for -> persona scored as -> mean change against unsteered.
 
-    For `ridge_mapped` and `oracle`, by the scorer that scores every text for every persona; a persona that it
-    does not know is left out.
+    For `ridge_mapped` and `oracle`, by the scorer that scores every text for every persona; a persona for
+    which it is not validated is not scored. validation: persona -> scorer -> what
+    `scoring.validation.validate` returned.
     """
+    valid = {name for name, found in validation.items() if found.get(EVERY_PERSONAS, {}).get("is_validated")}
     found: dict[str, dict[str, dict[str, float]]] = {MAPPED: {}, ORACLE: {}}
-    columns = {f"scored_as_{name}": name for name in alphas if f"scored_as_{name}" in table}
+    columns = {f"scored_as_{name}": name for name in alphas if name in valid and f"scored_as_{name}" in table}
     for persona, of_persona in alphas.items():
         texts = at_alphas(table, persona, of_persona)
         means = texts.groupby("condition")[list(columns)].mean().rename(columns=columns)
@@ -51,68 +51,19 @@ def off_target(table: pd.DataFrame, alphas: Alphas) -> dict[str, dict[str, dict[
 
 def largest_off_target(
     matrix: Mapping[str, Mapping[str, Mapping[str, float]]],
-    validation: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
     """Return persona -> {persona, mapped, native}: what else its mapped vector changes most, and native does.
 
-    matrix: from `off_target`. validation: persona -> scorer -> what `scoring.validation.validate` returned; a
-    persona for which the scorer is not validated is left out.
+    matrix: from `off_target`.
     """
-    valid = {name for name, found in validation.items() if found.get(EVERY_PERSONAS, {}).get("is_validated")}
     largest = {}
     for persona, changes in matrix.get(MAPPED, {}).items():
-        others = {name: change for name, change in changes.items() if name in valid - {persona}}
+        others = {name: change for name, change in changes.items() if name != persona}
         if others:
             other = max(others, key=lambda name: abs(others[name]))
             native = matrix.get(ORACLE, {}).get(persona, {}).get(other)
             largest[persona] = {"persona": other, "mapped": others[other], "native": native}
     return largest
-
-
-def curves_by_alpha(
-    table: pd.DataFrame, personas: Sequence[str]
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Return persona -> condition -> points {alpha, perplexity_ratio, effect, low, high} by alpha.
-
-    The effect is the classifier's, of a control of several draws that of the largest. Conditions that were
-    steered at two alphas or more, with the mapped vector and the oracle to compare them with, and points with
-    both numbers.
-    """
-    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for persona in personas:
-        by_condition = condition_alphas(table, persona)
-        if all(len(alphas) == 1 for alphas in by_condition.values()):
-            continue
-        found = {
-            condition: points
-            for condition, alphas in by_condition.items()
-            if len(alphas) > 1 or condition in (MAPPED, ORACLE)
-            if (points := _points(table, persona, condition, alphas))
-        }
-        if found:
-            curves[persona] = found
-    return curves
-
-
-def _points(
-    table: pd.DataFrame, persona: str, condition: str, alphas: Sequence[float]
-) -> list[dict[str, Any]]:
-    points = []
-    for alpha in sorted(alphas, key=abs):
-        means = prompt_means(at_alphas(table, persona, {condition: alpha}), SCORERS[EVERY_PERSONAS].column)
-        if UNSTEERED not in means:
-            continue
-        differences = means.drop(columns=UNSTEERED).sub(means[UNSTEERED], axis="index")
-        name = worst_draws(differences.mean().to_dict()).get(condition, condition)
-        ratio = cell_perplexity_ratio(table, persona, name, alpha)
-        if ratio is None or name not in differences:
-            continue
-        changes = differences[name].dropna().to_numpy()
-        if len(changes):
-            effect = mean_interval(changes)
-            interval = {"effect": effect.estimate, "low": effect.low, "high": effect.high}
-            points.append({"alpha": alpha, "perplexity_ratio": ratio, **interval})
-    return points
 
 
 def by_turn(traits: Numbers, perplexities: Numbers) -> dict[str, dict[str, Any]]:

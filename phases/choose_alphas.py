@@ -55,8 +55,6 @@ from phases.make_vectors import (
     vectors_key,
 )
 from phases.score_texts import evaluation_rows, perplexity_key, score_rows, scorers_key
-from reporting.figures_results import alpha_search_figure
-from reporting.style import draw_once
 from reporting.tables import alpha_notes, format_alphas, format_kinds
 from support.artifacts import fingerprint
 from support.errors import InputError
@@ -118,7 +116,6 @@ def _kinds_key(run: Run) -> str:
     return fingerprint(searched, run.config.conditions, named)
 
 
-FIGURE = "alpha_search.png"
 EXTRACTION_CHOICE = Artifact("extraction_choice.json", 1, _kinds_key)
 TRAIT_COSTS = Artifact("trait_costs.json", 4, _costs_key)
 ALPHA_SEARCH = Artifact("alpha_search.json", 4, search_key)
@@ -237,7 +234,6 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
             ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()),
         )
     logger.info("alphas\n\n%s\n", format_alphas(chosen))
-    draw_once(run.folder, FIGURE, content["fingerprint"], alpha_search_figure, content)
     run.folder.notes += alpha_notes(chosen)
     return required_alphas(run)
 

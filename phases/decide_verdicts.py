@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.checklist import check_lambda, effect_check_name, failures
 from analysis.results_table import Alphas, effects_table, results_table
-from analysis.side_effects import curves_by_alpha, largest_off_target, off_target
+from analysis.side_effects import largest_off_target, off_target
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregated_tables
@@ -29,18 +29,18 @@ from phases.side_effects import (
 from reporting.figures_headline import headline_figure
 from reporting.figures_results import (
     coherence_trait_figure,
-    effect_perplexity_figure,
     off_target_figure,
     strength_curve_figure,
 )
 from reporting.style import draw_or_remove, save_figure
 from reporting.tables import (
     format_capability,
+    format_headed,
     format_recoveries,
-    format_strengths,
     format_success,
-    format_turns,
     format_verdicts,
+    strength_tables,
+    turn_tables,
     verdict_sentence,
 )
 from scoring.trait_scorer import auc_notes
@@ -89,15 +89,19 @@ def decide(
     capability = measure_capability(run, steering, personas)
     save_text(run.folder.path / "results.csv", table.to_csv(index=False))
     save_text(run.folder.path / "effects.csv", effects_table(content, table).to_csv(index=False))
-    _draw(run, table, alphas, content, not_controls, rows_key(rows))
+    headline = headline_figure(content["personas"], table, not_controls)
+    save_figure(headline, run.folder.path / "headline.png", rows_key(rows))
+    matrix = off_target(table, alphas, validation)
+    draw_or_remove(run.folder.path / "off_target.png", off_target_figure, matrix)
+    draw_or_remove(run.folder.path / "strength_curve.png", strength_curve_figure, strengths)
     if content["success"]:
         logger.info("judged\n\n%s\n", format_success(content["success"]))
     if strengths:
-        logger.info("over strengths\n\n%s\n", format_strengths(strengths))
+        logger.info("over strengths\n\n%s\n", format_headed(strength_tables(strengths)))
     if capability:
         logger.info("questions answered right\n\n%s\n", format_capability(capability))
     if turns:
-        logger.info("over turns\n\n%s\n", format_turns(turns))
+        logger.info("over turns\n\n%s\n", format_headed(turn_tables(turns)))
     logger.info("recovery, * not validated\n\n%s\n", format_recoveries(content["personas"]))
     logger.info("verdict\n\n%s\n", format_verdicts(content["personas"]))
     return content
@@ -124,7 +128,7 @@ def _verdicts(
 
     source_vector: whether the persona's vector works in the source itself.
     """
-    others = largest_off_target(off_target(table, alphas), validation)
+    others = largest_off_target(off_target(table, alphas, validation))
     status = {check["name"]: check["status"] for check in checks}
     return {
         name: verdict.content()
@@ -163,22 +167,6 @@ def _preflight(run: Run) -> list[dict[str, Any]]:
     """Return the checks that phase 1 made, none if it has not run."""
     done = PREFLIGHT.load(run)
     return done["checks"] if done else []
-
-
-def _draw(
-    run: Run,
-    table: pd.DataFrame,
-    alphas: Alphas,
-    content: Mapping[str, Any],
-    not_controls: Sequence[str],
-    key: str,
-) -> None:
-    path, curves = run.folder.path, curves_by_alpha(table, run.config.persona_names)
-    save_figure(headline_figure(content["personas"], table, not_controls), path / "headline.png", key)
-    draw_or_remove(path / "off_target.png", key, off_target_figure, off_target(table, alphas))
-    draw_or_remove(path / "effect_perplexity.png", key, effect_perplexity_figure, curves)
-    strengths = content["strength_curve"]
-    draw_or_remove(path / "strength_curve.png", fingerprint(strengths), strength_curve_figure, strengths)
 
 
 def closing_notes(run: Run, table: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,13 +7,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from analysis.results_table import worst_cells
-from experiment.conditions import CONDITIONS, MAPPED, ORACLE
-from reporting.figures_results import JUDGED_AXIS, choose_axes
-from reporting.style import add_legend, hide_frame, look_of, number_plainly, persona_columns
+from experiment.conditions import CONDITIONS
+from reporting.figures_results import AXES, JUDGED_AXIS, choose_axes
+from reporting.style import add_legend, hide_frame, look_of, number_plainly, persona_columns, titled
 
 # Of the ablation of samples: held-out pairs, and the pairs that a map is learnt from.
 TESTED = {"last": "the last tokens", "aligned": "all positions"}
-LEARNT_FROM = {"last": "map of last tokens", "aligned": "map of every aligned position"}
+LEARNT_FROM = {"last": ("last tokens", "#0072b2"), "aligned": ("every position", "#d55e00")}
+R2_LOOKS = {"r2": ("", "o-"), "r2_standardised": (", each dimension counts alike", "o:")}
 
 
 def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
@@ -28,8 +29,8 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
     metrics = choose_axes([entry for table in tables for entry in table.values()])
     pairs = [f"{result['source_layer']}→{result['target_layer']}" for result in results]
     personas = list(dict.fromkeys(persona for persona, _ in tables[0]))
-    ylabels = (f"{metrics[0].replace('_', ' ')} (coherent ↑)", metrics[1].replace("_", " "))
-    figure, columns = persona_columns(personas, (3.6, 6.4), ylabels)
+    ylabels = (f"{AXES[metrics[0]]}\n(coherent ↑)", AXES[metrics[1]])
+    figure, columns = persona_columns(personas, (4.4, 8), ylabels)
     drawn = {}
     for persona, panels in columns.items():
         for panel, metric in zip(panels, metrics, strict=True):
@@ -47,7 +48,7 @@ def layer_ablation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
                 panel.set_ylim(JUDGED_AXIS)
         panels[1].set_xlabel("layer pair, source → target")
     add_legend(figure, drawn)
-    return figure
+    return titled(figure, "Coherence and trait by the layer pair that is steered")
 
 
 def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
@@ -59,8 +60,8 @@ def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     personas = list(dict.fromkeys(point["persona"] for point in points))
     methods = list(dict.fromkeys(point["method"] for point in points))
     sizes = sorted({len(point["target_layers"]) for point in points})
-    ylabels = ("trait probability, change", "perplexity ratio (fluent ↓)")
-    figure, columns = persona_columns(personas, (2.9, 5.2), ylabels, sharex=True, sharey="row")
+    ylabels = ("change of the trait's score", "perplexity ratio (fluent ↓)")
+    figure, columns = persona_columns(personas, (3.8, 7), ylabels, sharex=True, sharey="row")
     drawn = {}
     for persona, panels in columns.items():
         of_persona = [point for point in points if point["persona"] == persona]
@@ -81,9 +82,9 @@ def block_ablation_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
         panels[1].set_yscale("log")
     for panels in columns.values():
         number_plainly(panels[1].yaxis)
-    figure.supxlabel("blocks of the target that are steered", fontsize=10)
+    figure.supxlabel("blocks of the target that are steered (hollow: not coherent)")
     add_legend(figure, drawn)
-    return figure
+    return titled(figure, "Trait and perplexity by the number of blocks that are steered")
 
 
 def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
@@ -91,27 +92,22 @@ def sample_ablation_figure(content: Mapping[str, Any]) -> Figure:
 
     content: what `ablate_samples` writes. A panel for held-out last tokens, and one for all positions.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(15, 6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, (tested, where) in zip(panels, TESTED.items(), strict=True):
-        for positions, condition in (("last", ORACLE), ("aligned", MAPPED)):
+        for positions, (learnt_from, colour) in LEARNT_FROM.items():
             points = [point for point in content["points"] if point["positions"] == positions]
             samples = [point["n_texts"] for point in points]
-            look = {"color": CONDITIONS[condition].colour}
-            for r2, style in (
-                ("r2", {"marker": "o"}),
-                ("r2_standardised", {"marker": ".", "linestyle": ":"}),
-            ):
+            for r2, (counted, style) in R2_LOOKS.items():
                 errors = [1 - point["held_out"][tested][r2] for point in points]
-                label = LEARNT_FROM[positions] + (", standardised dimensions" if r2 != "r2" else "")
-                panel.loglog(samples, errors, **look, **style, markersize=5, label=label)
-        panel.axhline(1, color="grey", linewidth=0.8)  # to predict the mean
+                panel.loglog(samples, errors, style, color=colour, label=f"map of {learnt_from}{counted}")
+        panel.axhline(1, color="grey", linewidth=0.8, label="no map: the mean")
         panel.set_xticks(samples, [f"{n:,}" for n in samples], rotation=40, ha="right")
         panel.set_xticks([], minor=True)
         panel.set_xlabel("training samples (texts that both models have read)")
-        panel.set_title(f"tested on {where} of held-out texts", fontsize=10)
+        panel.set_title(f"tested on {where} of held-out texts")
         hide_frame(panel)
     panels[0].set_ylabel("reconstruction error (1 − R²)")
     number_plainly(panels[0].yaxis)
-    panels[0].legend(fontsize=8)
-    return figure
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return titled(figure, "How much text the map needs: its error by the number of training samples")

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from reporting.figures_results import FONT_SIZE
-from reporting.style import as_label, without_formulas
+from reporting.style import FONT_SIZE, as_label, without_formulas
 from reporting.tables import percent
 
 CELL = (2.1, 1.3)  # inches; holds four lines of CELL_WIDTH characters

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.alpha_search import AlphaKey, ChosenAlpha
+from analysis.alpha_search import AlphaKey, ChosenAlpha, CoherenceBound
 from analysis.results_table import worst_cells
 from analysis.strength_curve import MULTIPLES
 from analysis.success_criteria import CRITERIA, EXPECTED
@@ -207,52 +207,42 @@ def recovery_rows(
     return header, rows
 
 
-def strength_rows(
+def strength_tables(
     found: Mapping[str, Mapping[str, Any]],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return a table of effect and perplexity ratio by strength, and of mapped's recovery at equal strength.
+) -> dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return heading -> a table of one persona over strengths; few narrow columns, one a vector.
 
-    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated.
+    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated. After effects come
+    shares of the native effect at the same strength, then what each vector does at native's perplexity
+    ratio, and where it has half of native's effect.
     """
-    header = ("persona", "scorer", "vector", *(f"{multiple:g} α" for multiple in MULTIPLES))
-    rows = []
-    for place, of_persona in _by_scorer(found):
-        for name, vector in of_persona["vectors"].items():
-            points = vector["points"]
-            cells = [f"{each['effect']:+.2f} ({each['perplexity_ratio']:.2f})" for each in points]
-            rows.append((*place, label_of(name), *cells))
-            if name == MAPPED:
-                shares = [_share(each["recovery"]) for each in points]
-                rows.append((*place, "mapped over native (%)", *shares))
-    return header, rows
+    tables = {}
+    for (persona, scorer), of_persona in _by_scorer(found):
+        vectors = of_persona["vectors"]
+        columns = [_strength_cells(vector) for vector in vectors.values()]
+        rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+        heading = f"{persona} by {scorer} at α {of_persona['alpha']:.3g}"
+        tables[heading] = ("strength", *map(label_of, vectors)), rows
+    return tables
 
 
-def native_ratio_rows(
-    found: Mapping[str, Mapping[str, Any]],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return a table of vectors at native's perplexity ratio, and of where they have half of its effect.
-
-    found: `strength_curve` of `verdict.json`. `*` marks a scorer that is not validated.
-    """
-    header = ("persona", "scorer", "vector", "α ×", "perplexity ratio", "effect", "recovery (%)")
-    header += ("half of native's effect at α ×", "over native's", "note")
-    rows = []
-    for place, of_persona in _by_scorer(found):
-        for name, vector in of_persona["vectors"].items():
-            equal = vector["at_native_ratio"]
-            note = f"native's {of_persona['native_ratio']:.2f} is not reached; the nearest"
-            rows.append(
-                (
-                    *place,
-                    label_of(name),
-                    *(number(equal[key]) for key in ("multiple", "perplexity_ratio")),
-                    interval(equal["effect"]),
-                    _share(equal["recovery"]),
-                    *(_reached(vector[key]) for key in ("half_effect", "half_over_native")),
-                    "" if equal["is_reached"] else note,
-                )
-            )
-    return header, rows
+def _strength_cells(vector: Mapping[str, Any]) -> dict[str, str]:
+    """Return what stands in the rows of a vector's column."""
+    at_multiples = list(zip(MULTIPLES, vector["points"], strict=True))
+    equal = vector["at_native_ratio"]
+    return {
+        **{
+            f"effect (ratio) at {multiple:g} α": f"{point['effect']:+.2f} ({point['perplexity_ratio']:.2f})"
+            for multiple, point in at_multiples
+        },
+        **{f"recovery at {multiple:g} α (%)": _share(point["recovery"]) for multiple, point in at_multiples},
+        "α × at native's ratio": number(equal["multiple"]) + ("" if equal["is_reached"] else " (nearest)"),
+        "ratio there": number(equal["perplexity_ratio"]),
+        "effect there": interval(equal["effect"]),
+        "recovery there (%)": _share(equal["recovery"]),
+        "half of native's effect at α ×": _reached(vector["half_effect"]),
+        "over native's": _reached(vector["half_over_native"]),
+    }
 
 
 def _by_scorer(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[tuple[str, str], Mapping[str, Any]]]:
@@ -264,8 +254,10 @@ def _by_scorer(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[tuple[str, 
 
 
 def _share(found: Mapping[str, float | None] | None) -> str:
-    """Return a share of the native effect in per cent, a dash where there is no native effect."""
-    return "–" if not found or found["estimate"] is None else percent(found, "")
+    """Return a share of the native effect in per cent, a dash where there is no native effect; narrow."""
+    if not found or found["estimate"] is None:
+        return "–"
+    return percent(found, "").replace("[unbounded", "[−∞").replace("unbounded]", "∞]")
 
 
 def _reached(found: Mapping[str, float | None] | None) -> str:
@@ -273,13 +265,6 @@ def _reached(found: Mapping[str, float | None] | None) -> str:
     if found and found["estimate"] is None:
         return "not reached"
     return interval(found, ".2f").replace("unbounded", "not reached")
-
-
-def format_strengths(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return both as Markdown tables."""
-    left = ("persona", "scorer", "vector", "note")
-    tables = [markdown_table(*make(found), left=left) for make in (strength_rows, native_ratio_rows)]
-    return "\n\n".join(tables)
 
 
 def capability_rows(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -332,10 +317,9 @@ def _count(found: Mapping[str, Any] | None) -> str:
     return str(found["n"]) if found else ""
 
 
-def format_turns(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the same as Markdown tables, each under its heading."""
-    tables = turn_tables(found).items()
-    return "\n\n".join(f"{heading}\n\n{markdown_table(*table)}" for heading, table in tables)
+def format_headed(tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]]) -> str:
+    """Return Markdown tables, each under its heading. tables: of `strength_tables` or `turn_tables`."""
+    return "\n\n".join(f"{heading}\n\n{markdown_table(*table)}" for heading, table in tables.items())
 
 
 def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -364,8 +348,10 @@ def protocol_rows(protocol: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tu
         measured = "; ".join(_kind(name, found) for name, found in kinds.items())
         by = f"cosine of halves at least {halves} in source and target"
         rows.append((f"vector of {persona}", READ_AS[kind], "; ".join(filter(None, [measured, by]))))
+    bound = CoherenceBound(**search["bound"])
     for entry in search["alphas"]:
-        tried = "; ".join(_tried(point) for point in entry["curve"])
+        most = bound.of_trait(search["trait_costs"].get(entry["persona"], 1.0)).max_perplexity_ratio
+        tried = "; ".join([f"ratio at most {most:.2f}", *map(_tried, entry["curve"])])
         rows.append((f"α of {entry['persona']}", number(entry["alpha"], ".4g"), tried))
     rows.append(
         ("test prompts", f"{len(test['prompts'])} of {test['chosen']}", f"{len(test['seeds'])} seeds")

@@ -34,10 +34,9 @@ from reporting.report import load_capability
 from reporting.tables import (
     format_capability,
     format_detection,
+    format_headed,
     format_maps,
     format_recoveries,
-    format_strengths,
-    format_turns,
     format_validation,
     format_verdicts,
     interval,
@@ -46,6 +45,8 @@ from reporting.tables import (
     percent,
     protocol_rows,
     recovery_rows,
+    strength_tables,
+    turn_tables,
 )
 from support.artifacts import load_json, save_text
 from support.run_folder import load_finished
@@ -117,14 +118,14 @@ def run_section(folder: Path) -> list[str]:
     if recovery_rows(verdict["personas"])[1]:
         parts += ["### Recovery by every scorer", format_recoveries(verdict["personas"])]
     if curves := verdict["strength_curve"]:
-        parts += ["### Over strengths", format_strengths(curves)]
+        parts += ["### Over strengths", format_headed(strength_tables(curves))]
     if capability := load_capability(folder, run.config):
         parts += ["### Questions answered right", CAPABILITY_NOTE.format(**capability)]
         parts.append(format_capability(capability))
     if (detection := folder / DETECTION).is_file():
         parts += ["### Reading", ABOUT_DETECTION, format_detection(load_json(detection)["personas"])]
     if turns := verdict.get("turns"):
-        parts += ["### Over turns", format_turns(turns)]
+        parts += ["### Over turns", format_headed(turn_tables(turns))]
     parts += [
         "### Scorers",
         "\n".join(f"- {line}" for line in format_validation(verdict["validation"]).splitlines()),

@@ -11,7 +11,7 @@ from analysis.results_table import (
     results_table,
     worst_cells,
 )
-from analysis.side_effects import curves_by_alpha, largest_off_target, off_target
+from analysis.side_effects import largest_off_target, off_target
 from analysis.success_criteria import success
 from analysis.verdict import decide_verdicts
 from evaluation import aggregate
@@ -49,17 +49,6 @@ def test_a_cells_ratio_pairs_texts_by_prompt_and_seed_in_any_order():
     assert cell_perplexity_ratio(table, "loud", ORACLE, 9.0) is None
 
 
-def curves_at(alphas):
-    """Curves of texts at each alpha, which adds to the trait and doubles perplexity by 1."""
-    rows = [
-        scored_row(name, prompt, 0.1 + alpha + prompt / 100, alpha=alpha, perplexity=10 * 2**alpha)
-        for name, of_name in {"baseline": [0.0], **alphas}.items()
-        for alpha in of_name
-        for prompt in range(3)
-    ]
-    return curves_by_alpha(results_table(rows), ["loud"])
-
-
 def drawn(effects, **more):
     """Rows of shuffled pairs whose draws have these scores at each prompt."""
     return [
@@ -69,29 +58,17 @@ def drawn(effects, **more):
     ]
 
 
-def test_curves_and_aggregated_tables_show_the_worst_draw():
+def test_aggregated_tables_show_the_worst_draw():
     rows = [scored_row(name, prompt, 0.1) for name in ("baseline", MAPPED) for prompt in range(3)]
     for alpha in (1.0, 2.0):
         rows += drawn([[0.2, 0.2, 0.2], [0.6, 0.1, 0.8], [0.1, 0.1, 0.1]], alpha=alpha)
-    points = curves_by_alpha(results_table(rows), ["loud"])["loud"]["shuffled_pairs"]
-    assert [point["effect"] for point in points] == pytest.approx([0.4, 0.4])
     table = worst_cells(aggregate(rows))
     shown = [(entry["draw"], entry["n"]) for entry in table if entry["condition"] == "shuffled_pairs"]
     assert shown == [("2", 3)] * 2
     assert "shuffled_pairs: 2" in format_table(table)
 
 
-def test_curves_have_the_conditions_of_several_alphas_and_mapped_and_oracle_beside_them():
-    alphas = {MAPPED: [0.5], ORACLE: [0.5], "shuffled_pairs": [0.9, 0.5], "zero_pad": [0.5]}
-    curves = curves_at(alphas)["loud"]
-    n_points = {name: len(points) for name, points in curves.items()}
-    assert n_points == {MAPPED: 1, ORACLE: 1, "shuffled_pairs": 2}
-    found = [tuple(point.values()) for point in curves["shuffled_pairs"]]
-    assert found == [pytest.approx((alpha, 2**alpha, alpha, alpha, alpha)) for alpha in (0.5, 0.9)]
-    assert curves_at({MAPPED: [0.5], ORACLE: [0.5]}) == {}
-
-
-def test_what_else_a_vector_moves_is_against_the_unsteered_text():
+def test_what_else_a_vector_moves_is_against_the_unsteered_text_by_validated_scorers():
     rows = [
         scored_row(name, prompt, own, persona=persona)
         | {"trait_probabilities": {persona: own, other: own / 10, "unknown": None}}
@@ -100,22 +77,26 @@ def test_what_else_a_vector_moves_is_against_the_unsteered_text():
         for prompt in range(2)
     ]
     alphas = {name: {ORACLE: 1.0, MAPPED: 1.0} for name in ("loud", "calm", "unknown")}
-    assert off_target(results_table(rows), alphas) == {
+    table = results_table(rows)
+    valid = {name: {"classifier": {"is_validated": True}} for name in alphas}
+    assert off_target(table, alphas, valid) == {
         ORACLE: {
             "loud": pytest.approx({"loud": 0.6, "calm": 0.06}),
             "calm": pytest.approx({"loud": 0.06, "calm": 0.6}),
         }
     }
+    valid |= {"calm": {"classifier": {"is_validated": False}}, "unknown": {}}
+    own = {"loud": pytest.approx({"loud": 0.6}), "calm": pytest.approx({"loud": 0.06})}
+    assert off_target(table, alphas, valid) == {ORACLE: own}
+    assert off_target(table, alphas, {}) == {}
 
 
-def test_the_largest_change_of_another_persona_is_by_a_scorer_that_is_validated_for_it():
+def test_the_largest_change_of_another_persona_is_named():
     matrix = {
-        MAPPED: {"loud": {"loud": 0.6, "calm": -0.3, "sad": 0.5}, "sad": {"loud": 0.9}},
+        MAPPED: {"loud": {"loud": 0.6, "calm": -0.3, "sad": 0.1}, "sad": {"sad": 0.9}},
         ORACLE: {"loud": {"loud": 0.7, "calm": -0.1}},
     }
-    valid = {name: {"classifier": {"is_validated": name != "sad"}} for name in ("loud", "calm", "sad")}
-    found = largest_off_target(matrix, {**valid, "loud": {}})
-    assert found == {"loud": {"persona": "calm", "mapped": -0.3, "native": -0.1}}
+    assert largest_off_target(matrix) == {"loud": {"persona": "calm", "mapped": -0.3, "native": -0.1}}
 
 
 @pytest.mark.parametrize(

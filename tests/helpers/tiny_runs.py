@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from phases import choose_alphas, collect_responses, decide_verdicts, fit_maps
+from phases import collect_responses, decide_verdicts, fit_maps
 from reporting.style import figure_fingerprint
 from run_experiment import main
 from scoring import language_model_probe, trait_classifier
@@ -37,7 +37,7 @@ ARTIFACTS = set(
     "comparison_maps.pt cv_results.json mapping_analysis.png persona_vectors.pt persona_similarities.json "
     "generation_journal.jsonl generation_results.json evaluation_journal.jsonl eval_results.json "
     "aggregated_results.json figure1.png scorer_validation.json trait_costs.json side_effects.json "
-    "alpha_search.json alpha_search.png verdict.json protocol.json results.csv effects.csv headline.png "
+    "alpha_search.json verdict.json protocol.json results.csv effects.csv headline.png "
     "report.html experiment.log resampled_vectors.pt extraction_spread.json effect_spread.json "
     "capability.json detection.json".split()
 )
@@ -103,7 +103,7 @@ def run(output_dir, settings, *flags):
 
 def blank_figures(patch):
     """Have runs save figures of one pixel, with their fingerprints; most of a tiny run draws."""
-    for module in (choose_alphas, decide_verdicts, fit_maps):
+    for module in (decide_verdicts, fit_maps):
         for name in [name for name in vars(module) if name.endswith("_figure") and name != "save_figure"]:
             patch.setattr(module, name, lambda *arguments: Figure(figsize=(1, 1)))
 

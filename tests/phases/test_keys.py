@@ -53,12 +53,12 @@ PERSONAS = {"loud": {**LOUD, **LABELLED}, "numeric": NUMERIC}
 TOLD = "{{ tone or '' }}{{ strftime_now('%d %b') }}"  # what a template may be told
 
 SCORED = {"eval_results.json", "aggregated_results.json", "verdict.json", "figure1.png", "headline.png"}
-SCORED |= {"off_target.png", "effect_perplexity.png", "effect_spread.json"}
+SCORED |= {"off_target.png", "effect_spread.json"}
 RESAMPLED = {"resampled_vectors.pt", "extraction_spread.json"}
 GRID = SCORED | {"generation_results.json", "protocol.json"}
 COSTS = {"side_effects.json", "capability.json"}
 STEERED = GRID | COSTS
-SEARCHED = STEERED | {"alpha_search.json", "alpha_search.png"}
+SEARCHED = STEERED | {"alpha_search.json"}
 READ_AGAIN = SEARCHED - {"generation_results.json"}  # other perplexities may choose another listed alpha
 CHECKED = {"preflight.json", "scorer_validation.json"}
 WRITTEN = CHECKED | SEARCHED - COSTS  # sampled text, whoever reads it

@@ -115,7 +115,7 @@ def test_other_sampling_leaves_what_was_written_to_be_taken_back(tiny, finished,
 
 
 def test_figures_of_an_earlier_configuration_do_not_stay(tiny, out):
-    optional = {"layer_search.png", "off_target.png", "effect_perplexity.png"}
+    optional = {"layer_search.png", "off_target.png", "strength_curve.png"}
     for name in optional:
         shutil.copy(out / "headline.png", out / name)
     assert run(out, tiny) == 0

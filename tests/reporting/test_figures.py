@@ -6,21 +6,17 @@ import pytest
 import torch
 from made_up_scores import COMPARED, VALIDATED, scored_run
 
-from analysis.alpha_search import CoherenceBound, ScoredText, alphas_content, search_alphas
 from analysis.results_table import results_table
 from analysis.strength_curve import MULTIPLES
 from analysis.verdict import decide_verdicts
 from evaluation import METRICS, aggregate
 from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS, label_of
-from maps.comparison_maps import ComparisonMap, maps_table
 from reporting.figures_ablations import block_ablation_figure, sample_ablation_figure
 from reporting.figures_headline import headline_figure
 from reporting.figures_mapping import layer_search_figure, mapping_figure
 from reporting.figures_results import (
-    alpha_search_figure,
     choose_axes,
     coherence_trait_figure,
-    effect_perplexity_figure,
     off_target_figure,
     strength_curve_figure,
 )
@@ -103,8 +99,7 @@ def test_a_figure_of_little_is_drawn_without_a_warning(n_rows, fixed, tmp_path):
 
 def test_panels_share_their_axes_and_mark_the_unsteered_text():
     figure = coherence_trait_figure(aggregate(rows("loud") + rows("calm", auc=0.912, perplexity=7.0)))
-    titles = [panel.get_title() for panel in figure.axes]
-    assert titles == ["loud (classifier AUC 0.970)", "calm (classifier AUC 0.912)"]
+    assert [panel.get_title() for panel in figure.axes] == ["loud (α 0.5, 2)", "calm (α 0.5, 2)"]
     assert len({(panel.get_xlim(), panel.get_ylim()) for panel in figure.axes}) == 1
     for panel in figure.axes:
         x, y = points(panel)["baseline"]
@@ -112,40 +107,31 @@ def test_panels_share_their_axes_and_mark_the_unsteered_text():
         assert [list(dotted[0].get_xdata()), list(dotted[1].get_ydata())] == [[x[0]] * 2, [y[0]] * 2]
 
 
-@pytest.mark.parametrize(
-    ("alphas", "title"), [((0.5, 2.0), "α 0.5, 2"), ((0.5, 3.0), "α\nloud 0.5, 2\ncalm 0.5, 3")]
-)
-def test_legend_names_what_is_drawn_and_its_strengths(alphas, title):
-    calm = rows("calm", alphas=alphas, trait_probability=None)
+def test_legend_names_what_is_drawn_and_titles_the_strengths():
+    calm = rows("calm", alphas=(1, 2, 3, 4, 5.25), trait_probability=None)
     figure = coherence_trait_figure(aggregate(rows("loud") + calm))
     assert legend_of(figure) == labels({"baseline", *STEERED})
-    assert figure.legends[0].get_title().get_text() == title
+    assert [panel.get_title() for panel in figure.axes] == ["loud (α 0.5, 2)", "calm (α 1 to 5.25)"]
 
 
-def test_effects_are_drawn_over_perplexity_with_the_strongest_alpha_largest():
-    weak = {"alpha": 1, "perplexity_ratio": 1.2, "effect": 0.3, "low": 0.2, "high": 0.4}
-    strong = {"alpha": 2, "perplexity_ratio": 3.0, "effect": 0.5, "low": 0.4, "high": 0.6}
-    figure = effect_perplexity_figure({"loud": {"oracle": [weak, strong]}, "calm": {"oracle": [strong]}})
-    assert [panel.get_title() for panel in figure.axes] == ["loud", "calm"]
-    assert legend_of(figure) == labels(["oracle"])
-    panel = figure.axes[0]
-    (x, y), (segment, _) = points(panel)["oracle"], panel.containers[0].lines[2][0].get_segments()
-    assert list(zip(x, y, strict=True)) == [(1.2, 0.3), (3.0, 0.5)]
-    assert segment[:, 1].tolist() == pytest.approx([0.2, 0.4])
-    (largest,) = [line for line in panel.lines if line.get_markersize() == 9]
-    assert largest.get_xydata().tolist() == [[3.0, 0.5]]
+EFFECTS = {"oracle": 0.5, "ridge_mapped": 0.4, "first_block": 0.2, "embedding_source": 0.3}
+
+
+def strengths(ratio, effects=EFFECTS):
+    """What vectors do over strengths, of which perplexity is `ratio(alpha)` times the unsteered."""
+
+    def points(effect):
+        ends = {"low": 0.0, "high": 1.0}
+        return [{**ends, "perplexity_ratio": ratio(2 * each), "effect": effect * each} for each in MULTIPLES]
+
+    return {"vectors": {name: {"points": points(effect)} for name, effect in effects.items()}}
 
 
 def test_strengths_are_drawn_from_the_unsteered_text_with_the_compared_ones_circled():
-    def points(effect):
-        of_point = {"perplexity_ratio": 1.5, "low": 0.0, "high": 1.0}
-        return [{**of_point, "alpha": 2 * each, "effect": effect * each} for each in MULTIPLES]
-
-    effects = {"oracle": 0.5, "ridge_mapped": 0.4, "first_block": 0.2, "embedding_source": 0.3}
-    vectors = {name: {"points": points(effect)} for name, effect in effects.items()}
-    figure = strength_curve_figure({"loud": {"alpha": 2.0, "vectors": vectors}})
+    effects = EFFECTS
+    figure = strength_curve_figure({"loud": strengths(lambda alpha: 1.5)})
     drawn = ["oracle", "ridge_mapped", "embedding_source"]  # of the lexical controls, the stronger
-    assert legend_of(figure) == [*labels(drawn), "compared"]
+    assert legend_of(figure) == [*labels(drawn), "at the verdict's α"]
     (panel,) = figure.axes
     for container, name in zip(panel.containers, drawn, strict=True):
         lines = container.lines[0].get_xydata().tolist()
@@ -161,15 +147,13 @@ def test_mapping_figure_draws_what_was_cross_validated():
     mapping = RidgeMapping(10, 14, "relative")
     mapping.cross_validate(source, target + 0.1, [0.01, 0.1, 1.0])
     cv, analysis = mapping.cv, mapping.analyze()
-    table = maps_table(mapping, {"reduced_rank": ComparisonMap.fitted("reduced_rank", mapping)})
-    panels = mapping_figure(analysis, cv, table).axes
-    by_dimension = sorted(cv["best_r2_per_dimension"], reverse=True)
-    shown = [cv["r2"].values(), cv["df"].values(), by_dimension, cv["best_r2_per_component"]]
-    for panel, values in zip(panels, [*shown, analysis["singular_values"]], strict=False):
-        assert list(panel.lines[0].get_ydata()) == list(values)
-    assert list(panels[0].lines[1].get_ydata()) == list(cv["r2_standardised"].values())
-    assert panels[3].lines[1].get_ydata()[-1] == pytest.approx(1)
-    assert [bar.get_height() for bar in panels[5].containers[0]] == [row["r2"] for row in table]
+    r2, spectrum = mapping_figure(analysis, cv).axes
+    lines = [list(line.get_ydata()) for line in r2.lines[:3]]
+    shuffled = [cv["shuffled_r2"]] * 2
+    assert lines == [list(cv["r2"].values()), list(cv["r2_standardised"].values()), shuffled]
+    assert set(r2.lines[3].get_xdata()) == {cv["best_lambda"]}
+    assert list(spectrum.lines[0].get_ydata()) == analysis["singular_values"]
+    assert spectrum.get_title() == "10 of 10 singular values over 1 % of the largest"
 
 
 def test_layer_search_figure_marks_the_best_pair():
@@ -252,11 +236,16 @@ def test_headline_leaves_out_what_mapped_need_not_beat():
     assert len(counted) == len(fewer) + 1
 
 
-def test_off_target_figure_shows_who_is_steered_for_and_scored_as():
-    matrix = {"oracle": {"loud": {"loud": 0.5, "calm": -0.25}, "calm": {"loud": 0.0, "calm": 0.75}}}
-    panel = off_target_figure(matrix).axes[0]
-    assert panel.images[0].get_array().tolist() == [[0.5, -0.25], [0.0, 0.75]]
-    assert [text.get_text() for text in panel.texts] == ["+0.50", "-0.25", "+0.00", "+0.75"]
+def test_off_target_figure_shows_who_is_steered_for_scored_as_and_the_difference():
+    native = {"loud": {"loud": 0.5, "calm": -0.25}, "calm": {"loud": 0.0, "calm": 0.75}}
+    figure = off_target_figure({"ridge_mapped": {"loud": {"loud": 0.25, "calm": -0.001}}, "oracle": native})
+    mapped, oracle, difference, _ = figure.axes
+    assert oracle.images[0].get_array().tolist() == [[0.5, -0.25], [0.0, 0.75]]
+    shown = [[text.get_text() for text in panel.texts] for panel in (mapped, oracle, difference)]
+    assert shown[0] == ["+0.25", "+0.00", "–", "–"]
+    assert shown[1] == ["+0.50", "−0.25", "+0.00", "+0.75"]
+    assert shown[2] == ["−0.25", "+0.25", "–", "–"]
+    assert len(off_target_figure({"oracle": native}).axes) == 2  # the matrix and its colours
 
 
 NAMES = ["$x_1$ costs $5", "_hidden", r"\alpha|", "快乐 \U0001f3f4", "W" * 100, "two words " * 10, "{0} %s"]
@@ -274,7 +263,7 @@ def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
         coherence_trait_figure(aggregate([row for name in NAMES for row in rows(name)])),
         headline_figure(*decided(NAMES)),
         off_target_figure({"oracle": {name: dict.fromkeys(NAMES, 0.5) for name in NAMES}}),
-        alpha_search_figure(searched_alphas(lambda method, alpha: 1 + alpha / 9, personas=NAMES)),
+        strength_curve_figure(dict.fromkeys(NAMES, strengths(lambda alpha: 1 + alpha / 9))),
     ]
     first, (_, effects), (matrix, _), last = (figure.axes for figure in figures)
     for found in (
@@ -291,65 +280,26 @@ def test_any_name_is_drawn_as_it_is(tmp_path, caplog):
     assert len(caplog.records) == len(figures)  # one warning each, of the characters that the font lacks
 
 
-def searched_alphas(ratio, personas=("loud", "calm"), methods=("oracle", "zero_pad"), bracket=(0.5, 10.0)):
-    """What a search gives where perplexity is `ratio(method, alpha)` times the unsteered; None is missing."""
-
-    def measure(asked):
-        found = [(ratio(method, alpha), alpha) for (_, method), alpha in asked]
-        return [[ScoredText(value and 20 * value, 0.1 if alpha < 6 else 0.9)] for value, alpha in found]
-
-    keys = [(persona, method) for persona in personas for method in methods]
-    bound = CoherenceBound(max_perplexity_ratio=1.75)
-    return alphas_content(search_alphas(keys, measure, [ScoredText(20.0, 0.1)], bracket, bound), bound, {})
-
-
-def test_alpha_figure_draws_every_point_the_bound_and_the_chosen_alpha_largest():
-    content = searched_alphas(lambda method, alpha: 1.1 if method == "oracle" else 1 + alpha / 2)
-    figure = alpha_search_figure(content)
-    assert legend_of(figure) == [*labels(["oracle", "zero_pad"]), "bound: 1.75"]
-    for panel in figure.axes:
-        assert any(set(line.get_ydata()) == {1.75} for line in panel.lines)
-        drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
-        markers = [line for line in panel.lines if line.get_marker() != "None"]
-        markers = {(line.get_color(), line.get_xdata()[0]): line for line in markers}
-        for entry in [entry for entry in content["alphas"] if entry["persona"] == panel.get_title()]:
-            curve = entry["curve"]
-            assert drawn[entry["method"]] == [[point["alpha"], point["perplexity_ratio"]] for point in curve]
-            for point in curve:
-                marker = markers[CONDITIONS[entry["method"]].colour, point["alpha"]]
-                assert (marker.get_markersize() > 5) == (point["alpha"] == entry["alpha"])
-                assert (marker.get_alpha() == 1) == point["is_coherent"]
-
-
-def test_alpha_figure_leaves_out_points_without_a_ratio_and_says_each_personas_bound():
-    content = searched_alphas(lambda method, alpha: None if method == "zero_pad" or alpha > 4 else 1.2)
-    figure = alpha_search_figure({**content, "trait_costs": {"loud": 2.0, "calm": 0.5}})
-    assert legend_of(figure) == [*labels(["oracle"]), "bound"]
-    assert max(max(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == "oracle") <= 4
-    assert [panel.get_title() for panel in figure.axes] == ["loud (bound: 3.5)", "calm (bound: 1.8)"]
-
-
 @pytest.mark.parametrize(
-    ("ratio", "bracket"),
+    "ratio",
     [
-        (lambda method, alpha: 1 + alpha / 9, (1.0, 1.2)),
-        (lambda method, alpha: 1.7 + alpha / 99, (1.0, 1.04)),
-        (lambda method, alpha: 1 + alpha**9, (1e-3, 1e3)),
-        (lambda method, alpha: 0.01, (0.5, 5.0)),
-        (lambda method, alpha: None, (0.5, 10.0)),
+        lambda alpha: 1 + alpha / 9,
+        lambda alpha: 1.7 + alpha / 99,
+        lambda alpha: 1 + alpha**9,
+        lambda alpha: 0.01,
+        lambda alpha: 1.0,
     ],
 )
-def test_logarithmic_axes_have_a_few_plain_numbers(ratio, bracket, tmp_path):
-    figure = alpha_search_figure(searched_alphas(ratio, bracket=bracket))
+def test_logarithmic_axes_have_a_few_plain_numbers(ratio, tmp_path):
+    figure = strength_curve_figure({"loud": strengths(ratio)})
     save_figure(figure, tmp_path / "figure.png", "made")
     for panel in figure.axes:
-        for axis in (panel.xaxis, panel.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = [value for value in axis.get_majorticklocs() if low <= value <= high]
-            assert 2 <= len(ticks) <= 12
-            shown = [axis.get_major_formatter()(value) for value in ticks]
-            assert [float(label) for label in shown] == pytest.approx(ticks, rel=1e-5)
-            assert max(len(label) for label in shown) <= 6
+        low, high = sorted(panel.get_xlim())
+        ticks = [value for value in panel.xaxis.get_majorticklocs() if low <= value <= high]
+        assert 2 <= len(ticks) <= 12
+        shown = [panel.xaxis.get_major_formatter()(value) for value in ticks]
+        assert [float(label) for label in shown] == pytest.approx(ticks, rel=1e-5)
+        assert max(len(label) for label in shown) <= 6
 
 
 def test_a_saved_figure_carries_its_fingerprint_until_it_is_damaged(tmp_path):

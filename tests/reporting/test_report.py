@@ -12,7 +12,7 @@ from made_up_scores import COMPARED, NOT_VALIDATED, VALIDATED, detection, scored
 
 from analysis.results_table import results_table
 from analysis.verdict import decide_verdicts
-from experiment.conditions import CONDITIONS
+from experiment.conditions import CONDITIONS, LEXICAL_CONTROLS
 from reporting.figures_headline import headline_figure
 from reporting.report import texts_data, write_report
 from reporting.style import save_figure
@@ -43,9 +43,17 @@ PROTOCOL = {
         "source": {"loud": [0.8, 0.7], "numeric": [None]},
         "target": {"loud": [0.9], "numeric": [None]},
     },
-    "alpha": {"alphas": [{"persona": "loud", "alpha": 0.1, "curve": POINTS}]},
+    "alpha": {
+        "bound": {"max_perplexity_ratio": 1.5},
+        "trait_costs": {"loud": 1.2},
+        "alphas": [{"persona": "loud", "alpha": 0.1, "curve": POINTS}],
+    },
     "test": {"chosen": "fresh_questions", "prompts": ["Why?"] * N_PROMPTS, "seeds": [0, 1]},
 }
+
+
+CHANGE = {"accuracy": 0.65, "change": {"estimate": -0.05, "low": -0.125, "high": 0.025}}
+CAPABILITY = dict.fromkeys(("oracle", "ridge_mapped", "first_block", "random_direction"), CHANGE)
 
 
 def made_up_rows():
@@ -63,7 +71,7 @@ def made_up_rows():
 
 
 def strengths():
-    """What two vectors do over strengths, by a scorer that is not validated."""
+    """What four vectors do over strengths, by a scorer that is not validated."""
     share = {"estimate": 0.9, "low": 0.7, "high": 1.1}
     missing = dict.fromkeys(share)
     point = {"multiple": 1.0, "alpha": 2.0, "perplexity_ratio": 1.3, "effect": 0.4, "low": 0.3, "high": 0.5}
@@ -75,6 +83,9 @@ def strengths():
         "ridge_mapped": {"points": [{**point, "recovery": share}] * 5, "at_native_ratio": mapped}
         | {"half_effect": {**share, "high": None}, "half_over_native": missing},
     }
+    unbounded = {**point, "recovery": {**share, "low": None, "high": None}}
+    for name in LEXICAL_CONTROLS:
+        vectors[name] = {**vectors["ridge_mapped"], "points": [unbounded] * 5}
     return {
         "scorer": "classifier",
         "is_validated": False,
@@ -120,7 +131,8 @@ def finished(tmp_path_factory):
     ratios |= {"plain_text_perplexity_ratios": {"loud": {"oracle": 1.23}}}
     models = {"source_model": "a", "target_model": "b", "neutral_text": "wikipedia-sample"}
     files = {
-        "config.json": {**models, "max_new_tokens": 6},
+        "config.json": {**models, "max_new_tokens": 6, "n_capability_questions": 120},
+        "capability.json": {"n_questions": 120, "unsteered": 0.7, "personas": {"loud": CAPABILITY}},
         "eval_results.json": {"rows": rows},
         "verdict.json": {"personas": personas, "validation": validation} | ratios,
         "preflight.json": {"checks": checks, "environment": {"torch": "2.13"}},
@@ -166,19 +178,24 @@ def test_what_was_chosen_stands_on_the_page_with_its_numbers(page):
     assert rows["vector of loud"][0] == "texts, mean over tokens"
     assert rows["vector of loud"][1].startswith("mean: native +0.30, cosine of words 0.70; cosine of halves")
     assert rows["vector of loud"][1].endswith("at least 0.70 and 0.90 in source and target")
-    assert rows["α of loud"] == ("0.1", "0.1: ratio 1.20; 0.2: ratio 2.50 (perplexity, non-words)")
+    tried = "0.1: ratio 1.20; 0.2: ratio 2.50 (perplexity, non-words)"
+    assert rows["α of loud"] == ("0.1", f"ratio at most 1.80; {tried}")
     assert rows["test prompts"] == ("9 of fresh_questions", "2 seeds")
 
 
-def test_strengths_are_tables_and_what_is_not_reached_is_said(page):
-    native, mapped, shares = table_of(page, "strengths")
-    assert native == ["loud", "classifier *", "native (oracle)", *["+0.40 (1.30)"] * 5]
-    assert mapped[2] == "mapped"
-    assert shares[2:] == ["mapped over native (%)", *["90 [70, 110]"] * 5]
-    native, mapped = (row[3:] for row in table_of(page, "native-ratio"))
-    assert native == ["1.00", "1.30", "+0.90 [+0.70, +1.10]", "–", "0.90 [0.70, 1.10]", "–", ""]
-    assert mapped[3:6] == ["90 [70, 110]", "0.90 [0.70, not reached]", "not reached"]
-    assert mapped[6] == "native's 1.30 is not reached; the nearest"
+def test_strengths_are_a_table_and_what_is_not_reached_is_said(page):
+    assert "<h3>Over strengths: loud by classifier * at α 2</h3>" in page
+    rows, multiples = table_of(page, "strengths-0"), ("0.25", "0.5", "0.75", "1", "1.25")
+    assert [row[:3] for row in rows[:5]] == [
+        [f"effect (ratio) at {each} α", *["+0.40 (1.30)"] * 2] for each in multiples
+    ]
+    shares = [[f"recovery at {each} α (%)", "–", "90 [70, 110]"] for each in multiples]
+    assert [row[:3] for row in rows[5:10]] == shares
+    assert [row[3] for row in rows[5:10]] == ["90 [−∞, ∞]"] * 5
+    rest = rows[10:]
+    assert [row[1] for row in rest] == ["1.00", "1.30", "+0.90 [+0.70, +1.10]", "–", "0.90 [0.70, 1.10]", "–"]
+    assert rest[0][2] == "1.00 (nearest)"
+    assert [row[2] for row in rest[3:]] == ["90 [70, 110]", "0.90 [0.70, not reached]", "not reached"]
 
 
 def test_turns_are_a_table_with_drift_and_few_conversations_have_no_interval(page):
@@ -317,13 +334,14 @@ def test_hostile_text_is_shown_and_does_nothing(in_browser):
     assert any(shown in prompt for prompt in prompts)
 
 
-def test_the_table_over_turns_fits_on_a_phone(in_browser):
-    needed, shown = in_browser("""
+@pytest.mark.parametrize("name", ["strengths-0", "turns-0", "detectors", "capability"])
+def test_a_table_fits_on_a_phone(name, in_browser):
+    needed, shown = in_browser(f"""
 document.body.style.width = "360px";
-const table = document.getElementById("turns-0"), at = table.parentElement;
+const at = document.getElementById("{name}").parentElement;
 return [at.scrollWidth, at.clientWidth];
 """)
-    assert needed <= shown <= 360
+    assert 200 < needed <= shown < 360
 
 
 def test_a_reader_filters_searches_sorts_and_chooses(in_browser):
@@ -353,12 +371,3 @@ return [all, columns, found, filtered, sorted, document.querySelectorAll(".text"
     assert perplexities == sorted(perplexities, reverse=True)
     assert n_texts == 0
     assert personas == list(PERSONAS)
-
-
-def test_the_table_of_detectors_fits_on_a_phone(in_browser):
-    needed, width = in_browser("""
-document.body.style.width = "360px";
-const at = document.getElementById("detectors").parentElement;
-return [at.scrollWidth, at.clientWidth];
-""")
-    assert 200 < needed <= width < 360
