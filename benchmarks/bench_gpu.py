@@ -72,7 +72,7 @@ SMALL = {
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "mixtral")
 SAMPLING = {"top-k": {}, "top-p": {"top_k": 0, "top_p": 0.9}, "greedy": {"temperature": 0}}
-N_BEFORE, N_AFTER = 8, 40  # new tokens, from whose times that of a step follows
+N_TOKENS = (8, 40)  # new ones, from whose times that of a step follows
 SPREAD = 3  # of logits
 BAND = 9  # blocks that are steered
 
@@ -86,6 +86,7 @@ class Bench:
         self.on_cuda = self.device.type == "cuda"
         self.started, self.seconds = time.perf_counter(), seconds
         self.architectures = ARCHITECTURES[:1] if tiny else ARCHITECTURES
+        self.n_tokens = (2, 6) if tiny else N_TOKENS
         self.rates: dict[str, float] = {}
 
     def has(self, seconds: float) -> bool:
@@ -156,7 +157,7 @@ def texts(bench: Bench) -> None:
                 generation
                 for options in SAMPLING.values()
                 for generation in generator.generate_batch(
-                    prompts, 24, seeds=range(16), **steering, **options
+                    prompts, sum(bench.n_tokens) // 2, seeds=range(16), **steering, **options
                 )
             ]
 
@@ -219,7 +220,7 @@ def steps(sizes: dict[str, Any], rows: Sequence[int]) -> Callable[[Bench], None]
         model, tokenizer = make_model(bench, sizes), tiny_tokenizer()
         tokenizer.model_max_length = 2048
         with mock.patch.object(steered_generation, "end_tokens", return_value=set()):
-            for n in (4, 8) if bench.tiny else rows:
+            for n in (4,) if bench.tiny else rows:
                 time_steps(bench, model, tokenizer, n)
 
     part.__name__ = f"steps of {sizes['model_type']}"
@@ -243,9 +244,10 @@ def time_steps(bench: Bench, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
     def note(how: str, write: Callable[[int], Any], **more: Any) -> None:
         write(4)
-        short, long = (bench.seconds_of(lambda n=n: write(n), 1, 0) for n in (N_BEFORE, N_AFTER))
-        step = (long - short) / (N_AFTER - N_BEFORE)
-        rest = {"ms_before": 1e3 * (short - N_BEFORE * step), "tokens_a_second": rows / step, **more}
+        few, many = bench.n_tokens
+        short, long = (bench.seconds_of(lambda n=n: write(n), 1, 0) for n in (few, many))
+        step = (long - short) / (many - few)
+        rest = {"ms_before": 1e3 * (short - few * step), "tokens_a_second": rows / step, **more}
         if bench.on_cuda:
             rest["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             torch.cuda.reset_peak_memory_stats()
@@ -278,7 +280,7 @@ def time_steps(bench: Bench, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def floor_seconds(bench: Bench, model: PreTrainedModel, rows: int) -> float:
     """Return the least seconds of a step: to read weights and cache once, or to multiply."""
-    config, n_positions = model.config, 44 + (N_BEFORE + N_AFTER) // 2
+    config, n_positions = model.config, 44 + sum(N_TOKENS) // 2
     n_weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     cache = rows * n_positions * n_layers(model) * 2 * width
