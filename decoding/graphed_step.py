@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from decoding.key_value_cache import Cache, PreallocatedLayer
 from support.errors import InputError
 
-# Other rows need another graph, which takes about as long as five steps that repeat it.
+# Other rows need another graph. By estimate its recording takes as long as five steps that repeat it.
 GRAPHED_DROP_FRACTION = 2
 
 
 def graph_error(problem: str) -> InputError:
+    """Return the error of a model whose steps cannot be graphs."""
     return InputError(f"{problem}; set cuda_graphs to false")
 
 
