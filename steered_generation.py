@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.batching import run_in_batches
-from decoding.loop import decode, hides_left_padding
+from decoding.loop import check_cuda_graphs, decode, hides_left_padding
 from decoding.row_sampler import RowSampler, row_uniforms
 from decoding.steering_hooks import RowSteering, Steering, hook_error, reject_steered, unsteered
 from model_loading import (
@@ -76,6 +76,7 @@ class SteeredGenerator:
     batch_size: rows per batch; halved when memory runs out.
     block_path: dotted path of the block list, for architectures that are not recognised.
     steer_positions: `all`, or `response`: only the last position of each forward pass.
+    cuda_graphs: repeat a decoding step as a CUDA graph; see `decoding.graphed_step`.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class SteeredGenerator:
         batch_size: int = 32,
         block_path: str | None = None,
         steer_positions: str = "all",
+        cuda_graphs: bool = False,
     ) -> None:
-        """Raises InputError: unknown alpha_unit, steer_positions or device, no decoder blocks or no cache."""
+        """Raises InputError: unknown alpha_unit, steer_positions, device, no decoder blocks, cache, graph."""
         model = plain_model(model)
         if alpha_unit not in ALPHA_UNITS:
             raise InputError(f"alpha_unit {alpha_unit!r} is unknown; choose {' or '.join(ALPHA_UNITS)}")
@@ -102,6 +104,9 @@ class SteeredGenerator:
         self.alpha_unit, self.residual_norms = alpha_unit, dict(residual_norms or {})
         self.at_last = steer_positions == "response"
         self._hides_padding = hides_left_padding(model, pad_token_id(tokenizer, model))
+        self.cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            check_cuda_graphs(model, pad_token_id(tokenizer, model))
         self._steering: dict[int, Steering] = {}
         weakref.finalize(self, _remove_hooks, self._steering)
 
@@ -297,8 +302,11 @@ class SteeredGenerator:
                     (*ids, *(vectors[row].numpy().tobytes() for vectors in added.values()))
                     for row, ids in enumerate(tokens)
                 ],
+                cuda_graphs=self.cuda_graphs,
             )
         n_passes = min(max_new_tokens, max(map(len, continuations)) + 1)
+        if self.cuda_graphs:
+            n_passes = min(n_passes, 3)  # those of the prompts, of a first step and of one that is recorded
         for (layer, steering), n in zip(steered, n_before, strict=True):
             if steering.n_calls - n < n_passes:
                 raise hook_error(layer)

@@ -11,21 +11,24 @@ tokens that are thrown away.
 
 import inspect
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from decoding.batching import is_out_of_memory
+from decoding.graphed_step import GRAPHED_DROP_FRACTION, GraphedStep, check_place, graph_error
+from decoding.key_value_cache import preallocated_cache
 from decoding.output_head import narrowed_head
 from decoding.row_sampler import NOT_FINITE
-from model_loading import evaluation_mode, n_layers, pad_tokens
-from support.errors import InputError
+from model_loading import evaluation_mode, pad_tokens
+from support.errors import InputError, first_line
 
 # Dropping rows copies the cache, which takes about a fifteenth of a step.
 DROP_FRACTION = 8
 STEPS_BETWEEN_READS = 8  # on an accelerator; the CPU's tokens are read at every step, which costs nothing
+CHECKED_STEPS = 5  # the prompts', a first, one that is recorded, and two that repeat it
 
 
 @torch.inference_mode()
@@ -41,8 +44,43 @@ def hides_left_padding(model: PreTrainedModel, pad_id: int) -> bool:
     with evaluation_mode(model):
         alone = _Batch(model, [[5, 6, 7]], pad_id, 1).prefill()[0].float()
         padded = _Batch(model, [[5, 6, 7], [8, 9, 5, 6, 7]], pad_id, 1).prefill()[0].float()
-    tolerance = (1e-3 if model.dtype == torch.float32 else 0.05) * alone.std().item()
-    return torch.allclose(alone, padded, rtol=0, atol=tolerance)
+    return torch.allclose(alone, padded, rtol=0, atol=_tolerance(alone, model))
+
+
+def check_cuda_graphs(model: PreTrainedModel, pad_id: int) -> None:
+    """Raise InputError where a step of the model cannot be a CUDA graph, or gives other logits as one."""
+    check_place(model)
+
+    def logits(cuda_graphs: bool) -> Tensor:
+        steps = []
+
+        def choose(of_step: Tensor, rows: Tensor, step: int) -> Tensor:
+            steps.append(of_step.float().clone())  # its memory is the next step's
+            return rows + step
+
+        decode(
+            model, [[5, 6, 7], [8, 9, 5, 6, 7]], choose, CHECKED_STEPS, (), pad_id, cuda_graphs=cuda_graphs
+        )
+        return torch.stack(steps)
+
+    expected = logits(False)
+    try:
+        found = logits(True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise graph_error(
+            f"a step of {type(model).__name__} cannot be recorded ({first_line(error)})"
+        ) from error
+    if not torch.allclose(found, expected, rtol=0, atol=_tolerance(expected, model)):
+        raise graph_error(
+            f"a step of {type(model).__name__} gives other logits when it is repeated as a graph"
+        )
+
+
+def _tolerance(logits: Tensor, model: PreTrainedModel) -> float:
+    """Return how far logits of the same rows in batches of another shape may differ."""
+    return (1e-3 if model.dtype == torch.float32 else 0.05) * logits.std().item()
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
@@ -66,6 +104,7 @@ def decode(
     pad_id: int = 0,
     on_rows_change: Callable[[Tensor], None] = lambda rows: None,
     row_keys: Sequence[Hashable] | None = None,
+    cuda_graphs: bool = False,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the token that ended it.
 
@@ -76,6 +115,7 @@ def decode(
     on_rows_change: called with the indices of the rows in the batch, (rows,), whenever they change.
     row_keys: rows with equal keys have the same prompt, which passes through the model once, and are
         treated equally by hooks.
+    cuda_graphs: repeat a step as a CUDA graph; see `graphed_step`.
     Raises InputError for logits that are not finite, and for a model with a state that is neither in the
     cache nor in the tokens.
     """
@@ -84,7 +124,7 @@ def decode(
     copies = [place[key] for key in keys]
     distinct = [copies.index(index) for index in range(len(place))]
     rows = torch.arange(len(prompts), device=model.device)
-    batch = _Batch(model, [prompts[row] for row in distinct], pad_id, max_new_tokens)
+    batch = _Batch(model, [prompts[row] for row in distinct], pad_id, max_new_tokens, cuda_graphs)
     written = _Written(len(prompts), ends)
     n_between = 1 if model.device.type == "cpu" else STEPS_BETWEEN_READS
     with evaluation_mode(model), narrowed_head(model, lambda hidden: hidden[:, -1:]):
@@ -94,6 +134,9 @@ def decode(
         if is_shared:
             logits = logits[batch.take(copies)]
             on_rows_change(rows)
+        if cuda_graphs:
+            batch = GraphedStep(model, batch.cache, batch.mask, batch.takes_positions)
+        drop_fraction = GRAPHED_DROP_FRACTION if cuda_graphs else DROP_FRACTION
         unread = []
         for step in range(max_new_tokens):
             chosen = choose(logits, rows, step).to(model.device)
@@ -104,7 +147,7 @@ def decode(
                 unread = []
                 if is_last or not left:
                     break
-                if (len(rows) - len(left)) * DROP_FRACTION >= len(rows):
+                if (len(rows) - len(left)) * drop_fraction >= len(rows):
                     kept = batch.take(left)
                     rows, chosen = rows[kept], chosen[kept]
                     written.keep(left)
@@ -143,13 +186,19 @@ class _Batch:
     """Rows that pass through the model together, with their attention mask and cache."""
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        max_new_tokens: int,
+        for_graph: bool = False,
     ) -> None:
+        """for_graph: see `preallocated_cache`."""
         self.model = model
         self.prompts, self.mask = pad_tokens(prompts, pad_id, "left", model.device)
         self.is_padded = [len(prompt) < self.mask.shape[1] for prompt in prompts]
         self.takes_positions = _takes(model, "position_ids")
-        self.cache = _preallocated_cache(model, self.mask.shape[1] + max_new_tokens)
+        self.cache = preallocated_cache(model, self.mask.shape[1] + max_new_tokens, for_graph)
 
     def prefill(self) -> Tensor:
         """Return the logits behind each prompt, (rows, vocabulary)."""
@@ -184,52 +233,3 @@ class _Batch:
         if self.takes_positions:
             options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         return self.model(input_ids=tokens, **options).logits[:, -1]
-
-
-class _Cache(DynamicCache):
-    is_compileable = False  # a property of all layers otherwise, which an instance cannot set
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """Keys and values in memory for all positions; a step writes its own and copies no others."""
-
-    def __init__(self, capacity: int, is_sliding: bool) -> None:
-        super().__init__()
-        self.capacity, self.is_sliding = capacity, is_sliding
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keep the states (rows, heads, positions, d_head) of new positions; return those of all."""
-        start = self.get_seq_length()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.all_keys, self.all_values = (
-                states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
-                for states in (key_states, value_states)
-            )
-        end = start + key_states.shape[2]
-        self.all_keys[:, :, start:end] = key_states
-        self.all_values[:, :, start:end] = value_states
-        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace all rows by these."""
-        if self.get_seq_length():
-            kept = [states[beam_idx.to(states.device)] for states in (self.keys, self.values)]
-            self.is_initialized = False
-            self.update(*kept)
-
-
-def _preallocated_cache(model: PreTrainedModel, capacity: int) -> _Cache:
-    """Return the model's cache, preallocated in the layers that keep all `capacity` positions."""
-    config = model.config.get_text_config(decoder=True)
-    if config.num_hidden_layers != n_layers(model):
-        return _Cache()  # grows as the blocks ask: the configuration does not tell how many there are
-    cache = _Cache(config=model.config)
-    for index, layer in enumerate(cache.layers):
-        is_short = type(layer) is DynamicSlidingWindowLayer and capacity <= layer.sliding_window
-        if type(layer) is DynamicLayer or is_short:
-            cache.layers[index] = _PreallocatedLayer(capacity, layer.is_sliding)
-    return cache

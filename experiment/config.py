@@ -531,6 +531,7 @@ class ExperimentConfig(_Strict):
 
     extraction_batch_size: LargeCount = 8
     generation_batch_size: LargeCount = 32
+    cuda_graphs: bool = False
     evaluation_batch_size: LargeCount = 8
 
     _chosen_kinds: Mapping[str, str] = PrivateAttr(default_factory=dict)  # persona -> one of VECTOR_KINDS

@@ -60,6 +60,7 @@ class GenerationSettings:
     steer_positions: str
     batch_size: int
     side: str = "target"
+    cuda_graphs: bool = False
 
     @classmethod
     def of(cls, inputs: Inputs, residual_norms: Sequence[float]) -> "GenerationSettings":
@@ -76,6 +77,7 @@ class GenerationSettings:
             steer_positions=config.steer_positions,
             batch_size=config.generation_batch_size,
             side=inputs.target.name,
+            cuda_graphs=config.cuda_graphs,
         )
 
     def unsteered(self, side: str, max_new_tokens: int) -> "GenerationSettings":
@@ -92,6 +94,7 @@ class GenerationSettings:
             batch_size=self.batch_size,
             block_path=side.extractor.block_path,
             steer_positions=self.steer_positions,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

@@ -556,7 +556,10 @@ def _check_prompts(inputs: Inputs) -> None:
             "an instruct model as target"
         )
     generator = SteeredGenerator(
-        inputs.target.model, inputs.target.tokenizer, block_path=config.target_block_path
+        inputs.target.model,
+        inputs.target.tokenizer,
+        block_path=config.target_block_path,
+        cuda_graphs=config.cuda_graphs,
     )
     prompts = (*inputs.prompts, *inputs.development_prompts)
     shown = [prompting.prompt("target", prompt) for prompt in prompts]

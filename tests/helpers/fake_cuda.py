@@ -17,13 +17,16 @@ by CUDA's rules:
         device.waits           # Counter of (kind, place)
         device.n_launches
 
+A CUDA graph records operations, which its replay computes anew from what their tensors hold by then, into the
+same tensors. As there, recording one computes nothing that lasts, and what waits meanwhile raises.
+
 It cannot show what real kernels do (dtypes that they lack, their rounding, their memory), streams or races.
 """
 
 import os
 import sys
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -139,12 +142,14 @@ class FakeCuda(TorchDispatchMode):
 
     def reset(self):
         """Count from 0 again."""
-        self.n_launches, self.waits = 0, Counter()
+        self.n_launches, self.waits, self.graph = 0, Counter(), None
 
     def n_waits(self, kind=None):
         return sum(n for (what, _), n in self.waits.items() if kind in (None, what))
 
     def wait(self, kind):
+        if self.graph is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing, at {_place()}")
         self.waits[kind, _place()] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -164,7 +169,16 @@ class FakeCuda(TorchDispatchMode):
             raise RuntimeError(f"Expected a 'cuda' generator but found '{generator.device.type}'")
         device = self._device_of_result(func, name, args, tensors, asked)
         self._count(name, args, asked)
-        found = self._compute(func, name, *tree_map(_inner, (args, kwargs)), to_cuda, asked)
+        inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+        if self.graph is not None and func._schema.is_mutable:
+            self.graph.keep(tree_flatten((inner_args, inner_kwargs))[0])
+
+        def compute():
+            return self._compute(func, name, inner_args, inner_kwargs, to_cuda, asked)
+
+        found = compute()
+        if self.graph is not None and device.type == "cuda":
+            self.graph.record(compute, found, () if func._schema.is_mutable else tensors)
         # Operations in place and with out= return the tensor that was given.
         given = {id(_inner(value)): value for value in tensors} if func._schema.is_mutable else {}
 
@@ -284,7 +298,10 @@ class FakeCuda(TorchDispatchMode):
         index, copies = self._own_index(base, index)
         self.n_launches += copies
         with _disable_current_modes():
-            return CudaTensor(base.inner[index], base.device)
+            found = base.inner[index]
+        if self.graph is not None:
+            self.graph.record(lambda: base.inner[index], found, [base])
+        return CudaTensor(found, base.device)
 
     def setitem(self, base, index, value):
         index, _ = self._own_index(base, index)
@@ -293,8 +310,55 @@ class FakeCuda(TorchDispatchMode):
             if value.device.type != "cpu":
                 raise RuntimeError(f"setitem of {value.device} into {base.device}, at {_place()}")
             self.wait("host to device")
-        with _disable_current_modes():
+
+        def assign():
             base.inner[index] = _inner(value)
+            return base.inner
+
+        if self.graph is not None:
+            self.graph.keep([base.inner])
+            self.graph.record(assign, base.inner)
+        with _disable_current_modes():
+            assign()
+
+
+class FakeGraph:
+    """What CUDAGraph is, of operations on CPU tensors."""
+
+    def __init__(self):
+        self.steps, self.before = [], []
+
+    def keep(self, values):
+        """Remember what tensors hold that an operation is about to change."""
+        self.before += [(value, value.clone()) for value in values if isinstance(value, torch.Tensor)]
+
+    def record(self, compute, found, viewed=()):
+        """Remember an operation, unless what it found are views, which see by themselves what changes."""
+        found = [value for value in tree_flatten(found)[0] if isinstance(value, torch.Tensor)]
+        memories = {_inner(value).untyped_storage().data_ptr() for value in viewed}
+        if not any(value.untyped_storage().data_ptr() in memories for value in found):
+            self.steps.append((compute, found))
+
+    @contextmanager
+    def recording(self):
+        device = _active[-1]
+        device.graph = self
+        try:
+            yield
+        finally:
+            device.graph = None
+            with _disable_current_modes():
+                for value, before in reversed(self.before):
+                    value.copy_(before)
+
+    def replay(self):
+        _active[-1].n_launches += 1
+        with _disable_current_modes():
+            for compute, found in self.steps:
+                again = [value for value in tree_flatten(compute())[0] if isinstance(value, torch.Tensor)]
+                for value, new in zip(found, again, strict=True):
+                    if new is not value:
+                        value.copy_(new)
 
 
 def _place():
@@ -359,11 +423,16 @@ def fake_cuda(n_devices=1):
         "empty_cache": None,
         "set_device": None,
         "synchronize": None,
+        "device": nullcontext(),
+        "reset_peak_memory_stats": None,
     }
+    stand_ins = {"CUDAGraph": FakeGraph, "graph": FakeGraph.recording}
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         # The modes are of this thread alone, so that transformers has to load weights in it.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         torch._C._ensureCUDADeviceGuardSet()  # in a build without CUDA: a guard that does nothing

@@ -216,7 +216,7 @@ INERT = {
 }
 # What cannot be changed on two tiny models in this process.
 ELSEWHERE = (
-    "source_revision target_revision quantization device_map executor.kind executor.address "
+    "source_revision target_revision quantization device_map cuda_graphs executor.kind executor.address "
     "executor.n_workers executor.gpus_per_worker judge.kind judge.base_url".split()
 )
 
