@@ -118,8 +118,8 @@ def check_memory(row_bytes: int, n_tokens: int) -> None:
     if needed > MAX_KEPT_BYTES:
         raise InputError(
             f"the layer search keeps {row_bytes / 1e3:.0f} kB a token, {needed / 2**30:.0f} GiB for "
-            f"{n_tokens} tokens, expected {MAX_KEPT_BYTES / 2**30:.0f} GiB at most; lower search_tokens, or name "
-            "fewer layers in search_source_layers and search_target_layers"
+            f"{n_tokens} tokens, expected {MAX_KEPT_BYTES / 2**30:.0f} GiB at most; lower search_tokens, "
+            "or name fewer layers in search_source_layers and search_target_layers"
         )
 
 
