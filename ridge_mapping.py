@@ -87,7 +87,8 @@ class HeldOutFold:
         weighted = self.cross * weights
         linear = (weighted * self.test.cross).sum(1)
         quadratic = self.test.gram * (weighted @ self.cross.T)
-        filters = 1 / (self.eigenvalues + self.eigenvalues.new_tensor(lambdas)[:, None])
+        added = torch.tensor(lambdas, dtype=torch.float64).to(self.eigenvalues.device)
+        filters = 1 / (self.eigenvalues + added[:, None])
         total = (self.test.target_gram.diagonal() * weights).sum()
         return total - 2 * filters @ linear + ((filters @ quadratic) * filters).sum(1)
 
@@ -523,7 +524,7 @@ def held_out_summary(
         "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
         "r2_median_dimension": per_dimension.median().item(),
         "r2_per_dimension": per_dimension.tolist(),
-        "n_constant_dimensions": int((~varying).sum()),
+        "n_constant_dimensions": (~varying).sum().item(),
         **_held_out_retrieval(statistics, solved, weights),
     }
 

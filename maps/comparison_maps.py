@@ -136,7 +136,7 @@ def best_rank(solved: Sequence[tuple[HeldOutFold, Tensor, Tensor]]) -> int:
         axes = axes[:, : min(W.shape)]
         mapped, cross = W @ axes, fold.test.cross @ axes
         gains += 2 * (mapped * cross).sum(0) - (mapped * (fold.test.gram @ mapped)).sum(0)
-    return int(gains.cumsum(0).argmax()) + 1
+    return gains.cumsum(0).argmax().item() + 1
 
 
 def maps_table(ridge: RidgeMapping, others: Mapping[str, ComparisonMap]) -> list[dict[str, Any]]:

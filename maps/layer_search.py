@@ -270,7 +270,7 @@ def fit_pair(fold: HeldOutFold, lambda_values: Sequence[float]) -> tuple[Tensor,
     squares = fold.test.target_gram.diagonal()
     weights = target_weights(fold.test)
     pooled = fold.error_path(lambdas, torch.ones_like(squares)) / squares.sum()
-    best = int(pooled.argmin())
+    best = pooled.argmin().item()
     standardised = fold.error_path([lambdas[best]], weights) / (squares * weights).sum()
     return fold.ridge(lambdas[best]), 1 - pooled[best].item(), 1 - standardised.item()
 

@@ -372,7 +372,7 @@ class PairStatistics:
         """Return the moments of some folds around `centre`, or around their own mean."""
         n = int(self.n[folds].sum())
         sums = self.sums[folds].sum(0)
-        middle = self.pilot + sums / n if centre is None else torch.cat(centre)
+        middle = self.pilot + sums / n if centre is None else torch.cat(centre).cpu()
         shift, found = self.pilot - middle, []
         for block in self._blocks(*self.joined[0]):
             products = self.products[block][folds[0]].clone()
