@@ -2,7 +2,8 @@
 
 Rows are paired positions: (n, d_source) and (n, d_target). The map and its held-out error
 are computed from the sums in `pair_statistics`, in float64, so memory does not grow with n.
-Systems are solved, never inverted.
+Systems are solved, never inverted. What depends on the source's activations alone, its eigendecompositions,
+is computed once for all maps from them.
 
 Activations have an intercept (both sides are centred); directions have none, since the
 difference of two activations cancels it. So `predict` adds it and `transform` does not
@@ -11,6 +12,7 @@ difference of two activations cancels it. So `predict` adds it and `transform` d
 
 import logging
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +58,26 @@ class HeldOutFold:
 
     train, test: moments that are both centred on the training folds' means.
     decomposed: a fold with the same Gram matrices, whose decomposition is used again.
+    basis: U. cross: U'X'Y. test: the held-out moments in the basis, of which target_gram stays as it is.
+    unit: the mean diagonal of X'X. A map in the basis is U'W.
     """
 
     def __init__(self, train: Moments, test: Moments, decomposed: "HeldOutFold | None" = None) -> None:
-        self.train, self.test = train, test
+        self.source_mean, self.target_mean = train.source_mean, train.target_mean
         if decomposed is None:
+            self.unit = train.gram.diagonal().mean().item()
             eigenvalues, self.basis = torch.linalg.eigh(train.gram)
             self.eigenvalues = eigenvalues.clamp(min=0)
-            self.test_gram = self.basis.T @ test.gram @ self.basis
+            test_gram = self.basis.T @ test.gram @ self.basis
         else:
-            self.eigenvalues, self.basis = decomposed.eigenvalues, decomposed.basis
-            self.test_gram = decomposed.test_gram
+            self.unit, self.eigenvalues, self.basis = (
+                decomposed.unit,
+                decomposed.eigenvalues,
+                decomposed.basis,
+            )
+            test_gram = decomposed.test.gram
         self.cross = self.basis.T @ train.cross
-        self.test_cross = self.basis.T @ test.cross
+        self.test = replace(test, gram=test_gram, cross=self.basis.T @ test.cross)
 
     def error_path(self, lambdas: Sequence[float], weights: Tensor) -> Tensor:
         """Return the held-out sum of squares for each lambda, (len(lambdas),), in O(d_source^2) each.
@@ -76,15 +85,36 @@ class HeldOutFold:
         weights: (d_target,), one for each target dimension.
         """
         weighted = self.cross * weights
-        linear = (weighted * self.test_cross).sum(1)
-        quadratic = self.test_gram * (weighted @ self.cross.T)
-        filters = 1 / (self.eigenvalues + torch.tensor(lambdas, dtype=torch.float64)[:, None])
+        linear = (weighted * self.test.cross).sum(1)
+        quadratic = self.test.gram * (weighted @ self.cross.T)
+        added = torch.tensor(lambdas, dtype=torch.float64).to(self.eigenvalues.device)
+        filters = 1 / (self.eigenvalues + added[:, None])
         total = (self.test.target_gram.diagonal() * weights).sum()
         return total - 2 * filters @ linear + ((filters @ quadratic) * filters).sum(1)
 
-    def solution(self, lambda_absolute: float) -> Tensor:
-        """Return W fitted on the training folds, (d_source, d_target)."""
-        return self.basis @ (self.cross / (self.eigenvalues + lambda_absolute)[:, None])
+    def ridge(self, lambda_absolute: float) -> Tensor:
+        """Return the ridge regression fitted on the training folds, in the basis, (d_source, d_target)."""
+        return self.cross / (self.eigenvalues + lambda_absolute)[:, None]
+
+    def predict(self, mapped: Tensor, H_source: Tensor) -> Tensor:
+        """Return the targets (n, d_target) that a map in the basis predicts of H_source (n, d_source)."""
+        return (H_source - self.source_mean) @ self.basis @ mapped + self.target_mean
+
+
+def held_out_folds(
+    statistics: PairStatistics,
+    device: torch.device | str = "cpu",
+    decomposed: "Sequence[HeldOutFold] | None" = None,
+) -> list[HeldOutFold]:
+    """Return every fold of the pairs, held out, on a device.
+
+    decomposed: folds of the same source activations, whose decompositions are used again.
+    """
+    found = []
+    for fold in range(statistics.n_folds):
+        train, test = (moments.to(device) for moments in statistics.split(fold))
+        found.append(HeldOutFold(train, test, decomposed[fold] if decomposed else None))
+    return found
 
 
 def residual_squares(fold: Moments, W: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,6 +129,11 @@ def residual_squares(fold: Moments, W: Tensor, directions: Tensor | None = None)
         W, cross = W @ directions, cross @ directions
         total = (directions * (fold.target_gram @ directions)).sum(0)
     return total - 2 * (W * cross).sum(0) + (W * (fold.gram @ W)).sum(0), total
+
+
+def algebra_device(device: torch.device) -> torch.device:
+    """Return where the maps of models on a device are fitted: there if it is CUDA's; others lack float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def target_weights(moments: Moments) -> Tensor:
@@ -118,7 +153,7 @@ def retrieval_accuracy(predicted: Tensor, true: Tensor, weights: Tensor) -> floa
     """
     scale = weights.sqrt()
     distances = torch.cdist(predicted.double() * scale, true.double() * scale)
-    return (distances.argmin(1) == torch.arange(len(true))).double().mean().item()
+    return (distances.argmin(1) == torch.arange(len(true), device=true.device)).double().mean().item()
 
 
 class RidgeMapping:
@@ -135,7 +170,8 @@ class RidgeMapping:
     source_layer, target_layer, source_model, target_model, source_blocks (the source model's number of
         blocks): where the activations come from, None if the caller does not set them. They are saved, so
         that a map can be used alone.
-    Memory: what `PairStatistics` needs; `cross_validate` takes about twice as much again.
+    device: where the algebra is done, in float64; what it leaves is on the CPU.
+    Memory: what `PairStatistics` needs; `cross_validate` takes twice as much again, until `forget_pairs`.
     After `fit` or `cross_validate`: W (d_source, d_target) float64, source_mean, target_mean,
     lambda_ (as given), lambda_absolute, target_components (d_target, d_target): the principal
     axes of the target activations in columns, largest variance first.
@@ -145,7 +181,10 @@ class RidgeMapping:
         if lambda_unit not in LAMBDA_UNITS:
             raise InputError(f"lambda_unit {lambda_unit!r} is unknown; choose 'absolute' or 'relative'")
         self.d_source, self.d_target, self.lambda_unit = d_source, d_target, lambda_unit
+        self.device = torch.device("cpu")
         self.statistics: PairStatistics | None = None
+        self.folds: list[HeldOutFold] = []
+        self.shuffled: tuple[PairStatistics, list[HeldOutFold]] | None = None  # of the control
         self.source_layer: int | None = None
         self.target_layer: int | None = None
         self.source_model: str | None = None
@@ -162,11 +201,20 @@ class RidgeMapping:
         self.cv: dict[str, Any] | None = None
 
     @classmethod
-    def from_statistics(cls, statistics: PairStatistics, lambda_unit: str = "absolute") -> "RidgeMapping":
+    def from_statistics(
+        cls,
+        statistics: PairStatistics,
+        lambda_unit: str = "absolute",
+        device: torch.device | str = "cpu",
+    ) -> "RidgeMapping":
         """Make an unfitted map on pairs that are summed elsewhere; the statistics are shared."""
         mapping = cls(statistics.d_source, statistics.d_target, lambda_unit)
-        mapping.statistics = statistics
+        mapping.statistics, mapping.device = statistics, torch.device(device)
         return mapping
+
+    def forget_pairs(self) -> None:
+        """Let go of the statistics and of all that was computed to fit."""
+        self.statistics, self.folds, self.shuffled = None, [], None
 
     def fit(
         self, H_source: Tensor | None = None, H_target: Tensor | None = None, lambda_: float = 1.0
@@ -180,14 +228,18 @@ class RidgeMapping:
         (lambda_,) = _checked_lambdas([lambda_])
         if self._has_pairs(H_source, H_target):
             self.statistics = PairStatistics(self.d_source, self.d_target).add(H_source, H_target)
-        moments = self.statistics.total()
-        self.lambda_, self.lambda_absolute = lambda_, self.absolute_lambda(lambda_, moments.gram)
-        self.W = solve_ridge(moments, self.lambda_absolute)
-        self.source_mean, self.target_mean = moments.source_mean, moments.target_mean
-        self.gram_eigenvalues = torch.linalg.eigvalsh(moments.gram).clamp(min=0)
-        self.target_components = torch.linalg.eigh(moments.target_gram).eigenvectors.flip(1)
-        self.n, self.cv = moments.n, None
+        moments = self.statistics.total().to(self.device)
+        self._solve(moments, lambda_)
+        self.gram_eigenvalues = torch.linalg.eigvalsh(moments.gram).clamp(min=0).cpu()
+        self.target_components = torch.linalg.eigh(moments.target_gram).eigenvectors.flip(1).cpu()
         return self
+
+    def _solve(self, moments: Moments, lambda_: float) -> None:
+        unit = moments.gram.diagonal().mean().item()
+        self.lambda_, self.lambda_absolute = lambda_, self.absolute_lambda(lambda_, unit)
+        self.W = solve_ridge(moments, self.lambda_absolute).cpu()
+        self.source_mean, self.target_mean = moments.source_mean.cpu(), moments.target_mean.cpu()
+        self.n, self.cv = moments.n, None
 
     def cross_validate(
         self,
@@ -198,13 +250,18 @@ class RidgeMapping:
         groups: Sequence[Hashable] | Tensor | None = None,
         seed: int = 0,
         criterion: str = "pooled",
+        beside: "RidgeMapping | None" = None,
+        is_control: bool = False,
     ) -> tuple[float, dict[float, float]]:
         """Choose lambda by held-out error, then fit on all pairs at the best one.
 
         n_folds, groups, seed: how to split the pairs; statistics have folds of their own.
         groups: a document id for each row; a document is never split over folds.
         criterion: `pooled`: squared error over all target dimensions, in which those of large
-            variance dominate; `standardised`: every target dimension scaled to variance 1.
+            large variance dominate; `standardised`: every target dimension scaled to variance 1.
+        beside: a map that was cross-validated on the same source activations and has not forgotten its pairs;
+            what depends on these alone is taken over from it.
+        is_control: leave out the principal axes, the degrees of freedom and shuffled pairs.
         Returns (best_lambda, {lambda: held-out mean squared error}). `cv` then also holds
         R2, by dimension and by principal component, retrieval accuracy, the folds' sizes, and a
         control: shuffled pairs, scored at the lambda that suits them best.
@@ -217,15 +274,12 @@ class RidgeMapping:
             folds_of_rows = assign_folds(len(H_source), n_folds, groups, seed)
             statistics = PairStatistics(self.d_source, self.d_target, n_folds, seed)
             self.statistics = statistics.add(H_source, H_target, groups, folds_of_rows)
-        total = self.statistics.total()
+        total = self.statistics.total().to(self.device)
         weights = target_weights(total)
-        folds = [HeldOutFold(*self.statistics.split(fold)) for fold in range(self.statistics.n_folds)]
-        pooled, squares = self._error_path(folds, values, torch.ones_like(weights))
-        standardised, weighted_squares = self._error_path(folds, values, weights)
+        self.folds = held_out_folds(self.statistics, self.device, beside and beside.folds)
+        pooled, squares = self._error_path(self.folds, values, torch.ones_like(weights))
+        standardised, weighted_squares = self._error_path(self.folds, values, weights)
         best = values[int((pooled if criterion == "pooled" else standardised).argmin())]
-        self.fit(lambda_=best)
-        details = self._details(folds, best, weights)
-        del folds  # they hold as much memory as the sums
         at_edge = len(values) > 1 and best in (values[0], values[-1])
         if at_edge:
             logger.warning("the best lambda %g is at the edge of the grid; widen lambda_values", best)
@@ -234,12 +288,11 @@ class RidgeMapping:
             return dict(zip(values, numbers.tolist(), strict=True))
 
         r2, r2_standardised = by_lambda(1 - pooled / squares), by_lambda(1 - standardised / weighted_squares)
-        self.cv = {
+        cv = {
             "lambda_unit": self.lambda_unit,
             "lambda_values": values,
             "criterion": criterion,
             "best_lambda": best,
-            "best_lambda_absolute": self.lambda_absolute,
             "best_at_edge": at_edge,
             "n_rows": total.n,
             "n_folds": self.statistics.n_folds,
@@ -251,12 +304,16 @@ class RidgeMapping:
             "r2_standardised": r2_standardised,
             "best_r2": r2[best],
             "best_r2_standardised": r2_standardised[best],
-            "df": {
-                value: self._degrees_of_freedom(self.absolute_lambda(value, total.gram)) for value in values
-            },
-            **details,
-            **self._shuffled_control(values),
         }
+        if is_control:
+            self._solve(total, best)
+        else:
+            self.fit(lambda_=best)
+            unit = total.gram.diagonal().mean().item()
+            by_value = {value: self.absolute_lambda(value, unit) for value in values}
+            cv["df"] = {value: self._degrees_of_freedom(absolute) for value, absolute in by_value.items()}
+            cv |= self._per_component(best) | self._shuffled_control(values, beside)
+        self.cv = {**cv, "best_lambda_absolute": self.lambda_absolute, **self._details(best, weights)}
         return best, self.cv["errors"]
 
     def transform(self, v_source: Tensor) -> Tensor:
@@ -368,40 +425,43 @@ class RidgeMapping:
         errors = torch.zeros(len(values), dtype=torch.float64)
         total = 0.0
         for fold in folds:
-            lambdas = [self.absolute_lambda(value, fold.train.gram) for value in values]
-            errors += fold.error_path(lambdas, weights)
+            lambdas = [self.absolute_lambda(value, fold.unit) for value in values]
+            errors += fold.error_path(lambdas, weights).cpu()
             total += (fold.test.target_gram.diagonal() * weights).sum().item()
         return errors, total
 
-    def _details(self, folds: Sequence[HeldOutFold], best: float, weights: Tensor) -> dict[str, Any]:
-        """Return what the best lambda predicts: by dimension, by principal component, and retrieval."""
-        solved = [
-            (fold.train, fold.test, fold.solution(self.absolute_lambda(best, fold.train.gram)))
-            for fold in folds
-        ]
-        residual, total = _summed(
-            [residual_squares(test, W, self.target_components) for _, test, W in solved]
-        )
+    def _solved(self, lambda_: float) -> list[tuple[HeldOutFold, Tensor]]:
+        return [(fold, fold.ridge(self.absolute_lambda(lambda_, fold.unit))) for fold in self.folds]
+
+    def _per_component(self, best: float) -> dict[str, Any]:
+        """Return what the best lambda predicts along the principal axes of the target."""
+        axes = self.target_components.to(self.device)
+        residual, total = _summed([residual_squares(fold.test, W, axes) for fold, W in self._solved(best)])
         # A principal axis without variance can be predicted by nothing; its R2 is set to 0.
         varying = total > torch.finfo(torch.float64).eps * total.max()
         r2 = torch.where(varying, 1 - residual / total.where(varying, 1.0), 0.0)
-        summary = held_out_summary(self.statistics, solved, weights)
+        shares = total / total.sum()
+        return {"best_r2_per_component": r2.tolist(), "component_variance": shares.tolist()}
+
+    def _details(self, best: float, weights: Tensor) -> dict[str, Any]:
+        """Return what the best lambda predicts, by dimension, and retrieval."""
+        summary = held_out_summary(self.statistics, self._solved(best), weights)
         kept = ("n_constant_dimensions", "retrieval_accuracy", "retrieval_n")
         return {
             "best_r2_median_dimension": summary["r2_median_dimension"],
             "best_r2_per_dimension": summary["r2_per_dimension"],
-            "best_r2_per_component": r2.tolist(),
-            "component_variance": (total / total.sum()).tolist(),
             **{name: summary[name] for name in kept},
         }
 
-    def _shuffled_control(self, values: Sequence[float]) -> dict[str, Any]:
+    def _shuffled_control(self, values: Sequence[float], beside: "RidgeMapping | None") -> dict[str, Any]:
         """Return the best held-out R2 on shuffled pairs; None without a sample to shuffle."""
         if len(self.statistics.sample.rows) < 2:
             return {"shuffled_r2": None, "shuffled_best_lambda": None, "shuffled_n": 0}
-        shuffled = shuffled_pairs(self.statistics, self.statistics.seed)
-        folds = [HeldOutFold(*shuffled.split(fold)) for fold in range(shuffled.n_folds)]
-        errors, total = self._error_path(folds, values, torch.ones(self.d_target, dtype=torch.float64))
+        shuffled = shuffled_pairs(self.statistics, self.statistics.seed, device=self.device)
+        folds = held_out_folds(shuffled, self.device, beside and beside.shuffled[1])
+        self.shuffled = shuffled, folds
+        weights = torch.ones(self.d_target, dtype=torch.float64, device=self.device)
+        errors, total = self._error_path(folds, values, weights)
         best = int(errors.argmin())
         return {
             "shuffled_r2": 1 - errors[best].item() / total,
@@ -409,14 +469,13 @@ class RidgeMapping:
             "shuffled_n": shuffled.n_pairs,
         }
 
-    def absolute_lambda(self, lambda_: float, gram: Tensor) -> float:
-        """Return lambda in the units of a Gram matrix, (d_source, d_source)."""
+    def absolute_lambda(self, lambda_: float, unit: float) -> float:
+        """Return lambda in the units of a Gram matrix whose mean diagonal is `unit`."""
         if self.lambda_unit == "absolute":
             return float(lambda_)
-        mean_diagonal = gram.diagonal().mean().item()
-        if mean_diagonal <= 0:
+        if unit <= 0:
             raise InputError("the source activations are constant, so a relative lambda has no unit")
-        return float(lambda_) * mean_diagonal
+        return float(lambda_) * unit
 
     def _degrees_of_freedom(self, lambda_absolute: float) -> float:
         return (self.gram_eigenvalues / (self.gram_eigenvalues + lambda_absolute)).sum().item()
@@ -429,8 +488,9 @@ class RidgeMapping:
 
 def solve_ridge(moments: Moments, lambda_absolute: float) -> Tensor:
     """Return solve(X'X + lambda I, X'Y), (d_source, d_target) float64."""
-    ridge = lambda_absolute * torch.eye(len(moments.gram), dtype=moments.gram.dtype)
-    return torch.linalg.solve(moments.gram + ridge, moments.cross)
+    gram = moments.gram.clone()
+    gram.diagonal().add_(lambda_absolute)
+    return torch.linalg.solve(gram, moments.cross)
 
 
 def map_directions(W: Tensor, v_source: Tensor) -> Tensor:
@@ -447,16 +507,16 @@ def map_activations(W: Tensor, source_mean: Tensor, target_mean: Tensor, H_sourc
 
 
 def held_out_summary(
-    statistics: PairStatistics, solved: Sequence[tuple[Moments, Moments, Tensor]], weights: Tensor
+    statistics: PairStatistics, solved: Sequence[tuple[HeldOutFold, Tensor]], weights: Tensor
 ) -> dict[str, Any]:
     """Return R2 and retrieval accuracy over all folds, of maps that never saw their fold's pairs.
 
-    solved: for each fold the training moments, the held-out moments and W. weights: (d_target,),
-    1 / variance; 0 for a constant dimension, which has no R2.
+    solved: each fold, and its map in the fold's basis. weights: (d_target,), 1 / variance; 0 for a
+    constant dimension, which has no R2.
     r2 is pooled over dimensions; for r2_standardised every dimension has variance 1. Retrieval is
     among at most 1,000 sampled pairs, in standardised dimensions.
     """
-    residual, total = _summed([residual_squares(test, W) for _, test, W in solved])
+    residual, total = _summed([residual_squares(fold.test, W) for fold, W in solved])
     varying = weights > 0
     per_dimension = 1 - residual[varying] / total[varying]
     return {
@@ -464,36 +524,38 @@ def held_out_summary(
         "r2_standardised": 1 - ((residual * weights).sum() / (total * weights).sum()).item(),
         "r2_median_dimension": per_dimension.median().item(),
         "r2_per_dimension": per_dimension.tolist(),
-        "n_constant_dimensions": int((~varying).sum()),
+        "n_constant_dimensions": (~varying).sum().item(),
         **_held_out_retrieval(statistics, solved, weights),
     }
 
 
 def _held_out_retrieval(
-    statistics: PairStatistics, solved: Sequence[tuple[Moments, Moments, Tensor]], weights: Tensor
+    statistics: PairStatistics, solved: Sequence[tuple[HeldOutFold, Tensor]], weights: Tensor
 ) -> dict[str, Any]:
     sample = statistics.sample
     order = torch.randperm(len(sample.rows), generator=torch.Generator().manual_seed(0))[:N_RETRIEVAL]
-    source, target, folds = sample.H_source[order].double(), sample.H_target[order], sample.folds[order]
-    predicted = torch.empty(len(order), statistics.d_target, dtype=torch.float64)
-    for fold, (train, _, W) in enumerate(solved):
-        rows = folds == fold
-        predicted[rows] = map_activations(W, train.source_mean, train.target_mean, source[rows])
+    source, target = (H[order].double().to(weights.device) for H in (sample.H_source, sample.H_target))
+    predicted, folds = torch.empty_like(target), sample.folds[order].to(weights.device)
+    for number, (fold, W) in enumerate(solved):
+        rows = (folds == number).nonzero().flatten()
+        predicted[rows] = fold.predict(W, source[rows])
     accuracy = retrieval_accuracy(predicted, target, weights) if len(order) else None
     return {"retrieval_accuracy": accuracy, "retrieval_n": len(order)}
 
 
-def shuffled_pairs(statistics: PairStatistics, seed: int = 0, draw: int = 0) -> PairStatistics:
+def shuffled_pairs(
+    statistics: PairStatistics, seed: int = 0, draw: int = 0, device: torch.device | str = "cpu"
+) -> PairStatistics:
     """Return statistics of the sample with its target rows shuffled, a control that knows no relation.
 
-    draw: the number of the shuffle under this seed, from 0.
+    draw: the number of the shuffle under this seed, from 0; sources and their folds are the same in all.
     """
     sample = statistics.sample
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draw + 1):
         order = torch.randperm(len(sample.rows), generator=generator)
     n_folds = min(statistics.n_folds, len(order))
-    shuffled = PairStatistics(statistics.d_source, statistics.d_target, n_folds, seed)
+    shuffled = PairStatistics(statistics.d_source, statistics.d_target, n_folds, seed, device=device)
     return shuffled.add(sample.H_source, sample.H_target[order])
 
 

@@ -17,7 +17,7 @@ from experiment.run import Run
 from maps.layer_bands import LayerPair
 from phases.choose_alphas import choose_alphas
 from phases.decide_verdicts import aggregate_scores, decide
-from phases.fit_maps import PAIR_STATISTICS, LearnedMaps, collect_sums, fit_maps
+from phases.fit_maps import PAIR_STATISTICS, LearnedMaps, collect_sums, fit_maps, save_sums
 from phases.generate_texts import generate_texts
 from phases.make_vectors import grid_rows, make_vectors
 from phases.score_texts import score_texts
@@ -99,7 +99,7 @@ def _collect_missing(run: Run, runs: Mapping[LayerPair, Inputs]) -> None:
     sums = collect_sums(run, missing) if missing else {}
     for pair in missing:
         with run.beside(_folder(pair), runs[pair]) as at_pair:
-            PAIR_STATISTICS.save(at_pair, sums.pop(pair))
+            save_sums(at_pair, sums.pop(pair))
 
 
 def _run_phases(run: Run) -> tuple[dict[str, Any], str]:

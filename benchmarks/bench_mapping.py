@@ -1,12 +1,15 @@
 """Compare the map's cross-validation, its memory and the reading of activations with other libraries.
 
     python benchmarks/bench_mapping.py [--quick] [--output results.json]
+    python benchmarks/bench_mapping.py --band 576 1024 [--band-pairs 9]
 
 Prints one markdown table; every number in it is measured in this run, on this machine.
 
 - Cross-validation: 5 folds x 25 lambdas on synthetic pairs, against one scikit-learn fit for each
   fold and lambda, and against himalaya, which shares one decomposition over a fold's lambdas.
 - Memory: the peak of a process of its own for each number of pairs.
+- Band (with `--band`, and nothing else then): CPU seconds of the sums and maps of a band of layer pairs with
+  the lexical controls, and the peak, of a process of its own for each width.
 - Extraction: last-token activations of one mid-depth block of a real model, against a plain loop,
   steering-vectors and repeng. The share of peak counts the products of real tokens with the weights of the
   linear layers that ran, and not padding or attention. A method that runs further blocks gets credit for
@@ -22,6 +25,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import platform
@@ -41,6 +45,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiment.conditions import vector_names
+from maps.comparison_maps import ComparisonMap
 from reporting.tables import markdown_table
 from ridge_mapping import RidgeMapping, assign_folds
 from support.artifacts import save_json
@@ -54,6 +60,7 @@ LAMBDAS = np.logspace(-6, 6, 25).tolist()
 N_FITS = N_FOLDS * len(LAMBDAS)
 BLOCK = 4096
 REPEATS = 2
+BAND_ROWS, N_LEXICAL = 10_000, 2
 FULL_HIMALAYA = 10_000  # pairs up to which it runs in full: it holds (held-out x training) matrices
 SOURCE_MODEL, LAYER = "smollm2-135m-instruct", 15
 INSTALL = "not installed: `pip install --no-deps -r benchmarks/requirements.txt`"
@@ -312,13 +319,18 @@ def fit_blocks(n: int) -> float:
 def memory_in_subprocess(n: int) -> float:
     """Return the peak memory in MiB of a fresh process with one thread that fits n pairs."""
     logger.info("memory, %s pairs", f"{n:,}")
-    command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", str(n)]
+    return in_subprocess("--memory-of", str(n))
+
+
+def in_subprocess(*arguments: str) -> Any:
+    """Return what this script prints as JSON with other arguments, in a fresh process with one thread."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     # One thread, because the buffers of several change the peak by a tenth.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"the run with {n} pairs failed: {done.stderr.strip()[-500:]}")
-    return float(done.stdout.split()[-1])
+        raise RuntimeError(f"the run with {arguments} failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)
 
 
 def memory_rows(few: int, many: int) -> list[Row]:
@@ -332,7 +344,64 @@ def memory_rows(few: int, many: int) -> list[Row]:
     ]
 
 
-# Part 3: extraction
+# Part 3: a band
+
+
+def fit_band(width: int, n_pairs: int, kinds: Sequence[str]) -> dict[str, float]:
+    """Sum up and fit a band of layer pairs with two lexical controls; returns CPU seconds and peak MiB.
+
+    Layers have this width on both sides. kinds: of the comparison maps, beside the shuffled pairs.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    layers = [(layer * width, (layer + 1) * width) for layer in range(n_pairs + N_LEXICAL)]
+    controls = [[(layer, target) for target in layers[:n_pairs]] for layer in layers[n_pairs:]]
+    band = list(zip(layers[:n_pairs], layers[:n_pairs], strict=True))
+    joined = [*band, *(pair for pairs in controls for pair in pairs)]
+    d_source, d_target = width * len(layers), width * n_pairs
+    started = time.process_time()
+    statistics = PairStatistics(d_source, d_target, N_FOLDS, joined=joined)
+    for start in range(0, BAND_ROWS, BLOCK // 4):
+        n = min(BLOCK // 4, BAND_ROWS - start)
+        hidden, noise = (torch.randn(n, width, generator=generator) for _ in range(2))
+        sides = (
+            torch.cat([hidden + noise.roll(shift, 1) for shift in range(d // width)], 1)
+            for d in (d_source, d_target)
+        )
+        statistics.add(*sides)
+    summed = time.process_time()
+    for pair in band:
+        ridge = RidgeMapping.from_statistics(statistics.of_pair(*pair), "relative")
+        ridge.cross_validate(lambda_values=LAMBDAS)
+        ridge.analyze()
+        for kind in ("shuffled_pairs", *kinds):
+            for draw, _ in enumerate(vector_names(kind)):
+                ComparisonMap.fitted(kind, ridge, draw)
+    fitted = time.process_time()
+    for pairs in controls:
+        before: RidgeMapping | None = None
+        for pair in pairs:
+            ridge = RidgeMapping.from_statistics(statistics.of_pair(*pair), "relative")
+            ridge.cross_validate(lambda_values=LAMBDAS, beside=before, is_control=True)
+            before = ridge
+    seconds = {"sums": summed - started, "maps": fitted - summed, "controls": time.process_time() - fitted}
+    return {**seconds, "peak": peak_memory()}
+
+
+def band_rows(widths: Sequence[int], n_pairs: int) -> list[Row]:
+    """Measure a band of each width, without and with the comparison maps that no verdict needs."""
+    rows = []
+    for width in widths:
+        for kinds in ((), ("procrustes", "reduced_rank")):
+            case = f"{n_pairs} layer pairs of {width}, {BAND_ROWS:,} pairs of activations"
+            logger.info("band, %s", case)
+            found = in_subprocess("--band-of", str(width), str(n_pairs), *kinds)
+            method = ", ".join(("ridge, shuffled pairs, controls", *kinds))
+            for name, value in found.items():
+                rows.append(Row("band", case, f"{method}: {name}", value, "MiB" if name == "peak" else "s"))
+    return rows
+
+
+# Part 4: extraction
 
 
 def matrix_peak(dtype: torch.dtype = torch.float32) -> float:
@@ -541,6 +610,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--memory-of", type=int, metavar="N", help="print only the peak memory in MiB with this many pairs"
     )
+    parser.add_argument(
+        "--band", type=int, nargs="+", metavar="WIDTH", help="time only bands of these widths"
+    )
+    parser.add_argument("--band-pairs", type=int, default=9, help="layer pairs of a band")
+    parser.add_argument(
+        "--band-of",
+        nargs="+",
+        metavar=("WIDTH", "PAIRS"),
+        help="print only what one band takes; and kinds of maps",
+    )
     arguments = parser.parse_args()
     if arguments.texts < 4 or arguments.texts % 2:
         parser.error(f"--texts is {arguments.texts}, expected an even number from 4")
@@ -555,10 +634,17 @@ def main() -> None:
     if arguments.memory_of is not None:
         print(f"{fit_blocks(arguments.memory_of):.1f}")
         return
+    if arguments.band_of is not None:
+        width, n_pairs, *kinds = arguments.band_of
+        print(json.dumps(fit_band(int(width), int(n_pairs), kinds)))
+        return
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(logging.INFO)
     quick, found_machine = arguments.quick, machine()
     logger.info("%s", found_machine)
+    if arguments.band:
+        print(markdown(band_rows(arguments.band, arguments.band_pairs)))
+        return
     sizes = [2_000] if quick else sorted({FULL_HIMALAYA, *arguments.pairs})
     rows = memory_rows(20_000, 40_000 if quick else 2_000_000)
     rows += cross_validation_rows(sizes, arguments.skip_peers)

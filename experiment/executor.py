@@ -29,7 +29,6 @@ from maps.pair_collection import (
     CollectedPairs,
     PairSettings,
     document_folds,
-    join_pairs,
     merge_pairs,
     read_pairs,
 )
@@ -125,8 +124,11 @@ class Worker:
             self._untrained(settings.untrained) if settings.untrained is not None else self.side("source")
         )
         extractors = source.extractor, self.side("target").extractor
-        parts = (texts[at : at + EXTRACTION_CHUNK] for at in range(0, len(texts), EXTRACTION_CHUNK))
-        return join_pairs(read_pairs(*extractors, part, settings, fold_of) for part in parts)
+        whole: CollectedPairs | None = None
+        for at in range(0, len(texts), EXTRACTION_CHUNK):
+            part = texts[at : at + EXTRACTION_CHUNK]
+            whole = read_pairs(*extractors, part, settings, fold_of, whole)
+        return whole
 
     def read(self, name: str, *given: Any) -> dict[int, Tensor]:
         """Return what a side's extractor reads; see `ActivationExtractor.read`."""

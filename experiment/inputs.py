@@ -494,7 +494,7 @@ def _check_evaluation_dtype(inputs: Inputs) -> None:
 
 def _check_layers(inputs: Inputs) -> None:
     """Raise InputError for layers that cannot be read, searched, or filled from the given vectors."""
-    config, widths = inputs.config, []
+    config, row_bytes = inputs.config, 0
     for side in inputs.sides:
         logger.debug("%s: %s", side.name, side.fingerprint)
         if config.mapping_positions == "aligned":
@@ -505,9 +505,9 @@ def _check_layers(inputs: Inputs) -> None:
             )
         if config.layer_idx == "auto":
             wanted = getattr(config, f"search_{side.name}_layers") or range(side.n_blocks)
-            widths.append(dict.fromkeys(side.extractor.check_layers(wanted), side.d_model))
-    if widths:
-        check_memory(*widths)
+            layers = side.extractor.check_layers(wanted)
+            row_bytes += len(layers) * side.d_model * side.model.dtype.itemsize
+    check_memory(row_bytes, config.search_tokens)
     for (name, _), file in inputs.given.items():
         for pair in inputs.layer_pairs:
             inputs.given_vector(inputs.side(name), file, pair[SIDES.index(name)])

@@ -11,7 +11,7 @@ All three kinds have an intercept:
     chance, so the caller fits several draws.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ridge_mapping import (
+    HeldOutFold,
     RidgeMapping,
+    held_out_folds,
     held_out_summary,
     map_directions,
     shuffled_pairs,
@@ -27,7 +29,7 @@ from ridge_mapping import (
     target_weights,
 )
 from support.errors import InputError
-from support.pair_statistics import Moments
+from support.pair_statistics import PairStatistics
 
 KINDS = ("procrustes", "reduced_rank", "shuffled_pairs")
 NOTHING = 1e-9  # R2 that rounding may give a map of zeros
@@ -72,28 +74,26 @@ class ComparisonMap:
         Lambda is the best one of `ridge`, cross-validated on the same pairs (for `shuffled_pairs`, its
         best one on the first shuffle); the rank is the one with the least pooled held-out error.
         """
-        statistics, lambda_ = ridge.statistics, ridge.lambda_
+        statistics, folds, lambda_ = ridge.statistics, ridge.folds, ridge.lambda_
         if kind == "shuffled_pairs":
-            statistics = shuffled_pairs(statistics, ridge.cv["seed"], draw)
+            statistics, folds = _shuffled(ridge, draw)
             lambda_ = ridge.cv["shuffled_best_lambda"]
-
-        def absolute(moments: Moments) -> float:
-            return ridge.absolute_lambda(lambda_, moments.gram)
-
-        splits = [statistics.split(fold) for fold in range(statistics.n_folds)]
-        rank = best_rank(splits, absolute) if kind == "reduced_rank" else None
-        solve = {
-            "procrustes": procrustes,
-            "reduced_rank": lambda moments: reduced_rank_ridge(moments, absolute(moments), rank),
-            "shuffled_pairs": lambda moments: solve_ridge(moments, absolute(moments)),
-        }[kind]
-        total = statistics.total()
-        W = solve(total)
-        solved = [(train, test, solve(train)) for train, test in splits]
+        total, rank = statistics.total().to(ridge.device), None
+        solved = [(fold, fold.ridge(ridge.absolute_lambda(lambda_, fold.unit))) for fold in folds]
+        if kind == "procrustes":
+            W = procrustes(total.gram, total.cross)
+            solved = [(fold, procrustes(fold.eigenvalues.diag(), fold.cross)) for fold in folds]
+        elif kind == "reduced_rank":
+            solved = [(fold, W, principal_axes(W, fold.cross)) for fold, W in solved]
+            rank = best_rank(solved)
+            W = at_rank(ridge.W.to(ridge.device), total.cross, rank)
+            solved = [(fold, W @ axes[:, :rank] @ axes[:, :rank].T) for fold, W, axes in solved]
+        else:
+            W = solve_ridge(total, ridge.absolute_lambda(lambda_, total.gram.diagonal().mean().item()))
         summary = held_out_summary(statistics, solved, target_weights(total))
         used = None if kind == "procrustes" else lambda_
         cv = {"kind": kind, "lambda": used, "rank": rank, "n": statistics.n_pairs, **summary}
-        return cls(kind, draw, W, total.source_mean, total.target_mean, rank, cv)
+        return cls(kind, draw, W.cpu(), total.source_mean.cpu(), total.target_mean.cpu(), rank, cv)
 
     @classmethod
     def of_source(cls, kind: str, ridge: RidgeMapping, draw: int = 0) -> "ComparisonMap":
@@ -118,18 +118,25 @@ class ComparisonMap:
         return cls(**{field.name: content[field.name] for field in fields(cls)})
 
 
-def best_rank(splits: Sequence[tuple[Moments, Moments]], lambda_absolute: Callable[[Moments], float]) -> int:
-    """Return the rank with the least held-out error; all ranks cost one decomposition a fold.
+def _shuffled(ridge: RidgeMapping, draw: int) -> tuple[PairStatistics, list[HeldOutFold]]:
+    """Return a shuffle of the sample and its folds; what depends on the source alone is that of the first."""
+    if not draw:
+        return ridge.shuffled
+    statistics = shuffled_pairs(ridge.statistics, ridge.cv["seed"], draw, ridge.device)
+    return statistics, held_out_folds(statistics, ridge.device, ridge.shuffled[1])
 
-    splits: for each fold the moments of the training and of the held-out pairs.
+
+def best_rank(solved: Sequence[tuple[HeldOutFold, Tensor, Tensor]]) -> int:
+    """Return the rank with the least held-out error.
+
+    solved: each fold, its ridge regression in the fold's basis, and the `principal_axes` of what it predicts.
     """
     gains = 0.0
-    for train, test in splits:
-        W, axes = _ridge_and_axes(train, lambda_absolute(train))
+    for fold, W, axes in solved:
         axes = axes[:, : min(W.shape)]
-        mapped, cross = W @ axes, test.cross @ axes
-        gains += 2 * (mapped * cross).sum(0) - (mapped * (test.gram @ mapped)).sum(0)
-    return int(gains.cumsum(0).argmax()) + 1
+        mapped, cross = W @ axes, fold.test.cross @ axes
+        gains += 2 * (mapped * cross).sum(0) - (mapped * (fold.test.gram @ mapped)).sum(0)
+    return gains.cumsum(0).argmax().item() + 1
 
 
 def maps_table(ridge: RidgeMapping, others: Mapping[str, ComparisonMap]) -> list[dict[str, Any]]:
@@ -159,32 +166,32 @@ def edge_notes(
     return notes
 
 
-def procrustes(moments: Moments) -> Tensor:
+def procrustes(gram: Tensor, cross: Tensor) -> Tensor:
     """Return scale * R with orthonormal rows (or columns, if the target is narrower), (d_source, d_target).
 
-    With the singular value decomposition X'Y = U S V', R = U V' maximises the inner product of
-    X R and Y (Schoenemann 1966); the scale tr(S) / ||X R||^2 is the best one for this R.
+    gram: X'X. cross: X'Y. With the singular value decomposition X'Y = U S V', R = U V' maximises the inner
+    product of X R and Y (Schoenemann 1966); the scale tr(S) / ||X R||^2 is the best one for this R.
     Raises InputError: the source activations are constant.
     """
-    U, S, Vh = torch.linalg.svd(moments.cross, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(cross, full_matrices=False)
     R = U @ Vh
-    energy = (R * (moments.gram @ R)).sum()
+    energy = (R * (gram @ R)).sum()
     if energy <= 0:
         raise InputError("the source activations are constant; no rotation can be fitted")
     return S.sum() / energy * R
 
 
-def reduced_rank_ridge(moments: Moments, lambda_absolute: float, rank: int) -> Tensor:
+def principal_axes(W: Tensor, cross: Tensor) -> Tensor:
+    """Return the eigenvectors of W'X'Y in columns, largest first; for ridge this is W'(X'X + lambda I)W."""
+    fitted = W.T @ cross
+    return torch.linalg.eigh((fitted + fitted.T) / 2).eigenvectors.flip(1)
+
+
+def at_rank(W: Tensor, cross: Tensor, rank: int) -> Tensor:
     """Return the ridge solution of at most this rank, (d_source, d_target).
 
-    W P, where P projects on the leading eigenvectors of W'(X'X + lambda I)W = W'X'Y
-    (Mukherjee & Zhu 2011, section 2).
+    W: the ridge solution; cross: X'Y. W P, where P projects on the leading principal axes (Mukherjee & Zhu
+    2011, section 2).
     """
-    W, axes = _ridge_and_axes(moments, lambda_absolute)
-    return W @ axes[:, :rank] @ axes[:, :rank].T
-
-
-def _ridge_and_axes(moments: Moments, lambda_absolute: float) -> tuple[Tensor, Tensor]:
-    W = solve_ridge(moments, lambda_absolute)
-    fitted = W.T @ moments.cross
-    return W, torch.linalg.eigh((fitted + fitted.T) / 2).eigenvectors.flip(1)
+    axes = principal_axes(W, cross)[:, :rank]
+    return W @ axes @ axes.T

@@ -1,12 +1,12 @@
 """Search every source layer against every target layer for the best layer pair (phase 1).
 
-One pass over neutral text sums up all layers of both models; then each pair of layers
-gets a ridge map, its held-out R2, and the agreement of mapped with native persona
-vectors. No test prompt is used.
+One pass over neutral text keeps the activations of all layers of both models in memory, in the dtype in
+which the model has computed them; then each pair of layers gets a ridge map, its held-out R2, and the
+agreement of mapped with native persona vectors. No test prompt is used.
 
-Sums are float32 around a pilot mean, which is enough to rank pairs (R2 to about 1e-4); the
-chosen pair is fitted again in float64. Memory: 8 * (sum of source widths) * (sum of target
-widths) bytes over the layers searched, 1.6 GB for 30 layers of 576 and 18 of 640.
+Products are float32 around the training mean, which is enough to rank pairs (R2 to about 1e-4); the chosen
+pair is fitted again in float64. Memory grows with the text: 60 layers of 4,096 in bfloat16 take 0.5 MB a
+pair, 23 GiB for the default amount of text. On CUDA products and algebra are on the target's device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from activation_extractor import ActivationExtractor, PairedBatch, massive_by_scale, paired_activations
+from activation_extractor import ActivationExtractor, massive_by_scale, paired_activations
 from maps.layer_bands import LayerPair
 from maps.pair_collection import counted
-from ridge_mapping import HeldOutFold, assign_folds, target_weights
+from ridge_mapping import HeldOutFold, algebra_device, assign_folds, target_weights
 from support.errors import InputError
 from support.pair_statistics import Moments
 from support.progress import Bar, each
@@ -30,9 +30,9 @@ from texts.personas import Persona
 SEARCH_LAMBDAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 N_RANDOM = 2000  # random directions; enough for their 99.9th percentile
 CHANCE_QUANTILE = 0.999
-MAX_SUMS_BYTES = 8e9  # of memory for the sums
-TRAIN, TEST = 0, 1
+MAX_KEPT_BYTES = 24 * 2**30  # of memory for the activations
 N_PARTS = 5  # of the documents; one part is held out
+KeptLayers = dict[int, list[Tensor]]  # layer_idx -> activations of all pairs, a batch after the other
 
 
 @dataclass(frozen=True)
@@ -72,78 +72,54 @@ class LayerSearch:
         return plain(vars(self))
 
 
-class LayerSums:
-    """Sum up pairs for every pair of layers in float32, apart for training and held-out documents."""
+@dataclass(frozen=True)
+class CentredLayer:
+    """A layer's activations around their mean over the training pairs.
 
-    def __init__(self, source_widths: Mapping[int, int], target_widths: Mapping[int, int]) -> None:
-        """Take layer_idx -> width of both sides. Raises InputError: the sums need over 8 GB."""
-        check_memory(source_widths, target_widths)
-        n_source, n_target = sum(source_widths.values()), sum(target_widths.values())
-        self.source, self.target = _slices(source_widths), _slices(target_widths)
-        self.n = [0, 0]
-        self.source_pilot: Tensor | None = None
-        self.target_pilot: Tensor | None = None
-        self.sum_source = torch.zeros(2, n_source, dtype=torch.float64)
-        self.sum_target = torch.zeros(2, n_target, dtype=torch.float64)
-        self.target_squares = torch.zeros(2, n_target, dtype=torch.float64)
-        self.gram = {layer: torch.zeros(2, d, d) for layer, d in source_widths.items()}
-        self.cross = torch.zeros(2, n_source, n_target)
+    mean, scale: (d,) float64, the mean and the root mean square of each dimension over the training pairs.
+    parts: those of the training and of the held-out pairs, (n, d) float32.
+    """
 
-    def add(self, batch: PairedBatch, parts: Tensor) -> None:
-        """Add a batch; parts: (n,), TRAIN or TEST for each pair."""
-        if not len(parts):
-            return
-        source = torch.cat([batch.H_source[layer] for layer in self.source], dim=1)
-        target = torch.cat([batch.H_target[layer] for layer in self.target], dim=1)
-        if self.source_pilot is None:
-            self.source_pilot, self.target_pilot = source.mean(0), target.mean(0)
-        source -= self.source_pilot
-        target -= self.target_pilot
-        for part in (TRAIN, TEST):
-            x, y = source[parts == part], target[parts == part]
-            self.n[part] += len(x)
-            self.sum_source[part] += x.sum(0, dtype=torch.float64)
-            self.sum_target[part] += y.sum(0, dtype=torch.float64)
-            self.target_squares[part] += y.square().sum(0, dtype=torch.float64)
-            self.cross[part].addmm_(x.T, y)
-            for layer, columns in self.source.items():
-                self.gram[layer][part].addmm_(x[:, columns].T, x[:, columns])
+    mean: Tensor
+    scale: Tensor
+    parts: tuple[Tensor, Tensor]
 
-    def moments(self, source_layer: int, target_layer: int) -> tuple[Moments, Moments]:
-        """Return the float64 moments of the training and the held-out pairs, around the training mean.
+    @classmethod
+    def of(cls, rows: Tensor, is_held_out: Tensor) -> "CentredLayer":
+        """Take rows (n, d) of any float dtype and for each whether it is held out, on one device."""
+        train, test = rows[~is_held_out].float(), rows[is_held_out].float()
+        mean = train.mean(0, dtype=torch.float64)
+        scale = train.square().mean(0, dtype=torch.float64).sqrt()
+        return cls(mean, scale, (train - mean.float(), test - mean.float()))
 
-        Only the diagonal of the target's Gram matrix is known; the rest is 0.
-        """
-        rows, columns = self.source[source_layer], self.target[target_layer]
-        p, q = self.sum_source[:, rows], self.sum_target[:, columns]
-        a, b = p[TRAIN] / self.n[TRAIN], q[TRAIN] / self.n[TRAIN]
-        parts = []
-        for part, n in enumerate(self.n):
-            gram = self.gram[source_layer][part].double()
-            cross = self.cross[part, rows, columns].double()
-            gram += n * torch.outer(a, a) - torch.outer(p[part], a) - torch.outer(a, p[part])
-            cross += n * torch.outer(a, b) - torch.outer(p[part], b) - torch.outer(a, q[part])
-            squares = self.target_squares[part, columns] + n * b.square() - 2 * q[part] * b
-            parts.append(Moments(n, a, b, gram, cross, torch.diag(squares)))
-        return parts[TRAIN], parts[TEST]
-
-    def target_scale(self, target_layer: int) -> Tensor:
-        """Return the root mean square of each target dimension over the training pairs, (d_target,)."""
-        columns = self.target[target_layer]
-        pilot, n = self.target_pilot[columns].double(), self.n[TRAIN]
-        squares = self.target_squares[TRAIN, columns] + 2 * pilot * self.sum_target[TRAIN, columns]
-        return (squares / n + pilot.square()).clamp(min=0).sqrt()
+    def products(self, other: "CentredLayer") -> list[Tensor]:
+        """Return X'Y of the training and of the held-out pairs, (d, other d) float64."""
+        return [(x.T @ y).double() for x, y in zip(self.parts, other.parts, strict=True)]
 
 
-def check_memory(source_widths: Mapping[int, int], target_widths: Mapping[int, int]) -> None:
-    """Raise InputError: the sums for these layers (layer_idx -> width) need over 8 GB."""
-    n_source, n_target = sum(source_widths.values()), sum(target_widths.values())
-    needed = 8 * (n_source * n_target + sum(width**2 for width in source_widths.values()))
-    if needed > MAX_SUMS_BYTES:
+def pair_moments(
+    source: CentredLayer, target: CentredLayer, gram: Sequence[Tensor]
+) -> tuple[Moments, Moments]:
+    """Return the moments of the training and the held-out pairs; gram: the source's products with itself.
+
+    Only the diagonal of the target's Gram matrix is known; the rest is 0.
+    """
+    squares = [y.square().sum(0, dtype=torch.float64).diag() for y in target.parts]
+    train, test = (
+        Moments(len(y), source.mean, target.mean, *products)
+        for y, *products in zip(target.parts, gram, source.products(target), squares, strict=True)
+    )
+    return train, test
+
+
+def check_memory(row_bytes: int, n_tokens: int) -> None:
+    """Raise InputError: activations of all searched layers, row_bytes a token, need over 24 GiB."""
+    needed = row_bytes * n_tokens
+    if needed > MAX_KEPT_BYTES:
         raise InputError(
-            f"a search over {len(source_widths)} x {len(target_widths)} layer pairs needs "
-            f"{needed / 1e9:.0f} GB, expected {MAX_SUMS_BYTES / 1e9:.0f} GB at most; name fewer layers in "
-            "search_source_layers and search_target_layers"
+            f"the layer search keeps {row_bytes / 1e3:.0f} kB a token, {needed / 2**30:.0f} GiB for "
+            f"{n_tokens} tokens, expected {MAX_KEPT_BYTES / 2**30:.0f} GiB at most; lower search_tokens, "
+            "or name fewer layers in search_source_layers and search_target_layers"
         )
 
 
@@ -167,7 +143,7 @@ def search_layers(
         averaged. position: token of a persona text, see `ActivationExtractor`. positions: tokens of neutral
         text, see `paired_activations`. lambda_values: relative, see `RidgeMapping`.
     source_layers, target_layers: layers to search, by default all.
-    Raises InputError: too few documents or pairs, or too much memory needed.
+    Raises InputError: too few documents or pairs.
     """
     n_documents = len({item.document for item in texts})
     if n_documents < N_PARTS:
@@ -177,20 +153,28 @@ def search_layers(
         )
     source_layers = source.check_layers(source_layers or range(len(source.blocks)))
     target_layers = target.check_layers(target_layers or range(len(target.blocks)))
-    sums = LayerSums(
-        dict.fromkeys(source_layers, source.d_model), dict.fromkeys(target_layers, target.d_model)
+    kept: tuple[KeptLayers, KeptLayers] = tuple(
+        {layer: [] for layer in layers} for layers in (source_layers, target_layers)
     )
-    parts = (assign_folds(len(texts), N_PARTS, [item.document for item in texts], seed) == 0).long()
+    is_held_out = assign_folds(len(texts), N_PARTS, [item.document for item in texts], seed) == 0
+    text_idx = []
     n_tokens = {"source": 0, "target": 0}
     with Bar(len(texts), "reading all layers", "text", leave=False) as progress:
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, positions, source_layers, target_layers):
-            sums.add(batch, parts[batch.text_idx])
+            text_idx.append(batch.text_idx)
+            for side, of_side, H in zip(
+                (source, target), kept, (batch.H_source, batch.H_target), strict=True
+            ):
+                for layer, rows in H.items():
+                    of_side[layer].append(rows.to(side.model.dtype))
             n_tokens["source"] += batch.n_source_tokens
             n_tokens["target"] += batch.n_target_tokens
-    if min(sums.n) < 2:
+    is_held_out = is_held_out[torch.cat(text_idx)]
+    n_train, n_test = int((~is_held_out).sum()), int(is_held_out.sum())
+    if min(n_train, n_test) < 2:
         raise InputError(
-            f"{len(texts)} texts give {sums.n[TRAIN]} training and {sums.n[TEST]} held-out pairs, expected "
+            f"{len(texts)} texts give {n_train} training and {n_test} held-out pairs, expected "
             "2 or more of each; give more text, or use mapping_positions 'last'"
         )
     vectors = [
@@ -198,7 +182,8 @@ def search_layers(
         for extractor, layers in ((source, source_layers), (target, target_layers))
     ]
     names = [persona.name for persona in personas]
-    return _compare_layers(sums, *vectors, names, scored, lambda_values, n_tokens, seed)
+    is_held_out = is_held_out.to(algebra_device(target.model.device))
+    return _compare_layers(*kept, is_held_out, *vectors, names, scored, lambda_values, n_tokens, seed)
 
 
 def _differences(
@@ -215,7 +200,9 @@ def _differences(
 
 
 def _compare_layers(
-    sums: LayerSums,
+    source: KeptLayers,
+    target: KeptLayers,
+    is_held_out: Tensor,
     source_vectors: Mapping[int, Tensor],
     target_vectors: Mapping[int, Tensor],
     names: Sequence[str],
@@ -224,28 +211,38 @@ def _compare_layers(
     n_tokens: dict[str, int],
     seed: int,
 ) -> LayerSearch:
-    """Fit a map for every pair of layers, and compare the mapped vectors with the native ones."""
-    source_layers, target_layers = list(sums.source), list(sums.target)
+    """Fit a map for every pair of layers, and compare the mapped vectors with the native ones.
+
+    is_held_out: for each pair, on the device of the algebra.
+    """
+    source_layers, target_layers, device = list(source), list(target), is_held_out.device
     shape = len(source_layers), len(target_layers)
     r2, r2_standardised, chance = torch.empty(3, *shape, dtype=torch.float64)
     agreement, other_persona = torch.empty(2, len(names), *shape, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    massive = {layer: massive_by_scale(sums.target_scale(layer)) for layer in target_layers}
+
+    def centred(side: KeptLayers, layer: int) -> CentredLayer:
+        return CentredLayer.of(torch.cat(side[layer]).to(device), is_held_out)
+
     for row, source_layer in enumerate(each(source_layers, "fitting", "layer", leave=False)):
+        read = centred(source, source_layer)
+        gram = read.products(read)
         decomposed: HeldOutFold | None = None
         for column, target_layer in enumerate(target_layers):
-            at = row, column
-            fold = HeldOutFold(*sums.moments(source_layer, target_layer), decomposed)
+            at, predicted = (row, column), centred(target, target_layer)
+            fold = HeldOutFold(*pair_moments(read, predicted, gram), decomposed)
             if decomposed is None:
                 decomposed = fold
                 noise = torch.randn(N_RANDOM, len(fold.basis), generator=generator, dtype=torch.float64)
-                random = noise * fold.eigenvalues.sqrt() @ fold.basis.T
+                # Both in the basis of the source's covariance, which maps are in.
+                random = noise.to(device) * fold.eigenvalues.sqrt()
+                personas = source_vectors[source_layer].to(device) @ fold.basis
             W, r2[at], r2_standardised[at] = fit_pair(fold, lambda_values)
             cosines, chance[at] = compare_directions(
-                source_vectors[source_layer] @ W,
+                personas @ W,
                 random @ W,
-                target_vectors[target_layer],
-                massive[target_layer],
+                target_vectors[target_layer].to(device),
+                massive_by_scale(predicted.scale),
             )
             agreement[:, row, column] = cosines.diagonal()
             other_persona[:, row, column] = cosines.fill_diagonal_(-torch.inf).max(1).values
@@ -262,21 +259,20 @@ def _compare_layers(
         chance=chance,
         score=score,
         best=(source_layers[row], target_layers[column]),
-        n_pairs=sum(sums.n),
+        n_pairs=len(is_held_out),
         n_tokens=n_tokens,
     )
 
 
 def fit_pair(fold: HeldOutFold, lambda_values: Sequence[float]) -> tuple[Tensor, float, float]:
-    """Return W at the best lambda and its held-out R2, pooled and over standardised dimensions."""
-    unit = fold.train.gram.diagonal().mean().item()
-    lambdas = [value * unit for value in lambda_values]
+    """Return the map at the best lambda, in the basis, and its held-out R2, pooled and standardised."""
+    lambdas = [value * fold.unit for value in lambda_values]
     squares = fold.test.target_gram.diagonal()
     weights = target_weights(fold.test)
     pooled = fold.error_path(lambdas, torch.ones_like(squares)) / squares.sum()
-    best = int(pooled.argmin())
+    best = pooled.argmin().item()
     standardised = fold.error_path([lambdas[best]], weights) / (squares * weights).sum()
-    return fold.solution(lambdas[best]), 1 - pooled[best].item(), 1 - standardised.item()
+    return fold.ridge(lambdas[best]), 1 - pooled[best].item(), 1 - standardised.item()
 
 
 def compare_directions(
@@ -292,18 +288,10 @@ def compare_directions(
     mapped, random = normalize(mapped - common, dim=1), normalize(random - common, dim=1)
     native = normalize(native - native.mean(0), dim=1)
     chance = torch.quantile((random @ native.T).flatten(), CHANCE_QUANTILE).item()
-    return mapped @ native.T, chance
+    return (mapped @ native.T).cpu(), chance
 
 
 def _unit_without(vectors: Tensor, dimensions: Sequence[int]) -> Tensor:
     kept = vectors.clone()
     kept[:, list(dimensions)] = 0.0
     return normalize(kept, dim=1)
-
-
-def _slices(widths: Mapping[int, int]) -> dict[int, slice]:
-    slices, start = {}, 0
-    for layer, width in widths.items():
-        slices[layer] = slice(start, start + width)
-        start += width
-    return slices

@@ -1,7 +1,8 @@
 """Read neutral text with both models and sum up the paired activations (phase 2).
 
 Parts of the texts can be read by different workers: `merge_pairs` adds up their sums. Memory depends on the
-number of layer pairs and not on the number of texts.
+number of layers and layer pairs and not on the number of texts. Sums are kept on the target's GPU, if it has
+room for them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from activation_extractor import ActivationExtractor, PairedText, paired_activations
 from maps.layer_bands import LayerPair
-from ridge_mapping import assign_folds
+from ridge_mapping import algebra_device, assign_folds
 from support.errors import InputError
-from support.pair_statistics import PairStatistics
+from support.pair_statistics import DEFAULT_SAMPLE, Columns, PairStatistics
 from support.progress import Bar
 from texts.neutral_text import NeutralText
 
 _COUNTS = ("n_texts", "n_texts_without_pairs", "n_source_tokens", "n_target_tokens")
+FREE_SHARE = 0.5  # of a GPU's free memory that sums may take; maps are fitted and texts read beside them
+ROWS = 1024  # pairs that are put side by side at once for all layers
 ABOUT_SUMS = (
     "Sums over pairs of activations: the outputs of the decoder blocks in layer_pairs (source, target), "
     "counted from 0, at the same place of the same text. statistics: by fold, n pairs, their sums (folds, "
@@ -57,12 +60,14 @@ class PairSettings:
 class CollectedPairs:
     """Hold the sums over the pairs of some texts, for one or more layer pairs.
 
+    sums: of all layers. places: layer pair -> its columns in them.
     text_idx, end: (n,) int64, for each pair its text and the number of its characters that were read.
     n_texts_without_pairs: texts in which the two tokenizers nowhere end on the same character.
     n_truncated: side -> number of texts that were cut to the model's context.
     """
 
-    statistics: dict[LayerPair, PairStatistics]
+    sums: PairStatistics
+    places: dict[LayerPair, tuple[Columns, Columns]]
     text_idx: Tensor
     end: Tensor
     n_texts: int
@@ -70,6 +75,11 @@ class CollectedPairs:
     n_source_tokens: int
     n_target_tokens: int
     n_truncated: dict[str, int]
+
+    @property
+    def statistics(self) -> dict[LayerPair, PairStatistics]:
+        """The sums of each layer pair."""
+        return {pair: self.sums.of_pair(*place) for pair, place in self.places.items()}
 
     @property
     def fraction_aligned(self) -> float:
@@ -95,18 +105,21 @@ def read_pairs(
     texts: Sequence[NeutralText],
     settings: PairSettings,
     fold_of: Mapping[str, int],
+    whole: CollectedPairs | None = None,
 ) -> CollectedPairs:
     """Return the sums of one part of the texts, for `merge_pairs`; a part may give no pair.
 
     fold_of: document -> fold, the same for all parts; see `document_folds`.
+    whole: the parts before; its sums are added to and part of what is returned, so that memory does not hold
+        them twice.
     Raises InputError: as `paired_activations`.
     """
-    stream = "\n".join(item.text for item in texts[:1])
-    widths, folds = (source.d_model, target.d_model), (settings.n_folds, settings.seed, fold_of)
-    statistics = {
-        pair: PairStatistics(*widths, *folds, stream=stream) for pair in dict.fromkeys(settings.layer_pairs)
-    }
-    layers = [[pair[side] for pair in statistics] for side in (0, 1)]
+    layers = [list(dict.fromkeys(pair[side] for pair in settings.layer_pairs)) for side in (0, 1)]
+    if whole is None:
+        sums, places = _empty_sums(source, target, layers, settings, fold_of)
+    else:
+        sums, places = whole.sums, whole.places
+    sums.begin("\n".join(item.text for item in texts[:1]))
     text_idx, ends, n_source_tokens, n_target_tokens = [], [], 0, 0
     extractors = {"source": source, "target": target}
     cut_before = {side: extractor.n_truncated for side, extractor in extractors.items()}
@@ -114,15 +127,21 @@ def read_pairs(
         passages = counted(texts, progress)
         for batch in paired_activations(source, target, passages, settings.positions, *layers):
             groups = [texts[index].document for index in batch.text_idx.tolist()]
-            for (source_layer, target_layer), sums in statistics.items():
-                sums.add(batch.H_source[source_layer], batch.H_target[target_layer], groups)
+            for start in range(0, len(groups), ROWS):
+                part = slice(start, start + ROWS)
+                both = (
+                    torch.cat([H[layer][part] for layer in of_side], dim=1)
+                    for H, of_side in zip((batch.H_source, batch.H_target), layers, strict=True)
+                )
+                sums.add(*both, groups[part])
             text_idx.append(batch.text_idx)
             ends.append(batch.end)
             n_source_tokens += batch.n_source_tokens
             n_target_tokens += batch.n_target_tokens
     rows = torch.cat(text_idx)
-    return CollectedPairs(
-        statistics=statistics,
+    part = CollectedPairs(
+        sums=sums,
+        places=places,
         text_idx=rows,
         end=torch.cat(ends),
         n_texts=len(texts),
@@ -133,11 +152,37 @@ def read_pairs(
             side: extractor.n_truncated - cut_before[side] for side, extractor in extractors.items()
         },
     )
+    return part if whole is None else _joined(whole, part)
 
 
-def join_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
-    """Return the sums over consecutive parts, which together may be but a part of the texts themselves."""
-    return reduce(_joined, parts)
+def _empty_sums(
+    source: ActivationExtractor,
+    target: ActivationExtractor,
+    layers: Sequence[Sequence[int]],
+    settings: PairSettings,
+    fold_of: Mapping[str, int],
+) -> tuple[PairStatistics, dict[LayerPair, tuple[Columns, Columns]]]:
+    """Return sums without pairs for all layers of both sides, and the columns of each layer pair."""
+    columns = [
+        {layer: (place * side.d_model, (place + 1) * side.d_model) for place, layer in enumerate(of_side)}
+        for side, of_side in zip((source, target), layers, strict=True)
+    ]
+    places = {pair: (columns[0][pair[0]], columns[1][pair[1]]) for pair in settings.layer_pairs}
+    widths = [side.d_model * len(of_side) for side, of_side in zip((source, target), layers, strict=True)]
+    size = sums_bytes(settings.layer_pairs, source.d_model, target.d_model, settings.n_folds)
+    device = algebra_device(target.model.device)
+    if device.type == "cuda" and size > FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    folds = settings.n_folds, settings.seed, fold_of
+    return PairStatistics(*widths, *folds, joined=list(places.values()), device=device), places
+
+
+def sums_bytes(layer_pairs: Iterable[LayerPair], d_source: int, d_target: int, n_folds: int) -> int:
+    """Return the memory that the sums of layer pairs and the sample of their pairs take."""
+    pairs = set(layer_pairs)
+    n_source, n_target = (len({pair[side] for pair in pairs}) for side in (0, 1))
+    products = n_source * d_source**2 + n_target * d_target**2 + len(pairs) * d_source * d_target
+    return 8 * n_folds * products + 4 * DEFAULT_SAMPLE * (n_source * d_source + n_target * d_target)
 
 
 def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
@@ -145,7 +190,7 @@ def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
 
     Raises InputError: no pair at all.
     """
-    whole = join_pairs(parts)
+    whole = reduce(_joined, parts)
     if not len(whole.text_idx):
         raise InputError(
             f"the two tokenizers never end a token on the same character in {whole.n_texts} texts; "
@@ -155,10 +200,11 @@ def merge_pairs(parts: Iterable[CollectedPairs]) -> CollectedPairs:
 
 
 def _joined(whole: CollectedPairs, part: CollectedPairs) -> CollectedPairs:
-    for pair, sums in whole.statistics.items():
-        sums.merge(part.statistics[pair])
+    if part.sums is not whole.sums:
+        whole.sums.merge(part.sums)
     return CollectedPairs(
-        statistics=whole.statistics,
+        sums=whole.sums,
+        places=whole.places,
         text_idx=torch.cat([whole.text_idx, part.text_idx + whole.n_texts]),
         end=torch.cat([whole.end, part.end]),
         n_truncated={side: n + part.n_truncated[side] for side, n in whole.n_truncated.items()},
@@ -167,12 +213,12 @@ def _joined(whole: CollectedPairs, part: CollectedPairs) -> CollectedPairs:
 
 
 def statistics_content(pairs: CollectedPairs, layer_pair: LayerPair) -> dict[str, Any]:
-    """Return the content of `pair_statistics.pt`: the sums of a layer pair and the places of their sample."""
-    statistics = pairs.statistics[layer_pair]
+    """Return the sums of a layer pair, a `PairStatistics`, and the places of their sample."""
+    statistics = pairs.sums.of_pair(*pairs.places[layer_pair])
     rows = statistics.sample.rows
     return {
         "about": ABOUT_SUMS,
-        "statistics": statistics.content(),
+        "statistics": statistics,
         "report": pairs.report(),
         "sample_text_idx": pairs.text_idx[rows],
         "sample_end": pairs.end[rows],
@@ -184,13 +230,13 @@ def training_data(texts: Sequence[NeutralText], sums: Mapping[str, Any]) -> dict
 
     texts: all that were read. sums: what `statistics_content` returned.
     """
-    sample = sums["statistics"]["sample"]
+    statistics = sums["statistics"]
     ends = list(zip(sums["sample_text_idx"].tolist(), sums["sample_end"].tolist(), strict=True))
     return {
         "about": ABOUT_PAIRS,
-        "n_pairs": int(sums["statistics"]["n"].sum()),
-        "H_source": sample["H_source"],
-        "H_target": sample["H_target"],
+        "n_pairs": statistics.n_pairs,
+        "H_source": statistics.sample.H_source.clone(),
+        "H_target": statistics.sample.H_target.clone(),
         "texts": [texts[index].text[:end] for index, end in ends],
         "documents": [texts[index].document for index, _ in ends],
     }

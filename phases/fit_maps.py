@@ -4,7 +4,8 @@ Before phase 1, `"layer_idx": "auto"` has the layer pair searched.
 
 The pairs of all layer pairs come from one pass over the texts. Files of the middle layer pair stand in the
 run's folder, those of the others in `layers/SOURCE_TARGET/`. Sums are kept for a single layer pair, so that
-other lambda values need no second pass; those of many pairs would fill a disk. Controls that are read from
+other lambda values need no second pass; those of many pairs would fill a disk. Of the maps to compare with,
+those of the run's conditions are fitted. Controls that are read from
 another source have maps of their own, to the target's block of each pair: embeddings and the first block are
 read in the same pass, a model with random weights in one of its own.
 
@@ -32,7 +33,7 @@ from phases.collect_responses import neutral_responses_key
 from reporting.figures_mapping import layer_search_figure, mapping_figure
 from reporting.style import draw_once
 from reporting.tables import format_maps
-from ridge_mapping import RidgeMapping
+from ridge_mapping import RidgeMapping, algebra_device
 from support.artifacts import fingerprint
 from support.pair_statistics import Moments, PairStatistics
 from support.progress import each
@@ -60,6 +61,11 @@ def _texts_key(texts: tuple[NeutralText, ...]) -> str:
     return fingerprint([[item.text, item.document, *filter(None, item.prompts)] for item in texts])
 
 
+def left_out(run: Run) -> list[str]:
+    """Return the kinds of comparison maps that no condition of the run needs, and that are not fitted."""
+    return [kind for kind in KINDS if kind not in run.config.conditions]
+
+
 def _pairs_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
     return fingerprint(mapping_data_key(run, pairs), run.config.n_folds)
 
@@ -68,6 +74,11 @@ def _maps_key(run: Run, pairs: Sequence[LayerPair] | None = None) -> str:
     config = run.config
     settings = [config.lambda_values, config.lambda_unit, config.lambda_criterion]
     return fingerprint(_pairs_key(run, pairs), settings)
+
+
+def _compared_key(run: Run) -> str:
+    kinds = left_out(run)
+    return fingerprint(_maps_key(run), kinds) if kinds else _maps_key(run)
 
 
 def control_key(run: Run, condition: str) -> str:
@@ -92,8 +103,8 @@ def source_seeds(run: Run, condition: str) -> dict[str, int | None]:
 PAIR_STATISTICS = Artifact("pair_statistics.pt", 2, _pairs_key)
 TRAINING_DATA = Artifact("training_data.pt", 2, _pairs_key)
 RIDGE_MAPPING = Artifact("ridge_mapping.pt", 2, _maps_key)
-COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _maps_key)
-CV_RESULTS = Artifact("cv_results.json", 2, _maps_key)
+COMPARISON_MAPS = Artifact("comparison_maps.pt", 2, _compared_key)
+CV_RESULTS = Artifact("cv_results.json", 2, _compared_key)
 CONTROL_MAPS = Artifact("control_maps.pt", 2, _controls_key)
 OF_MAPS = (CV_RESULTS, RIDGE_MAPPING, COMPARISON_MAPS)
 CONSTANT = 1e-20  # variance, as a share of the squared mean, that rounding leaves of equal activations
@@ -154,7 +165,7 @@ def fit_maps(
 ) -> tuple[LearnedMaps, ...]:
     """Return the maps of every layer pair: those of an earlier run, or fitted on one pass over the texts.
 
-    collected: layer pair -> what `pair_statistics.pt` holds, if it was collected elsewhere.
+    collected: layer pair -> what `collect_sums` returns, if it was collected elsewhere.
     """
     return with_prompt_maps(run, _fit_all(run, collected or {}))
 
@@ -207,7 +218,7 @@ def _load_all(run: Run) -> tuple[LearnedMaps, ...]:
 def collect_sums(
     run: Run, pairs: Sequence[LayerPair], untrained: int | None = None
 ) -> dict[LayerPair, dict[str, Any]]:
-    """Return layer pair -> what `pair_statistics.pt` holds, from one pass over the texts of the map.
+    """Return layer pair -> what `statistics_content` returns, from one pass over the texts of the map.
 
     untrained: the seed of random weights that the source has in the place of its own.
     """
@@ -215,6 +226,16 @@ def collect_sums(
     settings = PairSettings(tuple(pairs), positions, config.n_folds, config.seed, untrained)
     collected = collect_in_chunks(run.executor, run.inputs.mapping_texts, settings)
     return {pair: statistics_content(collected, pair) for pair in pairs}
+
+
+def save_sums(run: Run, sums: Mapping[str, Any]) -> None:
+    """Write the sums of the run's only layer pair to `pair_statistics.pt`."""
+    PAIR_STATISTICS.save(run, {**sums, "statistics": sums["statistics"].content()})
+
+
+def _current_sums(run: Run) -> dict[str, Any] | None:
+    found = PAIR_STATISTICS.current(run)
+    return found and {**found, "statistics": PairStatistics.from_content(found["statistics"])}
 
 
 def _collected(
@@ -230,7 +251,7 @@ def _collected(
     """
     sums = dict(given)
     kept = [pair for pair in missing if len(run.inputs.layer_pairs) == 1 and pair not in sums]
-    sums |= {pair: content for pair in kept if (content := PAIR_STATISTICS.current(run)) is not None}
+    sums |= {pair: content for pair in kept if (content := _current_sums(run)) is not None}
     sources = [CONDITIONS[name].source for name in run.config.source_controls]
     trained = [source for source in sources if not source.is_untrained]
     wanted = [*missing, *(source.layer_pair(pair) for source in trained for pair in uncontrolled)]
@@ -238,7 +259,7 @@ def _collected(
         sums |= collect_sums(run, new)
     for pair in kept:
         if pair in new:
-            PAIR_STATISTICS.save(run, sums[pair])
+            save_sums(run, sums[pair])
     return sums
 
 
@@ -260,9 +281,13 @@ def _fit_controls(
         layers = {pair: CONDITIONS[condition].source.layer_pair(pair) for pair in pairs}
         for draw, (name, seed) in enumerate(source_seeds(run, condition).items()):
             read = sums if seed is None else collect_sums(run, list(layers.values()), seed)
+            before: RidgeMapping | None = None
             for pair in each(pairs, f"fitting maps of {name}", "layer pair", leave=False):
-                ridge = _cross_validated(run, read[layers[pair]], may_be_constant=True)
+                is_shared = before is not None and before.source_layer == layers[pair][0]
+                ridge = _cross_validated(run, read[layers[pair]], True, before if is_shared else None)
+                ridge.source_layer = layers[pair][0]
                 found[pair][name] = ComparisonMap.of_source(condition, ridge, draw)
+                before = ridge
     for pair, maps in found.items():
         with run.at_pair(pair) as at_pair:
             CONTROL_MAPS.save(
@@ -278,17 +303,24 @@ def _fit_controls(
     return found
 
 
-def _cross_validated(run: Run, sums: Mapping[str, Any], may_be_constant: bool = False) -> RidgeMapping:
-    """Return a map at its best lambda; with `may_be_constant`, one of zeros from activations that are equal.
+def _cross_validated(
+    run: Run, sums: Mapping[str, Any], is_control: bool = False, beside: RidgeMapping | None = None
+) -> RidgeMapping:
+    """Return a map at its best lambda; a control's may be one of zeros, from activations that are all equal.
 
-    Such are embeddings of a token that ends every prompt.
+    Such are embeddings of a token that ends every prompt. beside: a map from the same activations.
     """
-    config, statistics = run.config, PairStatistics.from_content(sums["statistics"])
+    config, statistics = run.config, sums["statistics"]
     unit: LambdaUnit = config.lambda_unit
-    if may_be_constant and _is_constant(statistics.total()):
+    if is_control and _is_constant(statistics.total()):
         unit = "absolute"  # there is no variance that lambda could be a multiple of
-    ridge = RidgeMapping.from_statistics(statistics, unit)
-    ridge.cross_validate(lambda_values=config.lambda_values, criterion=config.lambda_criterion)
+    ridge = RidgeMapping.from_statistics(statistics, unit, algebra_device(run.inputs.target.model.device))
+    ridge.cross_validate(
+        lambda_values=config.lambda_values,
+        criterion=config.lambda_criterion,
+        beside=beside,
+        is_control=is_control,
+    )
     return ridge
 
 
@@ -315,6 +347,7 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
     others = {
         name: ComparisonMap.fitted(kind, ridge, draw)
         for kind in KINDS
+        if kind not in left_out(run)
         for draw, name in enumerate(vector_names(kind))
     }
     results = {
@@ -328,6 +361,7 @@ def _fit_pair(run: Run, pair: LayerPair, sums: dict[str, Any]) -> LearnedMaps:
         "maps": maps_table(ridge, others),
         "target_residual_norm": asdict(measure_residual_norm(ridge.statistics.sample.H_target)),
     }
+    ridge.forget_pairs()
     with run.at_pair(pair) as at_pair:
         if is_middle:
             TRAINING_DATA.save(at_pair, training_data(run.inputs.mapping_texts, sums))

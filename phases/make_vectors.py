@@ -51,6 +51,7 @@ from phases.fit_maps import (
     LearnedMaps,
     at_kind,
     control_key,
+    left_out,
     load_maps,
     map_runs,
     mapping_data_key,
@@ -99,6 +100,7 @@ def _native_key(run: Run) -> str:
 def vectors_key(run: Run) -> str:
     """Return what all vectors of a run depend on."""
     made = [vector_names(name) for name in STEERED]
+    made += [f"without {kind}" for kind in left_out(run)]
     made += [control_key(each, name) for each in map_runs(run) for name in run.config.source_controls]
     return fingerprint(_carried_key(run), made)
 

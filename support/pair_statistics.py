@@ -6,11 +6,15 @@ number of pairs and a mean far from zero costs no precision. Sums of disjoint pa
 those of several workers.
 
 Beside the sums, a uniform random sample of the pairs is kept for the measures that sums cannot give.
+
+Layers of several pairs are summed side by side, as columns of one accumulation: the products of a layer with
+itself are computed and kept once for all layer pairs that share it.
 """
 
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,9 +26,12 @@ from support.errors import InputError
 
 DEFAULT_SAMPLE = 5000  # pairs, enough for retrieval among thousands and for the norms of activations
 CHUNK = 4096  # pairs that are summed at once, so that the float64 copy of a large batch stays small
+MAX_COPY = 2**26  # numbers in this copy, half a gigabyte; a band of wide layers takes fewer pairs at once
 DEAL_BLOCK = 1024  # rounds of folds for which random numbers are drawn at once
 _ARGUMENTS = ("d_source", "d_target", "n_folds", "seed", "fold_of", "n_sample")
-_STATE = ("n", "sums", "products", "pilot", "n_ungrouped", "_entropy", "_n_drawn")
+_STATE = ("n", "sums", "pilot", "n_ungrouped", "_entropy", "_n_drawn")
+
+Columns = tuple[int, int]  # the first, and the one behind the last
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class Moments:
     gram: Tensor
     cross: Tensor
     target_gram: Tensor
+
+    def to(self, device: torch.device | str) -> "Moments":
+        """Return the same on a device."""
+        tensors = [field.name for field in fields(self) if field.name != "n"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,18 @@ class PairSample:
 
 
 class PairStatistics:
-    """Sums over pairs of one source layer and one target layer.
+    """Sums over pairs of one source layer and one target layer; or of several, to be taken out by `of_pair`.
 
+    joined: the columns of H_source and those of H_target of each layer pair; by default all are of one.
+    device: where the products are summed and kept.
     n_folds: folds for cross-validation; a document is in one of them.
     fold_of: document -> fold. A document that it lacks goes to the fold with the fewest pairs when it first
         appears. Workers whose sums are to be merged need the same table.
     n_sample: pairs that are kept as they are.
     stream: names the random numbers that draw them; parts that are to be merged need different names. Without
         one, the first pair's values are the name.
-    Memory: n_folds * (d_source + d_target)^2 * 8 bytes at most, and the sample.
+    Memory: 8 * n_folds bytes for each entry of the products (d, d) of every layer and (d_source, d_target) of
+    every layer pair, and the sample.
     """
 
     def __init__(
@@ -79,6 +94,8 @@ class PairStatistics:
         fold_of: Mapping[Hashable, int] | None = None,
         n_sample: int = DEFAULT_SAMPLE,
         stream: str | None = None,
+        joined: Sequence[tuple[Columns, Columns]] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.d_source, self.d_target = d_source, d_target
         self.n_folds, self.seed, self.n_sample = n_folds, seed, n_sample
@@ -86,12 +103,21 @@ class PairStatistics:
         self.groups: set[Hashable] = set()
         self.n_ungrouped = 0
         self.pilot: Tensor | None = None
-        self._entropy: list[int] = [] if stream is None else [seed, zlib.crc32(stream.encode())]
+        self._entropy: list[int] = []
         self._n_drawn = 0
+        if stream is not None:
+            self.begin(stream)
         width = d_source + d_target
+        self.joined = [((0, d_source), (0, d_target))] if joined is None else list(joined)
+        self.device = torch.device(device)
         self.n = torch.zeros(n_folds, dtype=torch.int64)
         self.sums = torch.zeros(n_folds, width, dtype=torch.float64)
-        self.products = torch.zeros(n_folds, width, width, dtype=torch.float64)
+        # (columns, columns) -> (n_folds, d, d), counted over both sides; on and below the diagonal only where
+        # both are the same.
+        self.products: dict[tuple[Columns, Columns], Tensor] = {}
+        for rows, columns in dict.fromkeys(block for pair in self.joined for block in self._blocks(*pair)):
+            size = n_folds, rows[1] - rows[0], columns[1] - columns[0]
+            self.products[rows, columns] = torch.zeros(size, dtype=torch.float64, device=device)
         self._buffers: Tensor | None = None
         self._worst_kept = torch.inf if n_sample else 0.0
         empty = torch.empty(0, d_source), torch.empty(0, d_target)
@@ -99,8 +125,13 @@ class PairStatistics:
         self._pending = [PairSample(*empty, integers, integers, torch.empty(0, dtype=torch.float64))]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: everything but working memory."""
-        return {**vars(self), "_buffers": None}
+        """Return what is pickled: everything but working memory, for a process that may lack the device."""
+        products = {block: values.cpu() for block, values in self.products.items()}
+        return {**vars(self), "_buffers": None, "products": products, "device": torch.device("cpu")}
+
+    def begin(self, stream: str) -> None:
+        """Draw from other random numbers from now on, those that the name stands for."""
+        self._entropy, self._n_drawn = [self.seed, zlib.crc32(stream.encode())], 0
 
     @property
     def n_pairs(self) -> int:
@@ -136,8 +167,9 @@ class PairStatistics:
             self._entropy = [self.seed, zlib.crc32(_double(H_source[0]).numpy().tobytes())]
         folds = self._assign(len(H_source), labels, folds)
         self._keep_sample(H_source, H_target, folds)
-        for start in range(0, len(folds), CHUNK):
-            rows = slice(start, start + CHUNK)
+        size = self._chunk_size()
+        for start in range(0, len(folds), size):
+            rows = slice(start, start + size)
             self._add_sums(H_source[rows], H_target[rows], folds[rows])
         return self
 
@@ -151,15 +183,30 @@ class PairStatistics:
         self._settle_sample()
         shift = other.pilot - self.pilot
         for fold, n in enumerate(other.n.tolist()):
-            moved = other.products[fold].clone()
-            _shift(moved, n, other.sums[fold], shift)
-            self.products[fold] += moved
+            for block, products in self.products.items():
+                products[fold] += other.products[block][fold].to(self.device)
+                _shift(products[fold], n, other.sums[fold], shift, block)
             self.sums[fold] += other.sums[fold] + n * shift
         self.n += other.n
         self.fold_of = {**other.fold_of, **self.fold_of}
         self.groups |= other.groups
         self.n_ungrouped += other.n_ungrouped
         return self
+
+    def of_pair(self, source: Columns, target: Columns) -> "PairStatistics":
+        """Return the sums of one layer pair of `joined`, to be read; they are shared."""
+        one, sample = copy(self), self.sample
+        one.d_source, one.d_target = source[1] - source[0], target[1] - target[0]
+        one.joined, one._buffers = [((0, one.d_source), (0, one.d_target))], None
+        of_source, _, of_target = shared = self._blocks(source, target)
+        one.products = {
+            own: self.products[block] for own, block in zip(one._blocks(*one.joined[0]), shared, strict=True)
+        }
+        both = [*range(*of_source[0]), *range(*of_target[0])]
+        one.sums, one.pilot = self.sums[:, both], None if self.pilot is None else self.pilot[both]
+        own_rows = sample.H_source[:, slice(*source)], sample.H_target[:, slice(*target)]
+        one._pending = [replace(sample, H_source=own_rows[0], H_target=own_rows[1])]
+        return one
 
     def total(self) -> Moments:
         """Return the moments of all pairs, centred on their mean. Raises InputError for fewer than 2."""
@@ -190,9 +237,15 @@ class PairStatistics:
         return self._settle_sample()
 
     def content(self) -> dict[str, Any]:
-        """Return everything as tensors, numbers and lists, for `from_content`."""
+        """Return everything of a single layer pair as tensors, numbers and lists, for `from_content`."""
         state = {name: getattr(self, name) for name in (*_ARGUMENTS, *_STATE)}
-        return {**state, "groups": sorted(self.groups, key=str), "sample": dict(vars(self.sample))}
+        sample = {
+            name: values.clone() for name, values in vars(self.sample).items()
+        }  # without what is shared
+        products = torch.zeros(self.n_folds, *[self.d_source + self.d_target] * 2, dtype=torch.float64)
+        for place, values in zip(_places(products, self.d_source), self.products.values(), strict=True):
+            place.copy_(values)
+        return {**state, "products": products, "groups": sorted(self.groups, key=str), "sample": sample}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "PairStatistics":
@@ -200,6 +253,8 @@ class PairStatistics:
         statistics = cls(**{key: content[key] for key in _ARGUMENTS})
         for key in _STATE:
             setattr(statistics, key, content[key])
+        places = _places(content["products"], statistics.d_source)
+        statistics.products = dict(zip(statistics.products, places, strict=True))
         statistics.groups = set(content["groups"])
         statistics._pending = [PairSample(**content["sample"])]
         statistics._settle_sample()
@@ -254,21 +309,34 @@ class PairStatistics:
         first = np.stack(dealt)[block - block[0], within]
         return torch.from_numpy((first + offset) % self.n_folds)
 
+    def _blocks(self, source: Columns, target: Columns) -> tuple[tuple[Columns, Columns], ...]:
+        """Return whose products a layer pair needs: the source's, those of both, and the target's."""
+        target = self.d_source + target[0], self.d_source + target[1]
+        return (source, source), (source, target), (target, target)
+
+    def _chunk_size(self) -> int:
+        return min(CHUNK, max(1, MAX_COPY // (self.d_source + self.d_target)))
+
     def _add_sums(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
-        """Add at most CHUNK pairs to n, sums and products."""
+        """Add at most a chunk of pairs to n, sums and products."""
         n, width = len(folds), self.d_source + self.d_target
         if self._buffers is None:  # kept, since fresh memory of this size costs as much as the sums
-            self._buffers = torch.empty(2, CHUNK, width, dtype=torch.float64)
+            size = 2, self._chunk_size(), width
+            self._buffers = torch.empty(size, dtype=torch.float64, device=self.device)
         pairs, of_fold = self._buffers[0, :n], self._buffers[1]
-        pairs[:, : self.d_source] = H_source.detach()
-        pairs[:, self.d_source :] = H_target.detach()
-        pairs -= self.pilot
+        pairs[:, : self.d_source] = H_source.detach().to(self.device)
+        pairs[:, self.d_source :] = H_target.detach().to(self.device)
+        pairs -= self.pilot.to(self.device)
         for fold in folds.unique().tolist():
-            rows = (folds == fold).nonzero().flatten()
+            rows = (folds == fold).nonzero().flatten().to(self.device)
             chosen = torch.index_select(pairs, 0, rows, out=of_fold[: len(rows)])
             self.n[fold] += len(rows)
-            self.sums[fold] += chosen.T @ torch.ones(len(rows), dtype=torch.float64)
-            _add_products(self.products[fold], chosen)
+            self.sums[fold] += (chosen.T @ torch.ones_like(chosen[:, 0])).cpu()
+            for (left, right), products in self.products.items():
+                if left == right:
+                    _add_products(products[fold], chosen[:, slice(*left)])
+                else:
+                    products[fold].addmm_(chosen[:, slice(*left)].T, chosen[:, slice(*right)])
 
     def _keep_sample(self, H_source: Tensor, H_target: Tensor, folds: Tensor) -> None:
         """Draw a random number for each pair, and keep the pairs with the smallest numbers."""
@@ -304,15 +372,18 @@ class PairStatistics:
         """Return the moments of some folds around `centre`, or around their own mean."""
         n = int(self.n[folds].sum())
         sums = self.sums[folds].sum(0)
-        middle = self.pilot + sums / n if centre is None else torch.cat(centre)
-        products = self.products[folds[0]].clone()
-        for fold in folds[1:]:
-            products += self.products[fold]
-        _shift(products, n, sums, self.pilot - middle)
-        # The sums are kept on and below the diagonal only.
-        products.tril_().add_(products.tril(-1).T)
-        d = self.d_source
-        return Moments(n, middle[:d], middle[d:], products[:d, :d], products[:d, d:], products[d:, d:])
+        middle = self.pilot + sums / n if centre is None else torch.cat(centre).cpu()
+        shift, found = self.pilot - middle, []
+        for block in self._blocks(*self.joined[0]):
+            products = self.products[block][folds[0]].clone()
+            for fold in folds[1:]:
+                products += self.products[block][fold]
+            _shift(products, n, sums, shift, block)
+            if block[0] == block[1]:  # the sums are kept on and below the diagonal only
+                products.tril_().add_(products.tril(-1).T)
+            found.append(products)
+        means = middle.to(self.device)
+        return Moments(n, means[: self.d_source], means[self.d_source :], *found)
 
 
 def _add_products(products: Tensor, rows: Tensor, n_strips: int = 4) -> None:
@@ -325,9 +396,20 @@ def _add_products(products: Tensor, rows: Tensor, n_strips: int = 4) -> None:
         products[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
 
 
-def _shift(products: Tensor, n: int, sums: Tensor, shift: Tensor) -> None:
-    """Turn the sum of xx' over n rows x into that of (x + shift)(x + shift)'; sums: the sum of x."""
-    products.addr_(sums, shift).addr_(shift, sums).addr_(shift, shift, alpha=n)
+def _shift(products: Tensor, n: int, sums: Tensor, shift: Tensor, block: tuple[Columns, Columns]) -> None:
+    """Turn the sum of xy' over n rows into that of (x + a)(y + b)'.
+
+    sums, shift: of all columns; block: those of x and of y.
+    """
+    sums, shift = sums.to(products.device), shift.to(products.device)
+    (x, a), (y, b) = ((sums[slice(*columns)], shift[slice(*columns)]) for columns in block)
+    products.addr_(x, b).addr_(a, y).addr_(a, b, alpha=n)
+
+
+def _places(products: Tensor, d_source: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places of a layer pair's three products in those of both sides, (folds, d, d)."""
+    left, right = slice(None, d_source), slice(d_source, None)
+    return products[:, left, left], products[:, right, left].mT, products[:, right, right]
 
 
 def _double(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from analysis.verdict import FEWEST_PROMPTS
 from evaluation import continuation_perplexities
 from experiment.conditions import (
+    CONDITIONS,
     DECIDING_CONTROLS,
     LEXICAL_CONTROLS,
     MAPPED,
@@ -32,6 +33,7 @@ from experiment.inputs import N_PLAIN_TEXTS, Inputs
 from experiment.run import Artifact, Run
 from judging.cached_judge import N_REPEATED, TOKENS_PER_JUDGEMENT
 from maps.comparison_maps import KINDS
+from maps.pair_collection import sums_bytes
 from phases.check_setup import PREFLIGHT, n_preflight_cells
 from phases.choose_alphas import (
     ALPHA_SEARCH,
@@ -44,15 +46,15 @@ from phases.choose_alphas import (
 from phases.collect_responses import EXTRACTION_RESPONSES, NEUTRAL_RESPONSES, response_rows
 from phases.converse import conversing_cells
 from phases.detect_traits import DETECTION, labelled_sides, response_sides
-from phases.fit_maps import LAYER_SEARCH, RIDGE_MAPPING
+from phases.fit_maps import LAYER_SEARCH, RIDGE_MAPPING, left_out
 from phases.make_vectors import PERSONA_VECTORS, grid_rows
 from phases.score_texts import planned_evaluations
 from phases.side_effects import N_QUESTIONS, RESAMPLED, texts_over_strengths
 from phases.validate_scorers import JUDGED_A_SIDE, N_SEEDS, SCORER_VALIDATION, sets_of
+from ridge_mapping import algebra_device
 from scoring.trait_scorer import n_training_texts, untrained
 from scoring.validation import at_most, texts_of
 from support.journal import rows_of
-from support.pair_statistics import DEFAULT_SAMPLE
 from support.vocabulary import PROMPT_MAPS
 from texts.encoding import encode
 from texts.questions import load_questions
@@ -62,6 +64,10 @@ TIMED_TOKENS = (2, 8)  # new tokens of two short batches; their difference is wh
 VALIDATION_TOKENS = 25  # of a text of a validation set, on average
 PROBE_SHARE = 0.25  # of what reading a token takes: a probe reads half of the blocks, and predicts nothing
 SMALL_WIDTH = 256  # of a timed eigendecomposition; others take the cube of their width
+# What the maps of a layer pair take, in eigendecompositions, with five folds: counted in matrix products, of
+# which an eigendecomposition takes six. Those of a control share their decompositions over the layer pairs.
+OF_RIDGE, OF_CONTROL = 27, 5
+OF_KIND = {"procrustes": 14, "reduced_rank": 13, "shuffled_pairs": 9}
 PROMPT_SHARE = 0.25  # tokens of a prompt, as a share of its text's
 
 Step = tuple[str, float]  # what is done, and its seconds
@@ -192,9 +198,12 @@ def _map(run: Run, rates: Rates) -> Iterator[Step]:
     source, target = (n_texts * _n_tokens(side.tokenizer, read) / len(read) for side in inputs.sides)
     if inputs.neutral_questions:  # responses are not generated yet, and may be as long as allowed
         source = target = n_texts * config.max_new_tokens
-    n_lexical = sum(name in LEXICAL_CONTROLS for name in config.source_controls)
-    width = sum(side.d_model for side in inputs.sides)
-    size = n_pairs * (1 + n_lexical) * (config.n_folds * width**2 * 8 + DEFAULT_SAMPLE * width * 4) / 2**30
+    lexical = [CONDITIONS[name].source for name in config.source_controls if name in LEXICAL_CONTROLS]
+    summed = [
+        *inputs.layer_pairs,
+        *(read.layer_pair(pair) for read in lexical for pair in inputs.layer_pairs),
+    ]
+    size = sums_bytes(summed, *(side.d_model for side in inputs.sides), config.n_folds) / 2**30
     of_pairs = f"{n_pairs} layer pair{'s' * (n_pairs > 1)} with sums of {size:.1f} GiB"
     of_tokens = f"{source:.0f} source and {target:.0f} target tokens"
     yield f"{counted}, {of_tokens}, {of_pairs}", _map_seconds(run, rates, source, target)
@@ -238,11 +247,12 @@ def _map_seconds(run: Run, rates: Rates, source: float, target: float) -> float:
     config, n_pairs = run.config, len(run.inputs.layer_pairs)
     n_controls = sum(len(vector_names(name)) for name in config.source_controls)
     n_lexical = sum(name in LEXICAL_CONTROLS for name in config.source_controls)
-    n_maps = 1 + sum(len(vector_names(kind)) for kind in KINDS) + n_controls
     # A model with random weights is read in a pass of its own, and the target again beside it.
     n_passes = 1 + n_controls - n_lexical
     seconds = n_passes * (source * rates.source_token + target * rates.target_token)
-    return seconds + n_pairs * (config.n_folds + 1) * n_maps * rates.decomposition
+    n = OF_RIDGE + OF_CONTROL * n_controls
+    n += sum(OF_KIND[kind] for kind in KINDS if kind not in left_out(run))
+    return seconds + n_pairs * n * config.n_folds / 5 * rates.decomposition
 
 
 def _grid(run: Run, rates: Rates) -> Iterator[Step]:
@@ -423,6 +433,7 @@ def _measure(run: Run) -> Rates:
         return _seconds(read, texts[:1], texts) / _n_tokens(side.tokenizer, texts)
 
     square = torch.randn(SMALL_WIDTH, SMALL_WIDTH, dtype=torch.float64)
+    square = square.to(algebra_device(run.inputs.target.model.device))
     square = square @ square.T
     width = max(side.d_model for side in run.inputs.sides)
     decomposition = _seconds(torch.linalg.eigh, square[:9, :9], square) * (width / SMALL_WIDTH) ** 3

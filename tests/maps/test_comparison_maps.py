@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
 
-from maps.comparison_maps import KINDS, ComparisonMap, maps_table, procrustes, reduced_rank_ridge
-from ridge_mapping import RidgeMapping, assign_folds
+from maps.comparison_maps import KINDS, ComparisonMap, at_rank, maps_table, procrustes
+from ridge_mapping import RidgeMapping, assign_folds, solve_ridge
 from support.artifacts import load_tensors, save_tensors
 from support.errors import InputError
 from support.pair_statistics import PairStatistics
@@ -33,6 +33,15 @@ def pairs():
 
 def moments_of(H_source, H_target):
     return PairStatistics(H_source.shape[1], H_target.shape[1]).add(H_source, H_target).total()
+
+
+def procrustes_of(*pairs):
+    moments = moments_of(*pairs)
+    return procrustes(moments.gram, moments.cross)
+
+
+def reduced_rank_ridge(moments, alpha, rank):
+    return at_rank(solve_ridge(moments, alpha), moments.cross, rank)
 
 
 def cross_validated_ridge(H_source, H_target, seed=0):
@@ -66,7 +75,7 @@ def test_procrustes_is_scipys_rotation_of_padded_activations_at_the_best_scale(p
     padded = [np.pad(H, ((0, 0), (0, D_TARGET - H.shape[1]))) for H in (X, Y)]
     rotation = orthogonal_procrustes(*padded)[0][:D_SOURCE, :d_target]
     scale = (Y * (X @ rotation)).sum() / np.square(X @ rotation).sum()
-    W = procrustes(moments_of(H_source, H_target))
+    W = procrustes_of(H_source, H_target)
     assert np.allclose(W, scale * rotation, rtol=0, atol=1e-9)
 
 
@@ -123,9 +132,9 @@ def test_held_out_scores_equal_refitting_every_fold(pairs, ridge, kind):
     made = ComparisonMap.fitted(kind, ridge)
 
     def solve(*train):
-        moments = moments_of(*train)
-        is_rotation = kind == "procrustes"
-        return procrustes(moments) if is_rotation else reduced_rank_ridge(moments, ridge.lambda_, made.rank)
+        if kind == "procrustes":
+            return procrustes_of(*train)
+        return reduced_rank_ridge(moments_of(*train), ridge.lambda_, made.rank)
 
     residual, total = (np.square(rows).sum(0) for rows in refitted(pairs, solve))
     weights = 1 / pairs[1].var(0).numpy()
@@ -169,4 +178,4 @@ def test_a_map_made_from_content_is_the_same_and_transforms_without_intercept(pa
 
 def test_procrustes_of_constant_activations_is_rejected(pairs):
     with pytest.raises(InputError, match="source activations are constant"):
-        procrustes(moments_of(torch.ones(N, D_SOURCE), pairs[1]))
+        procrustes_of(torch.ones(N, D_SOURCE), pairs[1])

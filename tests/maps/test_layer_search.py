@@ -8,8 +8,15 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn.functional import cosine_similarity, normalize
 
-from activation_extractor import ActivationExtractor, PairedBatch, massive_dimensions, paired_activations
-from maps.layer_search import TEST, TRAIN, LayerSums, compare_directions, fit_pair, search_layers
+from activation_extractor import ActivationExtractor, massive_dimensions, paired_activations
+from maps.layer_search import (
+    CentredLayer,
+    check_memory,
+    compare_directions,
+    fit_pair,
+    pair_moments,
+    search_layers,
+)
 from ridge_mapping import HeldOutFold, assign_folds
 from support.errors import InputError
 from support.tiny_models import N_LAYERS, tiny_model
@@ -137,37 +144,37 @@ def test_agreement_ignores_lengths_massive_dimensions_and_what_the_personas_shar
     assert not torch.allclose(compare_directions(*scaled, [])[0], expected, atol=0.1)
 
 
+def moments_of(X, Y, is_held_out):
+    source, target = (CentredLayer.of(H, is_held_out) for H in (X, Y))
+    return pair_moments(source, target, source.products(source))
+
+
 @pytest.mark.parametrize("shift", [0, 100])
-def test_layer_sums_equal_float64_centred_moments(shift):
+def test_moments_equal_those_of_float64(shift):
     """To 1e-4 of what the dimensions' sizes allow, with means of 100 standard deviations."""
-    source = {1: torch.randn(900, 5), 4: torch.randn(900, 3) * 9}
-    target = {0: torch.randn(900, 4), 2: torch.randn(900, 6) / 9}
-    target[2][:, :3] += source[4]
-    source, target = ({i: H + shift * H.std(0) for i, H in side.items()} for side in (source, target))
-    originals = [H.clone() for H in (*source.values(), *target.values())]
-    parts = (torch.rand(900) < 0.2).long()
-    sums = LayerSums({1: 5, 4: 3}, {0: 4, 2: 6})
-    for rows in (torch.arange(0), *torch.arange(900).split(250), torch.arange(0)):  # also without pairs
-        H_source, H_target = ({layer: H[rows] for layer, H in side.items()} for side in (source, target))
-        sums.add(PairedBatch(H_source, H_target, rows, rows, 0, 0), parts[rows])
-    assert all(map(torch.equal, (*source.values(), *target.values()), originals))
-    for source_layer, target_layer in ((1, 0), (4, 2)):
-        X, Y = source[source_layer].double(), target[target_layer].double()
-        scale = Y[parts == TRAIN].square().mean(0).sqrt()
-        assert torch.allclose(sums.target_scale(target_layer), scale, rtol=1e-5)
-        found = sums.moments(source_layer, target_layer)
-        for part, moments in zip((TRAIN, TEST), found, strict=True):
-            x, y = (H[parts == part] - H[parts == TRAIN].mean(0) for H in (X, Y))
-            sizes = x.norm(dim=0), y.norm(dim=0)
-            assert moments.n == len(x)
-            assert ((moments.gram - x.T @ x).abs() / torch.outer(sizes[0], sizes[0])).max() < 1e-4
-            assert ((moments.cross - x.T @ y).abs() / torch.outer(*sizes)).max() < 1e-4
-            assert torch.allclose(moments.target_gram.diagonal(), sizes[1].square(), rtol=1e-4, atol=0)
+    X, is_held_out = torch.randn(900, 5), torch.rand(900) < 0.2
+    Y = torch.cat([X[:, :3] / 9 + torch.randn(900, 3), torch.randn(900, 1) * 9], dim=1)
+    X, Y = (H + shift * H.std(0) for H in (X, Y))
+    originals = X.clone(), Y.clone()
+    found = moments_of(X, Y, is_held_out)
+    assert torch.equal(X, originals[0])
+    assert torch.equal(Y, originals[1])
+    X, Y = X.double(), Y.double()
+    scale = Y[~is_held_out].square().mean(0).sqrt()
+    assert torch.allclose(CentredLayer.of(Y, is_held_out).scale, scale, rtol=1e-5)
+    for rows, moments in zip((~is_held_out, is_held_out), found, strict=True):
+        x, y = (H[rows] - H[~is_held_out].mean(0) for H in (X, Y))
+        sizes = x.norm(dim=0), y.norm(dim=0)
+        assert moments.n == len(x)
+        assert ((moments.gram - x.T @ x).abs() / torch.outer(sizes[0], sizes[0])).max() < 1e-4
+        assert ((moments.cross - x.T @ y).abs() / torch.outer(*sizes)).max() < 1e-4
+        assert torch.allclose(moments.target_gram.diagonal(), sizes[1].square(), rtol=1e-4, atol=0)
 
 
-def test_sums_over_the_memory_bound_are_rejected_before_they_are_made():
-    with pytest.raises(InputError, match=r"2 x 1 layer pairs needs 19 GB, .*search_source_layers"):
-        LayerSums({0: 20_000, 1: 20_000}, {0: 40_000})
+def test_activations_over_the_memory_bound_are_rejected():
+    check_memory(60 * 4096 * 2, 50_000)
+    with pytest.raises(InputError, match=r"983 kB a token, 46 GiB for 50000 tokens, .*search_tokens"):
+        check_memory(60 * 4096 * 4, 50_000)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +203,7 @@ def test_texts_without_pairs_are_rejected(source, word_tokenizer):
 def test_a_constant_target_dimension_is_no_part_of_the_standardised_r2():
     X = torch.randn(300, 5)
     Y = X @ torch.randn(5, 4) + torch.randn(300, 4)
-    parts, r2 = torch.arange(300) % 5 // 4, []
+    is_held_out, r2 = torch.arange(300) % 5 == 4, []
     for target in (Y, torch.cat([Y, torch.full((300, 1), 5.7)], dim=1)):
-        sums = LayerSums({0: 5}, {0: target.shape[1]})
-        for rows in torch.arange(300).split(70):
-            sums.add(PairedBatch({0: X[rows]}, {0: target[rows]}, rows, rows, 0, 0), parts[rows])
-        r2.append(fit_pair(HeldOutFold(*sums.moments(0, 0)), [1e-3])[2])
+        r2.append(fit_pair(HeldOutFold(*moments_of(X, target, is_held_out)), [1e-3])[2])
     assert r2[1] == pytest.approx(r2[0], abs=1e-6)

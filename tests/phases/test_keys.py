@@ -68,6 +68,7 @@ NATIVE = CARRIED | SEARCHED | CHECKED | {"native_vectors.pt"}  # random directio
 MAPS = ("ridge_mapping.pt", "comparison_maps.pt", "cv_results.json", "control_maps.pt")
 RESPONDED = NATIVE | {"extraction_responses.json"}
 FITTED = CARRIED | {*MAPS, *(f"layers/0_1/{name}" for name in MAPS), "mapping_analysis.png"}
+COMPARED = CARRIED - RESAMPLED | {"comparison_maps.pt", "cv_results.json", "mapping_analysis.png"}
 PAIRED = FITTED | {"pair_statistics.pt", "training_data.pt"}
 READ = PAIRED | SEARCHED | CHECKED  # where the map's texts change, so does the norm that is the unit of alpha
 OF_BLOCKS = {"ridge_mapped", "other_persona"}  # of the conditions below
@@ -172,9 +173,9 @@ CHANGES = {
     **within("extraction", "band", RESPONDED, n_questions=3, n_seeds=2, max_new_tokens=6),
     **of_pair(RESAMPLED | {"effect_spread.json", "verdict.json"}, set(), extraction_resamples=2),
     **of_pair(NATIVE, STEERED_HERE, disjoint_texts=True),
-    **of_pair(STEERED, set(OTHER_METHODS), methods=["random_proj", "oracle", "first_block", *OTHER_METHODS]),
+    **of_pair(COMPARED, set(OTHER_METHODS), methods=["random_proj", "oracle", "first_block", *OTHER_METHODS]),
     **of_pair(
-        CARRIED | {"control_maps.pt"},
+        COMPARED | {"control_maps.pt"},
         {"random_direction", *UNREAD},
         controls=["random_direction", *UNREAD],
     ),
