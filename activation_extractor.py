@@ -348,7 +348,7 @@ class ActivationExtractor:
         lengths = [len(ids) for ids in tokens]
         self.n_tokens += sum(lengths)
         size = self.batch_size if batch_size is None else batch_size
-        found = run_in_batches(run, lengths, size, "extracting", quiet=len(tokens) <= WINDOW)
+        found = run_in_batches(run, lengths, size, "extracting", self.model, quiet=len(tokens) <= WINDOW)
         return dict(zip(layers, torch.cat(found).unbind(1), strict=True))
 
     @torch.inference_mode()

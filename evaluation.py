@@ -328,7 +328,7 @@ def _perplexities(
 
     # Logits at the prompt's tokens would take most of the memory, and they are not needed.
     with evaluation_mode(model), narrowed_head(model, lambda hidden: before_scored(hidden)[None]):
-        found = run_in_batches(run, [len(ids) for ids in read], batch_size, "perplexity")
+        found = run_in_batches(run, [len(ids) for ids in read], batch_size, "perplexity", model)
     by_index = {
         index: value
         for indices, values in zip(sharing.values(), found, strict=True)

@@ -34,8 +34,9 @@ from ablations.blocks import ablate_blocks
 from ablations.layers import ablate_layers
 from ablations.samples import ablate_samples
 from analysis.results_table import effects_table, results_table
+from experiment.batch_sizes import with_batch_sizes
 from experiment.config import ExperimentConfig
-from experiment.executor import Executor, read_by_workers, start_executor
+from experiment.executor import Executor, local_executor, read_by_workers, start_executor
 from experiment.inputs import Inputs, configured, load_inputs, read_personas
 from experiment.models import SIDES
 from experiment.plan import Row, SteeringVectors
@@ -223,6 +224,7 @@ class PersonaTransferExperiment:
                 check_judge(self.config, self.folder)
             run = Run(read_by_workers(self.inputs, self.executor), self.folder, self.executor)
             with self.folder.logged(), logged_progress():
+                run = with_batch_sizes(run)
                 for line in (*conditions_of(run.inputs), *verdict_gaps(run.inputs)):
                     logger.info("%s", line)
                 yield run
@@ -258,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             experiment = PersonaTransferExperiment(read_config(options), fresh=options.fresh)
             if options.dry_run:
-                print(describe_run(Run(experiment.inputs, experiment.folder, experiment.executor)))
+                run = Run(experiment.inputs, experiment.folder, local_executor(experiment.inputs))
+                print(describe_run(with_batch_sizes(run, keeps=False)))
             elif options.ablate:
                 experiment.ablate(options.ablate)
             else:

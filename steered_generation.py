@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,11 +219,14 @@ class SteeredGenerator:
             vectors = {layer: of_layer[indices] for layer, of_layer in added.items()}
             return self._generate_rows([tokens[i] for i in indices], sampler, uniform, vectors)
 
-        options = {
-            "on_halved": partial(setattr, self, "batch_size"),
-            "equal_lengths": not self._hides_padding,
-        }
-        return run_in_batches(run, list(map(len, tokens)), self.batch_size, "generating", **options)
+        return run_in_batches(
+            run,
+            list(map(len, tokens)),
+            self.batch_size,
+            "generating",
+            self.model,
+            equal_lengths=not self._hides_padding,
+        )
 
     def sampler(self, temperature: float, top_k: int, top_p: float) -> RowSampler:
         """Return the sampler of these settings. Raises InputError for one out of range."""

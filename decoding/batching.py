@@ -1,14 +1,17 @@
 """Run work over many texts in batches of similar length, halving a batch that does not fit.
 
-Shared by extraction, generation and evaluation. Results come back in the order of the input.
+Shared by extraction, generation and evaluation. Results come back in the order of the input. How many rows
+fitted when memory had run out is remembered for each model and use of it.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from support.errors import InputError
 from support.progress import Bar
@@ -17,15 +20,30 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-# What libraries say of an allocation that failed, in a RuntimeError that is no OutOfMemoryError.
-FAILED_ALLOCATIONS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+# What libraries say of an allocation that failed, in a RuntimeError that is no OutOfMemoryError, case aside.
+# cuBLAS and cuDNN that find no room for their handles are "not initialized".
+FAILED_ALLOCATIONS = (
+    "allocate memory",
+    "out of memory",
+    "out_of_memory",
+    "not enough memory",
+    "insufficient memory",
+    "alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_not_initialized",
+    "resource_exhausted",
+)
+# model -> what is done in batches -> rows that fitted, once memory had run out
+_fitting: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that an allocation failed, on the CPU or an accelerator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in FAILED_ALLOCATIONS)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in FAILED_ALLOCATIONS
+    )
 
 
 def length_sorted_batches(
@@ -47,19 +65,21 @@ def run_in_batches(
     lengths: Sequence[int],
     batch_size: int,
     desc: str,
+    model: nn.Module,
     quiet: bool = False,
-    on_halved: Callable[[int], None] | None = None,
     equal_lengths: bool = False,
 ) -> list[Result]:
     """Return `run`'s result for every item, in input order.
 
     run: takes item indices, returns one result for each.
     lengths, equal_lengths: see `length_sorted_batches`. quiet: show no progress.
-    on_halved: called with the new batch size when memory runs out; that is kept for the rest, and a single
-        item that does not fit raises the original error.
+    desc, model: what is done, with which model. When memory runs out, the batch size is halved for the rest
+        and for all later calls with the same; a single item that does not fit raises the original error.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected 1 or more")
+    fitting = _fitting.setdefault(model, {})
+    batch_size = min(batch_size, fitting.get(desc, batch_size))
     results: dict[int, Result] = {}
     # A bar for one batch says nothing, and a caller with a bar of its own wants no other.
     quiet = quiet or len(lengths) <= batch_size
@@ -72,10 +92,8 @@ def run_in_batches(
                 indices = indices[:batch_size]
             values = _run_unless_out_of_memory(run, indices)
             if values is None:
-                batch_size = max(1, len(indices) // 2)
+                batch_size = fitting[desc] = max(1, len(indices) // 2)
                 logger.warning("%s: out of memory, batch size is now %d", desc, batch_size)
-                if on_halved is not None:
-                    on_halved(batch_size)
                 pending.append(indices)
                 continue
             results.update(zip(indices, values, strict=True))

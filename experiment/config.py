@@ -102,8 +102,12 @@ PROTOCOL: dict[str, Any] = {
     "strength_curve": True,
     "n_seeds": 2,
     "max_new_tokens": 96,
-    "generation_batch_size": 120,
+    "extraction_batch_size": "auto",
+    "generation_batch_size": "auto",
+    "evaluation_batch_size": "auto",
 }
+# What `auto` is where no CUDA device says how many rows fit.
+ROWS = {"extraction_batch_size": 8, "generation_batch_size": 120, "evaluation_batch_size": 8}
 
 
 def _if_string(check: Callable[[str], Any]) -> BeforeValidator:
@@ -178,6 +182,12 @@ def _layer(value: Any) -> int | str | None:
     raise ValueError(f"expected a decoder block, 0 to {LAST_LAYER}, 'band' or 'auto'")
 
 
+def _rows(value: Any) -> int | str:
+    if value == "auto" or (type(value) is int and 1 <= value <= 1_000_000):
+        return value
+    raise ValueError("expected a number of rows, 1 to 1000000, or 'auto'")
+
+
 def _device_map(value: Any) -> str | dict[str, int | str] | None:
     if value is None:
         return None
@@ -212,6 +222,9 @@ def _template_variables(value: Any) -> dict[str, bool | int | float | str]:
             raise ValueError(f"{shown(name)} is {shown(each)}, expected true, false, a number or a string")
         check_characters(f"{name}{each}")
     return value
+
+
+Rows = Annotated[int | str, PlainValidator(_rows)]
 
 
 class _Strict(BaseModel):
@@ -455,6 +468,8 @@ class ExperimentConfig(_Strict):
         at multiples of the alpha at which a verdict compares. With `n_turns` of 2 or more, the questions also
         come as conversations of so many turns.
     n_capability_questions: on which the steered target's accuracy is measured; 0 leaves it out.
+    Batch sizes: `auto`, or one that is left out, is as many rows as fit where models are on CUDA devices; see
+        `with_rows`.
     """
 
     source_model: Model
@@ -529,10 +544,10 @@ class ExperimentConfig(_Strict):
     probe: bool = True
     evaluation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
-    extraction_batch_size: LargeCount = 8
-    generation_batch_size: LargeCount = 32
+    extraction_batch_size: Rows = 8
+    generation_batch_size: Rows = 32
     cuda_graphs: bool = False
-    evaluation_batch_size: LargeCount = 8
+    evaluation_batch_size: Rows = 8
 
     _chosen_kinds: Mapping[str, str] = PrivateAttr(default_factory=dict)  # persona -> one of VECTOR_KINDS
 
@@ -815,6 +830,19 @@ class ExperimentConfig(_Strict):
         if len(names) == 1:
             names += [name for name in shipped_personas() if name not in names][:N_DRAWS]
         return draws_of(condition, other_personas(names)[persona])
+
+    @property
+    def open_rows(self) -> list[str]:
+        """The batch sizes that are left to the memory of CUDA devices."""
+        return [key for key in ROWS if getattr(self, key) == "auto" or key not in self.model_fields_set]
+
+    def with_rows(self, fitting: Mapping[str, int] | None = None) -> "ExperimentConfig":
+        """Return the same configuration with numbers for all batch sizes.
+
+        fitting: key -> rows that fit, of those that `open_rows` names; elsewhere `auto` is what ROWS says.
+        """
+        rows = {key: ROWS[key] for key in ROWS if getattr(self, key) == "auto"} | dict(fitting or {})
+        return self.model_copy(update=rows)
 
     @property
     def seeds(self) -> list[int]:

@@ -123,7 +123,8 @@ class Worker:
         source = (
             self._untrained(settings.untrained) if settings.untrained is not None else self.side("source")
         )
-        extractors = source.extractor, self.side("target").extractor
+        sides = (side.with_batch_size(settings.batch_size) for side in (source, self.side("target")))
+        extractors = [side.extractor for side in sides]
         whole: CollectedPairs | None = None
         for at in range(0, len(texts), EXTRACTION_CHUNK):
             part = texts[at : at + EXTRACTION_CHUNK]
@@ -168,7 +169,7 @@ class Worker:
         )
 
     def _generator(self, settings: GenerationSettings) -> SteeredGenerator:
-        """Return the generator of these settings, kept because it remembers a batch size that fits."""
+        """Return the generator of these settings, kept because a new one may have to try its model."""
         if settings not in self._generators:
             self._generators[settings] = settings.generator(self.side(settings.side))
         return self._generators[settings]
@@ -249,11 +250,16 @@ class LocalExecutor:
 Executor = LocalExecutor | RayExecutor
 
 
+def local_executor(inputs: Inputs) -> LocalExecutor:
+    """Return what runs chunks in this process."""
+    return LocalExecutor(Worker({side.name: side for side in inputs.sides}))
+
+
 def start_executor(inputs: Inputs) -> Executor:
     """Return what runs the chunks of the phases: this process, or the workers of a Ray cluster."""
     settings = inputs.config.executor
     if settings.kind == "local":
-        return LocalExecutor(Worker({side.name: side for side in inputs.sides}))
+        return local_executor(inputs)
     sides = {side.name: _loader(inputs.config, side) for side in inputs.sides}
     return RayExecutor(partial(Worker, sides), settings.address, settings.n_workers, settings.gpus_per_worker)
 
@@ -278,10 +284,10 @@ class WorkersExtractor(ActivationExtractor):
     ) -> dict[int, Tensor]:
         """Return what the workers' extractors read, in chunks of texts."""
         layers, reduce, first_index, batch_size = given
-        chunks = []
+        size, chunks = self.batch_size if batch_size is None else batch_size, []
         for start in range(0, len(tokens), EXTRACTION_CHUNK):
             rows = slice(start, start + EXTRACTION_CHUNK)
-            of_chunk = tokens[rows], token_indices[rows], layers, reduce, first_index + start, batch_size
+            of_chunk = tokens[rows], token_indices[rows], layers, reduce, first_index + start, size
             chunks.append((self._name, *of_chunk))
         with closing(self._executor.run("read", chunks)) as results:
             found = list(_in_order(results))

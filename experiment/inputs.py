@@ -257,6 +257,12 @@ class Inputs:
             layer_pairs=ordered,
         )
 
+    def with_rows(self, fitting: Mapping[str, int] | None = None) -> "Inputs":
+        """Return the same inputs with numbers for all batch sizes; see `ExperimentConfig.with_rows`."""
+        config = self.config.with_rows(fitting)
+        source, target = (side.with_batch_size(config.extraction_batch_size) for side in self.sides)
+        return replace(self, config=config, source=source, target=target)
+
     def of_source(self) -> "Inputs":
         """Return inputs with the source in the target's place, so that its vectors can be tried on itself."""
         is_chat = "source" in self.prompting.chat_sides
@@ -359,7 +365,10 @@ def load_inputs(config: ExperimentConfig, loaded: Mapping[str, LoadedModel] | No
     _check_evaluation_dtype(inputs)
     for note in inputs.notes:
         logger.warning("%s", note)
-    return inputs
+    is_here = config.executor.kind == "local" and all(
+        side.model.device.type != "cuda" for side in inputs.sides
+    )
+    return inputs.with_rows() if is_here else inputs  # else a worker is asked how many rows fit
 
 
 def configured(
@@ -414,7 +423,7 @@ def load_judge(config: ExperimentConfig) -> GPTJudge | LocalJudge | None:
     if not config.use_gpt4:
         return None
     if settings.kind == "local":
-        place, size = config.place_of("judge.model"), config.evaluation_batch_size
+        place, size = config.place_of("judge.model"), config.with_rows().evaluation_batch_size
         options = {"device_map": place.device_map, "quantization": place.quantization}
         return LocalJudge(place.name, place.device, place.dtype, size, **options)
     return GPTJudge(

@@ -77,6 +77,12 @@ class Side:
         (extractor.layer_idx,) = extractor.check_layers([layer_idx])
         return replace(self, extractor=extractor)
 
+    def with_batch_size(self, batch_size: int) -> "Side":
+        """Return the same side, whose extractor reads this many texts at a time."""
+        extractor = copy(self.extractor)
+        extractor.batch_size = batch_size
+        return replace(self, extractor=extractor)
+
     def untrained(self, seed: int) -> "Side":
         """Return the side of a model with random weights in the place of the trained ones."""
         model, own = untrained_model(self.model, seed), self.extractor
@@ -136,7 +142,7 @@ def load_side(
         )
     else:
         model, tokenizer = plain_model(loaded[0]).eval(), loaded[1]
-    middle, size = len(decoder_blocks(model, block_path)) // 2, config.extraction_batch_size
+    middle, size = len(decoder_blocks(model, block_path)) // 2, config.with_rows().extraction_batch_size
     extractor = ActivationExtractor(model, tokenizer, middle, batch_size=size, block_path=block_path)
     found = model_fingerprint(model, tokenizer)
     if block_path:

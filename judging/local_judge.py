@@ -98,4 +98,4 @@ class LocalJudge(Judge):
             logits = logits[rows, last] if logits.shape[:2] == padded.shape else logits[0]
             return logits.double().softmax(-1)[:, self._digits].clamp_min(1e-300).tolist()
 
-        return run_in_batches(run, list(map(len, tokens)), self.batch_size, "judging", quiet=True)
+        return run_in_batches(run, list(map(len, tokens)), self.batch_size, "judging", self.model, quiet=True)

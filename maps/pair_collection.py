@@ -46,7 +46,8 @@ class PairSettings:
 
     layer_pairs: all are read in the same passes. positions: tokens of a text that give pairs, `aligned` or
         `last`; see `paired_activations`. seed: decides the folds, and which pairs are kept as a sample.
-    untrained: the seed of random weights for the source, None for the source itself.
+    untrained: the seed of random weights for the source, None for the source itself. batch_size: texts that a
+        model reads at a time.
     """
 
     layer_pairs: tuple[LayerPair, ...]
@@ -54,6 +55,7 @@ class PairSettings:
     n_folds: int = 5
     seed: int = 0
     untrained: int | None = None
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)

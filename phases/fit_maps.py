@@ -223,7 +223,8 @@ def collect_sums(
     untrained: the seed of random weights that the source has in the place of its own.
     """
     config, positions = run.config, run.inputs.mapping_positions
-    settings = PairSettings(tuple(pairs), positions, config.n_folds, config.seed, untrained)
+    size = config.extraction_batch_size
+    settings = PairSettings(tuple(pairs), positions, config.n_folds, config.seed, untrained, size)
     collected = collect_in_chunks(run.executor, run.inputs.mapping_texts, settings)
     return {pair: statistics_content(collected, pair) for pair in pairs}
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from analysis.verdict import FEWEST_PROMPTS
+from decoding.memory import row_bytes
 from evaluation import continuation_perplexities
+from experiment.batch_sizes import longest_rows
 from experiment.conditions import (
     CONDITIONS,
     DECIDING_CONTROLS,
@@ -91,14 +93,36 @@ def describe_run(run: Run) -> str:
     if run.config.open_kinds and _is_current(EXTRACTION_CHOICE, run):
         run = choose_extraction(run, may_choose=False)  # else what rests on the choice would not be found
     rates = _measure(run)
-    steps = [*_preparation(run, rates), *_map(run, rates), *_prompt_map(run, rates), *_detection(run, rates)]
-    steps += [*_grid(run, rates), *_validation(run, rates)]
+    steps = run_steps(run, rates)
     lines = [*conditions_of(run.inputs), *verdict_gaps(run.inputs)]
     lines += [f"{what}, about {seconds / 60:.1f} min" for what, seconds in steps]
     judged, seconds = _judge(run, rates)
     minutes = (sum(seconds for _, seconds in steps) + seconds) / 60
     total = f"total: about {minutes:.0f} min on {run.inputs.target.model.device}, beside loading"
-    return "\n".join([*lines, judged, total])
+    return "\n".join([*lines, judged, _memory(run), total])
+
+
+def run_steps(run: Run, rates: Rates) -> list[Step]:
+    """Return what is left to do with its seconds, without a judge."""
+    steps = [*_preparation(run, rates), *_map(run, rates), *_prompt_map(run, rates), *_detection(run, rates)]
+    return [*steps, *_grid(run, rates), *_validation(run, rates)]
+
+
+def _memory(run: Run) -> str:
+    """Return a line on what both models take, and a batch of the target's at most, beside them."""
+    weights = sum(sum(each.nbytes for each in side.model.parameters()) for side in run.inputs.sides)
+    model, n_rows = run.inputs.target.model, run.config.generation_batch_size
+    row = row_bytes(model.config, model.dtype, longest_rows(run)["target"]["generation_batch_size"])
+    batch = f"{n_rows} rows of a batch at most {n_rows * row / 2**30:.1f} GiB"
+    return f"memory, computed: both models {weights / 2**30:.1f} GiB, {batch}"
+
+
+def map_sums_bytes(run: Run, d_source: int, d_target: int) -> int:
+    """Return the bytes of the sums that the maps of all layer pairs and of lexical controls are fitted on."""
+    config, pairs = run.config, run.inputs.layer_pairs
+    lexical = [CONDITIONS[name].source for name in config.source_controls if name in LEXICAL_CONTROLS]
+    summed = [*pairs, *(read.layer_pair(pair) for read in lexical for pair in pairs)]
+    return sums_bytes(summed, d_source, d_target, config.n_folds)
 
 
 def conditions_of(inputs: Inputs) -> list[str]:
@@ -198,12 +222,7 @@ def _map(run: Run, rates: Rates) -> Iterator[Step]:
     source, target = (n_texts * _n_tokens(side.tokenizer, read) / len(read) for side in inputs.sides)
     if inputs.neutral_questions:  # responses are not generated yet, and may be as long as allowed
         source = target = n_texts * config.max_new_tokens
-    lexical = [CONDITIONS[name].source for name in config.source_controls if name in LEXICAL_CONTROLS]
-    summed = [
-        *inputs.layer_pairs,
-        *(read.layer_pair(pair) for read in lexical for pair in inputs.layer_pairs),
-    ]
-    size = sums_bytes(summed, *(side.d_model for side in inputs.sides), config.n_folds) / 2**30
+    size = map_sums_bytes(run, *(side.d_model for side in inputs.sides)) / 2**30
     of_pairs = f"{n_pairs} layer pair{'s' * (n_pairs > 1)} with sums of {size:.1f} GiB"
     of_tokens = f"{source:.0f} source and {target:.0f} target tokens"
     yield f"{counted}, {of_tokens}, {of_pairs}", _map_seconds(run, rates, source, target)

@@ -400,8 +400,11 @@ class _Numbered(TorchFunctionMode):
 
 
 @contextmanager
-def fake_cuda(n_devices=1):
-    """Pretend that there are `n_devices` CUDA devices while the body runs; yields a FakeCuda."""
+def fake_cuda(n_devices=1, free=(79 * 2**30,)):
+    """Pretend that there are `n_devices` CUDA devices while the body runs; yields a FakeCuda.
+
+    free: bytes of each device that are free; the others have as many as the last one.
+    """
     device, size = FakeCuda(n_devices), 80 * 2**30
     properties = mock.Mock(total_memory=size, multi_processor_count=132, major=9, minor=0)
     properties.name = "fake"
@@ -415,7 +418,6 @@ def fake_cuda(n_devices=1):
         "get_device_properties": properties,
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
-        "mem_get_info": (size - 2**30, size),
         "memory_allocated": 0,
         "memory_reserved": 0,
         "max_memory_allocated": 0,
@@ -427,12 +429,17 @@ def fake_cuda(n_devices=1):
         "reset_peak_memory_stats": None,
     }
     stand_ins = {"CUDAGraph": FakeGraph, "graph": FakeGraph.recording}
+
+    def mem_get_info(device=0):
+        return free[min(torch.device(device).index or 0, len(free) - 1)], size
+
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", mem_get_info))
         # The modes are of this thread alone, so that transformers has to load weights in it.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         torch._C._ensureCUDADeviceGuardSet()  # in a build without CUDA: a guard that does nothing
