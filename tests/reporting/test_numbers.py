@@ -29,7 +29,6 @@ NOT_YET_MEASURED = {  # (document, heading): sections whose benchmarks have no s
     ("docs/performance.md", "Map and extraction"),
     ("docs/performance.md", "Generation"),
     ("docs/performance.md", "Evaluation"),
-    ("docs/scorers.md", "Texts with public labels"),
 }
 
 NUMBER = r"(?<![\w.,+−-])[+−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w|\.\d|-[a-zA-Z])"
