@@ -117,18 +117,13 @@ def held_out_folds(
     return found
 
 
-def residual_squares(fold: Moments, W: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the residual and the total sum of squares of a map on held-out pairs.
+def residual_squares(fold: Moments, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the residual and the total sum of squares of a map on held-out pairs, (d_target,) each.
 
     fold: moments of these pairs around the training means. W: (d_source, d_target).
-    directions: (d_target, k) orthonormal columns. With them both results are (k,), along these
-    directions; without, (d_target,), by dimension.
     """
-    cross, total = fold.cross, fold.target_gram.diagonal()
-    if directions is not None:
-        W, cross = W @ directions, cross @ directions
-        total = (directions * (fold.target_gram @ directions)).sum(0)
-    return total - 2 * (W * cross).sum(0) + (W * (fold.gram @ W)).sum(0), total
+    total = fold.target_gram.diagonal()
+    return total - 2 * (W * fold.cross).sum(0) + (W * (fold.gram @ W)).sum(0), total
 
 
 def algebra_device(device: torch.device) -> torch.device:
@@ -258,7 +253,7 @@ class RidgeMapping:
         n_folds, groups, seed: how to split the pairs; statistics have folds of their own.
         groups: a document id for each row; a document is never split over folds.
         criterion: `pooled`: squared error over all target dimensions, in which those of large
-            large variance dominate; `standardised`: every target dimension scaled to variance 1.
+            variance dominate; `standardised`: every target dimension scaled to variance 1.
         beside: a map that was cross-validated on the same source activations and has not forgotten its pairs;
             what depends on these alone is taken over from it.
         is_control: leave out the principal axes, the degrees of freedom and shuffled pairs.
@@ -436,10 +431,13 @@ class RidgeMapping:
     def _per_component(self, best: float) -> dict[str, Any]:
         """Return what the best lambda predicts along the principal axes of the target."""
         axes = self.target_components.to(self.device)
-        residual, total = _summed([residual_squares(fold.test, W, axes) for fold, W in self._solved(best)])
+        total = (axes * (sum(fold.test.target_gram for fold in self.folds) @ axes)).sum(0)
+        predicted = torch.zeros_like(total)  # what the map takes off the sum of squares
+        for fold, W in self._solved(best):
+            predicted += ((W @ axes) * ((2 * fold.test.cross - fold.test.gram @ W) @ axes)).sum(0)
         # A principal axis without variance can be predicted by nothing; its R2 is set to 0.
         varying = total > torch.finfo(torch.float64).eps * total.max()
-        r2 = torch.where(varying, 1 - residual / total.where(varying, 1.0), 0.0)
+        r2 = torch.where(varying, predicted / total.where(varying, 1.0), 0.0)
         shares = total / total.sum()
         return {"best_r2_per_component": r2.tolist(), "component_variance": shares.tolist()}
 
@@ -516,7 +514,8 @@ def held_out_summary(
     r2 is pooled over dimensions; for r2_standardised every dimension has variance 1. Retrieval is
     among at most 1,000 sampled pairs, in standardised dimensions.
     """
-    residual, total = _summed([residual_squares(fold.test, W) for fold, W in solved])
+    squares = [residual_squares(fold.test, W) for fold, W in solved]
+    residual, total = (sum(of_folds) for of_folds in zip(*squares, strict=True))
     varying = weights > 0
     per_dimension = 1 - residual[varying] / total[varying]
     return {
@@ -585,10 +584,6 @@ def assign_folds(
         folds[group] = smallest
         sizes[smallest] += len(group)
     return folds
-
-
-def _summed(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return sum(residual for residual, _ in results), sum(total for _, total in results)
 
 
 def _check_width(values: Tensor, W: Tensor, name: str) -> None:

@@ -228,7 +228,7 @@ def choose_alphas(run: Run, steering: SteeringVectors) -> Alphas:
     """
     content = ALPHA_SEARCH.current_or_make(run, lambda run: _search(run, steering))
     chosen = alphas_from_content(content)
-    if costs := content["trait_costs"]:
+    if costs := trait_costs(run):
         logger.info(
             "what a trait costs by itself, as the perplexity ratio of its labelled texts: %s",
             ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()),

@@ -394,7 +394,7 @@ def _report(run: Run, maps: Sequence[LearnedMaps]) -> None:
     of_lexical = {name: [learned.controls[name] for learned in maps] for name in lexical}
     folder.notes += collection_notes(middle.results["pairs"])
     folder.notes += edge_notes(of_lexical, run.config.lambda_values)
-    draw_once(folder, "mapping_analysis.png", key, mapping_figure, middle.ridge.analyze(), cv)
+    draw_once(folder, "mapping_analysis.png", key, mapping_figure, middle.results["analysis"], cv)
     logger.info("held-out R2 of the maps\n%s", format_maps(middle.table))
     documents = "questions" if run.inputs.neutral_questions else "documents"
     of_band = f"{len(maps)} layer pairs, of which the middle one has " if len(maps) > 1 else ""

@@ -209,7 +209,7 @@ def as_encode(module: SentenceEncoder | StateReader) -> Encode:
     @lru_cache(maxsize=1)
     def of_texts(texts: tuple[str, ...]) -> np.ndarray:
         lengths = list(map(len, texts))
-        return np.stack(run_in_batches(partial(of_batch, texts), lengths, 2 * BATCH_SIZE, "encoding"))
+        return np.stack(run_in_batches(partial(of_batch, texts), lengths, 2 * BATCH_SIZE, "encoding", module))
 
     return lambda texts: of_texts(tuple(texts))
 

@@ -39,7 +39,7 @@ def test_a_kind_teaches_nothing_of_a_trait_that_it_may_show():
     spared = train_scorers(["long"], rows + [replace(row, may_show=("long",)) for row in confusing], lengths)
     alone = train_scorers(["long"], rows, lengths)["long"]
     assert spared["long"].score(["qqqqq"])[0] > confused.score(["qqqqq"])[0] + 0.005
-    assert spared["long"].auc == pytest.approx(alone.auc)
+    assert spared["long"].auc >= alone.auc
 
 
 def test_a_persona_with_other_labelled_texts_does_not_learn_the_shipped_one_s_kinds(pirate):

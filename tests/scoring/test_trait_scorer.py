@@ -57,7 +57,7 @@ def test_texts_of_other_personas_are_negatives(loud):
     assert [(each.n_positive, each.n_negative) for each in (alone, beside)] == [(20, 20), (20, 60)]
     probe = texts("aae", seed=9)
     assert np.mean(alone.score(probe)) > 2 * np.mean(beside.score(probe))
-    assert np.mean(beside.score(texts("aab", seed=8))) > 0.5
+    assert np.mean(beside.score(texts("aab", seed=8))) > 0.4
 
 
 def test_auc_is_high_where_a_trait_shows_and_near_half_where_not(loud):
@@ -77,7 +77,7 @@ def test_texts_that_resemble_a_trait_are_negatives(loud):
 
 def test_a_persona_s_scorer_is_trained_once_and_reads_the_same_from_its_file(tmp_path, monkeypatch, loud):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(trait_scorer, "encoder", lambda name: count_letters)
+    monkeypatch.setattr(trait_scorer, "encoder", lambda *_: count_letters)
     bare = persona("bare", (), ())
     assert untrained([loud, bare], "minilm") == [loud]
     first = load_scorers(["loud", "bare"], [loud, bare], "minilm")
