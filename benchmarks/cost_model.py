@@ -50,6 +50,7 @@ class Assumptions(NamedTuple):
     bandwidth: float = 3.35e12  # bytes a second
     launch: float = 6e-4  # seconds in which the host launches a block of a decoding step, hooks included
     algebra: float = 0.3e12  # operations a second of a float64 eigendecomposition, which has 9 d³
+    products: float = 30e12  # the same of float64 products, which have 2 d³
 
 
 ASSUMPTIONS = Assumptions()
@@ -175,11 +176,12 @@ def cost_of(settings: dict[str, Any], pair: tuple[Sized, Sized]) -> Cost:
         text = run.config.max_new_tokens * target.step_seconds(rows, length) / rows
         text += longest.read * target.token_seconds
         widths = [model.config.hidden_size for model in pair]
-        decomposition = 9 * max(widths) ** 3 / ASSUMPTIONS.algebra
+        cube = max(widths) ** 3
+        algebra = 9 * cube / ASSUMPTIONS.algebra, 2 * cube / ASSUMPTIONS.products
 
         def minutes(n_workers: int) -> float:
             shared = (pair[0].token_seconds, target.token_seconds, text)
-            rates = Rates(*(seconds / n_workers for seconds in shared), decomposition)
+            rates = Rates(*(seconds / n_workers for seconds in shared), *algebra)
             return sum(seconds for _, seconds in run_steps(run, rates)) / 60
 
         return Cost(

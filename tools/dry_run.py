@@ -66,10 +66,11 @@ TIMED_TOKENS = (2, 8)  # new tokens of two short batches; their difference is wh
 VALIDATION_TOKENS = 25  # of a text of a validation set, on average
 PROBE_SHARE = 0.25  # of what reading a token takes: a probe reads half of the blocks, and predicts nothing
 SMALL_WIDTH = 256  # of a timed eigendecomposition; others take the cube of their width
-# What the maps of a layer pair take, in eigendecompositions, with five folds: counted in matrix products, of
-# which an eigendecomposition takes six. Those of a control share their decompositions over the layer pairs.
-OF_RIDGE, OF_CONTROL = 27, 5
-OF_KIND = {"procrustes": 14, "reduced_rank": 13, "shuffled_pairs": 9}
+# What the maps of a layer pair take with five folds: eigendecompositions, and matrix products. Those of a
+# control share their decompositions over the layer pairs.
+OF_RIDGE, OF_CONTROL = (12, 90), (0, 30)
+OF_KIND = {"procrustes": (9, 30), "reduced_rank": (6, 42), "shuffled_pairs": (0, 54)}
+PRODUCTS_OF_DECOMPOSITION = 6  # that a CPU does in the time of one
 PROMPT_SHARE = 0.25  # tokens of a prompt, as a share of its text's
 
 Step = tuple[str, float]  # what is done, and its seconds
@@ -77,12 +78,16 @@ Step = tuple[str, float]  # what is done, and its seconds
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a token that source and target read, a generated text, and an eigendecomposition."""
+    """Seconds of a token that source and target read, a generated text, an eigendecomposition and a product.
+
+    The last two are of matrices as wide as the wider model, in float64.
+    """
 
     source_token: float
     target_token: float
     text: float
     decomposition: float
+    product: float
 
 
 def describe_run(run: Run) -> str:
@@ -269,9 +274,14 @@ def _map_seconds(run: Run, rates: Rates, source: float, target: float) -> float:
     # A model with random weights is read in a pass of its own, and the target again beside it.
     n_passes = 1 + n_controls - n_lexical
     seconds = n_passes * (source * rates.source_token + target * rates.target_token)
-    n = OF_RIDGE + OF_CONTROL * n_controls
-    n += sum(OF_KIND[kind] for kind in KINDS if kind not in left_out(run))
-    return seconds + n_pairs * n * config.n_folds / 5 * rates.decomposition
+    fitted = [
+        OF_RIDGE,
+        *[OF_CONTROL] * n_controls,
+        *(OF_KIND[kind] for kind in KINDS if kind not in left_out(run)),
+    ]
+    n_decompositions, n_products = map(sum, zip(*fitted, strict=True))
+    of_pair = n_decompositions * rates.decomposition + n_products * rates.product
+    return seconds + n_pairs * config.n_folds / 5 * of_pair
 
 
 def _grid(run: Run, rates: Rates) -> Iterator[Step]:
@@ -456,7 +466,9 @@ def _measure(run: Run) -> Rates:
     square = square @ square.T
     width = max(side.d_model for side in run.inputs.sides)
     decomposition = _seconds(torch.linalg.eigh, square[:9, :9], square) * (width / SMALL_WIDTH) ** 3
-    return Rates(seconds_of_token("source"), seconds_of_token("target"), _seconds_of_text(run), decomposition)
+    reading = seconds_of_token("source"), seconds_of_token("target")
+    product = decomposition / PRODUCTS_OF_DECOMPOSITION
+    return Rates(*reading, _seconds_of_text(run), decomposition, product)
 
 
 def _seconds_of_text(run: Run) -> float:
