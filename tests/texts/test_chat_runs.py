@@ -333,5 +333,5 @@ def test_a_mapped_persona_shows_in_a_chat_models_responses(packaged):
     _, table = packaged
     trait = {(entry["persona"], entry["condition"]): entry["trait_probability"]["mean"] for entry in table}
     for condition in ("ridge_mapped", "oracle"):
-        assert trait["formal", condition] > trait["formal", "baseline"] + 0.2, trait
-        assert trait["formal", condition] > trait["formal", "other_persona"] + 0.2
+        assert trait["formal", condition] > trait["formal", "baseline"] + 0.1, trait
+        assert trait["formal", condition] > trait["formal", "other_persona"] + 0.1

@@ -105,7 +105,10 @@ def test_metadata_name_the_run_and_the_map_of_each_layer(finished_band, tmp_path
     [
         (["--persona", "calm"], "persona 'calm' is unknown; choose loud, numeric"),
         (["--method", "magic"], "method 'magic' is unknown; choose "),
-        (["--method", "reduced_rank"], "has no alpha for loud, reduced_rank; give one with --alpha"),
+        (
+            ["--method", "random_direction_1"],
+            "has no alpha for loud, random_direction_1; give one with --alpha",
+        ),
         (["--run", "nowhere"], "is no finished run: config.json is missing"),
     ],
 )
