@@ -72,23 +72,19 @@ def test_all_vectors_have_unit_norm_and_the_targets_width(finished):
             assert vector.norm().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_every_draw_of_a_control_writes_on_every_prompt(tiny, out):
+@pytest.mark.parametrize("method", ["random_direction", "shuffled_pairs"])
+def test_every_draw_of_a_control_writes_on_every_prompt(method, tiny, out):
+    settings = {**tiny, "methods": [method, "oracle"], "alpha_values": [40.0]}
+    assert [run(out, settings, "--phase", phase) for phase in "23"] == [0, 0]
     content = load_tensors(out / "persona_vectors.pt")
     for vectors in content["vectors"].values():
         for draw in (1, 3):
-            vectors[f"random_direction_{draw}"].zero_()
+            vectors[f"{method}_{draw}"].zero_()
     save_tensors(out / "persona_vectors.pt", content)
-    assert (
-        run(out, {**tiny, "methods": ["random_direction", "oracle"], "alpha_values": [40.0]}, "--phase", "4")
-        == 0
-    )
+    assert run(out, settings, "--phase", "4") == 0
     written = rows(out)
     unsteered, *cells = (written[start : start + N_PER_CELL] for start in range(0, len(written), N_PER_CELL))
-    drawn = {
-        (cell[0]["persona"], cell[0]["draw"]): cell
-        for cell in cells
-        if cell[0]["condition"] == "random_direction"
-    }
+    drawn = {(cell[0]["persona"], cell[0]["draw"]): cell for cell in cells if cell[0]["condition"] == method}
     assert sorted(drawn) == sorted(product(("loud", "numeric"), "123"))
     for (_, draw), cell in drawn.items():
         is_changed = [row["output"] != before["output"] for row, before in zip(cell, unsteered, strict=True)]

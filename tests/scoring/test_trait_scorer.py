@@ -57,7 +57,7 @@ def test_texts_of_other_personas_are_negatives(loud):
     assert [(each.n_positive, each.n_negative) for each in (alone, beside)] == [(20, 20), (20, 60)]
     probe = texts("aae", seed=9)
     assert np.mean(alone.score(probe)) > 2 * np.mean(beside.score(probe))
-    assert np.mean(beside.score(texts("aab", seed=8))) > 0.4
+    assert min(beside.score(texts("aab", seed=8))) > 10 * max(beside.score(probe))
 
 
 def test_auc_is_high_where_a_trait_shows_and_near_half_where_not(loud):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import chat_server, completion, error
+from scipy.special import logit
 from tiny_runs import ASKED, NUMERIC, error_lines, run
 
 from activation_extractor import paired_activations
@@ -333,5 +334,5 @@ def test_a_mapped_persona_shows_in_a_chat_models_responses(packaged):
     _, table = packaged
     trait = {(entry["persona"], entry["condition"]): entry["trait_probability"]["mean"] for entry in table}
     for condition in ("ridge_mapped", "oracle"):
-        assert trait["formal", condition] > trait["formal", "baseline"] + 0.1, trait
-        assert trait["formal", condition] > trait["formal", "other_persona"] + 0.1
+        for without in ("baseline", "other_persona"):  # in log odds, which no scorer's prior moves
+            assert logit(trait["formal", condition]) > logit(trait["formal", without]) + 3, trait
