@@ -25,13 +25,7 @@ from experiment.config import ExperimentConfig
 from experiment.inputs import Inputs
 from experiment.models import Side, load_side
 from experiment.ray_executor import RayExecutor
-from maps.pair_collection import (
-    CollectedPairs,
-    PairSettings,
-    document_folds,
-    merge_pairs,
-    read_pairs,
-)
+from maps.pair_collection import CollectedPairs, PairSettings, document_folds, merge_pairs, read_pairs
 from model_loading import DTYPES, PACKAGED_MODELS, plain_model
 from steered_generation import Generation, SteeredGenerator
 from texts.neutral_text import NeutralText
@@ -232,10 +226,10 @@ class LocalExecutor:
     n_workers, has_gpus: as a Ray executor's, which says of workers elsewhere whether they alone have GPUs.
     """
 
+    n_workers, has_gpus = 1, False
+
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-
-    n_workers, has_gpus = 1, False
 
     def run(self, method: str, chunks: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Yield (chunk index, the worker's method(*chunk)), in order."""
